@@ -1,1 +1,1 @@
-"""PLT for Hugging Face: the model copied into every export, and the conversions."""
+"""PLT for Hugging Face: the model code copied into every export, and the conversions."""

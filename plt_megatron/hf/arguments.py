@@ -1,4 +1,4 @@
-"""Checks of commands' arguments that cost nothing, before torch and transformers are imported, which takes seconds."""
+"""Cheap checks of command arguments, to run before torch and transformers are imported, which takes seconds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["CONFIG", "check_device", "check_export", "check_file", "check_model"
 
 
 def check_model(path: Path) -> None:
-    """Raise `UserError` unless there is a Hugging Face folder, a checkpoint, or a run that has one."""
+    """Raise `UserError` unless `path` is a Hugging Face folder, a checkpoint, or a run that has one."""
     if (path / CONFIG).is_file():
         return
     if not path.exists():
@@ -26,25 +26,25 @@ def check_model(path: Path) -> None:
 
 
 def check_export(folder: Path) -> None:
-    """Raise `UserError` unless it may be a Hugging Face folder."""
+    """Raise `UserError` unless the folder looks like a Hugging Face folder."""
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: no exported model there ({CONFIG} is missing); plt export makes one")
 
 
 def check_file(option: str, path: Path | None) -> None:
-    """Raise `UserError` if the file or folder that an option names is not there."""
+    """Raise `UserError` if the file or folder that an option names does not exist."""
     if path is not None and not path.exists():
         raise UserError(f"{option} {path}: no such file")
 
 
 def check_device(device: str) -> None:
-    """Raise `UserError` if it is no device's name; whether the machine has it, torch knows."""
+    """Raise `UserError` unless this is a device name; whether the machine has the device is left to torch."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UserError(f"--device {device}: give cpu, cuda or cuda:N")
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `5GB`, `500MB`, `2GiB` or a number. Raises `UserError`."""
+    """Parse `5GB`, `500MB`, `2GiB` or a plain number into bytes. Raises `UserError`."""
     match = _SIZE.fullmatch(text.strip())
     size = 0
     if match:

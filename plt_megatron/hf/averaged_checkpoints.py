@@ -1,4 +1,4 @@
-"""Which checkpoints an average is of, and with which shares: before torch is imported."""
+"""Choice of the checkpoints to average, and of their shares, without importing torch."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class AverageOptions:
 
     Attributes:
         sources: checkpoints, as `RUN@STEP` or by their folders; with `last`, one run's folder.
-        last: so many of the run's last checkpoints; None: what `sources` names.
-        weights: one for each checkpoint, of which only ratios matter; empty: equal ones.
-        ema: average the checkpoints' moving averages instead of their weights; one checkpoint will do.
-        precision: of the result, fp32 or bf16; None: the last checkpoint's.
+        last: number of the run's last checkpoints to average; None: those that `sources` names.
+        weights: one per checkpoint, only their ratios matter; empty: equal weights.
+        ema: average the checkpoints' moving averages instead of their weights; one checkpoint is enough then.
+        precision: precision of the result, fp32 or bf16; None: the last checkpoint's.
     """
 
     sources: Sequence[str]
@@ -35,10 +35,10 @@ class AverageOptions:
 
 
 def find_checkpoints(options: AverageOptions) -> tuple[list[Path], list[float]]:
-    """The checkpoints to average, which may be damaged, and their shares, which add up to 1.
+    """Return the checkpoints to average, which may be damaged, and their shares, which add up to 1.
 
     Raises:
-        UserError: one is missing or named twice, the weights are not theirs, or the target exists.
+        UserError: a checkpoint is missing or named twice, the weights do not fit them, or the target exists.
     """
     check_target(options.output)
     paths = _find(options)
@@ -54,12 +54,12 @@ def _find(options: AverageOptions) -> list[Path]:
     if double is not None:
         raise UserError(f"{double} is named twice: give it once, with --weights for its share")
     if len(paths) == 1 and not options.ema:
-        raise UserError(f"{paths[0]} is one checkpoint, and its own average: name two or more, or --last N of a run")
+        raise UserError(f"{paths[0]} alone is its own average: name two or more checkpoints, or a run with --last N")
     return paths
 
 
 def _named(source: str) -> Path:
-    """The checkpoint that `RUN@STEP` or a path means."""
+    """Return the checkpoint that `RUN@STEP` or a path refers to."""
     run, at, step = source.rpartition("@")
     if at and step.isdigit() and not Path(source).exists():
         if not Path(run).is_dir():
@@ -69,7 +69,7 @@ def _named(source: str) -> Path:
     if not path.is_dir():
         raise UserError(f"{source}: no such checkpoint; give its folder, or RUN@STEP as in runs/mine@2000")
     if not checkpoints.NAME.fullmatch(path.name):
-        raise UserError(f"{source} is not a checkpoint: say which of its, as in {source}@2000, or --last N")
+        raise UserError(f"{source} is not a checkpoint: name one of its own, as in {source}@2000, or use --last N")
     return path
 
 

@@ -1,4 +1,4 @@
-"""Averages the weights of checkpoints of one model, whatever layouts saved them, as a checkpoint of weights."""
+"""Averages the weights of checkpoints of one model, whatever layouts saved them, into a weights-only checkpoint."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from plt_megatron.train.checkpoint.reading import Weights
 
 # Settings of a model that its weights do not depend on.
 _ANY = ("backend", "vocab_size", "make_vocab_size_divisible_by", "loop_preset", "fused_gated_window")
-# What a run's record keeps in the average's.
+# Entries of a run's record that the average's record keeps.
 _KEPT = ("consumed_tokens", "consumed_samples", "data_fingerprint", checkpoints.LONGEST_TEXT, *checkpoints.ORIGIN)
 
 
 @dataclass(frozen=True)
 class AverageResult:
-    """The output, a run's folder with one checkpoint.
+    """The output: a run's folder with one checkpoint.
 
     Attributes:
         checkpoint: the published folder.
-        checkpoints, shares: what was averaged; the shares add up to 1.
+        checkpoints, shares: the averaged checkpoints and their shares, which add up to 1.
     """
 
     output: Path
@@ -48,7 +48,7 @@ class AverageResult:
 
 @dataclass(frozen=True)
 class _Member:
-    """A checkpoint that is averaged."""
+    """A checkpoint to average."""
 
     path: Path
     progress: dict[str, Any]
@@ -65,9 +65,9 @@ class _Member:
 
 
 def average(options: AverageOptions, say: Callable[[str], None] = print) -> AverageResult:
-    """Write the folder, completely or not at all, one tensor in memory at a time.
+    """Write the averaged checkpoint, completely or not at all, with one tensor in memory at a time.
 
-    Of a checkpoint with fp32 main weights those are averaged. The sum is in fp64.
+    If a checkpoint has fp32 main weights, those are averaged. The sum is in fp64.
 
     Raises:
         UserError: a checkpoint is missing or damaged, they are not of one model, or the target exists.
@@ -81,7 +81,7 @@ def average(options: AverageOptions, say: Callable[[str], None] = print) -> Aver
     _check_names(members, mappings)
     config = _config(last, options.precision)
     precision = config["training"]["precision"]
-    say(f"averaging {', '.join(member.name for member in members)}" + (", their moving averages" * options.ema))
+    say(f"averaging {', '.join(member.name for member in members)}" + (" (their moving averages)" * options.ema))
     progress = {name: last.progress[name] for name in _KEPT if name in last.progress}
     progress["averaged_from"] = [[member.name, share] for member, share in zip(members, shares, strict=True)]
     with published_folder(options.output) as folder:
@@ -98,7 +98,7 @@ def average(options: AverageOptions, say: Callable[[str], None] = print) -> Aver
     return AverageResult(options.output, target, paths, shares, len(mappings), precision)
 
 
-# Whether they go together.
+# Checking that they go together.
 
 
 def _open(path: Path, ema: bool) -> _Member:
@@ -127,7 +127,7 @@ def _check_alike(one: _Member, other: _Member) -> None:
         )
     sizes = one.progress["vocab_size"], other.progress["vocab_size"]
     if sizes[0] != sizes[1]:
-        raise UserError(f"{both} are of different vocabularies, of {sizes[0]} and {sizes[1]} entries")
+        raise UserError(f"{both} have different vocabularies, of {sizes[0]} and {sizes[1]} entries")
     tokenizers = [(each.progress.get("data_fingerprint") or {}).get("tokenizer") for each in (one, other)]
     if None not in tokenizers and tokenizers[0] != tokenizers[1]:
         raise UserError(f"{both} were trained with different tokenizers")
@@ -142,7 +142,7 @@ def _check_names(members: Sequence[_Member], mappings: Sequence[ParamMapping]) -
             raise UserError(f"checkpoint {member.path} lacks {missing[0]}{more}, which its model has")
 
 
-# What is written.
+# Writing the average.
 
 
 def _config(last: _Member, precision: str | None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Writes a training checkpoint from weights alone, one tensor at a time, without process groups or megatron.
 
-The counterpart of `train.checkpoint.reading`. A run in any layout can start from it: it has whole tensors by
-megatron-core's names, with the layers stacked.
+The counterpart of `train.checkpoint.reading`. A run in any layout can start from the checkpoint: it has whole tensors
+under megatron-core's names, with the layers stacked.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from plt_megatron.run_folder.files import write_json
 from plt_megatron.train.checkpoint import publishing
 from plt_megatron.train.checkpoint.reading import PADDED, stored_at
 
-_COMMON = "common_state/shard_0_1"  # megatron-core's, for what is not a tensor
+_COMMON = "common_state/shard_0_1"  # megatron-core's key for everything that is not a tensor
 _BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 
 
@@ -38,8 +38,8 @@ class LazyTensor:
     """A tensor of the checkpoint, made when it is written.
 
     Attributes:
-        name: ours, over the whole model.
-        make: gives the tensor, of `shape`, on the CPU.
+        name: our name in the whole model.
+        make: returns the tensor, of `shape`, on the CPU.
 
     A buffer is written in fp32 whatever the checkpoint's dtype.
     """
@@ -49,19 +49,19 @@ class LazyTensor:
     make: Callable[[], Tensor]
 
     def dtype(self, checkpoints: torch.dtype) -> torch.dtype:
-        """On disk, in a checkpoint of this dtype."""
+        """Return the tensor's dtype on disk, in a checkpoint of dtype `checkpoints`."""
         return torch.float32 if is_buffer(self.name) else checkpoints
 
 
 def padded(tensor: LazyTensor, rows: int) -> LazyTensor:
-    """The tensor, if it has a row for each entry of the vocabulary with so many rows."""
+    """Return the tensor, padded to `rows` rows if it has a row per vocabulary entry."""
     if tensor.name not in PADDED:
         return tensor
     return LazyTensor(tensor.name, (rows, *tensor.shape[1:]), lambda: with_rows(tensor.make(), rows))
 
 
 def with_rows(tensor: Tensor, rows: int) -> Tensor:
-    """A matrix with rows of zeros below."""
+    """Pad a matrix to `rows` rows with zeros at the end."""
     return F.pad(tensor, (0, 0, 0, rows - tensor.shape[0]))
 
 
@@ -77,18 +77,18 @@ def write_checkpoint(
     """Publish a checkpoint of weights without optimizer state, as `<directory>/step_00000000`.
 
     Args:
-        tensors: all of the model's, the vocabulary padded.
-        config: a run's that has these weights, or what another checkpoint says of it; `model` and
+        tensors: all tensors of the model, with the vocabulary padded.
+        config: configuration of a run with these weights, or the one stored in another checkpoint; `model` and
             `training.precision` matter.
-        dtype: of the tensors on disk.
+        dtype: dtype of the tensors on disk.
         progress: further information for readers.
-        step: what the weights are of.
+        step: step that the weights are from.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        OSError: it cannot be written; and whatever making a tensor raises.
+        OSError: the checkpoint cannot be written. Errors from making a tensor are raised unchanged.
     """
     temporary = publishing.prepare(directory, step)
     writer = FileSystemWriter(temporary, single_file_per_rank=True, sync_files=True)
@@ -154,7 +154,7 @@ class _Planner(DefaultSavePlanner):
             )
 
     def _places(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Key and offsets of each tensor. What only some layers have is not stacked."""
+        """Return key and offsets of each tensor. Tensors that only some layers have are not stacked."""
         places = [stored_at(tensor.name) for tensor in self._tensors]
         layers: dict[str, set[int]] = {}
         for key, place in places:

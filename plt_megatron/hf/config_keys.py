@@ -1,4 +1,4 @@
-"""config.json: our model settings as a Hugging Face configuration's keys, and back."""
+"""Conversion between our model settings and the keys of a Hugging Face config.json."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from plt_megatron.hf.rope_keys import rope_keys, rope_scaling, scaling_keys
 
 CONFIG = "config.json"
 LOOPCODER_TYPE, LOOPCODER_ARCHITECTURE = "iquestpltcoder", "IQuestPLTCoderForCausalLM"
-_BIAS_UPDATE_RATE = 1e-3  # which a config.json does not tell; megatron-core's
+_BIAS_UPDATE_RATE = 1e-3  # megatron-core's default; config.json has no key for it
 _LOOPCODER_GATES = {"query": False, "hidden": True}  # model.gate_input: plt_gate_use_hidden_states
 AUTO_MAP = {
     "AutoConfig": "configuration_plt.PLTConfig",
@@ -52,7 +52,7 @@ class HFModelConfig:
 def plt_keys(
     model: ModelConfig, vocab_size: int, max_position_embeddings: int, tokens: dict[str, Any], dtype: str
 ) -> dict[str, Any]:
-    """config.json of an export that includes configuration_plt.py and modeling_plt.py."""
+    """Return the config.json of an export that includes configuration_plt.py and modeling_plt.py."""
     from plt_megatron.hf.configuration_plt import PLTConfig
 
     adds = derived.adds_embeddings(model)
@@ -71,7 +71,7 @@ def plt_keys(
         loop_order=model.loop_order,
         cross_loop_parallel=model.cross_loop_parallel,
         share_kv=model.share_kv,
-        # A model of one loop has no use for these, and may have settings of which several loops are refused.
+        # A one-loop model does not use these, and may have settings that are rejected with several loops.
         share_values=model.share_values or not model.share_kv,
         gated_window=model.gated_window and model.share_kv,
         window_size=model.window_size,
@@ -93,7 +93,7 @@ def plt_keys(
 def loopcoder_keys(
     model: ModelConfig, vocab_size: int, max_position_embeddings: int, tokens: dict[str, Any], dtype: str
 ) -> dict[str, Any]:
-    """config.json in LoopCoder-v2's keys.
+    """Return the config.json in LoopCoder-v2's keys.
 
     Raises:
         UserError: the model has something that LoopCoder-v2 lacks.
@@ -123,7 +123,7 @@ def loopcoder_keys(
 
 
 def _beyond_loopcoder(model: ModelConfig) -> Iterator[str]:
-    """What `model` has and LoopCoder-v2 lacks."""
+    """Yield what `model` has and LoopCoder-v2 lacks."""
     wanted = {
         "loop_span": None,
         "cross_loop_parallel": True,
@@ -153,8 +153,8 @@ def _beyond_loopcoder(model: ModelConfig) -> Iterator[str]:
 
 
 def _expert_keys(model: ModelConfig) -> dict[str, Any]:
-    """Qwen3-MoE's keys, Qwen2-MoE's of a shared expert, and DeepSeek-V3's and MiniMax-M2's of dense layers, scores and
-    their bias."""
+    """Return Qwen3-MoE's keys, Qwen2-MoE's for a shared expert, and DeepSeek-V3's and MiniMax-M2's for dense layers,
+    scores and their bias."""
     moe = model.moe
     if moe is None:
         return {}
@@ -195,7 +195,7 @@ def read_config(folder: Path, loop_count: int | None = None) -> HFModelConfig:
     """Read a Hugging Face folder's config.json.
 
     Args:
-        loop_count: loops to run instead of its own. A dense model becomes the start of a PLT with the paper's
+        loop_count: loops to run instead of the model's own. A dense model becomes the start of a PLT with the paper's
             settings.
 
     Raises:
@@ -264,7 +264,7 @@ def _from_plt(keys: dict[str, Any]) -> HFModelConfig:
 
 
 def _from_loopcoder(keys: dict[str, Any]) -> HFModelConfig:
-    """LoopCoder-v2's keys; missing ones have its own class's defaults. Without any it is a Llama."""
+    """Read LoopCoder-v2's keys; missing ones get its own class's defaults. The other keys are Llama's."""
     from plt_megatron.hf.configuration_plt import PLTConfig
 
     loops = {key: keys[key] for key in keys if key.startswith("plt_")}
@@ -280,7 +280,7 @@ def _from_loopcoder(keys: dict[str, Any]) -> HFModelConfig:
     model.loop_count = loops.get("plt_num_loops", 2)
     if not isinstance(model.loop_count, int) or not 1 <= model.loop_count <= MAX_LOOP_COUNT:
         raise UserError(f"plt_num_loops must be from 1 to {MAX_LOOP_COUNT}, not {model.loop_count!r}")
-    model.window_size = left + 1  # the query itself counts in ours
+    model.window_size = left + 1  # ours counts the query itself
     model.gate_input = "hidden" if loops.get("plt_gate_use_hidden_states", False) else "query"
     model.gate_side = "global"
     model.norm_between_loops = loops.get("plt_normalize_per_loop", True)
@@ -329,7 +329,7 @@ def _from_qwen3_moe(keys: dict[str, Any]) -> HFModelConfig:
 
 
 def _experts(config: Any, first_dense: int) -> MoeConfig | None:
-    """The experts of a configuration whose first layers, so many, are dense."""
+    """Return the experts of a configuration whose first `first_dense` layers are dense, or None without experts."""
     if not config.num_experts:
         return None
     sigmoid = getattr(config, "scoring_func", "softmax") == "sigmoid"
@@ -367,7 +367,7 @@ _FAMILIES: dict[str, Callable[[dict[str, Any]], HFModelConfig]] = {
 
 
 def _transformers_config(family: str, keys: dict[str, Any]) -> Any:
-    """transformers' own class fills in defaults and accepts older spellings."""
+    """Parse with transformers' own class, which fills in defaults and accepts older spellings."""
     from transformers import CONFIG_MAPPING
 
     return CONFIG_MAPPING[family].from_dict(_without_code(keys))
@@ -384,7 +384,7 @@ def _refuse(config: Any, **understood: Any) -> None:
 
 
 def _described(config: Any, **settings: Any) -> HFModelConfig:
-    """The settings common to all families, and `settings`. A dense model is one loop with the paper's settings."""
+    """Return the settings common to all families, plus `settings`. A dense model is one loop with the paper's."""
     rope = dict(config.rope_parameters or {})
     heads = config.num_attention_heads
     model = ModelConfig(

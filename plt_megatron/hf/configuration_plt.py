@@ -5,7 +5,7 @@ This file travels with every exported model: it imports transformers and nothing
 
 import transformers
 
-# Before 5.4 configurations are no dataclasses: `__post_init__` does not run, and a tied head is garbage, silently.
+# Before 5.4 configurations are not dataclasses: `__post_init__` does not run, and a tied head is silently garbage.
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 4):
     raise ImportError(f"a PLT needs transformers 5.4 or later, not {transformers.__version__}")
 
@@ -19,51 +19,53 @@ KEY_SHIFTS = ("none", "heads", "channels", "learned")
 class PLTConfig(PreTrainedConfig):
     """A Llama-style decoder whose layer stack runs `loop_count` times with the same weights.
 
-    The Llama names mean what they mean in `LlamaConfig`. The loop's own keys (paper section 3; the published
-    descendants LoopCoder-v2, arXiv 2606.18023, and IQuest-Coder-V1-Loop are switches):
+    Llama's keys have the same meaning as in `LlamaConfig`. The loop's own keys follow (paper section 3); the published
+    descendants LoopCoder-v2 (arXiv 2606.18023) and IQuest-Coder-V1-Loop are particular settings of them:
 
     Args:
-        loop_count (`int`): L, 1 to 8. 1 is a plain transformer and has no extra parameter.
-        loop_span (`list[int]`): [first, last), the layers that loop. Those before them run once, and their output is
-            E in the loops' input; those after them run once on the last loop's output. None: all loop.
-        loop_order (`str`): "stack", or "layer": a layer runs all its loops before the next, without
+        loop_count (`int`): L, 1 to 8. 1 is a plain transformer without extra parameters.
+        loop_span (`list[int]`): [first, last), the layers that loop. Layers before them run once, and their output is
+            E in the loops' input; layers after them run once on the last loop's output. None: all layers loop.
+        loop_order (`str`): "stack", or "layer": each layer runs all its loops before the next layer, without
             cross_loop_parallel.
         cross_loop_parallel (`bool`): loops >= 2 read `embedding_scale * E + hidden_scale * shift(h)`;
-            else `h`.
+            otherwise `h`.
         input_injection (`bool`): without cross_loop_parallel, loops >= 2 read
             `embedding_scale * E + hidden_scale * h`.
         share_kv (`bool`): loops >= 2 attend to the first loop's keys and values.
-        share_values (`bool`): False: to the first loop's keys and their own values. Needs `share_kv`.
+        share_values (`bool`): False: loops >= 2 attend to the first loop's keys and their own values. Needs
+            `share_kv`.
         gated_window (`bool`): loops >= 2 blend that attention with a sliding window over their own keys and
             values, by one gate per head. Needs `share_kv`.
-        window_size (`int`): keys a query sees in the window, itself included.
-        gate_input (`str`): what the gate reads, one of `GATE_INPUTS`; `PLTGate` says how.
+        window_size (`int`): keys that a query sees in the window, its own included.
+        gate_input (`str`): what the gate reads, one of `GATE_INPUTS`; see `PLTGate`.
         gate_side (`str`): the attention that the gate multiplies, "local" or "global"; the other gets
             1 - gate.
-        gate_activation (`str`): of the gate's logit, "sigmoid" or "tanh".
-        norm_between_loops (`bool`): the final norm is applied to every loop's output, not to the last's only.
+        gate_activation (`str`): activation of the gate's logit, "sigmoid" or "tanh".
+        norm_between_loops (`bool`): the final norm is applied to every loop's output, not only to the last's.
         embedding_scale, hidden_scale (`float`): scales of the input of loops >= 2.
         hidden_norm (`bool`): h is divided by its root mean square before it is scaled.
-        learned_hidden_scale (`str`): the scale of h is "none" (`hidden_scale`), or a parameter of the "model" or of
-            each "channel".
+        learned_hidden_scale (`str`): "none": the scale of h is `hidden_scale`; "model" or "channel": it is a parameter,
+            one for the model or one per channel.
         residual_scale (`float`): factor of what attention and MLP add to the residual stream.
         qk_norm (`bool`): RMSNorm on queries and keys, per head (over the whole projection if `norm_placement`
             is "post").
         ffn_output_norm (`bool`): RMSNorm on the MLP's output before the residual is added.
         norm_placement (`str`): "pre" (Llama) or "post" (OLMo-2: norms on the outputs of attention and MLP).
-        key_shift (`str`): keys that are the previous token's, one of `KEY_SHIFTS`; `PLTKeyShift` says how.
+        key_shift (`str`): which keys come from the previous token, one of `KEY_SHIFTS`; see `PLTKeyShift`.
         attention_bias (`bool`): biases on the q, k, v and o projections (Llama).
         qkv_bias (`bool`): biases on the q, k and v projections only (Qwen2).
         num_experts (`int`): experts in place of a layer's MLP; None: a dense model. The keys are Qwen3-MoE's.
-        first_k_dense_replace (`int`): the first layers, which have an MLP all the same; DeepSeek-V3's key.
-        num_experts_per_tok (`int`): experts that a token is sent to, in each loop anew.
+        first_k_dense_replace (`int`): number of first layers that keep an MLP; DeepSeek-V3's key.
+        num_experts_per_tok (`int`): experts that a token is sent to, chosen anew in each loop.
         moe_intermediate_size (`int`): hidden size of one expert.
-        shared_expert_intermediate_size (`int`): hidden size of an expert that every token uses beside; None: none.
+        shared_expert_intermediate_size (`int`): hidden size of a further expert that every token uses; None: none.
         norm_topk_prob (`bool`): the weights of a token's experts add up to 1.
-        scoring_func (`str`): of the router's logits, "softmax" or "sigmoid"; DeepSeek-V3's key.
-        use_routing_bias (`bool`): a bias is added to the scores by which experts are chosen, not to those that weigh
+        scoring_func (`str`): function of the router's logits, "softmax" or "sigmoid"; DeepSeek-V3's key.
+        use_routing_bias (`bool`): a bias is added to the scores that choose experts, but not to those that weight
             them; MiniMax-M2's key.
-        router_aux_loss_coef (`float`): of the load-balancing loss in pretraining; this code has no such loss.
+        router_aux_loss_coef (`float`): coefficient of the load-balancing loss in pretraining; this code has no such
+            loss.
     """
 
     model_type = "plt"
@@ -144,7 +146,7 @@ class PLTConfig(PreTrainedConfig):
         return range(first, last)
 
     def check(self) -> None:
-        """Raise a `ValueError` of one line if the keys do not describe a model."""
+        """Raise a one-line `ValueError` if the keys do not describe a model."""
         self._check_shapes()
         self._check_experts()
         self._check_loops()
@@ -153,7 +155,7 @@ class PLTConfig(PreTrainedConfig):
         if self.norm_placement == "post" and self.ffn_output_norm:
             raise ValueError('norm_placement "post" already norms the MLP output: leave ffn_output_norm false')
         if self.attention_bias and self.qkv_bias:
-            raise ValueError("attention_bias (q, k, v, o) and qkv_bias (q, k, v) exclude each other")
+            raise ValueError("attention_bias (q, k, v, o) and qkv_bias (q, k, v) are mutually exclusive")
 
     def _check_shapes(self) -> None:
         for name in (
@@ -180,9 +182,9 @@ class PLTConfig(PreTrainedConfig):
         if self.key_shift not in KEY_SHIFTS:
             raise ValueError(f"key_shift must be one of {', '.join(KEY_SHIFTS)}, not {self.key_shift!r}")
         if self.key_shift == "channels" and self.head_dim % 4:
-            raise ValueError(f'key_shift "channels" needs a head_dim that 4 divides, not {self.head_dim}')
+            raise ValueError(f'key_shift "channels" needs a head_dim divisible by 4, not {self.head_dim}')
         if self.key_shift == "heads" and self.num_key_value_heads < 2:
-            raise ValueError('key_shift "heads" needs two num_key_value_heads or more')
+            raise ValueError('key_shift "heads" needs num_key_value_heads to be 2 or more')
 
     def _check_experts(self) -> None:
         if self.num_experts is None:
@@ -200,7 +202,7 @@ class PLTConfig(PreTrainedConfig):
                 f"not {dense!r}"
             )
         if self.mlp_bias:
-            raise ValueError("mlp_bias is not for experts: leave it false")
+            raise ValueError("mlp_bias is not supported with experts: leave it false")
         if self.scoring_func not in ("softmax", "sigmoid"):
             raise ValueError(f'scoring_func must be "softmax" or "sigmoid", not {self.scoring_func!r}')
         if self.use_routing_bias and self.scoring_func != "sigmoid":

@@ -13,10 +13,10 @@ Weights = Iterable[tuple[str, Tensor]]
 
 
 def to_hf(weights: Weights, mappings: Sequence[ParamMapping]) -> Iterator[tuple[str, Tensor]]:
-    """(their name, tensor) of everything in `weights`, (our name, whole tensor) in any order.
+    """Yield (their name, tensor) for everything in `weights`, which has (our name, whole tensor) in any order.
 
     Raises:
-        UserError: at the end of `weights` at the latest. A tensor is missing, unknown, given twice or has another
+        UserError: at the end of `weights` at the latest, if a tensor is missing, unknown, given twice or has another
             shape than the configuration says.
     """
     left = {mapping.name: mapping for mapping in mappings}
@@ -25,7 +25,7 @@ def to_hf(weights: Weights, mappings: Sequence[ParamMapping]) -> Iterator[tuple[
         if name.endswith(EXTRA_STATES):
             continue
         if name not in left:
-            problem = "comes twice" if name in known else "has no place in an export of this configuration"
+            problem = "appears twice" if name in known else "has no place in an export of this configuration"
             raise UserError(f"the weights' tensor {name} {problem}")
         mapping = left.pop(name)
         if tuple(tensor.shape) != mapping.shape:
@@ -38,7 +38,7 @@ def to_hf(weights: Weights, mappings: Sequence[ParamMapping]) -> Iterator[tuple[
 
 
 def to_megatron(read: Callable[[str], Tensor], mappings: Sequence[ParamMapping]) -> Iterator[tuple[str, Tensor]]:
-    """(our name, whole tensor) of every mapping, from tensors that `read` gets by their name."""
+    """Yield (our name, whole tensor) for every mapping, from tensors that `read` returns by their name."""
     for mapping in mappings:
         yield mapping.name, mapping.to_megatron([read(name) for name, _ in mapping.hf])
 

@@ -28,24 +28,24 @@ def evaluate(
     download: bool = False,
     chat: bool = False,
 ) -> dict[str, float]:
-    """Run tasks, and leave the scores in the export's folder and on its card.
+    """Run tasks, and write the scores to the export's folder and its model card.
 
     Args:
         folder: an export, with its tokenizer.
         tasks: names that lm-evaluation-harness knows, or finds in `include_path`.
         include_path: a folder of task files.
         limit: rows of each task, at least one; None: all.
-        download: fetch tasks' data from the Hugging Face hub where its cache lacks them; else nothing is downloaded.
-        chat: put what is asked into the tokenizer's chat template.
+        download: download task data that the cache lacks from the Hugging Face hub; otherwise nothing is downloaded.
+        chat: put prompts into the tokenizer's chat template.
 
     Returns:
-        By `task/metric`, its standard errors too.
+        Scores by `task/metric`, including standard errors.
 
     Raises:
-        UserError: no such export, tokenizer, chat template, task, device or folder of tasks, or a task's data are not
-            here.
+        UserError: no such export, tokenizer, chat template, task, device or folder of tasks, or a task's data is not on
+            this machine.
     """
-    # Read when the packages are imported.
+    # The packages read these when they are imported.
     os.environ |= dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "01"[not download])
     _check(folder, device)
     harness, known = _harness(tasks, include_path)
@@ -65,7 +65,7 @@ def evaluate(
 
 
 def _model(folder: Path, device: str, chat: bool) -> Any:
-    """The export as lm-evaluation-harness takes it; in our code, not in the folder's, which it would run."""
+    """Load the export for lm-evaluation-harness, with our code instead of the folder's, which it would run."""
     from lm_eval.models.huggingface import HFLM
 
     from plt_megatron.hf.loading import check_chat_template, load_export
@@ -74,7 +74,7 @@ def _model(folder: Path, device: str, chat: bool) -> Any:
     if chat:
         check_chat_template(tokenizer, folder)
     logger = logging.getLogger(HFLM.__module__)
-    logger.disabled = True  # it warns of a model that is no path
+    logger.disabled = True  # it warns about a model that is not a path
     try:
         return HFLM(pretrained=model.to(device), tokenizer=tokenizer, backend="causal", batch_size=8)
     finally:
@@ -82,7 +82,7 @@ def _model(folder: Path, device: str, chat: bool) -> Any:
 
 
 def _check(folder: Path, device: str) -> None:
-    """Raise `UserError` for what lm-evaluation-harness would end in a traceback about."""
+    """Raise `UserError` where lm-evaluation-harness would end with a traceback."""
     check_export(folder)
     check_device(device)
     if device != "cpu":
@@ -94,14 +94,14 @@ def _check(folder: Path, device: str) -> None:
 
 
 def _harness(tasks: Sequence[str], include_path: Path | None) -> tuple[Any, Any]:
-    """lm-evaluation-harness, and its manager of tasks, which knows these."""
+    """Return lm-evaluation-harness, and a task manager of it that knows these tasks."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
     if include_path is not None:
         own = TaskManager(include_path=str(include_path), include_defaults=False)
         if set(tasks) <= set(own.all_subtasks):
-            return lm_eval, own  # without the files of lm-evaluation-harness's ten thousand tasks, which take seconds
+            return lm_eval, own  # skips the files of lm-evaluation-harness's ten thousand tasks, which take seconds
     known = TaskManager(include_path=str(include_path) if include_path else None)
     unknown = [task for task in tasks if task not in known.all_tasks]
     if unknown:
@@ -111,26 +111,26 @@ def _harness(tasks: Sequence[str], include_path: Path | None) -> tuple[Any, Any]
 
 
 def _load_data(known: Any, tasks: Sequence[str], download: bool) -> None:
-    """The tasks' data, before the model, which takes longer. What is loaded once is loaded fast again."""
+    """Load the tasks' data before the model, which takes longer. Loading the data again is fast."""
     for task in tasks:
         try:
             known.load([task])
-        except (OSError, ValueError) as error:  # datasets': not in the cache, no network, no such set, file or split
+        except (OSError, ValueError) as error:  # from datasets: not cached, no network, no such set, file or split
             advice = (
                 ""
                 if download
                 else (
-                    "; nothing is downloaded: put them into the cache (HF_HOME) on a machine with a network, by "
+                    "; nothing was downloaded: fill the cache (HF_HOME) on a machine with network access, with "
                     f"plt evaluate --tasks {task} --download"
                 )
             )
             raise UserError(
-                f"the data of the task {task} are not here: {str(error).splitlines()[0]}{advice}"
+                f"the data of the task {task} is not on this machine: {str(error).splitlines()[0]}{advice}"
             ) from error
 
 
 def _scores(results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
-    """lm-evaluation-harness calls them `metric,filter`."""
+    """Yield (`task/metric`, score); lm-evaluation-harness calls them `metric,filter`."""
     for task, values in results.items():
         for name, value in values.items():
             metric, _, filtered = name.partition(",")
@@ -139,7 +139,7 @@ def _scores(results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, flo
 
 
 def _write_on_card(card: Path, scores: Mapping[str, float], limit: int | None, chat: bool) -> None:
-    """A section of its own, in the place of an earlier one."""
+    """Write the scores to the card as a section that replaces an earlier one."""
     rows = [f"| {name} | {value:.4f} |" for name, value in scores.items()]
     rows += [f"| rows of each task | {limit} |"] if limit else []
     rows += ["| asked in | the chat template |"] if chat else []

@@ -48,7 +48,8 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """The output. `difference` (see `largest_difference`) and `tokens` compared are None without verification."""
+    """The output. `difference` (see `largest_difference`) and the number of `tokens` compared are None without
+    verification."""
 
     output: Path
     checkpoint: Path
@@ -60,10 +61,10 @@ class ExportResult:
 
 
 def export(options: ExportOptions, say: Callable[[str], None] = print) -> ExportResult:
-    """Write the folder, completely or not at all.
+    """Export a checkpoint: write the folder, completely or not at all.
 
     Args:
-        say: gets progress messages.
+        say: receives progress messages.
 
     Raises:
         UserError: the checkpoint, its tokenizer or the target is unusable, a tensor is missing or unknown, or the
@@ -100,7 +101,7 @@ def export(options: ExportOptions, say: Callable[[str], None] = print) -> Export
             say(f"largest difference of logits over {tokens} tokens: {difference:.2e} of the largest logit")
             if not difference <= TOLERANCE:
                 raise UserError(
-                    f"the export is not the training model: its logits differ by up to {difference:.2e} of the "
+                    f"the export does not match the training model: logits differ by up to {difference:.2e} of the "
                     f"largest, more than {TOLERANCE:g}; nothing is written"
                 )
     tensors = sum(len(mapping.hf) for mapping in mappings)
@@ -115,7 +116,7 @@ def _trained_with(source: ModelSource) -> str | None:
 def _write_weights(
     source: ModelSource, mappings: list[ParamMapping], folder: Path, precision: str, shard_size: int
 ) -> tuple[int, int]:
-    """(bytes of tensors, files)"""
+    """Write the weights and return (bytes of tensors, number of files)."""
     shapes = [pair for mapping in mappings for pair in mapping.hf]
     buffers = {name for name, _ in shapes if is_buffer(name)}
     with SafetensorsWriter(folder, shapes, PRECISIONS[precision], shard_size, buffers) as writer:
@@ -130,7 +131,7 @@ def _write_configs(source: ModelSource, folder: Path, style: Style, dtype: str) 
     _write_json(folder / CONFIG, keys)
     generation = {**source.tokens, **source.generation, "transformers_version": version("transformers")}
     if "eos_token_id" in generation and "pad_token_id" not in generation:
-        # Allows batches of prompts of different lengths.
+        # A pad token allows batches of prompts of different lengths.
         ends = generation["eos_token_id"]
         generation["pad_token_id"] = ends[0] if isinstance(ends, list) else ends
     _write_json(folder / GENERATION_CONFIG, generation)

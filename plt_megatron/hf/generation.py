@@ -1,4 +1,4 @@
-"""Text from an exported model, by transformers' own `generate`."""
+"""Text generation with an exported model, by transformers' own `generate`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Generated:
     """What `generate` returns.
 
     Attributes:
-        text: the prompt and its continuation; of a chat the answer alone.
-        seconds: that decoding took.
-        has_chat_template: whether a chat is what the model may have been trained on.
+        text: the prompt and its continuation; in a chat, only the answer.
+        seconds: duration of decoding.
+        has_chat_template: whether there is a chat template, so that the model may have been trained on chats.
     """
 
     text: str
@@ -65,8 +65,8 @@ def generate(
 
 
 def _check_length(context: int, given: int, new: int) -> None:
-    """Say that a text will be longer than the model's were; `UserError` if it is so much longer that it cannot be
-    meant."""
+    """Print a note if a text will be longer than the model was made for; raise `UserError` if it will be so much longer
+    that it must be a mistake."""
     if given + new > _LONGEST * context:
         raise UserError(
             f"--max-new-tokens {new:,} after a prompt of {given:,} tokens: the model was made for {context:,}; "
@@ -74,7 +74,7 @@ def _check_length(context: int, given: int, new: int) -> None:
         )
     if given + new > context:
         print(
-            f"note: {given + new:,} tokens are more than the {context:,} that the model was made for: what comes later "
+            f"note: {given + new:,} tokens are more than the {context:,} that the model was made for: text beyond them "
             "may be worse",
             file=sys.stderr,
         )

@@ -1,4 +1,4 @@
-"""A GGUF file as a Hugging Face folder: read by transformers, whose own folder of it is still quantized."""
+"""Conversion of a GGUF file to a Hugging Face folder: transformers reads it, but would save it still quantized."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LICENSE = "general.license"
 def unpack(path: Path, folder: Path) -> None:
     """Write the model at `path` to `folder`: weights in fp32, configuration, tokenizer with its chat template, card.
 
-    The card has the licence that the file names.
+    The card has the license that the file names.
 
     Raises:
         UserError: the file is broken, of a model that transformers does not know, or a package is missing.

@@ -35,12 +35,12 @@ class ImportOptions:
     """What to import and how. See `plt import --help`.
 
     Attributes:
-        loop_count: None: the model's own, 1 for a dense one.
-        preset: how the new loops of a model of one loop are parameterised (config/presets.py), with the first logits
-            its own; None: as in the paper, with others.
-        loop_span: (first, last), the layers of a model of one loop that will loop; None: all.
-        key_shift: keys and values get a learned share of the previous token's, none at first.
-        precision: fp32 or bf16; None: the files', fp32 for fp16 (which bf16 would round).
+        loop_count: number of loops; None: the model's own, 1 for a dense model.
+        preset: how the loops added to a one-loop model are parameterized (config/presets.py), keeping its logits at
+            first; None: as in the paper, which changes them.
+        loop_span: (first, last), the layers of a one-loop model that will loop; None: all.
+        key_shift: keys and values get a learned share of the previous token's, initially zero.
+        precision: fp32 or bf16; None: the files', or fp32 if that is fp16 (which bf16 would round).
     """
 
     model: Path
@@ -58,10 +58,10 @@ class ImportResult:
 
     Attributes:
         checkpoint: the published folder.
-        model: the imported one's settings.
-        new_loops: whether the files are of a model of one loop, and this is one of several.
-        fresh: tensors that the files lack and that start as in a new model: gates, their norms, scales of loops.
-        dropped: tensors of the files that the model does not use.
+        model: the imported model's settings.
+        new_loops: whether the files have a one-loop model and the import has several loops.
+        fresh: number of tensors that the files lack and that start as in a new model: gates, their norms, loop scales.
+        dropped: number of tensors in the files that the model does not use.
         tokenizer: the copy that training reads, None if there was none.
     """
 
@@ -78,7 +78,7 @@ class ImportResult:
 
 
 def import_model(options: ImportOptions) -> ImportResult:
-    """Write a run's folder with one checkpoint, of weights at step 0, completely or not at all.
+    """Write a run's folder with one weights-only checkpoint at step 0, completely or not at all.
 
     Raises:
         UserError: the folder is not a known model, is broken, or the target exists.
@@ -130,38 +130,38 @@ def import_model(options: ImportOptions) -> ImportResult:
 
 
 def _with_preset(model: ModelConfig, source: ModelConfig, preset: str) -> ModelConfig:
-    """The preset's loops around the source's layers, which stay as they are.
+    """Return the model with the preset's loops around the source's layers, which stay as they are.
 
     Raises:
         UserError: there are no new loops, or the preset's would change the first logits.
     """
     if source.loop_count > 1:
         raise UserError(
-            f"--preset is for a model of one loop; this one's {source.loop_count} have settings of their own"
+            f"--preset is for one-loop models; this model's {source.loop_count} loops have settings of their own"
         )
     if model.loop_count == 1:
-        raise UserError("--preset says how later loops are parameterised: give --loop-count 2 or more, too")
+        raise UserError("--preset says how later loops are parameterized: also give --loop-count 2 or more")
     branches = {name: getattr(source, name) for name in ("residual_scaling", "residual_scale")}
     model = dataclasses.replace(model, **{**LOOP_PRESETS[preset], **branches, "gate_activation": "tanh"})
     if not derived.starts_as_one_loop(model):
         read = f"{model.embedding_scale:g} E + {derived.hidden_scale(model):g} h"
         raise UserError(
-            f"--preset {preset}: later loops would read {read} instead of E, so that the first logits would not be the "
-            "model's; use --preset recommended"
+            f"--preset {preset}: later loops would read {read} instead of E, so the logits would differ from the "
+            "model's at first; use --preset recommended"
         )
     return model
 
 
 def _with_span(model: ModelConfig, source: ModelConfig, span: list[int]) -> ModelConfig:
-    """New loops over some of the source's layers.
+    """Return the model with new loops over some of the source's layers.
 
     Raises:
         UserError: there are no new loops, or no such layers.
     """
     if source.loop_count > 1:
-        raise UserError(f"--loop-span is for a model of one loop; this one's {source.loop_count} have their layers")
+        raise UserError(f"--loop-span is for one-loop models; this model's {source.loop_count} loops have their layers")
     if model.loop_count == 1:
-        raise UserError("--loop-span says which layers loop: give --loop-count 2 or more, too")
+        raise UserError("--loop-span says which layers loop: also give --loop-count 2 or more")
     if not 0 <= span[0] < span[1] <= model.num_layers:
         first, last = span
         raise UserError(f"--loop-span {first} {last}: give 0 <= FIRST < LAST <= {model.num_layers}, the model's layers")
@@ -169,7 +169,7 @@ def _with_span(model: ModelConfig, source: ModelConfig, span: list[int]) -> Mode
 
 
 def _with_key_shift(model: ModelConfig) -> ModelConfig:
-    """Learned shares of the previous token's keys and values, zero at first.
+    """Return the model with learned shares of the previous token's keys and values, initially zero.
 
     Raises:
         UserError: the model has shifted keys already.
@@ -184,14 +184,14 @@ def _precision(options: ImportOptions, files: SafetensorsFolder) -> str:
     if options.precision is None:
         return found if found in _TRAINABLE else "fp32"
     if options.precision not in _TRAINABLE:
-        raise UserError(f"--dtype must be {' or '.join(_TRAINABLE)}, training's, not {options.precision}")
+        raise UserError(f"--dtype must be {' or '.join(_TRAINABLE)}, as in training, not {options.precision}")
     return options.precision
 
 
 def _tensors(
     files: SafetensorsFolder, source_mappings: list[ParamMapping], mappings: list[ParamMapping], target: HFModelConfig
 ) -> tuple[list[LazyTensor], int]:
-    """The checkpoint's tensors, and how many of them the files lack."""
+    """Return the checkpoint's tensors, and how many of them the files lack."""
     by_name = {mapping.name: mapping for mapping in source_mappings}
     rows = derived.padded_vocab_size(target.model, target.vocab_size)
     tensors, fresh = [], 0
@@ -211,7 +211,7 @@ def _convert(files: SafetensorsFolder, mapping: ParamMapping) -> Tensor:
 
 
 def _fresh(mapping: ParamMapping, model: ModelConfig) -> Tensor:
-    """The values of a new model."""
+    """Return the initial values that a new model has."""
     value = mapping.parameter.constant(model)
     assert value is not None, mapping.name
     return torch.full(mapping.shape, value)
@@ -230,7 +230,7 @@ def _run_config(options: ImportOptions, target: HFModelConfig, precision: str, t
 
 
 def _model_yaml(config: RunConfig, output: Path) -> str:
-    """The file for a run's configuration to include."""
+    """Return the YAML for a run's configuration to include."""
     defaults = dataclasses.asdict(ModelConfig())
     model = {name: value for name, value in dataclasses.asdict(config.model).items() if value != defaults[name]}
     model["loop_count"] = config.model.loop_count

@@ -1,4 +1,4 @@
-"""What a Hugging Face folder says of its model that the models made from it must say too: its name and its licence."""
+"""Name and license of a Hugging Face folder's model, which models made from it must state too."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/[^/]+$")  # in the h
 
 
 def read_lineage(folder: Path) -> dict[str, str]:
-    """`base_model`, by its name on the hub where the folder tells it, and what its card says of its licence."""
+    """Return `base_model`, by its name on the hub if the folder reveals it, and its card's license keys."""
     found = _SNAPSHOT.search(str(folder.absolute()))
     name = f"{found[1]}/{found[2]}" if found else folder.resolve().name
     return {"base_model": name, **read_license(folder)}
 
 
 def read_license(folder: Path) -> dict[str, str]:
-    """The keys of licences in the front matter of the folder's card, which has one between lines of `---`, or none."""
+    """Return the license keys in the front matter of the folder's card, if it has one: it is between lines of `---`."""
     try:
         text = (folder / CARD).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -37,6 +37,6 @@ def read_license(folder: Path) -> dict[str, str]:
 
 
 def front_matter(lineage: dict[str, str]) -> list[str]:
-    """Lines of a card's front matter."""
+    """Return the lines of a card's front matter."""
     known = {key: lineage[key] for key in (*_LICENSE, "base_model") if key in lineage}
     return yaml.safe_dump(known, sort_keys=False).splitlines() if known else []

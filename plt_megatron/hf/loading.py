@@ -1,4 +1,4 @@
-"""Loads an exported model with this installation's code. Python that its folder holds is never run."""
+"""Loads an exported model with this installation's code. Python code in its folder is never run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from plt_megatron.hf.sources import open_source
 
 
 def load_export(folder: Path) -> tuple[Any, Any]:
-    """(tokenizer, model), by transformers: the model in the files' precision, on the CPU.
+    """Return (tokenizer, model), loaded by transformers: the model in the files' precision, on the CPU.
 
     Raises:
-        UserError: the files are damaged, lack tensors or a tokenizer, or are of no model that transformers or we have
-            code for.
+        UserError: the files are damaged, lack tensors or a tokenizer, or are of a model that neither transformers nor
+            we have code for.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -37,6 +37,6 @@ def load_export(folder: Path) -> tuple[Any, Any]:
 
 
 def check_chat_template(tokenizer: Any, folder: Path) -> None:
-    """Raise `UserError` if there is none."""
+    """Raise `UserError` if the tokenizer has no chat template."""
     if not tokenizer.chat_template:
         raise UserError(f"{folder}: its tokenizer has no chat template; leave --chat out")

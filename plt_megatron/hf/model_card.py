@@ -49,11 +49,11 @@ The weights' names and config.json's keys are LoopCoder-v2's (`IQuestPLTCoderFor
 
 
 def model_card(source: ModelSource, name: str, mappings: list[ParamMapping], style: str) -> str:
-    """The card's text.
+    """Return the card's text.
 
     Args:
-        name: the exported folder's.
-        mappings: of the exported tensors, to count parameters.
+        name: the exported folder's name.
+        mappings: mappings of the exported tensors, to count parameters.
     """
     tags = ["plt", "parallel-loop-transformer"] if source.model.loop_count > 1 else ["plt"]
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation", *front_matter(source.lineage)]
@@ -158,7 +158,7 @@ def _training_facts(source: ModelSource) -> Iterator[tuple[str, Any]]:
     yield "steps", f"{progress['step']:,}"
     yield "tokens", f"{trained_tokens(progress):,}"
     yield "data", _data(config["data"])
-    # Once there were no schedules.
+    # Older checkpoints have no schedules.
     batches, lengths = training.get("batch_schedule", []), config["data"].get("length_schedule", [])
     yield "sequence length", f"{config['data']['sequence_length']:,}{_at_first(lengths, 'sequence_length')}"
     yield "global batch", f"{training['global_batch_size']:,} sequences{_at_first(batches, 'global_batch_size')}"
@@ -169,7 +169,7 @@ def _training_facts(source: ModelSource) -> Iterator[tuple[str, Any]]:
     if progress["layout"]:  # an average has none
         yield "layout", ", ".join(f"{name.removesuffix('_size')} {size}" for name, size in progress["layout"].items())
     versions = dict(progress["versions"])
-    if "megatron-core" in versions:  # of checkpoints of before 2026-11-26 it ends with our commit
+    if "megatron-core" in versions:  # in checkpoints from before 2026-11-26 it ends with our commit
         versions["megatron-core"] = versions["megatron-core"].partition("+")[0]
     yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
 
@@ -189,7 +189,7 @@ def _averaged(progress: Mapping[str, Any]) -> str:
 def _data(data: Mapping[str, Any]) -> str:
     stages = [
         f"{_mix(stage['sources'])} up to {stage['until']:,} tokens" for stage in data.get("stages", [])
-    ]  # once there were none
+    ]  # older checkpoints have none
     return ", then ".join([*stages, _mix(data["sources"] or data["train_sources"])])
 
 
@@ -200,7 +200,7 @@ def _mix(sources: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _validation_losses(source: ModelSource) -> Iterator[tuple[str, Any]] | None:
-    """The losses measured at the checkpoint's step, from the run's metrics if they are beside it."""
+    """Return the losses measured at the checkpoint's step, from the run's metrics if they are beside it."""
     try:
         records = RunFolder(source.path.parent.parent).metrics().validation
     except UserError:

@@ -8,13 +8,13 @@ The layer stack f runs L times with the same weights (paper section 3). With E t
 
 `shift` moves a sequence one token to the right and puts a zero vector at the first position, so that in
 decoding every loop of a step can run at once: the L loops are rows of one batch through every linear layer.
-With `loop_span` f is the layers of that range. Those before it run once, and E is their output; those after it run
-once, on h(L): a step is still one pass, of one row, then L, then one.
+With `loop_span`, f is the layers of that range. The layers before it run once, and E is their output; the layers after
+it run once, on h(L). A step is still one pass: of one row, then L rows, then one.
 Row 1 writes its keys and values to the cache before the other rows attend to them, each row l >= 2 keeps a ring
 of `window_size` keys and values of its own, and h(1..L-1) of the last position are carried to the next step; with
-`key_shift` so is what the next keys take of the last ones, of every layer and loop.
+`key_shift` so is what the next keys take from the last ones, for every layer and loop.
 
-Shapes: B sequences, T new tokens (or rows, one a loop, in a parallel step), N cached and new tokens, H query
+Shapes: B sequences, T new tokens (or rows, one per loop, in a parallel step), N cached and new tokens, H query
 heads, K key/value heads, G = H / K, D the head dimension, d the hidden size, w the window, L the loop count.
 """
 
@@ -39,18 +39,18 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_plt import PLTConfig
 
-# transformers 5.24 renamed `past_key_values`; an export is to load in both.
+# transformers 5.24 renamed `past_key_values`; an export must load in both.
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-# Cached tokens are stored in buffers that grow by this many, so that a step copies its own token only.
+# Cached tokens are stored in buffers that grow by this many, so that a step copies only its own token.
 CACHE_GROWTH = 128
-NOT_RECORDED = "cannot take {} tokens back: call activate_past_recording() on the cache before they are added"
+NOT_RECORDED = "cannot remove {} tokens: call activate_past_recording() on the cache before they are added"
 # Queries per block of the windowed attention over many tokens: it costs O(n * (block + w)).
 WINDOW_BLOCK = 64
 
 
 @dataclass
 class PLTPass:
-    """What the layers need to know of one pass. Rows are tokens of loop `loop`, or, if it is None, all loops.
+    """State that the layers need during one pass. Rows are tokens of loop `loop` or, if it is None, all loops.
 
     Tensors move with `to`, so that a pass can cross devices.
     """
@@ -69,10 +69,10 @@ class PLTPass:
     prefix_slots: torch.Tensor | None = None  # where the w - 1 tokens before this pass are, oldest first
     position_ids: torch.Tensor | None = None  # packed documents, for flash attention
     real: torch.Tensor | None = None  # [B or 1, T, 1], False where a new token is padding; None: nowhere
-    continues: torch.Tensor | None = None  # [B or 1, T, 1], whether it follows one of its text; None: they all do
+    continues: torch.Tensor | None = None  # [B or 1, T, 1], whether a token follows one of its text; None: all do
 
     def once(self) -> "PLTPass":
-        """The same pass through a layer that does not loop: as through a first loop that nothing follows."""
+        """Return the same pass for a layer that does not loop: like a first loop that nothing follows."""
         return replace(self, loop=0, global_mask=self.once_mask)
 
     def to(self, device: Any, non_blocking: bool = False) -> "PLTPass":
@@ -84,9 +84,9 @@ class PLTPass:
 class PLTCacheLayer:
     """Keys and values of one layer.
 
-    keys, values: [B, S, K, capacity, D], S = 1 of what is shared with the first loop, else one store a loop.
-    window_keys, window_values: [B, W, K, w, D], the rings of loops 2..W+1; token t lies in slot t % w.
-    carry: [B, C, P], what the next token's keys take of the last one's (`PLTKeyShift`), of loops 1..C; P = 0: nothing.
+    keys, values: [B, S, K, capacity, D], S = 1 if shared with the first loop, otherwise one store per loop.
+    window_keys, window_values: [B, W, K, w, D], the rings of loops 2..W+1; token t is in slot t % w.
+    carry: [B, C, P], what the next token's keys take from the last one's (`PLTKeyShift`) in loops 1..C; P = 0: nothing.
     """
 
     supports_early_init = True
@@ -139,7 +139,7 @@ class PLTCacheLayer:
         return [tensor for tensor in candidates if tensor is not None]
 
     def write(self, key: torch.Tensor, value: torch.Tensor, loops: slice, state: PLTPass) -> None:
-        """Store key and value [B, l, K, T, D] of these loops after what is cached; of what is shared, the first's."""
+        """Append key and value [B, l, K, T, D] of these loops to the cache; if shared, only the first loop's."""
         if not self.is_initialized:
             self.lazy_initialization(key[:, 0], value[:, 0])
         if self.static_length is None:
@@ -169,8 +169,8 @@ class PLTCacheLayer:
             setattr(self, name, new)
 
     def read(self, loops: slice, state: PLTPass, new_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [B, l, K, N, D] of these loops up to this pass's tokens (all slots of a static cache); l is 1
-        of what is shared."""
+        """Return keys and values [B, l, K, N, D] of these loops up to this pass's tokens (all slots of a static cache);
+        l is 1 if shared."""
         end = self.static_length if self.static_length is not None else state.start + new_tokens
         keys, values = (each[:, self._stores(each, loops), :, :end] for each in (self.keys, self.values))
         return keys, values
@@ -194,22 +194,22 @@ class PLTCacheLayer:
             )
 
     def read_window(self, loops: slice, state: PLTPass) -> tuple[torch.Tensor, torch.Tensor]:
-        """The filled slots of the rings, [B, s, K, <= w, D], in no order: softmax has none."""
+        """Return the filled slots of the rings, [B, s, K, <= w, D], in any order: softmax does not depend on it."""
         full = self.static_length is not None
         end = self.window_size if full else min(state.start + 1, self.window_size)
         return self.window_keys[:, loops, :, :end], self.window_values[:, loops, :, :end]
 
     def read_prefix(self, loop: int, state: PLTPass) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The tokens before this pass that its windows reach, [B, K, <= w-1, D], oldest first."""
+        """Return the tokens before this pass that its windows reach, [B, K, <= w-1, D], oldest first."""
         if state.prefix_slots is None:
             return None
         keys = self.window_keys[:, loop].index_select(2, state.prefix_slots)
         return keys, self.window_values[:, loop].index_select(2, state.prefix_slots)
 
     def shift(self, taken: torch.Tensor, loops: slice, state: PLTPass) -> torch.Tensor:
-        """What each row's keys get of the token before, [B, T, P], and the carry for the next pass.
+        """Return what each row's keys take from the token before, [B, T, P], and keep the carry for the next pass.
 
-        taken: [B, T, P], what the keys of T tokens of one loop hand on, or those of T loops of one token.
+        taken: [B, T, P], what the keys of T tokens of one loop, or of T loops of one token, hand on.
         """
         before = self.carry[:, loops].clone()
         real = taken if state.real is None else taken * state.real.to(taken.dtype)
@@ -238,7 +238,7 @@ class PLTCacheLayer:
         self.past = list(zip(keys.unbind(1), values.unbind(1), strict=True))
 
     def crop_carry(self, removed: int) -> None:
-        """Take back the last tokens' carries."""
+        """Remove the last tokens' carries."""
         if self.carry is None:
             return
         if self.past_carries is None or self.past_carries[0].shape[1] <= removed:
@@ -249,7 +249,7 @@ class PLTCacheLayer:
             self.carry[:, loop : loop + 1] = past[:, end - 1 : end]
 
     def crop_window(self, removed: int, length: int) -> None:
-        """Take back the last tokens, leaving `length`, and keep no more of the past than the windows need."""
+        """Remove the last tokens, leaving `length`, and keep no more of the past than the windows need."""
         if not self.window_loops or not self.is_initialized:
             return
         kept = min(length, self.window_size)
@@ -285,10 +285,10 @@ def _replace(old: torch.Tensor, new: torch.Tensor, static: bool) -> torch.Tensor
 class PLTCache(Cache):
     """The decoding state of a PLT: keys and values, the window rings, and the carried hidden states.
 
-    It holds, per sequence, N tokens of K/V a layer (L times what is not shared in layers that loop), (L - 1)
-    rings of w tokens a layer that loops and (L - 1) vectors h(1..L-1) of the last position; with `key_shift` also what
-    the next keys take of the last position's, of every layer and loop. Copies (`copy.deepcopy`)
-    are independent, so a stored prefix can be continued any number of times. `crop` takes back tokens that came after
+    Per sequence it holds N tokens of K/V per layer (L times, if not shared, in layers that loop), (L - 1) rings of w
+    tokens per layer that loops, and (L - 1) vectors h(1..L-1) of the last position; with `key_shift` also what the next
+    keys take from the last position's, for every layer and loop. Copies (`copy.deepcopy`) are independent, so a stored
+    prefix can be continued any number of times. `crop` removes tokens that were added after
     `activate_past_recording()`.
 
     Args:
@@ -323,7 +323,7 @@ class PLTCache(Cache):
         self.length: Any = 0 if max_cache_len is None else torch.zeros((), dtype=torch.long)
 
     def prepare(self, like: torch.Tensor) -> None:
-        """Allocate what is not a layer's, for hidden states like [B, T, d]."""
+        """Allocate the state outside the layers, for hidden states like [B, T, d]."""
         if self.static_length is not None and self.length.device != like.device:
             self.length = self.length.to(like.device)
         if self.carries and self.carry is None:
@@ -335,7 +335,7 @@ class PLTCache(Cache):
                 self.past_carries = self.carry[:, None]
 
     def advance(self, tokens: int, states: list[torch.Tensor]) -> None:
-        """Count the new tokens and keep the carries out of `states`, h(1..L-1) of shape [B, T, d]."""
+        """Count the new tokens and keep the carries from `states`, h(1..L-1) of shape [B, T, d]."""
         if self.carries:
             last = torch.stack([state[:, -1] for state in states], 1)
             self.carry = _replace(self.carry, last, static=self.static_length is not None)
@@ -362,7 +362,7 @@ class PLTCache(Cache):
             self.past_carries = self.carry[:, None]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last `-tokens_to_remove` tokens (a negative number, as in transformers)."""
+        """Remove the last `-tokens_to_remove` tokens (a negative number, as in transformers)."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, not {tokens_to_remove}")
         removed = -tokens_to_remove
@@ -434,7 +434,7 @@ class PLTCache(Cache):
         self._map_batch(lambda tensor: tensor[indices.to(tensor.device)])
 
     def memory_bytes(self, allocated: bool = False) -> int:
-        """Bytes of state: of the tokens held (rings are always whole), or of everything allocated."""
+        """Return the bytes of state: of the tokens held (rings are always whole), or of everything allocated."""
         total = 0 if self.carry is None else self.carry.nbytes
         for layer in self.layers:
             for tensor in layer.tensors():
@@ -449,7 +449,7 @@ class PLTCache(Cache):
 
 
 def unit_rms(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / rms(x) over the last dimension, computed in fp32."""
+    """Return x / rms(x) over the last dimension, computed in fp32."""
     x = hidden_states.float()
     return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)).to(hidden_states.dtype)
 
@@ -492,7 +492,8 @@ class PLTRotaryEmbedding(nn.Module):
 
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [B or 1, T, 1, D] of positions [B or 1, T], in x's dtype; sin half negated, see `rotate`."""
+        """Return cos and sin [B or 1, T, 1, D] of positions [B or 1, T], in x's dtype; half of sin is negated, see
+        `rotate`."""
         angles = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float)
         cos = (angles.cos() * self.attention_scaling).to(x.dtype)
         sin = (angles.sin() * self.attention_scaling).to(x.dtype)
@@ -527,7 +528,7 @@ def eager_attention_forward(
 
 
 class _FoldedHeads:
-    """What an attention interface reads of a module, for queries folded into rows of their key/value head."""
+    """What an attention interface reads from a module, for queries folded into rows of their key/value head."""
 
     is_causal = False
 
@@ -566,11 +567,11 @@ class PLTGate(nn.Module):
 
 
 class PLTKeyShift(nn.Module):
-    """Keys that are, in part, the previous token's, before RoPE; zero for the first of a text.
+    """Keys that come in part from the previous token, before RoPE; zero for the first token of a text.
 
     key_shift "heads": the keys of the second half of the key/value heads.
-    key_shift "channels": of every key, the half of the channels that RoPE turns slowly.
-    key_shift "learned": k_t + a (k_(t-1) - k_t) and v_t + b (v_(t-1) - v_t), a and b one number a key/value head.
+    key_shift "channels": in every key, the half of the channels that RoPE rotates slowly.
+    key_shift "learned": k_t + a (k_(t-1) - k_t) and v_t + b (v_(t-1) - v_t), with one a and b per key/value head.
     """
 
     def __init__(self, config: PLTConfig):
@@ -582,13 +583,13 @@ class PLTKeyShift(nn.Module):
 
     @staticmethod
     def width(config: PLTConfig) -> int:
-        """P, the numbers of a token that the next one takes from it."""
+        """Return P, how many numbers the next token takes from a token."""
         heads, dim = config.num_key_value_heads, config.head_dim
         sizes = {"none": 0, "heads": (heads - heads // 2) * dim, "channels": heads * dim // 2}
         return sizes.get(config.key_shift, 2 * heads * dim)
 
     def taken(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """What tokens hand on to the next, [B, T, P], of key and value [B, T, K, D]."""
+        """Return what tokens hand on to the next, [B, T, P], from key and value [B, T, K, D]."""
         if self.form == "heads":
             return key[:, :, key.shape[2] // 2 :].flatten(2)
         if self.form == "channels":
@@ -598,13 +599,13 @@ class PLTKeyShift(nn.Module):
     def forward(
         self, key: torch.Tensor, value: torch.Tensor, before: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """key and value [B, T, K, D] with what the tokens before hand on, [B, T, P]."""
+        """Combine key and value [B, T, K, D] with what the tokens before hand on, [B, T, P]."""
         batch, tokens, heads, dim = key.shape
         if self.form == "heads":
             kept = heads // 2
             return torch.cat([key[:, :, :kept], before.view(batch, tokens, heads - kept, dim)], 2), value
         if self.form == "channels":
-            fast = key.unflatten(-1, (2, 2, -1))[..., 0, :]  # RoPE turns channel i with i + D / 2
+            fast = key.unflatten(-1, (2, 2, -1))[..., 0, :]  # RoPE rotates pairs (i, i + D / 2)
             return torch.stack([fast, before.view(fast.shape)], -2).flatten(-3), value
         before_key, before_value = before.view(batch, tokens, heads, 2 * dim).split(dim, -1)
         return torch.lerp(key, before_key, self.key[:, None]), torch.lerp(value, before_value, self.value[:, None])
@@ -648,7 +649,7 @@ class PLTAttention(nn.Module):
         state: PLTPass,
         cache: PLTCache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Attention over normed hidden_states [B, T, d]; `residual` is the layer's input, for the gate.
+        """Compute attention over normed hidden_states [B, T, d]; `residual` is the layer's input, for the gate.
 
         Returns the output [B, T, d], weights or None, and this pass's keys and values [B, K, T, D], which a
         first loop without a cache hands to the later ones as `shared_key` and `shared_value`.
@@ -679,7 +680,7 @@ class PLTAttention(nn.Module):
         return norm(self._split(x)) if self.norm_heads else self._split(norm(x))
 
     def _before(self, key: torch.Tensor, value: torch.Tensor, state: PLTPass, cache: PLTCache | None) -> torch.Tensor:
-        """What the tokens before hand on to key and value [B, T, K, D], [B, T, P]."""
+        """Return what the tokens before hand on to key and value [B, T, K, D], as [B, T, P]."""
         taken = self.key_shift.taken(key, value)
         if cache is None:
             before = F.pad(taken[:, :-1], (0, 0, 1, 0))
@@ -694,7 +695,7 @@ class PLTAttention(nn.Module):
         return before * state.continues.to(before.dtype)
 
     def _kv_input(self, hidden_states: torch.Tensor, state: PLTPass) -> torch.Tensor | None:
-        """The rows whose own keys and values anything attends to: without a window, the first loop's only."""
+        """Return the rows whose own keys and values are attended to: without a window, only the first loop's."""
         if not self.config.shares_values or self.config.gated_window or state.loop == 0:
             return hidden_states
         return hidden_states[:, :1] if state.loop is None else None
@@ -753,7 +754,7 @@ class PLTAttention(nn.Module):
         state: PLTPass,
         cache: PLTCache | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [B, K, N, D] that loop `state.loop` attends to in full."""
+        """Return the keys and values [B, K, N, D] that loop `state.loop` attends to in full."""
         if cache is None:
             if state.loop == 0 or not self.config.share_kv:
                 return key, value
@@ -912,16 +913,16 @@ class PLTMLP(nn.Module):
 
 
 class PLTRouter(nn.Module):
-    """Logits of the experts, and the bias by which they are chosen, or None.
+    """Logits of the experts, and the bias for choosing them, or None.
 
-    Offloading loads a module's weights when that module is called: nothing else may read them. Not an `nn.Linear`,
-    since quantization and adapters replace those.
+    Offloading loads a module's weights when that module is called, so nothing else may read them. This is not an
+    `nn.Linear`, since quantization and adapters replace those.
     """
 
     def __init__(self, config: PLTConfig):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
-        # Balances the load without a loss: part of the choice, not of the weights. The name is DeepSeek-V3's.
+        # Balances the load without a loss: it affects the choice, not the weights. The name is DeepSeek-V3's.
         bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.use_routing_bias else None
         self.register_buffer("e_score_correction_bias", bias)
 
@@ -931,9 +932,9 @@ class PLTRouter(nn.Module):
 
 
 class PLTMoE(nn.Module):
-    """A mixture of experts: each row goes to the `num_experts_per_tok` that the gate prefers, and to the shared one.
+    """A mixture of experts: each row goes to the `num_experts_per_tok` that the gate prefers, and to the shared expert.
 
-    A row is a token in a loop: the loops of a token choose for themselves. No row is dropped.
+    A row is a token in one loop: each loop of a token chooses for itself. No row is dropped.
     """
 
     def __init__(self, config: PLTConfig):
@@ -947,7 +948,7 @@ class PLTMoE(nn.Module):
         self.shared_expert = PLTMLP(config, shared) if shared else None
 
     def route(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """rows [T, d] to the experts' weights, in fp32, and their numbers, both [T, top_k]."""
+        """rows [T, d] to the experts' weights, in fp32, and their indices, both [T, top_k]."""
         logits, bias = self.gate(rows)
         scores = logits.sigmoid() if self.scoring_func == "sigmoid" else logits.softmax(-1)
         chosen = (scores if bias is None else scores + bias.float()).topk(self.top_k, dim=-1).indices
@@ -960,7 +961,7 @@ class PLTMoE(nn.Module):
         """[B, T, d] to the same."""
         rows = hidden_states.flatten(0, 1)
         weights, chosen = self.route(rows)
-        # Rows sorted by expert: each expert that is used at all runs once.
+        # Sort rows by expert: each expert that is used at all runs once.
         order = chosen.flatten().argsort(stable=True)
         counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
         out = torch.zeros_like(rows)
@@ -1027,7 +1028,7 @@ class PLTLoopInput(nn.Module):
             self.hidden_scale = nn.Parameter(torch.full((size,), self.initial))
 
     def forward(self, embeds: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """E and h, shifted with cross_loop_parallel, [B, T, d] to the same."""
+        """E and h (already shifted with cross_loop_parallel), [B, T, d] to the same."""
         if self.norm:
             hidden_states = unit_rms(hidden_states, self.eps)
         a, b = self.embedding_scale, self.hidden_scale
@@ -1038,7 +1039,7 @@ def _scaled(x: torch.Tensor, scale: Any) -> torch.Tensor:
     return x if isinstance(scale, float) and scale == 1.0 else scale * x
 
 
-# Ends of the names of tensors that are no method's of quantization.
+# Name endings of tensors that do not come from a quantization method.
 _PLAIN = (".weight", ".bias", "_bias", ".hidden_scale", ".key_shift.key", ".key_shift.value")
 
 
@@ -1056,7 +1057,7 @@ class PLTPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: PLTConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
-        # Which experts run is known when it happens only.
+        # Which experts run is known only at run time.
         self._can_compile_fullgraph = config.num_experts is None
         if config.loop_count == 1:
             # A PLT loaded as a plain transformer has no use for its gates and its scale of h.
@@ -1066,22 +1067,22 @@ class PLTPreTrainedModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
-        """transformers' own, which only warns where it makes up tensors or leaves some out. Here that is an error.
+        """Load like transformers, but raise an error where it only warns that it makes up tensors or leaves some out.
 
         Raises:
             ValueError: the files lack tensors of the model, or have others of its modules; the message names them.
         """
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        if not getattr(model, "_hf_peft_config_loaded", False):  # it is the adapter's, then
+        if not getattr(model, "_hf_peft_config_loaded", False):  # otherwise the info is the adapter's
             model._check_loaded(info, pretrained_model_name_or_path)
         return (model, info) if output_loading_info else model
 
     def _check_loaded(self, info: dict[str, Any], source: Any) -> None:
         missing, own = set(info["missing_keys"]), self.state_dict().keys()
-        # A method of quantization may make its further tensors: a module is missed if nothing of it is there.
+        # A quantization method may make further tensors itself: a module is missing if none of its tensors is there.
         read = {name.rpartition(".")[0] for name in own - missing}
         missing = {name for name in missing if name.endswith(_PLAIN) or name.rpartition(".")[0] not in read}
-        # What others add beside the model's parts, such as a value head, is theirs.
+        # Tensors that others add beside the model's parts, such as a value head, are not checked.
         parts = {self.base_model_prefix, *(name.partition(".")[0] for name in own)}
         unexpected = {
             name for name in info["unexpected_keys"] if name.endswith(_PLAIN) and name.partition(".")[0] in parts
@@ -1096,7 +1097,7 @@ class PLTPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, PLTGate):
-            # Half and half at the start, as LoopCoder-v2 does.
+            # Half and half at the start, like LoopCoder-v2.
             for parameter in module.parameters(recurse=False):
                 init.zeros_(parameter)
         if isinstance(module, PLTKeyShift):
@@ -1133,7 +1134,7 @@ class PLTModel(PLTPreTrainedModel):
         self.post_init()
 
     def new_cache(self, max_cache_len: int | None = None, loop_count: int | None = None) -> PLTCache:
-        """An empty cache for this model: growing, or static if `max_cache_len` is given."""
+        """Create an empty cache for this model: growing, or static if `max_cache_len` is given."""
         return PLTCache(self.config, max_cache_len, self._loop_count(loop_count))
 
     @capture_outputs
@@ -1159,11 +1160,11 @@ class PLTModel(PLTPreTrainedModel):
                 does not follow the one before it starts a new (packed) document, which attends to and receives
                 nothing from the others.
             use_cache: None: the configuration's, except while gradients are recorded. A cache is for
-                inference: with one, no gradient is.
+                inference: with one, no gradients are recorded.
             loop_count: loops to run, at most the configuration's.
             loop_mode: how a step of one cached token runs: "parallel" (the default where cross_loop_parallel
                 allows it) or "serial", one loop after the other.
-            past_key_values: `cache`, by its name before transformers 5.24.
+            past_key_values: `cache` under its name before transformers 5.24.
 
         Hidden states recorded by `output_hidden_states` are one [B, T, d] per layer and loop; in a parallel
         step one [B, L, d] per layer.
@@ -1218,7 +1219,7 @@ class PLTModel(PLTPreTrainedModel):
         if not isinstance(cache, PLTCache):
             raise ValueError(f"a PLT decodes with a PLTCache (model.new_cache()), not with {type(cache).__name__}")
         if cache.loop_count != loops:
-            raise ValueError(f"the cache was filled with {cache.loop_count} loops, and {loops} are asked for")
+            raise ValueError(f"the cache was filled with {cache.loop_count} loops, but {loops} are requested")
         if cache.static_length is not None and _is_flash(self.config):
             raise ValueError("a static PLT cache works with sdpa or eager attention, not with flash attention")
 
@@ -1284,19 +1285,19 @@ class PLTModel(PLTPreTrainedModel):
         return run(embeds, state, cache, layout)
 
     def _once(self, layers: range, hidden_states: torch.Tensor, state: PLTPass, cache: PLTCache | None) -> torch.Tensor:
-        """New tokens [B, T, d] through layers that do not loop."""
+        """Run new tokens [B, T, d] through layers that do not loop."""
         device, state = hidden_states.device, state.once()
         for index in layers:
             hidden_states = self.layers[index](hidden_states, state=state, cache=cache)[0]
         return hidden_states.to(device)
 
     def _close(self, hidden_states: torch.Tensor, state: PLTPass, cache: PLTCache | None) -> torch.Tensor:
-        """h(L) of new tokens [B, T, d] through the layers after those that loop, and the final norm."""
+        """Run h(L) of new tokens [B, T, d] through the layers after those that loop, and the final norm."""
         coda = range(self.config.looped_layers.stop, len(self.layers))
         return self.norm(self._once(coda, hidden_states, state, cache))
 
     def _parallel_step(self, embeds: torch.Tensor, state: PLTPass, cache: PLTCache, layout: "_Layout") -> torch.Tensor:
-        """One token, every loop at once: row 1 is e_i, row l is e_i plus the carried h(l-1) of position i-1."""
+        """Run every loop of one token at once: row 1 is e_i, row l is e_i plus the carried h(l-1) of position i-1."""
         later = self.loop_input(embeds, cache.carry)
         hidden_states = torch.cat([embeds, later], 1)
         for index in self.config.looped_layers:
@@ -1312,7 +1313,7 @@ class PLTModel(PLTPreTrainedModel):
     def _loop_by_loop(
         self, embeds: torch.Tensor, state: PLTPass, cache: PLTCache | None, layout: "_Layout"
     ) -> torch.Tensor:
-        """New tokens [B, T, d], one loop after the other; returns the normed output of the last."""
+        """Run new tokens [B, T, d] one loop after the other; return the normed output of the last."""
         shared: list[tuple[Any, Any]] = [(None, None)] * len(self.layers)
         hidden_states, states = embeds, []
         for loop in range(state.loop_count):
@@ -1335,7 +1336,7 @@ class PLTModel(PLTPreTrainedModel):
         return hidden_states
 
     def _layer_by_layer(self, hidden_states: torch.Tensor, state: PLTPass, cache: PLTCache | None) -> torch.Tensor:
-        """New tokens [B, T, d], each layer's loops before the next layer's; returns the normed output of the last."""
+        """Run each layer's loops over new tokens [B, T, d] before the next layer's; return the last's normed output."""
         device = hidden_states.device
         for index in self.config.looped_layers:
             shared: tuple[Any, Any] = (None, None)
@@ -1356,7 +1357,7 @@ class PLTModel(PLTPreTrainedModel):
         loop: int,
         layout: "_Layout",
     ) -> torch.Tensor:
-        """Input of loop `loop` (from 0): `PLTLoopInput` of E and shift(h) or h, or h itself."""
+        """Return the input of loop `loop` (from 0): `PLTLoopInput` of E and shift(h) or h, or h itself."""
         if not self.config.cross_loop_parallel:
             return self.loop_input(embeds, hidden_states) if self.config.input_injection else hidden_states
         if cache is None:
@@ -1367,7 +1368,8 @@ class PLTModel(PLTPreTrainedModel):
 
 
 def _documents(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """Index of each token's packed document [B or 1, T]; None if there is one. Padding separates nothing."""
+    """Return the index of each token's packed document [B or 1, T], or None if there is only one. Padding separates
+    nothing."""
     if position_ids is None or position_ids.shape[-1] == 1:
         return None
     starts = position_ids.diff(dim=-1) != 1
@@ -1380,7 +1382,7 @@ def _documents(position_ids: torch.Tensor | None, attention_mask: torch.Tensor |
 
 
 class _Layout:
-    """Which cached and new tokens see each other: built once a pass, for all layers and loops.
+    """Which cached and new tokens see each other: built once per pass, for all layers and loops.
 
     `segments` [B or 1, N] numbers documents and is -1 at padding, None if every token is one real document.
     Tokens of one segment see each other (padding sees padding: no row of a softmax is empty).
@@ -1409,8 +1411,8 @@ class _Layout:
         self.is_real, self.continues = self._rows()
 
     def _rows(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """[B or 1, T, 1] each, None if all are: new tokens that are no padding, and those that follow one of their
-        text. The first continues the cache, whose carries are zero after padding, or nothing."""
+        """Return which new tokens are not padding, and which follow a token of their text: [B or 1, T, 1] each, None if
+        all do. The first new token continues the cache, whose carries are zero after padding, or nothing."""
         if self.new_segments is None:
             return None, None
         segments = self.new_segments
@@ -1445,22 +1447,22 @@ class _Layout:
         return mask.bool()
 
     def positions(self) -> torch.Tensor:
-        """Positions [B or 1, T] of the new tokens without padding: the gate sees absolute positions."""
+        """Return positions [B or 1, T] of the new tokens without padding: the gate sees absolute positions."""
         if not self.padded:
             return self.slots[None]
         counted = (self.segments >= 0).cumsum(-1) - 1
         return counted.clamp(min=0).index_select(1, self.slots)
 
     def real(self, states: torch.Tensor) -> torch.Tensor:
-        """Zero where the token is padding: what follows it starts afresh."""
+        """Set states of padding to zero: what follows it starts afresh."""
         return states if self.is_real is None else states * self.is_real.to(states.dtype)
 
     def continued(self, shifted: torch.Tensor) -> torch.Tensor:
-        """Zero in shifted states [B, T, d] where a token does not continue its document."""
+        """Set shifted states [B, T, d] to zero where a token does not continue its document."""
         return shifted if self.continues is None else shifted * self.continues.to(shifted.dtype)
 
     def fill(self, state: PLTPass, loops: int, parallel: bool, step: bool) -> None:
-        """Masks and slots of the pass."""
+        """Fill in the masks and slots of the pass."""
         state.real, state.continues = self.is_real, self.continues
         state.slots = self.slots if self.cache is not None else None
         windowed = self.config.gated_window and loops > 1
@@ -1487,7 +1489,7 @@ class _Layout:
         return torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, torch.finfo(self.dtype).min)
 
     def _global_mask(self, step: bool) -> torch.Tensor | None:
-        """[B or 1, 1, T, N]: causal, within a segment. None: everything, or causal by the kernel's own flag."""
+        """Return [B or 1, 1, T, N]: causal, within a segment. None: everything, or causal by the kernel's own flag."""
         if self.segments is None and (step or (self.start == 0 and self.config._attn_implementation == "sdpa")):
             return None
         keys = torch.arange(self.total, device=self.device)
@@ -1497,7 +1499,7 @@ class _Layout:
         return mask[:, None]
 
     def _ring_mask(self) -> torch.Tensor | None:
-        """[B or 1, 1, 1, <= w]: ring slots that hold a token of this segment. None: all that are filled."""
+        """Return [B or 1, 1, 1, <= w]: ring slots that hold a token of this segment. None: all that are filled."""
         if self.segments is None:
             return None
         width = self.config.window_size
@@ -1507,7 +1509,7 @@ class _Layout:
         return mask[:, None, None]
 
     def _prefix(self, state: PLTPass) -> int:
-        """Set where the tokens before this pass are in the rings; returns how many they are."""
+        """Set the ring slots of the tokens before this pass, and return how many there are."""
         width = self.config.window_size
         if self.cache is None or width == 1:
             return 0
@@ -1517,7 +1519,7 @@ class _Layout:
         return count
 
     def _block_mask(self, state: PLTPass) -> torch.Tensor:
-        """[B or 1, blocks, block, block + w - 1]: query i of a block sees keys i..i+w-1 of its segment."""
+        """Return [B or 1, blocks, block, block + w - 1]: query i of a block sees keys i..i+w-1 of its segment."""
         prefix = self._prefix(state)
         width = self.config.window_size if prefix else min(self.config.window_size, self.tokens)
         state.window = width
@@ -1537,7 +1539,7 @@ class _Layout:
         return band & ((keys[:, :, None, :] == queries[:, :, :, None]) | (offset == width - 1))
 
     def _segments_before(self, count: int, prefix: int) -> torch.Tensor:
-        """Segments [B or 1, count] of the tokens before this pass, -1 where there is none."""
+        """Return segments [B or 1, count] of the tokens before this pass, -1 where there is none."""
         positions = self.start - count + torch.arange(count, device=self.device)
         if self.segments is None:
             return torch.where(positions >= 0, 0, -1)[None]
@@ -1582,7 +1584,7 @@ class PLTForCausalLM(PLTPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def new_cache(self, max_cache_len: int | None = None, loop_count: int | None = None) -> PLTCache:
-        """An empty cache for this model: growing, or static if `max_cache_len` is given."""
+        """Create an empty cache for this model: growing, or static if `max_cache_len` is given."""
         return self.model.new_cache(max_cache_len, loop_count)
 
     @can_return_tuple
@@ -1601,7 +1603,7 @@ class PLTForCausalLM(PLTPreTrainedModel, GenerationMixin):
         past_key_values: PLTCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, T, vocab] of the last loop, and the loss if there are `labels` [B, T] (-100: ignored).
+        """Return logits [B, T, vocab] of the last loop, and the loss if there are `labels` [B, T] (-100: ignored).
 
         The other arguments are `PLTModel`'s.
         """
@@ -1618,7 +1620,7 @@ class PLTForCausalLM(PLTPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         cache = getattr(outputs, CACHE_NAME)
-        # Where the layers record no gradient, the head must not either: it alone would learn.
+        # If the layers record no gradient, the head must not either: it alone would learn.
         with nullcontext() if cache is None else torch.no_grad():
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(outputs.last_hidden_state[:, kept])
@@ -1636,14 +1638,14 @@ class PLTForCausalLM(PLTPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ) -> None:
-        """`generate` decodes with a `PLTCache`; its other caches cannot hold a PLT's state."""
+        """Make `generate` decode with a `PLTCache`; its other caches cannot hold a PLT's state."""
         if generation_config.assistant_early_exit is not None:
-            # transformers would lower num_hidden_layers for the draft: its cache is made by that, all layers run still.
+            # transformers would lower num_hidden_layers for the draft: that changes its cache; all layers still run.
             raise ValueError(
-                "assistant_early_exit is not for a PLT: load it with loop_count=1 and give that as assistant_model"
+                "a PLT has no assistant_early_exit: load the model with loop_count=1 and give that as assistant_model"
             )
         if generation_config.is_assistant and model_kwargs.get("loop_count") is not None:
-            # transformers copies it from the call of the model that is assisted, which may have more loops.
+            # transformers copies it from the call of the assisted model, which may have more loops.
             model_kwargs["loop_count"] = min(model_kwargs["loop_count"], self.config.loop_count)
         if model_kwargs.get(CACHE_NAME) is not None or generation_config.use_cache is False:
             super()._prepare_cache_for_generation(
@@ -1672,7 +1674,7 @@ class PLTForCausalLM(PLTPreTrainedModel, GenerationMixin):
         return F.pad(attention_mask, (0, cache.static_length - attention_mask.shape[1]), value=1)
 
 
-# `save_pretrained` then ships this file and its configuration, and writes `auto_map`.
+# This makes `save_pretrained` ship this file and its configuration, and write `auto_map`.
 PLTConfig.register_for_auto_class()
 PLTModel.register_for_auto_class("AutoModel")
 PLTForCausalLM.register_for_auto_class("AutoModelForCausalLM")

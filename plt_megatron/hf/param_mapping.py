@@ -17,7 +17,7 @@ from plt_megatron.model.parameters import EXPERT, LAYER, Parameter, Sizes, tenso
 
 # "loopcoder": the gate multiplies the global attention, whatever its side in the model.
 Style = Literal["plt", "loopcoder"]
-# Tensors of files that can be computed from the configuration.
+# Tensors in files that can be computed from the configuration.
 DERIVED_BUFFERS = ("rotary_emb.inv_freq",)
 EXTRA_STATES = ("._extra_state",)  # Transformer Engine's
 
@@ -27,9 +27,9 @@ class ParamMapping:
     """One tensor of a model and its counterpart.
 
     Attributes:
-        name, shape: ours, over the whole model, without the vocabulary's padding.
+        name, shape: our name and shape in the whole model, without the vocabulary's padding.
         hf: their names and shapes.
-        parameter: its line of the table.
+        parameter: its row of the table.
     """
 
     name: str
@@ -40,20 +40,20 @@ class ParamMapping:
     sizes: Sizes
 
     def to_hf(self, ours: Tensor) -> list[Tensor]:
-        """Their tensors, in the order of `hf`; views where that is possible."""
+        """Return their tensors, in the order of `hf`, as views where possible."""
         return self.form.to_hf(ours, self.sizes)
 
     def to_megatron(self, theirs: Sequence[Tensor]) -> Tensor:
-        """Our tensor from theirs, in the order of `hf`."""
+        """Return our tensor from theirs, in the order of `hf`."""
         return self.form.to_megatron(theirs, self.sizes)
 
     def shard(self, whole: Tensor, rank: int, size: int) -> Tensor:
-        """The part of our tensor that one of `size` tensor-parallel ranks holds."""
+        """Return the part of our tensor that one of `size` tensor-parallel ranks holds."""
         return self.parameter.part_of_rank(whole, rank, size)
 
 
 def mappings_for(model: ModelConfig, vocab_size: int, style: Style = "plt") -> list[ParamMapping]:
-    """The mappings of every tensor of `model`, in the order in which exports store them: layer by layer."""
+    """Return the mappings of every tensor of `model`, in the order in which exports store them: layer by layer."""
     sizes = Sizes.of(model, vocab_size)
     mappings = []
     for per_layer, group in groupby(tensors_of(model), key=lambda parameter: parameter.per_layer):

@@ -19,10 +19,10 @@ def check_target(target: Path) -> None:
 
 @contextmanager
 def published_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that gets its name at the end, or is removed on any error.
+    """Yield a temporary folder beside `target` that gets its name at the end, or is removed on any error.
 
     Raises:
-        UserError: `target` exists, or the disk cannot be written.
+        UserError: `target` exists, or the disk cannot be written to.
     """
     check_target(target)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")

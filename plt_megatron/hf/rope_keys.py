@@ -1,4 +1,4 @@
-"""RoPE's keys in a Hugging Face configuration: ours to theirs, and back."""
+"""Conversion between our RoPE settings and the keys of a Hugging Face configuration."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_
 
 
 def rope_keys(model: ModelConfig) -> dict[str, Any]:
-    """What a configuration has as `rope_parameters`."""
+    """Return the `rope_parameters` of a configuration."""
     return {"rope_theta": model.rotary_base, **(scaling_keys(model) or {"rope_type": "default"})}
 
 
 def scaling_keys(model: ModelConfig) -> dict[str, Any]:
-    """RoPE's scaling: YaRN's, or Llama 3.1's with the constants that megatron-core has; empty without one."""
+    """Return RoPE's scaling: YaRN's, or Llama 3.1's with megatron-core's constants; empty without scaling."""
     scaling = model.rope_scaling
     if scaling is None:
         return {}
@@ -34,10 +34,10 @@ def scaling_keys(model: ModelConfig) -> dict[str, Any]:
 
 
 def rope_scaling(rope: dict[str, Any]) -> RopeScalingConfig | None:
-    """The scaling in `rope_parameters` as our settings have it; None: there is none.
+    """Return the scaling in `rope_parameters` as our settings have it, or None without scaling.
 
     Raises:
-        UserError: one that the model does not have.
+        UserError: the scaling is one that the model does not support.
     """
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(f"partial_rotary_factor {rope['partial_rotary_factor']} is not supported, only 1.0")
@@ -55,7 +55,7 @@ def rope_scaling(rope: dict[str, Any]) -> RopeScalingConfig | None:
 
 
 def _yarn(rope: dict[str, Any]) -> RopeScalingConfig:
-    """transformers' keys; queries and keys have the factor 0.1 ln(factor) + 1, and no other."""
+    """Read transformers' keys. Queries and keys must have the factor 0.1 ln(factor) + 1, and no other."""
     factor = float(rope["factor"])
     own = {"attention_factor": 0.1 * math.log(factor) + 1, "mscale": None, "mscale_all_dim": None}
     for name, value in own.items():

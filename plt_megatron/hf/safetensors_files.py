@@ -1,8 +1,8 @@
 """Safetensors files, sharded, read and written one tensor at a time.
 
-A file is the length of its header (8 bytes, little endian), the header (JSON: each tensor's dtype, shape and place) and
-the tensors' bytes. Names, shapes and dtype of an export are known before its first tensor, so headers are written first
-and tensors in any order: nothing is kept in memory.
+A file consists of the length of its header (8 bytes, little endian), the header (JSON: each tensor's dtype, shape and
+offsets) and the tensors' bytes. Names, shapes and dtype of an export are known before its first tensor, so headers are
+written first and tensors in any order: nothing is kept in memory.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
 class SafetensorsWriter:
-    """Writes tensors of one dtype, and in fp32 some others, into files of at most `max_shard_size`. A context manager.
+    """Context manager that writes tensors of one dtype, some in fp32 instead, into files of at most `max_shard_size`.
 
     Args:
-        folder: exists.
+        folder: an existing folder.
         shapes: (name, shape) of every tensor, in the order of the files.
-        in_fp32: names of those others.
+        in_fp32: names of the tensors to write in fp32.
         max_shard_size: bytes of tensors in a file; a larger tensor has a file of its own.
     """
 
@@ -56,7 +56,7 @@ class SafetensorsWriter:
             filled += size
             self.total_size += size
         self.files = [folder / _file_name(number, len(shards)) for number in range(len(shards))]
-        self._left: dict[str, tuple[int, int, tuple[int, ...]]] = {}  # (file's descriptor, place, shape)
+        self._left: dict[str, tuple[int, int, tuple[int, ...]]] = {}  # (file descriptor, offset, shape)
         self._descriptors: list[int] = []
         for path, shard in zip(self.files, shards, strict=True):
             self._begin(path, shard)
@@ -84,7 +84,7 @@ class SafetensorsWriter:
             self._left[name] = (descriptor, 8 + len(text) + header[name]["data_offsets"][0], shape)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor of any floating dtype, on the CPU, to its place; each exactly once."""
+        """Write a tensor of any floating dtype, on the CPU, to its place. Each must be written exactly once."""
         descriptor, place, shape = self._left.pop(name)
         assert tuple(tensor.shape) == shape, (name, tensor.shape, shape)
         values = tensor.detach().to(self._dtype_of(name)).contiguous()
@@ -115,8 +115,8 @@ class SafetensorsFolder:
     """The tensors of a Hugging Face folder's `model.safetensors`, or of the files its index names.
 
     Attributes:
-        shapes: by name.
-        dtypes: by name, as safetensors calls them (`BF16`).
+        shapes: shapes by tensor name.
+        dtypes: dtypes by tensor name, as safetensors calls them (`BF16`).
 
     Raises:
         UserError: a file is missing or broken, or they are not safetensors.
@@ -178,7 +178,7 @@ class SafetensorsFolder:
             raise UserError(f"{path}: damaged, {size} bytes instead of {8 + length + max(ends)}")
 
     def read(self, name: str) -> Tensor:
-        """The tensor, in its own dtype, one of `DTYPES`."""
+        """Read a tensor in its own dtype, one of `DTYPES`."""
         path, place = self._places[name]
         shape, dtype = self.shapes[name], DTYPES[self.dtypes[name]]
         buffer = bytearray(math.prod(shape) * dtype.itemsize)

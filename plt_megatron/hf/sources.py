@@ -43,19 +43,19 @@ class ModelSource:
     """A model to convert.
 
     Attributes:
-        path: what it is read from.
-        family: of a Hugging Face folder, its `model_type`; else empty.
+        path: path it is read from.
+        family: `model_type` of a Hugging Face folder; otherwise empty.
         model: its settings.
-        vocab_size: without padding.
+        vocab_size: vocabulary size without padding.
         max_position_embeddings: tokens of the longest text it was made for.
-        precision: of the weights, a key of `PRECISIONS`.
-        weights: (our name, whole tensor) of each parameter; every call reads them again, one at a time.
+        precision: precision of the weights, a key of `PRECISIONS`.
+        weights: yields (our name, whole tensor) of each parameter; every call reads them again, one at a time.
         tokenizer: None if it has none.
         tokens: ids of special tokens, by config.json's names.
         generation: further settings of generation_config.json.
-        progress: a checkpoint's record of its run, else empty.
+        progress: a checkpoint's record of its run; otherwise empty.
         ema: whether the weights are a moving average of the run's.
-        lineage: see `read_lineage`, of the model that this one was made from; of a Hugging Face folder its own licence.
+        lineage: `read_lineage` of the model that this one was made from; for a Hugging Face folder, its own license.
     """
 
     path: Path
@@ -74,14 +74,14 @@ class ModelSource:
 
 
 def open_source(path: Path, tokenizer: Path | None = None, *, ema: bool = False) -> ModelSource:
-    """A run's folder (its last complete checkpoint), a checkpoint, or a Hugging Face folder.
+    """Open a run's folder (its last complete checkpoint), a checkpoint, or a Hugging Face folder.
 
     Args:
         tokenizer: overrides the one that the checkpoint names.
-        ema: the moving average of its weights (`training.ema_decay`) instead of them.
+        ema: use the moving average of its weights (`training.ema_decay`) instead of the weights.
 
     Raises:
-        UserError: it is none of these, or broken.
+        UserError: `path` is none of these, or broken.
     """
     if (path / CONFIG).is_file():
         if ema:
@@ -106,7 +106,7 @@ def _open_checkpoint(path: Path, tokenizer: Path | None, ema: bool) -> ModelSour
     config = progress["config"]
     model = saved_model(config["model"], found)
     loaded = _saved_tokenizer(config["data"], found, tokenizer)
-    # Imports put one beside the tokenizer.
+    # Imports put a generation_config.json beside the tokenizer.
     generation = read_generation_config(loaded.path.parent) if loaded else {}
     tokens = special_tokens(loaded) if loaded else progress.get("special_tokens", {})
     tokens |= {name: generation.pop(name) for name in _TOKEN_IDS if name in generation}
@@ -136,15 +136,15 @@ def check_ema(progress: Mapping[str, Any], checkpoint: Path) -> None:
 
 
 def saved_model(settings: Mapping[str, Any], checkpoint: Path) -> ModelConfig:
-    """The model settings in a checkpoint; newer settings have their defaults.
+    """Return the model settings in a checkpoint; settings it lacks get their defaults.
 
     Raises:
-        UserError: it has settings that this program does not know.
+        UserError: the checkpoint has settings that this program does not know.
     """
     unknown = sorted(unknown_keys(ModelConfig, settings))
     if unknown:
         raise UserError(
-            f"checkpoint {checkpoint}: model.{unknown[0]} is a newer version's setting; update this program"
+            f"checkpoint {checkpoint}: model.{unknown[0]} is a setting of a newer version; update this program"
         )
     return typing.cast(ModelConfig, from_plain(ModelConfig, settings))
 
@@ -190,7 +190,7 @@ def _open_hf(path: Path, tokenizer: Path | None) -> ModelSource:
 
 
 def hf_precision(files: SafetensorsFolder) -> str:
-    """`fp32` if any tensor but a buffer is, else what all of them are; mixed half precisions need fp32.
+    """Return `fp32` if any tensor except buffers is, otherwise the common precision; mixed half precisions need fp32.
 
     Raises:
         UserError: a tensor has an unsupported type (integers, fp8); the message names it.
@@ -214,6 +214,6 @@ def check_hf_tensors(files: SafetensorsFolder, mappings: list[ParamMapping], mod
             raise UserError(f"{files.folder}: tie_word_embeddings is true, but {_HEAD} is not {_EMBEDDING}")
         del shapes[_HEAD]
     if not derived.has_gates(model):
-        wanted = {name for mapping in mappings for name, _ in mapping.hf}  # a scale of the loops' input among them
+        wanted = {name for mapping in mappings for name, _ in mapping.hf}  # including a scale of the loops' input
         shapes = {name: shape for name, shape in shapes.items() if name in wanted or not only_in_loops(name)}
     conversion.check_tensors(shapes, mappings, str(files.folder))

@@ -1,4 +1,4 @@
-"""How our tensors are made from Hugging Face's, for each form of the table (`model/parameters.py`)."""
+"""Conversion between our tensors and Hugging Face's, for each form of the table (`model/parameters.py`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from plt_megatron.model.parameters import Form, Sizes
 
 
 class DirectMapping:
-    """One tensor, the same."""
+    """One tensor, unchanged."""
 
     def to_hf(self, ours: Tensor, sizes: Sizes) -> list[Tensor]:
         return [ours]

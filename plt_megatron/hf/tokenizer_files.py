@@ -1,4 +1,4 @@
-"""The tokenizer's files of a model."""
+"""A model's tokenizer files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _OTHERS = (
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
     *("chat_template.jinja", "chat_template.json"),
 )
-# Compared before trusting a tokenizer.json found beside a sentencepiece model.
+# Texts to compare before trusting a tokenizer.json found beside a sentencepiece model.
 _SAMPLES = (
     *("The quick brown fox jumps over the lazy dog.", "def f(x):\n    return x ** 2  # ok\n\n\n", "12,345.678e-9"),
     *("  two  spaces and\ttabs", "\u65e5\u672c\u8a9e \u00e9\u00e8\u00fc \U0001f600", "CamelCase snake_case"),
@@ -28,13 +28,17 @@ _SAMPLES = (
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
-    """`bos_token_id` and so on; texts end with the token that ended documents in training."""
+    """Return `bos_token_id` and so on; texts end with the token that ended documents in training."""
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eod, "pad_token_id": tokenizer.pad}
     return {name: value for name, value in ids.items() if value is not None}
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
-    """The settings of a folder's generation_config.json, empty if there is none. Raises `UserError` if it is broken."""
+    """Return the settings of a folder's generation_config.json, empty if there is none.
+
+    Raises:
+        UserError: the file is broken.
+    """
     path = folder / GENERATION_CONFIG
     if not path.is_file():
         return {}
@@ -50,7 +54,7 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, trained_with: str | 
     """Raise `UserError` if the tokenizer cannot be the model's.
 
     Args:
-        vocab_size: the model's; it may have more ids than the tokenizer.
+        vocab_size: the model's vocabulary size, which may exceed the tokenizer's.
         trained_with: the fingerprint of the tokenizer the model was trained with, if known.
     """
     if tokenizer.vocab_size > vocab_size:
@@ -63,14 +67,14 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, trained_with: str | 
 
 
 def hf_tokenizer_file(folder: Path, family: str) -> Path | None:
-    """The file of a Hugging Face folder that training reads. In our exports it is the sentencepiece model if data were
-    tokenized with it; other families' `tokenizer.model` may be anything."""
+    """Return the file of a Hugging Face folder that training reads, or None. In our exports it is the sentencepiece
+    model if the data was tokenized with it; other families' `tokenizer.model` may be anything."""
     names = (MODEL, JSON) if family == "plt" else (JSON, MODEL)
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def load_hf_tokenizer(path: Path, tokens: dict[str, Any]) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder, whose texts end with config.json's `eos_token_id` if it has one."""
+    """Load the tokenizer of a Hugging Face folder. Texts end with config.json's `eos_token_id` if it has one."""
     ends = tokens.get("eos_token_id")
     end = ends[0] if isinstance(ends, list) and ends else ends
     if path.name != JSON or not isinstance(end, int):
@@ -83,7 +87,7 @@ def load_hf_tokenizer(path: Path, tokens: dict[str, Any]) -> Tokenizer:
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write all that `AutoTokenizer.from_pretrained(folder)` needs.
+    """Write everything that `AutoTokenizer.from_pretrained(folder)` needs.
 
     Raises:
         UserError: a sentencepiece model has no equivalent tokenizer.json beside it, and none can be made.
@@ -109,7 +113,7 @@ def _write_from_sentencepiece(tokenizer: SentencePieceTokenizer, folder: Path) -
         fast = tokenizers.Tokenizer.from_str(texts[JSON])
         for text in _SAMPLES:
             if fast.encode(text, add_special_tokens=False).ids != tokenizer.encode(text):
-                raise UserError(f"{beside[JSON]} does not encode as {path} does, for one {text!r}")
+                raise UserError(f"{beside[JSON]} does not encode like {path}, for example {text!r}")
     else:
         texts = build_tokenizer_json(path)
     for name, text in texts.items():
@@ -118,14 +122,14 @@ def _write_from_sentencepiece(tokenizer: SentencePieceTokenizer, folder: Path) -
 
 
 def _write_config(tokenizer: HuggingFaceTokenizer, folder: Path) -> None:
-    """For a bare tokenizer.json: its class, and the token that ends a text."""
+    """Write the configuration of a bare tokenizer.json: its class, and the token that ends a text."""
     end = tokenizers.Tokenizer.from_file(str(tokenizer.path)).id_to_token(tokenizer.eod)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "clean_up_tokenization_spaces": False}
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 def copy_tokenizer(source: Path, folder: Path, family: str, vocab_size: int, tokens: dict[str, Any]) -> Path | None:
-    """Copy the tokenizer's files of a Hugging Face folder, as they are, into `folder`, which is created.
+    """Copy a Hugging Face folder's tokenizer files, as they are, into `folder`, which is created.
 
     A generation_config.json with the ids in `tokens` is written too, for later exports.
 

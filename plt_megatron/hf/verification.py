@@ -1,4 +1,4 @@
-"""Checks that an export computes what the training model computes: the same text through both, in fp32."""
+"""Check that an export computes what the training model computes: the same text through both, in fp32."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ A text needs accents, too: d\u00e9j\u00e0 vu, \u03b1\u03b2\u03b3, \u4f60\u597d. 
 
 
 def largest_difference(source: ModelSource, folder: Path, export_dtype: torch.dtype, style: str) -> tuple[float, int]:
-    """(largest difference of logits as a share of the largest logit, tokens compared), the export against the training
-    model.
+    """Compare the export with the training model; return (largest difference of logits as a share of the largest logit,
+    tokens compared).
 
     Both hold the weights as exported, rounded to `export_dtype`, and compute in fp32. One model is in memory at a time.
     Runs megatron-core on the CPU runtime.
@@ -50,7 +50,7 @@ def largest_difference(source: ModelSource, folder: Path, export_dtype: torch.dt
 
 
 def _tokens(source: ModelSource, folder: Path) -> Tensor:
-    """A text of more than two windows if the model takes that much, [1, n]. Without a tokenizer, random ids."""
+    """Return a text of more than two windows if the model takes that much, [1, n]; without a tokenizer, random ids."""
     length = min(source.max_position_embeddings, max(2 * source.model.window_size + 32, 64), 512)
     generator = torch.Generator().manual_seed(1234)
     ids: list[int] = []
@@ -68,14 +68,14 @@ def _check_tokenizer(folder: Path, expected: list[int]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     ids = tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
     if ids != expected:
-        raise UserError("the exported tokenizer does not encode as the one used in training; nothing is written")
+        raise UserError("the exported tokenizer does not encode like the one used in training; nothing is written")
 
 
 # ---------------------------------------------------------------- the training model
 
 
 def _megatron_logits(source: ModelSource, tokens: Tensor, export_dtype: torch.dtype) -> Tensor:
-    """[1, n, vocabulary], float32."""
+    """Return logits [1, n, vocabulary], float32."""
     with single_process():
         from plt_megatron.model.looped_gpt import MicroBatch
 
@@ -89,7 +89,7 @@ def _megatron_logits(source: ModelSource, tokens: Tensor, export_dtype: torch.dt
 
 
 def build_model(source: ModelSource, sequence_length: int) -> Any:
-    """The training model in fp32 on this process's CPU, on the torch backend. Process groups exist."""
+    """Build the training model in fp32 on this process's CPU, on the torch backend. Process groups must exist."""
     import dataclasses
 
     from plt_megatron.model.looped_gpt import LoopedGPT
@@ -132,7 +132,7 @@ def fill_model(stage: Any, weights: Iterator[tuple[str, Tensor]], mappings: list
 
 @contextmanager
 def single_process() -> Iterator[None]:
-    """megatron-core's process groups in a job of one process; those that exist are used."""
+    """Set up megatron-core's process groups for a job of one process; existing ones are used."""
     from plt_megatron.runtime.cpu_runtime import enter_cpu_runtime
 
     enter_cpu_runtime(force=True)
@@ -160,7 +160,7 @@ def single_process() -> Iterator[None]:
 
 
 def _hf_logits(folder: Path, tokens: Tensor, style: str) -> Tensor:
-    """[1, n, vocabulary], float32."""
+    """Return logits [1, n, vocabulary], float32."""
     if style == "loopcoder":
         model = load_any(folder)
     else:
@@ -172,7 +172,7 @@ def _hf_logits(folder: Path, tokens: Tensor, style: str) -> Tensor:
 
 
 def load_any(folder: Path) -> Any:
-    """A folder of any family that we read (LoopCoder-v2's too), in our modeling code, in fp32."""
+    """Load a folder of any family that we read (LoopCoder-v2's too) into our modeling code, in fp32."""
     from plt_megatron.hf.config_keys import plt_keys
     from plt_megatron.hf.configuration_plt import PLTConfig
     from plt_megatron.hf.modeling_plt import PLTForCausalLM

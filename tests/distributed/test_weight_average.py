@@ -331,5 +331,5 @@ def test_moving_averages_are_averaged_of_fp32_where_the_run_is_in_bf16(shared_ou
     ema = average(AverageOptions(sources[1:], tmp_path / "ema", ema=True), say=lambda line: None)
     assert ema.precision == "bf16"
     assert torch.equal(Weights(ema.checkpoint).read(name), average_of(shared_out, 6)[name].bfloat16())
-    with pytest.raises(UserError, match="is one checkpoint, and its own average"):
+    with pytest.raises(UserError, match="alone is its own average"):
         average(AverageOptions(sources[1:], tmp_path / "one"), say=lambda line: None)

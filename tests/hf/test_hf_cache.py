@@ -99,10 +99,10 @@ def test_crop_of_what_is_gone_is_an_error(name):
     model = make_model(**ALL[name])
     cache = model.new_cache()
     step(model, cache, make_tokens(1, 9))
-    with pytest.raises(ValueError, match=r"cannot take 3 tokens back: call activate_past_recording"):
+    with pytest.raises(ValueError, match=r"cannot remove 3 tokens: call activate_past_recording"):
         cache.crop(-3)
     cache.activate_past_recording()
-    with pytest.raises(ValueError, match="cannot take 3 tokens back"):
+    with pytest.raises(ValueError, match="cannot remove 3 tokens"):
         cache.crop(-3)
 
 
@@ -201,7 +201,7 @@ def test_early_initialization_allocates_everything():
 def test_errors_are_one_clear_line():
     model = make_model(loop_count=3)
     tokens = make_tokens(1, 6)
-    with pytest.raises(ValueError, match="the cache was filled with 3 loops, and 2 are asked for"):
+    with pytest.raises(ValueError, match="the cache was filled with 3 loops, but 2 are requested"):
         step(model, model.new_cache(), tokens, loop_count=2)
     with pytest.raises(ValueError, match="loop_count must be from 1 to this model's 3, not 4"):
         step(model, None, tokens, loop_count=4)

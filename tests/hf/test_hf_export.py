@@ -238,7 +238,7 @@ def test_shipped_files_import_torch_and_transformers_only():
         ),
         ({"norm_placement": "both"}, 'norm_placement must be "pre" or "post"'),
         ({"norm_placement": "post", "ffn_output_norm": True}, "leave ffn_output_norm false"),
-        ({"attention_bias": True, "qkv_bias": True}, "exclude each other"),
+        ({"attention_bias": True, "qkv_bias": True}, "mutually exclusive"),
         ({"cross_loop_parallel": False, "hidden_scale": 0.5}, "need cross_loop_parallel"),
     ],
 )

@@ -126,7 +126,7 @@ def test_an_assistant_with_fewer_loops_than_are_asked_for(loops):
 def test_early_exit_is_refused_and_leaves_nothing_behind():
     model = make_model()
     tokens = make_tokens(1, 9)
-    with pytest.raises(ValueError, match="assistant_early_exit is not for a PLT: .* loop_count=1"):
+    with pytest.raises(ValueError, match="assistant_early_exit: .* loop_count=1"):
         generate(model, tokens, 8, assistant_early_exit=1)
     assert model.config.num_hidden_layers == 2
     assert torch.equal(generate(model, tokens, 8), greedy(model, tokens, 8))

@@ -137,17 +137,17 @@ def _save_several() -> None:
 
 
 REFUSED = {
-    "one checkpoint": (["mine@4"], {}, "step_00000004 is one checkpoint, and its own average: name two or more"),
+    "one checkpoint": (["mine@4"], {}, "step_00000004 alone is its own average: name two or more"),
     "one twice": (["mine@4", "mine/checkpoints/step_00000004"], {}, "step_00000004 is named twice"),
     "no such step": (["mine@2", "mine@3"], {}, "mine has no checkpoint of step 3; it has 2, 4, 6"),
     "no such run": (["mine@2", "nobody@3"], {}, "nobody@3: there is no run nobody"),
     "no such folder": (["mine@2", "nobody"], {}, "nobody: no such checkpoint; give its folder, or RUN@STEP"),
     "a file": (["mine@2", "file"], {}, "file: no such checkpoint"),
-    "a run": (["mine@2", "mine"], {}, "mine is not a checkpoint: say which of its, as in mine@2000"),
+    "a run": (["mine@2", "mine"], {}, "mine is not a checkpoint: name one of its own, as in mine@2000"),
     "no number": (["mine@2", "mine@last"], {}, "mine@last: no such checkpoint"),
     "another width": (["mine@4", "wide@2"], {}, "are of different models: model.ffn_hidden_size is 56 and 64"),
     "other loops": (["mine@4", "looped@2"], {}, "are of different models: model.loop_count is 2 and 3"),
-    "another vocabulary": (["mine@4", "words@2"], {}, "are of different vocabularies, of 117 and 116 entries"),
+    "another vocabulary": (["mine@4", "words@2"], {}, "have different vocabularies, of 117 and 116 entries"),
     "another tokenizer": (["mine@2", "spoken@2"], {}, "were trained with different tokenizers"),
     "damaged weights": (["damaged@2", "damaged@4"], {}, r"__0_0.distcp is damaged, its SHA-256"),
     "a damaged manifest": (["damaged@2", "damaged@6"], {}, r"step_00000006: manifest.json is damaged"),

@@ -83,7 +83,7 @@ def test_a_tensor_without_a_place_and_a_place_without_a_tensor():
         convert((key, value) for key, value in weights.items() if key != name)
     with pytest.raises(UserError, match=r"mlp\.router\.weight has no place"):
         convert([*weights.items(), ("decoder.layers.0.mlp.router.weight", torch.zeros(3))])
-    with pytest.raises(UserError, match=f"{name} comes twice"):
+    with pytest.raises(UserError, match=f"{name} appears twice"):
         convert([*weights.items(), (name, weights[name])])
     with pytest.raises(UserError, match=r"fc2\.weight has shape \(40, 55\), the configuration says \(40, 56\)"):
         convert({**weights, name: weights[name][:, 1:]}.items())

@@ -231,10 +231,10 @@ def test_a_schedule_switches_the_new_loop_on_without_a_jump(tmp_path):
             {"loop_count": 2, "preset": "loopcoder"},
             r"--preset loopcoder: later loops would read 0\.707 E \+ 0\.053 h inste",
         ),
-        ({"loop_span": [0, 1]}, "--loop-span says which layers loop: give --loop-count 2 or more, too"),
+        ({"loop_span": [0, 1]}, "--loop-span says which layers loop: also give --loop-count 2 or more"),
         ({"loop_count": 2, "loop_span": [1, 3]}, r"--loop-span 1 3: give 0 <= FIRST < LAST <= 2, the model's layers"),
         ({"loop_count": 2, "loop_span": [1, 1]}, r"--loop-span 1 1: give 0 <= FIRST < LAST <= 2, the model's layers"),
-        ({"preset": "recommended"}, "--preset says how later loops are .*: give --loop-count 2 or more, too"),
+        ({"preset": "recommended"}, "--preset says how later loops are .*: also give --loop-count 2 or more"),
     ],
 )
 def test_presets_that_do_not_start_as_the_source(tmp_path, options, message):
@@ -273,7 +273,7 @@ def test_other_loop_counts_keep_or_drop_the_gates(tmp_path):
     model = make_model(loop_count=2)
     weights = random_weights(model)
     quiet((save_run(tmp_path / "run", model, weights), tmp_path / "out"))
-    with pytest.raises(UserError, match="--preset is for a model of one loop; this one's 2 have settings of their own"):
+    with pytest.raises(UserError, match="--preset is for one-loop models; this model's 2 loops have settings"):
         import_model(ImportOptions(tmp_path / "out", tmp_path / "fails", 3, "recommended"))
     result, three = imported(tmp_path / "out", tmp_path / "three", loop_count=3)
     assert result.fresh == 0 and all(torch.equal(three[key], weights[key]) for key in weights)
@@ -486,7 +486,7 @@ def test_broken_folders(tmp_path):
     folder = tmp_path / "hf"
     save_dense(folder, "llama", max_shard_size="30kB")
     refused(folder, "--loop-count must be from 1 to 8, not 0", loop_count=0)
-    refused(folder, "--dtype must be fp32 or bf16, training's, not fp16", precision="fp16")
+    refused(folder, "--dtype must be fp32 or bf16, as in training, not fp16", precision="fp16")
     shard = sorted(folder.glob("model-*.safetensors"))[1]
     tensors = load_file(shard)
     name = next(iter(tensors))
