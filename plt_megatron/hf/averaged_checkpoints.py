@@ -16,7 +16,7 @@ from plt_megatron.run_folder.text import plural
 
 @dataclass(frozen=True)
 class AverageOptions:
-    """What to average and how. See `plt average --help`.
+    """Options for averaging. See `plt average --help`.
 
     Attributes:
         sources: checkpoints, as `RUN@STEP` or by their folders; with `last`, one run's folder.

@@ -29,7 +29,7 @@ _DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What to export and how. See `plt export --help`.
+    """Options for exporting. See `plt export --help`.
 
     Attributes:
         precision: a key of `PRECISIONS`; None: the checkpoint's.

@@ -16,7 +16,7 @@ _LONGEST = 10  # times the model's own context
 
 @dataclass(frozen=True)
 class Generated:
-    """What `generate` returns.
+    """Result of `generate`.
 
     Attributes:
         text: the prompt and its continuation; in a chat, only the answer.

@@ -32,7 +32,7 @@ _TRAINABLE = ("fp32", "bf16")
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """What to import and how. See `plt import --help`.
+    """Options for importing. See `plt import --help`.
 
     Attributes:
         loop_count: number of loops; None: the model's own, 1 for a dense model.

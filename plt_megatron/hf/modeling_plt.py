@@ -528,7 +528,7 @@ def eager_attention_forward(
 
 
 class _FoldedHeads:
-    """What an attention interface reads from a module, for queries folded into rows of their key/value head."""
+    """Module attributes that an attention interface reads, for queries folded into rows of their key/value head."""
 
     is_causal = False
 
@@ -1209,7 +1209,7 @@ class PLTModel(PLTPreTrainedModel):
         if use_cache is None:
             use_cache = self.config.use_cache and not torch.is_grad_enabled() and not packed
         if use_cache and torch.is_grad_enabled() and self.training:
-            # As everywhere in transformers, training drops the cache: Trainer passes use_cache freely.
+            # Training drops the cache, like everywhere in transformers: Trainer passes use_cache freely.
             use_cache = False
         return PLTCache(self.config, loop_count=loops) if use_cache else None
 
@@ -1382,7 +1382,7 @@ def _documents(position_ids: torch.Tensor | None, attention_mask: torch.Tensor |
 
 
 class _Layout:
-    """Which cached and new tokens see each other: built once per pass, for all layers and loops.
+    """Visibility between cached and new tokens, built once per pass for all layers and loops.
 
     `segments` [B or 1, N] numbers documents and is -1 at padding, None if every token is one real document.
     Tokens of one segment see each other (padding sees padding: no row of a softmax is empty).
@@ -1667,7 +1667,7 @@ class PLTForCausalLM(PLTPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
-        """With a static cache the mask has its full length from the start, so that a step compiles once."""
+        """Extend the mask to a static cache's full length from the start, so that a step compiles once."""
         cache = kwargs.get(CACHE_NAME)
         if attention_mask is None or cache is None or cache.static_length is None:
             return attention_mask

@@ -111,7 +111,7 @@ class Parameter:
     Attributes:
         name: megatron-core's name in the whole model, with `LAYER` and `EXPERT`.
         dims: names of its dimensions, attributes of `Sizes`.
-        component: what parameters are counted by, and what optimizers group them by.
+        component: the part of the model it belongs to, for counting and for optimizer groups.
         hf: Hugging Face's names, with `LAYER` and `EXPERT`: Llama's and PLT's gate, the same in all families we read.
         form: how it is built from the tensors of `hf`.
         split: how tensor-parallel ranks split it, gate and up rows separately; None: replicated.
@@ -315,7 +315,7 @@ _QKV = "self_attention.linear_qkv."
 _GATE, _HF_GATE = "self_attention.core_attention.plt_gate.", "self_attn.plt_gate."
 _EXPERT, _SHARED, _HF_SHARED = f"mlp.experts.{EXPERT}.", "mlp.shared_experts.", "mlp.shared_expert."
 
-_COPIES = {None: _untied, "output_layer.weight": _tied}  # of the embedding
+_COPIES = {None: _untied, "output_layer.weight": _tied}  # the embedding's copy
 _SCALES = {"model": "one", "channel": "hidden"}  # dimensions, by `model.learned_hidden_scale`
 _OF_QKV = {"form": "qkv", "split": "rows"}
 _OF_QUERY_GATE = {"init": 0.0, "split": "rows", "gate_logit": True, "in_core_attention": True, "exists": _gate("query")}
