@@ -6,9 +6,12 @@ import contextlib
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+import torch
+from torch import Tensor
 
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.model.looped_gpt import LoopedGPT, MicroBatch
@@ -35,6 +38,27 @@ class StepResult:
     loss_tokens: int
     updated: bool = True
     head_z_loss: float | None = None
+
+
+def local_sums(stage: LoopedGPT, results: Sequence[Tensor]) -> Tensor:
+    """Return float64 [3] on the device: losses, tokens that count in them, and z-losses of this rank's microbatches.
+
+    `results`: (loss, tokens) of each microbatch, float64 [2].
+    """
+    total = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
+    if results:
+        total[:2] = torch.stack(list(results)).sum(dim=0)
+    if stage.z_loss is not None:
+        total[2] = stage.z_loss.take()
+    return total
+
+
+def mean_result(stage: LoopedGPT, sums: Sequence[float], lr: float, grad_norm: float = math.nan) -> StepResult:
+    """Divide the sums over all ranks [3] by their tokens; `updated` is for the caller to set."""
+    loss, tokens, z_loss = sums
+    count = max(tokens, 1)
+    head_z_loss = None if stage.z_loss is None else z_loss / count
+    return StepResult(loss / count, grad_norm, lr, int(tokens), updated=False, head_z_loss=head_z_loss)
 
 
 def finite_step(loss: float, grad_norm: float) -> bool:

@@ -33,7 +33,7 @@ from plt_megatron.model.parameters import hidden_matrix
 from plt_megatron.model.pipeline import LoopChunk, MicroBatches, build_chunks
 from plt_megatron.model.transformer_config import schedule_config
 from plt_megatron.train.checkpoint.megatron_state import MegatronState
-from plt_megatron.train.engine import StepResult, StepTimes, finite_step, nothing
+from plt_megatron.train.engine import StepResult, StepTimes, finite_step, local_sums, mean_result, nothing
 from plt_megatron.train.optimizers import LearningRate, build_optimizer, distributed_parts, squared_grad_norm
 from plt_megatron.train.unused_parameters import (
     ExpectedGradients,
@@ -92,15 +92,15 @@ class MegatronEngine:
         self.optimizer.zero_grad()
         self._expected.begin(loop_count, unused)
         with self.times.measure("forward_backward"):
-            sums = self._run(batches, loop_count, forward_only=False)
+            total = self._run(batches, loop_count, forward_only=False)
             self.optimizer.prepare_grads()
             # The only point in a step where the host waits for the GPU.
-            loss_sum, tokens, z_loss, squared = torch.cat((sums, squared_grad_norm(self.optimizer))).tolist()
-        loss, grad_norm, lr = loss_sum / max(tokens, 1), squared**0.5, self.scheduler.lr
+            *sums, squared = torch.cat((total, squared_grad_norm(self.optimizer))).tolist()
+        result = mean_result(self.stage, sums, self.scheduler.lr, squared**0.5)
         with self.times.measure("optimizer"):
-            updated = accept(loss, grad_norm)
-            if updated:
-                self._clip(grad_norm)
+            result.updated = accept(result.loss, result.grad_norm)
+            if result.updated:
+                self._clip(result.grad_norm)
                 with left_alone(self.state.parts, unused):
                     self.optimizer.step_with_ready_grads()
                 self.state.later_step += not leaves_out
@@ -108,8 +108,7 @@ class MegatronEngine:
                 fp8_state.restore()
                 biases.restore()
         self.scheduler.count_step()
-        head_z_loss = None if self.stage.z_loss is None else z_loss / max(tokens, 1)
-        return StepResult(loss, grad_norm, lr, int(tokens), updated, head_z_loss)
+        return result
 
     def _clip(self, grad_norm: float) -> None:
         if self.config.optimizer.clip_grad == 0:
@@ -121,7 +120,7 @@ class MegatronEngine:
         """See `Engine`."""
         self.stage.eval()
         with torch.no_grad(), fp8_state_unchanged(self.stage):
-            loss_sum, tokens, _ = self._run(batches, loop_count, forward_only=True).tolist()
+            loss_sum, tokens, *_ = self._run(batches, loop_count, forward_only=True).tolist()
             return loss_sum, int(tokens)
 
     @torch.no_grad()
@@ -207,11 +206,7 @@ class MegatronEngine:
     def _reduce(self, results: list[Tensor]) -> Tensor:
         """Sum the last stage's (loss, tokens, z-loss) over data-parallel ranks and send it to the other stages."""
         self._results = results
-        total = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
-        if results:
-            total[:2] = torch.stack(results).sum(dim=0)
-        if self.stage.z_loss is not None:
-            total[2] = self.stage.z_loss.take()
+        total = local_sums(self.stage, results)
         dist.all_reduce(total, group=self.groups.dp_cp)
         dist.all_reduce(total, group=self.groups.pp)
         return total

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from plt_megatron.model.looped_gpt import MicroBatch
 from plt_megatron.model.loss import sum_of_losses
 from plt_megatron.train.deepspeed.runtime import GradientParts, import_deepspeed, join_process_groups, start_deepspeed
 from plt_megatron.train.deepspeed.state import DeepSpeedState
-from plt_megatron.train.engine import StepResult, StepTimes, finite_step, nothing
+from plt_megatron.train.engine import StepResult, StepTimes, finite_step, local_sums, mean_result, nothing
 from plt_megatron.train.optimizers import LearningRate, check_groups, group_overrides, megatron_settings
 from plt_megatron.train.unused_parameters import leaves_later_loops_out
 
@@ -75,20 +76,20 @@ class DeepSpeedEngine:
         self._leave_alone.unused = leaves_later_loops_out(self.config, loop_count)
         tokens = self._count_tokens(batches)
         with self.times.measure("forward_backward"):
-            loss_sum, _, z_loss = self._run(batches, loop_count, tokens)
-        loss, lr = loss_sum / max(tokens, 1), self.scheduler.lr
+            result = mean_result(self.stage, self._run(batches, loop_count, tokens), self.scheduler.lr)
         with self.times.measure("optimizer"):
-            grad_norm, updated = self._verdict.step(self.deepspeed, lambda norm: accept(loss, norm))
-        self.state.later_step += updated and not self._leave_alone.unused
+            judge = partial(accept, result.loss)
+            result.grad_norm, result.updated = self._verdict.step(self.deepspeed, judge)
+        self.state.later_step += result.updated and not self._leave_alone.unused
         self.scheduler.count_step()
-        head_z_loss = None if self.stage.z_loss is None else z_loss / max(tokens, 1)
-        return StepResult(loss, grad_norm, lr, tokens, updated, head_z_loss)
+        return result
 
     def evaluate(self, batches: list[MicroBatch], loop_count: int) -> tuple[float, int]:
         """See `Engine`."""
         self.deepspeed.eval()
         with torch.no_grad():
-            return self._run(batches, loop_count, None)[:2]
+            loss_sum, tokens, *_ = self._run(batches, loop_count, None)
+            return loss_sum, int(tokens)
 
     def gather_parameters(self) -> None:
         """See `Engine`. DeepSpeed's step has already done this; only DeepSpeed reads what stage 3 shards."""
@@ -109,7 +110,7 @@ class DeepSpeedEngine:
         dist.all_reduce(total, group=self.groups.dp)
         return int(total)
 
-    def _run(self, batches: list[MicroBatch], loop_count: int, step_tokens: int | None) -> tuple[float, int, float]:
+    def _run(self, batches: list[MicroBatch], loop_count: int, step_tokens: int | None) -> list[float]:
         """Run each microbatch forward and, if `step_tokens` is given, backward. Return the sums of losses, tokens that
         count and z-losses over data-parallel ranks."""
         self._results = []
@@ -124,12 +125,9 @@ class DeepSpeedEngine:
             self.deepspeed.set_gradient_accumulation_boundary(index == len(batches) - 1)
             self.deepspeed.backward(gradient * loss_sum, scale_wrt_gas=False)
             self._gradient_parts.finish_microbatch()
-        total = torch.nn.functional.pad(torch.stack(self._results).sum(dim=0), (0, 1))
-        if self.stage.z_loss is not None:
-            total[2] = self.stage.z_loss.take()
+        total = local_sums(self.stage, self._results)
         dist.all_reduce(total, group=self.groups.dp)
-        loss_sum, tokens, z_loss = total.tolist()
-        return loss_sum, int(tokens), z_loss
+        return total.tolist()
 
 
 class _LeaveAlone:

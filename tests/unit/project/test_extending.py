@@ -1,4 +1,5 @@
-"""The worked examples of docs/extending.md apply to the tree as it is, touch as many files as they say, and work."""
+"""The worked examples of docs/extending.md apply to the tree, or are in it; they touch as many files as they say, and
+work."""
 
 from __future__ import annotations
 
@@ -18,7 +19,10 @@ COPIED = ("plt_megatron", "configs", "docs", "launch", "tools", "tests", "benchm
 
 @dataclass(frozen=True)
 class Example:
-    """A section of the document: its title, what it says, its change as one patch, and its check."""
+    """A section of the document: its title, what it says, its change as one patch, and its check.
+
+    A change that is in the tree ("as the tree has it") is taken back to try it; its new files are named, not shown.
+    """
 
     title: str
     prose: str
@@ -28,7 +32,16 @@ class Example:
     @property
     def files(self) -> list[str]:
         """What the change touches, new files included, removed ones not."""
-        return sorted(set(re.findall(r"^\+\+\+ b/(.+)$", self.patch, re.MULTILINE)))
+        return sorted({*re.findall(r"^\+\+\+ b/(.+)$", self.patch, re.MULTILINE), *self.named})
+
+    @property
+    def in_tree(self) -> bool:
+        return "as the tree has it" in self.prose
+
+    @property
+    def named(self) -> list[str]:
+        """New files that the prose names."""
+        return re.findall(r"new:\s+`([^`]+)`", self.prose)
 
 
 def examples(document: str) -> list[Example]:
@@ -51,16 +64,30 @@ def try_out(example: Example, tree: Path, *, check: bool = True) -> None:
     stated = re.search(r"It touches (\d+) files?\b", example.prose)
     assert stated is not None, "It touches how many files?"
     assert len(example.files) == int(stated[1]), f"it touches {len(example.files)} files: {', '.join(example.files)}"
-    applied = _run(["git", "apply", "--recount", "-"], tree, example.patch)
-    assert applied.returncode == 0, applied.stderr
+    if not example.in_tree:
+        apply(example, tree)
     lint = ["-m", "ruff", "check", "--no-cache", *(name for name in example.files if name.endswith(".py"))]
     for command in (lint, ["-c", example.check]) if check else (lint,):
         done = _run([sys.executable, *command], tree)
         assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 
+def apply(example: Example, tree: Path, *options: str) -> None:
+    applied = _run(["git", "apply", "--recount", *options, "-"], tree, example.patch)
+    assert applied.returncode == 0, applied.stderr
+
+
+def take_back(example: Example, tree: Path) -> None:
+    """Leave the tree without a change that it has."""
+    apply(example, tree, "--reverse")
+    for name in example.named:
+        (tree / name).unlink()
+
+
 def check_without(example: Example, tree: Path) -> None:
-    """The check fails in the tree as it is."""
+    """The check fails without the change."""
+    if example.in_tree:
+        take_back(example, tree)
     assert _run([sys.executable, "-c", example.check], tree).returncode != 0, "the check passes without the change"
 
 
@@ -97,6 +124,8 @@ EXAMPLES = examples((ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.title)
 def test_the_example_applies(example, tree):
     try_out(example, tree, check=False)
+    if example.in_tree:
+        take_back(example, tree)
 
 
 @pytest.mark.slow
@@ -160,6 +189,20 @@ def test_a_sound_example_passes(small_tree):
     check_without(example, small_tree)
     try_out(example, small_tree)
     assert (small_tree / "settings.txt").read_text() == "There is a second.\n"
+
+
+def test_a_change_of_the_tree_is_taken_back(small_tree):
+    """Shown in part: the new file is only named."""
+    shown, _, rest = SOUND.partition("and\n")
+    text = shown.replace("one has the constant", "as the tree has it, one new: `settings.txt`")
+    (example,) = examples(text + rest[rest.index("```python") :])
+    (small_tree / "settings.txt").write_text("There is a second.\n")
+    with pytest.raises(AssertionError, match="patch does not apply"):
+        check_without(example, small_tree)
+    (small_tree / "settings.py").write_text("first = 1\nsecond = 2\nlast = 9\n")
+    try_out(example, small_tree)
+    check_without(example, small_tree)
+    assert not (small_tree / "settings.txt").exists()
 
 
 @pytest.mark.parametrize(
