@@ -115,8 +115,7 @@ def residual_settings(factor: float, num_layers: int) -> dict[str, Any]:
 
 def output_init_std(model: ModelConfig) -> float:
     """Return the initial standard deviation of the weights that write into the residual stream."""
-    runs = layer_runs(model) if model.init_counts_loops else model.num_layers
-    return model.init_method_std / math.sqrt(2 * runs)
+    return model.init_method_std / math.sqrt(2 * model.num_layers)
 
 
 def mup_width_mult(model: ModelConfig) -> float:

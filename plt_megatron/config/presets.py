@@ -21,7 +21,6 @@ _PAPER: dict[str, Any] = {
     "hidden_scale_ratio": None,
     "residual_scaling": "none",
     "residual_scale": 1.0,
-    "init_counts_loops": False,
 }
 LOOP_PRESETS: dict[str, dict[str, Any]] = {
     "paper": _PAPER,

@@ -141,7 +141,6 @@ class ModelConfig:
     # loops_sqrt_layers: residual_scale / (N sqrt(L)) (arXiv 2606.18524); layers: residual_scale / L (arXiv 2505.01618).
     residual_scaling: Literal["none", "loops_sqrt_layers", "layers"] = "none"
     residual_scale: Positive = 1.0
-    init_counts_loops: bool = False  # initial std of output projections / sqrt(2 N L), not sqrt(2 L)
     # muP: tune initial weights and rates at this width, transfer them to hidden_size (docs/model.md). None: no muP.
     mup_base_hidden_size: Size | None = None
     moe: MoeConfig | None = None  # null: a dense model

@@ -75,6 +75,7 @@ _OTHER_VALUE = {
 _GONE = {
     "data.index_timeout_minutes": "an hour for every run: leave it out, and build an index that takes longer ahead of "
     "time (plt preprocess --build-index)",
+    "model.init_counts_loops": "false for every run: initial output projections count layers once; leave it out",
 }
 UPGRADE = "plt config upgrade FILE rewrites a file"
 _DEEPSPEEDS_OWN = {key.partition(".")[0] for key in (*ADDABLE, *DECIDED_BY, *REFUSED)}

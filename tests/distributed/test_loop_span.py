@@ -26,7 +26,6 @@ SCALED = (
     ("hidden_norm", True),
     ("learned_hidden_scale", "channel"),
     ("residual_scaling", "layers"),
-    ("init_counts_loops", True),
 )
 BY_LAYER = (("cross_loop_parallel", False), ("loop_order", "layer"))
 OF_EXPERTS = (*SPAN, *EXPERTS.items())

@@ -81,7 +81,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "input_injection": True,
         "learned_hidden_scale": "model",
         "residual_scaling": "loops_sqrt_layers",
-        "init_counts_loops": True,
         "gate_activation": "tanh",
         "mup_base_hidden_size": 8,
     },

@@ -30,5 +30,5 @@ LOOP_INPUTS: dict[str, dict[str, Any]] = {
         "hidden_scale_ratio": 2.0,
         "loop_count": 3,
     },
-    "branches by layers": {"residual_scaling": "layers", "residual_scale": 3.0, "init_counts_loops": True},
+    "branches by layers": {"residual_scaling": "layers", "residual_scale": 3.0},
 }

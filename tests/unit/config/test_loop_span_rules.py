@@ -100,5 +100,3 @@ def test_layers_that_loop_and_how_often_layers_run():
     assert (derived.looped_layers(model), derived.layer_runs(model)) == (range(8), 24)
     model.loop_span = [2, 6]
     assert (derived.looped_layers(model), derived.layer_runs(model)) == (range(2, 6), 16)
-    model.init_counts_loops = True
-    assert derived.output_init_std(model) == pytest.approx(0.02 / 32**0.5)

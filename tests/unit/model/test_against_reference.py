@@ -59,7 +59,6 @@ SPANS: dict[str, dict[str, Any]] = {
         **LOOP_INPUTS["scale per channel"],
         "hidden_scale_ratio": 0.0,
         "residual_scaling": "layers",
-        "init_counts_loops": True,
         "num_layers": 3,
         "loop_span": [1, 2],
     },
