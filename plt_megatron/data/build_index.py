@@ -1,4 +1,4 @@
-"""Builds the sample index of a run ahead of time, in one process, so that it is ready for the ranks."""
+"""Build a run's sample index ahead of time in a single process, so that the ranks find it ready."""
 
 from __future__ import annotations
 

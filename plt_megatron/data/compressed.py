@@ -1,4 +1,4 @@
-"""Reading gzip and zstandard files as plain binary streams."""
+"""Read gzip and zstandard files as plain binary streams."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _READ = 1 << 20
 
 
 class BrokenStream(Exception):
-    """A compressed file is truncated or damaged; the message says which."""
+    """Raised when a compressed file is truncated or damaged; the message says which."""
 
 
 def open_stream(path: str | Path) -> io.BufferedReader:
@@ -33,7 +33,7 @@ def open_stream(path: str | Path) -> io.BufferedReader:
 
 
 class _Decompressing(io.RawIOBase):
-    """A readable stream over a compressed one. `compressed_offset()` tells how far it has read."""
+    """A readable stream over a compressed file. `compressed_offset()` is the read position in that file."""
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw = raw
@@ -56,7 +56,7 @@ class _Gzip(_Decompressing):
 
     def readinto(self, buffer: Any) -> int:
         try:
-            content = self._file.read1(len(buffer))  # `readinto` would lose what comes before damage
+            content = self._file.read1(len(buffer))  # `readinto` would lose the data before the damage
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise BrokenStream(f"broken gzip data ({error})") from error
         buffer[: len(content)] = content
@@ -100,7 +100,7 @@ COMPRESSIONS: dict[str, type[_Gzip | _Zstandard]] = {".gz": _Gzip, ".zst": _Zsta
 
 
 def compressed_offset(stream: io.BufferedReader) -> int:
-    """How many bytes of the file on disk have been read."""
+    """Return how many bytes of the file on disk have been read."""
     raw = stream.raw
     if isinstance(raw, _Decompressing):
         return raw.compressed_offset()

@@ -60,16 +60,16 @@ INDEX_TIMEOUT_MINUTES = 60.0  # ranks wait for rank 0 to build the sample index
 @dataclass
 class _DatasetConfig(GPTDatasetConfig):
     reset_at_document_boundaries: bool = False
-    masked_token: int | None = None  # no loss on what follows it
-    fill_in_middle: FillInMiddle | None = None  # of the training part
+    masked_token: int | None = None  # no loss on the token that follows it
+    fill_in_middle: FillInMiddle | None = None  # applied to the training part only
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a sample has of a document: `length` of its `total` tokens, from token `first` on.
+    """The piece of a document that is in a sample: `length` of its `total` tokens, from token `first` on.
 
-    `place` is the document's in the order of documents. `fill_in_middle`: the order that it is rearranged in (PSM or
-    SPM), and `total` has the tokens that this adds; None: it is as in the file.
+    `place` is the document's position in the run's order of documents. `fill_in_middle` is PSM or SPM for a rearranged
+    document, whose `total` includes the added tokens; None: the document is as in the file.
     """
 
     document: int
@@ -81,8 +81,7 @@ class Part:
 
 
 class _DocumentDataset(GPTDataset):
-    """A GPTDataset whose samples mark where their documents begin, whose documents may be rearranged, and of whose
-    tokens some may not count in the loss."""
+    """A GPTDataset with document boundaries in its samples, fill-in-the-middle and per-token loss masks."""
 
     def __init__(
         self, indexed_dataset: Any, dataset_path: str, indices: np.ndarray, num_samples: int, split: Split, config: Any
@@ -96,7 +95,7 @@ class _DocumentDataset(GPTDataset):
 
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: Any) -> IndexedDataset:
-        """See `GPTDataset`."""
+        """Open the source at `dataset_path`, which may be in parts; overrides `GPTDataset`'s."""
         return JoinedDataset.of(dataset_path) or GPTDataset.build_low_level_dataset(dataset_path, config)
 
     def __getitem__(self, idx: int | None) -> dict[str, Any]:
@@ -111,13 +110,13 @@ class _DocumentDataset(GPTDataset):
         )
 
     def _counted(self, mask: np.ndarray, idx: int) -> np.ndarray:
-        """What `_text` gives of the source's loss mask instead of its tokens."""
+        """Return the source's loss mask at the tokens that `_text` returns."""
         index, item = self.dataset.index, self.dataset.index.dtype_size
         starts = [(int(index.sequence_pointers[part.document]) // item + part.first, part) for part in self.parts(idx)]
         return np.concatenate([mask[start : start + part.length] for start, part in starts])
 
     def _text(self, idx: int) -> tuple[np.ndarray, list[int]]:
-        """A sample's tokens with the one after the last, and how many are of each document."""
+        """Return a sample's tokens plus the one after the last, and how many come from each document."""
         if self._rearranged is None:
             text, _, lengths = self._query_document_sample_shuffle_indices(idx)
             return text, lengths
@@ -126,7 +125,7 @@ class _DocumentDataset(GPTDataset):
         return np.concatenate(read), [part.length for part in parts]
 
     def parts(self, idx: int) -> list[Part]:
-        """The parts of documents that a sample, with the token after its last, is made of."""
+        """Return the document parts that make up a sample, including the token after its last."""
         row = int(self.shuffle_index[idx])
         (begin, first), (end, last) = (tuple(map(int, self.sample_index[row + more])) for more in (0, 1))
         found = []
@@ -149,14 +148,14 @@ def make_sample(
     masked_token: int | None = None,
     counted: np.ndarray | None = None,
 ) -> dict[str, Tensor]:
-    """A sample from `text`, int64 [s + 1]: the tokens of consecutive (parts of) documents of the given lengths.
+    """Build a sample from `text`, int64 [s + 1]: consecutive documents, or parts of them, of the given lengths.
 
     Returns `tokens` and `labels` (int64 [s]; a label is the next token), `loss_mask` (float32 [s]) and
-    `position_ids` (int64 [s]). With `reset` also `document_starts` (bool [s]): True where a document's part begins,
-    the sample's first token included; positions restart there, and where the label belongs to the next document,
-    as after each end-of-document token, the loss mask is 0: nothing predicts the start of an unrelated document.
-    With `masked_token` it is also 0 at each such token, as megatron-core's `eod_mask_loss` has it; with `counted`,
-    uint8 [s + 1], where the label is a token that does not count (see `loss_mask`).
+    `position_ids` (int64 [s]). With `reset`, also returns `document_starts` (bool [s]), True where a document part
+    begins, including the sample's first token. Positions restart there, and the loss mask is 0 where the label belongs
+    to the next document, as after each end-of-document token: nothing predicts the start of an unrelated document.
+    `masked_token` also zeroes the loss mask at each such token, like megatron-core's `eod_mask_loss`; `counted`,
+    uint8 [s + 1], zeroes it where the label is a token that does not count (see `loss_mask`).
     """
     tokens = torch.from_numpy(text[:-1].astype(np.int64))
     labels = torch.from_numpy(text[1:].astype(np.int64))
@@ -175,7 +174,7 @@ def make_sample(
     for length in document_lengths:
         starts[begin] = True
         begin += int(length)
-    assert begin == size + 1, "the documents' parts make up the sample"
+    assert begin == size + 1, "the document parts must add up to the sample"
     loss_mask[starts[1:]] = 0.0
     starts = starts[:-1].clone()
     last_start = torch.cummax(torch.where(starts, positions, 0), dim=0).values
@@ -183,7 +182,7 @@ def make_sample(
 
 
 class Samples(Dataset):
-    """One part of the data: `len` samples in a fixed, shuffled order. Items are those of `make_sample`."""
+    """One part of the data: `len` samples in a fixed, shuffled order. Items are as returned by `make_sample`."""
 
     def __init__(self, dataset: GPTDataset | BlendedDataset | StagedDataset, names: Sequence[str], size: int) -> None:
         assert len(dataset) >= size, "megatron-core builds at least the samples asked for"
@@ -202,13 +201,13 @@ class Samples(Dataset):
         return sample
 
     def documents(self, index: int) -> tuple[str, list[int]]:
-        """The source a sample comes from, and the indices there of the documents it is cut from."""
+        """Return the name of a sample's source and the indices in it of the documents the sample is cut from."""
         which, parts = self.parts(index)
         return self._names[which], [part.document for part in parts]
 
     def parts(self, index: int) -> tuple[int, list[Part]]:
-        """The number of the source that a sample comes from, and the parts of its documents that make the sample with
-        the token after its last."""
+        """Return the number of a sample's source, and the document parts that make up the sample, including the token
+        after its last."""
         if isinstance(self._dataset, BlendedDataset | StagedDataset):
             which = int(self._dataset.dataset_index[index])
             inner = int(self._dataset.dataset_sample_index[index])
@@ -221,12 +220,12 @@ Parts = tuple[Samples | None, Samples | None, Samples | None]
 
 @dataclass(frozen=True)
 class SampleIndex:
-    """What rank 0 finds out for all ranks.
+    """The sample index and data facts that rank 0 broadcasts to all ranks.
 
     Attributes:
-        folder: where the index lies.
-        fingerprint: of the data and of the order of the training samples (`mix.fingerprint`).
-        shares: what each source contributes.
+        folder: folder of the index.
+        fingerprint: identifies the data and the order of the training samples (`mix.fingerprint`).
+        shares: contribution of each source.
     """
 
     folder: str
@@ -236,7 +235,7 @@ class SampleIndex:
 
 @dataclass(frozen=True)
 class Datasets:
-    """The samples of a run; a part of which none are asked for is None. `fingerprint`, `shares`: see `SampleIndex`."""
+    """The samples of a run; a part without requested samples is None. `fingerprint`, `shares`: see `SampleIndex`."""
 
     train: Samples | None
     validation: Samples | None
@@ -253,11 +252,11 @@ def build_datasets(
     cache_dir: str,
     tokenizer: Tokenizer | None,
 ) -> Datasets:
-    """The samples of a run: `num_samples` of train, validation and test; None for a part of 0 requested samples.
+    """Build the samples of a run: `num_samples` of train, validation and test; None for a part of 0 samples.
 
-    Called by all ranks if torch.distributed is initialized. Rank 0 builds the index in `cache_dir` if it is
+    Must be called by all ranks if torch.distributed is initialized. Rank 0 builds the index in `cache_dir` if it is
     missing; the others wait for up to `INDEX_TIMEOUT_MINUTES`. Raises `UserError`, on all ranks, if the data is
-    missing or damaged, was made with another tokenizer, or cannot give the samples.
+    missing or damaged, was made with another tokenizer, or cannot provide the samples.
     """
     folder = Path(cache_dir).absolute()
     outcome: list[Any] = [None]
@@ -269,7 +268,7 @@ def build_datasets(
         except (UserError, OSError) as error:
             failure = error if isinstance(error, UserError) else UserError(_index_failure(folder, error))
             outcome = [("failed", str(failure))]
-        except Exception as error:  # of any kind: the others must not wait for it
+        except Exception as error:  # of any kind: the other ranks must not be left waiting
             failure = error
             outcome = [("failed", f"rank 0 could not build the sample index: {error!r}")]
     if group is not None:
@@ -281,8 +280,8 @@ def build_datasets(
         raise UserError(index)
     if not os.path.isdir(index.folder):
         raise UserError(
-            f"the sample index {index.folder} that rank 0 built cannot be seen by rank {dist.get_rank()}: set "
-            "data.index_cache to a folder all machines share"
+            f"the sample index {index.folder} that rank 0 built is not visible to rank {dist.get_rank()}: set "
+            "data.index_cache to a folder that all machines share"
         )
     parts = _load(data, num_samples, seed, index.folder, tokenizer)
     return Datasets(*parts, fingerprint=index.fingerprint, shares=index.shares)
@@ -296,20 +295,20 @@ def _index_failure(folder: Path, error: OSError) -> str:
 
 
 def _waiting_group(minutes: float) -> Any:
-    """A group of all ranks, with its own time-out, in which to wait for rank 0; None if there is only one rank."""
+    """Create a group of all ranks, with its own timeout, for waiting on rank 0; None if there is only one rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     return dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
 
 
 def _broadcast(outcome: list[Any], group: Any, minutes: float) -> None:
-    """Replace `outcome` by rank 0's, on all ranks."""
+    """Replace `outcome` with rank 0's on all ranks."""
     try:
         dist.broadcast_object_list(outcome, src=0, group=group, device=torch.device("cpu"))
     except RuntimeError as error:
         raise UserError(
             f"rank {dist.get_rank()} waited {minutes:g} minutes for rank 0 to build the sample index: build it "
-            "ahead with plt preprocess --build-index "
+            "ahead of time with plt preprocess --build-index "
             f"({str(error).splitlines()[0]})"
         ) from error
     dist.destroy_process_group(group)
@@ -328,7 +327,10 @@ def _build_index(
         rearranged = settings is not None and share.part == "train" and settings.rates[os.path.abspath(share.path)] > 0
         setting = "data.fim.rate" if rearranged else "data.eod_mask_loss" if data.eod_mask_loss else None
         if rearranged and has_mask(share.path):
-            raise UserError(f"data.fim.rate: {mask_path(share.path)} is of documents as they are: set the source's 0")
+            raise UserError(
+                f"data.fim.rate: {mask_path(share.path)} does not fit rearranged documents: set the source's fim_rate "
+                "to 0"
+            )
         if setting is not None and tokenizer is not None:
             check_ends(setting, share.path, share.first, share.last, tokenizer.eod)
     hashes = content_hashes(data)
@@ -345,7 +347,7 @@ def _build_index(
 def _build_in(
     target: Path, data: DataConfig, num_samples: tuple[int, int, int], seed: int, tokenizer: Tokenizer | None
 ) -> None:
-    """Build the index under another name, and give it its own when it is whole."""
+    """Build the index under a temporary name and rename it once it is complete."""
     started = time.monotonic()
     logger.info("building the sample index in %s", target)
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
@@ -356,7 +358,7 @@ def _build_in(
         try:
             publish(temporary, target)
         except OSError:
-            if not target.is_dir():  # or another run has just built the same one
+            if not target.is_dir():  # else another run has just built the same index
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -381,7 +383,7 @@ def _load(
         num_dataset_builder_threads=min(8, os.cpu_count() or 1),
         **_blend(data, num_samples),
     )
-    if data.sources:  # split by megatron-core's own numbers, but only the parts that are used
+    if data.sources:  # megatron-core's own split, restricted to the parts that are used
         bounds = split_matrix(data)
         config.split_matrix = [bounds[i] if num_samples[i] else None for i in range(len(PARTS))]
     builder = Builder(_DocumentDataset, list(num_samples), lambda: True, config)
@@ -396,7 +398,7 @@ def _load(
 
 
 def _take_staged(builder: Builder, data: DataConfig, samples: int, cache: str) -> StagedDataset:
-    """The training part, made in stages, which is taken from what the builder is to build."""
+    """Build the training part in stages, and remove it from what `builder` is to build."""
     bounds, config = split_matrix(data)[0], builder.config
     for parts in filter(None, (config.split_matrix, config.blend_per_split)):
         parts[0] = None
@@ -409,7 +411,7 @@ def _take_staged(builder: Builder, data: DataConfig, samples: int, cache: str) -
 
 
 def _blend(data: DataConfig, num_samples: Sequence[int]) -> dict[str, Any]:
-    """megatron-core's description of the mix."""
+    """Return the mix as megatron-core's blend settings."""
 
     def blend(sources: Sequence[Any]) -> tuple[list[str], list[float] | None]:
         weights = [float(source.weight) for source in sources]

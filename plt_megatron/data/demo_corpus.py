@@ -67,12 +67,12 @@ def write_demo_corpus(folder: str | Path, max_bytes: int = 1 << 40) -> DemoCorpu
 
 
 def is_held_out(name: str) -> bool:
-    """Whether a document of this name is for validation."""
+    """Return whether the document of this name belongs to the validation part."""
     return int(_hash(name)[:8], 16) % _HELD_OUT == 0
 
 
 def write_part(path: Path, documents: Sequence[tuple[str, str]]) -> None:
-    """Write documents, (name, text), as JSONL. A file with that content already is not touched."""
+    """Write documents, (name, text), as JSONL. A file that already has this content is not touched."""
     lines = (json.dumps({"text": text, "source": name}, ensure_ascii=False) + "\n" for name, text in documents)
     _write(path, "".join(lines).encode("utf-8"))
 
@@ -82,7 +82,7 @@ def _hash(name: str) -> str:
 
 
 def _documents(root: Path) -> Iterator[tuple[str, str]]:
-    """Name and text of every usable source file, in the order of their names' hashes."""
+    """Yield name and text of every usable source file, ordered by the hash of the name."""
     names = []
     for parent, folders, files in os.walk(root):
         folders[:] = [folder for folder in folders if folder not in _SKIPPED_FOLDERS]

@@ -1,4 +1,4 @@
-"""Documents as readers return them, and what makes a line bad."""
+"""Documents as readers return them, and the checks that make a line bad."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ LEFT_OUT = "left out"
 class Document(NamedTuple):
     """A document, or a bad line with `text` None and the reason in `kind` and `reason`.
 
-    `line` (of a table: row) counts from 1 within the span, `size` is in bytes of the span. `kind` LEFT_OUT is no bad
-    line: the document is one that the options do not ask for.
+    `line` (of a table: row) counts from 1 within the span; `size` is in bytes of the span. `kind` LEFT_OUT marks a
+    document that the options leave out, not a bad line.
 
-    `text` of a conversation is JSON: `{"messages": [...], "tools": [...] or null}`.
+    The `text` of a conversation is JSON: `{"messages": [...], "tools": [...] or null}`.
     """
 
     line: int
@@ -36,7 +36,7 @@ def not_utf8(line: int, size: int, error: UnicodeDecodeError) -> Document:
 
 
 def check_text(line: int, size: int, text: Any, key: str | None = None) -> Document:
-    """The document of a value found at `key`; a bad line unless it is a non-empty string."""
+    """Return the document for the value at `key`, or a bad line unless it is a non-empty string."""
     where = f"field {key!r}" if key else "document"
     if not isinstance(text, str):
         kind = "null" if text is None else type(text).__name__
@@ -47,7 +47,7 @@ def check_text(line: int, size: int, text: Any, key: str | None = None) -> Docum
 
 
 def conversation_problem(value: Any) -> str | None:
-    """What is wrong with the `messages` of a line; None: nothing."""
+    """Return what is wrong with the `messages` of a line, or None."""
     if not isinstance(value, list) or not value:
         return "is not a list of messages"
     for number, message in enumerate(value, 1):
@@ -56,20 +56,20 @@ def conversation_problem(value: Any) -> str | None:
         if "content" not in message and "tool_calls" not in message:
             return f"message {number} has no content"
     if all(message["role"] != "assistant" for message in value):
-        return "has no message of the assistant, so that there is nothing to learn"
+        return "has no assistant message, so there is nothing to learn"
     return None
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Which documents are asked for: those whose number in the field or column `key` is in [low, high); None: open."""
+    """A quality filter: keep documents whose number in field or column `key` is in [low, high); None: unbounded."""
 
     key: str
     low: float | None = None
     high: float | None = None
 
     def judge(self, line: int, size: int, value: Any) -> Document | None:
-        """A bad line unless `value` is a number, a document left out if it is outside; None: it is asked for."""
+        """Return a bad line if `value` is not a number, a left-out document if it is out of range, else None."""
         if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
             found = "null" if value is None else repr(value)[:40]
             return Document(line, size, None, "no quality", f"field {self.key!r} is {found}, not a number")

@@ -1,9 +1,9 @@
 """Prose and mathematics that every machine has: the documentation that Python and the required packages ship.
 
 - prose: the language reference that Python's `help` shows, and the documentation strings of numpy and matplotlib;
-- mathematics: those of sympy and mpmath, full of formulas.
+- mathematics: the documentation strings of sympy and mpmath, full of formulas.
 
-One document per topic or source file. Like the demo's corpus, whose domain is code, and which is not touched by these.
+One document per topic or source file. Complements the demo's corpus, whose domain is code, without changing it.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from plt_megatron.errors import UserError
 
 DOMAINS = {"prose": ("numpy", "matplotlib"), "mathematics": ("sympy", "mpmath")}
 _SKIPPED_FOLDERS = {"test", "tests", "__pycache__"}
-_SHORTEST = 200  # characters of a documentation string
+_SHORTEST = 200  # characters; shorter documentation strings are skipped
 
 
 def domain_files(folder: Path, domain: str) -> dict[str, Path]:
-    """The domain's files in a corpus' folder, by part."""
+    """Return a domain's files in the folder of a corpus, by part."""
     return {part: folder / f"{domain}_{part}.jsonl" for part in ("train", "validation")}
 
 
 def write_domain(folder: Path, domain: str) -> None:
-    """Write the domain's JSONL files (fields `text`, `source`); one document in 16 is held out, by its name's hash.
+    """Write the domain's JSONL files (fields `text`, `source`). One document in 16 is held out by the hash of its name.
 
     Raises:
-        UserError: a package has no documentation here.
+        UserError: a package is not installed, or there is no documentation.
     """
     parts: dict[str, list[tuple[str, str]]] = {"train": [], "validation": []}
     for name, text in sorted(_documents(domain)):
@@ -43,7 +43,7 @@ def write_domain(folder: Path, domain: str) -> None:
 
 
 def _documents(domain: str) -> Iterator[tuple[str, str]]:
-    """(name, text) of every document."""
+    """Yield (name, text) of every document."""
     if domain == "prose":
         from pydoc_data.topics import topics
 
@@ -62,10 +62,10 @@ def _documents(domain: str) -> Iterator[tuple[str, str]]:
 
 
 def _documentation(path: Path) -> Iterator[str]:
-    """The documentation strings of a source file that are long enough, in its order."""
+    """Yield the documentation strings of a source file that are long enough."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)  # of its strings' backslashes
+            warnings.simplefilter("ignore", SyntaxWarning)  # invalid escapes in its strings
             tree = ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, SyntaxError):
         return

@@ -1,8 +1,8 @@
-"""Finds validation text in the training part: documents that are equal, and long spans that both have.
+"""Find validation text in the training part: equal documents, and long shared spans.
 
-Validation documents are held in memory (those that the run's validation reads), the training part is streamed through
-memory maps. Every aligned block of W validation tokens, where 2W - 1 <= `span_tokens`, is looked up at every place of
-the training text: a shared span of `span_tokens` contains at least one such block. Finds are compared token by token.
+The documents that the run's validation reads are held in memory; the training part is streamed through memory maps.
+Every aligned block of W validation tokens, where 2W - 1 <= `span_tokens`, is looked up at every position of the
+training text: a shared span of `span_tokens` contains at least one such block. Matches are compared token by token.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from plt_megatron.data.mix import SourceShare
 from plt_megatron.data.rolling_hash import WindowHasher
 from plt_megatron.errors import UserError
 
-_CHUNK = 1 << 21  # tokens that are hashed at once
-_GROUP = 1 << 16  # documents whose places are held at once
+_CHUNK = 1 << 21  # tokens hashed at once
+_GROUP = 1 << 16  # documents whose offsets are in memory at once
 _TABLE_BITS = 22
 
 
 @dataclass(frozen=True)
 class Place:
-    """A document of a source, or what begins at its token `token`; both from 0."""
+    """A position in a source: token `token` of document `document`, both from 0."""
 
     source: str
     document: int
@@ -36,7 +36,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Shared:
-    """`length` tokens that are the same at both places. `tokens`: at most the first 64 of them."""
+    """`length` equal tokens at two places; `tokens` has at most the first 64 of them."""
 
     validation: Place
     training: Place
@@ -46,19 +46,18 @@ class Shared:
 
 @dataclass
 class Duplicates:
-    """What was found.
+    """The result of a search.
 
     Attributes:
-        span_tokens: the least length of a shared span.
-        validation_documents, validation_tokens: searched for.
-        training_documents, training_tokens: searched.
-        equal_documents: validation documents that the training part has as a whole.
-        equal_pairs: the first of each.
+        span_tokens: minimum length of a shared span.
+        validation_documents, validation_tokens: size of the text searched for.
+        training_documents, training_tokens: size of the text searched.
+        equal_documents: validation documents that the training part contains whole.
+        equal_pairs: equal documents, each with its first match.
         span_documents: validation documents that share a span with the training part.
         span_tokens_shared: validation tokens in the spans found; there may be more.
-        spans: the longest of those found. A stretch of validation text that occurs often is listed where it was found
-            first.
-        by_source: validation source -> (documents, of them equal, of them with a span).
+        spans: the longest spans found. Validation text that occurs repeatedly is listed at its first match.
+        by_source: validation source -> (documents, equal documents, documents with a shared span).
     """
 
     span_tokens: int
@@ -84,15 +83,15 @@ def find_duplicates(
 
     Args:
         validation: name and path prefix of each source, and the numbers of its documents.
-        training: shares of the training part; each path is searched once.
-        span_tokens: least length of a shared span, at least 8.
-        listed: pairs and spans to list.
+        training: shares of the training part; those of the same documents are searched once.
+        span_tokens: minimum length of a shared span, at least 8.
+        listed: maximum number of pairs, and of spans, to list.
 
     Raises:
         UserError: the span is too short, there are no validation documents, or a source is damaged.
     """
     if span_tokens < 8:
-        raise UserError(f"a shared span of {span_tokens} tokens says nothing: give at least 8")
+        raise UserError(f"a shared span of {span_tokens} tokens is too short to mean anything: use at least 8")
     held = _Held(validation, (span_tokens + 1) // 2)
     if not held.places:
         raise UserError("the run reads no validation documents to search for: set validation.iters above 0")
@@ -103,7 +102,7 @@ def find_duplicates(
 
 
 class _Held:
-    """Validation documents, end to end, and the hashes of their blocks."""
+    """The validation documents end to end, and the hashes of their blocks."""
 
     def __init__(self, sources: Sequence[tuple[str, str, Sequence[int]]], block: int) -> None:
         self.block = block
@@ -127,11 +126,11 @@ class _Held:
         order = np.argsort(hashes, kind="stable")
         self.hashes = hashes[order]
         self.block_starts = np.concatenate([np.empty(0, np.int64), *block_starts])[order]
-        self._table = np.zeros(1 << _TABLE_BITS, bool)  # is any hash like this one? Tells most windows apart at once
+        self._table = np.zeros(1 << _TABLE_BITS, bool)  # leading bits of all hashes: rules out most windows at once
         self._table[self._slot(self.hashes)] = True
         self.by_length: dict[int, list[int]] = defaultdict(list)
         for number, length in enumerate(lengths.tolist()):
-            if length > 1:  # an end-of-document token alone is no document
+            if length > 1:  # an end-of-document token alone is not a document
                 self.by_length[length].append(number)
 
     @staticmethod
@@ -142,7 +141,7 @@ class _Held:
         return self.tokens[self.starts[number] : self.ends[number]]
 
     def candidates(self, hashes: np.ndarray) -> Iterator[tuple[int, int]]:
-        """(window's number, block's number) of equal hashes, in the order of the windows."""
+        """Yield (window number, block number) of equal hashes, in the order of the windows."""
         windows = np.flatnonzero(self._table[self._slot(hashes)])
         low = np.searchsorted(self.hashes, hashes[windows], "left")
         high = np.searchsorted(self.hashes, hashes[windows], "right")
@@ -152,7 +151,7 @@ class _Held:
 
 
 class _Search:
-    """Goes through training sources and gathers what is found."""
+    """Searches training sources and collects the matches."""
 
     def __init__(self, held: _Held, span_tokens: int, listed: int) -> None:
         self._held, self._span, self._listed = held, span_tokens, listed
@@ -189,7 +188,7 @@ class _Search:
                     self._equal[number] = self._shared(self._held.places[number], place, mine)
 
     def _find_spans(self, group: _Group, flat: np.ndarray, begin: int, end: int) -> None:
-        """Spans with a block that begins in [begin, end) of the source."""
+        """Find spans with a block that begins in [begin, end) of the source."""
         block = self._held.block
         hashes = self._hash(flat[begin : min(end + block - 1, int(group.ends[-1]))])
         for window, number in self._held.candidates(hashes):
@@ -201,7 +200,7 @@ class _Search:
                 self._extend(group, which, flat, at, number)
 
     def _extend(self, group: _Group, which: int, flat: np.ndarray, at: int, number: int) -> None:
-        """The longest span around a block that is in both documents."""
+        """Record the longest span around a block that both documents share, if it is long enough."""
         held, block = self._held, self._held.block
         mine = int(held.block_starts[number])
         document = int(np.searchsorted(held.ends, mine, "right"))
@@ -209,7 +208,7 @@ class _Search:
         ahead = min(int(held.ends[document]) - mine, int(group.ends[which]) - at)
         after = _common(held.tokens[mine : mine + ahead], flat[at : at + ahead])
         if after < block:
-            return  # an accident of hashes
+            return  # a hash collision
         before = _common(held.tokens[mine - back : mine][::-1], flat[at - back : at][::-1])
         if before + after < self._span:
             return
@@ -251,7 +250,7 @@ class _Search:
 
 @dataclass(frozen=True)
 class _Group:
-    """Successive documents of a source: where each starts and ends among the source's tokens."""
+    """Consecutive documents of a source, with each one's start and end among the source's tokens."""
 
     source: str
     first: int
@@ -260,7 +259,7 @@ class _Group:
 
 
 def _common(left: np.ndarray, right: np.ndarray) -> int:
-    """The number of equal tokens at the start of two arrays of one length."""
+    """Return the length of the common prefix of two arrays of the same length."""
     step = 256
     for at in range(0, len(left), step):
         different = left[at : at + step] != right[at : at + step]

@@ -1,8 +1,8 @@
-"""Encoders: documents to tokens, and for conversations to the tokens that count in the loss.
+"""Encoders of documents to tokens and, for conversations, to loss masks.
 
-A conversation is a line `{"messages": [{"role": ..., "content": ...}, ...]}`, with `"tools": [...]` where the chat
-template takes them. Its tokens are those of transformers' `apply_chat_template`; of these, the assistant's answers and
-what ends them count.
+A conversation is a line `{"messages": [{"role": ..., "content": ...}, ...]}`, with `"tools": [...]` if the chat
+template takes them. Its tokens are those of transformers' `apply_chat_template`; only the assistant's answers,
+including the tokens that end them, count in the loss.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _MARK = re.compile(r"{%-?\s*generation\s*-?%}")
 
 
 class Encoded(NamedTuple):
-    """Documents as tokens.
+    """Documents encoded as tokens.
 
     Attributes:
         flat: the tokens of all documents, one after the other, in the tokenizer's dtype.
         lengths: int64, tokens of each document that has any.
-        mask: uint8, 1 where a token of `flat` counts in the loss; empty: all do.
-        bad: kind and reason of what could not be encoded, by its number among the texts.
+        mask: uint8, 1 where a token of `flat` counts in the loss; empty if all do.
+        bad: kind and reason of each text that could not be encoded, by its index.
     """
 
     flat: np.ndarray
@@ -41,7 +41,7 @@ class Encoded(NamedTuple):
 
 
 class Encoder(ABC):
-    """What a worker of preprocessing does with texts. `append_eod`: each document ends with the tokenizer's `eod`."""
+    """Encodes texts in a preprocessing worker. `append_eod`: end each document with the tokenizer's `eod`."""
 
     def __init__(self, tokenizer: Tokenizer, *, append_eod: bool) -> None:
         self._tokenizer, self._append_eod = tokenizer, append_eod
@@ -51,7 +51,7 @@ class Encoder(ABC):
 
 
 class TextEncoder(Encoder):
-    """Plain text, of which every token counts."""
+    """Encodes plain text; every token counts in the loss."""
 
     def __call__(self, texts: Sequence[str]) -> Encoded:
         flat, lengths = self._tokenizer.encode_flat(texts)
@@ -63,13 +63,13 @@ class TextEncoder(Encoder):
 
 
 class _BadConversation(Exception):
-    """A conversation that cannot be encoded; the text says why."""
+    """Raised for a conversation that cannot be encoded; the message says why."""
 
 
 class ChatEncoder(Encoder):
-    """Conversations, as JSON, in the chat template beside a `tokenizer.json`.
+    """Encodes conversations (as JSON) with the chat template next to a `tokenizer.json`.
 
-    Raises `UserError` if there is none, or transformers is missing.
+    Raises `UserError` if there is no template, or transformers is missing.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, append_eod: bool) -> None:
@@ -107,7 +107,7 @@ class ChatEncoder(Encoder):
         return Encoded(flat, np.asarray([len(ids) for ids, _ in found], np.int64), mask, bad)
 
     def _encode(self, messages: list[Any], tools: Any) -> tuple[np.ndarray, np.ndarray]:
-        """A conversation's tokens, and its loss mask, uint8 of the same length."""
+        """Return a conversation's tokens, and its loss mask, uint8 of the same length."""
         text = self._apply(messages, tools)
         encoded = self._templates(text, add_special_tokens=False, return_offsets_mapping=True)
         starts = np.asarray([start for start, _ in encoded["offset_mapping"]], np.int64)
@@ -115,7 +115,7 @@ class ChatEncoder(Encoder):
         for begin, end in self._answers(text, messages, tools):
             counted[(starts >= begin) & (starts < end)] = 1
         if not counted.any():
-            raise _BadConversation("the chat template leaves no token of an answer")
+            raise _BadConversation("the chat template renders no token of an answer")
         last, eod = int((starts < len(text.rstrip())).sum()) - 1, self._tokenizer.eod
         if self._append_eod and ids[last] != eod:
             # Where the template does not end an answer, this token does.
@@ -124,7 +124,7 @@ class ChatEncoder(Encoder):
         return ids, counted
 
     def _answers(self, text: str, messages: list[Any], tools: Any) -> Iterator[tuple[int, int]]:
-        """Where in the conversation's text the answers are: first character, and the one after the last."""
+        """Yield the character range [begin, end) of each answer in the conversation's text."""
         if self._marks_answers:
             yield from self._marked_answers(messages, tools)
             return
@@ -135,8 +135,8 @@ class ChatEncoder(Encoder):
             answered = self._apply(messages[: number + 1], tools)
             if not answered.startswith(asked) or not text.startswith(answered):
                 raise _BadConversation(
-                    f"the chat template writes what comes before and in message {number + 1} otherwise when there is "
-                    "more: mark the answers in it by {% generation %}"
+                    f"the chat template renders the text up to message {number + 1} differently when more follows: "
+                    "mark the answers in the template with {% generation %}"
                 )
             yield len(asked), len(answered.rstrip())
 
@@ -154,11 +154,11 @@ class ChatEncoder(Encoder):
         try:
             return str(self._templates.apply_chat_template(list(messages), tools=tools, tokenize=False, **options))
         except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise _BadConversation(f"the chat template refuses it: {str(error).splitlines()[0]}") from error
+            raise _BadConversation(f"the chat template rejects it: {str(error).splitlines()[0]}") from error
 
 
 def _append_token(flat: np.ndarray, lengths: np.ndarray, token: int) -> tuple[np.ndarray, np.ndarray]:
-    """Append `token` to each document; the new tokens and lengths."""
+    """Append `token` to each document; return the new tokens and lengths."""
     lengths = lengths + 1
     ends = np.cumsum(lengths) - 1
     result = np.empty(flat.size + len(lengths), flat.dtype)

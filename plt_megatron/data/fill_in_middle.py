@@ -5,9 +5,9 @@ A document's text is cut at two places into prefix, middle and suffix. With PRE,
     PSM:  PRE prefix SUF suffix MID middle EOD
     SPM:  PRE SUF suffix MID prefix middle EOD       (Megatron-LM's variant, the paper's joint one)
 
-Every decision is a hash of the seed and of numbers that do not depend on layout or history: which documents are
-rearranged, of the document's number; the cuts and the order, also of the document's place in the run's order of
-documents, so that each pass over a document cuts it anew. There is no generator, and no state to save.
+Every decision is a hash of the seed and of numbers that do not depend on layout or history. Whether a document is
+rearranged depends on its number; the cuts and the order also depend on its place in the run's order of documents, so
+that each pass over a document cuts it differently. There is no random generator and no state to save.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from plt_megatron.data.rolling_hash import scramble, scramble_number
 from plt_megatron.data.tokenizer import Tokenizer
 from plt_megatron.errors import UserError
 
-# Prefix, middle and suffix tokens, tried in this order: StarCoder; Qwen, CodeGemma and StarCoder 2's kin; DeepSeek;
-# Code Llama.
+# Prefix, middle and suffix tokens, tried in this order: StarCoder; Qwen, CodeGemma and relatives of StarCoder 2;
+# DeepSeek; Code Llama.
 KNOWN_TOKENS = (
     ("<fim_prefix>", "<fim_middle>", "<fim_suffix>"),
     ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"),
@@ -37,7 +37,7 @@ KNOWN_TOKENS = (
 )
 ADDED_TOKENS = 3
 _CHOICE, _FIRST_CUT, _SECOND_CUT, _ORDER = range(4)  # streams of random numbers
-_CHECKED = 64  # documents of a source whose last token is looked at
+_CHECKED = 64  # documents per source whose last token is checked
 
 
 class FimTokens(NamedTuple):
@@ -50,7 +50,7 @@ class FimTokens(NamedTuple):
 
 @dataclass(frozen=True)
 class FillInMiddle:
-    """What is rearranged, and how. `rates`: share of documents by absolute path prefix of a training source."""
+    """Settings of a run. `rates`: share of documents to rearrange, by absolute path prefix of the training source."""
 
     rates: dict[str, float]
     spm_rate: float
@@ -59,7 +59,7 @@ class FillInMiddle:
 
 
 def settings_of(data: DataConfig, tokenizer: Tokenizer | None, seed: int) -> FillInMiddle | None:
-    """A run's settings; None where nothing is rearranged. Raises `UserError` if the tokenizer lacks the tokens."""
+    """Return a run's settings; None if nothing is rearranged. Raises `UserError` if the tokenizer lacks the tokens."""
     sources = data.sources or data.train_sources
     rates = {os.path.abspath(source.path): derived.fim_rate(data, source) for source in sources}
     if not any(rates.values()):
@@ -68,7 +68,10 @@ def settings_of(data: DataConfig, tokenizer: Tokenizer | None, seed: int) -> Fil
 
 
 def find_tokens(data: DataConfig, tokenizer: Tokenizer | None) -> FimTokens:
-    """The tokens that the settings name, else the first known ones that the tokenizer has. Raises `UserError`."""
+    """Return the tokens that the settings name, else the first of `KNOWN_TOKENS` that the tokenizer has.
+
+    Raises `UserError` if the tokenizer lacks them.
+    """
     if tokenizer is None:
         raise UserError("data.fim.rate needs data.tokenizer, which has the tokens that mark prefix, middle and suffix")
     named = derived.fim(data).tokens
@@ -81,21 +84,22 @@ def find_tokens(data: DataConfig, tokenizer: Tokenizer | None) -> FimTokens:
             raise UserError(f"{tokenizer.path} has no token {missing!r}, which data.fim.tokens names")
     looked = ", ".join(names[0] for names in KNOWN_TOKENS)
     raise UserError(
-        f"data.fim.rate: {tokenizer.path} has no fill-in-the-middle tokens (looked for {looked} and theirs): name them "
-        "by data.fim.tokens, or train a tokenizer with --special-token"
+        f"data.fim.rate: {tokenizer.path} has no fill-in-the-middle tokens (looked for {looked} and so on): name them "
+        "in data.fim.tokens, or train a tokenizer with --special-token"
     )
 
 
 def _distinct(tokenizer: Tokenizer, names: Sequence[str], ids: Sequence[int]) -> FimTokens:
     if len({*ids, tokenizer.eod}) < len(ids) + 1:
         raise UserError(
-            f"data.fim.tokens: {', '.join(names)} and the end-of-document token must be four tokens of {tokenizer.path}"
+            f"data.fim.tokens: {', '.join(names)} and the end-of-document token must be four different tokens of "
+            f"{tokenizer.path}"
         )
     return FimTokens(*ids)
 
 
 def check_ends(setting: str, path: str, first: int, last: int, eod: int) -> None:
-    """`UserError` unless a source's documents from `first` to `last` (exclusive), some of them, end with `eod`."""
+    """Raise `UserError` unless the documents in [first, last) of a source end with `eod`; samples up to `_CHECKED`."""
     index = open_index(path)
     documents = sorted({int(place) for place in np.linspace(first, last - 1, _CHECKED)}) if last > first else []
     flat = flat_tokens(index)
@@ -109,9 +113,9 @@ def check_ends(setting: str, path: str, first: int, last: int, eod: int) -> None
 
 
 class RearrangedDocuments:
-    """A source's training documents as megatron-core's `IndexedDataset` gives them, a share of them rearranged.
+    """A source's training documents, a share of them rearranged, in place of megatron-core's `IndexedDataset`.
 
-    Each of those is `ADDED_TOKENS` longer. A document of one token, the end-of-document token, stays as it is.
+    A rearranged document is `ADDED_TOKENS` longer. A document of one token, the end-of-document token, stays as it is.
     """
 
     def __init__(self, dataset: Any, rate: float, settings: FillInMiddle) -> None:
@@ -120,7 +124,7 @@ class RearrangedDocuments:
 
     @cached_property
     def sequence_lengths(self) -> np.ndarray:
-        """int32 [documents]. In memory: for building the sample index only."""
+        """Tokens per document, int32 [documents]. Held in memory; needed only to build the sample index."""
         lengths = np.array(self._dataset.sequence_lengths, np.int32)
         for first in range(0, len(lengths), 1 << 20):
             part = lengths[first : first + (1 << 20)]
@@ -128,18 +132,18 @@ class RearrangedDocuments:
         return lengths
 
     def length(self, document: int) -> int:
-        """Tokens of a document, rearranged or not."""
+        """Return the number of tokens of a document, including those that rearranging adds."""
         raw = int(self._dataset.sequence_lengths[document])
         return raw + ADDED_TOKENS * self._is_chosen(document, raw)
 
     def order(self, document: int, place: int) -> str | None:
-        """`PSM`, `SPM`, or None: as it is. `place`: in the run's order of documents."""
+        """Return `PSM`, `SPM`, or None if not rearranged. `place`: position in the run's order of documents."""
         if not self._is_chosen(document, int(self._dataset.sequence_lengths[document])):
             return None
         return "SPM" if self._draw(_ORDER, document, place) < self._settings.spm_rate else "PSM"
 
     def read(self, document: int, place: int, first: int, length: int) -> np.ndarray:
-        """int64 [length]: tokens of a document from `first` on. Reads no others from the file."""
+        """Return a document's tokens from `first` on, int64 [length]. Reads no others from the file."""
         pieces: list[np.ndarray] = []
         at = 0  # where the piece begins
         for begin, end in self._pieces(document, place):
@@ -150,12 +154,12 @@ class RearrangedDocuments:
         return np.concatenate(pieces, dtype=np.int64) if pieces else np.empty(0, np.int64)
 
     def _piece(self, document: int, begin: int, end: int) -> np.ndarray:
-        if begin < 0:  # a token by its negative number
+        if begin < 0:  # an added token, as -id - 1
             return np.array([-begin - 1], np.int64)
         return self._dataset.get(document, offset=begin, length=end - begin)
 
     def _pieces(self, document: int, place: int) -> Iterator[tuple[int, int]]:
-        """Ranges of the document's tokens, in the order in which they are read; (-id - 1, -id) for the token `id`."""
+        """Yield ranges of the document's tokens in reading order; (-id - 1, -id) stands for the added token `id`."""
         total = int(self._dataset.sequence_lengths[document])
         order = self.order(document, place)
         if order is None:
@@ -182,13 +186,13 @@ class RearrangedDocuments:
 
 
 def uniform(seed: int, stream: int, numbers: np.ndarray) -> np.ndarray:
-    """`uniform_number` of each of the numbers (at place 0): float64, as `numbers`."""
+    """Return `uniform_number` of each number at place 0, float64 of the shape of `numbers`."""
     key = np.uint64(scramble_number(_key(seed, stream)))
     return (scramble(scramble(numbers.astype(np.uint64)) ^ key) >> np.uint64(11)) * 2.0**-53
 
 
 def uniform_number(seed: int, stream: int, number: int, place: int) -> float:
-    """A value of [0, 1) that looks random and follows from the arguments alone."""
+    """Return a value in [0, 1) that looks random and depends only on the arguments."""
     key = scramble_number(_key(seed, stream) ^ place)
     return (scramble_number(scramble_number(number) ^ key) >> 11) * 2.0**-53
 

@@ -1,4 +1,4 @@
-"""A sentencepiece model as a Hugging Face `tokenizer.json`, and a check that both encode identically."""
+"""Write a sentencepiece model as a Hugging Face `tokenizer.json`, and check that both encode identically."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NEVER = -1e9
 
 
 def build_tokenizer_json(model: Path) -> dict[str, str]:
-    """The contents of `tokenizer.json` and `tokenizer_config.json` for a sentencepiece model of ours.
+    """Return the contents of `tokenizer.json` and `tokenizer_config.json` for a sentencepiece model.
 
     Only models without normalization and with byte fallback can be expressed; others raise `UserError`.
     Control tokens are part of the vocabulary and not "added tokens": as in sentencepiece, their names in a text
@@ -81,8 +81,8 @@ def _tokenizer(proto: Any, splittable: bool) -> dict[str, Any]:
 
 
 def _bpe(proto: Any) -> dict[str, Any]:
-    """Sentencepiece joins the neighbors whose joint piece has the best score: every way to split a piece into two
-    pieces is a merge, in the order of scores."""
+    """Return the BPE model. Sentencepiece merges the neighbors whose joint piece has the best score, so every split of
+    a piece into two pieces is a merge, ordered by score."""
     kind = proto.SentencePiece
     rank = {piece.piece: index for index, piece in enumerate(proto.pieces) if piece.type == kind.NORMAL}
     merges = []
@@ -135,8 +135,8 @@ def _config(proto: Any) -> dict[str, Any]:
 
 
 def first_difference(tokenizer: Tokenizer, model: bytes, tokenizer_json: str, texts: Sequence[str]) -> str | None:
-    """Where `tokenizer`, sentencepiece itself and the `tokenizers` library do not give the same ids for a text, or
-    the ids do not decode to it; None if nowhere."""
+    """Describe the first text for which `tokenizer`, sentencepiece itself and the `tokenizers` library give different
+    ids, or whose ids do not decode to it; None if there is none."""
     import sentencepiece
     import tokenizers
 

@@ -36,7 +36,7 @@ _CODES: dict[int, type] = {
 @dataclass(frozen=True)
 class IndexedFile:
     """The contents of a `.idx`. `lengths` is memory-mapped int32, tokens per document; `bins` are the files that hold
-    the tokens, one or a source's parts'."""
+    the tokens: one, or one for each part of a source in parts."""
 
     prefix: str
     dtype: np.dtype[Any]
@@ -71,7 +71,7 @@ def open_index(prefix: str | os.PathLike[str]) -> IndexedFile:
             raise UserError(f"{prefix}.idx is not an index of megatron-core's indexed format: tokenize the data again")
         version, code, sequences, documents = _HEADER.unpack(header)
         if version != 1 or code not in _CODES:
-            raise UserError(f"{prefix}.idx has version {version} and dtype code {code}, which are unknown")
+            raise UserError(f"{prefix}.idx has an unknown version ({version}) or dtype code ({code})")
         offset = len(_MAGIC) + _HEADER.size
         size = os.path.getsize(prefix + ".idx")
         if size < offset + 12 * sequences + 8 * documents:
@@ -103,12 +103,12 @@ def _check_size(index: IndexedFile, expected: int) -> None:
 
 
 def flat_tokens(index: IndexedFile) -> Any:
-    """All tokens of a source, memory-mapped: an array, or several that are read like one (`parts`)."""
+    """Memory-map all tokens of a source: one array, or several that are read like one (`parts`)."""
     return map_files(index.bins, index.dtype)
 
 
 def document_starts(index: IndexedFile, documents: Sequence[int]) -> list[int]:
-    """The first token of each document among the source's tokens, without a list of all of them in memory."""
+    """Return where each document starts among the source's tokens, without holding all starts in memory."""
     wanted = np.asarray(documents, np.int64)
     found = np.zeros(len(wanted), np.int64)
     passed = 0
@@ -122,7 +122,7 @@ def document_starts(index: IndexedFile, documents: Sequence[int]) -> list[int]:
 
 
 def read_manifest(prefix: str) -> dict[str, Any]:
-    """What `plt preprocess` says of a source in `prefix`.manifest.json; empty for one that was made elsewhere."""
+    """Read the `prefix`.manifest.json that `plt preprocess` wrote; empty for a source that was made elsewhere."""
     try:
         with open(f"{prefix}.manifest.json", encoding="utf-8") as file:
             return json.load(file)
@@ -135,7 +135,7 @@ def read_manifest(prefix: str) -> dict[str, Any]:
 def write_index(path: Path, dtype: Any, lengths: Callable[[], Iterable[np.ndarray]]) -> None:
     """Write a `.idx`. `lengths()` yields the int32 lengths part by part, each time from the start.
 
-    Memory does not grow with the number of documents, as long as a part fits.
+    Only one part of the lengths is in memory at a time.
     """
     code = next(code for code, kind in _CODES.items() if kind == dtype)
     count = sum(map(len, lengths()))
@@ -154,7 +154,7 @@ def write_index(path: Path, dtype: Any, lengths: Callable[[], Iterable[np.ndarra
 
 
 def concatenate(parts: Sequence[Path], target: Path) -> str:
-    """Write the bytes of `parts`, one file after the other, to `target`; their SHA-256."""
+    """Write the bytes of `parts`, one file after the other, to `target`; return their SHA-256."""
     digest = hashlib.sha256()
     with open(target, "wb") as output:
         for part in parts:

@@ -1,4 +1,4 @@
-"""What a batch of a run really holds: texts, documents, and what is trained on."""
+"""Inspect what a run's batches contain: texts, documents, and the tokens that are trained on."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from plt_megatron.errors import UserError
 
 @dataclass(frozen=True)
 class Run:
-    """Successive tokens of one kind.
+    """Consecutive tokens of one kind.
 
     Attributes:
-        text: of ordinary tokens; for control tokens, each by its name; without a tokenizer, their numbers.
-        predicted: whether the loss asks for these tokens. A sample's first token is never asked for.
+        text: text of the tokens; names of control tokens; ids if there is no tokenizer.
+        predicted: whether these tokens count in the loss as labels. A sample's first token never does.
         control: whether they are control tokens, which stand for no text.
-        tokens: how many.
+        tokens: number of tokens.
     """
 
     text: str
@@ -36,12 +36,12 @@ class Run:
 
 @dataclass(frozen=True)
 class ShownPart:
-    """A document's part: where it is from, and its tokens.
+    """A part of a document, with its origin and its tokens.
 
     Attributes:
-        document: its number in the source, from 0.
-        first, total: of the document's `total` tokens the part begins with token `first`, from 0.
-        resets: whether attention and positions begin anew with it.
+        document: number of the document in the source, from 0.
+        first, total: the part begins at token `first` (from 0) of the document's `total` tokens.
+        resets: whether attention and positions restart at this part.
         fill_in_middle: see `datasets.Part`.
     """
 
@@ -59,13 +59,13 @@ class ShownPart:
 
 @dataclass(frozen=True)
 class ShownSample:
-    """One sample with the token after its last, which is a label only.
+    """One sample, including the token after its last, which is only a label.
 
     Attributes:
-        number: in the order that the run reads.
-        source, path: its source's name, and path prefix.
-        predicted: tokens that the loss asks for.
-        tokens: of the sample, `data.sequence_length`.
+        number: position in the order in which the run reads samples.
+        source, path: name and path prefix of its source.
+        predicted: number of tokens that count in the loss as labels.
+        tokens: length of the sample, `data.sequence_length`.
     """
 
     number: int
@@ -78,8 +78,8 @@ class ShownSample:
 
 @dataclass(frozen=True)
 class ShownBatch:
-    """Samples of a part of the data: `number` of the batch, from 1, of `size` samples read as rows of `row_length`
-    tokens, of which `samples` are shown."""
+    """Batch `number` (from 1) of a part of the data. It has `size` samples, read as rows of `row_length` tokens;
+    `samples` are those shown."""
 
     part: str
     number: int
@@ -89,9 +89,9 @@ class ShownBatch:
 
 
 class Inspector:
-    """The samples of a run's configuration. Builds the sample index as the run would, if it is missing.
+    """The samples of a run configuration. Builds the sample index as the run would, if it is missing.
 
-    Raises `UserError` as `build_datasets` does.
+    Raises `UserError` like `build_datasets`.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -109,14 +109,14 @@ class Inspector:
         self._sources = dict(zip(PARTS, sample_sources(config.data), strict=True))
 
     def samples(self, part: str) -> Samples:
-        """A part's samples; `UserError` if the run reads none."""
+        """Return a part's samples. Raises `UserError` if the run reads none."""
         found = self._samples[part]
         if found is None:
             raise UserError(f"the run reads no {part} data: set validation.iters above 0, or inspect another part")
         return found
 
     def batch(self, part: str, number: int, limit: int) -> ShownBatch:
-        """The first `limit` samples of a part's `number`-th global batch, from 1. `UserError` if there is none."""
+        """Return the first `limit` samples of a part's global batch `number`, from 1. Raises `UserError` if none."""
         config, samples = self._config, self.samples(part)
         length = config.data.sequence_length
         if part != "train":
@@ -124,7 +124,7 @@ class Inspector:
         schedule = BatchSchedule(config)
         batches = schedule.steps(len(samples) * length)
         if not 1 <= number <= batches:
-            raise UserError(f"batch {number} of the {part} data: the run reads the batches 1 to {batches:,}")
+            raise UserError(f"batch {number} of the {part} data: the run reads batches 1 to {batches:,}")
         before = schedule.tokens(number - 1)
         first, size = before // length, schedule.global_batch_size(before)
         row = LengthSchedule(config).sequence_length(before)
@@ -132,7 +132,7 @@ class Inspector:
         return ShownBatch(part, number, size, row, shown)
 
     def text(self, tokens: Sequence[int]) -> str:
-        """The tokens as text, control tokens by their names."""
+        """Return the tokens as text, with control tokens by name."""
         return "".join(run.text for run in _runs(tokens, [True] * len(tokens), self._tokenizer))
 
     def find_duplicates(self, span_tokens: int) -> Duplicates:
@@ -167,7 +167,7 @@ class Inspector:
 
 
 def _cuts(begin: int, end: int, row_length: int, sample_length: int) -> Iterator[tuple[int, int]]:
-    """The parts of `begin` to `end` that lie in one row each; the token after the sample's last is in the last row."""
+    """Cut [begin, end) where rows begin; the token after the sample's last belongs to the last row."""
     edges = [edge for edge in range(row_length, sample_length, row_length) if begin < edge < end]
     return zip([begin, *edges], [*edges, end], strict=True)
 

@@ -1,4 +1,4 @@
-"""An inspected batch, and duplicates, as text for a terminal."""
+"""Format inspected batches and duplicates as text for a terminal."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from plt_megatron.data.duplicates import Duplicates, Shared
 from plt_megatron.data.inspection import Inspector, Run, ShownBatch, ShownPart
 from plt_megatron.run_folder.text import format_table, plural
 
-LEGEND = "[[...]]: the loss does not ask for these tokens"
+LEGEND = "[[...]]: tokens that do not count in the loss"
 
 
 def describe_batch(batch: ShownBatch, width: int | None = None) -> str:
-    """The batch, sample by sample and document by document. `width`: most characters of each document's text."""
+    """Format a batch, sample by sample and document by document. `width`: maximum characters of a document's text."""
     lines = [
         f"batch {batch.number:,} of the {batch.part} data: {len(batch.samples)} of {plural(batch.size, 'sample')} "
         f"({LEGEND})"
@@ -20,17 +20,17 @@ def describe_batch(batch: ShownBatch, width: int | None = None) -> str:
     for sample in batch.samples:
         if sample.tokens > batch.row_length:
             lines += ["", f"read as rows of {batch.row_length:,} tokens (data.length_schedule):"]
-        lines += ["", f"sample {sample.number:,}, from {sample.source}: the loss asks for {sample.predicted:,} of "
-                  f"{sample.tokens:,} tokens"]  # fmt: skip
+        lines += ["", f"sample {sample.number:,}, from {sample.source}: {sample.predicted:,} of "
+                  f"{sample.tokens:,} tokens count in the loss"]  # fmt: skip
         for part in sample.parts:
             lines += [f"  --- {describe_part(part)}", *_indented(part.runs, width)]
     return "\n".join(lines)
 
 
 def describe_part(part: ShownPart) -> str:
-    """`document 12, tokens 1-80 of 240; attention and positions begin anew`."""
+    """Describe a part, as in `document 12, tokens 1-80 of 240; attention and positions restart`."""
     last = part.first + part.tokens
-    note = "; attention and positions begin anew" if part.resets else ""
+    note = "; attention and positions restart" if part.resets else ""
     note += f"; fill-in-the-middle, {part.fill_in_middle}" if part.fill_in_middle else ""
     return f"document {part.document:,}, tokens {part.first + 1:,}-{last:,} of {part.total:,}{note}"
 
@@ -43,7 +43,7 @@ def _indented(runs: Sequence[Run], width: int | None) -> Iterator[str]:
 
 
 def describe_duplicates(found: Duplicates, inspector: Inspector) -> str:
-    """What was found: counts, by source, and where."""
+    """Format what was found: counts, a table by source, and where the longest are."""
     rows = [(name, *(f"{number:,}" for number in numbers)) for name, numbers in found.by_source.items()]
     header = ("validation source", "documents", "equal", "sharing a span")
     lines = [summary(found), "", format_table(rows, header=header)]
@@ -54,13 +54,13 @@ def describe_duplicates(found: Duplicates, inspector: Inspector) -> str:
 
 
 def summary(found: Duplicates) -> str:
-    """One line with the counts."""
+    """Summarize the counts in one line."""
     share = found.span_tokens_shared / max(1, found.validation_tokens)
     return (
         f"{found.equal_documents:,} of {plural(found.validation_documents, 'validation document')} "
-        f"({plural(found.validation_tokens, 'token')}) are in the training part ({found.training_documents:,} "
-        f"documents, {found.training_tokens:,} tokens) as a whole; {found.span_documents:,} share a span of "
-        f"{found.span_tokens} tokens or more with it, together at least {found.span_tokens_shared:,} tokens "
+        f"({plural(found.validation_tokens, 'token')}) are whole in the training part ({found.training_documents:,} "
+        f"documents, {found.training_tokens:,} tokens); {found.span_documents:,} share a span of "
+        f"{found.span_tokens} tokens or more with it, at least {found.span_tokens_shared:,} tokens in total "
         f"({share:.2%})"
     )
 

@@ -1,4 +1,4 @@
-"""Makes one source of several tokenized ones, in their order, without copying their tokens (`parts`)."""
+"""Join several tokenized sources into one, in order, without copying their tokens (`parts`)."""
 
 from __future__ import annotations
 
@@ -20,16 +20,15 @@ _COUNTED = ("documents", "tokens", "text_bytes", "lines", "left_out", "loss_mask
 
 
 def join(patterns: Sequence[str], output_prefix: str, *, overwrite: bool = False) -> dict[str, Any]:
-    """Write the index, the list of parts and the manifest of a source that consists of others; the manifest.
+    """Write the index, list of parts and manifest of a source that consists of others; return the manifest.
 
     Args:
-        patterns: path prefixes, or globs of .idx files, which are sorted by name. Files that megatron-core, datatrove
-            or Megatron-LM have written are read too.
-        output_prefix: of the source.
+        patterns: path prefixes, or globs of .idx files, which are sorted by name. Files written by megatron-core,
+            datatrove or Megatron-LM work too.
+        output_prefix: path prefix of the joined source.
 
     Raises:
-        UserError: a part is missing or damaged, or they are not of one tokenizer and type; the output is something
-            else.
+        UserError: a part is missing or damaged, the parts differ in tokenizer or dtype, or the output exists.
     """
     prefixes = _prefixes(patterns)
     target = Path(os.path.abspath(output_prefix))
@@ -52,7 +51,7 @@ def join(patterns: Sequence[str], output_prefix: str, *, overwrite: bool = False
 
 
 def check_output(prefix: str | os.PathLike[str], *, overwrite: bool) -> None:
-    """Raise `UserError` where a source in parts would take another one's place."""
+    """Raise `UserError` if a source in parts would replace an existing source."""
     existing = [suffix for suffix in (".bin", ".idx") if os.path.exists(f"{prefix}{suffix}")]
     if ".bin" in existing or (existing and not overwrite):
         hint = "" if ".bin" in existing else " or pass --overwrite"
@@ -70,7 +69,7 @@ def _prefixes(patterns: Sequence[str]) -> list[str]:
         found.update(dict.fromkeys(matches))
     for prefix in found:
         if os.path.exists(prefix + SOURCE_PARTS):
-            raise UserError(f"{prefix} consists of parts itself: name those")
+            raise UserError(f"{prefix} is itself a source in parts: name its parts instead")
     return list(found)
 
 
@@ -80,16 +79,16 @@ def _check_alike(prefixes: Sequence[str], indices: Sequence[IndexedFile], manife
     known = next(iter(tokenizers), None)
     for prefix, index, made in zip(prefixes, indices, manifests, strict=True):
         if index.dtype != indices[0].dtype:
-            raise UserError(f"{prefix} has ids of type {index.dtype}, {first} of {indices[0].dtype}: not of one source")
+            raise UserError(f"{prefix} has ids of type {index.dtype}, {first} of {indices[0].dtype}: they do not join")
         if known and prefix in tokenizers and tokenizers[prefix]["sha256"] != tokenizers[known]["sha256"]:
             raise UserError(f"{prefix} was made with {tokenizers[prefix]['path']}, {known} with another tokenizer")
         if loss_mask.has_mask(prefix) != loss_mask.has_mask(first):
-            raise UserError(f"{prefix} and {first}: one has a loss mask, the other has none")
+            raise UserError(f"{prefix} and {first}: only one of them has a loss mask")
         loss_mask.check_mask(prefix, index.tokens, made)
 
 
 def _check_complete(prefixes: Sequence[str], manifests: Sequence[dict[str, Any]]) -> None:
-    """Of the portions that several machines have tokenized of one input (`--shard`) all are there, in order."""
+    """Check that the portions of an input tokenized by several machines (`--shard`) are all there, in order."""
     made_from: list[dict[str, Any]] = [made.get("identity", {}) for made in manifests]
     shards = [identity.get("shard") for identity in made_from]
     of = next((shard[1] for shard in shards if shard), None)
@@ -98,19 +97,19 @@ def _check_complete(prefixes: Sequence[str], manifests: Sequence[dict[str, Any]]
     inputs = [{**identity, "shard": None} for identity in made_from]
     other = next((prefix for prefix, made in zip(prefixes, inputs, strict=True) if made != inputs[0]), None)
     if other is not None:
-        raise UserError(f"{other} was made of other inputs or settings than {prefixes[0]}")
+        raise UserError(f"{other} was made from other inputs or settings than {prefixes[0]}")
     there = {number for number, _ in filter(None, shards)}
     missing = [f"{number}/{of}" for number in range(1, of + 1) if number not in there]
     if missing:
         raise UserError(f"not all of the input is tokenized: --shard {', '.join(missing)} is missing")
     if shards != [[number, of] for number in range(1, of + 1)]:
-        raise UserError("the parts are not in the order of their --shard numbers: name them in it")
+        raise UserError("the parts are not in the order of their --shard numbers: name them in that order")
 
 
 def _joined_manifest(
     indices: Sequence[IndexedFile], manifests: Sequence[dict[str, Any]], listed: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    """What there is to say of all parts; what a part was made from is in its own manifest."""
+    """Return the manifest of all parts together; what a part was made from stays in the part's own manifest."""
     made = next((each for each in manifests if each), {})
     totals = {name: sum(each.get(name, 0) for each in manifests) for name in _COUNTED if name in made}
     bad: Counter[str] = sum((Counter(each.get("bad_lines", {})) for each in manifests), Counter())

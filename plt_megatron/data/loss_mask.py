@@ -1,4 +1,4 @@
-"""Loss masks: which tokens of a source the loss asks for, in `<prefix>.loss_mask.bin`.
+"""Loss masks: `<prefix>.loss_mask.bin` tells which tokens of a source count in the loss.
 
 The file has one byte for each token of `<prefix>.bin`, in the same order: 1 where the token counts as a label, else 0.
 A source without the file counts all of its tokens. `plt preprocess --chat` writes it.
@@ -21,17 +21,17 @@ _BLOCK = 1 << 24  # bytes read at once
 
 
 def mask_path(prefix: str | os.PathLike[str]) -> Path:
-    """Where the mask of the source at `prefix` lies, if it has one."""
+    """Return the path of the mask of the source at `prefix`, whether or not it exists."""
     return Path(f"{os.fspath(prefix)}{SUFFIX}")
 
 
 def has_mask(prefix: str | os.PathLike[str]) -> bool:
-    """Whether the source at `prefix` has a mask: all of its parts, if it has any (`parts`)."""
+    """Return whether the source at `prefix` has a mask. A source in parts has one if all of its parts do."""
     return all(map(os.path.isfile, files_of(prefix, SUFFIX)))
 
 
 def open_mask(prefix: str | os.PathLike[str], tokens: int) -> Any:
-    """The mask of a source of `tokens` tokens: uint8 [tokens], memory-mapped, read like an array.
+    """Memory-map the mask of a source of `tokens` tokens: uint8 [tokens], read like an array.
 
     Raises `UserError` if the file is missing or of another size.
     """
@@ -50,7 +50,7 @@ def open_mask(prefix: str | os.PathLike[str], tokens: int) -> Any:
 
 
 def check_mask(prefix: str, tokens: int, manifest: Mapping[str, Any]) -> None:
-    """`UserError` where the source's mask is of another size, or missing though the source's manifest tells of one."""
+    """Raise `UserError` if the source's mask has the wrong size, or is missing although its manifest records one."""
     if has_mask(prefix):
         open_mask(prefix, tokens)
     elif manifest.get("loss_mask_tokens") is not None:
@@ -61,13 +61,13 @@ def check_mask(prefix: str, tokens: int, manifest: Mapping[str, Any]) -> None:
 
 
 def check_values(prefix: str, tokens: int) -> None:
-    """`UserError` unless the source's mask, if it has one, is of 0 and 1 and counts a token. Reads all of it."""
+    """Raise `UserError` unless the source's mask, if any, has only 0 and 1 and counts a token. Reads all of it."""
     if not has_mask(prefix):
         return
     mask = open_mask(prefix, tokens)
     largest = max((int(mask[start : start + _BLOCK].max()) for start in range(0, tokens, _BLOCK)), default=0)
     if largest != 1:
         raise UserError(
-            f"{mask_path(prefix)}: its largest byte is {largest}; a byte is 1 where the token counts in the loss, else "
-            "0, and some token must count"
+            f"{mask_path(prefix)}: its largest byte is {largest}; bytes must be 1 for tokens that count in the loss "
+            "and 0 for others, with at least one 1"
         )

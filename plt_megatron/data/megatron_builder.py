@@ -1,4 +1,4 @@
-"""megatron-core's builder of datasets, as `datasets` uses it."""
+"""megatron-core's dataset builder, adapted for `datasets`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from plt_megatron.data.tokenizer import Tokenizer
 
 
 class MegatronTokenizer:
-    """What megatron-core's datasets use of a tokenizer. No padding token: samples are never padded."""
+    """The tokenizer interface of megatron-core's datasets. It has no padding token: samples are never padded."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self.eod = tokenizer.eod if tokenizer else None
@@ -25,23 +25,23 @@ class MegatronTokenizer:
 
 
 class JoinedDataset(IndexedDataset):
-    """megatron-core's reader of a source in parts: one index, and the tokens of several files (`parts`)."""
+    """megatron-core's `IndexedDataset` for a source in parts: one index, and tokens in several files (`parts`)."""
 
     @classmethod
     def of(cls, prefix: str) -> JoinedDataset | None:
-        """The source at `prefix`; None: it is no source in parts."""
-        # The last two have megatron-core open no .bin, nor ask for one.
+        """Open the source at `prefix`; None if it is not a source in parts."""
+        # The last two arguments keep megatron-core from opening a .bin or requiring one.
         is_joined = part_prefixes(prefix) != [prefix]
         return cls(prefix, multimodal=False, mmap=False, fast_cache_load=True) if is_joined else None
 
     def initialize(self, path_prefix: str, *args: Any, **kwargs: Any) -> None:
-        """See `IndexedDataset`, which calls it when one is made or unpickled."""
+        """Open the index and the parts' tokens. `IndexedDataset` calls this when constructed or unpickled."""
         super().initialize(path_prefix, *args, **kwargs)
         self.bin_reader = _JoinedReader(files_of(path_prefix, ".bin"))
 
 
 class _JoinedReader:
-    """`count` items of files end to end, from byte `offset` on. Documents lie within a file each."""
+    """Reader of `.bin` files laid end to end. Each document lies within one file."""
 
     def __init__(self, files: list[str]) -> None:
         self._bytes = map_files(files, np.uint8)
@@ -52,8 +52,8 @@ class _JoinedReader:
 
 
 class Builder(BlendedMegatronDatasetBuilder):
-    """megatron-core's builder without its barriers: `build_datasets` orders the ranks, with a time-out and with
-    errors passed on."""
+    """megatron-core's builder without its barriers: `build_datasets` synchronizes the ranks, with a timeout, and passes
+    errors on."""
 
     @staticmethod
     def build_generic_dataset(
@@ -62,10 +62,10 @@ class Builder(BlendedMegatronDatasetBuilder):
         return cls(*args)
 
     def build_each(self, prefixes: list[str], split: list[Any], sizes: list[list[int]]) -> list[list[Any]]:
-        """The unmixed datasets of several sources: by part, then by source.
+        """Build the unblended datasets of several sources; return them by part, then by source.
 
         Args:
-            split: where each part begins and ends in each source; None: not built.
+            split: where each part begins and ends in each source; None: do not build it.
             sizes: samples to draw, by source and part.
         """
         return self._build_megatron_datasets_parallel(prefixes, split, sizes)

@@ -1,6 +1,6 @@
 """The data mix: tokens and epochs of each source, checks before training, and its fingerprint.
 
-Reads the indices only; imports neither torch nor megatron-core.
+Shares are computed from the indices alone. Imports neither torch nor megatron-core.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from plt_megatron.errors import UserError
 from plt_megatron.run_folder.text import format_table
 
 PARTS = ("train", "validation", "test")
-_BLOCKS = 64  # of a .bin or .idx that enter its fingerprint
+_BLOCKS = 64  # blocks of a file that are hashed or checked
 _BLOCK = 1 << 16  # bytes
 
 
 def required_samples(config: RunConfig) -> tuple[int, int, int]:
-    """Samples a run draws of train, validation and test; every validation reads the same ones."""
+    """Return the numbers of train, validation and test samples a run draws; every validation reads the same ones."""
     return derived.order_samples(config), config.validation.iters * config.training.global_batch_size, 0
 
 
 def index_folder(config: RunConfig) -> str:
-    """Folder of a run's sample index."""
+    """Return the folder of a run's sample index."""
     return config.data.index_cache or str(derived.run_folder(config) / "index_cache")
 
 
@@ -46,10 +46,10 @@ def index_folder(config: RunConfig) -> str:
 class SourceShare:
     """One source's share of one part of the data.
 
-    `weight` is normalized over the part. `first` and `last` (exclusive) are the documents of the source that belong
-    to the part, `tokens` theirs; `samples` are drawn from it, which is `epochs` passes over its tokens and those that
-    fill-in-the-middle adds on average. With `data.stages` a share is that of a stage: it has `stage_samples` of the
-    part's samples, and `epochs_before` are those of the stages before.
+    `weight` is normalized over the part. The source's documents in [first, last) belong to the part and have `tokens`
+    tokens. `samples` are drawn from it, which is `epochs` passes over its tokens, including those that
+    fill-in-the-middle adds on average. With `data.stages`, a share belongs to one stage, which covers `stage_samples`
+    of the part's samples; `epochs_before` are the epochs of earlier stages.
     """
 
     part: str
@@ -71,20 +71,21 @@ class SourceShare:
 
 
 def part_sources(data: DataConfig) -> tuple[list[DataSource], list[DataSource], list[DataSource]]:
-    """The sources of train, validation and test."""
+    """Return the sources of train, validation and test."""
     if data.sources:
         return data.sources, data.sources, data.sources
     return data.train_sources, data.validation_sources, data.test_sources
 
 
 def sample_sources(data: DataConfig) -> tuple[list[DataSource], list[DataSource], list[DataSource]]:
-    """The sources that samples of train, validation and test come from, by their numbers in `Samples.parts`."""
+    """Return the sources of train, validation and test samples, in the order of the numbers in `Samples.parts`."""
     train, validation, test = part_sources(data)
     return (distinct_sources(data) if data.stages else train), validation, test
 
 
 def split_matrix(data: DataConfig) -> list[tuple[float, float] | None]:
-    """Where each part begins and ends in every source, as megatron-core cuts them; None for a part with no share."""
+    """Return where each part begins and ends in every source, as fractions that megatron-core splits by; None for a
+    part with no share."""
     if not data.sources:
         return [(0.0, 1.0) if sources else None for sources in part_sources(data)]
     shares = derived.split_shares(data.split)
@@ -97,7 +98,7 @@ def split_matrix(data: DataConfig) -> list[tuple[float, float] | None]:
 
 
 def mix_shares(data: DataConfig, num_samples: Sequence[int]) -> list[SourceShare]:
-    """What each source contributes to each requested part (`num_samples` [3]; 0: not requested).
+    """Return each source's share of each requested part (`num_samples` [3]; 0: not requested).
 
     Raises `UserError` if a file is missing or damaged, a part has no text, or `max_epochs` is exceeded.
     """
@@ -108,7 +109,7 @@ def mix_shares(data: DataConfig, num_samples: Sequence[int]) -> list[SourceShare
         if not samples:
             continue
         if not sources or bounds is None:
-            raise UserError(f"the data has no {part} part: give it a share of data.split, or data.{part}_sources")
+            raise UserError(f"the data has no {part} part: give it a share in data.split, or set data.{part}_sources")
         found: list[SourceShare] = []
         for mix, among in _mixes(data, part, sources, samples):
             for source in mix if among else ():
@@ -127,7 +128,7 @@ def mix_shares(data: DataConfig, num_samples: Sequence[int]) -> list[SourceShare
 def _mixes(
     data: DataConfig, part: str, sources: list[DataSource], samples: int
 ) -> Iterable[tuple[list[DataSource], range]]:
-    """The sources of a part and the numbers of its samples: of each stage of the training part."""
+    """Return the sources of a part and the numbers of its samples, as one pair, or one per stage of the train part."""
     if part != "train":
         return [(sources, range(samples))]
     return zip(stage_sources(data), stage_samples(data, samples), strict=True)
@@ -147,7 +148,7 @@ def _share(
     samples: int,
 ) -> SourceShare:
     if not source.weight > 0:
-        raise UserError(f"data source {source.path}: weight {source.weight} must be above 0; leave the source out")
+        raise UserError(f"data source {source.path}: weight {source.weight} must be above 0, or remove the source")
     weight = source.weight / sum(other.weight for other in sources)
     first, last = (int(round(bound * float(index.documents))) for bound in bounds)
     tokens = int(index.lengths[first:last].sum(dtype=np.int64))
@@ -171,8 +172,8 @@ def _share(
 def _check_share(share: SourceShare, data: DataConfig) -> None:
     if share.tokens == 0:
         raise UserError(
-            f"{share.path} has no text for the {share.part} part ({share.documents} documents fall to it): change "
-            "data.split or use more data"
+            f"{share.path} has no text for the {share.part} part ({share.documents} documents are assigned to "
+            "it): change data.split or use more data"
         )
     epochs = share.epochs_before + share.epochs
     if share.max_epochs is not None and epochs > share.max_epochs:
@@ -185,10 +186,10 @@ def _check_share(share: SourceShare, data: DataConfig) -> None:
 
 
 def describe_mix(data: DataConfig, train_tokens: int, shares: Sequence[SourceShare] | None = None) -> str:
-    """For the user: a table of the sources, with tokens, weight and the epochs that `train_tokens` make.
+    """Format a table of the sources, with their tokens, weights and epochs.
 
-    By default for the train part alone; with `shares`, of `mix_shares`, for those. With `data.stages` a source has a
-    row for each stage that it is in, and its epochs are those at the stage's end.
+    By default it covers the train part for `train_tokens`; with `shares` (from `mix_shares`), those instead. With
+    `data.stages`, a source has a row for each stage it is in, with its epochs at the end of that stage.
     """
     if shares is None:
         shares = mix_shares(data, (max(1, train_tokens // data.sequence_length), 0, 0))
@@ -208,25 +209,25 @@ def describe_mix(data: DataConfig, train_tokens: int, shares: Sequence[SourceSha
 
 
 def _stage(samples: range, length: int) -> str:
-    """`train, to 2,048 tokens`."""
+    """Name a stage, as in `train, to 2,048 tokens`."""
     return f"train, to {samples.stop * length:,} tokens"
 
 
 def consumed_epochs(shares: Sequence[SourceShare], consumed_samples: int, num_samples: int) -> dict[str, float]:
-    """Passes over each train source after `consumed_samples` of `num_samples`, by name: for the training log."""
+    """Return the epochs of each train source, by name, after `consumed_samples` of `num_samples`, for the log."""
     found: dict[str, float] = {}
     for share in shares:
         if share.part == "train":
             among = share.stage_samples or range(num_samples)
             done = max(0, consumed_samples - among.start)
-            if among.stop < num_samples:  # the last stage goes on, as after a rollback
+            if among.stop < num_samples:  # the last stage may go on past its end, as after a rollback
                 done = min(len(among), done)
             found[share.name] = found.get(share.name, 0.0) + share.epochs * (done / max(1, len(among)))
     return found
 
 
 def check_tokenizer(data: DataConfig, tokenizer: Tokenizer) -> None:
-    """`UserError` if a source was made with another tokenizer: by its manifest, or by ids beyond the vocabulary."""
+    """Raise `UserError` if a source was made with another tokenizer, by its manifest or by ids out of range."""
     for path in dict.fromkeys(source.path for _, source in all_sources(data)):
         made_with = read_manifest(path).get("tokenizer", {})
         if made_with and made_with["sha256"] != tokenizer.fingerprint:
@@ -244,8 +245,8 @@ def check_tokenizer(data: DataConfig, tokenizer: Tokenizer) -> None:
 
 
 def check_masks(data: DataConfig) -> None:
-    """`UserError` if a source's loss mask is of another size or of other bytes than 0 and 1, counts no token, or is
-    missing though its manifest tells of it."""
+    """Raise `UserError` if a source's loss mask has the wrong size or bytes other than 0 and 1, counts no token, or is
+    missing although its manifest records it."""
     for path in dict.fromkeys(source.path for _, source in all_sources(data)):
         tokens = read_index(path).tokens
         loss_mask.check_mask(path, tokens, read_manifest(path))
@@ -259,14 +260,14 @@ def _token_blocks(index: IndexedFile) -> list[np.ndarray]:
 
 
 def _starts(length: int, size: int) -> list[int]:
-    """Evenly spaced places of at most `_BLOCKS` blocks, the first and last included; all of a short file."""
+    """Return the offsets of up to `_BLOCKS` evenly spaced blocks, with the first and last; in a short file, of all."""
     if length <= _BLOCKS * size:
         return list(range(0, length, size))
     return [int(place) for place in np.linspace(0, length - size, _BLOCKS)]
 
 
 def content_hash(prefix: str) -> str:
-    """SHA-256 over the sizes and up to 4 MiB of evenly spaced blocks of each file of a source."""
+    """Return the SHA-256 over the sizes and up to 4 MiB of evenly spaced blocks of each file of a source."""
     digest = hashlib.sha256()
     try:
         for suffix in (".idx", ".bin", *([loss_mask.SUFFIX] if loss_mask.has_mask(prefix) else [])):
@@ -281,7 +282,7 @@ def content_hash(prefix: str) -> str:
 
 
 def content_hashes(data: DataConfig) -> dict[str, str]:
-    """The content hash of each source, by its path."""
+    """Return the content hash of each source, by its path."""
     paths = dict.fromkeys(source.path for _, source in all_sources(data))
     return {path: content_hash(path) for path in paths}
 
@@ -289,13 +290,13 @@ def content_hashes(data: DataConfig) -> dict[str, str]:
 def fingerprint(
     data: DataConfig, tokenizer: Tokenizer | None, hashes: Mapping[str, str] | None = None, **sampling: Any
 ) -> dict[str, Any]:
-    """What the sequence of samples depends on, saved in checkpoints: JSON-able, with a `sha256` over the rest.
+    """Return what the sequence of samples depends on, for checkpoints: JSON-serializable, with a `sha256` of the rest.
 
-    Paths and names do not enter: data may move.
+    Paths and names are not part of it: data may move.
 
     Args:
-        hashes: `content_hashes`, where they have been computed.
-        sampling: anything else it depends on, such as `seed` and `num_samples`: a name, and a JSON-able value.
+        hashes: `content_hashes`, if they have been computed.
+        sampling: other JSON-serializable values it depends on, such as `seed` and `num_samples`.
     """
     hashes = hashes or content_hashes(data)
     value: dict[str, Any] = {
@@ -319,7 +320,7 @@ def fingerprint(
 
 
 def _rearranged(data: DataConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Settings that are part of a fingerprint only where they are used: without them it is what it always was."""
+    """Return the settings that enter a fingerprint only if they are used, so that older fingerprints stay valid."""
     value: dict[str, Any] = {"eod_mask_loss": True} if data.eod_mask_loss else {}
     rates = [derived.fim_rate(data, source) for source in part_sources(data)[0]]
     if any(rates):
@@ -329,7 +330,7 @@ def _rearranged(data: DataConfig, tokenizer: Tokenizer | None) -> dict[str, Any]
 
 
 def fingerprint_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """What differs between two fingerprints, as text; empty if nothing does."""
+    """Describe the differences between two fingerprints; empty if there are none."""
     if saved.get("sha256") == current.get("sha256"):
         return []
     words = []

@@ -1,7 +1,7 @@
 """Sources in parts: one index over the `.bin` files of other sources, which stay where they are.
 
-Beside `<prefix>.idx` such a source has `<prefix>.parts.json` instead of `<prefix>.bin`: its parts' path prefixes, in
-order, relative to its folder. Everything that reads a source gets its bytes from here, wherever they lie.
+Next to `<prefix>.idx`, such a source has `<prefix>.parts.json` instead of `<prefix>.bin`, with the path prefixes of its
+parts, in order, relative to its folder. Everything that reads a source finds its bytes through this module.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from plt_megatron.errors import UserError
 
 
 def part_prefixes(prefix: str | os.PathLike[str]) -> list[str]:
-    """Path prefixes of a source's parts, in order; of an ordinary source its own.
+    """Return the path prefixes of a source's parts, in order; for an ordinary source, its own.
 
-    Raises `UserError` if the list of parts cannot be read, or a part is not as large as it was.
+    Raises `UserError` if the list of parts cannot be read, or a part is missing or has changed its size.
     """
     prefix = os.fspath(prefix)
     path = Path(prefix + SOURCE_PARTS)
@@ -43,17 +43,17 @@ def part_prefixes(prefix: str | os.PathLike[str]) -> list[str]:
 
 
 def files_of(prefix: str | os.PathLike[str], suffix: str) -> list[str]:
-    """The files of a source's parts that end with `suffix`."""
+    """Return the files with this suffix of all parts of a source."""
     return [part + suffix for part in part_prefixes(prefix)]
 
 
 def total_size(files: Sequence[str]) -> int:
-    """Bytes of all files."""
+    """Return the total size of the files in bytes."""
     return sum(map(os.path.getsize, files))
 
 
 class JoinedArrays:
-    """Arrays end to end, read like one: `[number]`, `[first:last]`."""
+    """Arrays end to end that are read like one, by `[number]` or `[first:last]`."""
 
     def __init__(self, arrays: Sequence[np.ndarray]) -> None:
         self._arrays = arrays
@@ -63,13 +63,13 @@ class JoinedArrays:
         return self._starts[-1]
 
     def __getitem__(self, place: int | slice) -> Any:
-        """An element, or a copy of a range; a view where one array has it all."""
+        """Return an element, or a copy of a range (a view if one array has all of it)."""
         if not isinstance(place, slice):
             place = int(place) + (len(self) if place < 0 else 0)
             which = bisect.bisect_right(self._starts, place) - 1
             return self._arrays[which][place - self._starts[which]]
         start, stop, step = place.indices(len(self))
-        assert step == 1, "ranges are read as they lie"
+        assert step == 1, "ranges must have step 1"
         found = []
         which = bisect.bisect_right(self._starts, start) - 1
         while start < stop:
@@ -82,7 +82,7 @@ class JoinedArrays:
 
 
 def map_files(files: Sequence[str], dtype: Any) -> np.ndarray | JoinedArrays:
-    """The files' contents, end to end, memory-mapped."""
+    """Memory-map the files' contents, end to end."""
     arrays = [np.memmap(file, dtype, "r") for file in files if os.path.getsize(file)]
     if len(arrays) > 1:
         return JoinedArrays(arrays)

@@ -1,8 +1,8 @@
-"""Divides the input of preprocessing into shards.
+"""Divide the input of preprocessing into shards.
 
-The division depends on the input and on `shard_bytes` only, not on the number of workers, so that a run may be
-resumed with another number of them. A large compressed file can only be read from its start: it is decompressed
-here, block by block, into files of the work folder, one per shard.
+The division depends only on the input and on `shard_bytes`, not on the number of workers, which may change when a run
+is resumed. A large compressed file can only be read from its start: it is decompressed here, block by block, into
+files in the work folder, one per shard.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _COPY = 1 << 20
 
 
 class Plan:
-    """The shards of `readers`, or of one of `portion[1]` machines, `portion[0]` of them from 1: machines have runs of
-    spans of about as many bytes each. A file that must be decompressed from its start is one machine's.
+    """The shards of `readers`, or of the portion of one machine: number `portion[0]`, from 1, of `portion[1]`.
 
-    `keys` are those known so far, in the order of the output. `done(key)` says whether a shard was finished before:
-    such shards are not yielded.
+    Each machine gets consecutive spans of about the same number of bytes; a file that must be decompressed from its
+    start goes to one machine. `keys` are the shards known so far, in the order of the output. `done(key)` tells whether
+    a shard was finished before: such shards are not yielded.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Plan:
         self.keys: list[str] = []
 
     def _units(self) -> Iterator[tuple[int, Span | None, int]]:
-        """(number of the file, its span or None for a file that is decompressed here, bytes on disk), in order."""
+        """Yield (file number, span or None for a file that is decompressed here, bytes on disk), in order."""
         for file, reader in enumerate(self._readers):
             if self._must_spool(reader):
                 yield file, None, reader.size
@@ -48,7 +48,7 @@ class Plan:
 
     @cached_property
     def _own(self) -> list[tuple[int, Span | None, int]]:
-        """Those of `_units` that are this machine's."""
+        """The `_units` of this machine."""
         every = list(self._units())
         total = max(1, sum(size for *_, size in every))
         own, before = [], 0
@@ -59,15 +59,15 @@ class Plan:
         return own
 
     def files(self) -> list[int]:
-        """Numbers of the files that this machine reads, some of."""
+        """Return the numbers of the files that this machine reads, in whole or in part."""
         return list(dict.fromkeys(file for file, *_ in self._own))
 
     def bytes(self) -> int:
-        """How much of the input is this machine's, on disk."""
+        """Return this machine's share of the input, in bytes on disk."""
         return sum(size for *_, size in self._own)
 
     def first(self) -> tuple[int, int]:
-        """The file that it begins with, and the place there, in the reader's unit."""
+        """Return the number of the file this machine begins with, and the place in it, in the reader's unit."""
         file, span, _ = next(iter(self._own), (0, None, 0))
         return file, 0 if span is None else span.start
 
@@ -75,7 +75,7 @@ class Plan:
         return (self._work / f"{key}.json").exists()
 
     def shards(self) -> Iterator[Shard]:
-        """The shards still to do, in order; `keys` is complete when this is exhausted."""
+        """Yield the shards still to do, in order; `keys` is complete when this is exhausted."""
         group: list[tuple[int, Span]] = []  # small spans that share a shard, each with the number of its file
         number = 0
         for file, span, _ in self._own:
@@ -104,7 +104,7 @@ class Plan:
         return reader.by_line and reader.compressed and reader.size > self._shard_bytes // 4
 
     def _spooled(self, number: int, file: int) -> Iterator[Shard]:
-        """Decompress a file into blocks of whole lines; the shards of those that are not done."""
+        """Decompress a file into blocks of whole lines, and yield the shards of those that are not done."""
         reader = self._readers[file]
         complete = self._work / f"{number:06d}.blocks"  # written once the number of blocks is known
         if complete.exists():
@@ -140,7 +140,7 @@ class _Spool:
         self.broken = ""
 
     def copy_block(self, path: Path | None) -> int:
-        """Write the next block to `path` (None: nowhere); its size in bytes."""
+        """Write the next block to `path` (None: discard it), and return its size in bytes."""
         with open(path, "wb") if path else io.BytesIO() as target:
             written = 0
             while True:

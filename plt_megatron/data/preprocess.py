@@ -1,4 +1,4 @@
-"""Tokenizes a corpus to `<output prefix>.bin` and `.idx` in megatron-core's indexed format.
+"""Tokenize a corpus to `<output prefix>.bin` and `.idx` in megatron-core's indexed format.
 
 Worker processes read and encode shards of the input on their own; finished shards are concatenated at the end.
 Unfinished work is kept in `<output prefix>.partial/`: after an interruption the same command encodes only the missing
@@ -47,12 +47,12 @@ from plt_megatron.run_folder.text import plural
 
 _VERSION = 1
 _BAD_LINES_SHOWN = 10
-_LARGEST_DOCUMENT = 1 << 30  # its tokens are counted in an int32
+_LARGEST_DOCUMENT = 1 << 30  # bytes; a document's tokens are counted in an int32
 
 
 @dataclass(frozen=True)
 class PreprocessOptions:
-    """What to tokenize, with what, and where to. See `plt preprocess --help`."""
+    """Options of a preprocessing job. See `plt preprocess --help`."""
 
     inputs: Sequence[str]
     output_prefix: str
@@ -64,17 +64,17 @@ class PreprocessOptions:
     fail_on_bad_line: bool = False
     overwrite: bool = False
     shard_bytes: int = 64 << 20
-    shard: tuple[int, int] | None = None  # (number from 1, of how many): a machine's portion of the input
+    shard: tuple[int, int] | None = None  # (number from 1, total): this machine's portion of the input
     read: ReadOptions = field(default_factory=ReadOptions)
 
 
 def shard_prefix(prefix: str, number: int, of: int) -> str:
-    """Path prefix of what one of several machines makes of an input."""
+    """Return the path prefix of the output of one of several machines."""
     return f"{prefix}.shard-{number:05d}-of-{of:05d}"
 
 
 def check_options(options: PreprocessOptions) -> None:
-    """Raise `UserError` where inputs, tokenizer or settings do not do; nothing is written."""
+    """Raise `UserError` if the inputs, tokenizer or settings cannot be used. Writes nothing."""
     _Job(options)
 
 
@@ -109,7 +109,7 @@ def _say(line: str) -> None:
 
 
 class _Job:
-    """Makes one output, in a work folder and three phases."""
+    """Produces one output: encodes shards in a work folder, then merges and publishes them."""
 
     def __init__(self, options: PreprocessOptions) -> None:
         if options.read.max_document_bytes > _LARGEST_DOCUMENT:
@@ -126,7 +126,7 @@ class _Job:
         self.plan = Plan(self.sources, options.shard_bytes, self.work, options.shard or (1, 1))
 
     def _identity(self) -> dict[str, Any]:
-        """What the output depends on; a resumed or repeated command must agree with it."""
+        """Return what the output depends on; a resumed or repeated command must match it."""
         identity: dict[str, Any] = {
             "version": _VERSION,
             "tokenizer_sha256": self.tokenizer.fingerprint,
@@ -144,7 +144,7 @@ class _Job:
         return identity
 
     def finished(self) -> dict[str, Any] | None:
-        """The manifest if the requested output exists; `UserError` if the files are something else."""
+        """Return the manifest if the requested output exists. Raises `UserError` if the files are something else."""
         names = [f"{self.prefix}.bin", f"{self.prefix}.idx"]
         names += [str(mask_path(self.prefix))] if self.options.read.chat else []
         existing = [name for name in names if os.path.exists(name)]
@@ -162,7 +162,7 @@ class _Job:
         )
 
     def _made_from_the_same(self, manifest: dict[str, Any]) -> bool:
-        """Whether the inputs and settings are those of the manifest; a file with a new date may still be the same."""
+        """Return whether the manifest has these inputs and settings; a file with a new date may still be the same."""
         before, now = manifest["identity"], self.identity
         if before == now:
             return True
@@ -175,7 +175,7 @@ class _Job:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the work folder, made for this plan; what another plan left in it is deleted."""
+        """Create and lock the work folder for this job; delete what a job with another identity left in it."""
         self.work.mkdir(parents=True, exist_ok=True)
         with open(self.work / "lock", "w") as lock:
             try:
@@ -194,7 +194,7 @@ class _Job:
             yield
 
     def encode(self) -> None:
-        """Encode all shards that are not done."""
+        """Encode all shards that are not done yet."""
         context = multiprocessing.get_context("spawn")
         counters = context.Array("q", 3)
         settings = Settings(
@@ -263,7 +263,7 @@ class _Job:
         publish_json(path, hashes)
 
     def merge(self) -> dict[str, Any]:
-        """Put the shards together, publish the output and the manifest."""
+        """Merge the shards, and publish the output and the manifest."""
         for source, stamp in zip(self.sources, self.identity["sources"], strict=True):
             if _stamp(source) != stamp:
                 raise UserError(f"{source.path} changed while it was being read: run the command again")
@@ -284,7 +284,7 @@ class _Job:
         )
         hashes = _read_json(self.work / "hashes.json") or {}
         for entry in totals["sources"]:
-            entry["sha256"] = hashes.get(entry["path"])  # None: all of it is other machines'
+            entry["sha256"] = hashes.get(entry["path"])  # None: only other machines read it
         manifest = {
             "bin_bytes": os.path.getsize(self.work / "out"),
             "bin_sha256": sha256,
@@ -308,7 +308,7 @@ class _Job:
     def _publish_mask(
         self, shards: Sequence[Path], reports: Sequence[dict[str, Any]], manifest: dict[str, Any]
     ) -> None:
-        """Put the loss mask of conversations together; other text loses one that an earlier output left."""
+        """Merge the loss masks of conversations; for other text, delete a mask that an earlier output left."""
         target = mask_path(self.prefix)
         if not self.options.read.chat:
             target.unlink(missing_ok=True)
@@ -318,7 +318,7 @@ class _Job:
         publish(self.work / "mask", target)
 
     def _reports(self) -> list[dict[str, Any]]:
-        """The reports of all spans, in the order of the output; a shard that does not match its own is refused."""
+        """Return the reports of all spans, in output order. Raises `UserError` if a shard does not match its report."""
         reports: list[dict[str, Any]] = []
         for key in self.plan.keys:
             shard = _read_json(self.work / f"{key}.json")
@@ -332,7 +332,7 @@ class _Job:
         return reports
 
     def _bytes_done(self) -> int:
-        """Bytes of the input whose shards an earlier run finished."""
+        """Return the bytes of the input whose shards an earlier run finished."""
         done = [_read_json(path) for path in self.work.glob("[0-9]*.json")]
         return sum(report["disk_bytes"] for shard in done for report in shard or [])
 
@@ -359,7 +359,7 @@ def _without_none(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _totals(sources: Sequence[Reader], reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Documents, tokens and bad lines, of each source and of all."""
+    """Sum up documents, tokens and bad lines, for each source and for all."""
     keys = ("documents", "tokens", "text_bytes", "lines", "left_out")
     entries: list[dict[str, Any]] = [
         {"path": source.path, "bytes": source.size, **dict.fromkeys(keys, 0), "bad_lines": Counter()}
@@ -368,7 +368,7 @@ def _totals(sources: Sequence[Reader], reports: Sequence[dict[str, Any]]) -> dic
     for report in reports:
         entry = entries[report["file"]]
         for key in keys:
-            entry[key] += report.get(key, 0)  # earlier versions' shards left nothing out
+            entry[key] += report.get(key, 0)  # shards of earlier versions have no `left_out`
         entry["bad_lines"].update(report["bad"])
     bad: Counter[str] = sum((entry["bad_lines"] for entry in entries), Counter())
     return {key: sum(entry[key] for entry in entries) for key in keys} | {
@@ -380,7 +380,7 @@ def _totals(sources: Sequence[Reader], reports: Sequence[dict[str, Any]]) -> dic
 def _bad_lines(
     sources: Sequence[Reader], reports: Sequence[dict[str, Any]], first: tuple[int, int]
 ) -> Iterator[tuple[str, int, str]]:
-    """File, line (Parquet: row) and reason of the bad lines kept. `first`: the file and place where reading began."""
+    """Yield file, line (Parquet: row) and reason of the bad lines kept. `first`: file and place where reading began."""
     before: Counter[int] = Counter()
     if first[1] and any(report["bad_lines"] for report in reports if report["file"] == first[0]):
         before[first[0]] = sources[first[0]].lines_before(first[1])

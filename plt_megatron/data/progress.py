@@ -1,4 +1,4 @@
-"""Progress of long work: one updated line on a terminal, an occasional line in a log."""
+"""Progress of a long job: one updated line on a terminal, an occasional line in a log."""
 
 from __future__ import annotations
 

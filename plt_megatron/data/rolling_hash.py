@@ -1,7 +1,7 @@
-"""Hashes of all windows of so many tokens in an array, by a polynomial modulo 2^64.
+"""Hash all windows of n tokens in an array, by a polynomial modulo 2^64.
 
 The hash of t_0 ... t_(n-1) is the sum of r(t_i) * B^i, with a random-looking 64-bit r for each token. Equal windows
-have equal hashes; the reverse holds but for accidents, so a caller compares the tokens themselves.
+have equal hashes; different windows may collide, so a caller must compare the tokens themselves.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _INVERSE = pow(_BASE, -1, 2**64)
 
 
 def scramble(values: np.ndarray) -> np.ndarray:
-    """uint64 -> uint64, one to one: the finalizer of splitmix64, whose results look random."""
+    """Map uint64 to random-looking uint64, one to one, by the finalizer of splitmix64."""
     values = (values + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -22,7 +22,7 @@ def scramble(values: np.ndarray) -> np.ndarray:
 
 
 def scramble_number(value: int) -> int:
-    """`scramble` of one number below 2^64, an order of magnitude faster than of an array of one."""
+    """`scramble` one number below 2^64, an order of magnitude faster than an array of one."""
     value = (value + 0x9E3779B97F4A7C15) & _MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -38,7 +38,7 @@ class WindowHasher:
         self._inverses = _powers(_INVERSE, longest)
 
     def __call__(self, tokens: np.ndarray) -> np.ndarray:
-        """uint64 [len(tokens) - size + 1]: the hash of the window that begins at each token; empty if none fits."""
+        """Return the hash of the window at each token, uint64 [len(tokens) - size + 1]; empty if no window fits."""
         if len(tokens) < self.size:
             return np.empty(0, np.uint64)
         sums = np.zeros(len(tokens) + 1, np.uint64)

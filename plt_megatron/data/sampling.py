@@ -3,7 +3,7 @@
 Which samples form the n-th global batch depends on nothing but the dataset and the global batch sizes. Layouts only
 divide it differently, and a run is resumed by the number of samples consumed: there is no other state, and no
 random number generator. The samples' order is the dataset's, which follows from the seed and the number of samples
-asked for: a run made longer draws in another order, and `mix.fingerprint` given `num_samples` tells.
+asked for: a longer run draws in another order, which `mix.fingerprint` with `num_samples` detects.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class SampleSource(Protocol):
-    """A dataset as `Samples`: samples are dicts of tensors of equal shapes."""
+    """A dataset like `Samples`: samples are dicts of tensors of equal shapes."""
 
     def __len__(self) -> int: ...
 
@@ -40,14 +40,14 @@ def micro_batch_indices(
     data_parallel_size: int,
     wrap_to: int | None = None,
 ) -> Iterator[list[int]]:
-    """Sample numbers of this rank's microbatches, one global batch after the other.
+    """Yield the sample numbers of this rank's microbatches, one global batch after the other.
 
     Microbatch j of rank r is samples [(j * ranks + r) * micro batch size, ...) of the global batch. Ends before the
-    first global batch that does not fit in `length`, or goes on endlessly, after the last sample with sample `wrap_to`.
+    first global batch that does not fit in `length`; with `wrap_to`, continues with that sample after the last one.
 
     Args:
         consumed_samples: samples that all ranks together have trained on.
-        global_batch_sizes: of the batches that follow; the end of them is the end of all.
+        global_batch_sizes: sizes of the batches that follow; iteration ends with them.
 
     Raises:
         ValueError: a global batch does not divide into microbatches over the ranks.
@@ -73,18 +73,18 @@ def _wrapped(index: int, length: int, to: int) -> int:
 
 
 def batches(dataset: SampleSource, indices: Iterator[list[int]], prefetch: int = 0) -> Generator[dict[str, Tensor]]:
-    """Microbatches (dicts of stacked tensors), each with its samples' numbers, `sample_ids` (int64 [micro batch]).
+    """Iterate over microbatches, dicts of stacked tensors; `sample_ids` (int64 [micro batch]) has the sample numbers.
 
     Args:
-        indices: of `micro_batch_indices`.
-        prefetch: microbatches that a thread prepares ahead; the order is the same. Close the iterator to end it.
+        indices: sample numbers from `micro_batch_indices`.
+        prefetch: microbatches that a thread prepares ahead, in the same order. Close the iterator to end the thread.
     """
     made = ({**collate([dataset[index] for index in part]), "sample_ids": torch.tensor(part)} for part in indices)
     return _ahead(made, prefetch) if prefetch > 0 else made
 
 
 def _ahead(items: Iterator[dict[str, Tensor]], depth: int) -> Generator[dict[str, Tensor]]:
-    """`items`, prepared by a thread up to `depth` ahead; its exception is raised in place of the item."""
+    """Yield `items`, prepared by a thread up to `depth` ahead; raise the thread's exception in place of an item."""
     ready: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
     closed = threading.Event()
 

@@ -1,9 +1,9 @@
-"""Splits text where no piece of a vocabulary can cross, and encodes the parts through a cache.
+"""Split text where no piece of a vocabulary can cross, and encode the parts through a cache.
 
 A BPE merge joins neighbors into a piece of the vocabulary. Where no piece spans the border between two characters,
 nothing on the left ever merges with anything on the right, so encoding the two sides separately and joining the ids
-gives exactly the ids of the whole. Words repeat, so a dictionary then answers most of the encoding: about three
-times sentencepiece's own rate on one core, with identical ids.
+gives exactly the ids of the whole. Words repeat, so a dictionary then does most of the encoding: about three times
+sentencepiece's own rate on one core, with identical ids.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _CHUNK = 1 << 20  # characters whose segments are in memory at once
 
 
 def crosses_no_piece(pattern: re.Pattern[str], pieces: Sequence[str]) -> bool:
-    """Whether `pattern` cuts no piece of the vocabulary in two."""
+    """Return whether `pattern` cuts no piece of the vocabulary in two."""
     return all(len(pattern.findall(piece)) == 1 for piece in pieces if piece)
 
 
 def word_pattern(pieces: Sequence[str]) -> re.Pattern[str] | None:
-    """The finest pattern that cuts no piece of the vocabulary: words, single digits, runs of everything else.
+    """Return the finest pattern that cuts no piece of the vocabulary: words, single digits, runs of everything else.
 
     Characters at a border inside a piece become "glue", at which no word ends or begins. None if that is not enough.
     """
@@ -67,7 +67,7 @@ def _escape(code: int) -> str:
 
 
 def _without(ranges: Sequence[tuple[int, int]], characters: set[str]) -> Iterator[tuple[int, int]]:
-    """The ranges of code points without some of them."""
+    """Yield the ranges of code points without those of `characters`."""
     codes = sorted(map(ord, characters))
     for first, last in ranges:
         for code in codes:
@@ -80,7 +80,7 @@ def _without(ranges: Sequence[tuple[int, int]], characters: set[str]) -> Iterato
 
 
 def chunks(text: str, size: int = _CHUNK) -> Iterator[str]:
-    """Parts of `text` of about `size` characters, cut at borders of `COARSE` only (longer where there are none)."""
+    """Yield parts of `text` of about `size` characters, cut only at borders of `COARSE` (longer if there are none)."""
     start = 0
     while len(text) - start > size:
         match = _CUT.search(text, start + size)
@@ -124,7 +124,7 @@ class SegmentEncoder:
         self._symbols = re.compile("|".join(map(re.escape, longest_first))) if symbols else None
 
     def encode(self, text: str) -> bytes:
-        """The ids of `text`, as bytes."""
+        """Return the ids of `text` as bytes."""
         if self._symbols is None:
             return self._plain(text)
         parts, start = [], 0

@@ -1,8 +1,8 @@
-"""The worker's side of preprocessing: one shard of the input to one shard of tokens.
+"""The worker side of preprocessing: encodes one shard of the input as one shard of tokens.
 
 A shard is three files in the work folder: `KEY.bin` (tokens), `KEY.len` (int32 tokens per document) and `KEY.json`
-(counts, hashes, bad lines), and a fourth for conversations, `KEY.mask` (see `loss_mask`). `KEY.json` is published by
-renaming after the others are on disk: a shard whose `KEY.json` exists is complete, whenever the process was killed.
+(counts, bad lines), and a fourth for conversations, `KEY.mask` (see `loss_mask`). `KEY.json` is published by renaming
+after the others are on disk: a shard whose `KEY.json` exists is complete, no matter when the process was killed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _BAD_LINES_KEPT = 1000  # per shard, with file, line and reason; all are counted
 
 @dataclass(frozen=True)
 class Settings:
-    """What the tokens depend on, besides the input."""
+    """Settings that the tokens depend on, besides the input."""
 
     tokenizer: str
     eod_token: str | None
@@ -44,21 +44,21 @@ class Settings:
 
 @dataclass(frozen=True)
 class Shard:
-    """A unit of work: spans that are read in order. `files` has the number of each span's file among all inputs."""
+    """A unit of work: spans that are read in order. `files` has the index of each span's file among all inputs."""
 
     key: str
     spans: tuple[Span, ...]
     files: tuple[int, ...]
-    spool_start: int | None = None  # the (only) span is a temporary copy of decompressed bytes from here on
+    spool_start: int | None = None  # the (only) span is a temporary copy of the decompressed bytes from this offset on
     broken: str = ""  # why the input ends after this shard
 
 
 @dataclass
 class SpanReport:
-    """What was in one span.
+    """Contents of one span, in numbers.
 
-    `lines` counts all, `bad` the bad ones by kind, `left_out` those not asked for; `counted` are the tokens that count
-    in the loss, where not all do.
+    `lines` counts all lines, `bad` the bad ones by kind, `left_out` those that the options leave out; `counted` are the
+    tokens that count in the loss, where not all do.
     """
 
     file: int
@@ -74,14 +74,14 @@ class SpanReport:
 
 
 class FatalBadLine(Exception):
-    """A bad line where bad lines are fatal: (span's place in the shard, line in the span, reason)."""
+    """Raised for a bad line where bad lines are fatal: (span's index in the shard, line in the span, reason)."""
 
 
 _worker: dict[str, Any] = {}
 
 
 def start_worker(settings: Settings, work: str, counters: Any) -> None:
-    """Set up a worker process. It ends itself when its parent is gone, however that happened."""
+    """Set up a worker process. It exits when its parent is gone, however that happened."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -99,7 +99,7 @@ def start_worker(settings: Settings, work: str, counters: Any) -> None:
 
 
 def run_in_worker(shard: Shard) -> str:
-    """Encode a shard in a process set up by `start_worker`; its key."""
+    """Encode a shard in a process set up by `start_worker`; return its key."""
     encode_shard(shard, _worker["settings"], _worker["encoder"], _worker["work"], _worker["counters"])
     return shard.key
 
@@ -128,7 +128,7 @@ def encode_shard(shard: Shard, settings: Settings, encoder: Encoder, work: Path,
 
 
 def publish_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically, in ASCII: a file's name need not be UTF-8."""
+    """Write a JSON file atomically, in ASCII: file names in it need not be UTF-8."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
@@ -139,7 +139,7 @@ def _read_into(writer: _SpanWriter, span: Span, broken: str, counters: Any) -> N
     for documents in _batches(_with_breakage(span.documents(), broken)):
         before = report.text_bytes, report.tokens
         writer.write(documents)
-        # Sizes are those of text, of which compressed files hold more than they have bytes.
+        # Documents have the size of their text, which in a compressed file exceeds the bytes on disk.
         read = min(left, sum(document.size for document in documents))
         left -= read
         _count(counters, report.text_bytes - before[0], report.tokens - before[1], read)
@@ -147,7 +147,7 @@ def _read_into(writer: _SpanWriter, span: Span, broken: str, counters: Any) -> N
 
 
 def _with_breakage(documents: Iterator[Document], broken: str) -> Iterator[Document]:
-    """Turn damage of a compressed file, found now or before (`broken`), into a last bad line."""
+    """Yield documents; turn damage of a compressed file, found now or before (`broken`), into a last bad line."""
     line = 0
     try:
         for document in documents:

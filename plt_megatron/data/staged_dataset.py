@@ -1,4 +1,4 @@
-"""The training samples of `data.stages`: one stage's after the other's, each stage a mix of its own."""
+"""Training samples with `data.stages`: one stage after the other, each with its own mix."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from plt_megatron.config.schema import DataConfig
 
 @dataclass(frozen=True)
 class DrawnStages:
-    """Which sample of which source each sample of a run is.
+    """The source, and the sample of that source, behind each sample of a run.
 
     Attributes:
-        sources: int16 [samples], numbers of `distinct_sources`.
-        samples: int64 [samples], of the source's own; each source's are 0, 1, 2 ... through all stages.
-        counts: int64 [sources], how many samples of each are drawn.
+        sources: int16 [samples], indices into `distinct_sources`.
+        samples: int64 [samples], sample numbers within the source; each source's are 0, 1, 2 ... through all stages.
+        counts: int64 [sources], number of samples drawn from each source.
     """
 
     sources: np.ndarray
@@ -34,7 +34,7 @@ class DrawnStages:
 
 
 class StagedDataset(Dataset):
-    """Samples in the order of the run. `datasets`: by the numbers of their sources; those not used may be missing."""
+    """Samples in the order of the run. `datasets`: by source number; those of unused sources may be missing."""
 
     def __init__(self, datasets: Mapping[int, GPTDataset], drawn: DrawnStages) -> None:
         self.datasets = datasets
@@ -48,7 +48,7 @@ class StagedDataset(Dataset):
 
 
 def draw_stages(data: DataConfig, samples: int, cache: Path) -> DrawnStages:
-    """The samples of all stages, of `samples` in all: read from the folder `cache`, or written to it."""
+    """Draw the samples of all stages, `samples` in total; read them from the folder `cache`, or write them to it."""
     files = [cache / f"stages_{name}.npy" for name in ("sources", "samples", "counts")]
     if not all(file.is_file() for file in files):
         for file, array in zip(files, _draw(data, samples), strict=True):
@@ -57,7 +57,7 @@ def draw_stages(data: DataConfig, samples: int, cache: Path) -> DrawnStages:
 
 
 def _draw(data: DataConfig, samples: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The mix of a stage is megatron-core's; a source goes on with the sample after its last one."""
+    """Draw each stage by megatron-core's blending; a source continues with the sample after its last one."""
     paths = [os.path.abspath(source.path) for source in distinct_sources(data)]
     index, inner = np.zeros(samples, np.int16), np.zeros(samples, np.int64)
     counts = np.zeros(len(paths), np.int64)

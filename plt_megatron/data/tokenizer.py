@@ -24,21 +24,21 @@ from plt_megatron.errors import UserError
 # Tried in this order if the tokenizer does not say which token ends a document.
 EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<eod>", "</s>", "<eos>")
 
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # the token of a byte that no piece has
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a byte-fallback token
 
-# Unigram scores that are multiples of this add up exactly in sentencepiece's float32 over a chunk of this many
-# characters (2^16 characters * a score under 2^5 / 2^-6 < 2^24 is met by real text with room to spare).
+# Unigram scores that are multiples of this step add up exactly in sentencepiece's float32 over a chunk of
+# `_UNIGRAM_CHUNK` characters: 2^13 characters * a score under 2^5 / 2^-6 < 2^24 is met by real text with room to spare.
 UNIGRAM_SCORE_STEP = 2.0**-6
 _UNIGRAM_CHUNK = 1 << 13
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
-    """The type of ids on disk: uint16 if every id fits (megatron-core's rule), else int32."""
+    """Return the dtype of ids on disk: uint16 if every id fits (megatron-core's rule), else int32."""
     return np.uint16 if vocab_size <= np.iinfo(np.uint16).max + 1 else np.int32
 
 
 class Tokenizer(ABC):
-    """What training and preprocessing need of a tokenizer; megatron-core accepts it as its own.
+    """The tokenizer interface of training and preprocessing; megatron-core accepts it as its own.
 
     `fingerprint` is the SHA-256 of the file. `bos`, `eos` and `pad` are None where the tokenizer has none;
     `eod`, the end-of-document token, always exists.
@@ -56,44 +56,44 @@ class Tokenizer(ABC):
 
     @property
     def dtype(self) -> type[np.uint16] | type[np.int32]:
-        """The type `encode_flat` returns."""
+        """The dtype of the ids that `encode_flat` returns."""
         return token_dtype(self.vocab_size)
 
     @property
     def unique_identifiers(self) -> OrderedDict[str, Any]:
-        """What megatron-core hashes into the names of its cached indices."""
+        """Values that megatron-core hashes into the names of its cached indices."""
         return OrderedDict([("class", type(self).__name__), ("sha256", self.fingerprint), ("eod", self.eod)])
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`; a lone surrogate raises UnicodeEncodeError."""
+        """Return the ids of `text`. A lone surrogate raises UnicodeEncodeError."""
         return self.encode_flat([text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text."""
+        """Return the ids of each text."""
         flat, lengths = self.encode_flat(texts)
         return [part.tolist() for part in np.split(flat, np.cumsum(lengths)[:-1])] if len(texts) else []
 
     @abstractmethod
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """All texts' ids concatenated (`dtype`), and the number of ids of each (int64). The fast path."""
+        """Return all texts' ids concatenated (`dtype`), and the number of ids of each (int64). The fast path."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; control tokens give nothing."""
+        """Return the text of `ids`, without control tokens."""
 
     @abstractmethod
     def token_id(self, name: str) -> int | None:
-        """The id of the token of this name; None if there is none."""
+        """Return the id of the token of this name; None if there is none."""
 
     @abstractmethod
     def token_name(self, index: int) -> str:
-        """The name of a token of the vocabulary, as the tokenizer's file has it."""
+        """Return the name of a token, as in the tokenizer's file."""
 
     @abstractmethod
     def byte_lengths(self) -> np.ndarray:
-        """int64 [vocab_size]: bytes of UTF-8 text that each token stands for; control tokens stand for none.
+        """Return the bytes of UTF-8 text that each token stands for, int64 [vocab_size]; 0 for control tokens.
 
-        Raises `UserError` where the tokenizer's file does not say so.
+        Raises `UserError` if the tokenizer's file does not tell.
         """
 
     def _require_eod(self, candidate: int | None, name: str | None) -> int:
@@ -146,7 +146,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.id_to_piece(int(index))
 
     def _splits_exactly(self, proto: Any) -> bool:
-        """Whether parts cut at `COARSE` borders encode to the ids of the whole."""
+        """Return whether parts cut at `COARSE` borders encode to the ids of the whole."""
         normalizer = proto.normalizer_spec
         if (
             normalizer.precompiled_charsmap
@@ -171,7 +171,7 @@ class SentencePieceTokenizer(Tokenizer):
         return SegmentEncoder(self._encode_segment, pattern, self._user_defined(proto))
 
     def _is_exact_unigram(self, proto: Any) -> bool:
-        """Whether cutting long texts changes nothing but the rounding of long sums of scores."""
+        """Return whether cutting long texts changes nothing but the rounding of long sums of scores."""
         if proto.trainer_spec.model_type != proto.trainer_spec.UNIGRAM or self._user_defined(proto):
             return False
         scores = np.array([piece.score for piece in proto.pieces])
@@ -219,7 +219,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A `tokenizer.json` of the `tokenizers` library. A `tokenizer_config.json` beside it names its tokens."""
+    """A `tokenizer.json` of the `tokenizers` library. A `tokenizer_config.json` beside it names its special tokens."""
 
     def __init__(self, path: Path, eod_token: str | None = None) -> None:
         import tokenizers
@@ -260,7 +260,10 @@ class HuggingFaceTokenizer(Tokenizer):
         described = json.loads(self._tokenizer.to_str())
         decoders = _types(described.get("decoder"))
         if not decoders & {"ByteLevel", "ByteFallback"}:
-            raise UserError(f"{self.path}: cannot tell how many bytes a token stands for: its decoder is of neither")
+            raise UserError(
+                f"{self.path}: cannot tell how many bytes a token stands for: its decoder has neither ByteLevel nor "
+                "ByteFallback"
+            )
         added = {token["id"]: token for token in described["added_tokens"]}
         names = {described["model"].get("unk_token"), *self._control_names}
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
@@ -270,19 +273,19 @@ class HuggingFaceTokenizer(Tokenizer):
             if index in added:
                 lengths[index] = len(text.encode())
             elif "ByteLevel" in decoders:
-                lengths[index] = len(text)  # a character for each byte
+                lengths[index] = len(text)  # one character per byte
             else:
                 lengths[index] = 1 if _BYTE.fullmatch(text) else _utf8_length(text)
         return lengths
 
 
 def _utf8_length(piece: str) -> int:
-    """Bytes of a sentencepiece piece, which has a sign for each space."""
+    """Return the UTF-8 bytes of a sentencepiece piece, in which U+2581 stands for a space."""
     return len(piece.replace("\u2581", " ").encode())
 
 
 def _types(decoder: dict[str, Any] | None) -> set[str]:
-    """Types of a tokenizer.json's decoder and of those it is made of."""
+    """Return the types of a tokenizer.json's decoder and of those nested in it."""
     if decoder is None:
         return set()
     return {decoder["type"]}.union(*(_types(part) for part in decoder.get("decoders", [])))
@@ -293,7 +296,7 @@ def _concatenate(arrays: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
 
 
 def _token_names(config: Path) -> tuple[dict[str, str], set[str]]:
-    """The bos, eos and pad tokens named in a tokenizer_config.json, if there is one, and all control tokens."""
+    """Read the bos, eos, pad and unk tokens named in a tokenizer_config.json, if any, and all control tokens."""
     if not config.is_file():
         return {}, set()
     try:

@@ -1,4 +1,4 @@
-"""Trains a sentencepiece tokenizer and writes it as a Hugging Face `tokenizer.json` that encodes identically.
+"""Train a sentencepiece tokenizer, and write it as a Hugging Face `tokenizer.json` that encodes identically.
 
 To make that possible, text is not normalized (no NFKC, no dummy prefix, no removal of spaces) and characters that the
 vocabulary lacks fall back to bytes, so decoding restores every text exactly.
@@ -32,7 +32,7 @@ _MODEL_TYPES = ("bpe", "unigram")
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """What to train on and how. See `plt train-tokenizer --help`."""
+    """Options of tokenizer training. See `plt train-tokenizer --help`."""
 
     inputs: Sequence[str]
     output_dir: str
@@ -52,7 +52,7 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Where the files are and what they were made from."""
+    """The files written, and statistics of the text they were trained on."""
 
     model: Path
     tokenizer_json: Path
@@ -75,10 +75,10 @@ def train_tokenizer(options: TrainingOptions) -> TrainingResult:
     _check_new(folder, options)
     sample = Sample(open_inputs(options.inputs, options.read, options.format), options)
     with _alone_in(folder):
-        _check_new(folder, options)  # another one may just have ended
+        _check_new(folder, options)  # another training may just have ended
         temporary = folder / f".tokenizer.{os.getpid()}.model"
         try:
-            temporary.touch()  # find an unwritable folder before the work
+            temporary.touch()  # detect an unwritable folder before the work
             compared = _train_and_publish(sample, options, folder, temporary)
         except OSError as error:
             raise _unwritable(folder, error) from error
@@ -104,9 +104,9 @@ def _check_new(folder: Path, options: TrainingOptions) -> None:
 
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold the folder, which is created, and is gone again if nothing is written to it."""
+    """Create and lock the folder; remove a new one again if nothing was written to it."""
     is_new = not folder.exists()
-    with locked(folder, "training of a tokenizer"):
+    with locked(folder, "tokenizer training"):
         try:
             yield
         finally:
@@ -126,14 +126,14 @@ def _check_symbols(symbols: Sequence[str]) -> None:
 
 
 def _train_and_publish(sample: Sample, options: TrainingOptions, folder: Path, temporary: Path) -> int:
-    """Train to the file `temporary` and, if all encode the same, publish; the number of texts compared."""
+    """Train to the file `temporary` and publish if both formats encode alike; return the number of texts compared."""
     content = _train(sample, options)
     temporary.write_bytes(content)
     files = build_tokenizer_json(temporary)
     texts = sample.kept + hostile_strings((*options.control_symbols, *options.user_defined_symbols))
     different = first_difference(load_tokenizer(temporary), content, files["tokenizer.json"], texts)
     if different is not None:
-        raise UserError(f"the tokenizer.json would not encode as the sentencepiece model does: {different}")
+        raise UserError(f"tokenizer.json would not encode like the sentencepiece model: {different}")
     for name, text in files.items():
         write_text(folder / name, text)
     publish(temporary, folder / "tokenizer.model")
@@ -161,7 +161,7 @@ def _train(sample: Sample, options: TrainingOptions) -> bytes:
             allow_whitespace_only_pieces=True,
             split_digits=options.split_digits,
             character_coverage=options.character_coverage,
-            # All of ASCII, so that code and markup never fall back to bytes; a newline is its byte.
+            # All of ASCII, so that code and markup never fall back to bytes; a newline is encoded as a byte.
             required_chars="".join(map(chr, range(33, 127))),
             control_symbols=list(options.control_symbols),
             user_defined_symbols=list(options.user_defined_symbols),
@@ -185,9 +185,9 @@ def _train(sample: Sample, options: TrainingOptions) -> bytes:
 def _explain(message: str, options: TrainingOptions) -> str:
     if limit := re.search(r"Vocabulary size too high .* <= (\d+)", message):
         most = limit.group(1)
-        return f"--vocab-size {options.vocab_size} is too high for this text: give more text, or at most {most}"
+        return f"--vocab-size {options.vocab_size} is too high for this text: give more text or use at most {most}"
     if limit := re.search(r"Vocabulary size is smaller than required_chars. \d+ vs (\d+)", message):
-        return f"--vocab-size {options.vocab_size} is too low: the characters and bytes alone are {limit.group(1)}"
+        return f"--vocab-size {options.vocab_size} is too low: characters and bytes alone need {limit.group(1)}"
     return f"sentencepiece cannot train: {' '.join(message.split())}"
 
 
@@ -205,7 +205,7 @@ def _round_scores(content: bytes) -> bytes:
 class Sample:
     """A sample of the corpus of at most `max_sample_bytes`, taken evenly from all of every file.
 
-    Filled while `lines` is read: `bytes`, `documents`, `bad_lines`, and `kept`, the texts to compare on.
+    While `lines` is read, fills `bytes`, `documents`, `bad_lines`, and `kept`, the texts to compare on.
     """
 
     def __init__(self, readers: Sequence[Reader], options: TrainingOptions) -> None:
@@ -219,7 +219,7 @@ class Sample:
         self._kept_size = 0
 
     def lines(self) -> Iterator[str]:
-        """The lines of the sampled documents, long ones in parts, none empty."""
+        """Yield the lines of the sampled documents, long ones in parts, none empty."""
         for text in self._texts():
             self.documents += 1
             self._keep(text)
@@ -230,7 +230,7 @@ class Sample:
                     yield part.replace("\0", " ")
 
     def _keep(self, text: str) -> None:
-        """Keep some documents, the longest truncated: a quick comparison that covers the whole sample."""
+        """Keep some documents, truncated if long, for a quick comparison that covers the whole sample."""
         if self._kept_size < _CHECKED and (self.documents % 8 == 1 or self._kept_size < _CHECKED // 4):
             self.kept.append(text[: 1 << 16])
             self._kept_size += len(self.kept[-1])
@@ -245,7 +245,7 @@ class Sample:
                     return
 
     def _spans(self, reader: Reader, share: float) -> Iterator[tuple[Span, float]]:
-        """What to read of a file to get `share` of it: spans, and the share of their documents to keep."""
+        """Yield the spans to read for `share` of a file, with the share of their documents to keep."""
         if share >= 1.0 or reader.compressed or not reader.by_line:
             yield Span(reader), share
             return
@@ -268,7 +268,7 @@ class Sample:
 
 
 def hostile_strings(symbols: Sequence[str] = ()) -> list[str]:
-    """Strings on which tokenizers tend to disagree; `symbols` are the tokenizer's own."""
+    """Return strings on which tokenizers tend to disagree; `symbols` are the tokenizer's own special tokens."""
     fixed = [
         "", " ", "   ", "\n", "\n\n\n", "\t", "\r\n", "\0", "a\0b", " a", "a ", " a  b   c ", "\n a\n  b\n",
         "</s>", "<s>", "<unk>", "<pad>", "a</s>b", "<0x0A>", "<0xFF>x", "<0x00><0x01>", "<|endoftext|>",
@@ -288,7 +288,7 @@ def hostile_strings(symbols: Sequence[str] = ()) -> list[str]:
 
 
 def describe(result: TrainingResult) -> str:
-    """One line for the user."""
+    """Describe the result in one line."""
     return (
         f"{result.model}: {result.vocab_size:,} pieces from {plural(result.documents, 'document')} "
         f"({format_bytes(result.sample_bytes)}, {result.bad_lines:,} bad lines skipped); {result.tokenizer_json.name} "

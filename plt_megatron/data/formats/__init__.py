@@ -31,10 +31,11 @@ for _module in pkgutil.iter_modules(__path__):
 
 
 def open_inputs(patterns: Sequence[str], options: ReadOptions, format: str | None = None) -> list[Reader]:
-    """Readers of the files behind paths and globs (`**` included), each once, in the order given, a glob's by name.
+    """Return readers of the files that paths and globs (`**` included) match.
 
-    The format follows from the suffix unless `format` is given; a file with an unknown suffix is plain text.
-    Raises `UserError` if there is no file, one cannot be read, or a package that reads it is missing.
+    Each file occurs once, in the order given; those of a glob are sorted by name. The format follows from the suffix
+    unless `format` is given; a file with an unknown suffix is plain text. Raises `UserError` if a pattern matches no
+    file, a file cannot be read, or the package that reads it is missing.
     """
     paths: dict[str, None] = {}
     for pattern in patterns:
@@ -44,7 +45,7 @@ def open_inputs(patterns: Sequence[str], options: ReadOptions, format: str | Non
             what = "matches no file"
             if found:
                 is_folder = any(os.path.isdir(path) for path in found)
-                what = "is a folder: name its files, as in folder/*.jsonl" if is_folder else "is a link to no file"
+                what = "is a folder: name its files, as in folder/*.jsonl" if is_folder else "is not a regular file"
             raise UserError(f"input {pattern!r} {what}")
         paths.update(dict.fromkeys(files))
     by_suffix = {suffix: reader for reader in READERS.values() for suffix in reader.suffixes}
@@ -57,7 +58,7 @@ def open_inputs(patterns: Sequence[str], options: ReadOptions, format: str | Non
 
 
 def _suffix(path: str) -> str:
-    """The suffix that names the format, without a compression's."""
+    """Return the suffix that names the format, ignoring that of a compression."""
     suffixes = Path(path).suffixes
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
@@ -65,6 +66,6 @@ def _suffix(path: str) -> str:
 
 
 def describe_formats() -> str:
-    """The formats and their suffixes, for a command's help."""
+    """List the formats and their suffixes, for a command's help."""
     known = (f"{name} ({', '.join(reader.suffixes)})" for name, reader in sorted(READERS.items()))
-    return f"{', '.join(known)}; lines and text also compressed ({', '.join(COMPRESSIONS)})"
+    return f"{', '.join(known)}; all but parquet may be compressed ({', '.join(COMPRESSIONS)})"

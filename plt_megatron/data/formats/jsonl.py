@@ -47,7 +47,7 @@ class JsonLines(LineReader):
 
 
 def _conversation(number: int, size: int, value: dict[str, Any], key: str) -> Document:
-    """The document of a line whose messages are at `key`, with its tools."""
+    """Return the document of a conversation whose messages are at `key`, with its tools."""
     problem = conversation_problem(value[key])
     if problem:
         return Document(number, size, None, "no conversation", f"field {key!r} {problem}")

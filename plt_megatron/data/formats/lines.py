@@ -15,11 +15,11 @@ BOM = b"\xef\xbb\xbf"
 
 
 class LineReader(Reader):
-    """Reads lines; a subclass parses them. A span's lines are those that start within it, in bytes."""
+    """Reads lines; a subclass parses them. A span contains the lines whose first byte is in it."""
 
     @abstractmethod
     def parse(self, number: int, size: int, line: bytes) -> Document:
-        """The document of a line, given with its line end. `number` counts from 1, `size` is that of the line."""
+        """Parse a line, given with its line ending. `number` counts from 1; `size` is the line's size in bytes."""
 
     @property
     def by_line(self) -> bool:
@@ -60,7 +60,7 @@ class LineReader(Reader):
 
 
 def _rest_of_line(stream: io.BufferedReader) -> int:
-    """Skip to the end of the line; the bytes skipped. A line may be larger than memory."""
+    """Skip to the end of the line and return the bytes skipped. A line may be larger than memory."""
     size = 0
     while part := stream.readline(1 << 20):
         size += len(part)
@@ -70,7 +70,7 @@ def _rest_of_line(stream: io.BufferedReader) -> int:
 
 
 def _lines_before(path: str, place: int) -> int:
-    """Lines that begin before byte `place` of the (decompressed) file."""
+    """Count the lines that begin before byte `place` of the (decompressed) file."""
     lines, left = min(place, 1), place - 1
     with open_stream(path) as stream:
         while left > 0 and (block := stream.read(min(left, 1 << 20))):

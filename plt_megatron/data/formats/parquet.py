@@ -1,4 +1,4 @@
-"""Parquet, read with pyarrow: the text is a column of strings, a span a range of row groups."""
+"""Parquet, read with pyarrow: the text is a string column, and a span is a range of row groups."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class Parquet(Reader):
             for row, (value, number) in enumerate(self._values(start, end), 1):
                 yield read_value(row, value, number, self.options)
         except (OSError, pyarrow.ArrowException) as error:
-            where = f"after row {row} from row group {start} on"
+            where = f"after row {row}, counted from row group {start}"
             raise UserError(f"{self.path}: damaged Parquet file {where} ({_first_line(error)})") from error
 
     def _values(self, start: int, end: int | None) -> Iterator[tuple[Any, Any]]:
-        """Text and, if asked for, quality of the rows."""
+        """Yield each row's text and quality (None without a quality filter)."""
         with self._open() as file:
             groups = range(start, file.metadata.num_row_groups if end is None else end)
             text, quality = self.options.json_key, self.options.quality
@@ -72,7 +72,7 @@ class Parquet(Reader):
             raise UserError(f"{self.path}: not a readable Parquet file ({_first_line(error)})") from error
 
     def _group_sizes(self) -> list[int]:
-        """Bytes on disk of the column in each row group. `UserError` if the file has no such column of strings."""
+        """Return the text column's bytes on disk in each row group. Raises `UserError` if a column is unusable."""
         with self._open() as file:
             column = self.options.json_key
             check_column(self.path, file.schema_arrow, column)
@@ -92,7 +92,7 @@ def _column_type(path: str, schema: Any, column: str) -> Any:
 
 
 def check_column(path: str, schema: Any, column: str) -> None:
-    """`UserError` unless an Arrow schema has a column of strings of this name."""
+    """Raise `UserError` unless an Arrow schema has a string column of this name."""
     from pyarrow import types
 
     kind = _column_type(path, schema, column)
@@ -103,7 +103,7 @@ def check_column(path: str, schema: Any, column: str) -> None:
 
 
 def check_number_column(path: str, schema: Any, column: str) -> None:
-    """`UserError` unless an Arrow schema has a column of numbers of this name."""
+    """Raise `UserError` unless an Arrow schema has a numeric column of this name."""
     from pyarrow import types
 
     kind = _column_type(path, schema, column)
@@ -112,7 +112,7 @@ def check_number_column(path: str, schema: Any, column: str) -> None:
 
 
 def read_value(row: int, value: Any, number: Any, options: ReadOptions) -> Document:
-    """The document of an Arrow scalar; `number`: its quality's, if asked for."""
+    """Return the document of an Arrow scalar. `number`: the scalar of its quality, read only if it is filtered by."""
     judged = options.quality and options.quality.judge(row, 0, number.as_py())
     if judged:
         return judged

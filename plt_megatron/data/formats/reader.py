@@ -23,18 +23,19 @@ READERS: dict[str, type[Reader]] = {}  # by name; each class registers itself
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How documents are found in files."""
+    """Options for reading documents from files."""
 
     json_key: str = "text"  # the field or column with the text
     text_documents: str = "file"  # plain text: one document per "file" or per "line"
     max_document_bytes: int = 16 << 20  # a longer line (or text file, or value) is a bad line
     quality: Quality | None = None  # None: all documents
-    chat: bool | None = None  # json_key holds the messages of a conversation, and a document's text is it as JSON
+    chat: bool | None = None  # json_key holds a conversation's messages; a document's text is the conversation as JSON
 
 
 @dataclass(frozen=True)
 class Span:
-    """A part of a file. `end` is exclusive, in the reader's own unit; None: to the end. `disk_bytes`: for progress."""
+    """A part of a file. `start` and `end` (exclusive; None: the file's end) are in the reader's unit, such as bytes;
+    `disk_bytes` is for progress."""
 
     reader: Reader
     start: int = 0
@@ -42,7 +43,7 @@ class Span:
     disk_bytes: int = 0
 
     def documents(self) -> Iterator[Document]:
-        """The documents and bad lines of the span, in order; raises as `Reader.read`."""
+        """Yield the documents and bad lines of the span, in order; raises like `Reader.read`."""
         return self.reader.read(self.start, self.end)
 
 
@@ -51,10 +52,10 @@ class Reader(ABC):
     """One file of a raw format. A subclass that has a `name` is registered.
 
     Class attributes:
-        name: what `--format` calls it.
-        suffixes: the file endings it is recognized by, without a compression's.
+        name: the format's name in `--format`.
+        suffixes: file suffixes that select the format, without those of a compression.
         requires: a module of the extra `data` that it imports.
-        has_fields: whether a document has more than a text, such as its quality.
+        has_fields: whether documents have fields besides their text, such as a quality.
         has_conversations: whether `chat` is supported.
     """
 
@@ -84,26 +85,26 @@ class Reader(ABC):
         return False
 
     def spans(self, size: int) -> Iterator[Span]:
-        """Cut the file into spans of about `size` bytes on disk. Here: the whole file is one."""
+        """Cut the file into spans of about `size` bytes on disk. By default the whole file is one span."""
         yield Span(self, disk_bytes=self.size)
 
     @abstractmethod
     def read(self, start: int = 0, end: int | None = None) -> Iterator[Document]:
-        """The documents and bad lines of a span, in order.
+        """Yield the documents and bad lines of a span, in order.
 
         Raises `BrokenStream` where a compressed file is damaged, and `UserError` if a file cannot be read.
         """
 
     def lines_before(self, start: int) -> int:
-        """Lines (Parquet: rows) of the file before the span from `start` on."""
+        """Count the lines (Parquet: rows) before the span that begins at `start`."""
         return 0
 
     def place(self, start: int, line: int) -> str:
-        """Where in the file line `line` of the span from `start` on is, as messages say it."""
+        """Return the place in the file, for messages, of line `line` of the span that begins at `start`."""
         return str(self.lines_before(start) + line)
 
     def check(self) -> None:
-        """`UserError` if the file cannot be opened, lacks what the options ask for, or a package is missing."""
+        """Raise `UserError` if the file cannot be opened, lacks a requested field, or needs a missing package."""
         if self.options.quality and not self.has_fields:
             raise UserError(f"{self.path}: {self.name} files have no field {self.options.quality.key!r}")
         if self.options.chat and not self.has_conversations:

@@ -1,4 +1,4 @@
-"""Plain text: a file is a document, or each of its lines is (`ReadOptions.text_documents`)."""
+"""Plain text: each file is a document, or each line is (`ReadOptions.text_documents`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from plt_megatron.data.formats.lines import BOM, LineReader
 
 class PlainText(LineReader):
     name = "text"
-    suffixes = (".txt",)  # and any that no format knows
+    suffixes = (".txt",)  # and any suffix that no format has
 
     @property
     def by_line(self) -> bool:

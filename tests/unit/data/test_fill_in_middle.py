@@ -251,7 +251,7 @@ def test_known_and_named_tokens(prefix: str, tokenizer: Tokenizer, bpe_model: Pa
             r"has no fill-in-the-middle tokens \(looked for <fim_prefix>, <\|fim_prefix\|>, .*\): name",
         ),
         ({"tokens": ("<fim_prefix>", "<mid>", "<fim_suffix>")}, "has no token '<mid>', which data.fim.tokens"),
-        ({"tokens": ("<fim_prefix>", "</s>", "<fim_suffix>")}, "and the end-of-document token must be four tokens"),
+        ({"tokens": ("<fim_prefix>", "</s>", "<fim_suffix>")}, "and the end-of-document token must be four different"),
         ({"tokenizer": None}, "data.fim.rate needs data.tokenizer"),
         ({"ends": 7}, r"data.fim.rate: document \d+ of .* does not end with the tokenizer's end-of-document token 2"),
         ({"ends": 7, "eod_mask_loss": True, "fim_rate": 0}, "data.eod_mask_loss: document 0 of .* does not end with"),

@@ -93,7 +93,7 @@ def test_under_a_schedule_a_batch_is_that_of_its_step(run: Path) -> None:
     shown = [inspector.batch("train", number, 9) for number in (3, 4)]
     assert [[sample.number for sample in batch.samples] for batch in shown] == [[4, 5], [6, 7, 8, 9]]
     assert [sample.number for sample in inspector.batch("validation", 3, 4).samples] == [8, 9, 10, 11]
-    with pytest.raises(UserError, match="batch 6 of the train data: the run reads the batches 1 to 5"):
+    with pytest.raises(UserError, match="batch 6 of the train data: the run reads batches 1 to 5"):
         inspector.batch("train", 6, 1)
 
 
@@ -153,7 +153,7 @@ def test_without_a_tokenizer(run: Path) -> None:
     ("arguments", "message"),
     [
         (["--batch", "0"], "--batch must be at least 1, got 0"),
-        (["--batch", "26"], "batch 26 of the train data: the run reads the batches 1 to 25"),
+        (["--batch", "26"], "batch 26 of the train data: the run reads batches 1 to 25"),
         (["--samples", "0"], "--samples must be at least 1, got 0"),
         (["--width", "-1"], "--width must be at least 0, got -1"),
         (["--duplicates", "--span-tokens", "7"], "--span-tokens must be at least 8, got 7"),

@@ -258,6 +258,6 @@ def test_what_is_there_already_stays(shards, whole, tmp_path):
         join([f"{target}.shard-*"], str(target))
     with pytest.raises(UserError, match=r"\.bin exists"):
         join([f"{target}.shard-*"], str(whole))
-    with pytest.raises(UserError, match="consists of parts itself"):
+    with pytest.raises(UserError, match="is itself a source in parts"):
         join([str(target)], str(tmp_path / "again"))
     assert digest(shards[0]) == before

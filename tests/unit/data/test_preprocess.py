@@ -196,11 +196,11 @@ def test_nothing_usable(bpe_model: Path, tmp_path: Path, run_tool: Tool) -> None
         (["--workers", "0"], "error: --workers must be"),
         (["--on-bad-line", "ignore"], "invalid choice: 'ignore'"),
         (["surplus"], "error: unexpected argument 'surplus'"),
-        (["--min-quality", "1"], "error: --min-quality and --max-quality need --quality-key, the field with"),
-        (["--quality-key", "q"], "error: --quality-key: say which documents, with --min-quality, --max-quality or"),
+        (["--min-quality", "1"], "error: --min-quality and --max-quality need --quality-key, the numeric"),
+        (["--quality-key", "q"], "error: --quality-key needs --min-quality, --max-quality or both"),
         (
             ["--quality-key", "q", "--min-quality", "1", "--max-quality", "nan"],
-            "error: --min-quality 1.0 and --max-quality nan leave no document: the first must be smaller",
+            "error: --min-quality 1.0 and --max-quality nan leave no document: the minimum must be smaller",
         ),
     ],
 )

@@ -67,7 +67,7 @@ def test_differences_are_found_and_nothing_is_written(
 
     monkeypatch.setattr(tokenizer_training, "build_tokenizer_json", without_last_merges)
     with pytest.raises(
-        UserError, match=r"would not encode as the sentencepiece model does: at token \d+ of .*: sentencepiece"
+        UserError, match=r"would not encode like the sentencepiece model: at token \d+ of .*: sentencepiece"
     ):
         train(corpus, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -99,8 +99,8 @@ def test_command(corpus: Path, tmp_path: Path, run_tool: Tool) -> None:
     ("arguments", "message"),
     [
         (["--input", "nothing*.jsonl"], "input 'nothing*.jsonl' matches no file"),
-        (["--vocab-size", "100000"], "--vocab-size 100000 is too high for this text: give more text, or at most "),
-        (["--vocab-size", "300"], "--vocab-size 300 is too low: the characters and bytes alone are "),
+        (["--vocab-size", "100000"], "--vocab-size 100000 is too high for this text: give more text or use at most "),
+        (["--vocab-size", "300"], "--vocab-size 300 is too low: characters and bytes alone need "),
         (["--special-token", "a b"], "special token 'a b' is empty or contains a space"),
         (["--special-token", "</s>"], "special token '</s>' is built in"),
         (["--special-token", "<x>", "--user-defined-symbol", "<x>"], "a special token is given twice"),
