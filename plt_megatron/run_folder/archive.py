@@ -1,6 +1,6 @@
-"""The records of finished runs as one file, `records.tar.xz`: a repository suffers from thousands of small ones.
+"""The records of finished runs in one file, `records.tar.xz`, which spares a repository thousands of small ones.
 
-Reports read it as it is. Nothing is added to it: what goes on with its runs unpacks it first.
+Reports read it as it is. It is never added to: whatever continues its runs unpacks it first.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from plt_megatron.run_folder.files import replacing, writing
 from plt_megatron.run_folder.metrics import METRICS
 
 ARCHIVE = "records.tar.xz"
-# What no report reads, or writes itself.
+# Folders that no report reads, or that reports write themselves.
 _FOLDERS = {
     *("checkpoints", "code", "exporting", "exports", "index_cache", "loaded", "logs", "profile", "report"),
     *("tensorboard", "uploading"),
 }
 _SUFFIXES = {".log", ".md", ".png", ".xz"}
-_PRESET: Final = 8  # finds what is alike up to 32 MiB apart: a run's configuration and the plan's are kept once
+_PRESET: Final = 8  # matches up to 32 MiB apart: a run's configuration and its copy in the plan are stored once
 
 
 def write_archive(folder: Path, archive: Path) -> int:
-    """Pack the records of all runs in a folder; returns the number of files. The same records give the same bytes.
+    """Pack the records of all runs in a folder; return the number of files. The same records give the same bytes.
 
     Raises:
-        UserError: there are none, or the archive cannot be written.
+        UserError: there are no records, or the archive cannot be written.
     """
     paths = sorted(_records(folder))
     if not any(path.name == METRICS for path in paths):
@@ -58,12 +58,12 @@ def _records(folder: Path) -> Iterator[Path]:
 
 
 def unpack_command(folder: Path) -> str:
-    """What a shell unpacks the folder's archive with, where it is."""
+    """Return the shell command that unpacks the folder's archive in place."""
     return shlex.join(["tar", "-C", str(folder), "-xf", str(folder / ARCHIVE)])
 
 
 def unpacked(archive: Path) -> Path:
-    """A temporary copy of an archive's files, which this process makes once and removes when it ends.
+    """Return a temporary copy of an archive's files, made once in this process and removed when it ends.
 
     Raises:
         UserError: the archive is broken.

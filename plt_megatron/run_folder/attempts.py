@@ -1,6 +1,9 @@
-"""attempts.jsonl: a line at the start and at the end of each attempt of a Slurm job at a run, that is of each start of
-the run's processes, one where the run was given up ("stop"), and one where it is tried again all the same ("again").
-Appended to, never rewritten. And the exit statuses of processes."""
+"""The attempts of Slurm jobs at a run, as recorded in attempts.jsonl, and the exit statuses of processes.
+
+An attempt is a start of the run's processes. The file has a line for the start and one for the end of each attempt, one
+where the run was given up ("stop"), and one where it is tried again all the same ("again"). It is appended to, never
+rewritten.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +17,18 @@ from typing import Any
 from plt_megatron.errors import EXIT_USER_ERROR
 from plt_megatron.run_folder import json_lines
 
-# How an attempt ends. Killed: it left no exit record.
+# How an attempt ends. KILLED: without an exit record.
 FINISHED, PREEMPTED, FAILED, NODE_FAILED, KILLED = "finished", "preempted", "failed", "node_failed", "killed"
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The lines of an attempts.jsonl; those that a crash or a full disk has torn are left out."""
+    """Read the events of an attempts.jsonl, without lines that a crash or a full disk has torn."""
     events = json_lines.read(path, skip_broken=True)
     return [event for event in events if event.get("event") in ("start", "end", "stop", "again")]
 
 
 def unended(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The starts of attempts that have no end."""
+    """Return the start events of attempts that have no end event."""
     started: dict[int, dict[str, Any]] = {}
     for event in events:
         if event["event"] == "start":
@@ -36,18 +39,18 @@ def unended(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def last_attempt(events: Iterable[dict[str, Any]]) -> int:
-    """The number of the last attempt; 0 if there was none."""
+    """Return the number of the last attempt; 0 if there was none."""
     return max((int(event.get("attempt") or 0) for event in events), default=0)
 
 
 def setup_warnings(events: Iterable[dict[str, Any]]) -> list[str]:
-    """What went wrong in the setup of the last attempt's job without ending it."""
+    """Return the failures in the setup of the last attempt's job that did not end it."""
     starts = [event for event in events if event["event"] == "start"]
     return list(starts[-1].get("warnings") or []) if starts else []
 
 
 def job_seconds(events: Iterable[dict[str, Any]]) -> float:
-    """Seconds between the starts and the ends of attempts, together."""
+    """Return the total seconds between the starts and the ends of attempts."""
     starts: dict[Any, float] = {}
     seconds = 0.0
     for event in events:
@@ -56,32 +59,32 @@ def job_seconds(events: Iterable[dict[str, Any]]) -> float:
         elif event["event"] == "end":
             begun = starts.pop(event.get("attempt"), math.nan)
             elapsed = event.get("time", math.nan) - begun
-            seconds += elapsed if elapsed > 0 else 0.0  # not of a clock that was set back, nor without a start
+            seconds += elapsed if elapsed > 0 else 0.0  # skips ends without a start, and clocks set back
     return seconds
 
 
 class ExitStatus(IntEnum):
-    """Statuses of trainers, launchers and jobs. Job scripts and users' wrappers depend on these numbers."""
+    """Exit statuses of trainers, launchers and jobs. Job scripts and users' wrappers depend on these numbers."""
 
     FINISHED = 0
     FAILED = 1
     USER_ERROR = EXIT_USER_ERROR  # something for the user to fix
     PREEMPTED = 75  # asked to stop, and saved: the same command continues (sysexits' EX_TEMPFAIL)
-    # Of a Slurm job's launchers:
+    # Only from the launchers of a Slurm job:
     BAD_NODE = 76  # a node failed the checks
     NODE_LOST = 77
     RUN_BUSY = 78  # another job has the run
 
 
-# Statuses of a process that do not make the run's other processes stop.
+# Exit statuses of a process after which the run's other processes are not stopped.
 PEACEFUL = (ExitStatus.FINISHED, ExitStatus.PREEMPTED)
 
 
 def describe_exit(returncode: int) -> str:
-    """How a process ended, in words: `exited with status 1`, `was killed by SIGKILL (out of memory?)`.
+    """Describe how a process ended: `exited with status 1`, `was killed by SIGKILL (out of memory?)`.
 
     Args:
-        returncode: as subprocess has it: below zero for a signal.
+        returncode: as in subprocess: negative for a signal.
     """
     if returncode >= 0:
         return f"exited with status {returncode}"

@@ -29,9 +29,9 @@ MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
 LATEST = "latest"
 FORMAT = 1
-REPLICAS_COMPARED = "replicas_compared"  # in progress.json, of whoever compares ranks' copies before writing
-EMA = "ema"  # the name of the weights' moving average, in progress.json and in tensors' keys
-# What a record (progress.json) keeps of the model that its run, or the run before that, started from.
+REPLICAS_COMPARED = "replicas_compared"  # in progress.json: ranks' copies were compared before writing
+EMA = "ema"  # name of the weights' moving average in progress.json and in tensor keys
+# Entries of progress.json about the model that its run, or a run before that, started from.
 ORIGIN = ("imported_from", "special_tokens", "base_model", "license", "license_name", "license_link")
 LONGEST_TEXT = "max_position_embeddings"
 NAME = re.compile(r"step_(\d{8,})")
@@ -39,19 +39,19 @@ _CHUNK = 1 << 20
 
 
 def folder_name(step: int) -> str:
-    """`step_00000100` for step 100."""
+    """Return the folder name of a checkpoint: `step_00000100` for step 100."""
     return f"step_{step:08d}"
 
 
 def step_of(path: Path) -> int:
-    """The step a checkpoint's folder is named for."""
+    """Return the step that a checkpoint's folder is named for."""
     match = NAME.fullmatch(path.name)
     assert match is not None, path
     return int(match[1])
 
 
 def checkpoint_folders(directory: Path) -> list[Path]:
-    """The published checkpoints of a run, by step. They may be damaged: see `damage`."""
+    """List the published checkpoints of a run, by step. They may be damaged: see `damage`."""
     if not directory.is_dir():
         return []
     found = (path for path in directory.iterdir() if NAME.fullmatch(path.name) and path.is_dir())
@@ -59,11 +59,11 @@ def checkpoint_folders(directory: Path) -> list[Path]:
 
 
 def candidates(path: Path) -> list[Path]:
-    """The checkpoints that `path` may mean, the one to prefer first.
+    """List the checkpoints that `path` may refer to, the preferred one first.
 
     Args:
         path: a checkpoint, a folder of checkpoints, or a run's folder. In a folder the one `latest` names comes first,
-            then the earlier ones: later ones belong to a course of training that was rolled back.
+            then the earlier ones: later ones belong to training that was rolled back.
     """
     if NAME.fullmatch(path.name) or (path / MANIFEST).is_file():
         return [path]
@@ -76,14 +76,14 @@ def candidates(path: Path) -> list[Path]:
 
 
 def inherited(progress: Mapping[str, Any], sequence_length: int) -> dict[str, Any]:
-    """What the record of a run with rows of `sequence_length` keeps of one that it starts or resumes from."""
+    """Return the entries of a record that a run with rows of `sequence_length` inherits when it starts from it."""
     kept = {name: progress[name] for name in ORIGIN if name in progress}
     longest = max(progress.get(LONGEST_TEXT, 0), progress["config"]["data"]["sequence_length"])
     return kept | ({LONGEST_TEXT: longest} if longest > sequence_length else {})
 
 
 def latest_checkpoint(path: Path | str, verify: bool = True) -> Path | None:
-    """The last complete checkpoint of a run; None if there is none.
+    """Return the last complete checkpoint of a run; None if there is none.
 
     Args:
         path: a run's folder, its folder of checkpoints, or a checkpoint.
@@ -98,21 +98,21 @@ def latest_checkpoint(path: Path | str, verify: bool = True) -> Path | None:
 
 
 def latest_of_full_size(path: Path) -> Path | None:
-    """The last checkpoint whose files all have their full size, for when checksums would take too long."""
+    """Return the last checkpoint whose files all have their full size, for when checksums would take too long."""
     return next((candidate for candidate in candidates(path) if damage(candidate, checksums=False) is None), None)
 
 
 def latest_step(path: Path) -> int:
-    """The step of the checkpoint that a run would resume from, by its name; 0 if there is none."""
+    """Return the step, by name, of the checkpoint that a run would resume from; 0 if there is none."""
     found = latest_checkpoint(path, verify=False)
     return step_of(found) if found is not None else 0
 
 
 def superseded(steps: Collection[int], last: int, keep_last: int, keep_every: int) -> set[int]:
-    """The steps whose checkpoints need not be kept; `last` is the run's newest.
+    """Return the steps whose checkpoints need not be kept; `last` is the run's newest.
 
-    Kept are the last `keep_last` and, if `keep_every` > 0, those whose step is a multiple of it. Later ones than `last`
-    are not: they belong to a course of training that was rolled back.
+    Kept are the last `keep_last` and, if `keep_every` > 0, those whose step is a multiple of it. Steps after `last` are
+    not kept: they belong to training that was rolled back.
     """
     current = sorted(step for step in steps if step <= last)
     kept = set(current[-max(1, keep_last) :])
@@ -133,10 +133,10 @@ def _pointed_at(directory: Path) -> Path | None:
 
 
 def damage(path: Path, part: int = 0, parts: int = 1, *, checksums: bool = True) -> str | None:
-    """What is wrong with a published checkpoint, in one line that names it; None if it is complete.
+    """Describe the damage of a published checkpoint in one line that names it; None if it is complete.
 
     Args:
-        checksums: False: look at the files' sizes alone.
+        checksums: whether to check files' SHA-256 besides their sizes.
         part, parts: check the checksums of every `parts`-th file only, from the `part`-th on, so that ranks can share
             the work.
     """
@@ -160,7 +160,7 @@ def damage(path: Path, part: int = 0, parts: int = 1, *, checksums: bool = True)
 
 
 def sha256(path: Path, sync: bool = False) -> str:
-    """Hex digest of a file; `sync` also has it reach the disk."""
+    """Return the SHA-256 of a file in hex; `sync` also flushes the file to the disk."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
@@ -171,7 +171,7 @@ def sha256(path: Path, sync: bool = False) -> str:
 
 
 def read_progress(path: Path | str) -> dict[str, Any]:
-    """A checkpoint's record of its run: `step`, the trainer's counters, `config`, `versions`, `layout`, ...
+    """Read a checkpoint's record of its run: `step`, the trainer's counters, `config`, `versions`, `layout`, ...
 
     Args:
         path: a checkpoint, or a run's folder for its last complete one.
@@ -186,12 +186,12 @@ def read_progress(path: Path | str) -> dict[str, Any]:
 
 
 def read_verified_progress(checkpoint: Path) -> dict[str, Any]:
-    """`read_progress` of a checkpoint known to be complete."""
+    """Like `read_progress`, for a checkpoint known to be complete."""
     return parse_progress((checkpoint / PROGRESS).read_text(encoding="utf-8"), str(checkpoint))
 
 
 def parse_progress(text: str, checkpoint: str) -> dict[str, Any]:
-    """The record in the text of a checkpoint's progress.json, settings under their present names.
+    """Parse the text of a checkpoint's progress.json; settings get their present names.
 
     Raises `UserError` if a newer program wrote it.
     """
@@ -204,10 +204,10 @@ def parse_progress(text: str, checkpoint: str) -> dict[str, Any]:
 
 
 def doubt(checkpoint: Path, progress: dict[str, Any]) -> str | None:
-    """Why a checkpoint's weights may not be those that were trained, in one line; None: no reason is known.
+    """Explain in one line why a checkpoint's weights may be wrong; None if there is no known reason.
 
-    Before ranks' copies were compared, a pipeline's last stage trained its copy of a tied embedding without the
-    embedding's factors.
+    In versions that did not compare ranks' copies, a pipeline's last stage trained its copy of a tied embedding without
+    the embedding's factors.
     """
     if progress.get(REPLICAS_COMPARED) or progress.get("weights_only"):
         return None
@@ -217,27 +217,27 @@ def doubt(checkpoint: Path, progress: dict[str, Any]) -> str | None:
     if stages == 1 or not wrong or not config["model"]["share_embeddings_and_output_weights"]:
         return None
     return (
-        f"checkpoint {checkpoint} is of an earlier version, whose last of {stages} pipeline stages trained its copy of "
-        f"the tied embedding without {' and '.join(wrong)}; the first stage's, which is here, may not fit the layers: "
-        "if its validation loss is above the one that the run recorded, the run has to be repeated"
+        f"checkpoint {checkpoint} is from an earlier version, in which the last of {stages} pipeline stages trained "
+        f"its copy of the tied embedding without {' and '.join(wrong)}; the first stage's copy, which was saved, may "
+        "not fit the layers: if its validation loss is above the one that the run recorded, repeat the run"
     )
 
 
 def warn_of_doubt(checkpoint: Path, progress: dict[str, Any]) -> None:
-    """Log what `doubt` says."""
+    """Log the result of `doubt`, if any."""
     reason = doubt(checkpoint, progress)
     if reason is not None:
         logger.warning("%s", reason)
 
 
 def trained_tokens(progress: dict[str, Any]) -> int:
-    """Tokens that a checkpoint's run was trained on."""
+    """Return the number of tokens that a checkpoint's run was trained on."""
     if "consumed_tokens" in progress:
         return progress["consumed_tokens"]
-    config = progress["config"]  # before they were counted, all steps had equally many
+    config = progress["config"]  # before tokens were counted, all steps had equally many
     return progress["step"] * config["training"]["global_batch_size"] * config["data"]["sequence_length"]
 
 
 def order_samples(progress: dict[str, Any]) -> int | None:
-    """Training samples whose order a checkpoint's run has drawn; None: it was saved before this was noted."""
+    """Return how many training samples the order of a checkpoint's run covers; None if not recorded (old versions)."""
     return progress.get("data_fingerprint", {}).get("sampling", {}).get("num_samples")

@@ -1,4 +1,4 @@
-"""Writes files atomically, whatever stops the writer: a full disk, a kill, a lost node."""
+"""Write files atomically, whatever stops the writer: a full disk, a kill, a lost node."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def replacing(path: Path | str, mode: str = "w") -> Iterator[IO[Any]]:
-    """A new file, open for writing, that replaces `path` if the block succeeds and is removed otherwise.
+    """Open a new file for writing, which replaces `path` if the block succeeds and is removed otherwise.
 
-    It is beside `path`, whose folder is created, and has reached the disk before it is renamed.
+    The new file is beside `path`, whose folder is created, and is flushed to the disk before it is renamed.
 
     Args:
         mode: `w` for UTF-8 text, `wb` for bytes.
@@ -42,9 +42,9 @@ def replacing(path: Path | str, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 def publish(temporary: Path, target: Path | str) -> None:
-    """Give a complete file, or a folder of files, its name once it has reached the disk.
+    """Flush a complete file, or a folder of files, to the disk and rename it to `target`.
 
-    Both are on one file system. A file or an empty folder of that name is replaced. Raises `OSError`.
+    Both are on one file system. An existing file or empty folder is replaced. Raises `OSError`.
     """
     target = Path(target)
     for path in temporary.iterdir() if temporary.is_dir() else (temporary,):
@@ -54,19 +54,19 @@ def publish(temporary: Path, target: Path | str) -> None:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write or replace a UTF-8 file in one step. Raises `OSError`."""
+    """Write or replace a UTF-8 file atomically. Raises `OSError`."""
     with replacing(path) as file:
         file.write(text)
 
 
 def write_bytes(path: Path | str, content: bytes) -> None:
-    """`write_text` of bytes."""
+    """Write or replace a binary file atomically. Raises `OSError`."""
     with replacing(path, "wb") as file:
         file.write(content)
 
 
 def write_json(path: Path | str, value: Any, *, indent: int | None = 1) -> None:
-    """`write_text` of a value as JSON, with a line's end."""
+    """Write or replace a JSON file atomically, with a newline at its end. Raises `OSError`."""
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
@@ -84,7 +84,7 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, what: str) -> Iterator[IO[str]]:
-    """One process at a time that does `what` in a folder, which is created. Raises `UserError` if another is at it.
+    """Create and lock a folder in which one process at a time may do `what`. Raises `UserError` if another does.
 
     Yields the file whose open descriptor is the lock: a process that inherits it holds the lock too.
     """
@@ -105,7 +105,7 @@ def locked(folder: Path, what: str) -> Iterator[IO[str]]:
 
 @contextlib.contextmanager
 def writing(target: str | os.PathLike[str]) -> Iterator[None]:
-    """An `OSError` in the block becomes a `UserError` that names its file, or `target` if it has none."""
+    """Turn an `OSError` in the block into a `UserError` that names its file, or `target` if it has none."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The folders of runs."""
+"""Run folders: their files, and how to find them."""
 
 from __future__ import annotations
 
@@ -32,42 +32,42 @@ class RunFolder:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.config_file = self.path / CONFIG  # resolved
-        self.former_config_file = self.path / ".former_config.yaml"  # of before a start that may be refused
-        # What training writes.
+        self.former_config_file = self.path / ".former_config.yaml"  # until a start that may be refused succeeds
+        # Written by training.
         self.metrics_file = self.path / METRICS  # one record of training or validation per line
         self.checkpoints = self.path / checkpoints.FOLDER
         self.exports = self.path / "exports"  # Hugging Face folders, named like checkpoints
-        self.exporting = self.path / "exporting"  # checkpoints that wait to be exported
-        self.uploading = self.path / "uploading"  # exports and checkpoints that wait to be uploaded
-        self.uploads_file = self.path / "uploads.jsonl"  # each try to upload one
+        self.exporting = self.path / "exporting"  # checkpoints waiting to be exported
+        self.uploading = self.path / "uploading"  # exports and checkpoints waiting to be uploaded
+        self.uploads_file = self.path / "uploads.jsonl"  # every attempt to upload one
         self.upload_id_file = self.path / "upload_id"  # tells its uploads from another run's of the same name
         self.loaded = self.path / "loaded"  # a checkpoint that was downloaded to start from
         self.incidents = self.path / "incidents"  # bad steps, and every rank's stack after a hang
         self.tensorboard = self.path / "tensorboard"
-        self.wandb_id_file = self.path / "wandb_id"  # of its one run there
+        self.wandb_id_file = self.path / "wandb_id"  # of the one wandb run
         self.profile = self.path / "profile"  # the profiler's traces
         self.index_cache = self.path / "index_cache"  # sample indices
         # Requests to stop, or to save and continue.
         self.stop_file = self.path / STOP
         self.save_file = self.path / SAVE
-        # What a submission writes for its job.
+        # Written by a submission for its job.
         self.job_file = self.path / "job.yaml"
         self.job_script = self.path / JOB_SCRIPT
         self.code = self.path / CODE
         self.git_file = self.path / "git.txt"
         self.environment_file = self.path / "environment.txt"
         self.submissions_file = self.path / "submissions.jsonl"
-        # What the job writes.
+        # Written by the job.
         self.logs = self.path / LOGS
         self.attempts_file = self.path / "attempts.jsonl"
-        self.why_file = self.path / "why.txt"  # the job gave up
-        # What a sweep on this machine writes.
+        self.why_file = self.path / "why.txt"  # why the job gave up
+        # Written by a sweep on this machine.
         self.sweep_note = self.path / "sweep_run.json"
         self.sweep_log = self.path / "train.log"
 
     @classmethod
     def of(cls, config: RunConfig) -> RunFolder:
-        """The folder of a run of this configuration."""
+        """Return the folder of a run of this configuration."""
         return cls(derived.run_folder(config))
 
     def __repr__(self) -> str:
@@ -78,9 +78,8 @@ class RunFolder:
         save_config(config, self.config_file)
 
     def try_config(self, config: RunConfig) -> None:
-        """`save_config` for a start that may be refused: until `keep_config` the former file, or that there was none,
-        is kept."""
-        self.restore_config()  # a start that was killed
+        """Write config.yaml for a start that may be refused. `restore_config` can undo it until `keep_config`."""
+        self.restore_config()  # after a start that was killed
         with writing(self.path):
             text = self.config_file.read_text(encoding="utf-8") if self.config_file.is_file() else ""
             if text != dump_config(config):
@@ -88,11 +87,11 @@ class RunFolder:
         self.save_config(config)
 
     def keep_config(self) -> None:
-        """The run has started with the configuration that `try_config` has written."""
+        """Keep the configuration that `try_config` has written: the run has started with it."""
         self.former_config_file.unlink(missing_ok=True)
 
     def restore_config(self) -> None:
-        """The run has not started with it: what `try_config` has found is there again."""
+        """Restore what `try_config` has replaced: the run has not started."""
         former = self.former_config_file
         if not former.is_file():
             return
@@ -101,15 +100,15 @@ class RunFolder:
             return
         for path in (self.config_file, former, self.path / LOCK):
             path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # it has other files
+        with contextlib.suppress(OSError):  # the folder has other files
             self.path.rmdir()
 
     def config(self) -> RunConfig:
-        """The run's configuration, also an older version's. Raises `UserError` if it is missing or broken."""
+        """Load the run's configuration, even from an older version. Raises `UserError` if it is missing or broken."""
         return load_config(self.config_file, accept_old_names=True)
 
     def checkpoint_at(self, step: int) -> Path:
-        """Its checkpoint of this step, unchecked. Raises `UserError` if it has none."""
+        """Return the run's checkpoint of this step, unchecked. Raises `UserError` if there is none."""
         checkpoint = self.checkpoints / checkpoints.folder_name(step)
         if not checkpoint.is_dir():
             found = checkpoints.checkpoint_folders(self.checkpoints)
@@ -120,15 +119,15 @@ class RunFolder:
         return checkpoint
 
     def records(self) -> list[dict[str, Any]]:
-        """All lines of metrics.jsonl as they are. Raises `UserError` on a broken one."""
+        """Read all records of metrics.jsonl as they are. Raises `UserError` on a broken line."""
         return json_lines.read(self.metrics_file)
 
     def metrics(self) -> RunMetrics:
-        """Its metrics; empty if it has not started. Raises `UserError` on a broken file."""
+        """Read the run's metrics; empty if it has not started. Raises `UserError` on a broken file."""
         return read_metrics(self.metrics_file)
 
     def trained_metrics(self) -> RunMetrics:
-        """`metrics` of a run that has made a step; `UserError` if it has not."""
+        """Read the run's metrics. Raises `UserError` if it has no training step yet."""
         if not self.metrics_file.exists():
             raise UserError(f"{self.metrics_file} not found: {self.path} has no run that has started")
         metrics = self.metrics()
@@ -137,48 +136,48 @@ class RunFolder:
         return metrics
 
     def latest_checkpoint(self, verify: bool = True) -> Path | None:
-        """The last complete checkpoint; without `verify` by its name alone."""
+        """Return the last complete checkpoint; without `verify`, judged by its name alone."""
         return checkpoints.latest_checkpoint(self.path, verify)
 
     def metrics_size(self) -> int:
-        """Bytes of metrics.jsonl; 0 without one."""
+        """Return the size of metrics.jsonl in bytes; 0 without one."""
         return self.metrics_file.stat().st_size if self.metrics_file.is_file() else 0
 
     def has_trained(self) -> bool:
-        """Whether it got as far as a logged step or a checkpoint."""
+        """Return whether the run has a logged step or a checkpoint."""
         return self.metrics_size() > 0 or bool(checkpoints.checkpoint_folders(self.checkpoints))
 
     def attempts(self) -> list[dict[str, Any]]:
-        """Its jobs' records of their attempts (`attempts`)."""
+        """Read its jobs' records of their attempts (`attempts`)."""
         return attempts.read_events(self.attempts_file)
 
     def last_step(self) -> int:
-        """The last step in metrics.jsonl, from the file's end alone; 0 if there is none."""
+        """Return the last step in metrics.jsonl, reading only the file's end; 0 if there is none."""
         found = json_lines.last(self.metrics_file, 1, lambda record: isinstance(record.get("step"), int))
         return found[0]["step"] if found else 0
 
     def incident_file(self, step: int, sample: int) -> Path:
-        """The file for the report on a bad step, whose first sample tells it from the step's next try after a rollback.
+        """Return the file for the report on a bad step. Its first sample distinguishes retries after a rollback.
 
-        A job that goes on from a checkpoint before it, and comes to it again, writes the same file."""
+        A job that resumes from an earlier checkpoint and reaches the step again writes the same file."""
         return self.incidents / f"step_{step:08d}_sample_{sample:010d}.json"
 
     def bad_steps(self) -> int:
-        """Steps that the training loop did not accept."""
+        """Count the steps that the training loop did not accept."""
         return len(list(self.incidents.glob("step_*.json")))
 
 
 def save_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
-    """Write a configuration that `load_config` reads back to an equal one. `UserError` if it cannot be written."""
+    """Write a configuration that `load_config` reads back as equal. Raises `UserError` if it cannot be written."""
     with writing(path):
         write_text(Path(path), dump_config(config))
 
 
 def find_runs(folder: Path, on_unreadable: Callable[[Path, OSError], None] | None = None) -> list[Path]:
-    """All run folders below `folder`, by name.
+    """Return all run folders below `folder`, by name.
 
     Args:
-        on_unreadable: called with each folder that cannot be read, and why; None: the error is raised.
+        on_unreadable: called with each folder that cannot be read and the error; None: raise the error.
 
     Raises:
         UserError: there is no such folder.
@@ -214,7 +213,7 @@ def find_runs(folder: Path, on_unreadable: Callable[[Path, OSError], None] | Non
 def runs_named(
     names: Sequence[str], output_dir: str, on_unreadable: Callable[[Path, OSError], None] | None = None
 ) -> list[Path]:
-    """The named run folders, or those in the named folders; without names, all below `output_dir`.
+    """Return the named run folders, or those in the named folders; without names, all below `output_dir`.
 
     Args:
         on_unreadable: as for `find_runs`.

@@ -1,6 +1,6 @@
-"""Files of one JSON object per line that programs append to while others read.
+"""Files with one JSON object per line that are appended to while others read them.
 
-A line counts once its end is written. A crash or a full disk may leave half a line: readers skip it, and the next
+A line counts once its newline is written. A crash or a full disk may leave half a line: readers skip it, and the next
 record starts a new line.
 """
 
@@ -17,7 +17,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import replacing
 
 Record = dict[str, Any]
-_TAIL_BYTES = 1 << 17  # of the end of a file, in which the last records are sought
+_TAIL_BYTES = 1 << 17  # at a file's end, in which the last records are sought
 
 
 def append(path: Path, record: Record, *, sync: bool = False) -> None:
@@ -34,7 +34,7 @@ def append(path: Path, record: Record, *, sync: bool = False) -> None:
 
 
 def read(path: Path, *, skip_broken: bool = False) -> list[Record]:
-    """The records of a file, none if it does not exist.
+    """Read the records of a file; none if it does not exist.
 
     Raises:
         UserError: a line is not a JSON object; with `skip_broken` it is skipped.
@@ -54,8 +54,8 @@ def read(path: Path, *, skip_broken: bool = False) -> list[Record]:
 
 
 def last(path: Path, count: int, wanted: Callable[[Record], bool] = lambda record: True) -> list[Record]:
-    """The last `count` records that are `wanted`, the oldest first, from the file's last 128 KiB; broken lines are
-    skipped, and an unreadable file has none."""
+    """Return the last `count` records that are `wanted`, oldest first, from the file's last 128 KiB. Broken lines are
+    skipped; an unreadable file has none."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
@@ -71,7 +71,7 @@ def last(path: Path, count: int, wanted: Callable[[Record], bool] = lambda recor
 
 
 def rewind(path: Path, keep: Callable[[Record], bool]) -> None:
-    """Leave only the records to `keep`, in one step: a reader sees the old file or the new one."""
+    """Drop all records but those to `keep`, atomically: a reader sees the old file or the new one."""
     if not path.exists():
         return
     kept = [record for record in read(path) if keep(record)]
@@ -88,14 +88,14 @@ def _parse(line: bytes) -> Record | None:
 
 
 class Follower:
-    """Follows a growing file: complete lines, each once. It need not exist yet.
+    """Follows a growing file, returning each complete line once. The file need not exist yet.
 
     Args:
         from_end: skip the existing lines.
 
     Attributes:
-        replaced: whether another file had taken the name at the last call: it is followed from its end on, as one that
-            was rewound holds old lines.
+        replaced: whether the last call found another file of this name. It is followed from its end on, because a
+            rewound file has old lines.
     """
 
     def __init__(self, path: Path, *, from_end: bool = False) -> None:
@@ -108,7 +108,7 @@ class Follower:
                 self._inode, self._offset = found.st_ino, found.st_size
 
     def lines(self) -> list[str]:
-        """The lines that were completed since the last call, without their ends."""
+        """Return the lines completed since the last call, without their line ends."""
         try:
             with self._path.open("rb") as file:
                 found = os.fstat(file.fileno())

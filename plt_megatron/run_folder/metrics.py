@@ -1,4 +1,4 @@
-"""The records of a run's metrics.jsonl, checked: numbers to compare and to plot."""
+"""Checked records of a run's metrics.jsonl, for comparisons and plots."""
 
 from __future__ import annotations
 
@@ -50,44 +50,45 @@ class RunMetrics:
         return max((record["tokens"] for record in (*self.train, *self.validation)), default=0)
 
     def final_train_loss(self, share: float = 0.1) -> float:
-        """Mean over the last `share` of the training records, at least one: single batches are noisy."""
+        """Return the mean loss of the last `share` of the training records, at least one: single batches are noisy."""
         last = self.train[-max(1, round(len(self.train) * share)) :]
         return sum(record["loss"] for record in last) / len(last)
 
     def final_validation_losses(self) -> dict[int, float]:
-        """Loop count -> the loss of the last validation at that loop count."""
+        """Return the loss of the last validation at each loop count."""
         return {record["loop_count"]: record["loss"] for record in self.validation}
 
     def validation_at(self, loop_count: int) -> list[Record]:
-        """The validations with `loop_count` loops."""
+        """Return the validation records with `loop_count` loops."""
         return [record for record in self.validation if record["loop_count"] == loop_count]
 
     def loop_counts(self) -> list[int]:
-        """Loop counts that were validated, ascending."""
+        """Return the loop counts that were validated, ascending."""
         return sorted({record["loop_count"] for record in self.validation})
 
     def tokens_per_second(self) -> float | None:
-        """The median speed; None if none was recorded."""
+        """Return the median speed; None if none was recorded."""
         return median_speed(self.train)
 
 
 def bits_per_byte(loss_sum: float, size: int) -> float:
-    """Bits per byte of `size` bytes of text whose losses sum to `loss_sum` nats; comparable across tokenizers."""
+    """Return the bits per byte of `size` bytes of text with a summed loss of `loss_sum` nats; comparable across
+    tokenizers."""
     return loss_sum / math.log(2) / size
 
 
 def median_speed(records: Iterable[Record]) -> float | None:
-    """Median tokens/s of training records; None if no record has it."""
+    """Return the median tokens/s of training records; None if no record has it."""
     speeds = [record.get("tokens_per_second") for record in records]
     known = [speed for speed in speeds if speed and math.isfinite(speed)]
     return statistics.median(known) if known else None
 
 
 def read_metrics(path: Path) -> RunMetrics:
-    """The records of training, validation and evaluation in a metrics.jsonl. Those of other kinds are skipped.
+    """Read the training, validation and evaluation records of a metrics.jsonl. Other kinds are skipped.
 
     Raises:
-        UserError: a broken line, or a record without its numbers.
+        UserError: a line is broken, or a record lacks one of its numbers.
     """
     found: dict[str, list[Record]] = {kind: [] for kind in _NUMBERS}
     for record in json_lines.read(path):
@@ -110,13 +111,13 @@ SCORES = "evaluation.json"
 def write_scores(
     folder: Path, scores: Mapping[str, float], *, tasks: Sequence[str], limit: int | None, chat: bool = False
 ) -> None:
-    """Keep the scores of an export. `limit`: rows of each task; None: all. `chat`: asked in its chat template."""
+    """Write the scores of an export. `limit`: rows of each task; None: all. `chat`: whether in its chat template."""
     how = {"tasks": list(tasks), "limit": limit, "chat_template": chat}
     write_json(folder / SCORES, {**how, "scores": dict(scores)})
 
 
 def read_scores(folder: Path) -> dict[str, float]:
-    """The scores of an export by `task/metric`. Raises `UserError` if they are missing or broken."""
+    """Read the scores of an export by `task/metric`. Raises `UserError` if they are missing or broken."""
     try:
         return dict(json.loads((folder / SCORES).read_text(encoding="utf-8"))["scores"])
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,6 +1,6 @@
-"""Whether a checkpoint goes on with a configuration: by its progress.json alone, before torch is imported.
+"""Check that a checkpoint can continue with a configuration, by its progress.json alone, before torch is imported.
 
-The training loop checks the same again, with the checkpoint's tensors.
+The training loop repeats the checks with the checkpoint's tensors.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from plt_megatron.model.parameters import Sizes, only_in_loops, parameters_of
 from plt_megatron.run_folder import checkpoints
 from plt_megatron.run_folder.folder import RunFolder
 
-_FOLLOWING = ("optimizer.lr_decay_iters", "optimizer.lr_wsd_decay_iters")  # from the run's length, where they are unset
+_FOLLOWING = ("optimizer.lr_decay_iters", "optimizer.lr_wsd_decay_iters")  # by default, the run's length decides
 _LENGTHS = ("train_iters", "train_tokens")
 _MOST_LINES = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """The checkpoint that a run would begin with.
+    """The checkpoint that a run would start from.
 
     Attributes:
-        progress: its record of its run.
-        is_own: the run's own, which it resumes; else that of `checkpoint.load`.
+        progress: the checkpoint's record of its run.
+        is_own: whether the run resumes its own checkpoint; else it starts from that of `checkpoint.load`.
     """
 
     path: Path
@@ -45,8 +45,8 @@ class Start:
 
 
 def find_start(config: RunConfig) -> Start | None:
-    """By the sizes of its files alone. None: there is none yet, it has to be downloaded, or it is damaged, which the
-    training loop says."""
+    """Find the checkpoint that a run would start from, checking file sizes only. None: there is none yet, it has to be
+    downloaded, or it is damaged, which the training loop reports."""
     settings, own = config.checkpoint, RunFolder.of(config).checkpoints
     is_own = settings.enabled and bool(checkpoints.candidates(own))
     if not is_own and (settings.load is None or is_url(settings.load)):
@@ -61,7 +61,7 @@ def find_start(config: RunConfig) -> Start | None:
 
 
 def start_problems(start: Start, config: RunConfig, vocab_size: int | None) -> list[str]:
-    """Why a checkpoint does not go on with a configuration, by its model and schedule; `vocab_size` None: unknown."""
+    """List why a checkpoint cannot continue with a configuration's model and schedule; `vocab_size` None: unknown."""
     checks = [partial(check_model, start.path, start.progress, config, vocab_size)]
     if start.is_own or not config.checkpoint.weights_only:
         allow_other = config.checkpoint.allow_other_schedule
@@ -76,7 +76,7 @@ def start_problems(start: Start, config: RunConfig, vocab_size: int | None) -> l
 
 
 def is_finished(config: RunConfig, progress: dict[str, Any]) -> bool:
-    """Whether a run of this configuration has nothing to train after a checkpoint."""
+    """Return whether a run of this configuration has nothing left to train after a checkpoint."""
     step = progress["step"]
     return step >= derived.last_step(config, step, checkpoints.trained_tokens(progress))
 
@@ -85,10 +85,10 @@ def is_finished(config: RunConfig, progress: dict[str, Any]) -> bool:
 
 
 def schedule(config: RunConfig, step_tokens: int) -> dict[str, Any]:
-    """The settings that decide how the weights change, by name in the configuration, `None`s resolved.
+    """Return the settings that decide how the weights change, by their names in the configuration, `None`s resolved.
 
     Args:
-        step_tokens: of a step that the learning rate's schedule counts.
+        step_tokens: tokens that the learning rate schedule counts as one step.
     """
     others = settings_of_others(config.optimizer)
     settings = {name: value for name, value in dataclasses.asdict(config.optimizer).items() if name not in others}
@@ -108,7 +108,7 @@ def schedule(config: RunConfig, step_tokens: int) -> dict[str, Any]:
 
 
 def schedule_step_tokens(progress: dict[str, Any]) -> int:
-    """Tokens of a step that the checkpoint's schedule counts; before this was noted, those of each of its steps."""
+    """Return the tokens that a checkpoint's schedule counts as one step; if not recorded, those of its own steps."""
     if "schedule_step_tokens" in progress:
         return progress["schedule_step_tokens"]
     return progress["config"]["training"]["global_batch_size"] * progress["config"]["data"]["sequence_length"]
@@ -124,11 +124,11 @@ def check_schedule(path: Path, progress: dict[str, Any], config: RunConfig, *, a
             "can use; restore that, or start a run of another name from its weights alone with checkpoint.load and "
             "checkpoint.weights_only=true"
         )
-    patterns = progress["config"]["training"].get("trainable", [])  # once all parameters were trained
+    patterns = progress["config"]["training"].get("trainable", [])  # once all were trained
     if patterns != config.training.trainable:
         raise UserError(
             f"checkpoint {path} was trained with training.trainable {patterns} (now {config.training.trainable}), and "
-            "has an optimizer's state of those parameters alone; restore that, or start a run of another name from its "
+            "has optimizer state of those parameters alone; restore that, or start a run of another name from its "
             "weights alone with checkpoint.load and checkpoint.weights_only=true"
         )
     if allow_other:
@@ -141,13 +141,13 @@ def check_schedule(path: Path, progress: dict[str, Any], config: RunConfig, *, a
         saved["training.loop_loss_weights"] = _loss_weights(progress["config"], config)
     other = {name: saved[name] for name, value in own.items() if name in saved and saved[name] != value}
     if config.optimizer.lr_decay_style == "constant" and "optimizer.lr_decay_style" not in other:
-        other.pop("optimizer.lr_decay_iters", None)  # which its rate does not depend on
+        other.pop("optimizer.lr_decay_iters", None)  # a constant rate does not depend on it
     if other:
         raise UserError(_describe(path, progress, config, other, own))
 
 
 def _loss_weights(saved: dict[str, Any], config: RunConfig) -> list[float]:
-    """`loop_loss_weights` as a checkpoint's configuration sets them, or the run's own if these stand for the same."""
+    """Return the `loop_loss_weights` of a checkpoint's configuration, or the run's own if both mean the same."""
     before, now = saved["training"]["loop_loss_weights"], config.training.loop_loss_weights
     training = dataclasses.replace(config.training, loop_loss_weights=before)
     meant = derived.loop_loss_weights(dataclasses.replace(config, training=training), saved["model"]["loop_count"])
@@ -157,7 +157,7 @@ def _loss_weights(saved: dict[str, Any], config: RunConfig) -> list[float]:
 def _describe(
     path: Path, progress: dict[str, Any], config: RunConfig, other: dict[str, Any], own: dict[str, Any]
 ) -> str:
-    """What differs, by the settings that were typed, and what to type for each thing that may be meant."""
+    """Describe what differs, by the settings that the user typed, and what to type for each possible intention."""
     length = _other_length(progress["config"]["training"], config)
     follow = [name for name in other if length and name in _FOLLOWING and _is_unset(config, name)]
     differences = [f"{name} {value} (now {own[name]})" for name, value in other.items() if name not in follow]
@@ -169,7 +169,7 @@ def _describe(
     else:
         lines = [f"checkpoint {path} was trained with {', '.join(differences)}; restore that, or add"]
         redrawn = " checkpoint.allow_other_data=true" if length and _draws_anew(progress, config) else ""
-        lines.append(f"  to go on with the new schedule: checkpoint.allow_other_schedule=true{redrawn}")
+        lines.append(f"  to continue with the new schedule: checkpoint.allow_other_schedule=true{redrawn}")
         if follow == list(other) and config.optimizer.min_lr > 0:
             before = " ".join(f"{name}={other[name]}" for name in follow)
             lines.append(f"  to keep the rate at optimizer.min_lr {config.optimizer.min_lr:g}: {before}{redrawn}")
@@ -180,7 +180,7 @@ def _describe(
 
 
 def _other_length(saved: dict[str, Any], config: RunConfig) -> str | None:
-    """How the run's length has changed, by the settings that give it; None: it has not."""
+    """Describe how the run's length has changed, by the settings that give it; None if it has not."""
     before, now = (
         {name: length[name] for name in _LENGTHS if length.get(name) is not None}
         for length in (saved, dataclasses.asdict(config.training))
@@ -196,7 +196,7 @@ def _is_unset(config: RunConfig, name: str) -> bool:
 
 
 def _draws_anew(progress: dict[str, Any], config: RunConfig) -> bool:
-    """Whether the order of samples, which is drawn from the run's length, is another one."""
+    """Return whether another run length changes the order of samples, and this is not allowed yet."""
     drawn = (progress.get("data_fingerprint") or {}).get("sampling", {}).get("num_samples")
     return not config.checkpoint.allow_other_data and drawn not in (None, derived.order_samples(config))
 
@@ -205,11 +205,11 @@ def _draws_anew(progress: dict[str, Any], config: RunConfig) -> bool:
 
 
 def check_model(path: Path, progress: dict[str, Any], config: RunConfig, vocab_size: int | None) -> None:
-    """Raise `UserError` if a checkpoint's tensors are not those of this model. Gates may all be missing, or too many:
-    it may have been trained with one loop, or the model has one.
+    """Raise `UserError` if a checkpoint's tensors do not fit this model. Only one of the two may have gates, if the
+    other has one loop.
 
     Args:
-        vocab_size: the run's, without padding; None: unknown.
+        vocab_size: the run's vocabulary size without padding; None: unknown.
     """
     if vocab_size not in (None, progress["vocab_size"]):
         raise UserError(
@@ -217,7 +217,7 @@ def check_model(path: Path, progress: dict[str, Any], config: RunConfig, vocab_s
             "tokenizer"
         )
     settings = progress["config"]["model"]
-    if unknown_keys(ModelConfig, settings):  # another version's
+    if unknown_keys(ModelConfig, settings):  # from another version
         return
     saved = from_plain(ModelConfig, settings)
     if _fit(saved, config.model):
@@ -244,7 +244,7 @@ def _fit(saved: ModelConfig, own: ModelConfig) -> bool:
 
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Each parameter's shape, preceded by the number of layers that have one and of experts."""
+    """Return each parameter's shape, preceded by the layers that have one and the number of experts."""
     sizes = Sizes.of(model, 1)
     return {
         item.name: (*item.layers(model), sizes.experts * item.per_expert, *sizes.shape(item.dims))
@@ -252,31 +252,31 @@ def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-# Decay branches of a run that lies in a folder.
+# Decay branches of existing runs.
 
 
 def add_branch_options(parser: argparse._ActionsContainer) -> None:
-    """--branch-from and --decay-steps, for `branch_config`."""
+    """Add --branch-from and --decay-steps, for `branch_config`."""
     parser.add_argument(
         "--branch-from",
         metavar="RUN@STEP",
-        help="instead of CONFIG.yaml: a run of WSD that decays from this step's checkpoint, in a folder of its own",
+        help="instead of CONFIG.yaml: decay a WSD run from its checkpoint of this step, as a run in its own folder",
     )
     parser.add_argument(
-        "--decay-steps", type=int, metavar="N", help="with --branch-from: default, a tenth of the branch's whole length"
+        "--decay-steps", type=int, metavar="N", help="length of --branch-from's decay (default: a tenth of the branch)"
     )
 
 
 def branch_config(source: str, settings: Sequence[str], decay: int | None = None) -> RunConfig:
-    """The configuration of a decay branch of a run.
+    """Return the configuration of a decay branch of a run.
 
     Args:
         source: `RUN@STEP`, a run's folder and the step of one of its checkpoints.
-        settings: `key=value`, over the run's own.
-        decay: steps; None: a tenth of the branch's length.
+        settings: `key=value` overrides of the run's own settings.
+        decay: decay steps; None: a tenth of the branch's length.
 
     Raises:
-        UserError: there is no such checkpoint, the run has no constant rate there, or a setting is none.
+        UserError: there is no such checkpoint, the run's rate is not constant there, or a setting is invalid.
     """
     name, at, text = source.rpartition("@")
     if not at or not text.isdigit():
@@ -289,7 +289,7 @@ def branch_config(source: str, settings: Sequence[str], decay: int | None = None
     trunk = folder.config()
     checkpoint = folder.checkpoint_at(step)
     drawn = None
-    with contextlib.suppress(OSError, ValueError):  # damaged: loading it will say so
+    with contextlib.suppress(OSError, ValueError):  # damaged: loading it will report it
         drawn = checkpoints.order_samples(checkpoints.read_verified_progress(checkpoint))
     own = branch_settings(trunk, str(checkpoint), step, decay or decay_steps(step), drawn)
     defaults = [f"name={trunk.name}_branch_{step}", f"output_dir={folder.path.parent}"]

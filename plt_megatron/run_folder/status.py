@@ -15,7 +15,7 @@ from plt_megatron.run_folder.checkpoints import latest_step
 from plt_megatron.run_folder.folder import CONFIG, RunFolder
 from plt_megatron.run_folder.metrics import median_speed
 
-_RECORDS = 20  # whose median rate is taken as the run's
+_RECORDS = 20  # training records over which the median rate is taken
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,15 @@ class RunStatus:
     """The status of a run, as its folder shows it.
 
     Attributes:
-        step, steps: done, and in all; 0 and None if unknown. Of a damaged metrics.jsonl, the last checkpoint's.
-        tokens_per_second: of the whole job lately; None: nothing logged yet.
-        tokens_left: until the last step; None if the configuration cannot be read.
-        checkpoint: step of the last one; 0: none.
+        step, steps: steps done, and in total; 0 and None if unknown. With a damaged metrics.jsonl, `step` is the last
+            checkpoint's.
+        tokens_per_second: recent rate of the whole job; None if nothing is logged yet.
+        tokens_left: tokens until the last step; None if the configuration cannot be read.
+        checkpoint: step of the last checkpoint; 0 if there is none.
         attempts: starts of the ranks so far.
         restarts: one line for each attempt that did not finish, the oldest first.
         last_status: how the last attempt ended (`attempts`); "" if it has not ended, or none was made.
-        stopped: the reason why the job gave the run up; None if it did not.
+        stopped: why the job gave the run up; None if it did not.
         attempt_jobs: ids of the jobs that made attempts.
         warnings: failures that the setup of the last attempt's job passed over.
         problems: files that cannot be read, and why.
@@ -59,14 +60,14 @@ class RunStatus:
 
     @property
     def seconds_left(self) -> float | None:
-        """Until the last step, at the present rate."""
+        """Seconds until the last step at the present rate; None if unknown."""
         if self.tokens_left is None or not self.tokens_per_second:
             return None
         return self.tokens_left / self.tokens_per_second
 
 
 def read_run_status(run: Path) -> RunStatus:
-    """Read a run's folder. Missing or damaged files are not errors here; `OSError` if one cannot be read."""
+    """Read a run's folder. Missing or damaged files are not errors here. Raises `OSError` if one cannot be read."""
     folder = RunFolder(run)
     steps, left = None, None
     problems = []
@@ -110,7 +111,7 @@ def _describe(end: dict[str, Any]) -> str:
 
 
 def last_train_records(folder: RunFolder) -> list[dict[str, Any]]:
-    """The last few records of training, the oldest first."""
+    """Return the last few training records, oldest first."""
 
     def is_train(record: dict[str, Any]) -> bool:
         return record.get("kind") == "train" and isinstance(record.get("step"), int)

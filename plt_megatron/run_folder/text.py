@@ -1,4 +1,4 @@
-"""Formats durations, sizes, counts and tables as text."""
+"""Format durations, sizes, counts and tables as text."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import io
 import re
 from collections.abc import Sequence
 
-# A number with short words, as in `38 %`, `2 h 40 min`, `12 of 300` or `1.2 [1.1, 1.3]`; or none.
+# A number with short words, as in `38 %`, `2 h 40 min`, `12 of 300` or `1.2 [1.1, 1.3]`; or nothing.
 _NUMERIC = re.compile(r"[-+±~<]?\d[\d.,]*\S{0,5}( (\S{1,5}|\(?[\d.,]+\)?|\[.*\]))*|[-?]?")
 _UNITS = {1000: ("B", "kB", "MB", "GB", "TB", "PB"), 1024: ("B", "KiB", "MiB", "GiB", "TiB", "PiB")}
 
 
 def format_duration(seconds: float) -> str:
-    """`0.42 s`, `4.2 s`, `38 s`, `3 min 05 s`, `2 h 40 min`, or `3.1 days`."""
+    """Format a duration as `0.42 s`, `4.2 s`, `38 s`, `3 min 05 s`, `2 h 40 min`, or `3.1 days`."""
     if seconds < 0.995:
         return f"{seconds:.2g} s"
     if seconds < 9.95:
@@ -27,12 +27,12 @@ def format_duration(seconds: float) -> str:
 
 
 def format_bytes(size: float) -> str:
-    """Three digits and a unit of files: `1.25 GB`, `12.5 MB`, `512 B`."""
+    """Format a file size in decimal units with three digits: `1.25 GB`, `12.5 MB`, `512 B`."""
     return _with_unit(size, 1000)
 
 
 def format_memory(size: float) -> str:
-    """Three digits and a unit of memory: `80.0 GiB`."""
+    """Format a memory size in binary units with three digits: `80.0 GiB`."""
     return _with_unit(size, 1024)
 
 
@@ -45,15 +45,15 @@ def _with_unit(size: float, base: int) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """`1 run`, `3 runs`, `1,000 processes`."""
+    """Format a count with its noun: `1 run`, `3 runs`, `1,000 processes`."""
     ending = "" if count == 1 else "es" if noun.endswith(("s", "x", "ch")) else "s"
     return f"{count:,} {noun}{ending}"
 
 
 def format_table(rows: Sequence[Sequence[str]], *, header: Sequence[str] = (), indent: int = 0) -> str:
-    """Aligned columns, two spaces apart, whatever their width. Columns of numbers, but the first, are flush right.
+    """Align columns, two spaces apart, whatever their width. Numeric columns other than the first are flush right.
 
-    Rows may end early. With a `header` a rule follows it.
+    Rows may end early. A `header` is followed by a rule.
     """
     from rich.console import Console
     from rich.table import Table
