@@ -1,6 +1,6 @@
 """Experiments with runs: sweeps, studies (sweeps in rounds), diagnoses of one model, and the demo.
 
-A file (`files`) becomes a plan (`sweep_plan`, with what is held equal by `matching`; a study's by `study.grid`);
-`sweep` runs it, here or on Slurm, and `records` reads what its runs left. `verdicts` answers for a sweep, `study`
-chooses further runs. `law` and `intervals` say how sure that is; `pages` and `figures` show it.
+A file (`files`) becomes a plan (`sweep_plan`, with budgets equalized by `matching`; a study's by `study.grid`); `sweep`
+runs it, here or on Slurm, and `records` reads the results of its runs. `verdicts` answers a sweep's questions, `study`
+chooses further runs. `law` and `intervals` quantify the uncertainty; `pages` and `figures` present the results.
 """

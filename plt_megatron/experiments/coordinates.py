@@ -1,8 +1,8 @@
 """The coordinate check: do activations, updates and logits keep their size as a model gets wider, deeper or loops more?
 
 Tiny models of a configuration's kind take a few optimizer steps on one batch of random tokens, at its learning rate.
-Compared is what the last step left: the root mean square of the last loop's output, of the logits, and of how far both
-have moved since the start. A parameterisation under which they are the same at every size can be expected to keep its
+The check compares, after the last step, the root mean square of the last loop's output, of the logits, and of the
+change in both since the start. A parameterisation that keeps them the same at every size can be expected to keep its
 best learning rate (arXiv 2203.03466, appendix D.1; 2505.01618 for depth).
 """
 
@@ -23,19 +23,19 @@ from plt_megatron.experiments.figures import Curve, Panel, draw, save
 from plt_megatron.hf.verification import single_process
 from plt_megatron.run_folder.text import format_table
 
-FLAT = 1.5  # largest over smallest
+FLAT = 1.5  # largest over smallest, at most
 SIZES = {"width": (32, 64, 128), "depth": (2, 4, 8, 16), "loops": (1, 2, 3, 4)}
 HEAD_DIM, VOCAB_SIZE, ROWS, TOKENS = 16, 128, 2, 32
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure.
+    """Options of the check.
 
     Attributes:
-        axes: by name the sizes to compare, the other axes at `base`.
-        base: width, depth and loops of what is not varied.
-        steps: optimizer steps, of AdamW at the configuration's learning rate without warm-up.
+        axes: sizes to compare by axis, with the other axes at `base`.
+        base: width, depth and loops where they are not varied.
+        steps: steps of AdamW at the configuration's learning rate, without warm-up.
     """
 
     axes: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=lambda: dict(SIZES))
@@ -46,7 +46,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Root mean squares after the last step, of all elements."""
+    """Root mean squares over all elements, after the last step."""
 
     hidden: float  # the last loop's output, before the final norm
     logits: float
@@ -60,13 +60,13 @@ class Coordinates:
 
 @dataclass(frozen=True)
 class Result:
-    """One axis's measurements, by size."""
+    """The measurements of one axis, by size."""
 
     axis: str
     measured: dict[int, Coordinates]
 
     def spread(self) -> dict[str, float]:
-        """Largest over smallest of each quantity."""
+        """Return the ratio of largest to smallest of each quantity."""
         every = [coordinates.values for coordinates in self.measured.values()]
         return {name: max(one[name] for one in every) / min(one[name] for one in every) for name in every[0]}
 
@@ -79,13 +79,13 @@ def check_coordinates(config: RunConfig, options: Options | None = None) -> list
     """Measure every axis. Runs on the CPU, in fp32, on the torch backend.
 
     Raises:
-        UserError: the configuration is of a kind that is not checked.
+        UserError: the check does not support this kind of configuration.
     """
     options = options or Options()
     if config.model.loop_span is not None:
-        raise UserError("coordinates are checked along depths of which all layers loop; set model.loop_span=null")
+        raise UserError("the coordinate check needs models whose layers all loop; set model.loop_span=null")
     if config.optimizer.name != "adam":
-        raise UserError(f"coordinates are checked with Adam, not {config.optimizer.name}; set optimizer.name=adam")
+        raise UserError(f"the coordinate check needs Adam, not {config.optimizer.name}; set optimizer.name=adam")
     results = []
     with single_process():
         for axis, sizes in options.axes.items():
@@ -95,7 +95,7 @@ def check_coordinates(config: RunConfig, options: Options | None = None) -> list
 
 
 def table(results: Sequence[Result]) -> str:
-    """All measurements, and the spread of each quantity along each axis."""
+    """Format all measurements, and the spread of each quantity along each axis, as a table."""
     rows = []
     for result in results:
         for size, coordinates in result.measured.items():
@@ -105,7 +105,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def verdict(result: Result) -> str:
-    """In one line."""
+    """Describe a result in one line."""
     name, worst = max(result.spread().items(), key=lambda item: item[1])
     if result.is_flat:
         return f"{result.axis}: flat, within {worst:.2f}x"
@@ -113,7 +113,7 @@ def verdict(result: Result) -> str:
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
-    """One panel an axis."""
+    """Plot one panel per axis."""
     panels = []
     for place, result in enumerate(results):
         curves = [
@@ -147,7 +147,7 @@ def _measure(config: RunConfig, size: dict[str, int], options: Options) -> Coord
 
 
 def _adam(config: RunConfig, stage: Any) -> torch.optim.AdamW:
-    """At the rates that training has for each kind of parameter, without weight decay."""
+    """Build AdamW with training's rates for each kind of parameter, without weight decay."""
     from plt_megatron.train.optimizers import groups
 
     settings = config.optimizer
@@ -163,7 +163,7 @@ def _adam(config: RunConfig, stage: Any) -> torch.optim.AdamW:
 
 
 def _resized(model: ModelConfig, size: dict[str, int]) -> ModelConfig:
-    """The configuration's kind of model at another size: heads of 16 channels, the FFN in the same proportion."""
+    """Resize a model: heads of 16 channels, and an FFN in the same proportion to the width."""
     heads = size["width"] // HEAD_DIM
     return dataclasses.replace(
         model,
@@ -203,7 +203,7 @@ def _loss(stage: Any, batch: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _forward(stage: Any, batch: Tensor) -> tuple[Tensor, Tensor]:
-    """(the last loop's output, logits)."""
+    """Return (the last loop's output, logits)."""
     from plt_megatron.model.looped_gpt import MicroBatch
 
     seen: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""What a batch holds, and duplicates, as one HTML page."""
+"""The contents of a batch, and duplicates, as one HTML page."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _COUNTS = ("documents", "equal", "sharing a span")
 
 
 def check_page(path: str | Path) -> None:
-    """`UserError` if the page could not be made: before the data are read."""
+    """Raise `UserError` if the page cannot be made, before the data is read."""
     require("--html", "jinja2")
     if Path(path).is_dir():
         raise UserError(f"--html {path} is a folder: name a file")
@@ -30,7 +30,7 @@ def check_page(path: str | Path) -> None:
 def write_page(
     path: str | Path, config: RunConfig, batch: ShownBatch, found: Duplicates | None, inspector: Inspector
 ) -> None:
-    """Write or replace the page. `found`: None where duplicates were not searched for."""
+    """Write or replace the page. `found`: None if duplicates were not searched for."""
     page = Page(
         title=f"Data of {config.name}",
         about=_about(config, batch),
@@ -45,17 +45,17 @@ def write_page(
 
 def _about(config: RunConfig, batch: ShownBatch) -> str:
     data = config.data
-    resets = "begin anew at each document" if data.reset_at_document_boundaries else "run over documents' edges"
+    resets = "restart at each document" if data.reset_at_document_boundaries else "cross document boundaries"
     rows = "" if batch.row_length == data.sequence_length else f", read as rows of {batch.row_length:,}"
     return (
         f"{derived.run_folder(config)}: batch {batch.number:,} of the {batch.part} data, {len(batch.samples)} of "
         f"{plural(batch.size, 'sample')} of {data.sequence_length:,} tokens{rows}; attention and positions {resets}; "
-        f"tokenizer {data.tokenizer or 'none: tokens are shown by their numbers'}."
+        f"tokenizer {data.tokenizer or 'none: tokens are shown by id'}."
     )
 
 
 def _duplicates(found: Duplicates, inspector: Inspector) -> list[Part]:
-    """What there is of each validation source; the equal documents and the longest spans."""
+    """Return the counts by validation source, the equal documents and the longest spans."""
 
     def place(where: Place) -> str:
         return f"{where.source}: document {where.document:,}, token {where.token + 1:,}"

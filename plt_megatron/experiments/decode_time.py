@@ -1,7 +1,7 @@
-"""Decoding time of a sweep's final checkpoints, measured: exported, loaded, and decoded in turns.
+"""Measure the decoding time of a sweep's final checkpoints: export and load them, and decode in turns.
 
-As in benchmarks/decode.py the rows take turns, a slice of tokens each, so that a busy moment of the machine hits all of
-them; ratios are taken within a slice and the median slice is reported. The measurement is kept in the sweep's
+As in benchmarks/decode.py, the rows take turns of one slice of tokens, so that a busy moment of the machine hits all of
+them; ratios are taken within a slice, and the median slice is reported. The measurement is saved in the sweep's
 `decode.json` for later reports.
 """
 
@@ -32,7 +32,7 @@ _WARM_UP = 4  # warm-up tokens, not timed
 
 @dataclass(frozen=True)
 class DecodeProtocol:
-    """What is timed: `decode` tokens in slices, for `batch` sequences with `prefill` tokens in the cache."""
+    """The workload to time: `decode` tokens in slices, for `batch` sequences with `prefill` tokens in the cache."""
 
     batch: int = 4
     prefill: int = 128
@@ -42,14 +42,14 @@ class DecodeProtocol:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Under which conditions timings, by row name, hold."""
+    """Timings by row name, and the conditions under which they hold."""
 
     conditions: str
     rows: dict[str, Timing]
 
 
 def read_measurement(folder: Path) -> Measurement | None:
-    """What an earlier report measured; None without one. Raises `UserError` on a broken file."""
+    """Read the measurement of an earlier report; None without one. Raises `UserError` on a broken file."""
     path = folder / FILE_NAME
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -92,7 +92,7 @@ def measure(results: SweepResults, protocol: DecodeProtocol) -> Measurement:
 
 
 def _choose(results: SweepResults, rows: Sequence[Row]) -> dict[str, RunResult]:
-    """By row, the first used run whose weights are there. Raises `UserError` if a row with a used run has none."""
+    """Choose each row's first used run that has weights. Raises `UserError` if a row with a used run has none."""
     chosen: dict[str, RunResult] = {}
     for row in rows:
         for result in row.results:
@@ -103,11 +103,11 @@ def _choose(results: SweepResults, rows: Sequence[Row]) -> dict[str, RunResult]:
     without = [row.name for row in rows if row.name not in chosen]
     if without:
         raise UserError(
-            f"{results.plan.folder}: decoding cannot be measured, no run of {', '.join(without)} has a checkpoint (a "
-            f"copy without checkpoints keeps what was measured before in {FILE_NAME})"
+            f"{results.plan.folder}: decoding cannot be measured, no run of {', '.join(without)} has a checkpoint "
+            f"(in a copy without checkpoints, {FILE_NAME} has earlier measurements)"
         )
     if not chosen:
-        raise UserError(f"{results.plan.folder}: no finished run whose decoding could be measured")
+        raise UserError(f"{results.plan.folder}: no finished run to measure decoding with")
     return chosen
 
 
@@ -116,7 +116,7 @@ def _is_exported(result: RunResult, folder: Path) -> bool:
 
 
 def _export(result: RunResult, folder: Path) -> Path:
-    """The run's last checkpoint as a Hugging Face folder; an existing one is reused."""
+    """Export the run's last checkpoint as a Hugging Face folder; an existing export is reused."""
     from plt_megatron.hf.exporting import ExportOptions, export
 
     output = folder / EXPORTS / result.run.name
@@ -135,7 +135,7 @@ def _load(folder: Path) -> Any:
 
 
 def _take_turns(models: Mapping[str, Any], protocol: DecodeProtocol) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Milliseconds per token step of every slice, by row, and each row's cache in bytes a sequence."""
+    """Return the milliseconds per token step of every slice, by row, and each row's cache in bytes per sequence."""
     import torch
 
     steps = {}
@@ -154,7 +154,7 @@ def _take_turns(models: Mapping[str, Any], protocol: DecodeProtocol) -> tuple[di
 
 
 def _decode(model: Any, cache: Any, tokens: Any, count: int) -> float:
-    """Milliseconds per step of `count` steps."""
+    """Decode `count` steps; return the milliseconds per step."""
     started = time.perf_counter()
     for _ in range(count):
         model(tokens, cache=cache)

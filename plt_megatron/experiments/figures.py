@@ -1,4 +1,4 @@
-"""The one style of all figures: panels of curves are data, drawn here, and become files or markup."""
+"""Draw all figures in one style: panels of curves are data, drawn here and saved as files or markup."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from matplotlib.ticker import EngFormatter, FuncFormatter
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import replacing
 
-# Okabe and Ito's palette: told apart by color-blind readers and in grey.
+# Okabe and Ito's palette, which color-blind readers can tell apart, also in grey.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 LINES: tuple[Any, ...] = (
     *("-", "--", "-.", ":"),
     *((0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 2, 1, 2, 1, 2))),
 )
 MARKERS = "os^Dv<>pXP"
-TOKENS, FLOPS = "training tokens", "training FLOPs"  # what x axes show that have a form of their own
+TOKENS, FLOPS = "training tokens", "training FLOPs"  # labels of x axes with number formats of their own
 _DPI = 150
-_LABELS = 10  # size of letters
-_SHORT, _ROW = 3, 0.085  # a legend's entries, and what a row of it takes of a plot's height
+_LABELS = 10  # font size
+_SHORT, _ROW = 3, 0.085  # entries of a short legend, and share of a plot's height that a row of a longer one takes
 _SMOOTHING_WINDOWS = 25  # the smoothed curve averages over a 25th of the run
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Points of one panel that belong together.
+    """A series of points in a panel.
 
     Attributes:
-        color: of the palette by its place, or a color by its name.
-        line: matplotlib's style; empty: marks alone.
-        label: in the legend; a curve without points has only that.
-        band: ends [2, n] of what is shaded around it.
-        bars: how far error bars reach down and up [2, n], or both ways [n].
-        title: what a reader sees who hovers over it.
+        color: index into the palette, or the name of a color.
+        line: matplotlib's line style; empty: markers only.
+        label: entry in the legend; a curve without points has only that.
+        band: lower and upper ends [2, n] of the area shaded around it.
+        bars: lengths of error bars down and up [2, n], or both ways [n].
+        title: tooltip.
         look: further arguments of matplotlib's `plot`.
     """
 
@@ -71,12 +71,13 @@ class Panel:
     """One plot of a figure.
 
     Attributes:
-        x, y: what the axes show; `TOKENS` and `FLOPS` are written in their own form.
-        level, at: of lines across, horizontal and vertical.
-        limits, x_limits: of y, of x; None: as the curves have it.
-        ticks: words in the place of numbers along x.
-        shown: values of y that are in view, where not all of the curves are, and so much of their span below and above.
-        legend: size of its letters; `beside`: to the right of the panel, not on it.
+        x, y: labels of the axes; `TOKENS` and `FLOPS` have number formats of their own.
+        level, at: positions of a horizontal and a vertical line.
+        limits, x_limits: ranges of y and x; None: as the curves require.
+        ticks: labels by position along x.
+        shown: values of y to keep in view, where not all of the curves are, and margins below and above, as shares of
+            their span.
+        legend: font size of the legend; `beside`: to the right of the panel, not on it.
     """
 
     curves: Sequence[Curve]
@@ -101,7 +102,7 @@ class Panel:
 class Named:
     """A figure of a page, the stem of its file name and its caption.
 
-    `titles`: gid of an artist -> what hovering over it shows.
+    `titles`: gid of an artist -> its tooltip.
     """
 
     name: str
@@ -111,18 +112,18 @@ class Named:
 
 
 def color(index: int) -> str:
-    """The color of the run, row or loop at `index`."""
+    """Return the color of the run, row or loop at `index`."""
     return COLORS[index % len(COLORS)]
 
 
 def drawn(name: str, caption: str, panels: Sequence[Panel], width: float, height: float, columns: int = 1) -> Named:
-    """A page's figure of panels, each `width` x `height` inches."""
+    """Draw a page's figure of panels, each `width` x `height` inches."""
     titles = {_gid(*place): curve.title for place, curve in _placed(panels) if curve.title}
     return Named(name, caption, draw(panels, width, height, columns), titles)
 
 
 def draw(panels: Sequence[Panel], width: float, height: float, columns: int = 1) -> Figure:
-    """A figure of panels, each `width` x `height` inches."""
+    """Draw a figure of panels, each `width` x `height` inches."""
     figure, plots = new_figure(width, height, len(panels), columns)
     for place, curve in _placed(panels):
         _draw(plots[place[0]], curve, _gid(*place))
@@ -151,7 +152,7 @@ def _draw(axes: Axes, curve: Curve, gid: str) -> None:
 
 
 def _finish(axes: Axes, panel: Panel) -> None:
-    """All but the curves."""
+    """Apply everything in a panel but the curves."""
     axes.set_title(panel.title, fontsize=_LABELS)
     axes.set_ylabel(panel.y, fontsize=_LABELS)
     axes.set_xlabel(panel.x, fontsize=_LABELS)
@@ -187,7 +188,7 @@ def _finish(axes: Axes, panel: Panel) -> None:
 
 
 def new_figure(width: float, height: float, count: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` plots, each `width` x `height` inches."""
+    """Create a figure of `count` plots, each `width` x `height` inches."""
     columns = min(columns, count)
     rows = -(-count // columns)
     layout = ConstrainedLayoutEngine(hspace=0.08)  # else a title touches the label of the plot above
@@ -204,7 +205,7 @@ def new_figure(width: float, height: float, count: int = 1, columns: int = 1) ->
 
 
 def add_legend(axes: Axes, size: int = 9, *, beside: bool = False) -> None:
-    """Add a legend if any curve has a label: where it covers least, or a long one on room made above the curves.
+    """Add a legend if any curve has a label: where it covers least, or if it is long, in room made above the curves.
     `beside`: to the right of the plot, not on it."""
     count = len(axes.get_legend_handles_labels()[0])
     if not count:
@@ -212,7 +213,7 @@ def add_legend(axes: Axes, size: int = 9, *, beside: bool = False) -> None:
     where: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if beside else {}
     if count > _SHORT and not beside:
         where = {"loc": "upper center", "ncols": 2}
-        room = _ROW * -(-count // 2)  # of the height
+        room = _ROW * -(-count // 2)  # share of the height
         to_scale = axes.yaxis.get_transform()
         bottom, top = to_scale.transform(axes.get_ylim())
         axes.set_ylim(top=float(to_scale.inverted().transform(bottom + (top - bottom) / (1 - room))))
@@ -220,7 +221,7 @@ def add_legend(axes: Axes, size: int = 9, *, beside: bool = False) -> None:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """A centered running mean; the window shrinks at both ends and leaves out what is not finite."""
+    """Return a centered running mean; the window shrinks at both ends and leaves out values that are not finite."""
     half = max(3, len(values) // _SMOOTHING_WINDOWS) // 2
     means = []
     for index in range(len(values)):
@@ -231,7 +232,7 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write an image; the path's suffix chooses the format (png, svg, pdf). Its folder is made.
+    """Write an image; the path's suffix chooses the format (png, svg, pdf). Its folder is created.
 
     Raises:
         UserError: it cannot be written, or there is no such format.
@@ -244,14 +245,14 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
 
 
 def svg(named: Named) -> str:
-    """An `<svg>` element without anything that a browser would fetch."""
+    """Return a figure as an `<svg>` element without anything that a browser would fetch."""
     stream = io.StringIO()
     with rc_context({"svg.hashsalt": named.name}):
         named.figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    # Several figures share a page: their ids must not.
+    # Figures on one page must not share ids.
     text = re.sub(r'\bid="', f'id="{named.name}-', text)
     text = re.sub(r'(href="|url\()#', rf"\1#{named.name}-", text)
     for gid, title in named.titles.items():

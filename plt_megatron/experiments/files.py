@@ -1,4 +1,4 @@
-"""The YAML files of sweeps and studies: a base run, what varies, seeds, and what is held equal or to be decided.
+"""The YAML files of sweeps and studies: a base run, what varies, seeds, and what to hold equal or decide.
 
 A sweep's runs are all combinations of its axes:
 
@@ -11,7 +11,7 @@ A sweep's runs are all combinations of its axes:
         large: {model.num_layers: 4, model.hidden_size: 128}
     seeds: [1, 2, 3]
     match_budget: tokens
-    questions:                            # pairs of the compared axis' values that the report sets against each other
+    questions:                            # pairs of the compared axis' values for the report to compare
       does the second loop help: [2 loops, 1 loop]
 
 A study chooses its runs in rounds:
@@ -30,8 +30,8 @@ A study chooses its runs in rounds:
     budget: 40h
     decide: {training_flops: 1e20, latency_ms: 30}
 
-Settings of runs are kept as YAML text and converted where the runs' configurations are loaded, so that a setting is
-read alike in a run file, on the command line and here.
+Settings of runs are kept as YAML text and converted when the runs' configurations are loaded, so that a setting is
+read the same way in a run file, on the command line and here.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ Hold = Literal["tokens", "training_flops", "effective_depth", "parameters", "dec
 HOLDS: tuple[str, ...] = typing.get_args(Hold)
 LOOP_SWITCHES = ("model.loop_count", "model.cross_loop_parallel", "model.share_kv", "model.gated_window")
 SEED_KEY = "training.seed"
-OWNED = {"name": "name", "output_dir": "output_dir", SEED_KEY: "seeds"}  # the file sets these itself: by which key
+OWNED = {"name": "name", "output_dir": "output_dir", SEED_KEY: "seeds"}  # run setting -> the file's own key for it
 _HOURS = {"m": 1 / 60, "min": 1 / 60, "h": 1.0, "d": 24.0}
 _BUDGET = re.compile(r"([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*(m|min|h|d)")
-# What the study sets in every run, and by which of its keys.
+# Settings that the study controls in every run, with the keys of its file to use instead.
 _OWN_SETTINGS = {
     **OWNED,
     LOOP_SWITCHES[0]: "loops",
@@ -94,7 +94,7 @@ class SettingText(str):
 
 @dataclass(frozen=True)
 class Choice:
-    """One value of an axis: what it is called and which `key=value` overrides it stands for."""
+    """One value of an axis: its label and the `key=value` overrides it stands for."""
 
     label: str
     overrides: tuple[str, ...]
@@ -105,14 +105,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class Axis:
-    """What varies: a configuration key, or a name of the user's own with named sets of settings."""
+    """A dimension that varies: a configuration key, or a name of the user's own with named sets of settings."""
 
     name: str
     choices: tuple[Choice, ...]
 
     @classmethod
     def from_node(cls, node: yaml.Node, key: str) -> Axis:
-        """A list of values of the configuration key that the axis is named for, or a mapping of labels to settings."""
+        """Read a list of values of the configuration key that names the axis, or a mapping of labels to settings."""
         name = key.partition(".")[2]
         if isinstance(node, yaml.SequenceNode):
             texts = [to_text(item) for item in node.value]
@@ -131,7 +131,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """What decoding latency means for `match_budget: decode_latency`: on paper, or by a measured table."""
+    """The definition of decoding latency for `match_budget: decode_latency`: estimated, or from a measured table."""
 
     context_length: Size = 2048
     batch_size: Size = 4
@@ -141,12 +141,12 @@ class DecodeSettings:
 
 @dataclass(kw_only=True)
 class FileOfRuns:
-    """What the files of sweeps and studies have in common, as the file and the command line state it.
+    """The common part of the files of sweeps and studies, with changes from the command line.
 
     Attributes:
-        set: key -> value of settings of every run.
+        set: settings of every run, by key.
         path: the file; its name is the sweep's or study's, if it gives none.
-        settings: `key=value` settings of every run, from the command line; `changes`: of the file's own keys.
+        settings: `key=value` settings of every run from the command line; `changes`: those of the file's own keys.
     """
 
     base: Path
@@ -166,7 +166,7 @@ class FileOfRuns:
 
     @property
     def overrides(self) -> list[str]:
-        """Settings of every run."""
+        """`key=value` settings of every run."""
         return [*(f"{key}={text}" for key, text in self.set.items()), *self.settings]
 
     def common_problems(self) -> Iterator[str]:
@@ -178,12 +178,12 @@ class FileOfRuns:
 
 @dataclass(kw_only=True)
 class SweepFile(FileOfRuns):
-    """A sweep.
+    """The file of a sweep.
 
     Attributes:
         compare: the axis whose values are compared, holding `match_budget`; None: the one that changes the loops.
         baseline: label of the compared axis' value that the others are measured against; None: the first.
-        questions: what the report asks -> labels [value, reference] of the compared axis.
+        questions: question for the report -> labels [value, reference] of the compared axis.
     """
 
     axes: dict[str, Axis] = field(default_factory=dict)
@@ -196,7 +196,7 @@ class SweepFile(FileOfRuns):
     decode: DecodeSettings = field(default_factory=DecodeSettings)
 
     def compared_axis(self) -> Axis | None:
-        """The axis that is compared: as named, else the first that sets a switch of the loop, else the first."""
+        """Return the compared axis: the one named, else the first that sets a switch of the loop, else the first."""
         if self.compare is not None:
             return self.axes[self.compare]
         axes = list(self.axes.values())
@@ -207,7 +207,7 @@ class SweepFile(FileOfRuns):
 def read_sweep(path: str | Path, settings: Sequence[str] = ()) -> SweepFile:
     """Read a sweep file and apply `key=value` settings from the command line.
 
-    A key of the sweep's own (`seeds=[1,2]`, `match_budget=training_flops`, `name=x`, `axes.model.loop_count=[1,2]`)
+    A key of the sweep itself (`seeds=[1,2]`, `match_budget=training_flops`, `name=x`, `axes.model.loop_count=[1,2]`)
     changes the sweep; any other is a setting of every run.
     Raises `UserError` naming file, line and key.
     """
@@ -219,7 +219,7 @@ def _read[T: FileOfRuns](
 ) -> T:
     """Read a file; `settings` of its own keys change it, all others are settings of every run.
 
-    Raises `UserError` naming file, line and key, also of what `problems` finds.
+    Raises `UserError` naming file, line and key, also for what `problems` yields.
     """
     keys = field_types(typing.cast(type, kind))
     own = [text for text in settings if text.partition("=")[0].partition(".")[0].strip() in keys]
@@ -233,14 +233,14 @@ def _read[T: FileOfRuns](
 
 
 def _value_label(key: str, text: str) -> str:
-    """`2 loops`, `hidden_size=128`."""
+    """Return the label of an axis' value: `2 loops`, `hidden_size=128`."""
     if key == LOOP_SWITCHES[0]:
         return f"{text} loop" if text == "1" else f"{text} loops"
     return f"{key.rpartition('.')[2]}={text}"
 
 
 def _settings_of(node: yaml.Node, key: str) -> list[str]:
-    """`key=value` texts of a mapping of dotted keys; nothing where the node is null."""
+    """Return the `key=value` texts of a mapping of dotted keys; none if the node is null."""
     return [] if is_null(node) else [f"{name}={to_text(value)}" for name, value, _ in items(node, key)]
 
 
@@ -248,11 +248,11 @@ def _sweep_problems(sweep: SweepFile) -> Iterator[str]:
     yield from sweep.common_problems()
     for axis in sweep.axes.values():
         for key in sorted(set().union(*(choice.keys() for choice in axis.choices)) & OWNED.keys()):
-            yield f"axes.{axis.name}: {key} is the sweep's own; use {OWNED[key]}"
+            yield f"axes.{axis.name}: {key} is set by the sweep; use {OWNED[key]}"
     for override in sweep.overrides:
         key = override.partition("=")[0].strip()
         if key in OWNED:
-            yield f"set.{key}: {key} is the sweep's own; use {OWNED[key]}"
+            yield f"set.{key}: {key} is set by the sweep; use {OWNED[key]}"
     if sweep.compare is not None and sweep.compare not in sweep.axes:
         yield f"compare: there is no axis {sweep.compare!r}; the axes are {', '.join(sweep.axes) or 'none'}"
         return
@@ -260,14 +260,16 @@ def _sweep_problems(sweep: SweepFile) -> Iterator[str]:
     labels = [choice.label for choice in compared.choices] if compared else []
     known = ", ".join(labels) or "the axis values (no axis)"
     if sweep.baseline is not None and sweep.baseline not in labels:
-        yield f"baseline: {sweep.baseline!r} is none of {known}"
-    # The command line may have left out some of the file's rows.
+        yield f"baseline: {sweep.baseline!r} is not one of {known}"
+    # The command line may leave out some of the file's rows.
     has_other_axes = any(change.startswith("axes.") for change in sweep.changes)
     for question, pair in sweep.questions.items():
         if len(pair) != 2:
             yield f"questions.{question}: expected two labels, [value, reference]; got {len(pair)}"
         elif not has_other_axes:
-            yield from (f"questions.{question}: {label!r} is none of {known}" for label in pair if label not in labels)
+            yield from (
+                f"questions.{question}: {label!r} is not one of {known}" for label in pair if label not in labels
+            )
 
 
 # ---------------------------------------------------------------- studies
@@ -285,7 +287,7 @@ class Settings(tuple[str, ...]):
 
 
 class Hours(float):
-    """A time, in hours: `40h`, `90min`, `2d`."""
+    """A duration in hours, written as `40h`, `90min` or `2d`."""
 
     @classmethod
     def from_node(cls, node: yaml.Node, key: str) -> Hours:
@@ -297,13 +299,13 @@ class Hours(float):
 
 @dataclass(frozen=True)
 class DecideSettings:
-    """Where the decision is asked for.
+    """The operating point that a study decides for.
 
     Attributes:
-        context_length, batch_size, gpu: of decoding.
-        vocab_size: of the models decided about; None: the study's.
-        confidence: share of the bootstrap samples that decides.
-        indifference: a difference of the study's `measure` that nobody would pay for.
+        context_length, batch_size, gpu: conditions of decoding.
+        vocab_size: vocabulary of the models to decide between; None: the study's.
+        confidence: share of the bootstrap samples required to decide.
+        indifference: a difference in the study's `measure` that is too small to matter.
     """
 
     training_flops: Positive = 1e20
@@ -319,8 +321,8 @@ class DecideSettings:
 
 @dataclass(frozen=True)
 class NoiseSettings:
-    """What is believed about luck before the first round, as standard deviations of the loss: `trunk`, what all
-    branches of one have in common; `run`, each one's own."""
+    """Standard deviations of the loss assumed before the first round: `trunk` is common to all branches of a trunk,
+    `run` is each run's own."""
 
     trunk: Positive = 0.006
     run: Positive = 0.003
@@ -328,16 +330,16 @@ class NoiseSettings:
 
 @dataclass(kw_only=True)
 class StudyFile(FileOfRuns):
-    """A study.
+    """The file of a study.
 
     Attributes:
-        horizons: tokens of a run, ascending; the rate falls over the last `decay_share` of each.
+        horizons: tokens of a run, ascending; the learning rate decays over the last `decay_share` of each.
         lr_exponent_of_width: a size's learning rate is the base's times (base's width / its width) to this power;
-            between depths and loops the loop parameterisation carries it over.
-        budget: hours of training, of all runs together, each on the hardware that its configuration asks for.
-        rounds: at most so many; after each the next runs are chosen by what is known.
-        measure: what the law is about: nats per token, or bits per byte of all validation sources together, which takes
-            `validation.by_source`.
+            across depths and loops the loop parameterisation transfers it.
+        budget: hours of training of all runs together, each on the hardware that its configuration asks for.
+        rounds: maximum number of rounds; after each, the next runs are chosen by what is known.
+        measure: quantity that the law predicts: nats per token, or bits per byte of all validation sources together,
+            which needs `validation.by_source`.
     """
 
     horizons: list[Annotated[float, Range(1, 1e15)]]
@@ -372,7 +374,7 @@ def _study_problems(study: StudyFile) -> Iterator[str]:
         yield "variants: give at least one"
     for key, count, why in (("sizes", len(study.sizes), "size"), ("horizons", len(study.horizons), "token")):
         if count < 3:
-            yield f"{key}: give at least 3: the law has an exponent of the {why}s"
+            yield f"{key}: give at least 3: the law fits an exponent of the {why}s"
     if list(study.horizons) != sorted(set(study.horizons)):
         yield "horizons: give them ascending, each once"
     if study.decide.gpu not in card_names():
@@ -382,4 +384,4 @@ def _study_problems(study: StudyFile) -> Iterator[str]:
     groups["set"] = {text.partition("=")[0].strip() for text in study.overrides}
     for group, keys in groups.items():
         for key in sorted(keys & _OWN_SETTINGS.keys()):
-            yield f"{group}: {key} is the study's own; use {_OWN_SETTINGS[key]}"
+            yield f"{group}: {key} is set by the study; use {_OWN_SETTINGS[key]}"

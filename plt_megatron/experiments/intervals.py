@@ -1,12 +1,12 @@
-"""How sure a number is: the intervals that reports have, all of one kind.
+"""Confidence intervals of all reports.
 
-Runs with seeds: a mean with Student's t interval, differences paired by seed. Sequences of one model: the bootstrap of
-a mean, resampled alike for all quantities. A law: the block bootstrap of what else its runs could have said, had their
-luck been another. Blocks are runs that share a part of their training, and runs with the same seed. Sizes, loops and
-tokens stay as they are (they were chosen, not drawn); a block's residuals change their sign and size together by a
-random factor (the wild cluster bootstrap, Cameron, Gelbach and Miller 2008, with Webb's six factors). Before that each
-block's residuals are freed of the fit's pull towards it (Bell and McCaffrey 2002): a law of eight coefficients through
-two dozen blocks makes residuals smaller than the luck that they stand for.
+Runs with seeds: a mean with Student's t interval, and differences paired by seed. Sequences of one model: the bootstrap
+of a mean, with the same resamples for all quantities. A law: the block bootstrap of its runs' losses under other noise.
+Blocks are runs that share a part of their training, and runs with the same seed. Sizes, loops and tokens stay as they
+are (they were chosen, not drawn); the residuals of a block are multiplied by one random factor (the wild cluster
+bootstrap, Cameron, Gelbach and Miller 2008, with Webb's six factors). Before that, each block's residuals are corrected
+for its leverage on the fit (Bell and McCaffrey 2002): a law of eight coefficients through two dozen blocks makes
+residuals smaller than the noise that they stand for.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 LEVEL = 0.95
 RESAMPLES = 2000
-_COLUMNS = 4096  # bootstrapped at once, so that memory stays bounded
+_COLUMNS = 4096  # columns bootstrapped at once, to bound memory
 _FACTORS = np.array([-np.sqrt(1.5), -1.0, -np.sqrt(0.5), np.sqrt(0.5), 1.0, np.sqrt(1.5)])
-_SMALLEST = 0.05  # of what a block keeps for itself: one that alone determines a coefficient has no residual
+_SMALLEST = 0.05  # least eigenvalue of I - H_gg: a block that alone determines a coefficient has no residual
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A value, and where it lies; NaN ends: there is no interval. `n`: values that it is the mean of; 0: it is none."""
+    """A value and its interval; NaN ends mean no interval. `n`: number of values it is the mean of; 0: not a mean."""
 
     value: float
     low: float = math.nan
@@ -53,11 +53,11 @@ class Interval:
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the interval lies on one side of zero, else 0: not told."""
+        """1 or -1 if the interval lies on one side of zero, else 0 (undecided)."""
         return (self.low > 0) - (self.high < 0)
 
     def text(self, form: str) -> str:
-        """`1.23 [1.20, 1.26]`; empty where the value is NaN, the value alone without an interval."""
+        """Format as `1.23 [1.20, 1.26]`; empty if the value is NaN, the value alone without an interval."""
         if math.isnan(self.value):
             return ""
         ends = f" [{self.low:{form}}, {self.high:{form}}]" if self.is_known else ""
@@ -68,7 +68,7 @@ class Interval:
 
 
 def estimate(values: Sequence[float], level: float = LEVEL) -> Interval:
-    """Mean and t interval of at least one finite value; a single one has no interval."""
+    """Return mean and t interval of at least one finite value; a single value has no interval."""
     n = len(values)
     mean = math.fsum(values) / n
     if n == 1:
@@ -80,20 +80,20 @@ def estimate(values: Sequence[float], level: float = LEVEL) -> Interval:
 def paired_difference(
     values: Mapping[int, float], reference: Mapping[int, float], level: float = LEVEL
 ) -> Interval | None:
-    """`values` minus `reference` over the seeds both have; None if there is none."""
+    """Estimate `values` minus `reference` over the seeds both have; None if there is none."""
     common = sorted(values.keys() & reference.keys())
     return estimate([values[seed] - reference[seed] for seed in common], level) if common else None
 
 
 def t_quantile(probability: float, degrees: int) -> float:
-    """The value that Student's t with `degrees` of freedom stays below with `probability`."""
+    """Return the value that Student's t with `degrees` of freedom stays below with `probability`."""
     from scipy.special import stdtrit
 
     return float(stdtrit(degrees, probability))
 
 
 def stretch(level: float, degrees: int) -> float:
-    """Student's t quantile over the normal one: how much wider few residuals make an interval."""
+    """Return Student's t quantile over the normal one: how much wider few residuals make an interval."""
     probability = (1 + level) / 2
     return t_quantile(probability, degrees) / NormalDist().inv_cdf(probability)
 
@@ -103,7 +103,7 @@ def stretch(level: float, degrees: int) -> float:
 
 @dataclass(frozen=True)
 class Intervals:
-    """Means of quantities of one shape, and where 95 % of their resampled means lie. NaN: not defined.
+    """Means of quantities of one shape, and the range of 95 % of their resampled means. NaN: not defined.
 
     `low` and `high` are NaN where there are fewer than two sequences.
     """
@@ -113,7 +113,7 @@ class Intervals:
     high: np.ndarray
 
     def at(self, *index: int) -> Interval:
-        """One of them."""
+        """Return the interval at one index."""
         return Interval(float(self.mean[index]), float(self.low[index]), float(self.high[index]))
 
 
@@ -134,7 +134,7 @@ class Bootstrap:
         self._quantiles = (tail, 1 - tail)
 
     def intervals(self, values: np.ndarray) -> Intervals:
-        """Intervals of the means of values [n, ...], float64. A sequence where a value is NaN does not count for it."""
+        """Return the intervals of the means of values [n, ...], float64. A mean leaves out sequences that are NaN."""
         assert len(values) == self.sequences
         flat = values.reshape(len(values), -1)
         parts = [self._columns(flat[:, first : first + _COLUMNS]) for first in range(0, flat.shape[1], _COLUMNS)]
@@ -147,7 +147,7 @@ class Bootstrap:
         number = defined.sum(0)
         with np.errstate(invalid="ignore", divide="ignore"):
             mean = filled.sum(0) / number
-            # Relative to the mean, so that rounding does not show where all values are equal.
+            # Relative to the mean, so that equal values give an interval without rounding errors.
             centered = np.where(defined, values - mean, 0.0)
             resampled = (self._counts @ centered) / (self._counts @ defined.astype(np.float64))
         bounds = np.full((2, values.shape[1]), math.nan)
@@ -158,7 +158,7 @@ class Bootstrap:
 
 
 def normal_tail(z: float) -> float:
-    """The probability that a standard normal variable exceeds z."""
+    """Return the probability that a standard normal variable exceeds z."""
     return math.erfc(z / math.sqrt(2)) / 2
 
 
@@ -166,10 +166,10 @@ def normal_tail(z: float) -> float:
 
 
 def adjusted_residuals(residuals: np.ndarray, jacobian: np.ndarray, weights: np.ndarray, data: Arrays) -> np.ndarray:
-    """Residuals [n] at the size of the errors that they come from: (I - H_gg)^-1/2 of each block's.
+    """Return residuals [n] rescaled to the size of the underlying errors: (I - H_gg)^-1 times each block's (CR3).
 
     Args:
-        jacobian: [n, p] of the losses by all coefficients.
+        jacobian: [n, p], derivatives of the losses by all coefficients.
     """
     roots = np.sqrt(weights)
     orthogonal = _range(roots[:, None] * jacobian)
@@ -184,7 +184,7 @@ def adjusted_residuals(residuals: np.ndarray, jacobian: np.ndarray, weights: np.
 
 
 def draw_errors(adjusted: np.ndarray, data: Arrays, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Errors [count, n]: what all runs of a seed have in common, and what is a block's own, each with its factor."""
+    """Draw errors [count, n]: the part common to all runs of a seed, and each block's own, by independent factors."""
     seeds = data.seeds.max() + 1
     means = np.zeros(seeds)
     if seeds > 1:
@@ -197,6 +197,6 @@ def draw_errors(adjusted: np.ndarray, data: Arrays, count: int, rng: np.random.G
 
 
 def _range(matrix: np.ndarray) -> np.ndarray:
-    """An orthonormal basis [n, rank] of the columns: a coefficient at its bound has none of its own."""
+    """Return an orthonormal basis [n, rank] of the columns; a coefficient at its bound adds none."""
     left, values, _ = np.linalg.svd(matrix, full_matrices=False)
     return left[:, values > 1e-10 * values.max(initial=0.0)]

@@ -1,12 +1,12 @@
 """Scaling laws: L = E + A N^-alpha + B D^-beta, with N = N_once + r^phi N_loop and a phi for each variant.
 
-phi says what a loop is worth: at 1 a model of r loops is as good as one of r times the layers, at 0 looping is for
-nothing (arXiv 2604.21106 finds 0.46). All variants share the rest of the law, so that runs of one loop serve each.
+phi is the worth of a loop: at 1 a model of r loops is as good as one with r times the layers, at 0 looping has no
+effect (arXiv 2604.21106 finds 0.46). All variants share the rest of the law, so that runs of one loop serve each.
 
-A study's fit is robust (Huber's weights): one run that went wrong does not decide. Runs of one wiring, as a sweep has
-them, have no phi and weigh alike: the median of a few residuals says too little of their size. Where their N (or D)
-does not vary, its term cannot be told from E and is left out. A fit needs more points than it has coefficients, at
-several sizes and token counts: where they are missing it is refused, not guessed.
+A study's fit is robust (Huber's weights), so that no single bad run decides it. Runs of one wiring, as in a sweep, have
+no phi and equal weights, since the median of a few residuals is a poor estimate of their size. If their N (or D) does
+not vary, its term cannot be separated from E and is left out. A fit needs more points than coefficients, at several
+sizes and token counts; otherwise it is refused.
 
 Intervals are centered on the fit and stretched by Student's t over the normal, since few points leave the size of the
 residuals uncertain.
@@ -41,14 +41,14 @@ from plt_megatron.experiments.solver import (
     to_arrays,
 )
 
-FARTHEST = 10.0  # how many times beyond its runs the law is trusted without a word
-_SPARE = 2  # a fit has at least so many more points than coefficients
-_DISTINCT = 3  # distinct sizes, and distinct tokens, that their exponents take
-SAME = 0.05  # relative: nearer sizes are one
+FARTHEST = 10.0  # factor beyond its runs up to which the law is trusted
+_SPARE = 2  # a fit has at least this many more points than coefficients
+_DISTINCT = 3  # distinct sizes, and distinct token counts, that their exponents need
+SAME = 0.05  # relative: nearer sizes count as one
 _HUBER = 1.345  # standard deviations beyond which a residual counts less: 95 % efficient for normal errors
-_ROUNDS = 12  # of reweighting, at most
-_TINY = 1e-12  # stands for a coefficient of 0 where logarithms are taken
-_REFITS = 2  # of reweighting in a draw of the bootstrap
+_ROUNDS = 12  # rounds of reweighting, at most
+_TINY = 1e-12  # replaces a coefficient of 0 in logarithms
+_REFITS = 2  # rounds of reweighting in a draw of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class LawFit:
     """A fitted law.
 
     Attributes:
-        groups: [variants], the phi that each variant has: one each, unless they were asked to be equal.
+        groups: [variants], index of each variant's phi: one each, unless they were required to be equal.
         theta: [5 + phis], E, A, B, alpha, beta, phis; A and B for sizes in `UNIT_N` and tokens in `UNIT_D`.
         weights: [n], Huber's; below 1 for runs that the law does not explain.
-        residuals: [n], loss less fitted loss.
-        adjusted: [n], the same at the size of errors.
-        samples: [b, 5 + phis], thetas of other draws of luck, stretched.
-        notes: what readers must know.
+        residuals: [n], loss minus fitted loss.
+        adjusted: [n], residuals at the size of the errors.
+        samples: [b, 5 + phis], thetas of the bootstrap, stretched.
+        notes: caveats for readers.
         terms: whether there are terms of N and of D.
     """
 
@@ -84,22 +84,22 @@ class LawFit:
 
     @property
     def coefficients(self) -> dict[str, Interval]:
-        """E, alpha, beta, and A and B for sizes in parameters and tokens one by one; of the terms that there are."""
+        """E, and alpha, beta, A and B of the terms in the law; A and B for N and D in single parameters and tokens."""
         has_n, has_d = self.terms
         names = ("E", *(("A", "alpha") if has_n else ()), *(("B", "beta") if has_d else ()))
         return {name: self.interval(_natural(self._rows, name)) for name in names}
 
     @property
     def phis(self) -> dict[str, Interval]:
-        """By variant."""
+        """phi by variant."""
         return {name: self.interval(self._rows[:, self.phi_column(name)]) for name in self.data.variants}
 
     def phi_column(self, variant: str) -> int:
-        """Where the variant's phi is in theta."""
+        """Return the index of the variant's phi in theta."""
         return 5 + int(self.groups[self.data.variants.index(variant)])
 
     def difference(self, variant: str, reference: str) -> Interval:
-        """phi of the one less phi of the other."""
+        """Return the phi of `variant` minus that of `reference`."""
         return self.interval(self._rows[:, self.phi_column(variant)] - self._rows[:, self.phi_column(reference)])
 
     @property
@@ -107,21 +107,21 @@ class LawFit:
         return np.vstack([self.theta, self.samples])
 
     def interval(self, values: np.ndarray) -> Interval:
-        """The interval of a quantity [1 + b], given for the fit first and then for each sample."""
+        """Return the interval of a quantity [1 + b], given for the fit first and then for each sample."""
         low, high = self.bounds(values[1:])
         return Interval(float(values[0]), float(low), float(high))
 
     def bounds(self, values: np.ndarray) -> np.ndarray:
-        """Both ends [2, ...] of the interval of quantities [b, ...] by the samples."""
+        """Return both ends [2, ...] of the interval of quantities [b, ...] over the samples."""
         ends = [(1 - self.level) / 2, (1 + self.level) / 2]
-        return np.quantile(values, ends, axis=0, method="weibull")  # as it is for draws of any number
+        return np.quantile(values, ends, axis=0, method="weibull")  # whatever the number of draws
 
     def fitted(self, models: Sequence[Model]) -> np.ndarray:
-        """Losses [m] of models by the fit, however far they are from its runs. Raises `UserError` as `drawn` does."""
+        """Return the losses [m] of models by the fit, however far from its runs. Raises `UserError` like `drawn`."""
         return evaluate(self.theta[None], self._asked(models), self.groups)[0]
 
     def drawn(self, models: Sequence[Model]) -> np.ndarray:
-        """Losses [1 + b, m] by the fit, first, and by its samples.
+        """Return the losses [1 + b, m] of models by the fit, first, and by its samples.
 
         Raises:
             UserError: a model with several loops is of a variant without a phi.
@@ -135,24 +135,24 @@ class LawFit:
         return models_to_arrays(models, self.data.variants)
 
     def predict(self, model: Model) -> Interval:
-        """The law's loss. Raises `UserError` for a model that is `beyond` the law's runs."""
+        """Predict a model's loss. Raises `UserError` for a model that is `beyond` the law's runs."""
         beyond = self.beyond([model])
         if beyond:
             raise UserError(f"no prediction: {beyond}, where the law is not known to hold")
         return self.interval(self.drawn([model])[:, 0])
 
     def beyond(self, models: Sequence[Model]) -> str:
-        """In words, how far models are outside of the law's runs; empty within `FARTHEST` times them. A term that the
-        law has not got is not known anywhere else."""
+        """Describe how far models are outside of the law's runs; empty within `FARTHEST` times them. Without a term of
+        N (or D), the law holds only for the N (or D) of its runs."""
         return " and ".join(distance for distance, _ in self._outside(models))
 
     def needed(self, models: Sequence[Model]) -> str:
-        """In words, the runs with which models would not be `beyond`; empty if they are not."""
+        """Describe the runs that would keep models from being `beyond`; empty if they are not."""
         runs = " and ".join(bound for _, bound in self._outside(models))
         return f"runs of {runs}" if runs else ""
 
     def _outside(self, models: Sequence[Model]) -> Iterator[tuple[str, str]]:
-        """How far models are outside, and the nearest runs that would do, for sizes, tokens and loops."""
+        """Yield how far models are outside, and the nearest runs that would suffice, for sizes, tokens and loops."""
         data = self.data
         own = data.once + data.looped
         asked = np.array([m.once + m.looped for m in models])
@@ -185,13 +185,13 @@ def fit_law(
     """Fit the law.
 
     Args:
-        variants: their order; None: as they come.
-        with_phi: whether it is about loops; else all runs are of one wiring, with all parameters as `looped` once.
-        equal: one phi for all variants.
-        bootstraps: how many draws the intervals come from; 0: none, and `samples` is empty.
+        variants: order of the variants; None: that of the observations.
+        with_phi: whether to fit loops; else all runs are of one wiring, with all parameters as `looped`, once.
+        equal: whether all variants share one phi.
+        bootstraps: number of draws for the intervals; 0: none, and `samples` is empty.
 
     Raises:
-        UserError: the observations do not determine the law, or a loss is no number.
+        UserError: the observations do not determine the law, or a loss is not a number.
     """
     if not isinstance(observations, Arrays):
         found = looped_variants(observations) if with_phi else ()
@@ -210,7 +210,7 @@ def fit_law(
     errors = draw_errors(adjusted, data, bootstraps, np.random.default_rng(seed))
     for row, error in enumerate(errors):
         samples[row] = _refit(data, groups, terms, data.loss - residuals + error, solution, weights, spread)
-    # Half: each coefficient is told by a part of the blocks only, phi of a variant by its own and those of one loop.
+    # Half: each coefficient depends on only a part of the blocks, a variant's phi on its own and those of one loop.
     degrees = max(3, (int(data.blocks.max()) + 1 - count) // 2)
     samples = _stretched(samples, solution.theta, stretch(level, degrees))
     notes = tuple(_notes(data, groups, solution.theta, weights, terms))
@@ -220,26 +220,26 @@ def fit_law(
 
 
 def _terms(data: Arrays) -> Terms:
-    """Whether the sizes and the tokens vary."""
+    """Return whether the sizes and the tokens vary."""
     return len(np.unique(data.looped)) > 1, len(np.unique(data.tokens)) > 1
 
 
 def what_is_missing(data: Arrays, groups: np.ndarray, with_phi: bool = True) -> str | None:
-    """What the law lacks, in words; None: nothing. `groups`: see `LawFit`."""
+    """Describe the runs that the law lacks; None if it lacks none. `groups`: see `LawFit`."""
     if not with_phi:
         return _missing_without_phi(data)
     if not data.variants:
-        return "no finished run has several loops, so nothing is said about phi"
+        return "no finished run has several loops, so phi is unknown"
     if not (data.loops == 1).any():
         return "no finished run has one loop, which every variant is measured against"
     for values, name in ((data.looped, "sizes"), (data.tokens, "numbers of tokens")):
-        # Variants of one size differ in gates: such sizes are one.
+        # Variants of one size differ by their gates; such sizes count as one.
         count = 1 + int((np.diff(np.sort(np.log(values))) > SAME).sum())
         if count < _DISTINCT:
-            return f"{count} {name}; an exponent takes at least {_DISTINCT}"
+            return f"{count} {name}; an exponent needs at least {_DISTINCT}"
     coefficients = 5 + int(groups.max()) + 1
     if data.n < coefficients + _SPARE:
-        return f"{data.n} finished runs for {coefficients} coefficients; it takes {coefficients + _SPARE} at least"
+        return f"{data.n} finished runs for {coefficients} coefficients; at least {coefficients + _SPARE} are needed"
     return None
 
 
@@ -247,18 +247,18 @@ def _missing_without_phi(data: Arrays) -> str | None:
     for values, name in ((data.looped, "model sizes"), (data.tokens, "token budgets")):
         count = len(np.unique(values))
         if 1 < count < _DISTINCT:
-            return f"{count} {name}; an exponent takes at least {_DISTINCT}, or one to leave it out"
+            return f"{count} {name}; an exponent needs at least {_DISTINCT}, or one to leave it out"
     terms = sum(_terms(data))
     if not terms:
         return "one model size and one token budget; a scaling law needs at least three of either"
     least = 1 + 2 * terms + _SPARE
-    return f"{data.n} points for {least - _SPARE} coefficients; it takes {least} at least" if data.n < least else None
+    return f"{data.n} points for {least - _SPARE} coefficients; {least} are needed" if data.n < least else None
 
 
 def _robust(
     data: Arrays, groups: np.ndarray, terms: Terms, count: int, rounds: int
 ) -> tuple[Solution, np.ndarray, float]:
-    """The fit, Huber's weights that it agrees with (after 0 `rounds` all 1), and the deviation that they go by."""
+    """Return the fit, its Huber weights (all 1 for 0 `rounds`), and the standard deviation they are based on."""
     weights, spread = np.ones(data.n), 0.0
     solution = solve(data, groups, data.loss, weights, terms=terms)
     for _ in range(rounds):
@@ -282,7 +282,7 @@ def _refit(
     weights: np.ndarray,
     spread: float,
 ) -> np.ndarray:
-    """Theta of other losses. Their weights are their own: with the fit's, intervals would be too narrow."""
+    """Return theta for other losses, with weights of their own: with the fit's, intervals would be too narrow."""
     for _ in range(_REFITS):
         solution = solve(data, groups, losses, weights, start=found.shape, terms=terms)
         weights = _weights(losses - evaluate(solution.theta[None], data, groups)[0], spread)
@@ -290,14 +290,14 @@ def _refit(
 
 
 def _weights(residuals: np.ndarray, spread: float) -> np.ndarray:
-    """Huber's; losses without noise have none to be weighed by."""
+    """Return Huber's weights; all 1 without noise."""
     if spread < 1e-12:
         return np.ones(len(residuals))
     return np.minimum(1.0, _HUBER * spread / np.maximum(np.abs(residuals), 1e-300))
 
 
 def _stretched(samples: np.ndarray, theta: np.ndarray, factor: float) -> np.ndarray:
-    """Samples moved away from the fit; coefficients from A to beta by their logarithms: they are positive."""
+    """Stretch samples away from the fit; the coefficients A to beta, which are positive, in logarithms."""
     moved = theta + (samples - theta) * factor
     moved[:, 0] = np.maximum(moved[:, 0], 0.0)
     center, drawn = (np.log(np.maximum(values, _TINY)) for values in (theta[1:5], samples[:, 1:5]))
@@ -314,7 +314,7 @@ def _notes(data: Arrays, groups: np.ndarray, theta: np.ndarray, weights: np.ndar
         shape.append((f"phi of {variant}", theta[5 + groups[index]], PHIS[0] + 0.1, PHIS[1] - 0.1))
     for name, value, low, high in shape:
         if not low < value < high:
-            yield f"{name} is at the edge of what was searched: the runs do not determine it"
+            yield f"{name} is at the edge of the range searched: the runs do not determine it"
     for name, value, has in zip(("E", "A", "B"), theta[:3], (True, *terms), strict=True):
         if has and value == 0:
             yield f"{name} is 0: the runs do not show its term"
@@ -324,7 +324,7 @@ def _notes(data: Arrays, groups: np.ndarray, theta: np.ndarray, weights: np.ndar
 
 
 def _natural(theta: np.ndarray, name: str) -> np.ndarray:
-    """A coefficient's column of theta [b, p] for sizes in parameters and tokens one by one."""
+    """Return a coefficient's column of theta [b, p], for N and D in single parameters and tokens."""
     if name == "A":
         return theta[:, 1] * UNIT_N ** theta[:, 3]
     if name == "B":
@@ -337,7 +337,7 @@ def _natural(theta: np.ndarray, name: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Profile:
-    """A variant's phi [k] held at values, and how much worse the best law with it fits: squares over the fit's, [k]."""
+    """Values [k] of a variant's phi, and how much worse the best law with each fits: relative excess of squares [k]."""
 
     variant: str
     phi: np.ndarray
@@ -346,7 +346,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class NestedTest:
-    """Are phis equal? `p`: how often luck alone makes the law with separate phis fit so much better, if they are."""
+    """A test of equal phis. `p`: how often chance alone makes separate phis fit as much better, if they are equal."""
 
     variants: tuple[str, ...]
     statistic: float
@@ -354,7 +354,7 @@ class NestedTest:
 
     @property
     def text(self) -> str:
-        """In words."""
+        """The result in words."""
         names = " and ".join(self.variants)
         p = "p < 0.01" if self.p < 0.01 else f"p = {self.p:.2f}"
         return f"phi of {names}: {'different' if self.p < 0.05 else 'not told apart'} ({p})"
@@ -362,7 +362,7 @@ class NestedTest:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Runs that the law had not seen, and what it had said of them: rows [m] of the data, losses, intervals."""
+    """Held-out runs and their predictions: rows [m] of the data, losses seen and predicted (`said`), intervals."""
 
     rows: np.ndarray
     seen: np.ndarray
@@ -373,12 +373,12 @@ class HeldOut:
 
     @property
     def inside(self) -> int:
-        """How many lie within their interval, which is the law's own, without a run's luck."""
+        """Number of runs within their interval, which is the law's and does not include a run's noise."""
         return int(((self.low <= self.seen) & (self.seen <= self.high)).sum())
 
 
 def profile(fit: LawFit, variant: str, points: int = 25) -> Profile:
-    """Hold the variant's phi at values around the fit's, and fit the rest."""
+    """Fix the variant's phi at values around the fit's, and fit the rest."""
     column = fit.phi_column(variant)
     center, spread = fit.theta[column], max(float(np.std(fit.samples[:, column])), 1e-3)
     values = center + np.linspace(-4, 4, points) * spread
@@ -390,7 +390,7 @@ def profile(fit: LawFit, variant: str, points: int = 25) -> Profile:
 
 
 def equal_phis(fit: LawFit, variants: Sequence[str], draws: int = 200, seed: int = 0) -> NestedTest:
-    """Whether the variants have one phi, by the bootstrap of a law in which they do.
+    """Test whether the variants have one phi, by the bootstrap of a law in which they do.
 
     Raises:
         UserError: one of them has no phi.
@@ -415,13 +415,13 @@ def equal_phis(fit: LawFit, variants: Sequence[str], draws: int = 200, seed: int
 
 
 def hold_out_largest(fit: LawFit, bootstraps: int = 100) -> HeldOut:
-    """Foretell the largest size from the others.
+    """Predict the largest size from the others.
 
     Raises:
         UserError: the others do not determine a law.
     """
     data = fit.data
-    is_largest = data.looped >= (1 - SAME) * data.looped.max()  # variants of one size differ in gates
+    is_largest = data.looped >= (1 - SAME) * data.looped.max()  # variants of one size differ by their gates
     what = "the largest size"
     rest = _renumbered(data.subset(~is_largest))
     smaller = fit_law(rest, bootstraps=bootstraps, level=fit.level)
@@ -433,7 +433,7 @@ def hold_out_largest(fit: LawFit, bootstraps: int = 100) -> HeldOut:
 
 
 def _joined(fit: LawFit, variants: Sequence[str]) -> np.ndarray:
-    """Groups [variants] in which the given ones share a phi."""
+    """Return groups [variants] in which the given variants share a phi."""
     columns = {fit.phi_column(name) for name in variants}
     first = min(columns)
     merged = [first if 5 + group in columns else 5 + group for group in fit.groups]
@@ -442,7 +442,7 @@ def _joined(fit: LawFit, variants: Sequence[str]) -> np.ndarray:
 
 
 def _renumbered(data: Arrays) -> Arrays:
-    """Blocks and seeds counted from 0 without gaps."""
+    """Renumber blocks and seeds from 0 without gaps."""
     blocks = np.unique(data.blocks, return_inverse=True)[1]
     seeds = np.unique(data.seeds, return_inverse=True)[1]
     rest = (data.variant, data.once, data.looped, data.loops, data.tokens, data.loss)

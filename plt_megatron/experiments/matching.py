@@ -1,12 +1,12 @@
-"""What a sweep holds equal across the values it compares, and what it changes to that end.
+"""Hold a quantity equal across the values that a sweep compares, by changing their configurations.
 
-    tokens            nothing to change: the values must not set them
+    tokens            nothing is changed: the values must not set them
     training_flops    tokens, so that tokens x training FLOPs per token is the reference's
     effective_depth   layers, so that layers x loops is the reference's
     parameters        FFN width, so that the total is the reference's
     decode_latency    layers and FFN width, so that a decoded token takes as long as the reference's
 
-What misses its target by more than the sweep's tolerance is refused.
+A configuration that misses its target by more than the sweep's tolerance is refused.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from plt_megatron.predict.decode_cost import decode_milliseconds
 from plt_megatron.predict.flops import run_flops_per_token
 from plt_megatron.predict.parameters import count_parameters
 
-# How far a width may be changed for a target: beyond it the model is another kind of model.
+# How far a width may be changed to meet a target: beyond it, the model would be of another kind.
 _WIDTH_RANGE = (0.5, 2.0)
-_WIDTH_STEP = 8  # columns, times the tensor-parallel size: what matrix units like
+_WIDTH_STEP = 8  # columns, times the tensor-parallel size: suits matrix units
 
 
 @dataclass(frozen=True)
 class MatchedConfig:
-    """A configuration brought to the target. `deviation`: relative, (own - target) / target; `change`: in words."""
+    """A configuration matched to a target. `deviation`: (own - target) / target; `change`: what changed, in words."""
 
     config: RunConfig
     deviation: float
@@ -42,20 +42,20 @@ class MatchedConfig:
 
 
 def flops_per_token(config: RunConfig, vocab: int) -> float:
-    """Training FLOPs per token, the mean over the run."""
+    """Return the training FLOPs per token, averaged over the run."""
     padded = derived.padded_vocab_size(config.model, vocab, config.parallel.tensor_model_parallel_size)
     return run_flops_per_token(config, padded).total
 
 
 def parameters(config: RunConfig, vocab: int) -> int:
-    """All parameters."""
+    """Return the total number of parameters."""
     return count_parameters(config.model, vocab, config.parallel.tensor_model_parallel_size).total
 
 
 def match_budget(
     config: RunConfig, reference: RunConfig, what: Hold, vocab: int, decode: DecodeSettings, tolerance: float
 ) -> MatchedConfig:
-    """`config` changed so that `what` is the reference's. `reference` itself comes back as it is.
+    """Change `config` so that `what` equals the reference's. `reference` itself is returned unchanged.
 
     Raises `UserError` (a reason without the run's name) if the target cannot be met within `tolerance`.
     """
@@ -63,8 +63,8 @@ def match_budget(
         return MatchedConfig(config, 0.0)
     if what in ("effective_depth", "decode_latency") and (config.model.loop_span or reference.model.loop_span):
         raise UserError(
-            f"{what} is held by changing layers, of which model.loop_span would be another part; leave it out, or hold "
-            "training_flops or parameters"
+            f"{what} is held by changing layers, and model.loop_span would then cover another part of them; leave it "
+            "out, or hold training_flops or parameters"
         )
     held = {
         "tokens": lambda: _match_tokens(config, reference),
@@ -131,7 +131,7 @@ def _match_latency(config: RunConfig, reference: RunConfig, vocab: int, decode: 
 
 
 def _widths(config: RunConfig, step: int) -> Iterable[int]:
-    """FFN widths within `_WIDTH_RANGE` of the run's own, in steps that keep it divisible."""
+    """Return FFN widths within `_WIDTH_RANGE` of the run's own, in steps that keep them divisible."""
     own = config.model.ffn_hidden_size
     step *= config.parallel.tensor_model_parallel_size
     low, high = (round(own * factor) for factor in _WIDTH_RANGE)
@@ -141,9 +141,9 @@ def _widths(config: RunConfig, step: int) -> Iterable[int]:
 def _nearest_shape(
     config: RunConfig, shapes: Iterable[tuple[int, int, float]], target: float, exact: float = 0.0
 ) -> MatchedConfig:
-    """The shape (layers, FFN width, value) whose value is nearest to `target`, `exact` as good as equal.
+    """Choose the shape (layers, FFN width, value) whose value is nearest to `target`; within `exact` counts as equal.
 
-    Of equally near ones the smallest change of layers, then of width, wins: gates alone are no reason for another.
+    Ties go to the smallest change of layers, then of width: gates alone do not justify another shape.
     """
     model = config.model
 
@@ -170,7 +170,7 @@ _SWITCHES = tuple(key.rpartition(".")[2] for key in LOOP_SWITCHES)
 
 
 def _match_measured_latency(config: RunConfig, reference: RunConfig, table: Path) -> MatchedConfig:
-    """The shape of the table, with the run's own switches of the loop, that decodes nearest to the reference's time."""
+    """Choose the table's shape that decodes nearest to the reference's time, with the run's own loop switches."""
     rows = list(_read_table(table))
     target = next((ms for key, ms in rows if key == _table_key(reference.model)), None)
     if target is None:
@@ -178,7 +178,7 @@ def _match_measured_latency(config: RunConfig, reference: RunConfig, table: Path
     own = _table_key(config.model)
     candidates = [(key, ms) for key, ms in rows if key[len(_SHAPE) :] == own[len(_SHAPE) :]]
     if not candidates:
-        raise UserError(f"{table} has no row for {_describe_key(own)}, nor for its switches with another shape")
+        raise UserError(f"{table} has no row for {_describe_key(own)}, nor for these switches with another shape")
     return _nearest_shape(config, [(int(key[0]), int(key[1]), ms) for key, ms in candidates], target)
 
 
@@ -191,7 +191,7 @@ def _describe_key(key: tuple[str, ...]) -> str:
 
 
 def _read_table(path: Path) -> Iterator[tuple[tuple[str, ...], float]]:
-    """(shape and switches, milliseconds) of each row of a CSV."""
+    """Yield (shape and switches, milliseconds) of each row of a CSV."""
     columns = (*_SHAPE, *_SWITCHES, "milliseconds")
     try:
         with path.open(newline="", encoding="utf-8") as file:

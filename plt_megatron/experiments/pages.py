@@ -1,6 +1,6 @@
 """Reports as files: one HTML page with everything in it, and its tables and figures as CSVs and PNGs beside it.
 
-Templates have no script, and a page fetches nothing. HTML, Markdown and CSV share a table's cells, so that their
+Templates have no scripts, and a page fetches nothing. HTML, Markdown and CSV share a table's cells, so that their
 numbers agree.
 """
 
@@ -20,7 +20,7 @@ from plt_megatron.run_folder.files import write_text, writing
 
 TEMPLATES = Path(__file__).with_name("templates")
 PAGE = "index.html"
-SHORT = 16  # rows of a table that printing keeps on one page
+SHORT = 16  # rows; printing keeps tables of at most this many on one page
 
 # ---------------------------------------------------------------- tables
 
@@ -29,14 +29,14 @@ Value = str | int | float | None
 
 @dataclass(frozen=True)
 class Column:
-    """What a table says of each of its items.
+    """A column of a table.
 
     Attributes:
-        key: the CSV's header; `title`: the reader's.
-        of: an item's value, or its cell. An `Interval` is written with its ends; where `is_estimate`, as "mean ± half",
-            which is a column of its own in the CSV.
-        form: how a number is written; empty: it is text.
-        shown: characters of a text that a reader sees.
+        key: header in the CSV; `title`: header for readers.
+        of: returns an item's value or cell. An `Interval` is written with its ends, or with `is_estimate` as
+            "mean ± half", where the half is a column of its own in the CSV.
+        form: number format; empty for text.
+        shown: maximum characters of a text to show.
     """
 
     key: str
@@ -66,14 +66,14 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """`values`: unrounded, for the CSV; `text`: what a reader sees."""
+    """A cell: `values` are unrounded, for the CSV; `text` is what readers see."""
 
     values: list[Value]
     text: str
 
 
 def interval_cell(found: Interval, form: str) -> Cell:
-    """The value with its ends in brackets; empty where it is NaN."""
+    """Return a cell with the value and its ends in brackets; empty if the value is NaN."""
     text = found.text(form)
     return Cell([found.value if text else None], text)
 
@@ -81,7 +81,7 @@ def interval_cell(found: Interval, form: str) -> Cell:
 def interval_columns(
     key: str, title: str, of: Callable[[Any], Interval | None], form: str, *, value: str = ""
 ) -> list[Column]:
-    """An interval in columns of its value and both ends. `value`: the first one's key, where that is not `key`."""
+    """Return columns for an interval's value and both ends. `value`: key of the first column, if it is not `key`."""
 
     def part(name: str) -> Callable[[Any], float | None]:
         return lambda item: None if (found := of(item)) is None else getattr(found, name)
@@ -101,7 +101,7 @@ class Table:
         self.rows = [[column.cell(item) for column in columns] for item in items]
 
     def csv(self) -> str:
-        """With unrounded values; an empty field where there is none."""
+        """Return the table as CSV with unrounded values; a field without a value is empty."""
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")
         keys = ([c.key, f"{c.key}_interval"] if c.is_estimate else [c.key] for c in self.columns)
@@ -110,7 +110,7 @@ class Table:
         return stream.getvalue()
 
     def markdown(self) -> str:
-        """A pipe table, and the notes."""
+        """Return the table as a pipe table, followed by the notes."""
         lines = [_pipes(column.title for column in self.columns)]
         lines.append(_pipes("---" if column.is_text else "---:" for column in self.columns))
         lines += [_pipes(cell.text for cell in row) for row in self.rows]
@@ -119,7 +119,7 @@ class Table:
 
 
 def csv_text(value: Value) -> str:
-    """A value in the CSV: floats so that they read back the same."""
+    """Format a value for the CSV; floats read back the same."""
     return "" if value is None else repr(value) if isinstance(value, float) else str(value)
 
 
@@ -135,8 +135,8 @@ class Verdict:
     """The answer to a question.
 
     Attributes:
-        question: what is held equal; `group`: whom it is about; each empty where a page has one.
-        winner: of the contenders; None: the data do not decide, or there are none.
+        question: what is held equal; `group`: the group it is about; each empty if a page has only one.
+        winner: label of the winner; None if the data do not decide, or there are no contenders.
     """
 
     text: str
@@ -163,11 +163,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Page:
-    """A report: the answers first, then what is to be known before believing them, then why.
+    """A report: the answers first, then reservations about them, then the evidence.
 
     Attributes:
-        about: one line: what was done, and how much of it counts.
-        asked: the answers' heading; `how`: they come about; `remarks`: what else the numbers say.
+        about: one line on what was done and how much of it counts.
+        asked: heading of the answers; `how`: how they were obtained; `remarks`: further observations.
     """
 
     title: str
@@ -180,10 +180,10 @@ class Page:
     remarks: Sequence[str] = ()
 
     def markdown(self) -> str:
-        """The page, its figures as links to their files."""
+        """Return the page as Markdown, with figures as links to their files."""
         parts = [f"# {self.title}", self.about]
         if self.problems:
-            parts.append("\n".join(["**To know before believing it:**", "", *(f"- {text}" for text in self.problems)]))
+            parts.append("\n".join(["**Caveats:**", "", *(f"- {text}" for text in self.problems)]))
         parts.append(f"## {self.asked}")
         parts += [f"**{answer.asked}:** {answer.text}" if answer.asked else answer.text for answer in self.answers]
         for part in self.parts:
@@ -193,18 +193,18 @@ class Page:
 
 
 def check_packages() -> None:
-    """`UserError` if the extra `report` is not installed: before a measurement, not after it."""
+    """Raise `UserError` if the extra `report` is not installed; call it before a long measurement."""
     require("a report", "jinja2", "scipy")
 
 
 def write_page(page: Page, folder: Path, *, markdown: str = "", tables: bool = True) -> Path:
-    """Write the page and its figures into `folder`, which is made; returns the page.
+    """Write the page and its figures into `folder`, which is created; return the path of the page.
 
     Args:
-        markdown: name of a file with the same in Markdown; empty: none.
-        tables: write them as CSVs, too.
+        markdown: name of a file with the same content in Markdown; empty: none.
+        tables: whether to write the tables as CSVs, too.
 
-    Raises `UserError` where that cannot be done.
+    Raises `UserError` if they cannot be written.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -220,7 +220,7 @@ def write_page(page: Page, folder: Path, *, markdown: str = "", tables: bool = T
 
 
 def render(template: str, **values: Any) -> str:
-    """The page of a template. All values are escaped; figures (`Named`) become `<svg>` by the filter `svg`."""
+    """Render a template. All values are escaped; the filter `svg` turns figures (`Named`) into `<svg>` elements."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 

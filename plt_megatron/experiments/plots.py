@@ -1,4 +1,4 @@
-"""Plots of what runs recorded: their losses, or a page of curves of everything."""
+"""Plots of runs' records: their losses, or curves of every recorded quantity."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from plt_megatron.run_folder.metrics import RunMetrics
 from plt_megatron.run_folder.text import plural
 
 _COLUMNS = 3
-_HEAD_ROOM = 0.35  # of the y range is given to the steep beginning; the rest to where runs differ
+_HEAD_ROOM = 0.35  # share of the y range for the steep beginning; the rest shows where runs differ
 
 
 @dataclass(frozen=True)
 class _Quantity:
-    """What a panel shows: a field of the training records. A list has one curve a loop, a mapping one a name."""
+    """A panel's field of the training records. A list has one curve per loop, a mapping one per name."""
 
     field: str
     title: str
@@ -42,8 +42,8 @@ _QUANTITIES = (
     _Quantity("gate_mean", "gates", "mean, 1 is all window"),
     _Quantity("hidden_norm", "hidden states after a loop", "L2 norm, mean over tokens", log=True),
     _Quantity("step_size", "change by a loop", "L2 norm, mean over tokens", log=True),
-    _Quantity("expert_load_max", "load of the busiest expert", "over an even one, mean over layers"),
-    _Quantity("expert_overlap", "experts that the first loop chose too", "% of a token's", scale=100),
+    _Quantity("expert_load_max", "load of the busiest expert", "relative to an even load, mean over layers"),
+    _Quantity("expert_overlap", "experts also chosen by the first loop", "% of a token's", scale=100),
     _Quantity("aux_loss", "load-balancing loss", "without its coefficient"),
     _Quantity("z_loss", "router z-loss", "without its coefficient"),
     _Quantity("head_z_loss", "z-loss of the head", "without its coefficient", smoothed=True),
@@ -79,9 +79,9 @@ def plot_metrics(
     out_path: str | os.PathLike[str],
     labels: Sequence[str] | None = None,
 ) -> None:
-    """Draw all that the runs recorded against training tokens, one panel a quantity, into an image file.
+    """Draw everything that the runs recorded against training tokens, one panel per quantity, into an image file.
 
-    One color a run; loops and named parts are told apart by line style. What no run recorded has no panel. The file's
+    Runs differ by color, loops and named parts by line style. A quantity that no run recorded has no panel. The file's
     suffix chooses the format (png, svg, pdf).
 
     Raises:
@@ -121,12 +121,12 @@ def _panel(quantity: _Quantity, runs: Sequence[RunMetrics]) -> Panel:
             curves += _validation(metrics, index)
     curves += [Curve(color="#555555", line=style, label=name.replace("_", " ")) for name, style in styles.items()]
     from_zero = not quantity.log and quantity.field not in ("loss", "loss_by_loops", "lr") and highest > 0
-    limits = (0, 1.08 * highest) if from_zero else None  # not on the frame
+    limits = (0, 1.08 * highest) if from_zero else None  # keeps the curve off the frame
     return Panel(curves, TOKENS, quantity.unit, quantity.title, log_y=quantity.log, limits=limits, legend=8)
 
 
 def _points(quantity: _Quantity, metrics: RunMetrics) -> dict[str, list[tuple[int, float]]]:
-    """Name of each curve -> its (tokens, value); a plain number's curve has no name."""
+    """Return the points (tokens, value) of each curve by name; the curve of a plain number has no name."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for record in metrics.train:
         value = record.get(quantity.field)
@@ -142,7 +142,7 @@ def _points(quantity: _Quantity, metrics: RunMetrics) -> dict[str, list[tuple[in
 
 
 def _smoothed(xs: Sequence[int], ys: Sequence[float], shade: int, label: str = "") -> list[Curve]:
-    """Each value faint, the running mean solid."""
+    """Return two curves: each value faint, and the running mean solid."""
     marker = "." if len(xs) < 3 else ""
     faint = Curve(xs, ys, shade, look={"alpha": 0.25, "linewidth": 0.8})
     return [faint, Curve(xs, smooth(ys), shade, marker=marker, label=label, look={"linewidth": 1.8})]
@@ -160,7 +160,7 @@ def _validation(metrics: RunMetrics, shade: int, prefix: str = "", line: Any = "
 
 
 def _y_limits(runs: Sequence[RunMetrics]) -> tuple[float, float] | None:
-    """Limits that show where the runs differ: the steep fall of the first steps is cut off at the top."""
+    """Return limits that show where the runs differ: the steep fall of the first steps is cut off at the top."""
     losses = [record["loss"] for run in runs for record in (*run.train, *run.validation)]
     finite = sorted(loss for loss in losses if math.isfinite(loss))
     if not finite or finite[0] == finite[-1]:

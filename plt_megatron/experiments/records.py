@@ -1,4 +1,4 @@
-"""What the runs of a sweep or study have recorded in their folders: how far each is, on which data, and its results.
+"""The records of a sweep's or study's runs in their folders: each run's progress, data and results.
 
 Nothing is averaged here. A run that is left out of the means is named with the reason.
 """
@@ -32,14 +32,14 @@ State = Literal["finished", "failed", "interrupted", "pending"]
 
 
 def first_few(names: Sequence[str], most: int = 6) -> str:
-    """`a, b and 3 more`."""
+    """List the first names: `a, b and 3 more`."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
 
 
 @dataclass
 class RunRecord:
-    """The sweep's note on a run. `seconds`: of all attempts; `fingerprint`: of its data (`data.mix`)."""
+    """The sweep's note on a run. `seconds`: total of all attempts; `fingerprint`: that of its data (`data.mix`)."""
 
     status: str = "started"
     exit_status: int | None = None
@@ -50,7 +50,7 @@ class RunRecord:
 
 
 def read_record(folder: RunFolder) -> RunRecord | None:
-    """None where no sweep has started the run, or seen it finished (a Slurm job does not write it)."""
+    """Read the note; None if no sweep has started the run or seen it finished (a Slurm job does not write one)."""
     try:
         return RunRecord(**json.loads(folder.sweep_note.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -65,7 +65,8 @@ def write_record(folder: RunFolder, record: RunRecord) -> None:
 
 
 def state_of(run: PlannedRun) -> State:
-    """Finished: the last step is recorded, validated and saved. Failed: the last attempt ended with an error."""
+    """Return the state of a run: finished, if the last step is recorded, validated and saved; failed, if the last
+    attempt ended with an error; else interrupted or pending."""
     metrics, steps = run.folder.metrics(), derived.train_iters(run.config)
     is_validated = run.config.validation.iters == 0 or any(record["step"] >= steps for record in metrics.validation)
     if metrics.step >= steps and is_validated and _is_saved(run, steps):
@@ -76,7 +77,7 @@ def state_of(run: PlannedRun) -> State:
 
 
 def _is_saved(run: PlannedRun, steps: int) -> bool:
-    """Whether nothing is left to train: in a copy without checkpoints the sweep's note says so."""
+    """Return whether the last step is saved; in a copy without checkpoints, by the sweep's note."""
     if not run.config.checkpoint.enabled:
         return True
     saved, record = latest_step(run.folder.path), read_record(run.folder)
@@ -84,7 +85,7 @@ def _is_saved(run: PlannedRun, steps: int) -> bool:
 
 
 def failure_of(run: PlannedRun) -> str | None:
-    """Why the run's last attempt failed, by the sweep's note or by the Slurm job's; None if it did not."""
+    """Return why the run's last attempt failed, by the sweep's note or the Slurm job's; None if it did not."""
     record = read_record(run.folder)
     if record is not None and record.status == "failed":
         return record.reason or "its last attempt failed"
@@ -92,8 +93,8 @@ def failure_of(run: PlannedRun) -> str | None:
 
 
 def note_finished(runs: Iterable[PlannedRun]) -> None:
-    """Make the sweep's note of finished runs that have none (a Slurm job writes none), so that their folders say all
-    that counts without a checkpoint."""
+    """Write the sweep's note on finished runs that have none (a Slurm job writes none), so that reports do not need
+    their checkpoints."""
     for run in runs:
         record = read_record(run.folder) or RunRecord()
         if record.status != "finished" or record.fingerprint is None:
@@ -105,7 +106,7 @@ def note_finished(runs: Iterable[PlannedRun]) -> None:
 
 
 def data_fingerprint(run: PlannedRun) -> dict[str, Any]:
-    """The fingerprint of the data that the run would read now."""
+    """Return the fingerprint of the data that the run would read now."""
     config = run.config
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     samples = required_samples(config)[0]
@@ -113,8 +114,8 @@ def data_fingerprint(run: PlannedRun) -> dict[str, Any]:
 
 
 def recorded_fingerprint(run: PlannedRun) -> dict[str, Any] | None:
-    """The fingerprint of the data that the run has read, from its checkpoint or the sweep's note; None if neither has
-    it."""
+    """Return the fingerprint of the data that the run has read, from its checkpoint or the sweep's note; None if
+    neither has it."""
     checkpoint = run.folder.latest_checkpoint(verify=False)
     if checkpoint is not None:
         # Training reports a damaged checkpoint; the note has the same fingerprint.
@@ -127,19 +128,19 @@ def recorded_fingerprint(run: PlannedRun) -> dict[str, Any] | None:
 
 
 def data_part(fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """A fingerprint without what differs between seeds and budgets on the same data."""
+    """Return a fingerprint without the parts that differ between seeds and budgets on the same data."""
     return {key: value for key, value in fingerprint.items() if key not in ("sampling", "sha256")}
 
 
 def data_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """In words, what differs between two fingerprints; empty for the same data, whatever seed and budget."""
+    """Describe the differences between two fingerprints; empty for the same data, whatever seed and budget."""
     if data_part(before) == data_part(now):
         return []
     return fingerprint_differences(before, {**now, "sampling": before.get("sampling")})
 
 
 def check_same_data(todo: Iterable[PlannedRun], finished: Sequence[PlannedRun]) -> None:
-    """Raise `UserError` if a run would read other data now than a finished one with the same data settings has read."""
+    """Raise `UserError` if a run would now read other data than a finished run with the same data settings has read."""
     first: dict[str, PlannedRun] = {}
     for run in todo:
         first.setdefault(repr(run.config.data), run)
@@ -150,7 +151,7 @@ def check_same_data(todo: Iterable[PlannedRun], finished: Sequence[PlannedRun]) 
         if words:
             raise UserError(
                 f"{run.name} would read other data than {name} has read ({', '.join(words)}), and the two could not be "
-                "compared: put that data back, or give the sweep another name (name=...)"
+                "compared: restore that data, or give the sweep another name (name=...)"
             )
 
 
@@ -158,22 +159,22 @@ def check_same_data(todo: Iterable[PlannedRun], finished: Sequence[PlannedRun]) 
 
 
 def measured_flops_rate(runs: Iterable[PlannedRun]) -> float | None:
-    """Model FLOP/s that runs with metrics reached on this machine, the median over runs; None before the first."""
+    """Return the median model FLOP/s of runs with metrics on this machine; None before the first."""
     speeds = [(run.folder.metrics().tokens_per_second(), run.flops_per_token) for run in runs]
     rates = [speed * flops for speed, flops in speeds if speed]
     return statistics.median(rates) if rates else None
 
 
 def remaining_tokens(run: PlannedRun) -> int:
-    """Tokens after the last record."""
+    """Return the number of tokens left after the last record."""
     return max(0, run.tokens - run.folder.metrics().tokens)
 
 
 def remaining_seconds(runs: Sequence[PlannedRun], rate: float, jobs: int = 1) -> float:
-    """Seconds that the rest of `runs` takes at `rate` model FLOP/s a run, `jobs` at once."""
+    """Return the seconds that the rest of `runs` takes at `rate` model FLOP/s per run, `jobs` at once."""
     rest = [remaining_tokens(run) * run.flops_per_token / rate for run in runs]
     ends = [0.0] * max(1, jobs)
-    for seconds in rest:  # in order, each as soon as a place is free: what the sweep does
+    for seconds in rest:  # like the sweep: in order, each as soon as a slot is free
         first = ends.index(min(ends))
         ends[first] += seconds
     return max(ends)
@@ -191,10 +192,10 @@ class RunResult:
     Attributes:
         status: `used`, or why the run is left out of the means; `reason`: the same in words.
         curve: (tokens, validation loss) at the model's own loop count, in nats per token, ascending.
-        loss: the last of them, for a run that is used; None for others.
-        validation: the last record of a validation at the model's own loop count; empty: there is none.
-        evaluation: the last record of an evaluation by lm-evaluation-harness; empty: there is none.
-        seconds: of training, here and in Slurm's jobs, if known.
+        loss: last loss of the curve if the run is used, else None.
+        validation: last validation record at the model's own loop count; empty if there is none.
+        evaluation: last record of an evaluation by lm-evaluation-harness; empty if there is none.
+        seconds: training time, here and in Slurm's jobs, if known.
         skipped: steps that the training loop did not accept.
     """
 
@@ -214,7 +215,7 @@ class RunResult:
 
 @dataclass
 class SweepResults:
-    """All runs of a sweep in the plan's order, and what the reader has to know before believing them."""
+    """All runs of a sweep in the plan's order, and reservations about their results."""
 
     plan: SweepPlan
     runs: list[RunResult]
@@ -225,7 +226,7 @@ class SweepResults:
 
     @property
     def has_one_data(self) -> bool:
-        """Whether all runs that have begun have read the same data."""
+        """Whether all runs that have started have read the same data."""
         return not any(result.status == "other data" for result in self.runs)
 
 
@@ -256,7 +257,7 @@ def _read_files(run: PlannedRun) -> RunResult:
     result.tokens_per_second = metrics.tokens_per_second()
     result.skipped = run.folder.bad_steps()
     record = read_record(run.folder)
-    # The sweep's note has those of attempts on this machine alone.
+    # The sweep's note covers only attempts on this machine.
     result.seconds = (record.seconds if record else 0.0) + job_seconds(run.folder.attempts()) or None
     result.status, result.reason = _status(run, result, metrics)
     if result.status == "used":
@@ -286,7 +287,7 @@ def _status(run: PlannedRun, result: RunResult, metrics: RunMetrics) -> tuple[St
 
 
 def _other_settings(run: PlannedRun) -> str:
-    """How the run folder's own configuration differs from the plan's, in words."""
+    """Describe how the run folder's own configuration differs from the plan's."""
     if not run.folder.config_file.exists():
         return ""
     differences = plan_differences(run.config, run.folder.config())
@@ -299,7 +300,7 @@ def _set_other_data_aside(runs: Sequence[RunResult]) -> None:
     seen = {id(r): repr(sorted(data_part(r.fingerprint).items())) for r in runs if r.status == "used" and r.fingerprint}
     if len(set(seen.values())) < 2:
         return
-    usual = Counter(seen.values()).most_common(1)[0][0]  # of equally common ones the first in the plan
+    usual = Counter(seen.values()).most_common(1)[0][0]  # ties go to the first in the plan
     reference = next(r for r in runs if seen.get(id(r)) == usual)
     for result in runs:
         if id(result) in seen and seen[id(result)] != usual:
@@ -309,7 +310,7 @@ def _set_other_data_aside(runs: Sequence[RunResult]) -> None:
 
 
 def _problems(plan: SweepPlan, runs: Sequence[RunResult]) -> list[str]:
-    """One line each; empty for a sweep whose every run counts."""
+    """Describe the problems of a sweep, one line each; empty if every run counts."""
     problems = []
     used = [result for result in runs if result.status == "used"]
     if not used:

@@ -1,4 +1,4 @@
-"""What runs say about a law, and least squares for it by variable projection.
+"""Observations of a scaling law, and least squares for it by variable projection.
 
     L = E + A (N_once + r^phi N_loop)^-alpha + B D^-beta,   one phi for each variant
 
@@ -19,14 +19,14 @@ import numpy as np
 
 from plt_megatron.errors import UserError
 
-# What is searched; a fit that ends at either end is not determined.
+# The ranges searched; a fit at either end is not determined by the data.
 EXPONENTS = (0.02, 3.0)
 PHIS = (-2.0, 4.0)
 # A and B are fitted for sizes and tokens in these units, where they hardly depend on the exponents.
 UNIT_N, UNIT_D = 1e6, 1e7
 _STARTS = 3
 _TOLERANCE = 1e-9
-_SINGULAR = 1e-10  # of the largest column's part that no other has
+_SINGULAR = 1e-10  # relative to the largest diagonal entry of R
 
 Terms = tuple[bool, bool]  # whether a law has terms of N and of D
 
@@ -36,9 +36,9 @@ class Model:
     """A model and its training.
 
     Attributes:
-        variant: how its loops are wired; of no matter to a model of one loop.
-        once, looped: parameters that a token meets once, and in each loop; without embeddings.
-        tokens: it is trained on.
+        variant: how its loops are wired; irrelevant for a model of one loop.
+        once, looped: parameters that a token passes once, and in each loop; without embeddings.
+        tokens: number of training tokens.
     """
 
     variant: str
@@ -53,9 +53,9 @@ class Observation(Model):
     """One finished run.
 
     Attributes:
-        loss: final, in nats per token or bits per byte.
-        block: runs with the same name share a part of their training (branches of one trunk), and so their luck.
-        seed: of weights and data order.
+        loss: final loss, in nats per token or bits per byte.
+        block: runs of the same block share a part of their training (branches of one trunk), and thus their noise.
+        seed: seed of weights and data order.
     """
 
     loss: float
@@ -68,8 +68,8 @@ class Arrays:
     """Observations as arrays [n].
 
     Attributes:
-        variants: names, of those that have a run with several loops.
-        variant: index of each observation's there; 0 for one loop, whatever its variant.
+        variants: names of the variants that have a run with several loops.
+        variant: index of each observation's variant; 0 for one loop, whatever its variant.
         blocks, seeds: indices from 0.
     """
 
@@ -88,7 +88,7 @@ class Arrays:
         return len(self.loss)
 
     def subset(self, rows: np.ndarray) -> Arrays:
-        """The observations `rows` (indices or a mask), of the same variants."""
+        """Return the observations `rows` (indices or a mask), with the same variants."""
         arrays = {
             name: getattr(self, name)[rows]
             for name in ("variant", "once", "looped", "loops", "tokens", "loss", "blocks", "seeds")
@@ -97,21 +97,21 @@ class Arrays:
 
 
 def looped_variants(observations: Sequence[Observation]) -> tuple[str, ...]:
-    """The variants that have an observation with several loops, as they come."""
+    """Return the variants that have an observation with several loops, in order of appearance."""
     return tuple(dict.fromkeys(each.variant for each in observations if each.loops > 1))
 
 
 def models_to_arrays(models: Sequence[Model], variants: Sequence[str]) -> Arrays:
-    """Models that nothing was observed of, as arrays with losses of 0."""
+    """Convert models without observations to arrays, with losses of 0."""
     asked = [Observation(m.variant, m.once, m.looped, m.loops, m.tokens, 0.0, "") for m in models]
     return to_arrays(asked, variants)
 
 
 def to_arrays(observations: Sequence[Observation], variants: Sequence[str]) -> Arrays:
-    """Observations as arrays. `variants`: names of all that have several loops.
+    """Convert observations to arrays. `variants`: names of all variants with several loops.
 
     Raises:
-        UserError: a loss is no number, or a size is not positive.
+        UserError: a loss is not a number, or a size is not positive.
     """
     for each in observations:
         sound = math.isfinite(each.loss) and each.once >= 0 and each.looped > 0 and each.tokens > 0 and each.loops >= 1
@@ -150,7 +150,7 @@ class Solution:
 
 
 def evaluate(theta: np.ndarray, data: Arrays, groups: np.ndarray) -> np.ndarray:
-    """Losses [b, n] of the laws theta [b, 5 + phis]; `groups` [variants]: the phi that each variant has."""
+    """Return losses [b, n] of the laws theta [b, 5 + phis]; `groups` [variants]: index of each variant's phi."""
     worth = data.loops ** theta[:, 5:][:, groups[data.variant]] if len(groups) else np.ones((len(theta), data.n))
     log_n = np.log(data.once + worth * data.looped) - np.log(UNIT_N)
     log_d = np.log(data.tokens) - np.log(UNIT_D)
@@ -159,7 +159,7 @@ def evaluate(theta: np.ndarray, data: Arrays, groups: np.ndarray) -> np.ndarray:
 
 
 def jacobian(theta: np.ndarray, data: Arrays, groups: np.ndarray) -> np.ndarray:
-    """Derivatives [n, 5 + phis] of the losses of one law theta [5 + phis]."""
+    """Return derivatives [n, 5 + phis] of the losses of one law theta [5 + phis]."""
     _, a, b = theta[:3]
     columns, slopes = _columns(theta[3:], data, groups)
     scaled = slopes * np.array([a, b, *[a] * (len(theta) - 5)])
@@ -175,14 +175,14 @@ def solve(
     fixed: dict[int, float] | None = None,
     terms: Terms = (True, True),
 ) -> Solution:
-    """The law with the smallest weighted squared error.
+    """Find the law with the smallest weighted squared error.
 
     Args:
-        groups: [variants], the phi that each variant has.
+        groups: [variants], index of each variant's phi.
         losses, weights: [n].
-        start: the shape to begin at; None: the best points of a grid.
-        fixed: index of the shape -> its value, which is not searched.
-        terms: whether there are terms of N and of D; the coefficient of one that is not there is 0.
+        start: shape to start at; None: the best points of a grid.
+        fixed: values of the shape that are not searched, by index.
+        terms: whether there are terms of N and of D; the coefficient of an absent term is 0.
     """
     absent = {index: EXPONENTS[0] for index, has in enumerate(terms) if not has}
     problem = _Problem(data, groups, losses, np.sqrt(weights), {**absent, **(fixed or {})}, np.array([True, *terms]))
@@ -191,7 +191,7 @@ def solve(
 
 
 def _columns(shape: np.ndarray, data: Arrays, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(what E, A and B are multiplied with [n, 3], derivatives of the own column by alpha, beta and the phis)."""
+    """Return (the factors of E, A and B [n, 3], the derivatives of these columns by alpha, beta and the phis)."""
     alpha, beta, phis = shape[0], shape[1], shape[2:]
     group = groups[data.variant] if len(groups) else data.variant
     looped = data.loops ** phis[group] * data.looped if len(groups) else data.looped
@@ -210,7 +210,7 @@ class _Problem:
     losses: np.ndarray
     roots: np.ndarray  # of the weights
     fixed: dict[int, float]
-    kept: np.ndarray  # [3], which of E, A and B there are
+    kept: np.ndarray  # [3], which of E, A and B the law has
 
     def __post_init__(self) -> None:
         count = 2 + (int(self.groups.max()) + 1 if len(self.groups) else 0)
@@ -222,7 +222,7 @@ class _Problem:
         self._at = functools.lru_cache(maxsize=2)(self._project)  # residuals and Jacobian are asked for in turn
 
     def shape(self, free: np.ndarray) -> np.ndarray:
-        """The whole shape, from the free part in the unbounded form that is searched."""
+        """Return the whole shape, from its free part in the unbounded form that is searched."""
         shape = np.empty(self.count)
         bounded = np.tanh(free) / 2 + 0.5
         shape[self.free] = self.low[self.free] + bounded * (self.high - self.low)[self.free]
@@ -254,7 +254,7 @@ class _Problem:
         return Solution(linear, self.shape(free), float(residuals @ residuals) / 2)
 
     def _project(self, key: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Weighted residuals [n], their derivatives by the free part [n, free], and the linear coefficients [3]."""
+        """Return weighted residuals [n], their derivatives by the free part [n, free], and linear coefficients [3]."""
         free = np.frombuffer(key)
         shape = self.shape(free)
         columns, slopes = _columns(shape, self.data, self.groups)
@@ -267,7 +267,7 @@ class _Problem:
         return columns @ linear[self.kept] - self.target, own - q @ (q.T @ own), linear
 
     def grid(self) -> list[np.ndarray]:
-        """Shapes to begin at, best first."""
+        """Return shapes to start at, best first."""
         exponents = np.geomspace(0.08, 1.2, 6)
         shapes = {}
         for alpha, beta, phi in itertools.product(exponents, exponents, (0.1, 0.5, 0.9)):
@@ -287,7 +287,7 @@ class _Problem:
 
 
 def _linear(columns: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`_non_negative`, and an orthonormal basis of the columns with a coefficient [n, <= 3]."""
+    """Return `_non_negative` coefficients, and an orthonormal basis [n, <= 3] of the columns with nonzero ones."""
     q, r = np.linalg.qr(columns)
     diagonal = np.abs(r.diagonal())
     if diagonal.min() > _SINGULAR * diagonal.max():
@@ -299,7 +299,7 @@ def _linear(columns: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def _non_negative(columns: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """The least-squares coefficients of the columns [n, k], none of them below 0."""
+    """Return the least-squares coefficients of the columns [n, k], none of them below 0."""
     linear = np.linalg.lstsq(columns, target, rcond=None)[0]
     if (linear >= 0).all():
         return linear

@@ -1,7 +1,8 @@
-"""The sweep command, and what runs the runs of a sweep or study: this machine, or Slurm by one job array.
+"""The sweep command, which runs a sweep or study on this machine, or on Slurm as one job array.
 
-Here several run at once if asked, and are stopped cleanly. Each run is `plt train` on its resolved configuration, in a
-process group of its own, its output in `train.log` in its folder. A run that fails is noted and the others go on.
+On this machine, several runs may run at a time, and are stopped cleanly. Each run is `plt train` on its resolved
+configuration, in its own process group, with its output in `train.log` in its folder. If a run fails, this is noted and
+the others continue.
 """
 
 from __future__ import annotations
@@ -66,13 +67,13 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the command line says of where runs run, and whether they do.
+    """Options of the command line for whether and where to run.
 
     Attributes:
         submit: submit to Slurm with these options; None: run on this machine.
-        jobs: runs at once on this machine.
-        gpu: the card that times are estimated for; None: on a cluster its profile's, else h100; here a core of this
-            machine's CPU.
+        jobs: number of runs at a time on this machine.
+        gpu: card to estimate times for; None: on a cluster its profile's, else h100; here one core of this machine's
+            CPU.
     """
 
     dry_run: bool = False
@@ -82,7 +83,10 @@ class RunOptions:
 
 
 def launch(plan: SweepPlan, todo: Sequence[PlannedRun], options: RunOptions) -> tuple[int, LocalSweep] | None:
-    """Run `todo` here: its exit status, and what became of each; None: submitted. Raises `UserError` as both do."""
+    """Run `todo` here and return the exit status and the sweep with its outcomes; None if submitted to Slurm.
+
+    Raises `UserError` like `submit` and `LocalSweep`.
+    """
     if options.submit is not None:
         submit(plan, todo, options.submit)
         return None
@@ -101,18 +105,18 @@ class _Running:
 
 
 class LocalSweep:
-    """The runs of a plan that are not finished, on this machine.
+    """Runs the unfinished runs of a plan on this machine.
 
     Args:
-        plan: saved.
-        runs: those of the plan to run, in this order.
-        jobs: runs at once. More than one asks for single-process runs.
+        plan: a saved plan.
+        runs: runs of the plan to run, in this order.
+        jobs: number of runs at a time; more than one requires single-process runs.
     """
 
     def __init__(self, plan: SweepPlan, runs: Sequence[PlannedRun], jobs: int = 1) -> None:
         large = [run.name for run in runs if layout_of(run.config).world_size > 1]
         if jobs > 1 and large:
-            raise UserError(f"--jobs {jobs} is for runs of one process each; {large[0]} asks for more: use --jobs 1")
+            raise UserError(f"--jobs {jobs} needs runs of one process each; {large[0]} has more: use --jobs 1")
         self.plan = plan
         self.jobs = jobs
         self.waiting = list(runs)
@@ -124,10 +128,10 @@ class LocalSweep:
         self._reported = time.monotonic()
 
     def run(self) -> int:
-        """Run them all, or until asked to stop.
+        """Run all of them, or until asked to stop.
 
         Returns the exit status: 0 all finished, 75 stopped with the running ones saved, 1 some failed. A second SIGINT
-        kills what runs.
+        kills the running ones.
         """
         with signals_handled(_SIGNALS, self._hear):
             try:
@@ -168,12 +172,12 @@ class LocalSweep:
             print(f"{self._place(run)} {run.name}: started, {run.tokens:,} tokens", flush=True)
 
     def _least_used_gpu(self) -> str | None:
-        """Several runs at once have one GPU each, where there are some; a single one has them all."""
+        """Return the GPU for the next run: one each if several run at a time, None (all of them) for a single run."""
         used = [item.gpu for item in self.running]
         return min(self._gpus, key=used.count, default=None)
 
     def _threads(self) -> dict[str, str]:
-        """Each run's share of the cores, unless the user has said how many threads there should be."""
+        """Return the setting of each run's share of the cores, unless the user has set the number of threads."""
         if self.jobs == 1 or "OMP_NUM_THREADS" in os.environ:
             return {}
         return {"OMP_NUM_THREADS": str(max(1, usable_cores() // self.jobs))}
@@ -190,7 +194,7 @@ class LocalSweep:
         record.seconds += time.monotonic() - item.started
         record.status = {0: "finished", int(ExitStatus.PREEMPTED): "interrupted"}.get(status, "failed")
         if self._signals and (status < 0 or status > 128):
-            record.status = "interrupted"  # asked to stop before it could listen, or killed by a second request
+            record.status = "interrupted"  # stopped before its handlers were set, or killed by a second request
         if record.status == "finished" and state_of(run) != "finished":
             record.status, record.reason = "failed", "ended with status 0 before its last step was validated and saved"
         elif record.status == "failed":
@@ -208,7 +212,7 @@ class LocalSweep:
         return f"[{self._numbers[run.name]}/{len(self._numbers)}]"
 
     def _report(self) -> None:
-        """Once a minute: how far the running ones are, and how long the rest takes."""
+        """Once a minute, print the progress of the running runs and the time left."""
         if time.monotonic() - self._reported < _REPORT_SECONDS or not self.running:
             return
         self._reported = time.monotonic()
@@ -228,7 +232,7 @@ class LocalSweep:
         self._signals.append(number)
         if len(self._signals) == 1:
             # os.write: print is not safe in a signal handler.
-            os.write(2, b"stopping: waiting for the running runs to save; again: kill them\n")
+            os.write(2, b"stopping: waiting for the running runs to save; interrupt again to kill them\n")
             for item in self.running:
                 item.process.send_signal(signal.SIGTERM)
 
@@ -254,7 +258,7 @@ def _final_loss(run: PlannedRun) -> str:
 
 
 def _reason(log: Path, status: int) -> str:
-    """The run's own last error line, else how it ended."""
+    """Return how the run ended, with its own last error line if there is one."""
     lines = log.read_bytes()[-20000:].decode("utf-8", "replace").splitlines()
     errors = [line for line in lines if line.startswith("error: ") or "Error: " in line]
     how = describe_exit(status)
@@ -267,7 +271,7 @@ def _reason(log: Path, status: int) -> str:
 
 
 def submit(plan: SweepPlan, runs: Sequence[PlannedRun], options: submission.Options) -> None:
-    """Submit `runs`; the list of their configurations stays in the sweep's folder.
+    """Submit `runs`; the list of their configurations is kept in the sweep's folder.
 
     Raises `UserError` if the submission is refused or fails.
     """
@@ -275,7 +279,7 @@ def submit(plan: SweepPlan, runs: Sequence[PlannedRun], options: submission.Opti
 
 
 def submit_dry(plan: SweepPlan, runs: Sequence[PlannedRun], options: submission.Options) -> None:
-    """Check `runs` as a submission does and show the job script; nothing is written or submitted.
+    """Check `runs` as a submission does and show the job script; write and submit nothing.
 
     Raises `UserError` if the submission is refused.
     """
@@ -298,8 +302,8 @@ def _submit_list(configs: Sequence[Path], folder: Path, name: str, options: subm
 def run_sweep(path: str, settings: Sequence[str], options: RunOptions) -> int:
     """Print the plan, then run or submit the unfinished runs.
 
-    Returns the exit status: 0 done (or submitted, or a dry run), 1 a run failed, 75 stopped, the running ones saved.
-    Raises `UserError` for what is wrong with the sweep, before anything runs.
+    Returns the exit status: 0 done (or submitted, or a dry run), 1 a run failed, 75 stopped, with the running ones
+    saved. Raises `UserError` for any mistake in the sweep, before anything runs.
     """
     sweep = read_sweep(path, settings)
     check_unpacked(sweep.folder)
@@ -336,12 +340,12 @@ def check_run_files(runs: Sequence[PlannedRun]) -> None:
 
 
 def _problems(runs: Sequence[PlannedRun]) -> list[str]:
-    """What keeps runs from starting on this machine, each once."""
+    """List the problems that keep runs from starting on this machine, each once."""
     return list(dict.fromkeys(problem for run in runs for problem in find_problems(run.config)))
 
 
 def _dry_run(plan: SweepPlan, todo: Sequence[PlannedRun], sweep: SweepFile, options: RunOptions) -> int:
-    """After the plan, print what this machine lacks for a real run, or if nothing, do the cluster's checks."""
+    """After the plan, print what this machine lacks for a real run; if nothing, do the cluster's checks."""
     problems = _problems(todo)
     for problem in problems if sweep.demo_corpus is None else []:
         print(f"note: {problem}")
@@ -373,7 +377,7 @@ def _start(plan: SweepPlan, todo: list[PlannedRun], options: RunOptions) -> int:
 
 
 def describe(plan: SweepPlan, states: dict[str, State]) -> str:
-    """The plan as a table: one line for each row, its seeds together."""
+    """Format the plan as a table with one line for each row, its seeds together."""
     header = ["row", "runs", "done", "tokens", "training FLOPs", "parameters", "non-embedding"]
     if plan.match_budget:
         header.append(f"held: {plan.match_budget}")
@@ -393,7 +397,7 @@ def describe(plan: SweepPlan, states: dict[str, State]) -> str:
 
 
 def describe_time(plan: SweepPlan, todo: Sequence[PlannedRun], sweep: SweepFile, options: RunOptions) -> str:
-    """One line: what is left to do, and how long it will take."""
+    """Describe in one line what is left to do and how long it will take."""
     tokens = sum(remaining_tokens(run) for run in todo)
     flops = sum(remaining_tokens(run) * run.flops_per_token for run in todo)
     seeds = ", ".join(map(str, sweep.seeds))
@@ -406,29 +410,29 @@ def describe_time(plan: SweepPlan, todo: Sequence[PlannedRun], sweep: SweepFile,
     if rate is None:
         return line + _paper_time(todo, options)
     seconds = remaining_seconds(todo, rate, options.jobs)
-    return line + f"about {format_duration(seconds)} at the {rate / 1e9:.0f} GFLOP/s a run that runs here reached"
+    return line + f"about {format_duration(seconds)} at the {rate / 1e9:.0f} GFLOP/s per run measured here"
 
 
 def _paper_time(todo: Sequence[PlannedRun], options: RunOptions) -> str:
-    """An estimate before anything is measured. Finished parts of runs are not subtracted."""
+    """Estimate the time before anything is measured. Finished parts of runs are not subtracted."""
     from plt_megatron.predict.run_estimate import estimate_run
 
     gpu = options.gpu or ("cpu" if options.submit is None else _card_of(options.submit))
     if gpu is None:
-        return "on a cluster without GPUs, for which plt submit alone estimates times"
+        return "on a cluster without GPUs, where only plt submit estimates times"
     estimates = [estimate_run(run.config, gpu=gpu, vocab_size=run.vocab) for run in todo]
     if options.submit is not None:
         hours = sum(estimate.gpu_hours for estimate in estimates)
         longest = max(estimate.total_seconds for estimate in estimates)
         kind = "process" if gpu == "cpu" else "GPU"
-        return f"on paper {hours:,.1f} {kind} hours on {gpu}, the longest run {format_duration(longest)}"
+        return f"estimated {hours:,.1f} {kind} hours on {gpu}, the longest run {format_duration(longest)}"
     seconds = sum(estimate.total_seconds for estimate in estimates) / options.jobs
-    means = "one core at its nominal rate a run" if gpu == "cpu" else gpu
-    return f"on paper {format_duration(seconds)} ({means}; estimated from measured speed once a run has begun)"
+    means = "one core per run at its nominal rate" if gpu == "cpu" else gpu
+    return f"estimated {format_duration(seconds)} ({means}; from measured speed once a run has started)"
 
 
 def _card_of(submit: Options) -> str | None:
-    """The card of a cluster's profile, as far as that names one; None: the runs get no GPUs."""
+    """Return the card of a cluster's profile, or a default if it names none; None if the runs get no GPUs."""
     profile = load_profile(submit.cluster) if submit.cluster else ClusterProfile()
     if submit.gpus_per_node is None and (profile.gpus_per_node == 0 or profile.processes_per_node):
         return None

@@ -7,7 +7,7 @@ The plan is at the top of the sweep's folder, beside one folder for each run:
       plan/RUN.yaml         each run's resolved configuration
       RUN/                  an ordinary run folder
 
-Of a sweep that is kept, all of these may be in one file, `records.tar.xz` (`run_folder.archive`).
+For an archived sweep, all of these are in one file, `records.tar.xz` (`run_folder.archive`).
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class PlannedRun:
 
     Attributes:
         labels: axis -> the label of its value.
-        change: what `match_budget` changed, in words; `deviation`: how far it is from the target, relative.
-        vocab: of the tokenizer.
+        change: what `match_budget` changed, in words; `deviation`: relative distance from the target.
+        vocab: size of the tokenizer's vocabulary.
     """
 
     name: str
@@ -79,7 +79,7 @@ class PlannedRun:
 
     @property
     def non_embedding_parameters(self) -> int:
-        """Without the embedding table and the output layer."""
+        """Parameters without the embedding table and the output layer."""
         tp = self.config.parallel.tensor_model_parallel_size
         return count_parameters(self.config.model, self.vocab, tp).non_embedding
 
@@ -88,13 +88,13 @@ class PlannedRun:
         return RunFolder.of(self.config)
 
     def row(self) -> str:
-        """What the run is called without its seed."""
+        """Return the run's label without its seed."""
         return ", ".join(self.labels.values()) or plural(self.config.model.loop_count, "loop")
 
 
 @dataclass
 class SweepPlan:
-    """What is to be run.
+    """The plan of a sweep or study.
 
     Attributes:
         compare: the axis whose values are compared; `baseline`: the label of its reference.
@@ -116,7 +116,7 @@ class SweepPlan:
 
 
 def make_plan(sweep: SweepFile, tokenizer_vocab: int | None, check_files: bool = True) -> SweepPlan:
-    """Every combination of the axes' values and the seeds, with what is held equal.
+    """Plan every combination of the axes' values and the seeds, with the budget held equal.
 
     `tokenizer_vocab`: vocabulary of a tokenizer that does not exist yet; None: read from the run's tokenizer.
     Raises `UserError`, one line per problem, if a run's settings are wrong or the target cannot be met.
@@ -164,7 +164,7 @@ def make_plan(sweep: SweepFile, tokenizer_vocab: int | None, check_files: bool =
 
 
 def _problems(rows: dict[tuple[str, ...], tuple[RunConfig, dict[str, str]]], check_files: bool) -> list[str]:
-    """What is wrong with the rows' configurations, before anything is held equal; each distinct problem once."""
+    """List the problems of the rows' configurations before anything is held equal, each distinct problem once."""
     found: dict[str, list[str]] = {}
     for labels, (config, _) in rows.items():
         named = dataclasses.replace(config, name="run")
@@ -175,7 +175,7 @@ def _problems(rows: dict[tuple[str, ...], tuple[RunConfig, dict[str, str]]], che
 
 
 def vocab_of(config: RunConfig, tokenizer_vocab: int | None) -> int:
-    """The run's vocabulary. `tokenizer_vocab`: of a tokenizer that does not exist yet; None: read it."""
+    """Return the run's vocabulary size. `tokenizer_vocab`: that of a tokenizer not trained yet; None: read it."""
     size = config.model.vocab_size or tokenizer_vocab
     if size is None:
         from plt_megatron.data.tokenizer import load_tokenizer
@@ -196,7 +196,7 @@ def _seeded(
 
 
 def name_clashes(runs: Sequence[tuple[str, str]]) -> list[str]:
-    """One line for each pair of labels whose runs would share a folder. `runs`: name and labels of each."""
+    """Describe each pair of labels whose runs would share a folder, in one line. `runs`: name and labels of each."""
     found: dict[str, str] = {}
     clashes = []
     for name, label in runs:
@@ -206,7 +206,7 @@ def name_clashes(runs: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def slug(label: str) -> str:
-    """A label as part of a folder's name: `+ KV sharing` is `kv_sharing`, `loop_count=2` stays."""
+    """Convert a label to a part of a folder's name: `+ KV sharing` to `kv_sharing`; `loop_count=2` stays."""
     return re.sub(r"[^a-z0-9=.-]+", "_", label.lower()).strip("_") or "x"
 
 
@@ -214,7 +214,7 @@ def slug(label: str) -> str:
 
 
 def save_plan(plan: SweepPlan) -> None:
-    """Write `sweep.yaml` and the runs' configurations. Raises `UserError` where that cannot be done."""
+    """Write `sweep.yaml` and the runs' configurations. Raises `UserError` if that fails."""
     for run in plan.runs:
         save_config(run.config, config_path(plan, run))
     content = {
@@ -239,10 +239,10 @@ def save_plan(plan: SweepPlan) -> None:
 
 
 def load_plan(folder: str | Path) -> SweepPlan:
-    """The plan of the sweep in `folder`, its runs where their records are (`records_of`).
+    """Load the plan of the sweep in `folder`, with its runs where their records are (`records_of`).
 
     Raises:
-        UserError: there is none, or a broken one.
+        UserError: there is no plan, or it is broken.
     """
     folder = Path(folder)
     path, records = folder / FILE_NAME, records_of(folder)
@@ -265,23 +265,23 @@ def load_plan(folder: str | Path) -> SweepPlan:
         values = {name: content[name] for name in ("name", "title", *_IDENTITY, "tolerance")}
         values["questions"] = content.get("questions", {})
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}: {folder} is no sweep (plt sweep)") from error
+        raise UserError(f"{path}: {error.strerror}: {folder} is not a sweep (plt sweep)") from error
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a sweep's plan ({error!r}); was it edited?") from error
     return SweepPlan(folder=folder, runs=runs, **values)
 
 
 def records_of(folder: Path) -> Path:
-    """The folder of a sweep's plan and runs: its own or, where they are archived, a temporary copy to read from."""
+    """Return the folder of a sweep's plan and runs: its own or, if they are archived, a temporary copy to read from."""
     return unpacked(folder / ARCHIVE) if _is_archived(folder) else folder
 
 
 def check_unpacked(folder: Path) -> None:
-    """Raise `UserError` if a sweep that something would be added to is archived."""
+    """Raise `UserError` if a sweep is archived, so that nothing can be added to it."""
     if _is_archived(folder):
         raise UserError(
-            f"{folder}: its runs are in {ARCHIVE}, to which nothing is added: unpack them there "
-            f"({unpack_command(folder)}), or in another folder and name that (output_dir)"
+            f"{folder}: its runs are in {ARCHIVE}, which is never added to: unpack them there "
+            f"({unpack_command(folder)}), or in another folder and set output_dir"
         )
 
 
@@ -290,7 +290,7 @@ def _is_archived(folder: Path) -> bool:
 
 
 def config_path(plan: SweepPlan, run: PlannedRun) -> Path:
-    """Where the run's resolved configuration lies."""
+    """Return the path of the run's resolved configuration."""
     return plan.folder / CONFIGS / f"{run.name}.yaml"
 
 
@@ -298,10 +298,10 @@ _IDENTITY = ("match_budget", "compare", "baseline")  # what two sweeps in one fo
 
 
 def merge(plan: SweepPlan) -> SweepPlan:
-    """The plan merged with the one already in its folder.
+    """Merge the plan with the one already in its folder.
 
-    More seeds or more values of an axis extend a sweep. Raises `UserError` if the two contradict each other: another
-    thing held equal, or a run of the same name with other settings.
+    More seeds or more values of an axis extend a sweep. Raises `UserError` if the two contradict each other: something
+    else is held equal, or a run of the same name has other settings.
     """
     if not (plan.folder / FILE_NAME).exists():
         return plan
@@ -325,7 +325,7 @@ def merge(plan: SweepPlan) -> SweepPlan:
 
 
 def refuse_other(folder: Path, what: str, problems: Sequence[str]) -> None:
-    """Raise `UserError` if anything in the folder's plan is another one's."""
+    """Raise `UserError` if the folder's plan differs from this one."""
     if problems:
         raise UserError(
             f"{folder} holds another {what}: {'; '.join(problems[:4])}{' ...' if len(problems) > 4 else ''}. "
@@ -334,17 +334,17 @@ def refuse_other(folder: Path, what: str, problems: Sequence[str]) -> None:
 
 
 def plan_differences(before: RunConfig, now: RunConfig) -> dict[str, str]:
-    """`config_differences` but for the runs' folders."""
+    """Return `config_differences` without the runs' folders."""
     return {key: text for key, text in config_differences(before, now).items() if key != "output_dir"}
 
 
 def _recorded_config(folder: Path, name: str) -> RunConfig:
-    """A run's configuration with its run folder in `folder`: a sweep may have been moved."""
+    """Load a run's configuration, with its run folder in `folder`: a sweep may have been moved."""
     path = folder / CONFIGS / f"{name}.yaml"
     if not path.exists():
         raise UserError(
-            f"{path} is missing, which {FILE_NAME} names: restore it, or remove {folder / FILE_NAME} and repeat the "
-            "command that made it; finished runs are kept"
+            f"{path} is missing, although {FILE_NAME} names it: restore it, or remove {folder / FILE_NAME} and repeat "
+            "the command that made it; finished runs are kept"
         )
     config = load_config(path, accept_old_names=True)
     return dataclasses.replace(config, output_dir=str(folder))

@@ -1,4 +1,4 @@
-"""Writes the report of a sweep: a page, Markdown, CSVs and PNGs, into `report/` in the sweep's folder."""
+"""Write the report of a sweep: a page, Markdown, CSVs and PNGs, into `report/` in the sweep's folder."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ from plt_megatron.experiments.verdicts import (
 
 FOLDER = "report"
 MARKDOWN = "report.md"
-_MOST_GROUPS = 6  # figures of curves at most: nobody looks at more
+_MOST_GROUPS = 6  # maximum number of groups with figures: nobody looks at more
 _LOSS = "validation loss (nats per token)"
 
 
 @dataclass(frozen=True)
 class Report:
-    """Where the report is, and what to tell the user right away."""
+    """The report's folder, and its results to show to the user right away."""
 
     folder: Path
     verdicts: list[Verdict]
@@ -58,7 +58,7 @@ def write_report(sweep: str | Path, output: str | Path | None = None, decode: De
 
     Args:
         output: the report's folder; None: `report` in the sweep's.
-        decode: measure decoding time first; None: use what an earlier report measured, if anything.
+        decode: how to measure decoding time first; None: use the measurement of an earlier report, if any.
     Raises `UserError` if there is no sweep, the report cannot be written, the extra `report` is missing, or an archived
     sweep is to be measured.
     """
@@ -94,7 +94,7 @@ def write_report(sweep: str | Path, output: str | Path | None = None, decode: De
 
 
 def _about(results: SweepResults) -> str:
-    """One line: what was planned and how much of it counts."""
+    """Describe in one line what was planned and how much of it counts."""
     plan = results.plan
     held = f"held equal: {plan.match_budget.replace('_', ' ')}" if plan.match_budget else "nothing held equal"
     used = f"{len(results.used())} of {len(results.runs)} runs are used"
@@ -148,7 +148,7 @@ def _times(ratio: float) -> Cell:
 
 
 def main_table(results: SweepResults, rows: Sequence[Row], conditions: str | None) -> Table:
-    """The paper's table with our columns."""
+    """Return the paper's table, with further columns."""
     length = rows[0].run.config.data.sequence_length if rows else 0
     decoding = "Decoding was not measured (--measure-decode): these columns are empty."
     notes = (
@@ -161,7 +161,7 @@ def main_table(results: SweepResults, rows: Sequence[Row], conditions: str | Non
 
 
 def questions_table(answers: Sequence[Comparison]) -> Table:
-    """The sweep's own questions with their answers."""
+    """Return the table of the sweep's own questions and their answers."""
     has_groups = any(answer.group for answer in answers)
     note = (
         f"Final validation loss of row minus that of against, paired by seed; ±: half of the {LEVEL:.0%} t interval of "
@@ -171,14 +171,14 @@ def questions_table(answers: Sequence[Comparison]) -> Table:
 
 
 def runs_table(results: SweepResults) -> Table:
-    """Every run of the plan, used or not."""
+    """Return the table of all runs of the plan, used or not."""
     return Table(
-        _RUNS, results.runs, ("Only runs with status used are in the means. Data: of the sample order as well.",)
+        _RUNS, results.runs, ("Only runs with status used are in the means. Data: hash of data and sample order.",)
     )
 
 
 def scores_table(runs: Sequence[RunResult]) -> Table | None:
-    """The last scores of each run by lm-evaluation-harness (`evaluation.tasks`); None if no run has any."""
+    """Return the table of each run's last scores by lm-evaluation-harness (`evaluation.tasks`); None without any."""
     evaluated = [result for result in runs if result.evaluation.get("scores")]
     names = list(dict.fromkeys(name for result in evaluated for name in result.evaluation["scores"]))
     columns = [
@@ -187,14 +187,12 @@ def scores_table(runs: Sequence[RunResult]) -> Table | None:
         Column("tokens", "tokens", lambda result: result.evaluation["tokens"], ","),
         *(Column(name, name, partial(_score, name), ".4f") for name in names),
     ]
-    note = (
-        "Of each run's last evaluated export, by lm-evaluation-harness; the loss is that of a validation at its step."
-    )
+    note = "Scores of each run's last evaluated export, by lm-evaluation-harness; the loss is from the same step."
     return Table(columns, evaluated, (note,)) if evaluated else None
 
 
 def laws_table(laws: Sequence[LoopLaw]) -> Table:
-    """Coefficients of the scaling laws with their intervals; where there is none, why."""
+    """Return the table of the scaling laws' coefficients with their intervals, or why there is no law."""
     row = Column("row", "row", lambda law: law.label)
     if all(law.fit is None for law in laws):
         is_one = len({law.reason for law in laws}) == 1
@@ -232,7 +230,7 @@ def _coefficient(name: str, law: LoopLaw) -> Interval | None:
 
 
 def make_figures(rows: Sequence[Row], laws: Sequence[LoopLaw]) -> list[Named]:
-    """The figures that there is enough data for."""
+    """Draw the figures that there is enough data for."""
     made: list[Named] = []
     compared = groups(rows)
     for index, group in enumerate(compared[:_MOST_GROUPS]):
@@ -271,7 +269,7 @@ def _figure(name: str, caption: str, panel: Panel, height: float = 4.6) -> Named
 
 
 def _curves(group: Sequence[Row], scale: Callable[[Row], float], x: str) -> Panel:
-    """Mean validation curves, and the seeds at their ends; the first, steep part is cut off at the top."""
+    """Plot mean validation curves, and the seeds at their ends; the first, steep part is cut off at the top."""
     curves: list[Curve] = []
     shown: list[float] = []
     for index, row in enumerate(group):
@@ -288,7 +286,7 @@ def _curves(group: Sequence[Row], scale: Callable[[Row], float], x: str) -> Pane
 
 
 def _marks(rows: dict[str, list[tuple[float, Row]]]) -> list[Curve]:
-    """Mean losses of rows at their x with intervals, by label."""
+    """Return curves of mean losses of rows at their x, with intervals, by label."""
     curves = []
     for index, (label, own) in enumerate(rows.items()):
         found = [(x, row.loss.value, row.loss.half or 0.0) for x, row in own if row.loss is not None]

@@ -1,8 +1,8 @@
-"""What a sweep says: a row for each combination of the axes' values, a law for each compared value, and the answers.
+"""The results of a sweep: a row for each combination of the axes' values, a law for each compared value, and answers.
 
-Which loop count wins at equal tokens, FLOPs and decoding latency, or why that is not decided: a row wins when its
-paired difference (by seed) to every other row excludes zero, all intervals together holding with 95 % (Bonferroni).
-A sweep does not decide about what it did not hold equal, whatever the curves suggest.
+The answers are which loop count wins at equal tokens, FLOPs and decoding latency, or why that is not decided. A row
+wins if the intervals of all other rows' paired differences (by seed) to it exclude zero, at 95 % for all together
+(Bonferroni). A sweep decides nothing about a budget that it did not hold equal, whatever the curves suggest.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FARTHER = 4.0
 
 @dataclass(frozen=True)
 class Timing:
-    """One row's decoding: milliseconds per token step (median slice), the ratio to the baseline's, and its cache."""
+    """Decoding time of a row: milliseconds per token step (median slice), ratio to the baseline's, and cache size."""
 
     milliseconds: float
     relative: float
@@ -41,12 +41,12 @@ class Row:
 
     Attributes:
         group: labels of all axes but the compared one; rows are compared within a group.
-        label: of the compared axis.
+        label: label of its value of the compared axis.
         losses: seed -> final validation loss of the runs that are used.
-        loss: their mean; None without one.
+        loss: mean of the losses; None without any.
         to_baseline, to_previous: paired differences of losses to the group's baseline and to the row above.
         kv_bytes: K, V and state of one sequence of the training length while decoding, in bf16, by formula.
-        decode: measured, if it was.
+        decode: measured decoding time, if any.
     """
 
     group: tuple[str, ...]
@@ -61,7 +61,7 @@ class Row:
 
     @property
     def run(self) -> PlannedRun:
-        """The first of its runs, for what does not depend on the seed."""
+        """The first of its runs, for properties that do not depend on the seed."""
         return self.results[0].run
 
     @property
@@ -80,7 +80,7 @@ class Row:
         return [(tokens, math.fsum(curve[tokens] for curve in curves) / len(curves)) for tokens in common]
 
     def loss_at(self, tokens: float) -> float | None:
-        """The mean curve at `tokens`, between two validations by interpolation in log tokens; None outside."""
+        """Return the mean curve at `tokens`, interpolated in log tokens between two validations; None outside."""
         curve = self.curve
         if not curve or not curve[0][0] <= tokens <= curve[-1][0] * (1 + 1e-9):
             return None
@@ -94,7 +94,7 @@ class Row:
 
 
 def make_rows(results: SweepResults, timings: Mapping[str, Timing] | None = None) -> list[Row]:
-    """Rows in the plan's order. `timings`: by row name."""
+    """Group results into rows, in the plan's order. `timings`: by row name."""
     compare = results.plan.compare
     rows: dict[tuple[tuple[str, ...], str], list[RunResult]] = {}
     for result in results.runs:
@@ -113,7 +113,7 @@ def make_rows(results: SweepResults, timings: Mapping[str, Timing] | None = None
 
 
 def groups(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows that are compared with one another, in order."""
+    """Return the groups of rows that are compared with one another, in order."""
     found: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         found.setdefault(row.group, []).append(row)
@@ -121,7 +121,7 @@ def groups(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def baseline_of(group: Sequence[Row], baseline: str | None) -> Row:
-    """The row the others are measured against: the plan's, else the first."""
+    """Return the row that the others are measured against: the plan's, else the first."""
     return next((row for row in group if row.label == baseline), group[0])
 
 
@@ -162,7 +162,7 @@ class LoopLaw:
 
 
 def fit_laws(rows: Sequence[Row], bootstraps: int = 400) -> list[LoopLaw]:
-    """A law per label, over the sizes and budgets of all groups. N counts parameters without embeddings."""
+    """Fit a law per label, over the sizes and budgets of all groups. N counts parameters without embeddings."""
     laws = []
     for label in dict.fromkeys(row.label for row in rows):
         runs = [(r.run, r.loss) for row in rows if row.label == label for r in row.results if r.loss is not None]
@@ -190,11 +190,11 @@ def _farther(fit: LawFit) -> Interval:
 # ---------------------------------------------------------------- the answer in words
 
 
-SAME_LATENCY = 0.05  # relative; so near the baseline counts as equally fast
+SAME_LATENCY = 0.05  # relative; rows this near to the baseline count as equally fast
 
 
 def verdicts(results: SweepResults, rows: Sequence[Row]) -> list[Verdict]:
-    """Three answers for each group of compared rows."""
+    """Return three answers for each group of compared rows."""
     found = []
     for group in groups(rows):
         name = ", ".join(group[0].group)
@@ -219,7 +219,7 @@ def _at_equal_flops(results: SweepResults, group: Sequence[Row]) -> tuple[str | 
 def _equal_or_curves(
     results: SweepResults, group: Sequence[Row], what: str, amount: Callable[[Row], float], hold: str
 ) -> tuple[str | None, str]:
-    """Decided by final losses if every row has spent the same; else what the curves show, which decides nothing."""
+    """Decide by final losses if every row has spent the same; else say what the curves show, which decides nothing."""
     amounts = [amount(row) for row in group]
     if max(amounts) <= min(amounts) * (1 + results.plan.tolerance):
         return _best(group)
@@ -268,7 +268,7 @@ _QUESTIONS: dict[str, Callable[[SweepResults, Sequence[Row]], tuple[str | None, 
 
 
 def _best(rows: Sequence[Row]) -> tuple[str | None, str]:
-    """The row with the lowest loss, if it beats all others by more than chance explains."""
+    """Return the row with the lowest loss, if it beats all others by more than chance explains, and the answer."""
     known = [row for row in rows if row.loss is not None]
     unknown = [row.label for row in rows if row.loss is None]
     without = f" {', '.join(unknown)} cannot be compared yet." if unknown else ""
@@ -295,9 +295,10 @@ def _best(rows: Sequence[Row]) -> tuple[str | None, str]:
 
 
 def _lowest(rows: Sequence[Row]) -> tuple[Row, str]:
-    """The row with the lowest mean loss, and that loss in words: over the seeds that all rows have, if any.
+    """Return the row with the lowest mean loss, and that loss in words: over the seeds that all rows have, if any.
 
-    Rows of one seed would leave the others that seed alone to be ranked by; no interval tells them from anything.
+    Rows with a single seed are left out if others have several: they would limit the ranking to that seed, and have no
+    interval.
     """
     several = [row for row in rows if len(row.losses) > 1]
     if 1 < len(several) < len(rows):
@@ -336,7 +337,7 @@ def _with_loops(row: Row) -> str:
 
 
 def by_question(verdicts: Sequence[Verdict]) -> dict[str, list[Verdict]]:
-    """Question -> its verdicts; a single one, of no group, where all groups have the same."""
+    """Group verdicts by question; a single verdict, of no group, if all groups have the same."""
     found: dict[str, list[Verdict]] = {}
     for verdict in verdicts:
         found.setdefault(verdict.question, []).append(verdict)
@@ -351,7 +352,7 @@ def by_question(verdicts: Sequence[Verdict]) -> dict[str, list[Verdict]]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One question in one group. `difference`: of the losses, `label`'s minus `reference`'s; `text`: in words."""
+    """One question in one group. `difference`: loss of `label` minus loss of `reference`; `text`: the answer."""
 
     question: str
     group: str
@@ -362,7 +363,7 @@ class Comparison:
 
 
 def answer_questions(results: SweepResults, rows: Sequence[Row]) -> list[Comparison]:
-    """The plan's questions about rows that it has, for every group of rows."""
+    """Answer the plan's questions about existing rows, for every group of rows."""
     answers = []
     labels = {row.label for row in rows}
     questions = {text: pair for text, pair in results.plan.questions.items() if labels.issuperset(pair)}

@@ -17,7 +17,7 @@ Direction = Literal["rises", "falls", "undecided"]
 
 @dataclass(frozen=True)
 class Step:
-    """What loop `loop` does to the effective rank: the paired difference to the loop before, and its interval."""
+    """The change of the effective rank at loop `loop`: the paired difference to the loop before, and its interval."""
 
     loop: int
     difference: float
@@ -28,16 +28,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Decision:
-    """The rule's answer.
+    """The answer by the rule.
 
     Attributes:
         verdict: `add`: the rank rises up to the last loop; `stop`: it falls at loop `loops` + 1; `undecided`: the
             interval at loop `loops` + 1 includes zero; `one_loop`: there is nothing to compare.
-        loops: the loops up to which every step raised the rank.
+        loops: number of loops up to which every step raised the rank.
         answer: one sentence.
-        steps: the rank's course.
-        signs: what else the numbers say, a sentence each.
-        cautions: what to know before believing it, a sentence each.
+        steps: change of the rank at each loop.
+        signs: further observations, a sentence each.
+        cautions: reservations about the answer, a sentence each.
     """
 
     verdict: Literal["add", "stop", "undecided", "one_loop"]
@@ -60,8 +60,8 @@ def decide(diagnosis: Diagnosis, *, sequence_length: int, hidden_size: int) -> D
     cautions = _cautions(diagnosis, sequence_length, hidden_size)
     if diagnosis.loop_count == 1:
         answer = (
-            "The model has one loop: its states, attention and loss are measured, but how loops differ, and so the "
-            "rule, needs at least two. Train the same model with model.loop_count=2 and diagnose that."
+            "The model has one loop: its states, attention and loss are measured, but the rule compares loops and "
+            "needs at least two. Train the same model with model.loop_count=2 and diagnose that."
         )
         return Decision("one_loop", 1, answer, cautions=cautions)
     steps = [_step(diagnosis, loop) for loop in range(2, diagnosis.loop_count + 1)]
@@ -80,8 +80,8 @@ def decide(diagnosis: Diagnosis, *, sequence_length: int, hidden_size: int) -> D
         answer = f"The effective rank falls with loop {end.loop}, by {_signed(end)}: by the rule, stop at {many}."
         return Decision("stop", loops, answer, steps, signs, cautions)
     answer = (
-        f"The data do not decide: the effective rank changes with loop {end.loop} by {_signed(end)}. By the rule at "
-        f"least {many}; more sequences (--max-tokens) narrow the interval."
+        f"The data do not decide: the effective rank changes with loop {end.loop} by {_signed(end)}. By the rule, "
+        f"at least {many}; more sequences (--max-tokens) narrow the interval."
     )
     return Decision("undecided", loops, answer, steps, signs, cautions)
 
@@ -116,7 +116,7 @@ def _oscillation(diagnosis: Diagnosis) -> list[str]:
         cosine = diagnosis.loops["update_cosine"].at(loop)
         if cosine.sign:
             back = f"partly takes back what loop {loop - 1} did (oscillation)"
-            what = back if cosine.sign < 0 else f"goes on in the direction of loop {loop - 1}"
+            what = back if cosine.sign < 0 else f"continues in the direction of loop {loop - 1}"
             found.append(f"Loop {loop} {what}: update cosine {cosine.text('+.2f')}.")
     return found
 
@@ -139,9 +139,9 @@ def _cautions(diagnosis: Diagnosis, sequence_length: int, hidden_size: int) -> l
         found.append(f"{diagnosis.sequences} sequences are few for {LEVEL:.0%} intervals.")
     if diagnosis.loop_count > 1:
         found.append(
-            f"These weights were trained for {diagnosis.loop_count} loops, by the last one's loss unless "
-            "training.loop_loss_weights said otherwise: a model trained for fewer is another model. The rule proposes; "
-            "a sweep over loop counts decides."
+            f"These weights were trained for {diagnosis.loop_count} loops, on the loss of the last one unless "
+            "training.loop_loss_weights said otherwise: a model trained for fewer loops would be a different one. The "
+            "rule proposes; a sweep over loop counts decides."
         )
     if diagnosis.loops["effective_rank"].mean.max() > 0.9 * min(sequence_length, hidden_size):
         found.append(

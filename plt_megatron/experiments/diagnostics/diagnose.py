@@ -1,8 +1,8 @@
-"""All diagnostics of one model on held-out text, sequence by sequence: what they are, and their numbers.
+"""All diagnostics of one model on held-out text: their definitions, and their values sequence by sequence.
 
-A sequence runs through the exported model's own code, watched by hooks: the states after each loop, gates, attention.
-Nothing is recomputed by rules of our own: queries come from the model's projection, norm and RoPE, keys are those it
-attended to, head outputs are its output projection's input, and gates its gate's output.
+A sequence runs through the exported model's own code, and hooks record the states after each loop, gates and attention.
+Nothing is reimplemented here: queries come from the model's projection, norm and RoPE, keys are those it attended to,
+head outputs are the input of its output projection, and gates the output of its gate.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ LAYER_MEASURES = ("head_rank", "head_cosine")
 
 
 class Recording:
-    """What one pass over a sequence of T tokens recorded.
+    """The record of one pass over a sequence of T tokens.
 
     Attributes:
-        states: h(0) .. h(L), [T, d]: the embeddings, then each loop's output as the next loop gets it, so after the
+        states: h(0) .. h(L), [T, d]: the embeddings, then each loop's output as the next loop gets it, i.e. after the
             final norm if the model has `norm_between_loops`.
-        by_head: arrays [L + 1, layers, H] by the names of `HEAD_MEASURES`, means over tokens; NaN where there is none.
+        by_head: arrays [L + 1, layers, H] by the names of `HEAD_MEASURES`, means over tokens; NaN if not defined.
         by_layer: arrays [L + 1, layers] by the names of `LAYER_MEASURES`.
     """
 
@@ -54,7 +54,7 @@ class Recording:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Hooks for one pass without a cache."""
+        """Install the hooks for one pass without a cache."""
         config = self._model.config
         output = self._model.norm if config.norm_between_loops else self._model.layers[-1]
         handles = [
@@ -88,7 +88,7 @@ class Recording:
             hidden_states, _, shared_key, shared_value = args
             state = kwargs["state"]
             assert state.loop is not None and kwargs["cache"] is None
-            # The last loop's pass is also that of one more loop: later loops have the same rules.
+            # The state of the last loop also serves one more loop: later loops have the same rules.
             self._pass, self._shared[layer] = state, (shared_key, shared_value)
             query = rotate(module._heads(module.q_proj(hidden_states), module.q_norm), state.cos, state.sin)
             query = query[0].transpose(0, 1)
@@ -119,10 +119,10 @@ class Recording:
     # ------------------------------------------------------------ afterwards
 
     def apply_stack(self, hidden_states: Tensor) -> Tensor:
-        """f: what one more loop makes of an input [T, d], by the rules of loops >= 2 (the first's in a one-loop model).
+        """Apply f, one more loop, to an input [T, d], by the rules of loops >= 2 (of the first in a one-loop model).
 
-        It attends to this sequence's first-loop keys and values and to a window of its own, as the model's switches
-        say, and ends with the final norm if the model has `norm_between_loops`.
+        The loop attends to this sequence's first-loop keys and values and to a window of its own, depending on the
+        model's switches, and ends with the final norm if the model has `norm_between_loops`.
         """
         out = hidden_states[None]
         for layer, (key, value) in zip(self._model.layers, self._shared, strict=True):
@@ -130,7 +130,7 @@ class Recording:
         return (self._model.norm(out) if self._model.config.norm_between_loops else out)[0]
 
     def next_input(self, state: Tensor, starts: Tensor | None = None) -> Tensor:
-        """What the loop after the state [T, d] reads: E and shift(h) joined, E and h, or h itself."""
+        """Return the input of the loop after the state [T, d]: E and shift(h) joined, E and h, or h itself."""
         config = self._model.config
         if not config.cross_loop_parallel:
             return self._model.loop_input(self.states[0], state) if config.input_injection else state
@@ -145,7 +145,7 @@ def record(model: Any, tokens: Tensor, starts: Tensor | None = None) -> Recordin
     """Run a `PLTForCausalLM` in evaluation mode over tokens, int64 [T].
 
     Args:
-        starts: bool [T], first tokens of packed documents, which see and receive nothing of each other; None: one.
+        starts: bool [T], first tokens of packed documents, which are isolated from each other; None: one document.
     """
     documents = positions = None
     if starts is not None:
@@ -167,14 +167,14 @@ class Measure:
     """One diagnostic.
 
     Attributes:
-        name: in JSON and CSV.
-        title: for readers.
+        name: name in JSON and CSV.
+        title: name for readers.
         meaning: one line below a table.
-        first_loop: the least r for which it is defined.
+        first_loop: smallest r for which it is defined.
         detail: `head`: also for each layer and head; `layer`: for each layer; None: for the loop only.
-        form: how its numbers are written.
-        clp_only: measures what only cross-loop parallelism does.
-        window_only: measures the window or its gate.
+        form: format of its numbers.
+        clp_only: whether it measures an effect that only cross-loop parallelism has.
+        window_only: whether it measures the window or its gate.
     """
 
     name: str
@@ -209,26 +209,26 @@ MEASURES = (
     Measure(
         "loop_map_gap",
         "loop-map gap",
-        "||h(r) - what the next loop would make of h(r)||: the step of loop r + 1; after the last, of one more",
+        "||h(r) - the next loop's output for h(r)||: the step of loop r + 1; after the last loop, of one more",
         1,
     ),
-    Measure("offset_cost", "offset cost", "||h_i(r-1) - h_(i-1)(r-1)||: what the shift changes", 2, clp_only=True),
+    Measure("offset_cost", "offset cost", "||h_i(r-1) - h_(i-1)(r-1)||: the effect of the shift", 2, clp_only=True),
     Measure("gate_mean", "gate", "mean of g", 2, "head", ".3f", window_only=True),
-    Measure("entropy_global", "attention entropy", "of the attention to all tokens, nats", 1, "head", ".3f"),
-    Measure("entropy_local", "window entropy", "of the window's attention, nats", 2, "head", ".3f", window_only=True),
+    Measure("entropy_global", "attention entropy", "of attention to all tokens, nats", 1, "head", ".3f"),
+    Measure("entropy_local", "window entropy", "of attention in the window, nats", 2, "head", ".3f", window_only=True),
     Measure("kl_global", "attention KL", "KL(attention of loop r || of loop r-1), all tokens, nats", 2, "head"),
-    Measure("kl_local", "window KL", "the same of the window, nats", 3, "head", window_only=True),
-    Measure("head_rank", "head rank", "effective rank of the heads' outputs; 1: all say the same", 1, "layer", ".3f"),
+    Measure("kl_local", "window KL", "the same in the window, nats", 3, "head", window_only=True),
+    Measure("head_rank", "head rank", "effective rank of the heads' outputs; 1: all the same", 1, "layer", ".3f"),
     Measure("head_cosine", "head cosine", "mean cosine of two heads' outputs", 1, "layer", "+.3f"),
     Measure("lens_loss", "loss", "cross-entropy if the model stopped after loop r, nats per token", 1, form=".4f"),
     Measure(
         "copy_loss",
         "loss on copies",
-        "of tokens that also came after the last occurrence of the two before them, at most a window back",
+        "of tokens that also followed the last occurrence of the two tokens before, at most a window back",
         1,
         form=".4f",
     ),
-    Measure("far_copy_loss", "loss on far copies", "the same, further back than the window reaches", 1, form=".4f"),
+    Measure("far_copy_loss", "loss on far copies", "the same, from beyond the window", 1, form=".4f"),
     Measure("lens_rank", "rank of the truth", "mean rank of the right token among all; 1 is best", 1),
     Measure("lens_entropy", "lens entropy", "of the prediction, nats", 1, form=".3f"),
     Measure("lens_kl", "lens KL", "KL(p(r) || p(r-1)), nats", 2),
@@ -237,7 +237,7 @@ MEASURES = (
 
 
 def measures_for(*, loop_count: int, cross_loop_parallel: bool, gated_window: bool) -> list[Measure]:
-    """The measures that a model with these settings has."""
+    """Return the measures that a model with these settings has."""
     return [
         measure
         for measure in MEASURES
@@ -247,7 +247,7 @@ def measures_for(*, loop_count: int, cross_loop_parallel: bool, gated_window: bo
     ]
 
 
-# Measures whose change from loop to loop gets an interval of its own.
+# Measures whose change from loop to loop has an interval of its own.
 DIFFERENCES = ("effective_rank", "lens_loss", "lens_rank", "step_size")
 _STATE_MEASURES = (
     *("hidden_norm", "step_size", "relative_step", "update_cosine", "effective_rank"),
@@ -257,16 +257,16 @@ _STATE_MEASURES = (
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The numbers.
+    """The numbers of one model.
 
     Attributes:
         loop_count: L.
-        measures: those that this model has.
+        measures: the measures that this model has.
         loops: by name, arrays [L + 1] over loops 0 .. L; layers and heads averaged.
-        details: by name, [L + 1, layers, H] or [L + 1, layers], of the measures that have them.
+        details: by name, [L + 1, layers, H] or [L + 1, layers], for measures with details.
         differences: by the names of `DIFFERENCES`, [L + 1]: loop r minus loop r - 1, paired by sequence.
-        sequences: n.
-        gate_activation: of the gates, sigmoid or tanh.
+        sequences: number of sequences, n.
+        gate_activation: activation of the gates, sigmoid or tanh.
     """
 
     loop_count: int
@@ -287,13 +287,13 @@ def diagnose(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Diagnosis:
-    """Run a `PLTForCausalLM` over the sequences; one sequence's states are in memory at a time.
+    """Run a `PLTForCausalLM` over the sequences; the states of one sequence at a time are in memory.
 
     Args:
-        reset: packed documents see and receive nothing of each other, as with data.reset_at_document_boundaries.
-        masked_token: losses leave out what follows it, as with data.eod_mask_loss.
-        seed: of the bootstrap.
-        progress: called with the number of sequences done and in all.
+        reset: isolate packed documents from each other, as with data.reset_at_document_boundaries.
+        masked_token: losses leave out the token after it, as with data.eod_mask_loss.
+        seed: seed of the bootstrap.
+        progress: called with the number of sequences done and in total.
     """
     total = len(held_out.tokens)
     wanted = _measures_of(model.config)
@@ -328,12 +328,12 @@ def _measures_of(config: Any) -> list[Measure]:
 def measure_sequence(
     model: Any, tokens: Tensor, starts: Tensor | None = None, masked_token: int | None = None
 ) -> dict[str, np.ndarray]:
-    """Every measure of one sequence, arrays [L + 1, ...] by name, NaN where not defined.
+    """Compute every measure of one sequence: arrays [L + 1, ...] by name, NaN where not defined.
 
     Args:
         tokens: int64 [T + 1], the last one only as a label.
         starts: bool [T + 1], first tokens of documents kept apart; None: one document.
-        masked_token: losses leave out what follows it.
+        masked_token: losses leave out the token after it.
     """
     distances, window = measures.copy_distances(tokens, starts), model.config.window_size
     copies = {"copy_loss": (distances > 0) & (distances <= window), "far_copy_loss": distances > window}
@@ -368,7 +368,7 @@ def _state_measures(recording: Recording, starts: Tensor | None) -> dict[str, np
         if loop == len(states) - 1:
             after = recording.apply_stack(recording.next_input(recorded, starts)).float()
         else:
-            after = states[loop + 1]  # the next loop did it
+            after = states[loop + 1]  # the next loop computed it
         found["loop_map_gap"][loop] = measures.mean_norm(after - state)
         if loop > 1:
             found["update_cosine"][loop] = measures.update_cosine(state - previous, previous - states[loop - 2])

@@ -1,4 +1,4 @@
-"""What is diagnosed: a model as its export's own code, and held-out text, from a file or a tokenized prefix."""
+"""The inputs of a diagnosis: a model, run by its export's code, and held-out text from a file or tokenized prefix."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from plt_megatron.hf.sources import PRECISIONS, ModelSource, open_source
 from plt_megatron.hf.tokenizer_files import check_vocabulary
 from plt_megatron.hf.verification import fill_export
 
-# Of a text file, so many times the wanted tokens are tokenized; sequences are drawn from them.
+# Of a text file, this many times the wanted sequences are tokenized and drawn from.
 POOL = 32
 
 
 def open_model(path: Path, tokenizer: Path | None = None) -> ModelSource:
-    """A run, a checkpoint or a Hugging Face folder, its tokenizer checked against its vocabulary.
+    """Open a run, a checkpoint or a Hugging Face folder, and check its tokenizer against its vocabulary.
 
     Raises:
         UserError: there is no complete model at `path`, its layers do not all loop, or the tokenizer belongs to another
-            one.
+            model.
     """
     source = open_source(path, tokenizer)
     model = source.model
     if model.loop_span is not None or model.loop_order != "stack":
         name = "loop_span" if model.loop_span is not None else "loop_order"
         raise UserError(
-            f"{path}: model.{name} {getattr(model, name)}: the diagnostics are of models whose layers all loop, as one"
+            f"{path}: model.{name} {getattr(model, name)}: diagnostics need a model whose layers all loop as one stack"
         )
     if source.tokenizer is not None:
         fingerprint = source.progress.get("data_fingerprint") or {}
@@ -47,10 +47,10 @@ def open_model(path: Path, tokenizer: Path | None = None) -> ModelSource:
 
 
 def build_model(source: ModelSource, *, precision: str, device: str) -> Any:
-    """A `PLTForCausalLM` in evaluation mode with the source's weights, read one tensor at a time.
+    """Build a `PLTForCausalLM` in evaluation mode with the source's weights, read one tensor at a time.
 
     Args:
-        precision: `fp32` or `bf16`; measures are computed in fp32 and fp64 all the same.
+        precision: `fp32` or `bf16`; measures are always computed in fp32 and fp64.
         device: `cpu`, `cuda`, or `auto`: a GPU if there is one.
 
     Raises:
@@ -81,9 +81,9 @@ class HeldOut:
 
     Attributes:
         tokens: int64 [n, S + 1], the last one only as a label.
-        starts: bool [n, S + 1], where documents begin, each sequence's first token included.
-        seen: sequences that these were drawn from.
-        bad: documents of a text file that are left out because they are empty or cannot be read.
+        starts: bool [n, S + 1], where documents begin, including each sequence's first token.
+        seen: number of sequences that these were drawn from.
+        bad: number of documents of a text file left out because they are empty or cannot be read.
     """
 
     tokens: np.ndarray
@@ -95,13 +95,13 @@ class HeldOut:
 def draw_sequences(
     data: str, tokenizer: Tokenizer | None, vocab_size: int, *, length: int, max_tokens: int, seed: int
 ) -> HeldOut:
-    """At most `max_tokens` / `length` whole sequences, drawn without replacement, in the file's order.
+    """Draw at most `max_tokens` / `length` whole sequences without replacement, in the file's order.
 
-    Documents follow one another, each ended by the end-of-document token, and are cut every `length` tokens; what is
-    left at the end is not used.
+    Documents follow one another, each ended by the end-of-document token, and are cut every `length` tokens; the
+    remainder at the end is not used.
 
     Raises:
-        UserError: nothing to read, less than one sequence, no tokenizer or another model's.
+        UserError: there is nothing to read, less than one sequence, or no tokenizer or that of another model.
     """
     count = max_tokens // length
     if count < 1:
@@ -159,7 +159,7 @@ def _from_index(prefix: str, tokenizer: Tokenizer | None, length: int, count: in
 
 
 class _Reader:
-    """Documents of files as one stream of tokens, and how many documents could not be used."""
+    """Tokenizes the documents of files, and counts those that could not be used."""
 
     def __init__(self, data: str, tokenizer: Tokenizer) -> None:
         self.bad, self.reason, self._tokenizer = 0, "", tokenizer
@@ -177,7 +177,7 @@ class _Reader:
 
 
 def _from_text(data: str, tokenizer: Tokenizer, length: int, count: int, seed: int) -> HeldOut:
-    """Reservoir sampling: memory holds the sequences drawn and one document."""
+    """Draw sequences by reservoir sampling: memory holds the sequences drawn and one document."""
     reader = _Reader(data, tokenizer)
     rng = random.Random(seed)
     kept: list[tuple[int, np.ndarray, np.ndarray]] = []

@@ -1,4 +1,4 @@
-"""The diagnostics themselves, as functions of tensors of one sequence.
+"""The diagnostics as functions of the tensors of one sequence.
 
 T tokens, d the hidden size, H heads, D the head dimension, V the vocabulary, L the loop count. h(r), r = 0 .. L, are
 the states [T, d] after each loop. A value that is not defined is NaN.
@@ -20,26 +20,26 @@ BLOCK_ELEMENTS = 1 << 23
 
 
 def mean_norm(vectors: Tensor) -> float:
-    """Mean L2 norm of the rows of [T, d]; NaN without rows."""
+    """Return the mean L2 norm of the rows of [T, d]; NaN without rows."""
     return float(vectors.double().norm(dim=-1).mean())
 
 
 def relative_step(state: Tensor, previous: Tensor) -> float:
-    """Mean over tokens of ||h(r) - h(r-1)|| / ||h(r-1)||; tokens whose h(r-1) is zero are left out."""
+    """Return the mean over tokens of ||h(r) - h(r-1)|| / ||h(r-1)||, without tokens whose h(r-1) is zero."""
     size = previous.double().norm(dim=-1)
     step = (state.double() - previous.double()).norm(dim=-1)
     return float((step / size)[size > 0].mean())
 
 
 def update_cosine(update: Tensor, previous_update: Tensor) -> float:
-    """Mean over tokens of the cosine of two updates [T, d]; tokens that one of them leaves in place are left out."""
+    """Return the mean over tokens of the cosine of two updates [T, d], without tokens for which either is zero."""
     first, second = update.double(), previous_update.double()
     norms = first.norm(dim=-1) * second.norm(dim=-1)
     return float(((first * second).sum(-1) / norms)[norms > 0].mean())
 
 
 def offset_cost(state: Tensor, starts: Tensor | None = None) -> float:
-    """Mean of ||h_i - h_(i-1)|| over tokens that have a token before them.
+    """Return the mean of ||h_i - h_(i-1)|| over tokens that have a token before them.
 
     Args:
         starts: bool [T], first tokens of documents, which receive nothing from the token before.
@@ -49,7 +49,7 @@ def offset_cost(state: Tensor, starts: Tensor | None = None) -> float:
 
 
 def effective_rank(states: Tensor) -> float:
-    """exp(entropy of the normalized singular values) of [T, d] whose rows are divided by their RMS; 1 .. min(T, d)."""
+    """Return exp(entropy of normalized singular values) of [T, d] with rows divided by their RMS; 1 .. min(T, d)."""
     rows = states.double()
     rms = rows.pow(2).mean(-1, keepdim=True).sqrt()
     rows = torch.where(rms > 0, rows / rms, rows)
@@ -58,7 +58,7 @@ def effective_rank(states: Tensor) -> float:
 
 
 def _rank_of_gram(gram: Tensor) -> float:
-    """Effective rank of a matrix with this Gram matrix, whose eigenvalues are its squared singular values."""
+    """Return the effective rank of a matrix by its Gram matrix, whose eigenvalues are the squared singular values."""
     singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     total = singular.sum()
     if not total > 0:
@@ -67,10 +67,10 @@ def _rank_of_gram(gram: Tensor) -> float:
 
 
 def head_diversity(outputs: Tensor) -> tuple[float, float]:
-    """(effective rank, mean pairwise cosine) of the heads' outputs [T, H, D], each scaled to length 1 for each token.
+    """Return (effective rank, mean pairwise cosine) of head outputs [T, H, D], scaled to length 1 for each token.
 
-    The rank, from 1 (all heads say the same) to H, is that of the matrix whose row h is head h over all tokens; its
-    rows' products are the cosines averaged over tokens. The cosine is NaN for a single head.
+    The rank, from 1 (all heads agree) to H, is that of the matrix whose row h is head h over all tokens; the products
+    of its rows are the cosines averaged over tokens. The cosine is NaN for a single head.
     """
     tokens, heads, _ = outputs.shape
     unit = F.normalize(outputs.double(), dim=-1).transpose(0, 1).flatten(1)
@@ -81,15 +81,15 @@ def head_diversity(outputs: Tensor) -> tuple[float, float]:
 
 
 def copy_distances(tokens: Tensor, starts: Tensor | None = None) -> Tensor:
-    """How far back a label could be copied from: an induction head finds it after the last occurrence of its context.
+    """Return how far back each label could be copied from, by an induction head that looks up its last two tokens.
 
     Args:
         tokens: int64 [T + 1], the last one only as a label.
         starts: bool [T + 1], first tokens of documents kept apart; None: one document.
 
     Returns:
-        int64 [T], for the token after place t the distance from t to the last place before it with the same two tokens
-        (t - 1, t), if the same token followed there; 0 where none did.
+        int64 [T]: for the token after place t, the distance from t to the last earlier place with the same two tokens
+        (t - 1, t), if the same token followed there; else 0.
     """
     row, last = tokens.tolist(), dict[tuple[int, int, int], int]()
     distances = [0] * (len(row) - 1)
@@ -110,19 +110,19 @@ def lens_statistics(
     head: Callable[[Tensor], Tensor],
     groups: Mapping[str, Tensor] | None = None,
 ) -> dict[str, np.ndarray]:
-    """The logit lens: what the model would predict if it stopped after each loop.
+    """Apply the logit lens: measure the predictions of a model that stops after each loop.
 
     Args:
-        states: h(0) .. h(L), [T, d]; h(0) is not looked at.
+        states: h(0) .. h(L), [T, d]; h(0) is not used.
         labels: int64 [T], the next tokens.
         counted: bool [T], the tokens that count.
-        head: states to logits [.., V].
-        groups: bool [T] by name, tokens whose mean loss is wanted by itself.
+        head: maps states to logits [.., V].
+        groups: bool [T] by name, tokens to report a separate mean loss for.
 
     Returns:
         Arrays [L + 1] by name, means over the tokens that count: `lens_loss` (nats), `lens_rank` (of the label, 1 is
         best), `lens_entropy` (nats), `lens_kl` = KL(p(r) || p(r-1)) (nats, r >= 2), and `peak_loop`, the share of
-        tokens whose largest KL is at r (r >= 2); by a group's name the mean loss of its tokens that count.
+        tokens whose largest KL is at r (r >= 2); under each group's name, the mean loss of its tokens that count.
     """
     loops, groups = len(states) - 1, groups or {}
     names = ("lens_loss", "lens_rank", "lens_entropy", "lens_kl", "peak_loop", *groups)
@@ -162,7 +162,7 @@ def _add_lens(
         sums["lens_rank"][loop] += float((logits > truth).sum() + len(labels))
         sums["lens_entropy"][loop] += float(torch.special.entr(probabilities).sum(-1).double().sum())
         if previous is not None:
-            # Logits of minus infinity in both say nothing.
+            # Logits of minus infinity in both would give NaN.
             terms = torch.where(probabilities > 0, probabilities * (current - previous), 0.0)
             divergences.append(terms.sum(-1).clamp(min=0))
             sums["lens_kl"][loop] += float(divergences[-1].double().sum())
@@ -182,8 +182,8 @@ class Attention:
     Attributes:
         query: [H, T, D], after RoPE.
         key: [K, T, D], K divides H: head h reads key h // (H / K).
-        scaling: of the scores.
-        window: keys a query sees, itself included; None: all.
+        scaling: factor of the scores.
+        window: number of keys a query sees, itself included; None: all.
     """
 
     query: Tensor
@@ -192,7 +192,7 @@ class Attention:
     window: int | None = None
 
     def log_probabilities(self, rows: slice, keys: slice, mask: Tensor) -> Tensor:
-        """Log-probabilities of queries over keys, float32 [H, rows, keys]; `mask` [rows, keys]: which keys they see."""
+        """Return log-probabilities of queries over keys, float32 [H, rows, keys]. `mask` [rows, keys]: visible keys."""
         heads = self.key.shape[0]
         query = self.query[:, rows].float().unflatten(0, (heads, -1))
         scores = torch.einsum("kgqd,knd->kgqn", query, self.key[:, keys].float()) * self.scaling
@@ -202,11 +202,12 @@ class Attention:
 def attention_statistics(
     attention: Attention, previous: Attention | None = None, documents: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Means over queries, in nats and float64, for each head [H]: the entropy of the attention, and
-    KL(attention || previous); None without `previous`, which has the same shape and window.
+    """Return the entropy of the attention and KL(attention || previous), for each head [H], as means over queries.
+
+    Both are in nats, float64. The KL is None without `previous`, which must have the same shape and window.
 
     Args:
-        documents: int [T], the document of each token, which sees no other; None: one document.
+        documents: int [T], the document of each token, which sees no other document; None: one document.
     """
     heads, tokens, _ = attention.query.shape
     entropy = torch.zeros(heads, dtype=torch.float64, device=attention.query.device)
@@ -229,7 +230,7 @@ def attention_statistics(
 
 
 def _seen(rows: slice, keys: slice, reach: int, documents: Tensor | None, device: torch.device) -> Tensor:
-    """Bool [rows, keys]: whether a query sees a key."""
+    """Return bool [rows, keys]: whether a query sees a key."""
     i = torch.arange(rows.start, rows.stop, device=device)[:, None]
     j = torch.arange(keys.start, keys.stop, device=device)[None]
     seen = (j <= i) & (i - j < reach)

@@ -1,4 +1,4 @@
-"""The command: a model and a text in; numbers as JSON, CSV and a table, figures and a page out."""
+"""Diagnose a model on a text, and write the numbers as JSON, CSV and a table, with figures and a page."""
 
 from __future__ import annotations
 
@@ -49,9 +49,10 @@ _SWITCHES = (
 
 @dataclass(frozen=True)
 class DiagnoseOptions:
-    """What to diagnose, on what, and where the result goes. See `plt diagnose --help`.
+    """Options of a diagnosis. See `plt diagnose --help`.
 
-    `None`: `output`: beside the model; `sequence_length`: the model's, at most 2048; `reset`: as the run was trained.
+    Defaults for None: `output`, beside the model; `sequence_length`, the model's, at most 2048; `reset`, as the run was
+    trained.
     """
 
     model: Path
@@ -68,7 +69,7 @@ class DiagnoseOptions:
 
 @dataclass(frozen=True)
 class Result:
-    """The outcome, and the folder with the files."""
+    """The outcome of a diagnosis, and the folder with its files."""
 
     diagnosis: Diagnosis
     decision: Decision
@@ -109,18 +110,18 @@ def _sequence_length(options: DiagnoseOptions, source: ModelSource) -> int:
     most = source.max_position_embeddings
     length = options.sequence_length if options.sequence_length is not None else min(most, LONGEST_DEFAULT)
     if not 2 <= length <= most:
-        raise UserError(f"--sequence-length {length} is not from 2 to the model's {most} tokens")
+        raise UserError(f"--sequence-length {length} must be from 2 to the model's {most} tokens")
     return length
 
 
 def _trained_with(source: ModelSource, setting: str) -> bool:
-    """Whether a switch of the run's data was on. A Hugging Face folder does not say."""
+    """Return whether the run's data had this switch on; False for a Hugging Face folder, which does not record it."""
     config = source.progress.get("config") or {}
     return bool(config.get("data", {}).get(setting, False))
 
 
 def _default_folder(source: ModelSource) -> Path:
-    """A run's checkpoint: `diagnostics/<checkpoint>` in the run's folder; a Hugging Face folder: beside it."""
+    """Return `diagnostics/<checkpoint>` in the run's folder, or a folder beside a Hugging Face folder."""
     path = source.path.resolve()
     if source.progress:
         return path.parent.parent / "diagnostics" / path.name
@@ -179,13 +180,13 @@ def _write(folder: Path, diagnosis: Diagnosis, decision: Decision, about: dict[s
 
 
 def _name(model: Path) -> str:
-    """The model's folder; of a run's checkpoint the run's, and the step."""
+    """Return the name of the model's folder, or for a run's checkpoint, the run's name and the step."""
     in_run = model.parent.name == RunFolder(Path()).checkpoints.name
     return f"{model.parent.parent.name}, step {step_of(model):,}" if in_run else model.name
 
 
 def _summary(diagnosis: Diagnosis, decision: Decision, about: dict[str, Any]) -> str:
-    """What the terminal shows."""
+    """Format the result for the terminal."""
     bad = about["data"]["unreadable_documents"]
     header = ["", "embeddings", *(f"loop {loop}" for loop in range(1, diagnosis.loop_count + 1))]
     rows = [
@@ -201,7 +202,7 @@ def _summary(diagnosis: Diagnosis, decision: Decision, about: dict[str, Any]) ->
 
 
 def _describe(about: dict[str, Any]) -> str:
-    """One line: the model, and the text."""
+    """Describe the model and the text in one line."""
     model, data = about["model"], about["data"]
     step = f", step {model['step']:,}" if model.get("step") is not None else ""
     loops = plural(model["loop_count"], "loop")
@@ -220,8 +221,8 @@ def _page(diagnosis: Diagnosis, decision: Decision, about: dict[str, Any]) -> Pa
         Column("change", "change by the last loop", change.at, "+.4f"),
     ]
     note = (
-        "Stopping after loop r is what running with r loops computes: this is also the logit lens. Nats per token; "
-        "changes are paired by sequence."
+        "Stopping after loop r equals running with r loops, and is also the logit lens. Nats per token; changes are "
+        "paired by sequence."
     )
     loops = range(diagnosis.loop_count + 1)
 
@@ -253,7 +254,7 @@ def _page(diagnosis: Diagnosis, decision: Decision, about: dict[str, Any]) -> Pa
 
 
 def csv_text(diagnosis: Diagnosis) -> str:
-    """One number a line: measure, loop, layer and head (from 0; empty: the mean over them), value, low, high."""
+    """Write one number per line: measure, loop, layer, head (from 0; empty: the mean over them), value, low, high."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["measure", "loop", "layer", "head", "value", "low", "high"])
@@ -273,7 +274,7 @@ def _all_numbers(diagnosis: Diagnosis) -> Iterator[tuple[str, tuple[int, ...], I
 
 
 def as_json(diagnosis: Diagnosis, decision: Decision, about: dict[str, Any]) -> dict[str, Any]:
-    """Everything, NaN as null.
+    """Return everything in JSON form, with NaN as null.
 
     `measures` holds, by name, lists over loops 0 .. L of `value`, `low` and `high`; `details` the same for each layer
     (and head), nested in the order loop, layer, head; `changes` the paired differences to the loop before.
@@ -325,23 +326,23 @@ _UNITS = {
 }
 _WIDTH, _HEIGHT = 3.4, 2.7  # of a plot, inches
 _HEAT_COLUMNS = 3
-_NUMBERED_CELLS = 96  # heat maps of up to so many cells show their numbers
+_NUMBERED_CELLS = 96  # heat maps with at most this many cells show their numbers
 
 
 def make_figures(diagnosis: Diagnosis) -> list[Named]:
-    """The figures that the model has numbers for."""
+    """Draw the figures that the model has numbers for."""
 
     def panels(name: str, caption: str, names: Sequence[str], kind: Callable[..., Panel], columns: int) -> Named:
         found = [kind(diagnosis, each) for each in names if each in diagnosis.loops]
         return drawn(name, caption, found, _WIDTH, _HEIGHT, columns)
 
     bars = "95 % bootstrap intervals over sequences."
-    moved = f"How far each loop moves the states, and where. L2 norms. Bars: {bars}"
-    predicted = f"What the model would predict if it stopped after each loop. Bars: {bars}"
+    moved = f"How far each loop moves the states, and where to. L2 norms. Bars: {bars}"
+    predicted = f"Predictions of the model if it stopped after each loop. Bars: {bars}"
     made = [panels("states", moved, _STATES, _by_loop, 3), panels("lens", predicted, _LENS, _by_loop, 3)]
     if "gate_mean" in diagnosis.details:
         lowest, start = (-1.0, 0.0) if diagnosis.gate_activation == "tanh" else (0.0, 0.5)
-        caption = f"Mean of the gate g by layer and head: {start:g}, where it began, is white."
+        caption = f"Mean of the gate g by layer and head: {start:g}, its initial value, is white."
         made.append(Named("gates", caption, _gates(diagnosis.details["gate_mean"], lowest)))
     seen = f"Attention by layer, mean over heads and tokens. Shaded: {bars}"
     heads = f"Diversity of the heads' outputs by layer. Shaded: {bars}"
@@ -371,7 +372,7 @@ def _by_loop(diagnosis: Diagnosis, name: str) -> Panel:
 
 
 def _by_layer(diagnosis: Diagnosis, name: str) -> Panel:
-    # The ends of intervals are averaged over heads, too, which is wider than the interval of the mean.
+    # The ends of intervals are averaged over heads, too, which makes them wider than the interval of the mean.
     found = diagnosis.details[name]
     mean, low, high = (v if v.ndim == 2 else v.mean(-1) for v in (found.mean, found.low, found.high))
     layers = np.arange(mean.shape[1])
@@ -387,7 +388,7 @@ def _by_layer(diagnosis: Diagnosis, name: str) -> Panel:
 
 
 def _gates(intervals: Intervals, lowest: float) -> Figure:
-    """One heat map a loop, layers down, heads across. A gate is between `lowest` and 1."""
+    """Draw one heat map per loop, layers down, heads across. A gate is between `lowest` and 1."""
     loops = range(2, len(intervals.mean))
     layers, heads = intervals.mean.shape[1:]
     columns = min(_HEAT_COLUMNS, len(loops))

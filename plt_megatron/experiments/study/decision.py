@@ -1,9 +1,9 @@
-"""The answer: how many loops, at equal training FLOPs, step time, decoding latency or memory, and how sure that is.
+"""Decide how many loops are best at equal training FLOPs, step time, decoding latency or memory, and how sure that is.
 
-Each contender (a variant with a number of loops) comes in many shapes. At a given price the best of them that is within
-the limit counts: large and trained briefly, or small and trained long. Its loss is the law's; how often a contender
-is the best over the law's bootstrap samples is how sure the answer is, as far as the law holds. Where it is not known
-to hold, far beyond its runs or where its intervals are wider than its own E, nothing is decided.
+Each contender (a variant with a number of loops) comes in many shapes. At a given price, its best shape within the
+limit counts: large and trained briefly, or small and trained long. Its loss is predicted by the law. The share of the
+law's bootstrap samples in which a contender is best tells how sure the answer is, if the law holds. Where it is not
+known to hold (far beyond its runs, or where its intervals are wider than its own E), nothing is decided.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from plt_megatron.experiments.pages import Verdict
 from plt_megatron.experiments.solver import Model, jacobian, models_to_arrays
 from plt_megatron.run_folder.text import format_bytes, format_duration, plural
 
-_POINTS = 25  # of a frontier's curve
-_SPAN = 30.0  # how far it reaches from the target, either way, as a factor
+_POINTS = 25  # points of a frontier's curve
+_SPAN = 30.0  # factor by which it extends from the target in both directions
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ class Candidate:
     """A model that could be trained; see `Observation`.
 
     Attributes:
-        flops, seconds: of training, per token; seconds None: not measured.
-        latency_ms: per decoded token; memory: bytes of weights and KV cache, both at the target's context and batch.
+        flops, seconds: cost of training per token; seconds None: not measured.
+        latency_ms: latency per decoded token; memory: bytes of weights and KV cache; both at the target's context and
+            batch.
     """
 
     variant: str
@@ -48,7 +49,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Curve:
-    """A contender's frontier: price or limit x [k], loss [k] (NaN: no candidate is within it), and its interval."""
+    """A contender's frontier: price or limit x [k], loss [k] (NaN: no candidate within the limit), and its interval."""
 
     variant: str
     loops: int
@@ -60,11 +61,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Standing:
-    """A contender at the target, by its best shape, `model`.
+    """A contender at the target, with its best shape, `model`.
 
     Attributes:
-        behind: its loss less the best's.
-        share: of the samples, in which it is the best.
+        behind: its loss minus the best contender's.
+        share: share of the samples in which it is the best.
     """
 
     model: Model
@@ -78,19 +79,21 @@ class Standing:
 
     @property
     def parameters(self) -> float:
-        """Without embeddings."""
+        """Parameters without embeddings."""
         return self.model.once + self.model.looped
 
 
 @dataclass(frozen=True)
 class LawVerdict(Verdict):
-    """The answer for one variant, the `group`: decided where the law is known to hold there, and its share reaches the
-    target's confidence or nobody would pay for the difference; else `text` says what would decide it.
+    """The answer for one variant, the `group`.
+
+    It is decided if the law is known to hold at the target, and the best contender's share reaches the target's
+    confidence or the difference is below `indifference`; else `text` says what would decide it.
 
     Attributes:
-        standings: contenders, best first; none where no contender is within the limits, or the fit has no phi of the
+        standings: contenders, best first; empty if no contender is within the limits, or the fit has no phi of the
             variant.
-        beyond: how far the answer lies from the law's runs, in words; empty: near them.
+        beyond: how far the answer lies from the law's runs, in words; empty if near them.
     """
 
     standings: tuple[Standing, ...] = ()
@@ -103,7 +106,7 @@ class LawVerdict(Verdict):
 
 @dataclass(frozen=True)
 class Frontier:
-    """One question's curves and verdicts, by variant. `axis`: what x is."""
+    """One question's curves and verdicts, by variant. `axis`: the quantity x."""
 
     question: str
     axis: str
@@ -119,26 +122,29 @@ def decide(
     *,
     curves: bool = True,
 ) -> list[Frontier]:
-    """All frontiers; the headline, at equal decoding latency, first. Verdicts are of the candidates' variants, in their
-    order, also of those that the fit has no phi of. `unit`: the loss's; `curves`: also beside the target."""
+    """Return all frontiers, with the headline, at equal decoding latency, first.
+
+    Verdicts cover the candidates' variants in their order, including those without a phi in the fit. `unit`: unit of
+    the loss; `curves`: whether to compute losses away from the target, too.
+    """
     return [_frontier(fit, candidates, question, target, curves) for question in _questions(candidates, target, unit)]
 
 
 def headline(frontiers: Sequence[Frontier]) -> LawVerdict:
-    """The first variant's answer at equal decoding latency."""
+    """Return the first variant's answer at equal decoding latency."""
     return frontiers[0].verdicts[0]
 
 
 @dataclass(frozen=True)
 class _Question:
-    """What is held equal: tokens that a price buys, and what a candidate must not exceed. `unit`: of the loss."""
+    """A quantity to hold equal: the tokens that a price buys, and the limit of a candidate. `unit`: of the loss."""
 
     unit: str
     name: str
     axis: str
     target: float
     words: str
-    tokens: Callable[[Candidate, float], float]  # for a value of the axis
+    tokens: Callable[[Candidate, float], float]  # training tokens at a value of the axis
     measure: Callable[[Candidate], float] | None = None  # None: the axis is the price
 
 
@@ -205,23 +211,23 @@ def _frontier(
 
 
 def _contenders(fit: LawFit, candidates: Sequence[Candidate]) -> dict[tuple[str, int], list[Candidate]]:
-    """Candidates by variant and loops; those of one loop are every variant's."""
+    """Group candidates by variant and loops; those of one loop belong to every variant."""
     found: dict[tuple[str, int], list[Candidate]] = {}
     for candidate in candidates:
         if candidate.loops == 1 or candidate.variant in fit.data.variants:
             found.setdefault((candidate.variant if candidate.loops > 1 else "", candidate.loops), []).append(candidate)
     if ("", 1) not in found:
-        raise UserError("no candidate has one loop: there is nothing to set loops against")
+        raise UserError("no candidate has one loop: there is nothing to compare loops with")
     return found
 
 
 def _best(
     fit: LawFit, own: Sequence[Candidate], question: _Question, value: float
 ) -> tuple[Candidate, float, np.ndarray] | None:
-    """A contender's best candidate within a value of the axis, its tokens, and its loss [1 + b] by the fit and its
-    samples; None where no candidate is within it.
+    """Return a contender's best candidate at a value of the axis, its tokens, and its loss [1 + b] by the fit and its
+    samples; None if no candidate is within the limit.
 
-    The fit chooses the shape: samples say how well that choice does, not how well one made with hindsight would.
+    The fit chooses the shape: samples evaluate that choice, not one made with hindsight.
     """
     inside = _within(own, question.measure, value) if question.measure is not None else list(own)
     if not inside:
@@ -232,8 +238,8 @@ def _best(
 
 
 def _within(own: Sequence[Candidate], measure: Callable[[Candidate], float], limit: float) -> list[Candidate]:
-    """The candidates up to a limit, and one between two shapes that is right at it: else one whose next shape is just
-    too large would lose by as much as shapes are apart."""
+    """Return the candidates up to a limit, and an interpolated one right at it: else a contender whose next shape is
+    just too large would lose by the gap between shapes."""
     inside = [c for c in own if measure(c) <= limit * (1 + 1e-9)]
     beyond = [c for c in own if measure(c) > limit * (1 + 1e-9)]
     if inside and beyond:
@@ -244,7 +250,7 @@ def _within(own: Sequence[Candidate], measure: Callable[[Candidate], float], lim
 
 
 def _between(low: Candidate, high: Candidate, share: float) -> Candidate:
-    """A candidate on the way from one to another, in logarithms."""
+    """Interpolate between two candidates, in logarithms."""
 
     def at(name: str) -> float:
         first, last = getattr(low, name), getattr(high, name)
@@ -279,12 +285,12 @@ def _verdict(
     fit: LawFit, contenders: Sequence[Sequence[Candidate]], question: _Question, target: DecideSettings, variant: str
 ) -> LawVerdict:
     if variant not in fit.data.variants:
-        text = f"{question.words}: no run of several loops counts, so nothing is known of them. Not decided"
+        text = f"{question.words}: no run with several loops counts, so nothing is known about them. Not decided"
         return LawVerdict(text, False, question.name, variant)
     best = [_best(fit, own, question, question.target) for own in contenders]
     inside = sorted((found for found in best if found is not None), key=lambda found: found[2][0])
     if not inside:
-        text = f"{question.words}: no shape that was looked at is within the limit"
+        text = f"{question.words}: no shape considered is within the limit"
         return LawVerdict(text, False, question.name, variant)
     losses = np.stack([own for _, _, own in inside])  # [contenders, 1 + b]
     wins = np.bincount(np.argmin(losses[:, 1:], axis=0), minlength=len(inside)) / (losses.shape[1] - 1)
@@ -315,17 +321,17 @@ def _in_words(
         reasons, needs = (" and ".join(words) for words in zip(*doubts, strict=True))
         text += f". Not decided: {reasons}; it takes {needs}"
     elif best.share < target.confidence:
-        text += f". Nobody would pay for the difference to {', '.join(_loops(other.loops) for other in near)}"
+        text += f". The difference to {', '.join(_loops(other.loops) for other in near)} is too small to matter"
     winner = None if doubts else _loops(best.loops)
     return LawVerdict(text, not doubts, question.name, variant, winner, standings, beyond)
 
 
 def _doubts(fit: LawFit, standings: Sequence[Standing], unit: str) -> Iterator[tuple[str, str]]:
-    """Why the law is not known to hold where it is asked, each with what it would take, in words."""
+    """Yield the reasons why the law is not known to hold at the target, each with what would remove it."""
     models = [standing.model for standing in standings]
     beyond, floor = fit.beyond(models), float(fit.theta[0]) or standings[0].loss.value
     if beyond:
-        yield f"the law is stretched far to say so, {beyond}", fit.needed(models)
+        yield f"this extrapolates the law far, {beyond}", fit.needed(models)
     width = max((standing.behind.high - standing.behind.low for standing in standings[1:2]), default=0.0)
     if width > floor:
         words = f"an interval of {width:.3g} {unit} is wider than the law's E, {floor:.3g}"
@@ -336,12 +342,13 @@ _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 
 def _loops(count: int) -> str:
-    """`two loops`."""
+    """Write a number of loops in words: `two loops`."""
     return plural(count, "loop").replace(str(count), _NUMBERS[count])
 
 
 def contrast(fit: LawFit, verdict: LawVerdict) -> np.ndarray | None:
-    """The gradient [1, p] of the difference between the two best: what further runs should tell; None for one."""
+    """Return the gradient [1, p] of the difference between the two best, which further runs should determine; None if
+    there is only one."""
     if len(verdict.standings) < 2:
         return None
     models = [standing.model for standing in verdict.standings[:2]]

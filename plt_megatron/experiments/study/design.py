@@ -1,8 +1,8 @@
-"""Which runs tell the most about the law for their price: chosen one by one by the Fisher information they add.
+"""Choose the runs that tell the most about the law for their price, one by one, by the Fisher information they add.
 
 An `Arm` is a model with a seed. Training it to one horizon leaves checkpoints from which shorter and longer ones
-branch, so that an arm's further horizons cost little: the decay alone, or what a longer run adds. Branches share their
-trunk's luck, which the information takes into account.
+branch, so that an arm's further horizons cost little: the decay alone, or the added part of a longer run. Branches
+share their trunk's noise, which the information takes into account.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from plt_megatron.experiments.law import LawFit
 from plt_megatron.experiments.solver import UNIT_D, UNIT_N, Model, jacobian, models_to_arrays
 
 Z95 = 1.959964
-# What is believed before any run, as standard deviations of E, A, B, alpha, beta and each phi: little.
+# A weak prior: standard deviations of E, A, B, alpha, beta and each phi before any run.
 _BELIEF = (1.0, 1.0, 1.0, 0.2, 0.2)
 _BELIEF_PHI = 0.5
-_LEAST_GAIN = 1e-4  # of the criterion, in logarithms: what adds less is not worth a run
-_SKELETON = 0.7  # of the budget, at most, for the runs without which there is no law
+_LEAST_GAIN = 1e-4  # in the criterion, in logarithms: anything that adds less is not worth a run
+_SKELETON = 0.7  # share of the budget, at most, for the runs without which there is no law
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A model with a seed; see `Observation`. `seconds_per_token`: of training."""
+    """A model with a seed; see `Observation`. `seconds_per_token`: training time."""
 
     variant: str
     size: str
@@ -46,7 +46,7 @@ class Horizons:
     decay_share: float = 0.2
 
     def new_tokens(self, done: Sequence[float], added: Sequence[float]) -> float:
-        """Tokens to train for horizons `added` to an arm that has `done`: the longest first, shorter ones branch."""
+        """Return the tokens to train to add horizons to an arm that has `done`: the longest first, then branches."""
         known, total = list(done), 0.0
         for tokens in sorted(added, reverse=True):
             if any(other >= tokens for other in known):
@@ -60,13 +60,13 @@ class Horizons:
 
 @dataclass
 class Design:
-    """Chosen runs, and what they would tell.
+    """Chosen runs, and the precision expected from them.
 
     Attributes:
         chosen: (index of an arm, tokens), in the order of choice.
-        seconds: of training, all together.
-        covariance: [p, p] of E, A, B, alpha, beta and the phis, after them and all that was done before.
-        variants: whose phis these are.
+        seconds: total training time.
+        covariance: [p, p] of E, A, B, alpha, beta and the phis, after these runs and all earlier ones.
+        variants: the variants of the phis.
     """
 
     chosen: list[tuple[int, float]]
@@ -76,19 +76,19 @@ class Design:
     before: np.ndarray = field(repr=False)
 
     def half_width(self, variant: str) -> float:
-        """Half of the 95 % interval of a variant's phi that is expected after the runs."""
+        """Return half of the 95 % interval of a variant's phi that is expected after the runs."""
         column = 5 + self.variants.index(variant)
         return Z95 * math.sqrt(self.covariance[column, column])
 
     def in_words(self) -> str:
-        """`this budget tells phi of PLT within ±0.10, of naive loop within ±0.12`."""
+        """Describe the design: `this budget determines phi of PLT within ±0.10, phi of naive loop within ±0.12`."""
         parts = [f"phi of {name} within ±{self.half_width(name):.2g}" for name in self.variants]
-        return f"this budget tells {', '.join(parts)}"
+        return f"this budget determines {', '.join(parts)}"
 
 
 def expected_theta(sizes: Sequence[float], tokens: Sequence[float], variants: int, phi: float = 0.46) -> np.ndarray:
-    """A law [5 + variants] to plan with before the first run: Chinchilla's exponents, and terms of 0.7 nats for the
-    middle of the sizes and tokens."""
+    """Return a law [5 + variants] to plan with before the first run: Chinchilla's exponents, and terms of 0.7 nats at
+    the middle of the sizes and tokens."""
     alpha, beta = 0.34, 0.28
     n, d = (math.exp(float(np.mean(np.log(values)))) for values in (sizes, tokens))
     a, b = 0.7 * (n / UNIT_N) ** alpha, 0.7 * (d / UNIT_D) ** beta
@@ -96,7 +96,7 @@ def expected_theta(sizes: Sequence[float], tokens: Sequence[float], variants: in
 
 
 def estimated_noise(fit: LawFit) -> NoiseSettings:
-    """The luck that a fit's residuals show, of trunks and of runs."""
+    """Estimate the noise of trunks and of runs from a fit's residuals."""
     count = np.bincount(fit.data.blocks)
     means = np.bincount(fit.data.blocks, fit.adjusted) / count
     within = fit.adjusted - means[fit.data.blocks]
@@ -118,16 +118,16 @@ def choose_runs(
     closed: Collection[int] = (),
     contrasts: np.ndarray | None = None,
 ) -> Design:
-    """Spend `seconds` of training on the runs that tell the phis, and `contrasts`, best.
+    """Spend `seconds` of training on the runs that best determine the phis, and `contrasts`.
 
-    Without runs that are `done`, those come first that any law takes: one loop of three sizes, as different as can be
-    paid for, and two wirings of each variant.
+    If no runs are `done`, those that any law needs come first: one loop of three sizes, as far apart as the budget
+    allows, and two wirings of each variant.
 
     Args:
         theta: [5 + variants], the law as far as it is known.
-        done: index of an arm -> horizons that are there or under way.
-        closed: indices of arms that are trained no further.
-        contrasts: [k, 5 + variants], gradients of further quantities to tell, such as differences of losses.
+        done: horizons that are finished or under way, by index of the arm.
+        closed: indices of arms that are not trained any further.
+        contrasts: [k, 5 + variants], gradients of further quantities to determine, such as differences of losses.
     """
     planner = _Planner(arms, horizons, theta, tuple(variants), noise or NoiseSettings(), contrasts, frozenset(closed))
     start = {index: tuple(sorted(tokens)) for index, tokens in (done or {}).items()}
@@ -157,7 +157,7 @@ class _Planner:
         self._known: dict[tuple[int, tuple[float, ...]], np.ndarray] = {}
 
     def _slopes(self, theta: np.ndarray) -> np.ndarray:
-        """Derivatives [arms, horizons, p] of the losses."""
+        """Return the derivatives [arms, horizons, p] of the losses."""
         asked = [
             Model(arm.variant, arm.once, arm.looped, arm.loops, tokens)
             for arm in self.arms
@@ -168,7 +168,7 @@ class _Planner:
         return found.reshape(len(self.arms), len(self.horizons.tokens), -1)
 
     def information(self, arm: int, tokens: tuple[float, ...]) -> np.ndarray:
-        """[p, p], of an arm trained to these horizons."""
+        """Return the information [p, p] of an arm trained to these horizons."""
         key = (arm, tokens)
         if key not in self._known:
             slopes = self.slopes[arm, [self.horizons.tokens.index(each) for each in tokens]]
@@ -177,15 +177,15 @@ class _Planner:
         return self._known[key]
 
     def criterion(self, informations: np.ndarray) -> np.ndarray:
-        """[b], of informations [b, p, p]: the mean logarithm of the variances of what is asked, and a tenth of the
-        whole law's, so that none of its coefficients is left to belief."""
+        """Return the criterion [b] of informations [b, p, p]: the mean logarithm of the variances of the quantities of
+        interest, plus a tenth of the whole law's, so that none of its coefficients is left to the prior."""
         covariances = np.linalg.inv(informations)
         variances = np.einsum("kp,bpq,kq->bk", self.interests, covariances, self.interests)
         _, volume = np.linalg.slogdet(covariances)
         return np.log(np.maximum(variances, 1e-300)).mean(1) + 0.1 * volume / covariances.shape[1]
 
     def spend(self, seconds: float, start: Mapping[int, tuple[float, ...]], by_price: bool) -> Design:
-        """Choose runs one by one: what tells most for its price, or what tells most."""
+        """Choose runs one by one: the most informative for its price, or the most informative."""
         held: dict[int, tuple[float, ...]] = {arm: tokens for arm, tokens in start.items() if tokens}
         information = self.prior + sum((self.information(*item) for item in held.items()), np.zeros_like(self.prior))
         design = Design([], 0.0, np.linalg.inv(information), self.variants, np.linalg.inv(information))
@@ -203,11 +203,11 @@ class _Planner:
             held[arm] = tokens
 
     def _added(self, arm: int, tokens: tuple[float, ...], old: tuple[float, ...]) -> np.ndarray:
-        """The information that further horizons of an arm add."""
+        """Return the information that further horizons of an arm add."""
         return self.information(arm, tokens) - (self.information(arm, old) if old else 0.0)
 
     def _skeleton(self, seconds: float) -> list[tuple[int, tuple[float, ...], float]]:
-        """What any law takes, with as large a size as `seconds` pay for; nothing where they do not pay for any."""
+        """Return the runs any law needs, with the largest size that `seconds` pay for; none if they do not suffice."""
         arms, tokens = self.arms, self.horizons.tokens
         single = sorted((i for i, arm in enumerate(arms) if arm.loops == 1), key=lambda i: arms[i].looped)
         sizes = list(dict.fromkeys(arms[i].size for i in single))
@@ -225,7 +225,7 @@ class _Planner:
     def _best(
         self, information: np.ndarray, held: Mapping[int, tuple[float, ...]], left: float, by_price: bool
     ) -> tuple[int, tuple[float, ...], float] | None:
-        """(arm, all its horizons, price) of the best addition that `left` seconds pay for."""
+        """Return (arm, all its horizons, price) of the best addition that `left` seconds pay for."""
         options = [option for option in self._options(held) if option[2] <= left]
         if not options:
             return None
@@ -236,7 +236,7 @@ class _Planner:
         return options[best] if gains[best] > _LEAST_GAIN else None
 
     def _options(self, held: Mapping[int, tuple[float, ...]]) -> list[tuple[int, tuple[float, ...], float]]:
-        """(arm, all its horizons, price of the new ones): each arm up to each horizon, with all shorter ones."""
+        """Return (arm, all its horizons, price of new ones) for each arm up to each horizon, with all shorter ones."""
         options = []
         for index, arm in enumerate(self.arms):
             if index in self.closed:

@@ -1,8 +1,8 @@
 """Every run that a study may make: arms (a size, a wiring, a loop count, a seed) and their horizons, as configurations.
 
-An arm's runs are one trunk and its branches (`config.branching`): all share seed, order of samples and constant rate,
-and keep checkpoints where any of the horizons begins to decay. A run starts from the latest of these that an earlier
-run of its arm has passed.
+An arm's runs are one trunk and its branches (`config.branching`): they share the seed, the order of samples and the
+constant rate, and keep checkpoints where any of the horizons begins to decay. A run starts from the latest of these
+checkpoints that an earlier run of its arm has passed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from plt_megatron.run_folder.checkpoints import folder_name, step_of
 from plt_megatron.run_folder.text import plural
 
 ONE_LOOP = "every"  # the variant of a run of one loop
-_PARTS = 4  # of the shortest horizon: all begin to decay at a multiple of it, so that few checkpoints serve all
+_PARTS = 4  # parts of the shortest horizon; all decays begin at a multiple of one, so that few checkpoints serve all
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class GridArm:
     """An arm and its runs.
 
     Attributes:
-        config: of a run without its name and length.
-        lengths: step after which the rate falls, and steps over which it does, of each horizon.
+        config: configuration of its runs, without name and length.
+        lengths: for each horizon, the step after which the rate decays, and the number of steps of decay.
     """
 
     arm: Arm
@@ -45,7 +45,7 @@ class GridArm:
 
     @property
     def name(self) -> str:
-        """The name that its runs share, without the horizon."""
+        """Common part of its runs' names, without the horizon."""
         arm = self.arm
         variant = arm.variant if arm.loops > 1 else ONE_LOOP
         return "-".join([slug(variant), slug(arm.size), f"{arm.loops}x", f"seed{arm.seed}"])
@@ -53,7 +53,7 @@ class GridArm:
 
 @dataclass(frozen=True)
 class Grid:
-    """All arms, and the horizons that they have in common."""
+    """All arms, and their common horizons."""
 
     study: StudyFile
     arms: tuple[GridArm, ...]
@@ -63,13 +63,13 @@ class Grid:
         return f"{self.arms[arm].name}-{_short(tokens)}"
 
     def places(self) -> dict[str, tuple[int, float]]:
-        """Name of a run -> its arm and horizon, of all that could be made."""
+        """Return arm and horizon of all possible runs, by name."""
         return {self.run_name(arm, t): (arm, t) for arm in range(len(self.arms)) for t in self.horizons.tokens}
 
     def planned(
         self, chosen: Sequence[tuple[int, float]], number: int, before: Sequence[PlannedRun]
     ) -> list[PlannedRun]:
-        """The runs of round `number`. `before`: those of earlier rounds, in order."""
+        """Return the runs of round `number`. `before`: those of earlier rounds, in order."""
         runs: list[PlannedRun] = []
         for index, tokens in chosen:
             own = [run for run in (*before, *runs) if run.name.startswith(f"{self.arms[index].name}-")]
@@ -105,9 +105,9 @@ class Grid:
 
 
 def make_grid(study: StudyFile, tokenizer_vocab: int | None, check_files: bool = True) -> Grid:
-    """The grid of a study. `tokenizer_vocab`: see `sweep_plan.vocab_of`.
+    """Build the grid of a study. `tokenizer_vocab`: see `sweep_plan.vocab_of`.
 
-    Raises `UserError`, one line per problem, for settings of runs that are wrong.
+    Raises `UserError`, one line per problem, if settings of runs are wrong.
     """
     wirings = [("", 1), *((variant, loops) for variant in study.variants for loops in study.loops if loops > 1)]
     width = load_config(study.base, study.overrides).model.hidden_size
@@ -119,9 +119,9 @@ def make_grid(study: StudyFile, tokenizer_vocab: int | None, check_files: bool =
             if config.validation.iters == 0:
                 found.append("validation.iters: a study compares validated losses; must be above 0")
             if study.measure == "bits_per_byte" and not config.validation.by_source:
-                found.append("measure: bits_per_byte takes validation.by_source=true")
+                found.append("measure: bits_per_byte needs validation.by_source=true")
             if config.model.loop_span is not None:
-                found.append("model.loop_span: a study's law takes all layers to loop; leave it out")
+                found.append("model.loop_span: a study's law needs all layers to loop; leave it out")
             problems += [f"size {size}, {variant or ONE_LOOP}, {plural(loops, 'loop')}: {text}" for text in found]
             if not found:
                 arms += [_arm(study, size, variant, loops, seed, config, tokenizer_vocab) for seed in study.seeds]
@@ -133,7 +133,7 @@ def make_grid(study: StudyFile, tokenizer_vocab: int | None, check_files: bool =
 
 
 def _check_names(grid: Grid) -> None:
-    """Raise `UserError` where two runs would share a folder."""
+    """Raise `UserError` if two runs would share a folder."""
     runs = [
         (grid.run_name(index, tokens), f"{own.arm.variant or ONE_LOOP}, {own.arm.size}, {tokens:,.0f} tokens")
         for index, own in enumerate(grid.arms)
@@ -145,36 +145,36 @@ def _check_names(grid: Grid) -> None:
 
 
 def trained_steps(run: PlannedRun) -> int:
-    """Steps that the run itself takes: without its trunk's."""
+    """Return the number of steps that the run itself takes, without its trunk's."""
     return derived.train_iters(run.config) - start_step(run)
 
 
 def start_step(run: PlannedRun) -> int:
-    """The step of the checkpoint that a branch starts from; 0 for a run from the beginning."""
+    """Return the step of the checkpoint that a branch starts from; 0 for a run that starts from scratch."""
     load = run.config.checkpoint.load
     return 0 if load is None else step_of(run.folder.checkpoints / load.rpartition("/")[2])
 
 
 def source_of(run: PlannedRun) -> str | None:
-    """The name of the run that a branch starts from."""
+    """Return the name of the run that a branch starts from; None if it starts from scratch."""
     load = run.config.checkpoint.load
     return None if load is None else load.split("/")[-3]
 
 
 def _source(own: Sequence[PlannedRun], step: int) -> tuple[PlannedRun, int] | None:
-    """The run of the arm that has passed the latest step up to `step` with a constant rate, and that step."""
+    """Return the run of the arm that has passed the latest step up to `step` with a constant rate, and that step."""
     found = [(run, min(step, first_decay_step(run.config))) for run in own]
     usable = [(run, at) for run, at in found if at > start_step(run)]
     return max(usable, key=lambda item: item[1], default=None)
 
 
 def _check_schedules(study: StudyFile, config: RunConfig) -> None:
-    """Raise `UserError` for what would not be the same in the first steps of runs of different lengths."""
+    """Raise `UserError` for settings that would make the first steps of runs of different lengths differ."""
     problem = None
     if config.training.batch_schedule:
-        problem = "training.batch_schedule: a study's runs and branches have steps of one batch; leave it out"
+        problem = "training.batch_schedule: a study's runs and branches have one batch size; leave it out"
     elif config.data.length_schedule:
-        problem = "data.length_schedule: a study's runs and branches have rows of one length; leave it out"
+        problem = "data.length_schedule: a study's runs and branches have one row length; leave it out"
     problem = problem or stages_problem(config)
     if problem is not None:
         raise UserError(f"{study.path}: {problem}")
@@ -214,25 +214,25 @@ def _arm(
 
 
 def loop_parameters(config: RunConfig, vocab: int) -> tuple[float, float]:
-    """Parameters without embeddings that a token meets once, and in each loop."""
+    """Return the parameters without embeddings that a token passes once, and in each loop."""
     counted = count_parameters(config.model, vocab, config.parallel.tensor_model_parallel_size)
     once = counted.final_norm + counted.loop_input
     return float(once), float(counted.non_embedding - once)
 
 
 def _lengths(study: StudyFile, tokens_per_step: int) -> tuple[tuple[int, int], ...]:
-    """(steps with a constant rate, steps of decay) of each horizon."""
+    """Return (steps with a constant rate, steps of decay) of each horizon."""
     constant = [(1 - study.decay_share) * tokens / tokens_per_step for tokens in study.horizons]
     unit = max(1, round(constant[0] / _PARTS))
     steps = [max(1, round(each / unit)) * unit for each in constant]
     if len(set(steps)) < len(steps):
-        raise UserError(f"{study.path}: horizons are too near to each other for steps of {tokens_per_step:,} tokens")
+        raise UserError(f"{study.path}: horizons are too close together for steps of {tokens_per_step:,} tokens")
     share = study.decay_share / (1 - study.decay_share)
     return tuple((step, max(1, round(step * share))) for step in steps)
 
 
 def _short(tokens: float) -> str:
-    """`2.5M`."""
+    """Format a number of tokens: `2.5M`."""
     for unit, factor in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if tokens >= factor:
             return f"{tokens / factor:g}{unit}"

@@ -1,4 +1,4 @@
-"""What a study knows so far: its runs' results, the law fitted to them, the frontiers, and what training costs."""
+"""A study's current knowledge: its runs' results, the law fitted to them, the frontiers, and the cost of training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from plt_megatron.predict.parameters import count_parameters
 from plt_megatron.predict.run_estimate import estimate_run
 
 Wiring = tuple[str, int]  # a variant, "" for one loop, and a number of loops
-UNITS = {"loss": "nats per token", "bits_per_byte": "bits per byte"}  # of what the law is about
+UNITS = {"loss": "nats per token", "bits_per_byte": "bits per byte"}  # of the law's loss
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,16 @@ class Domain:
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What a study knows at one moment.
+    """The state of a study's knowledge.
 
     Attributes:
-        results: of all planned runs, in order.
-        measure: what the law is about: `loss` or `bits_per_byte`.
-        observations: of those that count.
-        fit: the law; None where there is none yet, for the reason `no_law`.
+        results: results of all planned runs, in order.
+        measure: quantity that the law predicts: `loss` or `bits_per_byte`.
+        observations: observations from the runs that count.
+        fit: the law; None if there is none yet, for the reason `no_law`.
         frontiers: empty without a law.
         rates: model FLOP/s that each wiring's runs reached.
-        domains: one for each validation source, where runs were validated by source.
+        domains: one for each validation source, if runs were validated by source.
     """
 
     measure: str
@@ -66,11 +66,11 @@ class Knowledge:
         return headline(self.frontiers) if self.frontiers else None
 
     def counted(self) -> list[str]:
-        """Names of the runs that count, in the order of the observations."""
+        """Return the names of the runs that count, in the order of the observations."""
         return [result.run.name for result in self.results if _value(result, self.measure) is not None]
 
     def problems(self) -> list[str]:
-        """One line for each planned run that does not count, with the reason."""
+        """Describe each planned run that does not count, with the reason, in one line."""
         waiting = [r.run.name for r in self.results if r.status == "missing" and not _lost_its_trunk(r.run)]
         lines = [
             f"{r.run.name} does not count ({r.status}): {r.reason}"
@@ -115,7 +115,7 @@ def learn(grid: Grid, plan: SweepPlan | None, bootstraps: int = 400) -> Knowledg
 
 
 def _observations(grid: Grid, results: Sequence[RunResult], measure: str) -> tuple[Observation, ...]:
-    """Observations from the runs that count. `measure`: the study's, or a source's name for its bits per byte."""
+    """Return observations of the runs that count. `measure`: the study's, or a source's name for its bits per byte."""
     places, observations = grid.places(), []
     for result in results:
         value = _value(result, measure)
@@ -128,7 +128,7 @@ def _observations(grid: Grid, results: Sequence[RunResult], measure: str) -> tup
 
 
 def _value(result: RunResult, measure: str) -> float | None:
-    """A run's final figure; None where it does not count, or was not measured."""
+    """Return a run's final value of the measure; None if the run does not count or was not measured."""
     if result.status != "used":
         return None
     if measure == "loss":
@@ -139,15 +139,15 @@ def _value(result: RunResult, measure: str) -> float | None:
 
 
 def _sources(results: Sequence[RunResult]) -> list[str]:
-    """The validation sources that runs have bits per byte of, if there are several."""
+    """Return the validation sources that runs have bits per byte of, if there are several."""
     used = [result for result in results if result.status == "used"]
     names = dict.fromkeys(name for r in used for name in r.validation.get("source_bits_per_byte", {}))
     return list(names) if len(names) > 1 else []
 
 
 def priced_arms(grid: Grid, rates: Mapping[Wiring, float], gpu: str | None) -> list[Arm]:
-    """The arms with the seconds that a token of training takes: as measured, else as estimated for `gpu` (None: one
-    core of this machine's CPU)."""
+    """Return the arms with their training seconds per token, as measured, else as estimated for `gpu` (None: one core
+    of this machine's CPU)."""
     usual = statistics.median(rates.values()) if rates else None
     priced: dict[tuple[str, str, int], float] = {}
     for own in grid.arms:
@@ -167,12 +167,12 @@ def priced_arms(grid: Grid, rates: Mapping[Wiring, float], gpu: str | None) -> l
 
 
 def seconds_of(run: PlannedRun, arm: Arm) -> float:
-    """Seconds of training by the arm's price, without the trunk's part."""
+    """Return the training seconds of a run by the arm's price, without the trunk's part."""
     return trained_steps(run) * derived.tokens_per_step(run.config) * arm.seconds_per_token
 
 
 def is_ready(run: PlannedRun) -> bool:
-    """Whether it can start, or go on: its own checkpoint or its trunk's is there."""
+    """Return whether a run can start or resume: it needs no checkpoint, or its own or its trunk's exists."""
     load = run.config.checkpoint.load
     return (
         load is None
@@ -182,7 +182,7 @@ def is_ready(run: PlannedRun) -> bool:
 
 
 def _lost_its_trunk(run: PlannedRun) -> bool:
-    """Whether a branch has nothing to start from, although nothing of its trunk is left to be trained."""
+    """Return whether a pending branch has no checkpoint to start from."""
     return not is_ready(run) and state_of(run) == "pending"
 
 
@@ -199,16 +199,16 @@ def _rates(grid: Grid, results: Sequence[RunResult]) -> dict[Wiring, float]:
 
 # ---------------------------------------------------------------- the models that are decided about
 
-_STEP = 1.1  # width and depth of a shape over those of the one before
-_SMALLEST = 0.05  # of the widths: of the study's largest
+_STEP = 1.1  # ratio of a shape's scale to that of the one before
+_SMALLEST = 0.05  # smallest scale, relative to the study's largest size
 _MOST_PARAMETERS = 1e12
 
 
 def make_candidates(grid: Grid, rates: Mapping[tuple[str, int], float]) -> list[Candidate]:
-    """Shapes of every wiring: the study's largest, scaled down and up at the same proportions.
+    """Build the candidate shapes of every wiring: the study's largest, scaled down and up in the same proportions.
 
     Args:
-        rates: model FLOP/s that runs of a variant ("" for one loop) with so many loops reached.
+        rates: model FLOP/s that the runs of each (variant, loops) reached; the variant is "" for one loop.
     """
     largest = max(grid.arms, key=lambda each: each.arm.looped if each.arm.loops == 1 else 0.0)
     size = largest.arm.size
@@ -223,7 +223,7 @@ def make_candidates(grid: Grid, rates: Mapping[tuple[str, int], float]) -> list[
 
 
 def _ladder(config: RunConfig) -> list[RunConfig]:
-    """The configuration at all scales, smallest first, each shape once."""
+    """Return the configuration at all scales, smallest first, each shape once."""
     found: dict[tuple[int, int], RunConfig] = {}
     scale = _SMALLEST
     while True:
@@ -235,12 +235,12 @@ def _ladder(config: RunConfig) -> list[RunConfig]:
 
 
 def _scaled(model: ModelConfig, scale: float) -> ModelConfig:
-    """Layers, width and FFN times `scale`, with the same heads' width and share of K/V heads."""
+    """Scale layers, width and FFN by `scale`, with the same head dimension and share of K/V heads."""
     head, groups = derived.head_dim(model), derived.num_query_groups(model)
     ratio = model.num_attention_heads // groups
     new_groups = max(1, round(groups * scale))
     heads = new_groups * ratio
-    # A head's width may differ from width / heads: the width's own proportion to the heads is kept.
+    # The head dimension may differ from width / heads; the ratio of width to heads is kept.
     width = max(1, round(model.hidden_size / model.num_attention_heads)) * heads
     return dataclasses.replace(
         model,

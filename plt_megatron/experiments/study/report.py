@@ -1,4 +1,4 @@
-"""A study's report: one page, the answer first, with CSVs and PNGs beside it."""
+"""Write a study's report: one page that begins with the answer, with CSVs and PNGs beside it."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from plt_megatron.run_folder.text import plural
 
 FOLDER = "report"
 PUBLISHED_PHI = 0.46  # arXiv 2604.21106
-_MOST_SIZES = 6  # panels of learning curves at most
+_MOST_SIZES = 6  # maximum number of panels of learning curves
 _GREY = "#555555"
 _HOW = (
-    "The percentage: how often a number of loops comes out best over the bootstrap of the law, each with its best "
-    "shape within the limit. That is how sure the runs make it, if the law holds."
+    "Percentages: how often a number of loops comes out best over the bootstrap of the law, each with its best shape "
+    "within the limit. They measure confidence, if the law holds."
 )
 _INTERVALS = f"Intervals: {LEVEL:.0%}, by a block bootstrap over trunks (with their branches) and seeds."
-# Of (frontier's question, verdict, standing, whether it is the verdict's first).
+# Columns for (frontier's question, verdict, standing, whether it is the verdict's first).
 _STANDINGS = (
     Column("question", "at equal", lambda row: row[0]),
     Column("variant", "variant", lambda row: row[1].group),
@@ -52,14 +52,14 @@ _STANDINGS = (
     Column("tokens", "tokens", lambda row: row[2].model.tokens, ".3g"),
     Column("decided", "decided", lambda row: ("yes" if row[1].decided else "no") if row[3] else ""),
 )
-# Of (domain, whether it is the domain's first variant, variant, phi).
+# Columns for (domain, whether it is the domain's first variant, variant, phi).
 _SOURCES = (
     Column("source", "source", lambda row: row[0].name),
     Column("variant", "variant", lambda row: row[2]),
     Column("phi", "phi", lambda row: row[3], ".3f"),
     Column("answer", "at equal decoding latency", lambda row: row[0].answer.text if row[1] else ""),
 )
-# Of (result, its residual).
+# Columns for (result, its residual).
 _RUNS = (
     Column("run", "run", lambda row: row[0].run.name),
     Column("round", "round", lambda row: int(row[0].run.labels["round"]), "d"),
@@ -73,7 +73,7 @@ _RUNS = (
 
 
 def write_report(grid: Grid, plan: SweepPlan, known: Knowledge, ended: str) -> Path:
-    """Write the report into the study's folder; returns the page.
+    """Write the report into the study's folder; return the path of its page.
 
     Raises `UserError` if it cannot be written, or the extra `report` is missing.
     """
@@ -99,7 +99,7 @@ def _parts(known: Knowledge) -> list[Part]:
         parts.append(_frontiers(known, known.fit))
     if known.domains:
         rows = [(d, place == 0, *phi) for d in known.domains for place, phi in enumerate(d.fit.phis.items())]
-        text = ["The same by bits per byte of each source alone."]
+        text = ["The same for each source alone, in bits per byte."]
         parts.append(Part("Held-out sources", text, {"sources": Table(_SOURCES, rows)}))
     if known.fit is not None:
         parts += [_law(known, known.fit), _phis(known.fit)]
@@ -118,9 +118,7 @@ def _frontiers(known: Knowledge, fit: LawFit) -> Part:
     figures = [
         frontier_figure(f, fit.data.variants, UNITS[known.measure]) for f in known.frontiers if f.question not in flat
     ]
-    text = (
-        f"No figure at equal {' and '.join(flat)}: the best shape that the budget allows is within the limit anywhere."
-    )
+    text = f"No figure at equal {' and '.join(flat)}: the best shape that the budget allows is always within the limit."
     rows = [
         (frontier.question, verdict, standing, place == 0)
         for frontier in known.frontiers
@@ -128,7 +126,7 @@ def _frontiers(known: Knowledge, fit: LawFit) -> Part:
         for place, standing in enumerate(verdict.standings)
     ]
     far = dict.fromkeys(v.beyond for f in known.frontiers for v in f.verdicts if v.beyond)
-    table = Table(_STANDINGS, rows, [f"Stretched far beyond the runs: {note}." for note in far])
+    table = Table(_STANDINGS, rows, [f"Extrapolated far beyond the runs: {note}." for note in far])
     return Part("Frontier", [text] if flat else [], {"standings": table}, figures)
 
 
@@ -155,7 +153,7 @@ def _held_out(fit: LawFit) -> HeldOut | None:
 
 
 def _phis(fit: LawFit) -> Part:
-    """Each phi, the first variant's against the others', and nested tests of whether two are equal."""
+    """Report each phi, the first variant's against the others', and nested tests of whether they are equal."""
     first, *others = fit.data.variants
     tests = [equal_phis(fit, [first, other]).text for other in others]
     rows = [*fit.phis.items(), *((f"{first} less {other}", fit.difference(first, other)) for other in others)]
@@ -170,7 +168,7 @@ def _phis(fit: LawFit) -> Part:
 
 
 def _intervals(name: str, form: str) -> list[Column]:
-    """Columns for rows of (name, interval)."""
+    """Return columns for rows of (name, interval)."""
     ends = interval_columns("", "value", lambda row: row[1], form, value="value")
     return [Column(name, name, lambda row: row[0]), *ends]
 
@@ -183,7 +181,8 @@ def _start(run: PlannedRun) -> str:
 
 
 def frontier_figure(frontier: Frontier, variants: Sequence[str], unit: str) -> Named:
-    """Loss in `unit` against what is held equal: a color for each number of loops, a line for each variant."""
+    """Plot the loss in `unit` against the quantity held equal, with a color per number of loops and a line style per
+    variant."""
     curves = []
     for own in frontier.curves:
         line = LINES[variants.index(own.variant) % len(LINES)] if own.loops > 1 else "-"
@@ -201,13 +200,13 @@ def frontier_figure(frontier: Frontier, variants: Sequence[str], unit: str) -> N
         legend=8,
         beside=True,
     )
-    caption = f"At equal {frontier.question}: the best shape of each. Dotted: where the answer is asked for."
+    caption = f"At equal {frontier.question}: the best shape of each. Dotted: the target of the answer."
     name = f"frontier_{frontier.question.replace(' ', '_').lower()}"
     return drawn(name, f"{caption} Bands: 95 % of the law's bootstrap.", [panel], 8.2, 4.2)
 
 
 def _limits(frontier: Frontier, target: float) -> tuple[float, float] | None:
-    """Where curves differ, around the target, and as much again for bands: what is far above would flatten them."""
+    """Return y limits for the curves near the target, plus as much for bands: the full range would flatten them."""
     near = [(c, np.abs(np.log(c.x / target)) < np.log(10)) for c in frontier.curves]
     values = _finite([c.loss[here] for c, here in near])
     if not len(values):
@@ -219,7 +218,7 @@ def _limits(frontier: Frontier, target: float) -> tuple[float, float] | None:
 
 
 def is_flat(frontier: Frontier) -> bool:
-    """Whether every contender's loss is the same all along the axis."""
+    """Return whether every contender's loss is constant along the axis."""
     curves = [_finite([curve.loss]) for curve in frontier.curves]
     return all(len(values) == 0 or float(np.ptp(values)) < 1e-9 for values in curves)
 
@@ -230,7 +229,7 @@ def _finite(rows: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def phi_figure(fit: LawFit, profiles: Sequence[Profile]) -> Named:
-    """How much worse the law fits where a phi is held elsewhere, with each phi's interval below."""
+    """Plot how much worse the law fits if a phi is fixed elsewhere, with each phi's interval below."""
     curves = []
     for place, found in enumerate(profiles):
         phi, level = fit.phis[found.variant], -0.08 * (place + 1)
@@ -242,8 +241,8 @@ def phi_figure(fit: LawFit, profiles: Sequence[Profile]) -> Named:
         ]
     panel = Panel(
         curves,
-        "phi: what a loop is worth (1: as much as so many layers, 0: nothing)",
-        "squared residuals, more than the fit's",
+        "phi: what a loop is worth (1: as much as unshared layers, 0: nothing)",
+        "excess of squared residuals over the fit's",
         at=PUBLISHED_PHI,
         at_label=f"published: {PUBLISHED_PHI}",
         limits=(-0.08 * (len(profiles) + 1.5), 1.0),
@@ -253,7 +252,7 @@ def phi_figure(fit: LawFit, profiles: Sequence[Profile]) -> Named:
 
 
 def residual_figure(fit: LawFit, names: Sequence[str], held: HeldOut | None) -> Named:
-    """Loss less the law's, by run. Held-out runs: less what the law of the other sizes says."""
+    """Plot the loss minus the law's, by run; for held-out runs, minus the prediction of the law of the other sizes."""
     data, fitted = fit.data, fit.data.loss - fit.residuals
     loops = data.loops.astype(int).tolist()
     curves = [
@@ -271,7 +270,7 @@ def residual_figure(fit: LawFit, names: Sequence[str], held: HeldOut | None) -> 
 
 
 def curves_figure(results: Sequence[RunResult]) -> Named:
-    """Validation loss against tokens, a panel for each size; a mark where a run ends."""
+    """Plot validation loss against tokens, a panel for each size, with a mark where a run ends."""
     shown = [result for result in results if result.curve]
     sizes = list(dict.fromkeys(result.run.labels["size"] for result in shown))[:_MOST_SIZES]
     variants = list(dict.fromkeys(r.run.labels["variant"] for r in shown if r.run.labels["variant"] != ONE_LOOP))

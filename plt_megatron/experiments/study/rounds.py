@@ -1,7 +1,7 @@
 """The study command: rounds of runs, each chosen by what is known, until the decision is made or the budget spent.
 
-Everything that a study knows is in its plan and its runs' folders, so that the same command goes on after a kill
-anywhere: unfinished runs first, then what they say, then the next round.
+A study keeps its whole state in its plan and its runs' folders, so that the same command continues after a kill
+anywhere: it finishes runs, evaluates them, and starts the next round.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ from plt_megatron.run_folder.text import format_duration, format_table, plural
 
 @dataclass(frozen=True)
 class StudyOptions(RunOptions):
-    """What the command line says besides the study's file and its settings.
+    """Options of the command line besides the study's file and its settings.
 
     Attributes:
-        retry_failed: try runs again that have failed; else they are left out.
-        report_only: report on what is there, and run nothing.
+        retry_failed: retry failed runs; else they are left out.
+        report_only: report on existing runs, and run nothing.
     """
 
     retry_failed: bool = False
@@ -69,9 +69,9 @@ class StudyOptions(RunOptions):
 
 
 def run_study(path: str, settings: Sequence[str], options: StudyOptions) -> int:
-    """Run a study, or go on with it.
+    """Run a study, or continue it.
 
-    Returns the exit status: 0 decided, the budget spent, or submitted; 1 runs failed; 75 stopped, the running ones
+    Returns the exit status: 0 decided, the budget spent, or submitted; 1 runs failed; 75 stopped, with the running ones
     saved.
 
     Raises:
@@ -81,7 +81,7 @@ def run_study(path: str, settings: Sequence[str], options: StudyOptions) -> int:
     if not options.report_only:
         check_unpacked(study.folder)
     elif not _has_plan(study):
-        raise UserError(f"{study.folder} has no study to report on: leave out --report to begin it, or set output_dir")
+        raise UserError(f"{study.folder} has no study to report on: leave out --report to start it, or set output_dir")
     vocab = study.demo_corpus.vocab_size if study.demo_corpus else None
     grid = make_grid(study, vocab, check_files=False)
     with contextlib.nullcontext() if options.dry_run else locked(study.folder, "sweep or study"):
@@ -94,7 +94,7 @@ def run_study(path: str, settings: Sequence[str], options: StudyOptions) -> int:
 class _Study:
     grid: Grid
     options: StudyOptions
-    failed: set[str] = field(default_factory=set)  # left out: they failed, or did not finish when this command ran them
+    failed: set[str] = field(default_factory=set)  # left out: failed, or not finished when this command ran them
 
     @property
     def study(self) -> StudyFile:
@@ -103,7 +103,7 @@ class _Study:
     def run(self) -> int:
         plan = self._load_plan()
         if plan is not None and not (self.options.dry_run or self.options.report_only):
-            save_plan(plan)  # with its folders as they are here
+            save_plan(plan)  # with the study's present folder
             if self.options.retry_failed:
                 _forget_failures(plan)
         while True:
@@ -124,7 +124,7 @@ class _Study:
             number = _rounds(plan) + 1
             print(self._describe(design, arms, number, known), flush=True)
             if not design.chosen:
-                print("the budget does not pay for a further run")
+                print("the budget does not pay for another run")
                 return self._status()
             before = plan.runs if plan is not None else []
             runs = self.grid.planned(design.chosen, number, before)
@@ -143,14 +143,14 @@ class _Study:
     # What is there.
 
     def _load_plan(self) -> SweepPlan | None:
-        """The plan in the study's folder, if the study's file still gives the same runs."""
+        """Load the plan in the study's folder, if any. Raises `UserError` if the study's file gives other runs now."""
         if not _has_plan(self.study):
             return None
         plan, places, problems = _here(load_plan(self.study.folder)), self.grid.places(), []
         again: list[PlannedRun] = []
         for run in plan.runs:
             if run.name not in places:
-                problems.append(f"{run.name} is none of its runs now")
+                problems.append(f"{run.name} is no longer one of its runs")
                 continue
             (own,) = self.grid.planned([places[run.name]], int(run.labels["round"]), again)
             again.append(own)
@@ -161,7 +161,7 @@ class _Study:
         return plan
 
     def _ended(self, plan: SweepPlan | None, known: Knowledge) -> str:
-        """Why no further round is needed; empty: one is."""
+        """Return why the study has ended; empty if it needs another round."""
         if known.answer is not None and known.answer.decided:
             return "decided"
         if plan is not None and _rounds(plan) >= self.study.rounds:
@@ -171,7 +171,7 @@ class _Study:
     # A round.
 
     def _design(self, plan: SweepPlan | None, known: Knowledge, arms: Sequence[Arm]) -> Design:
-        """The next round's runs: of what is left of the budget, the share of one of the rounds that are left."""
+        """Choose the next round's runs, with an equal share of the remaining budget for each remaining round."""
         places, spent = self.grid.places(), 0.0
         done: dict[int, list[float]] = {}
         closed: set[int] = set()
@@ -182,7 +182,7 @@ class _Study:
             if run.name in used:
                 done.setdefault(arm, []).append(tokens)
             else:
-                closed.add(arm)  # what failed once is not tried in a longer run
+                closed.add(arm)  # an arm with a failed run is not tried for longer
         left = max(0.0, 3600 * float(self.study.budget) - spent) / (self.study.rounds - _rounds(plan))
         variants = list(self.study.variants)
         theta, noise, rows = self._believed(known, arms), self.study.noise, None
@@ -203,7 +203,7 @@ class _Study:
         )
 
     def _believed(self, known: Knowledge, arms: Sequence[Arm]) -> np.ndarray:
-        """The law, as far as it is known."""
+        """Return theta of the law, as far as it is known."""
         variants = list(self.study.variants)
         theta = expected_theta([arm.looped for arm in arms], self.grid.horizons.tokens, len(variants))
         if known.fit is not None:
@@ -214,7 +214,7 @@ class _Study:
         return theta
 
     def _finish(self, plan: SweepPlan) -> int | None:
-        """Run what is not finished, trunks before their branches; an exit status where the command ends with that."""
+        """Run unfinished runs, trunks before their branches; return an exit status if the command ends here."""
         while True:
             states = {run.name: state_of(run) for run in plan.runs}
             if not self.options.retry_failed:
@@ -234,11 +234,11 @@ class _Study:
                 return self._dry_run(plan, todo)
             launched = launch(plan, todo, self.options)
             if launched is None:
-                print(f"{plural(len(todo), 'run')} submitted; when they have ended, the same command goes on")
+                print(f"{plural(len(todo), 'run')} submitted; when they have ended, the same command continues")
                 return ExitStatus.FINISHED
             status, local = launched
             if status == ExitStatus.PREEMPTED:
-                print("stopped; the same command goes on")
+                print("stopped; the same command continues")
                 return ExitStatus.PREEMPTED
             self.failed |= {name for name, status in local.outcome.items() if status != "finished"}
 
@@ -258,11 +258,11 @@ class _Study:
         return (
             f"round {number} of at most {self.study.rounds}: {plural(len(design.chosen), 'run')}, "
             f"{format_duration(design.seconds)} of training\n{table}\n"
-            f"{f'this budget gives no law: {lacks}' if lacks else design.in_words()}"
+            f"{f'this budget does not determine a law: {lacks}' if lacks else design.in_words()}"
         )
 
     def _describe_rest(self, plan: SweepPlan, rest: Sequence[PlannedRun]) -> str:
-        """What is left of the rounds that have begun: runs that can start, and those that wait for them."""
+        """Describe what is left of the rounds so far: runs that can start, and those that wait for them."""
         coming: dict[str, list[str]] = {}
         names: set[str] = set()
         for run in rest:  # a trunk is before its branches
@@ -277,7 +277,7 @@ class _Study:
         )
 
     def _lacks(self, design: Design, known: Knowledge) -> str | None:
-        """What the law lacks even when the chosen runs are finished."""
+        """Describe what the law will lack even after the chosen runs; None: nothing."""
         coming = [
             Observation(arm.variant, arm.once, arm.looped, arm.loops, tokens, 1.0, f"{index}", arm.seed)
             for index, tokens in design.chosen
@@ -311,7 +311,7 @@ def _rounds(plan: SweepPlan | None) -> int:
 
 
 def _here(plan: SweepPlan) -> SweepPlan:
-    """The plan with the checkpoints that branches start from in its own folder: a study may have been moved."""
+    """Return the plan with branches' start checkpoints in its present folder: a study may have been moved."""
 
     def moved(run: PlannedRun) -> PlannedRun:
         load = run.config.checkpoint.load
@@ -325,8 +325,8 @@ def _here(plan: SweepPlan) -> SweepPlan:
 
 
 def _forget_failures(plan: SweepPlan) -> None:
-    """Make failed runs interrupted ones, which are resumed. A job's reason is kept where its next attempt would put
-    it."""
+    """Turn failed runs into interrupted ones, which are resumed. A job's reason is moved to where its next attempt
+    would put it."""
     for run in plan.runs:
         folder = run.folder
         if state_of(run) != "failed":
@@ -346,4 +346,4 @@ def _forget_failures(plan: SweepPlan) -> None:
 def _name_failed(plan: SweepPlan) -> None:
     failed = [run.name for run in plan.runs if state_of(run) == "failed"]
     if failed:
-        print(f"note: failed and left out: {first_few(failed)}; --retry-failed tries again")
+        print(f"note: failed and left out: {first_few(failed)}; --retry-failed tries them again")

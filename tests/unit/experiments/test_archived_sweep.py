@@ -90,7 +90,7 @@ def test_an_archive_of_no_sweep_is_refused_by_its_own_name(tmp_path):
     (tmp_path / "runs" / "a").mkdir(parents=True)
     (tmp_path / "runs" / "a" / "metrics.jsonl").write_text("")
     write_archive(tmp_path / "runs", tmp_path / "kept" / ARCHIVE)
-    with pytest.raises(UserError, match=f"{tmp_path}/kept is no sweep"):
+    with pytest.raises(UserError, match=f"{tmp_path}/kept is not a sweep"):
         load_results(tmp_path / "kept")
 
 

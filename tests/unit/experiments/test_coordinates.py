@@ -36,7 +36,7 @@ def test_the_papers_form_is_not(capsys):
 
 def test_layers_that_run_once_are_refused(capsys):
     assert main([CONFIG, ADAM, "model.loop_span=[1, 3]"]) == 2
-    assert "of which all layers loop; set model.loop_span=null" in capsys.readouterr().err
+    assert "whose layers all loop; set model.loop_span=null" in capsys.readouterr().err
 
 
 def test_other_optimizers_are_refused(capsys):

@@ -274,7 +274,7 @@ def test_errors(tmp_path, place):
         ({"data": binary}, "bad.jsonl, line 1"),
         ({"data": short}, "too few for one sequence of 64"),
         ({"max_tokens": 63}, "--max-tokens 63 is less than one sequence of 64"),
-        ({"sequence_length": 65}, "--sequence-length 65 is not from 2 to the model's 64"),
+        ({"sequence_length": 65}, "--sequence-length 65 must be from 2 to the model's 64"),
         ({"output": short / "out"}, "cannot write to"),
         ({"tokenizer": tmp_path / "none.model"}, "none.model"),
     ]
@@ -298,13 +298,11 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(tmp_path, place):
 def test_layers_that_run_once_are_refused(tmp_path, place):
     model = make_model(loop_span=[0, 1])
     save_run(tmp_path / "run", model, random_weights(model))
-    with pytest.raises(UserError, match=r"run: model.loop_span \[0, 1\]: the diagnostics are of models whose"):
+    with pytest.raises(UserError, match=r"run: model.loop_span \[0, 1\]: diagnostics need a model whose"):
         place.diagnose(tmp_path / "run")
     model = make_model(cross_loop_parallel=False, loop_order="layer")
     save_run(tmp_path / "other", model, random_weights(model))
-    with pytest.raises(
-        UserError, match="other: model.loop_order layer: the diagnostics are of models whose layers all"
-    ):
+    with pytest.raises(UserError, match="other: model.loop_order layer: diagnostics need a model whose layers all"):
         place.diagnose(tmp_path / "other")
 
 

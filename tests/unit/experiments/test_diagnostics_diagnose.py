@@ -152,7 +152,9 @@ def test_gates_of_tanh_are_drawn_from_minus_one():
         gates = next(made for made in make_figures(diagnosis) if made.name == "gates")
         limits[gates.caption] = gates.figure.axes[0].collections[0].get_clim()
     (half, to_half), (zero, to_zero) = limits.items()
-    assert "0.5, where it began" in half and to_half == (0, 1) and "0, where it began" in zero and to_zero == (-1, 1)
+    assert (
+        "0.5, its initial value" in half and to_half == (0, 1) and "0, its initial value" in zero and to_zero == (-1, 1)
+    )
 
 
 def test_attention_without_queries_is_uniform():

@@ -148,7 +148,7 @@ def test_far_from_its_runs_the_law_says_so():
     [
         ({"loops": (1,)}, "no finished run has several loops"),
         ({"loops": (2, 3)}, "no finished run has one loop"),
-        ({"sizes": SIZES[:2]}, "2 sizes; an exponent takes at least 3"),
+        ({"sizes": SIZES[:2]}, "2 sizes; an exponent needs at least 3"),
         ({"horizons": HORIZONS[:1]}, "1 numbers of tokens"),
     ],
 )
@@ -281,9 +281,9 @@ def test_a_fit_is_the_minimum():
     ("sizes", "budgets", "said"),
     [
         ([1e7], [1e8], "one model size and one token budget"),
-        ([1e7, 1e8], [1e8, 1e9, 1e10], "2 model sizes; an exponent takes at least 3"),
+        ([1e7, 1e8], [1e8, 1e9, 1e10], "2 model sizes; an exponent needs at least 3"),
         ([1e7, 1e8, 1e9], [1e8, 1e9], "2 token budgets"),
-        ([1e7], [1e8, 1e9, 1e10, 1e11], "4 points for 3 coefficients; it takes 5"),
+        ([1e7], [1e8, 1e9, 1e10, 1e11], "4 points for 3 coefficients; 5 are needed"),
     ],
 )
 def test_too_few_points_are_refused(sizes, budgets, said):

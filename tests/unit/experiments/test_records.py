@@ -61,7 +61,7 @@ def test_an_empty_sweep_says_so_and_decides_nothing(tmp_path):
 
 
 def test_a_folder_that_is_no_sweep_is_refused(tmp_path):
-    with pytest.raises(UserError, match="is no sweep"):
+    with pytest.raises(UserError, match="is not a sweep"):
         load_results(tmp_path)
 
 

@@ -170,7 +170,7 @@ def test_a_failure_is_noted_and_the_others_go_on(tmp_path, launcher, capsys):
 
 def test_runs_of_several_processes_are_refused_several_at_once(tmp_path):
     plan = saved_plan(tmp_path, LOOPS, ("parallel.tensor_model_parallel_size=2",))
-    with pytest.raises(UserError, match="--jobs 2 is for runs of one process"):
+    with pytest.raises(UserError, match="--jobs 2 needs runs of one process"):
         LocalSweep(plan, plan.runs, jobs=2)
 
 
@@ -187,7 +187,7 @@ def test_what_is_done_is_not_done_again(tmp_path, launcher, capsys):
     settings[1] = "seeds=[1, 2]"
     assert sweep.run_sweep(str(path), settings, RunOptions()) == 0
     out = capsys.readouterr().out
-    assert "2 of 4 runs to do" in out and "GFLOP/s a run that runs here reached" in out
+    assert "2 of 4 runs to do" in out and "GFLOP/s per run measured here" in out
     assert "2 finished, 0 failed" in out
     with pytest.raises(UserError, match="holds another sweep: 1_loop-seed1: training.train_iters was 100, is 60"):
         sweep.run_sweep(str(path), [*settings, "training.train_iters=60"], RunOptions())

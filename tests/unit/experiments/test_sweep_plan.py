@@ -74,7 +74,7 @@ def test_equal_effective_depth_needs_layers_that_divide(tmp_path):
     ):
         plan_of(tmp_path, match_on("effective_depth"))
     for what in ("effective_depth", "decode_latency"):
-        with pytest.raises(UserError, match=f"{what} is held by changing layers, of which model.loop_span would be"):
+        with pytest.raises(UserError, match=f"{what} is held by changing layers, and model.loop_span would"):
             plan_of(tmp_path, match_on(what), ("model.loop_span=[1, 3]",))
 
 
@@ -199,7 +199,7 @@ def test_a_sweep_narrowed_by_the_command_line_keeps_its_questions(tmp_path):
     plan = saved_plan(tmp_path, text)
     narrowed = merge(plan_of(tmp_path, text, ("axes.model.loop_count=[1, 2]",)))
     assert narrowed.questions == plan.questions and len(narrowed.runs) == 9
-    with pytest.raises(UserError, match="questions.the fourth: '4 loops' is none of"):
+    with pytest.raises(UserError, match="questions.the fourth: '4 loops' is not one of"):
         plan_of(tmp_path, text.replace("the third: [3", "the fourth: [4"), ("seeds=[1]",))
 
 
@@ -214,13 +214,13 @@ def test_a_plan_that_lost_a_configuration_says_so(tmp_path):
     lost.unlink()
     with pytest.raises(UserError) as caught:
         load_plan(plan.folder)
-    assert str(caught.value).startswith(f"{lost} is missing, which sweep.yaml names: restore it, or remove ")
+    assert str(caught.value).startswith(f"{lost} is missing, although sweep.yaml names it: restore it, or remove ")
     (plan.folder / FILE_NAME).unlink()
     assert merge(plan_of(tmp_path)) == plan
 
 
 def test_a_folder_without_a_plan_or_with_a_broken_one(tmp_path):
-    with pytest.raises(UserError, match="is no sweep"):
+    with pytest.raises(UserError, match="is not a sweep"):
         load_plan(tmp_path)
     plan = saved_plan(tmp_path)
     content = yaml.safe_load((plan.folder / FILE_NAME).read_text())

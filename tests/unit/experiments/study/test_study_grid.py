@@ -66,13 +66,13 @@ def test_a_longer_horizon_of_a_later_round_goes_on_where_the_rate_began_to_fall(
 
 def test_horizons_that_steps_cannot_tell_apart_are_refused(tmp_path):
     study = read_study(write_study(tmp_path), ["horizons=[1280, 1300, 5120]"])
-    with pytest.raises(UserError, match="horizons are too near to each other for steps of 64 tokens"):
+    with pytest.raises(UserError, match="horizons are too close together for steps of 64 tokens"):
         make_grid(study, None)
 
 
 def test_steps_of_several_batches_are_refused(tmp_path):
     text = STUDY.replace("L: {", "L: {training.batch_schedule: [{until: 640, global_batch_size: 1}], ")
-    with pytest.raises(UserError, match="training.batch_schedule: a study's runs and branches have steps of one batch"):
+    with pytest.raises(UserError, match="training.batch_schedule: a study's runs and branches have one batch size"):
         make_grid(read_study(write_study(tmp_path, text)), None)
 
 
@@ -91,7 +91,7 @@ def test_settings_that_do_not_fit_are_told_for_the_models_they_concern(tmp_path)
 
 def test_layers_that_run_once_are_not_the_laws(tmp_path):
     study = read_study(write_study(tmp_path), ["model.loop_span=[0, 1]"])
-    with pytest.raises(UserError, match="model.loop_span: a study's law takes all layers to loop; leave it out"):
+    with pytest.raises(UserError, match="model.loop_span: a study's law needs all layers to loop; leave it out"):
         make_grid(study, None)
 
 

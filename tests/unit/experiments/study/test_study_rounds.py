@@ -85,7 +85,7 @@ def test_rounds_go_on_until_the_last_and_the_report_says_what_they_found(tmp_pat
     assert {run.labels["round"] for run in plan.runs} == {"1", "2"}
     assert sorted(training.trained) == sorted(run.name for run in plan.runs) and len(plan.runs) > 20
     said = capsys.readouterr().out
-    assert "round 1 of at most 2" in said and "this budget tells phi of PLT within ±" in said
+    assert "round 1 of at most 2" in said and "this budget determines phi of PLT within ±" in said
     assert "not decided after 2 rounds; report: " in said
     with (tmp_path / "studies/study/report/phi.csv").open() as file:
         phis = {row["variant"]: row for row in csv.DictReader(file)}
@@ -156,7 +156,7 @@ def test_another_study_in_the_folder_is_refused(tmp_path, training, reported):
     with pytest.raises(UserError, match="holds another study: .*optimizer.lr"):
         run_study(str(path), settings(tmp_path, "rounds=1", "optimizer.lr=1e-3"), StudyOptions())
     path.write_text(STUDY.replace("  L:", "  XL:"))
-    with pytest.raises(UserError, match="holds another study: .*is none of its runs now"):
+    with pytest.raises(UserError, match="holds another study: .*is no longer one of its runs"):
         run_study(str(path), settings(tmp_path, "rounds=1"), StudyOptions())
 
 
@@ -170,7 +170,7 @@ def test_a_budget_too_small_for_a_law_says_so(tmp_path, capsys):
     path = write_study(tmp_path)
     assert run_study(str(path), settings(tmp_path, "budget=0.0001h"), StudyOptions(dry_run=True)) == 0
     assert re.search(
-        "this budget gives no law: (no finished run|\\d sizes|\\d+ finished runs)", capsys.readouterr().out
+        "this budget does not determine a law: (no finished run|\\d sizes|\\d+ finished runs)", capsys.readouterr().out
     )
 
 
@@ -196,7 +196,7 @@ def test_on_a_cluster_trunks_are_an_array_and_their_branches_the_next(
     ]
     assert kinds == [{("1", True)}, {("1", False)}]
     assert sorted(name for names in submitted for name in names) == sorted(by_name)
-    assert "when they have ended, the same command goes on" in capsys.readouterr().out
+    assert "when they have ended, the same command continues" in capsys.readouterr().out
 
 
 def test_on_a_cluster_a_run_that_was_given_up_is_left_out_until_it_is_asked_for(
@@ -217,7 +217,7 @@ def test_on_a_cluster_a_run_that_was_given_up_is_left_out_until_it_is_asked_for(
     give_up(other)
     assert call() == 0 and submitted == [[branch.name]]
     said = capsys.readouterr().out
-    assert f"note: failed and left out: {other.name}; --retry-failed tries again" in said
+    assert f"note: failed and left out: {other.name}; --retry-failed tries them again" in said
     train(branch, 2.1)
     assert call() == 1 and len(submitted) == 1, "nothing more can start, and the study goes on"
     said = capsys.readouterr().out
@@ -240,7 +240,7 @@ def test_here_too_a_run_that_failed_is_left_out_until_it_is_asked_for(tmp_path, 
     assert training.trained == [trunk.name, branch.name]
     said = capsys.readouterr().out
     assert f"{other.name} does not count (failed): out of memory" in said
-    assert f"note: failed and left out: {other.name}; --retry-failed tries again" in said
+    assert f"note: failed and left out: {other.name}; --retry-failed tries them again" in said
     assert run_study(str(path), settings(tmp_path, *ONE_ROUND), StudyOptions(retry_failed=True)) == 0
     assert training.trained[2:] == [other.name, last.name]
     assert read_record(other.folder).status == "finished" and "--retry-failed" not in capsys.readouterr().out
@@ -294,7 +294,7 @@ def test_a_report_on_no_study_is_refused_and_leaves_nothing(tmp_path, capsys):
     assert command.main([str(path), *settings(tmp_path), "--report"]) == 2
     said = capsys.readouterr()
     assert said.err == (
-        f"error: {tmp_path / 'studies/study'} has no study to report on: leave out --report to begin it, or set "
+        f"error: {tmp_path / 'studies/study'} has no study to report on: leave out --report to start it, or set "
         "output_dir\n"
     )
     assert said.out == "" and not (tmp_path / "studies").exists()
@@ -331,7 +331,7 @@ def test_bits_per_byte_and_each_source_alone(tmp_path, training, reported):
     assert known.measure == "bits_per_byte" and [domain.name for domain in known.domains] == ["code", "prose"]
     code, prose = (domain.fit.phis["PLT"] for domain in known.domains)
     assert 1.0 in code and 0.0 in prose and known.fit.phis["PLT"].value == pytest.approx(0.5, abs=0.2)
-    with pytest.raises(UserError, match=r"measure: bits_per_byte takes validation.by_source=true"):
+    with pytest.raises(UserError, match=r"measure: bits_per_byte needs validation.by_source=true"):
         run_study(str(path), settings(tmp_path, "validation.by_source=false", "name=x"), StudyOptions())
     with pytest.raises(UserError, match=r"validation.iters: a study compares validated losses"):
         run_study(str(path), settings(tmp_path, "validation.iters=0", "name=x"), StudyOptions())
