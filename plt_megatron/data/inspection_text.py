@@ -58,7 +58,7 @@ def summary(found: Duplicates) -> str:
     share = found.span_tokens_shared / max(1, found.validation_tokens)
     return (
         f"{found.equal_documents:,} of {plural(found.validation_documents, 'validation document')} "
-        f"({plural(found.validation_tokens, 'token')}) are whole in the training part ({found.training_documents:,} "
+        f"({plural(found.validation_tokens, 'token')}) occur whole in the training part ({found.training_documents:,} "
         f"documents, {found.training_tokens:,} tokens); {found.span_documents:,} share a span of "
         f"{found.span_tokens} tokens or more with it, at least {found.span_tokens_shared:,} tokens in total "
         f"({share:.2%})"

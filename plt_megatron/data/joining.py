@@ -79,7 +79,7 @@ def _check_alike(prefixes: Sequence[str], indices: Sequence[IndexedFile], manife
     known = next(iter(tokenizers), None)
     for prefix, index, made in zip(prefixes, indices, manifests, strict=True):
         if index.dtype != indices[0].dtype:
-            raise UserError(f"{prefix} has ids of type {index.dtype}, {first} of {indices[0].dtype}: they do not join")
+            raise UserError(f"{prefix} has ids of type {index.dtype}, {first} of {indices[0].dtype}: they cannot join")
         if known and prefix in tokenizers and tokenizers[prefix]["sha256"] != tokenizers[known]["sha256"]:
             raise UserError(f"{prefix} was made with {tokenizers[prefix]['path']}, {known} with another tokenizer")
         if loss_mask.has_mask(prefix) != loss_mask.has_mask(first):

@@ -22,7 +22,7 @@ def scramble(values: np.ndarray) -> np.ndarray:
 
 
 def scramble_number(value: int) -> int:
-    """`scramble` one number below 2^64, an order of magnitude faster than an array of one."""
+    """Apply `scramble` to one number below 2^64, an order of magnitude faster than to an array of one."""
     value = (value + 0x9E3779B97F4A7C15) & _MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK

@@ -76,7 +76,7 @@ def candidates(path: Path) -> list[Path]:
 
 
 def inherited(progress: Mapping[str, Any], sequence_length: int) -> dict[str, Any]:
-    """Return the entries of a record that a run with rows of `sequence_length` inherits when it starts from it."""
+    """Return the entries of a record that a run with rows of `sequence_length` inherits when it starts or resumes."""
     kept = {name: progress[name] for name in ORIGIN if name in progress}
     longest = max(progress.get(LONGEST_TEXT, 0), progress["config"]["data"]["sequence_length"])
     return kept | ({LONGEST_TEXT: longest} if longest > sequence_length else {})

@@ -32,7 +32,7 @@ class RunFolder:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.config_file = self.path / CONFIG  # resolved
-        self.former_config_file = self.path / ".former_config.yaml"  # until a start that may be refused succeeds
+        self.former_config_file = self.path / ".former_config.yaml"  # kept until a start that may be refused succeeds
         # Written by training.
         self.metrics_file = self.path / METRICS  # one record of training or validation per line
         self.checkpoints = self.path / checkpoints.FOLDER
@@ -44,7 +44,7 @@ class RunFolder:
         self.loaded = self.path / "loaded"  # a checkpoint that was downloaded to start from
         self.incidents = self.path / "incidents"  # bad steps, and every rank's stack after a hang
         self.tensorboard = self.path / "tensorboard"
-        self.wandb_id_file = self.path / "wandb_id"  # of the one wandb run
+        self.wandb_id_file = self.path / "wandb_id"  # id of the run at Weights & Biases
         self.profile = self.path / "profile"  # the profiler's traces
         self.index_cache = self.path / "index_cache"  # sample indices
         # Requests to stop, or to save and continue.

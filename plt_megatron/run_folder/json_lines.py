@@ -17,7 +17,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import replacing
 
 Record = dict[str, Any]
-_TAIL_BYTES = 1 << 17  # at a file's end, in which the last records are sought
+_TAIL_BYTES = 1 << 17  # at a file's end that are searched for the last records
 
 
 def append(path: Path, record: Record, *, sync: bool = False) -> None:

@@ -25,7 +25,7 @@ from plt_megatron.model.parameters import Sizes, only_in_loops, parameters_of
 from plt_megatron.run_folder import checkpoints
 from plt_megatron.run_folder.folder import RunFolder
 
-_FOLLOWING = ("optimizer.lr_decay_iters", "optimizer.lr_wsd_decay_iters")  # by default, the run's length decides
+_FOLLOWING = ("optimizer.lr_decay_iters", "optimizer.lr_wsd_decay_iters")  # if unset, derived from the run's length
 _LENGTHS = ("train_iters", "train_tokens")
 _MOST_LINES = 3
 
@@ -117,14 +117,14 @@ def schedule_step_tokens(progress: dict[str, Any]) -> int:
 def check_schedule(path: Path, progress: dict[str, Any], config: RunConfig, *, allow_other: bool) -> None:
     """Raise `UserError` if a checkpoint was trained with another optimizer or, unless allowed, another schedule."""
     own = schedule(config, schedule_step_tokens(progress))
-    before, now = progress["schedule"].get("optimizer.name", "adam"), own["optimizer.name"]  # once only Adam existed
+    before, now = progress["schedule"].get("optimizer.name", "adam"), own["optimizer.name"]  # formerly always Adam
     if before != now:
         raise UserError(
             f"checkpoint {path} was trained with optimizer.name {before} (now {now}), whose state no other optimizer "
             "can use; restore that, or start a run of another name from its weights alone with checkpoint.load and "
             "checkpoint.weights_only=true"
         )
-    patterns = progress["config"]["training"].get("trainable", [])  # once all were trained
+    patterns = progress["config"]["training"].get("trainable", [])  # formerly all parameters
     if patterns != config.training.trainable:
         raise UserError(
             f"checkpoint {path} was trained with training.trainable {patterns} (now {config.training.trainable}), and "
@@ -196,7 +196,7 @@ def _is_unset(config: RunConfig, name: str) -> bool:
 
 
 def _draws_anew(progress: dict[str, Any], config: RunConfig) -> bool:
-    """Return whether another run length changes the order of samples, and this is not allowed yet."""
+    """Return whether the new run length changes the order of samples without checkpoint.allow_other_data."""
     drawn = (progress.get("data_fingerprint") or {}).get("sampling", {}).get("num_samples")
     return not config.checkpoint.allow_other_data and drawn not in (None, derived.order_samples(config))
 
@@ -205,8 +205,7 @@ def _draws_anew(progress: dict[str, Any], config: RunConfig) -> bool:
 
 
 def check_model(path: Path, progress: dict[str, Any], config: RunConfig, vocab_size: int | None) -> None:
-    """Raise `UserError` if a checkpoint's tensors do not fit this model. Only one of the two may have gates, if the
-    other has one loop.
+    """Raise `UserError` if a checkpoint's tensors do not fit this model. Either may lack all gates, as with one loop.
 
     Args:
         vocab_size: the run's vocabulary size without padding; None: unknown.
