@@ -34,9 +34,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from plt_megatron.data.indexed import flat_tokens, read_index, write_index
 from plt_megatron.data.loss_mask import mask_path
 from plt_megatron.errors import UserError, run_command
-from plt_megatron.experiments.figures import COLORS, LINES, MARKERS, new_figure, save
+from plt_megatron.experiments.figures import new_figure, save
+from plt_megatron.experiments.records import state_of
 from plt_megatron.experiments.sweep_plan import load_plan
 from plt_megatron.run_folder.files import write_json
+from plt_megatron.run_folder.text import plural
 
 SYMBOLS, HOPS, PAUSES = 8, 4, 3  # questions have 1 to HOPS hops and 0 to PAUSES - 1 pauses
 ROW = 128  # tokens
@@ -211,48 +213,62 @@ def report_sweep(folder: Path, plot: Path | None) -> int:
 
 
 def read(folder: Path) -> dict[str, Right]:
-    """By row, in the sweep's order.
+    """Return the finished runs' scores by row, in the sweep's order.
 
     Raises:
-        UserError: a run has no scores, or a row that the bars compare is missing.
+        UserError: a finished run has no scores, or a row that the bars compare has no finished run.
     """
     rows: dict[str, Right] = {}
     for run in load_plan(folder).runs:
         path = run.folder.path / SCORES
         if not path.is_file():
-            raise UserError(f"{path} is missing: when the run has ended, depth_tasks.py score {path.parent}")
+            if state_of(run) != "finished":
+                continue
+            raise UserError(f"{path} is missing: run depth_tasks.py score {path.parent}")
         row = rows.setdefault(" ".join(run.labels.values()), defaultdict(list))
         for pauses, shares in json.loads(path.read_text(encoding="utf-8"))["right"].items():
             row[int(pauses)].append(shares)
     if missing := {ONE, TWICE, PLT} - rows.keys():
-        raise UserError(f"{folder}: no rows {', '.join(sorted(missing))}; run configs/sweeps/depth_tasks.yaml")
+        raise UserError(f"{folder}: no finished run of {', '.join(sorted(missing))}")
     return rows
 
 
 def means(row: Right, pauses: int) -> list[float]:
-    """By hops, over the seeds."""
+    """Shares of right answers by hops, averaged over the seeds."""
     return [fmean(shares) for shares in zip(*row[pauses], strict=True)]
 
 
-def table(rows: dict[str, Right]) -> list[str]:
-    """Lines of a Markdown table: means over the seeds in percent, and the lowest and highest of their means."""
-    hops = [f"k = {k}" for k in range(1, HOPS + 1)]
-    lines = [
-        "| " + " | ".join(["row", "pauses", *hops, "all k", "of the seeds"]) + " |",
-        "|---|---|" + "---|" * (HOPS + 2),
-    ]
-    for name, row in rows.items():
-        for pauses in sorted(row):
-            seeds = [fmean(shares) for shares in row[pauses]]
-            cells = [f"{share:.1%}" for share in [*means(row, pauses), fmean(seeds)]]
-            cells.append(f"{min(seeds):.1%} to {max(seeds):.1%}")
-            lines.append("| " + " | ".join([name, str(pauses), *cells]) + " |")
-    return lines
+def best_pauses(row: Right) -> int:
+    """Pauses that suit the row best: a pause may cost one loop the step that fetches the answer."""
+    return max(row, key=lambda pauses: fmean(means(row, pauses)))
 
 
 def best(row: Right) -> list[float]:
-    """`means` with as many pauses as suit the row best: a pause may cost one loop the step that fetches the answer."""
-    return max((means(row, pauses) for pauses in row), key=fmean)
+    return means(row, best_pauses(row))
+
+
+def table(rows: dict[str, Right]) -> list[str]:
+    """Lines of a Markdown table, a row each with the pauses that suit it best: means over its seeds in percent, the
+    lowest and highest of their means over all hops, and the share of what twice the layers gain."""
+    header = [
+        "row",
+        "seeds",
+        "pauses",
+        *(f"k = {k}" for k in range(1, HOPS + 1)),
+        "all k",
+        "of the seeds",
+        "of 2k's gain",
+    ]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    once, twice = fmean(best(rows[ONE])), fmean(best(rows[TWICE]))
+    for name, row in rows.items():
+        pauses, mean = best_pauses(row), fmean(best(row))
+        seeds = [fmean(shares) for shares in row[pauses]]
+        cells = [f"{share:.1%}" for share in [*best(row), mean]]
+        gain = f"{(mean - once) / (twice - once):.0%}" if abs(twice - once) > CLOSE else "-"
+        cells += [f"{min(seeds):.1%} to {max(seeds):.1%}", gain]
+        lines.append("| " + " | ".join([name, str(len(seeds)), str(pauses), *cells]) + " |")
+    return lines
 
 
 def missed_bars(rows: dict[str, Right]) -> list[str]:
@@ -270,23 +286,18 @@ def missed_bars(rows: dict[str, Right]) -> list[str]:
 
 
 def draw(rows: dict[str, Right], path: Path) -> None:
-    """Right answers over hops, a plot for each number of pauses, a line for each row with its seeds' range."""
-    figure, plots = new_figure(3.6, 3.6, PAUSES, columns=PAUSES)
-    hops = list(range(1, HOPS + 1))
-    for pauses, axes in enumerate(plots):
-        for number, (name, row) in enumerate(rows.items()):
-            style = {"color": COLORS[number % len(COLORS)], "linestyle": LINES[number % len(LINES)]}
-            axes.plot(
-                hops, means(row, pauses), marker=MARKERS[number % len(MARKERS)], markersize=4, label=name, **style
-            )
-            by_hops = list(zip(*row[pauses], strict=True))
-            axes.fill_between(hops, [*map(min, by_hops)], [*map(max, by_hops)], color=style["color"], alpha=0.12)
-        axes.axhline(1 / SYMBOLS, color="#888888", linewidth=0.8, linestyle=":")
-        axes.set_title("no pause" if not pauses else "1 pause" if pauses == 1 else f"{pauses} pauses", fontsize=10)
-        axes.set_xlabel("hops k")
-        axes.set_ylim(0, 1.03)
-    plots[0].set_ylabel("right answers (exact match)")
-    plots[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    """Right answers of each row by hops, as colors and numbers, with the pauses that suit the row best."""
+    shares = np.array([best(row) for row in rows.values()])
+    figure, (axes,) = new_figure(6.4, 0.8 + 0.34 * len(rows), 1)
+    axes.imshow(shares, cmap="YlGnBu", vmin=1 / SYMBOLS, vmax=1.0, aspect="auto")
+    for (y, x), share in np.ndenumerate(shares):
+        axes.text(x, y, f"{share:.0%}", ha="center", va="center", fontsize=9, color="white" if share > 0.6 else "black")
+    labels = [f"{name} ({plural(len(row[0]), 'seed')})" for name, row in rows.items()]
+    axes.set_yticks(range(len(rows)), labels, fontsize=9)
+    axes.set_xticks(range(HOPS), ["1 hop", *(f"{k} hops" for k in range(2, HOPS + 1))])
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    axes.set_title(f"right answers (exact match; by chance {1 / SYMBOLS:.0%})", fontsize=10)
     save(figure, path)
 
 

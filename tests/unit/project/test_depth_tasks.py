@@ -224,15 +224,21 @@ def test_rows_are_compared_with_the_pauses_that_suit_them(depth):
 def test_the_table_and_the_figure_show_every_row(depth, tmp_path):
     rows = planted(HALF, FULL, FULL)
     lines = depth.table(rows)
-    assert len(lines) == 2 + 9 and len({line.count("|") for line in lines}) == 1
-    assert lines[2].split("|")[1:6] == [" k layers ", " 0 ", " 100.0% ", " 100.0% ", " 30.0% "]
+    assert len(lines) == 2 + 3 and len({line.count("|") for line in lines}) == 1
+    cells = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in lines[2:]}
+    assert cells["k layers"] == ["2", "0", "100.0%", "100.0%", "30.0%", "10.0%", "60.0%", "60.0% to 60.0%", "0%"]
+    assert [row[-1] for row in cells.values()] == ["0%", "100%", "100%"]
     depth.draw(rows, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
-def test_unscored_runs_are_named(depth, tmp_path):
-    from tests.unit.experiments.sweep_helpers import saved_plan
+def test_finished_runs_without_scores_are_named(depth, tmp_path):
+    """Others are left out; a row that the bars compare must be there."""
+    from tests.unit.experiments.sweep_helpers import finish, saved_plan
 
     plan = saved_plan(tmp_path)
-    with pytest.raises(UserError, match=plan.runs[0].name):
+    with pytest.raises(UserError, match="no finished run of 2k layers, PLT-2, k layers"):
+        depth.read(plan.folder)
+    finish(plan.runs[1], 3.0)
+    with pytest.raises(UserError, match=plan.runs[1].name):
         depth.read(plan.folder)
