@@ -1,7 +1,7 @@
 """Registry of the optimizers of `optimizer.name`: their state, settings, and names in other libraries.
 
 An entry here and its settings in `schema.OptimizerConfig` suffice for training, checkpoints, estimates, validation and
-the model card. docs/extending.md shows how to add one.
+the model card.
 """
 
 from __future__ import annotations

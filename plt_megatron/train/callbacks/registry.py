@@ -1,8 +1,7 @@
 """The callbacks of every run, called in this order.
 
-To add one, write a `Callback` (`base`) in its own file and list it here; docs/extending.md shows one. Callbacks that
-change a step come before those that report on it, and `TrainLog` after those whose `after_step` prepares what their
-`on_log` returns.
+To add one, write a `Callback` (`base`) in its own file and list it here. Callbacks that change a step come before those
+that report on it, and `TrainLog` after those whose `after_step` prepares what their `on_log` returns.
 """
 
 from __future__ import annotations
