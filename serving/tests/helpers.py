@@ -44,6 +44,15 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 8.0,
+    "beta_slow": 0.5,
+    "truncate": False,
+}
 # Changes to a PLT of two loops.
 VARIANTS = {
     "plt1": {"loop_count": 1},
@@ -58,6 +67,7 @@ VARIANTS = {
     "biases, tied": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     "OLMo-2": {"norm_placement": "post", "qk_norm": True},
     "llama3 rope": {"rope_parameters": LLAMA3},
+    "YaRN": {"rope_parameters": YARN, "key_shift": "heads"},
     "tanh gate": {"gate_activation": "tanh"},
     "window 1": {"window_size": 1},
     "window above blocks": {"window_size": 75, "loop_count": 3},

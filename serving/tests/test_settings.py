@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import MOE, assert_same, engine, prompts, served_model
+from helpers import MOE, YARN, assert_same, engine, prompts, served_model
 
 
 @pytest.mark.parametrize(
@@ -57,8 +57,8 @@ def test_layers_that_run_once_are_refused(exports):
     ("settings", "message"),
     [
         (
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
-            "rope_type yarn are not proven with vLLM yet: decode them with transformers",
+            {"rope_parameters": {**YARN, "factor": 15.5}},
+            "angles of factor x original_max_position_embeddings = 992 positions, not of 993: give --max-model-len 992",
         ),
         ({"share_values": False}, "whose loops share keys alone cannot be served yet: use transformers"),
         (
@@ -77,7 +77,7 @@ def test_what_is_not_proven_is_refused(settings, message):
     from vllm_plt.configuration_plt import PLTConfig
     from vllm_plt.settings import check
 
-    model = SimpleNamespace(hf_config=PLTConfig(**settings))
+    model = SimpleNamespace(hf_config=PLTConfig(**settings), max_model_len=993)
     with pytest.raises(ValueError, match=message):
         check(vllm_config(model_config=model))
 
@@ -91,7 +91,7 @@ def vllm_config(parallel=(), **others):
     names = {"pipeline_parallel_size": 1, "decode_context_parallel_size": 1, "data_parallel_size": 1}
     settings = {
         "parallel_config": SimpleNamespace(**{**names, "use_ubatching": False, **dict(parallel)}),
-        "model_config": SimpleNamespace(hf_config=PLTConfig()),
+        "model_config": SimpleNamespace(hf_config=PLTConfig(), max_model_len=993),
         "speculative_config": None,
         "additional_config": {},
         "lora_config": None,
@@ -107,7 +107,7 @@ def test_what_would_end_in_other_words_is_refused():
     from vllm_plt.configuration_plt import PLTConfig
     from vllm_plt.settings import check
 
-    experts = SimpleNamespace(hf_config=PLTConfig(**MOE))
+    experts = SimpleNamespace(hf_config=PLTConfig(**MOE), max_model_len=993)
     check(vllm_config(model_config=experts))
     check(vllm_config({"data_parallel_size": 2}))
     check(vllm_config(speculative_config=SimpleNamespace(method="ngram")))

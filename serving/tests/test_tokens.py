@@ -134,3 +134,37 @@ def test_a_dropped_carry_shows(exports, monkeypatch, variant, dropped, options):
     with engine(export, **options) as llm:
         same = [got == export.decode(prompt, 24) for got, prompt in zip(greedy(llm, ids), ids, strict=True)]
     assert sum(same) < 10
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"factor": 2.5, "truncate": True, "original_max_position_embeddings": 40},
+        {"factor": 1.0},
+        {"beta_fast": None, "beta_slow": None},
+        {"factor": None},
+        {"attention_factor": 0.75},
+        {"mscale": 0.7, "mscale_all_dim": 1.3},
+        {"mscale": 0.7},
+        {"rope_theta": 1e6, "original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0},
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_yarns_angles_are_transformers(changes, dtype):
+    """Every cosine and sine, the factor of queries and keys included."""
+    from helpers import YARN
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm_plt.configuration_plt import PLTConfig
+    from vllm_plt.rope import most_positions, rope_parameters
+    from vllm_plt.vllm_internals import get_rope
+
+    from plt_megatron.hf.modeling_plt import PLTRotaryEmbedding
+
+    config = PLTConfig(**{**SIZES, "rope_parameters": {**YARN, **changes}})
+    with set_current_vllm_config(VllmConfig()):
+        rope = get_rope(32, 1024, rope_parameters=rope_parameters(config), dtype=dtype)
+    positions = torch.arange(most_positions(config))
+    cos, sin = PLTRotaryEmbedding(config)(torch.zeros(1, dtype=dtype), positions[None])
+    served = rope.cos_sin_cache[positions].to(dtype)
+    torch.testing.assert_close(served, torch.cat([cos[0, :, 0, :16], sin[0, :, 0, 16:]], -1), rtol=1e-5, atol=1e-5)

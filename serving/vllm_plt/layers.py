@@ -10,6 +10,7 @@ from torch import nn
 from vllm_plt.configuration_plt import PLTConfig
 from vllm_plt.heads import Heads, sharded_parameter
 from vllm_plt.key_shift import KeyCarry, KeyShift
+from vllm_plt.rope import rope_parameters
 from vllm_plt.vllm_internals import (
     Attention,
     FusedMoEFactory,
@@ -105,7 +106,7 @@ class PLTAttention(nn.Module):
             prefix=f"{name}.o_proj",
         )
         self.rotary_emb = get_rope(
-            heads.dim, max_position=config.max_position_embeddings, rope_parameters=config.rope_parameters
+            heads.dim, max_position=config.max_position_embeddings, rope_parameters=rope_parameters(config)
         )
         self.norms_heads = config.norm_placement == "pre"
         self.q_norm, self.k_norm = self._qk_norms(config) if config.qk_norm else (None, None)

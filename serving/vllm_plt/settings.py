@@ -6,6 +6,8 @@
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+from vllm_plt.rope import most_positions
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
@@ -107,9 +109,12 @@ def check(vllm_config: "VllmConfig") -> None:
         )
     if parallel.decode_context_parallel_size > 1:
         raise ValueError("PLT models cannot be served with decode context parallelism: their windows are not split")
-    rope = vllm_config.model_config.hf_config.rope_parameters or {}
-    if rope.get("rope_type") == "yarn":
-        raise ValueError("PLT models with rope_type yarn are not proven with vLLM yet: decode them with transformers")
+    longest, most = vllm_config.model_config.max_model_len, most_positions(config)
+    if most is not None and longest > most:
+        raise ValueError(
+            f"vLLM has rope_type yarn's angles of factor x original_max_position_embeddings = {most} positions, not of "
+            f"{longest}: give --max-model-len {most}"
+        )
     read_settings(vllm_config)
 
 
