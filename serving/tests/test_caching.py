@@ -14,7 +14,9 @@ def assert_same_with_hits(export, llm, token_lists: list[list[int]], tokens: int
     return sum(out.num_cached_tokens for out in outputs)
 
 
-@pytest.mark.parametrize("variant", ["plt3", "loopcoder", "wide slices", "CLP only", "learned shift"])
+@pytest.mark.parametrize(
+    "variant", ["plt3", "loopcoder", "wide slices", "CLP only", "learned shift", "span, shifted", "keys alone"]
+)
 @pytest.mark.parametrize("kept", [{}, {"prefix_cache_retention_interval": None}], ids=["prompt ends", "every block"])
 def test_hits_at_every_class_of_position(exports, variant, kept):
     """A prompt again; cut before, at and after blocks; with another end."""
@@ -37,7 +39,9 @@ def test_a_conversation(exports):
             ids = ids + answer + [turn + 1, turn + 2]
 
 
-@pytest.mark.parametrize("variant", ["plt2", "plt3", "plt4", "shifted heads", "shift, one loop"])
+@pytest.mark.parametrize(
+    "variant", ["plt2", "plt3", "plt4", "shifted heads", "shift, one loop", "span, shifted", "keys alone"]
+)
 def test_prompts_of_one_step_share_a_prefix(exports, variant):
     """The second request of a step hits blocks that the first one computes in that very step."""
     export = exports(variant)
@@ -61,7 +65,7 @@ def test_without_waiting_prompts_of_one_step_take_the_wrong_keys(exports, monkey
     assert any(wrong)
 
 
-@pytest.mark.parametrize("variant", ["plt2", "plt3", "shifted channels"])
+@pytest.mark.parametrize("variant", ["plt2", "plt3", "shifted channels", "span", "keys alone"])
 def test_a_carry_of_the_same_step_is_waited_for(exports, variant, monkeypatch):
     """In a step of one token a request all loops run at once: one computes a block's last token, others hit it."""
     served, expected, waits = serve_same_step_hits(exports(variant), monkeypatch)
@@ -115,7 +119,14 @@ def step_until_done(llm) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("variant", "blocks", "caching"), [("plt3", 40, True), ("plt3", 60, False), ("learned shift", 80, True)]
+    ("variant", "blocks", "caching"),
+    [
+        ("plt3", 40, True),
+        ("plt3", 60, False),
+        ("learned shift", 80, True),
+        ("span, shifted", 100, True),
+        ("keys alone", 90, True),
+    ],
 )
 def test_preempted_requests_go_on(exports, variant, blocks, caching):
     """Too few blocks for all: requests are evicted and computed again."""

@@ -8,22 +8,29 @@ import pytest
 from helpers import SIZES, assert_same, engine, prompts, served_model
 
 
-def test_each_pass_has_a_code_object_of_its_own(exports):
-    with engine(exports("plt3")) as llm:
-        model = served_model(llm).model
-        codes = [type(run).forward.__code__ for run in (*model.passes, model.rows)]
-        assert len(set(codes)) == len({code.co_qualname for code in codes}) == 4
+def passes(model) -> list:
+    return [run for run in (model.prelude, *model.passes, model.coda, model.rows) if run is not None]
+
+
+@pytest.mark.parametrize(("variant", "count"), [("plt3", 4), ("span", 5)])
+def test_each_pass_has_a_code_object_of_its_own(exports, variant, count):
+    with engine(exports(variant)) as llm:
+        codes = [type(run).forward.__code__ for run in passes(served_model(llm).model)]
+        assert len(set(codes)) == len({code.co_qualname for code in codes}) == count
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["compiled", "from the disk's cache"])
-@pytest.mark.parametrize("variant", ["plt3", "shifted heads"])
-def test_compiled(exports, variant, again):
-    """Three loops; the second engine finds on disk what the first one has compiled."""
-    export = exports(variant, num_hidden_layers=2)
-    with engine(export, enforce_eager=False) as llm:
+@pytest.mark.parametrize(
+    ("variant", "layers", "requests"),
+    [("plt3", 2, 24), ("shifted heads", 2, 24), ("keys alone, span, shifted", 3, 24), ("span", 3, 1)],
+)
+def test_compiled(exports, variant, layers, requests, again):
+    """The second engine finds on disk what the first one has compiled."""
+    export = exports(variant, num_hidden_layers=layers)
+    with engine(export, enforce_eager=False, max_num_seqs=requests) as llm:
         model = served_model(llm).model
         assert_same(export, llm, prompts(12))
-        assert all(run.compiled or getattr(run, "aot_compiled_fn", None) for run in (*model.passes, model.rows))
+        assert all(run.compiled or getattr(run, "aot_compiled_fn", None) for run in passes(model))
 
 
 @pytest.mark.parametrize("variant", ["plt2", "no CLP"])
@@ -49,8 +56,7 @@ def test_no_pass_runs_in_a_piecewise_graph(exports, monkeypatch, variant):
 
     with engine(exports(variant)) as llm:
         model = served_model(llm).model
-        runs = [*model.passes, *([model.rows] if model.rows is not None else [])]
-        for run in runs:
+        for run in passes(model):
             monkeypatch.setattr(run, "forward", watched(run.forward))
         monkeypatch.setattr(gpu_model_runner, "set_forward_context", in_mode)
         for mode, expected in ((CUDAGraphMode.PIECEWISE, CUDAGraphMode.NONE), (CUDAGraphMode.FULL, CUDAGraphMode.FULL)):

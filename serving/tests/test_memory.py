@@ -1,7 +1,7 @@
 """vLLM's own planner: what a request costs beside a plain model's, and the concurrency that `vllm serve` prints."""
 
 import pytest
-from helpers import Export, engine, scheduler
+from helpers import Export, engine, scheduler, served_model
 
 # LoopCoder-v2's shape; only its cache is planned, the weights are tiny. K/V heads of 128, 14 layers, d 5120.
 SHAPE_7B = {
@@ -89,7 +89,7 @@ def test_what_is_said_of_chunks_is_the_formula(loops, chunk):
     from vllm_plt.memory import blocks_of_a_request as said
 
     config = PLTConfig(loop_count=loops, window_size=64)
-    assert said(config, loops, 1, 2048, 128, chunk) == blocks_of_a_request(2048, 128, loops, 64, chunk)
+    assert said(config, loops, 16, 2048, 128, chunk) == blocks_of_a_request(2048, 128, loops, 64, chunk)
     naive = PLTConfig(loop_count=loops, cross_loop_parallel=False, share_kv=False, gated_window=False)
     assert said(naive, loops, 0, 2048, 128, chunk) == 16 * loops
 
@@ -112,3 +112,48 @@ def test_the_printed_concurrency(exports, variant, loops, carries):
         assert got == pytest.approx(500 / blocks_of_a_request(256, 32, loops, 8, 32, carries), rel=0.02)
         manager = scheduler(llm).kv_cache_manager
         assert [len(group.layer_names) for group in manager.kv_cache_config.kv_cache_groups] == [3] * (loops + carries)
+
+
+@pytest.mark.parametrize(
+    ("variant", "size", "groups"),
+    [
+        ("span", 2, (2, 1, 1)),
+        ("span, shifted", 2, (2, 1, 4)),  # carries of seven kinds of keys, each as wide as a layer's K/V
+        ("span, naive loops", 4, (1, 0, 1)),
+        ("prelude alone, loopcoder", 4, (1, 1, 1)),  # three layers' windows, padded
+        ("keys alone", 3, (3, 2, 1)),
+    ],
+)
+def test_groups_where_layers_differ(exports, variant, size, groups):
+    """Of caches of the whole context, of windows, and of carries: as we expect of vLLM, and say of a request."""
+    from vllm_plt.memory import blocks_of_a_request as said
+    from vllm_plt.memory import caches_of_loops, layers_of_a_group
+
+    with engine(exports(variant), max_num_batched_tokens=32, max_num_seqs=8, num_gpu_blocks_override=500) as llm:
+        made, config = scheduler(llm).kv_cache_manager.kv_cache_config.kv_cache_groups, exports(variant).model.config
+        loops, slices = config.loop_count, len(served_model(llm).model.carry.slices)
+        counts = (*caches_of_loops(config, loops), slices)
+        assert layers_of_a_group(counts) == size and tuple(-(-count // size) for count in counts) == groups
+        assert sum(len(group.layer_names) for group in made) == sum(counts) and len(made) == sum(groups)
+        blocks = groups[0] * 8 + groups[1] * 3 + groups[2] * 3
+        got = llm.llm_engine.vllm_config.cache_config.kv_cache_max_concurrency
+        assert got == pytest.approx(500 / blocks, rel=0.02)
+        assert said(config, loops, slices, 256, 32, 32) == -(-blocks * size // config.num_hidden_layers)
+
+
+@pytest.mark.parametrize(
+    ("layers", "span", "loops", "fewest", "slices"),
+    [
+        (28, None, 2, 1, 28),
+        (28, None, 3, 29, 56),
+        (28, [4, 24], 2, 1, 28),  # windows are padded to 28
+        (36, [6, 30], 2, 1, 18),  # 24 would pad 36 layers to 48
+        (24, [6, 18], 2, 1, 12),
+    ],
+)
+def test_slices_do_not_pad_the_context(layers, span, loops, fewest, slices):
+    from vllm_plt.configuration_plt import PLTConfig
+    from vllm_plt.memory import slices_of_a_carry
+
+    config = PLTConfig(num_hidden_layers=layers, loop_span=span, loop_count=loops)
+    assert slices_of_a_carry(config, loops, fewest) == slices

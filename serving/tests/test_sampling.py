@@ -65,7 +65,10 @@ def test_aborted_requests(exports):
     assert all(tokens == export.decode(ids[index], 24) for index, tokens in out.items())
 
 
-@pytest.mark.parametrize(("variant", "drafts"), [("plt2", 1), ("plt3", 4), ("loopcoder", 2), ("shifted heads", 3)])
+@pytest.mark.parametrize(
+    ("variant", "drafts"),
+    [("plt2", 1), ("plt3", 4), ("loopcoder", 2), ("shifted heads", 3), ("span, shifted", 3), ("keys alone", 2)],
+)
 def test_speculation_by_ngrams(exports, variant, drafts):
     """Drafts out of the text so far: accepted or not, the tokens are the same. Their steps run loop by loop."""
     export = exports(variant)

@@ -47,12 +47,6 @@ def test_loops_by_layer_are_refused(exports):
             pass
 
 
-def test_layers_that_run_once_are_refused(exports):
-    with pytest.raises(ValueError, match=r"some layers run once \(loop_span \[1, 2\]\) cannot be served yet"):
-        with engine(exports("plt2", loop_span=[1, 2])):
-            pass
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -60,7 +54,6 @@ def test_layers_that_run_once_are_refused(exports):
             {"rope_parameters": {**YARN, "factor": 15.5}},
             "angles of factor x original_max_position_embeddings = 992 positions, not of 993: give --max-model-len 992",
         ),
-        ({"share_values": False}, "whose loops share keys alone cannot be served yet: use transformers"),
         (
             {**MOE, "scoring_func": "sigmoid"},
             "whose experts have sigmoid scores cannot be served yet: use transformers",

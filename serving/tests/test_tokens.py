@@ -28,6 +28,8 @@ def test_variants(exports, variant):
         ("plt4", 8, {"block_size": 96, "max_num_batched_tokens": 24}),
         ("plt3", 64, {"block_size": 32, "max_num_batched_tokens": 128, "enable_prefix_caching": False}),
         ("learned shift", 12, {"block_size": 64, "max_num_batched_tokens": 9, "max_num_seqs": 8}),
+        ("span, shifted", 12, {"block_size": 64, "max_num_batched_tokens": 9, "max_num_seqs": 8}),
+        ("keys alone", 40, {"block_size": 32, "max_num_batched_tokens": 17, "max_num_seqs": 16}),
     ],
 )
 def test_windows_blocks_and_chunks(exports, variant, window, options):
@@ -49,7 +51,7 @@ def test_a_long_context(exports):
         assert_same(export, llm, [*prompts(2, seed=3, longest=900), prompts(10, seed=4, longest=880)[9]], tokens=100)
 
 
-@pytest.mark.parametrize("variant", ["plt3", "loopcoder", "CLP only", "learned shift"])
+@pytest.mark.parametrize("variant", ["plt3", "loopcoder", "CLP only", "learned shift", "keys alone, span, shifted"])
 def test_serial_loops(exports, variant):
     export = exports(variant)
     with engine(export, additional_config={"plt": {"loop_mode": "serial"}}) as llm:
@@ -68,6 +70,10 @@ def test_serial_loops(exports, variant):
         ("recommended", 2),
         ("learned shift", 1),
         ("shifted heads", 2),
+        ("span, shifted", 1),
+        ("span, recommended, tied", 2),
+        ("keys alone", 1),
+        ("keys alone", 2),
     ],
 )
 def test_fewer_loops(exports, variant, count):
@@ -118,6 +124,8 @@ def test_loopcoders_names(exports, tmp_path):
         ("loopcoder", "hidden", {"max_num_batched_tokens": 30}),
         ("shifted heads", "keys", {}),
         ("shift, one loop", "keys", {"max_num_batched_tokens": 30}),
+        ("span, shifted", "prelude's keys", {}),
+        ("span, shifted", "coda's keys", {"max_num_batched_tokens": 30}),
     ],
 )
 def test_a_dropped_carry_shows(exports, monkeypatch, variant, dropped, options):

@@ -9,7 +9,7 @@ from helpers import assert_same, engine, generate, prompts
 torch = pytest.importorskip("torch")
 
 
-@pytest.mark.parametrize("variant", ["plt2", "shifted heads"])
+@pytest.mark.parametrize("variant", ["plt2", "shifted heads", "span"])
 def test_a_lora_adapter(exports, tmp_path, variant):
     """Served beside the model; the tokens are those of a model that has it in its weights."""
     from helpers import VARIANTS, Export, make_model
@@ -41,7 +41,8 @@ def test_a_lora_adapter(exports, tmp_path, variant):
 
 
 @pytest.mark.parametrize(
-    ("variant", "mode"), [("plt3", "parallel"), ("plt3", "serial"), ("shifted channels", "parallel")]
+    ("variant", "mode"),
+    [("plt3", "parallel"), ("plt3", "serial"), ("shifted channels", "parallel"), ("span", "parallel")],
 )
 def test_int8_weights_and_activations(exports, tmp_path, variant, mode):
     """compressed-tensors' W8A8: log-probabilities are those of the same rounding in transformers."""

@@ -2,18 +2,21 @@
 
 vLLM gives every group of layers blocks of one size and forms groups of as many layers as the smallest kind has. So
 the carry is cut into as many slices as the model has layers (a multiple of it, where a slice would be wider than an
-attention layer's page): groups are then alike and a request keeps one block of carries. In pages it is shared by prefix
-caching and survives preemption, chunked prefill and transfers as K and V do.
+attention layer's page; fewer, where some layers run once: `slices_of_a_carry`): groups are then alike and a request
+keeps one block of carries. In pages it is shared by prefix caching and survives preemption, chunked prefill and
+transfers as K and V do.
 
 It consists of h(1..L-1), with cross-loop parallelism, and of what shifted keys take (`key_shift`).
 """
 
 from dataclasses import dataclass
+from itertools import count as count_from
 
 import torch
 from torch import nn
 
 from vllm_plt.carry_cache import CarrySpec
+from vllm_plt.memory import slices_of_a_carry
 from vllm_plt.vllm_internals import (
     Attention,
     AttentionBackend,
@@ -113,6 +116,7 @@ class CarrySlice(nn.Module, AttentionLayerBase):
 
 
 HIDDEN, KEYS = "hidden", "keys"
+PRELUDE_KEYS, CODA_KEYS = "prelude's keys", "coda's keys"
 
 
 class Carry(nn.Module):
@@ -120,7 +124,8 @@ class Carry(nn.Module):
 
     Args:
         states: of each kind of state, a token's vectors and their width: `HIDDEN`, h(1..L-1), and `KEYS`, what shifted
-            keys of all layers take, one for each loop.
+            keys of all layers that loop take, one for each loop; of layers that run once, `PRELUDE_KEYS`, `CODA_KEYS`.
+        loops: L.
         attention: a layer of the model's, for the size of its pages.
         first_number: the slices' layer numbers start here; vLLM tells layers apart by the one number in their names.
     """
@@ -128,8 +133,8 @@ class Carry(nn.Module):
     def __init__(
         self,
         states: dict[str, tuple[int, int]],
+        loops: int,
         attention: Attention,
-        layers: int,
         prefix: str,
         first_number: int,
         config: VllmConfig,
@@ -138,10 +143,10 @@ class Carry(nn.Module):
         self.states = states
         token_bytes = attention_page_bytes(attention, config) // config.cache_config.block_size
         room = token_bytes // config.model_config.dtype.itemsize
-        slices = layers
-        while (width := sum(count * part for count, part in self._parts(slices).values())) > room:
-            slices += layers
-        self.parts = self._parts(slices)
+        slices = slices_of_a_carry(
+            config.model_config.hf_config, loops, next(few for few in count_from(1) if self._width(few) <= room)
+        )
+        self.parts, width = self._parts(slices), self._width(slices)
         # Shifted keys of a loop are read before any of the step's are there.
         self.slices = nn.ModuleList(
             CarrySlice(f"{prefix}.carry.{first_number + index}", width, KEYS in states, attention, config)
@@ -152,6 +157,9 @@ class Carry(nn.Module):
     def _parts(self, slices: int) -> dict[str, tuple[int, int]]:
         """Of each kind of state, a token's vectors and the width of what a slice has of one."""
         return {kind: (count, -(-width // slices)) for kind, (count, width) in self.states.items()}
+
+    def _width(self, slices: int) -> int:
+        return sum(count * part for count, part in self._parts(slices).values())
 
     @property
     def metadata(self) -> CarryMetadata | None:

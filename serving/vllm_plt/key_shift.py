@@ -22,8 +22,8 @@ def previous_rows(rows: torch.Tensor, starts: torch.Tensor, carried: torch.Tenso
 
 
 def loops_with_keys(config: PLTConfig, loops: int) -> int:
-    """How many loops use keys of their own, from the first."""
-    return loops if config.gated_window or not config.share_kv else 1
+    """How many loops use keys or values of their own, from the first."""
+    return loops if config.gated_window or not config.shares_values else 1
 
 
 class KeyCarry:

@@ -10,6 +10,7 @@ from torch import nn
 from vllm_plt.configuration_plt import PLTConfig
 from vllm_plt.heads import Heads, sharded_parameter
 from vllm_plt.key_shift import KeyCarry, KeyShift
+from vllm_plt.pass_state import PassState
 from vllm_plt.rope import rope_parameters
 from vllm_plt.vllm_internals import (
     Attention,
@@ -75,9 +76,10 @@ class PLTAttention(nn.Module):
 
     Args:
         index: of the layer.
-        loops: L.
+        loops: L; 1 for a layer that does not loop.
         rows: decode steps run all loops at once.
-        prefix: of the model; layers are told apart by the one number in their names, which is loop * layers + index.
+        prefix: of the model; layers are told apart by the one number in their names. It is (pass * layers + index),
+            where windows are of passes 1..L-1, and later loops' keys or values without one of passes L..2L-2.
     """
 
     def __init__(self, config: PLTConfig, index: int, loops: int, rows: bool, prefix: str, vllm_config: VllmConfig):
@@ -85,7 +87,7 @@ class PLTAttention(nn.Module):
         self.loops = loops
         self.heads = heads = Heads(config)
         self.scaling = heads.dim**-0.5
-        self.shares_kv = config.share_kv
+        self.shares_keys, self.shares_values = config.share_kv, config.shares_values
         self.gate_is_local = config.gate_side == "local"
         name = f"{prefix}.layers.{index}.self_attn"
         quant = vllm_config.quant_config
@@ -113,7 +115,7 @@ class PLTAttention(nn.Module):
         self.key_shift = None if config.key_shift == "none" else KeyShift(config, heads)
         self.plt_gate = PLTGate(config, heads) if config.gated_window and loops > 1 else None
 
-        def attention(loop: int, kind: str, width: int = 1, **kwargs) -> Attention:
+        def attention(number: int, kind: str, width: int = 1, **kwargs) -> Attention:
             return Attention(
                 heads.query * width,
                 heads.dim,
@@ -121,7 +123,7 @@ class PLTAttention(nn.Module):
                 num_kv_heads=heads.kv,
                 cache_config=vllm_config.cache_config,
                 quant_config=quant,
-                prefix=f"{prefix}.layers.{loop * config.num_hidden_layers + index}.self_attn.{kind}",
+                prefix=f"{prefix}.layers.{number * config.num_hidden_layers + index}.self_attn.{kind}",
                 **kwargs,
             )
 
@@ -130,9 +132,9 @@ class PLTAttention(nn.Module):
         later = range(1, loops)
         window = {"per_layer_sliding_window": config.window_size}
         self.windows = nn.ModuleList(attention(loop, "window", **window) for loop in later if self.plt_gate is not None)
-        self.own = nn.ModuleList(attention(loop, "attn") for loop in later if not config.share_kv)
+        self.own = nn.ModuleList(attention(loops - 1 + loop, "attn") for loop in later if not config.shares_values)
         self.folded = None
-        if rows and config.share_kv and can_fold(self.attn):
+        if rows and config.shares_values and can_fold(self.attn):
             self.folded = attention(0, "folded", loops, kv_sharing_target_layer_name=self.attn.layer_name)
 
     def _qk_norms(self, config: PLTConfig) -> tuple[nn.Module, nn.Module]:
@@ -142,21 +144,12 @@ class PLTAttention(nn.Module):
         return WholeRMSNorm(heads.query_size, heads.rank, eps), WholeRMSNorm(heads.kv_size, heads.kv_shard, eps)
 
     def forward(
-        self,
-        positions: torch.Tensor,
-        hidden_states: torch.Tensor,
-        residual: torch.Tensor,
-        loop: int | None,
-        carry: KeyCarry | None,
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor, state: PassState
     ) -> torch.Tensor:
-        """Attention over normed hidden_states [N, d] at positions [N]; `residual` is the layer's input, for the gate.
-
-        loop: of all rows, from 0; None: the rows are loops 1..L of N / L tokens, loop after loop.
-        carry: of keys that are shifted.
-        """
-        query, key, value = self._qkv(positions, hidden_states, carry)
-        attend = self._rows if loop is None else self._loop
-        out = attend(query, key, value, residual, loop)
+        """Attention over normed hidden_states [N, d] at positions [N]; the gate reads `residual`, the layer's input."""
+        query, key, value = self._qkv(positions, hidden_states, state.shifted)
+        attend = self._rows if state.loop is None else self._loop
+        out = attend(query, key, value, residual, state)
         return self.o_proj(out)[0]
 
     def _qkv(
@@ -178,24 +171,30 @@ class PLTAttention(nn.Module):
             return norm(x)
         return norm(x.reshape(-1, self.heads.dim)).view(x.shape)
 
-    def _loop(self, query, key, value, residual, loop: int) -> torch.Tensor:
+    def _loop(self, query, key, value, residual, state: PassState) -> torch.Tensor:
+        loop, first = state.loop, state.first
         if loop == 0:
+            if first is not None:
+                first.keep(key)
             return self.attn(query, key, value)
-        if not self.shares_kv:
-            return self.own[loop - 1](query, key, value)
-        shared = self.attn(query, None, None)  # reads what loop 1 stored
+        if self.shares_values:
+            shared = self.attn(query, None, None)  # reads what loop 1 stored
+        else:
+            shared = self.own[loop - 1](query, first.take() if self.shares_keys else key, value)
         if self.plt_gate is None:
             return shared
         return self._blend(query, residual, self.windows[loop - 1](query, key, value), shared)
 
-    def _rows(self, query, key, value, residual, loop: None) -> torch.Tensor:
+    def _rows(self, query, key, value, residual, state: PassState) -> torch.Tensor:
         """All loops of T tokens; row l * T + t is loop l + 1 of token t."""
         count = query.shape[0] // self.loops
         queries, keys, values = query.split(count), key.split(count), value.split(count)
-        if not self.shares_kv:
-            layers = (self.attn, *self.own)
-            return torch.cat([layer(*qkv) for layer, *qkv in zip(layers, queries, keys, values, strict=True)])
-        shared = self._shared_rows(query, queries, keys[0], values[0], count)
+        if self.shares_values:
+            shared = self._shared_rows(query, queries, keys[0], values[0], count)
+        else:
+            attended = keys[:1] * self.loops if self.shares_keys else keys
+            each = zip((self.attn, *self.own), queries, attended, values, strict=True)
+            shared = torch.cat([layer(*qkv) for layer, *qkv in each])
         if self.plt_gate is None:
             return shared
         windows = zip(self.windows, queries[1:], keys[1:], values[1:], strict=True)
@@ -302,20 +301,19 @@ class PLTDecoderLayer(nn.Module):
         positions: torch.Tensor,
         hidden_states: torch.Tensor,
         residual: torch.Tensor | None,
-        loop: int | None,
-        carry: KeyCarry | None,
+        state: PassState,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The layer's input is hidden_states + residual, [N, d] each; its output is returned in the same two parts.
 
         Both may be overwritten.
         """
         if not self.pre:
-            return self._post_norm(positions, hidden_states, residual, loop, carry)
+            return self._post_norm(positions, hidden_states, residual, state)
         if residual is None:
             residual, hidden_states = hidden_states, self.input_layernorm(hidden_states)
         else:
             hidden_states, residual = self.input_layernorm(hidden_states, residual)
-        hidden_states = self._scaled(self.self_attn(positions, hidden_states, residual, loop, carry))
+        hidden_states = self._scaled(self.self_attn(positions, hidden_states, residual, state))
         hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
         hidden_states = self.mlp(hidden_states)
         if self.post_feedforward_layernorm is not None:
@@ -326,9 +324,9 @@ class PLTDecoderLayer(nn.Module):
         """A branch's output as it is added."""
         return out if self.residual_scale == 1.0 else self.residual_scale * out
 
-    def _post_norm(self, positions, hidden_states, residual, loop, carry) -> tuple[torch.Tensor, torch.Tensor]:
+    def _post_norm(self, positions, hidden_states, residual, state) -> tuple[torch.Tensor, torch.Tensor]:
         """OLMo-2: norms on the outputs of attention and MLP."""
         layer_input = hidden_states if residual is None else hidden_states + residual
-        out = self.self_attn(positions, layer_input, layer_input, loop, carry)
+        out = self.self_attn(positions, layer_input, layer_input, state)
         residual = layer_input + self._scaled(self.post_attention_layernorm(out))
         return self._scaled(self.post_feedforward_layernorm(self.mlp(residual))), residual

@@ -1,5 +1,7 @@
 """What a request holds of vLLM's paged memory."""
 
+from collections.abc import Iterable
+
 from vllm_plt.configuration_plt import PLTConfig
 from vllm_plt.vllm_internals import VllmConfig, init_logger
 
@@ -7,29 +9,55 @@ logger = init_logger("vllm.plt")
 _SMALL_CHUNK = 256
 
 
-def blocks_of_a_request(config: PLTConfig, loops: int, carries: int, length: int, block: int, chunk: int) -> int:
+def layers_of_a_group(counts: Iterable[int]) -> int:
+    """How many layers' caches vLLM gives blocks together, where it has so many of each kind; it pads the last group."""
+    present = [count for count in counts if count]
+    return max(present) if max(present) < 1.5 * min(present) else min(present)
+
+
+def caches_of_loops(config: PLTConfig, loops: int) -> tuple[int, int]:
+    """How many layers have a cache of the whole context, counting a loop's own, and how many have one of a window."""
+    later = (loops - 1) * len(config.looped_layers)
+    return config.num_hidden_layers + (0 if config.shares_values else later), later if config.gated_window else 0
+
+
+def slices_of_a_carry(config: PLTConfig, loops: int, fewest: int) -> int:
+    """Into how many slices a token's carry is cut, at least `fewest`: with these vLLM's groups pad the context's caches
+    least, and then are fewest. Where all layers loop there are as many as layers, or a multiple."""
+    layers, caches = config.num_hidden_layers, caches_of_loops(config, loops)
+
+    def cost(slices: int) -> tuple[int, int, int]:
+        size = layers_of_a_group([*caches, slices])
+        groups = [-(-count // size) for count in (*caches, slices)]
+        return groups[0] * size, sum(groups), -slices
+
+    return min(range(max(fewest, -(-layers // 4)), -(-fewest // layers) * layers + 1), key=cost)
+
+
+def blocks_of_a_request(config: PLTConfig, loops: int, slices: int, length: int, block: int, chunk: int) -> int:
     """Blocks of `block` tokens of all layers' K/V that vLLM plans for a request of `length` tokens.
 
-    What a token hands on to the next takes `carries` blocks. Windows and carries also hold the `chunk` tokens that a
-    step may have in flight, and begin anywhere in a block.
+    What a token hands on to the next is cut into `slices`, 0 if that is nothing. Windows and carries also hold the
+    `chunk` tokens that a step may have in flight, and begin anywhere in a block.
     """
 
     def held(tokens: int) -> int:
         return -(-min(tokens + chunk, length) // block) + 1
 
-    later = loops - 1
-    blocks = -(-length // block) * (1 if config.share_kv else loops)
-    blocks += later * held(config.window_size - 1) if config.gated_window else 0
-    return blocks + carries * held(1)
+    counts = (*caches_of_loops(config, loops), slices)
+    size = layers_of_a_group(counts)
+    context, windows, carries = (-(-count // size) for count in counts)
+    blocks = context * -(-length // block) + windows * held(config.window_size - 1) + carries * held(1)
+    return -(-blocks * size // config.num_hidden_layers)
 
 
-def say_what_chunks_cost(config: PLTConfig, loops: int, carries: int, vllm_config: VllmConfig) -> None:
+def say_what_chunks_cost(config: PLTConfig, loops: int, slices: int, vllm_config: VllmConfig) -> None:
     """Log one line if smaller chunks would let at least a quarter more requests run at once."""
-    if loops == 1 and not carries:
+    if loops == 1 and not slices:
         return
     length, block = vllm_config.model_config.max_model_len, vllm_config.cache_config.block_size
     chunk = vllm_config.scheduler_config.max_num_batched_tokens
-    now, small = (blocks_of_a_request(config, loops, carries, length, block, size) for size in (chunk, _SMALL_CHUNK))
+    now, small = (blocks_of_a_request(config, loops, slices, length, block, size) for size in (chunk, _SMALL_CHUNK))
     if now >= 1.25 * small:
         logger.info_once(
             f"PLT: a request of {length} tokens holds {now} blocks, where a plain model's holds {-(-length // block)}, "

@@ -2,6 +2,9 @@
 
     h(1) = f(E)      h(l) = f(embedding_scale * E + hidden_scale * shift(h(l-1)))      logits = Head(norm(h(L)))
 
+With `loop_span` f is the layers of that range. Those before it run once on the embeddings, and E is their output; those
+after it run once on h(L): with one row a token, in a decode step too.
+
 A step in which every request has one new token runs all loops as rows of one batch: row 1 is e, row l is e plus the
 h(l-1) that the position before left in paged memory. Any other step (prompts, drafts to verify) runs loop by loop over
 all its tokens, since the second token's loop l needs the first one's loop l - 1.
@@ -12,11 +15,11 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from vllm_plt.carry import HIDDEN, KEYS, Carry
+from vllm_plt.carry import CODA_KEYS, HIDDEN, KEYS, PRELUDE_KEYS, Carry
 from vllm_plt.key_shift import loops_with_keys, previous_rows
 from vllm_plt.layers import PLTDecoderLayer
 from vllm_plt.memory import say_what_chunks_cost
-from vllm_plt.passes import Stack, loop_pass, rows_pass
+from vllm_plt.passes import Stack, layers_pass, rows_pass
 from vllm_plt.settings import read_settings
 from vllm_plt.vllm_internals import (
     Attention,
@@ -58,7 +61,7 @@ class LoopInput(nn.Module):
 
 
 class PLTModel(nn.Module):
-    """Embedding, looped layer stack, final norm, and the carried states."""
+    """Embedding, layers, of which all or some loop, final norm, and the carried states."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
@@ -66,24 +69,54 @@ class PLTModel(nn.Module):
         self.config = config
         self.settings = settings
         loops, rows, count = settings.loop_count, settings.parallel, config.num_hidden_layers
+        self.looped = config.looped_layers if loops > 1 else range(count)
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size,
             config.hidden_size,
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.embed_tokens",
         )
+        how = [(loops, rows) if index in self.looped else (1, False) for index in range(count)]
         self.layers = nn.ModuleList(
-            PLTDecoderLayer(config, index, loops, rows, prefix, vllm_config) for index in range(count)
+            PLTDecoderLayer(config, index, *how[index], prefix, vllm_config) for index in range(count)
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.loop_input = None
         if loops > 1 and (config.cross_loop_parallel or config.input_injection):
             self.loop_input = LoopInput(config)
         self.carry = self._carry(prefix, vllm_config)
-        stack = Stack(self.layers, self.norm, config.norm_between_loops)
-        self.passes = nn.ModuleList(loop_pass(stack, loop, loop == loops - 1, vllm_config) for loop in range(loops))
-        self.rows = rows_pass(stack, vllm_config) if rows else None
-        self.most_requests = vllm_config.scheduler_config.max_num_seqs
+        self._make_passes(loops, rows, vllm_config)
+        # Two at least: a size of one is compiled as a constant.
+        self.most_requests = max(vllm_config.scheduler_config.max_num_seqs, 2)
+
+    def _make_passes(self, loops: int, rows: bool, vllm_config: VllmConfig) -> None:
+        config, last = self.config, loops - 1
+        before, looped, after = (
+            Stack(self.layers[part.start : part.stop], self.norm)
+            for part in (range(self.looped.start), self.looped, range(self.looped.stop, len(self.layers)))
+        )
+
+        def once(name: str, stack: Stack, is_normed: bool) -> nn.Module | None:
+            return layers_pass(name, stack, 0, vllm_config, is_normed=is_normed) if stack.layers else None
+
+        self.prelude, self.coda = once("PLTPrelude", before, False), once("PLTCoda", after, True)
+        # A coda reads h(L) as it is, whatever the loops read.
+        are_normed = [config.norm_between_loops] * last + [self.coda is None]
+        keeps_keys = config.share_kv and not config.share_values and loops > 1
+        self.passes = nn.ModuleList(
+            layers_pass(
+                f"PLTLoop{loop}",
+                looped,
+                loop,
+                vllm_config,
+                is_normed=is_normed,
+                keeps_keys=keeps_keys and loop == 0,
+            )
+            for loop, is_normed in enumerate(are_normed)
+        )
+        self.rows = None
+        if rows:
+            self.rows = rows_pass(looped, vllm_config, are_normed=are_normed[0], is_normed=are_normed[-1])
 
     def _carry(self, prefix: str, vllm_config: VllmConfig) -> Carry | None:
         config, loops, layers = self.config, self.settings.loop_count, len(self.layers)
@@ -91,8 +124,11 @@ class PLTModel(nn.Module):
         if config.cross_loop_parallel and loops > 1:
             states[HIDDEN] = (loops - 1, config.hidden_size)
         if attention.key_shift is not None:
-            states[KEYS] = (loops_with_keys(config, loops), layers * attention.key_shift.width)
-        return Carry(states, attention.attn, layers, prefix, loops * layers, vllm_config) if states else None
+            width, first, end = attention.key_shift.width, self.looped.start, self.looped.stop
+            states[KEYS] = (loops_with_keys(config, loops), len(self.looped) * width)
+            once = {PRELUDE_KEYS: (1, first * width), CODA_KEYS: (1, (layers - end) * width)}
+            states |= {kind: state for kind, state in once.items() if state[1]}
+        return Carry(states, loops, attention.attn, prefix, (2 * loops - 1) * layers, vllm_config) if states else None
 
     def forward(self, positions: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         """The normed output [T, d] of the last loop, for tokens with embeddings [T, d] at positions [T]."""
@@ -110,26 +146,54 @@ class PLTModel(nn.Module):
 
     def _decode(self, positions: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         """One token a request, every loop at once."""
+        starts = None
+        if len(self.looped) < len(self.layers):
+            starts = torch.arange(len(embeds), device=embeds.device)  # each row is a request's first
+        embeds = self._once(self.prelude, PRELUDE_KEYS, positions, embeds, starts)
         carried = self._carried(HIDDEN, slice(None), embeds, len(embeds))
         inputs = torch.cat([embeds[None], self.loop_input(embeds, carried)])
-        states, last, keys = self.rows(positions, inputs, self._keys(slice(None), embeds, len(embeds)))
+        states, last, keys = self.rows(positions, inputs, self._keys(KEYS, slice(None), embeds, len(embeds)))
         self._hand_on(HIDDEN, states, slice(None))
         self._hand_on(KEYS, keys, slice(None))
-        return last
+        return self._once(self.coda, CODA_KEYS, positions, last, starts)
 
     def _loop_by_loop(self, positions: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         requests = min(len(embeds), self.most_requests)  # at most
         starts = None if self.carry is None else self._starts(requests, embeds)
-        hidden_states = embeds.clone()  # layers may overwrite it, and later loops read it again
+        embeds = self._once(self.prelude, PRELUDE_KEYS, positions, embeds, starts)
+        hidden_states, first_keys = embeds.clone(), None  # layers may overwrite it, and later loops read it again
         for loop, run in enumerate(self.passes):
             which = slice(loop, loop + 1)
             if loop:
                 hidden_states = self._next_input(embeds, hidden_states, starts, slice(loop - 1, loop))
-            carried = self._keys(which, embeds, requests)
-            carried = None if carried is None else carried[0]
-            hidden_states, keys = run(positions, hidden_states, carried, starts)
-            self._hand_on(KEYS, None if keys is None else keys[None], which)
-        return hidden_states
+            hidden_states, kept = self._run(run, KEYS, which, positions, hidden_states, starts, first_keys)
+            first_keys = kept if loop == 0 else first_keys
+        return self._once(self.coda, CODA_KEYS, positions, hidden_states, starts)
+
+    def _once(
+        self, run: nn.Module | None, kind: str, positions: torch.Tensor, hidden_states: torch.Tensor, starts
+    ) -> torch.Tensor:
+        """hidden_states [T, d] through layers that run once, if there are any."""
+        if run is None:
+            return hidden_states
+        return self._run(run, kind, slice(0, 1), positions, hidden_states.clone(), starts, None)[0]
+
+    def _run(
+        self,
+        run: nn.Module,
+        kind: str,
+        which: slice,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        starts: torch.Tensor | None,
+        first_keys: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A pass through layers whose keys shift by this kind of carried state; its output and keys it keeps."""
+        carried = None if starts is None else self._keys(kind, which, hidden_states, len(starts))
+        carried = None if carried is None else carried[0]
+        hidden_states, keys, kept = run(positions, hidden_states, carried, starts, first_keys)
+        self._hand_on(kind, None if keys is None else keys[None], which)
+        return hidden_states, kept
 
     def _next_input(
         self, embeds: torch.Tensor, hidden_states: torch.Tensor, starts: torch.Tensor | None, which: slice
@@ -161,11 +225,11 @@ class PLTModel(nn.Module):
             carried[:, : found.shape[1]] = found
         return carried
 
-    def _keys(self, which: slice, like: torch.Tensor, rows: int) -> torch.Tensor | None:
+    def _keys(self, kind: str, which: slice, like: torch.Tensor, rows: int) -> torch.Tensor | None:
         """What shifted keys of these loops take, [loops, rows, layers, P]; None if they are not shifted."""
-        if self.carry is None or not range(self.carry.states.get(KEYS, (0, 0))[0])[which]:
+        if not range(self.carry.states.get(kind, (0, 0))[0])[which]:
             return None
-        return self._carried(KEYS, which, like, rows).unflatten(-1, (len(self.layers), -1))
+        return self._carried(kind, which, like, rows).unflatten(-1, (-1, self.layers[0].self_attn.key_shift.width))
 
     def _hand_on(self, kind: str, states: torch.Tensor | None, which: slice) -> None:
         """States [loops, T, ...] for the tokens after these."""
@@ -209,8 +273,8 @@ class PLTForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
         self.read = self._read_tensors(vllm_config)
         settings = self.model.settings
         logger.info_once(f"PLT: {settings.loop_count} of {config.loop_count} loops, {settings.loop_mode}")
-        carries = 0 if self.model.carry is None else len(self.model.carry.slices) // len(self.model.layers)
-        say_what_chunks_cost(config, settings.loop_count, carries, vllm_config)
+        slices = 0 if self.model.carry is None else len(self.model.carry.slices)
+        say_what_chunks_cost(config, settings.loop_count, slices, vllm_config)
 
     def _read_tensors(self, vllm_config: VllmConfig) -> ReadTensors:
         # What an attention layer has are scales of its cache, which files need not have.

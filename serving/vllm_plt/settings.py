@@ -72,15 +72,8 @@ def _given(vllm_config: "VllmConfig") -> dict:
 def check(vllm_config: "VllmConfig") -> None:
     """Raise a `ValueError` of one line if the server is asked for something that PLT models cannot do."""
     parallel, config = vllm_config.parallel_config, vllm_config.model_config.hf_config
-    span = config.loop_span
     if config.loop_order != "stack":
         raise ValueError(f"PLT models of loop_order {config.loop_order} cannot be served yet: use transformers")
-    if span is not None:
-        raise ValueError(
-            f"PLT models of which some layers run once (loop_span {span}) cannot be served yet: use transformers"
-        )
-    if not config.share_values:
-        raise ValueError("PLT models whose loops share keys alone cannot be served yet: use transformers")
     if config.num_experts is not None and config.scoring_func != "softmax":
         raise ValueError(
             f"PLT models whose experts have {config.scoring_func} scores cannot be served yet: use transformers"
