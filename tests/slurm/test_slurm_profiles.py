@@ -109,7 +109,7 @@ def test_what_is_wrong_with_a_profile_is_said(slurm, submit_with, wrong):
         assert run.statuses() == ["failed"] and run.events("stop")[0]["reason"] == reason, (what, run.outputs())
         shown = report([str(run.folder)], "runs", False)
         assert " failed " in shown and f"  {reason}\n" in shown, (what, shown)
-        assert "sbatch" not in shown or "mend" in shown, (what, shown)
+        assert "sbatch" not in shown or "fix" in shown, (what, shown)
         assert (slurm.job(run.job)["Restarts"], slurm.job(run.job)["ExitCode"] != "0:0") == ("0", True), what
     warned(passed_over)
 

@@ -45,7 +45,9 @@ def open_inputs(patterns: Sequence[str], options: ReadOptions, format: str | Non
             what = "matches no file"
             if found:
                 is_folder = any(os.path.isdir(path) for path in found)
-                what = "is a folder: name its files, as in folder/*.jsonl" if is_folder else "is not a regular file"
+                what = "is neither a file nor a link to one"
+                if is_folder:
+                    what = "is a folder: name its files, as in folder/*.jsonl"
             raise UserError(f"input {pattern!r} {what}")
         paths.update(dict.fromkeys(files))
     by_suffix = {suffix: reader for reader in READERS.values() for suffix in reader.suffixes}
