@@ -236,7 +236,8 @@ def write_task(folder: Path, heldout: Path) -> None:
         "doc_to_text": "{{question}}",
         "doc_to_choice": "{{choices}}",
         "doc_to_target": "{{answer}}",
-        "metric_list": [{"metric": "acc_norm"}],  # by the log-likelihood of a character, as answers differ in length
+        # By the log-likelihood of a character, as answers differ in length.
+        "metric_list": [{"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True}],
     }
     write_text(folder / f"{TASK}.yaml", yaml_nodes.dump(task))
 
