@@ -113,7 +113,7 @@ wheel: $(READY) ## build the wheel, build/wheel/*.whl
 doctor: $(READY) ## show what this machine can run, and what is missing for the rest
 	@$(PY) tools/doctor.py
 
-public-demo: $(READY) $(SERVING) ## give a public model of 135M a second loop, teach it, and chat with it (under 30 minutes)
+public-demo: $(READY) $(SERVING) ## give a public model of 135M a second loop, teach it, and chat with it (13 minutes on two quiet cores)
 	OMP_NUM_THREADS=$(or $(OMP_NUM_THREADS),$(shell nproc)) $(PY) benchmarks/public_model.py --folder .public
 	@$(SERVING_PY) serving/public_chat.py .public
 
