@@ -15,7 +15,7 @@ def assert_same_with_hits(export, llm, token_lists: list[list[int]], tokens: int
 
 
 @pytest.mark.parametrize(
-    "variant", ["plt3", "loopcoder", "wide slices", "CLP only", "learned shift", "span, shifted", "keys alone"]
+    "variant", ["plt3", "loopcoder", "wide slices", "CLP only", "learned shift", "keys alone, span, shifted"]
 )
 @pytest.mark.parametrize("kept", [{}, {"prefix_cache_retention_interval": None}], ids=["prompt ends", "every block"])
 def test_hits_at_every_class_of_position(exports, variant, kept):
@@ -40,7 +40,7 @@ def test_a_conversation(exports):
 
 
 @pytest.mark.parametrize(
-    "variant", ["plt2", "plt3", "plt4", "shifted heads", "shift, one loop", "span, shifted", "keys alone"]
+    "variant", ["plt2", "plt3", "plt4", "shifted heads", "shift, one loop", "keys alone, span, shifted"]
 )
 def test_prompts_of_one_step_share_a_prefix(exports, variant):
     """The second request of a step hits blocks that the first one computes in that very step."""
@@ -65,7 +65,7 @@ def test_without_waiting_prompts_of_one_step_take_the_wrong_keys(exports, monkey
     assert any(wrong)
 
 
-@pytest.mark.parametrize("variant", ["plt2", "plt3", "shifted channels", "span", "keys alone"])
+@pytest.mark.parametrize("variant", ["plt2", "plt3", "shifted channels", "span"])
 def test_a_carry_of_the_same_step_is_waited_for(exports, variant, monkeypatch):
     """In a step of one token a request all loops run at once: one computes a block's last token, others hit it."""
     served, expected, waits = serve_same_step_hits(exports(variant), monkeypatch)

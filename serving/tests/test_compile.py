@@ -22,7 +22,7 @@ def test_each_pass_has_a_code_object_of_its_own(exports, variant, count):
 @pytest.mark.parametrize("again", [False, True], ids=["compiled", "from the disk's cache"])
 @pytest.mark.parametrize(
     ("variant", "layers", "requests"),
-    [("plt3", 2, 24), ("shifted heads", 2, 24), ("keys alone, span, shifted", 3, 24), ("span", 3, 1)],
+    [("plt3", 2, 24), ("keys alone, span, shifted", 3, 24), ("span", 3, 1)],
 )
 def test_compiled(exports, variant, layers, requests, again):
     """The second engine finds on disk what the first one has compiled."""

@@ -15,8 +15,7 @@ torch = pytest.importorskip("torch")
         ("shifted heads", {}),  # one rank's own are none of them
         ("learned shift", {"num_key_value_heads": 4}),
         ("shifted channels", {"num_key_value_heads": 1}),
-        ("span, shifted", {}),
-        ("keys alone", {"qk_norm": True}),
+        ("keys alone, span, shifted", {"qk_norm": True}),
     ],
 )
 def test_two_ranks(exports, monkeypatch, variant, changes):

@@ -72,7 +72,6 @@ def test_serial_loops(exports, variant):
         ("shifted heads", 2),
         ("span, shifted", 1),
         ("span, recommended, tied", 2),
-        ("keys alone", 1),
         ("keys alone", 2),
     ],
 )
