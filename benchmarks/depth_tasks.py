@@ -262,9 +262,10 @@ def table(rows: dict[str, Right]) -> list[str]:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     once, twice = fmean(best(rows[ONE])), fmean(best(rows[TWICE]))
     for name, row in rows.items():
-        pauses, mean = best_pauses(row), fmean(best(row))
-        seeds = [fmean(shares) for shares in row[pauses]]
-        cells = [f"{share:.1%}" for share in [*best(row), mean]]
+        pauses = best_pauses(row)
+        shares = means(row, pauses)
+        mean, seeds = fmean(shares), [fmean(of_seed) for of_seed in row[pauses]]
+        cells = [f"{share:.1%}" for share in [*shares, mean]]
         gain = f"{(mean - once) / (twice - once):.0%}" if abs(twice - once) > CLOSE else "-"
         cells += [f"{min(seeds):.1%} to {max(seeds):.1%}", gain]
         lines.append("| " + " | ".join([name, str(len(seeds)), str(pauses), *cells]) + " |")

@@ -214,16 +214,21 @@ def write_conversations(path: Path, held_out: bool) -> None:
     write_text(path, "\n".join(lines) + "\n")
 
 
+def read_pairs(path: Path) -> list[tuple[str, str]]:
+    """Question and answer of each conversation."""
+    lines = [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").splitlines()]
+    return [(asked["content"], answered["content"]) for asked, answered in lines]
+
+
 def write_task(folder: Path, heldout: Path) -> None:
     """A task of lm-evaluation-harness: each held-out question, with the answers of the three that follow it too."""
-    lines = [json.loads(line)["messages"] for line in heldout.read_text(encoding="utf-8").splitlines()]
-    answers = [messages[1]["content"] for messages in lines]
+    pairs = read_pairs(heldout)
     rows = []
-    for number, messages in enumerate(lines):
-        choices = [answers[(number + step) % len(answers)] for step in range(CHOICES)]
-        turn = number % CHOICES  # the right one is not always the first
-        choices = choices[-turn:] + choices[:-turn] if turn else choices
-        rows.append(json.dumps({"question": messages[0]["content"], "choices": choices, "answer": turn}))
+    for number, (question, _) in enumerate(pairs):
+        right = number % CHOICES  # not always the first
+        others = [(number + (place - right) % CHOICES) % len(pairs) for place in range(CHOICES)]
+        choices = [pairs[other][1] for other in others]
+        rows.append(json.dumps({"question": question, "choices": choices, "answer": right}))
     folder.mkdir(exist_ok=True)
     data = folder / f"{TASK}.jsonl"
     write_text(data, "\n".join(rows) + "\n")
@@ -308,14 +313,13 @@ def score(folder: Path) -> dict[str, Any]:
     """By export: mean loss of an unseen answer's tokens in nats, the scores of `plt evaluate`, and an answer."""
     import torch
 
-    lines = [json.loads(line)["messages"] for line in (folder / "heldout.jsonl").read_text().splitlines()]
-    found = {}
+    pairs, found = read_pairs(folder / "heldout.jsonl"), {}
     for kind in ("imported", "trained"):
         for name in LOOPS:
             export = folder / f"{name}-{kind}"
             model, tokenizer = load(export)
             with torch.inference_mode():
-                losses = [answer_loss(model, tokenizer, *(message["content"] for message in pair)) for pair in lines]
+                losses = [answer_loss(model, tokenizer, *pair) for pair in pairs]
             found[export.name] = {
                 "loss": sum(losses) / len(losses),
                 "questions": len(losses),

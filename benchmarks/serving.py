@@ -57,18 +57,30 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
-    parser.add_argument("--turns", type=int, default=12, help="turns that each engine gets")
     parser.add_argument("--steps", type=int, default=6, help="decode steps in a turn")
     parser.add_argument("--requests", type=int, default=24, help="of the mixed load; 0: none")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=WITH_BARS, help="of the ablation")
-    parser.add_argument("--num-layers", type=int, help="of the model (default: 16)")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--output", type=Path, help="write the figures to this JSON file too")
-    parser.add_argument("--small", action="store_true")
+    add_options(parser, turns=12)
     args = parser.parse_args()
     if args.small:
         args.batch, args.prompt, args.turns, args.steps, args.requests = [1, 4], 16, 2, 2, 4
     return args
+
+
+def add_options(parser: argparse.ArgumentParser, turns: int) -> None:
+    """What benchmarks of engines in one process have in common; `turns`: the default."""
+    parser.add_argument("--turns", type=int, default=turns, help="turns that each engine gets")
+    parser.add_argument("--num-layers", type=int, help="of the model (default: 16)")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--output", type=Path, help="write the figures to this JSON file too")
+    parser.add_argument("--small", action="store_true")
+
+
+def keep_engines_here() -> None:
+    """Have vLLM run its engines in this process, quietly, on all cores. Call it before vLLM is imported."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
 def make_engine(changes: dict, folder: Path, args: argparse.Namespace):
@@ -95,17 +107,25 @@ def make_engine(changes: dict, folder: Path, args: argparse.Namespace):
     ).llm_engine
 
 
+def add_request(engine, name: str, prompt: list[int], tokens: int) -> None:
+    """Give the engine a prompt and ask for so many tokens."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    engine.add_request(name, {"prompt_token_ids": prompt}, params)
+
+
+def make_prompt(seed: int, count: int) -> list[int]:
+    return [random.Random(seed).randrange(1, 500) for _ in range(count)]
+
+
 class Decoding:
     """An engine with a batch of requests that are past their prompts."""
 
     def __init__(self, engine, batch: int, prompt: int, tokens: int):
-        from vllm import SamplingParams
-
         self.engine = engine
-        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
         for index in range(batch):
-            ids = [random.Random(index).randrange(1, 500) for _ in range(prompt)]
-            engine.add_request(str(index), {"prompt_token_ids": ids}, params)
+            add_request(engine, str(index), make_prompt(index, prompt), tokens)
         self.names = [str(index) for index in range(batch)]
         self.first_tokens(batch)
 
@@ -144,16 +164,11 @@ def decode_times(engines: dict, batch: int, args: argparse.Namespace) -> dict[st
 
 def mixed_load(engine, requests: int, small: bool) -> dict[str, float]:
     """Uneven prompts and answers, twice as many requests as fit at once: tokens/s and inter-token latency in ms."""
-    from vllm import SamplingParams
-
     rng = random.Random(0)
     longest = 32 if small else 400
     for index in range(requests):
         ids = [rng.randrange(1, 500) for _ in range(rng.randrange(8, longest))]
-        params = SamplingParams(
-            temperature=0, max_tokens=rng.randrange(4, longest // 4), ignore_eos=True, detokenize=False
-        )
-        engine.add_request(str(index), {"prompt_token_ids": ids}, params)
+        add_request(engine, str(index), ids, rng.randrange(4, longest // 4))
     last: dict[str, float] = {}
     gaps, tokens, begun = [], 0, time.perf_counter()
     while engine.has_unfinished_requests():
@@ -169,23 +184,22 @@ def mixed_load(engine, requests: int, small: bool) -> dict[str, float]:
     return {"tokens/s": tokens / seconds, "p50": gaps[len(gaps) // 2], "p99": gaps[int(0.99 * (len(gaps) - 1))]}
 
 
-def ratio(times: dict[str, list[float]], name: str, other: str) -> float:
-    return statistics.median(a / b for a, b in zip(times[name], times[other], strict=True))
+def ratio(times: list[float], others: list[float]) -> float:
+    """The median over turns, each of which has a time in both."""
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
 def missed_bars(times: dict[str, list[float]], batch: int, device: str) -> list[str]:
     if batch > 4 or not {"vanilla", "naive loops", "PLT-2"} <= times.keys():
         return []
     bars = (("vanilla", PLT2_TO_VANILLA[device]), ("naive loops", PLT2_TO_NAIVE))
-    found = [(other, ratio(times, "PLT-2", other), bar) for other, bar in bars]
+    found = [(other, ratio(times["PLT-2"], times[other]), bar) for other, bar in bars]
     return [f"batch {batch}: PLT-2 takes {got:.2f}x {other}, bar {bar}x" for other, got, bar in found if got > bar]
 
 
 def main() -> int:
     args = parse_arguments()
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    keep_engines_here()
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -204,10 +218,8 @@ def main() -> int:
             figures["ms"][batch] = {name: statistics.median(values) for name, values in times.items()}
             base = args.rows[0]
             for name, value in figures["ms"][batch].items():
-                print(
-                    f"batch {batch:>2}  {name:<12} {value:8.2f} ms a step  {ratio(times, name, base):5.2f}x {base}",
-                    flush=True,
-                )
+                to_base = ratio(times[name], times[base])
+                print(f"batch {batch:>2}  {name:<12} {value:8.2f} ms a step  {to_base:5.2f}x {base}", flush=True)
             missed += missed_bars(times, batch, device)
         for name in args.rows if args.requests else []:
             figures["mixed"][name] = found = mixed_load(engines[name], args.requests, args.small)

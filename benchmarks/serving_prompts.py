@@ -14,8 +14,6 @@ with 1 when a bar is missed: PLT-2 computes a prompt in twice a plain model's ti
 
 import argparse
 import json
-import os
-import random
 import statistics
 import sys
 import tempfile
@@ -24,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from serving import ROWS, make_engine
+from serving import ROWS, add_options, add_request, keep_engines_here, make_engine, make_prompt, ratio
 
 ENGINES = ("vanilla", "PLT-2")
 TO_VANILLA = 2.1  # the same prompt: two loops compute twice as much
@@ -34,11 +32,7 @@ HALF_TO_VANILLA = 1.3  # half of the tokens in a step: what decode steps beside 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[16, 32, 64, 128, 256, 512], help="of a step's prompt")
-    parser.add_argument("--turns", type=int, default=9)
-    parser.add_argument("--num-layers", type=int, help="of the model (default: 16)")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--output", type=Path, help="write the figures to this JSON file too")
-    parser.add_argument("--small", action="store_true")
+    add_options(parser, turns=9)
     args = parser.parse_args()
     if args.small:
         args.tokens, args.turns = [8, 16], 2
@@ -47,11 +41,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def milliseconds(engine, count: int, seed: int) -> float:
     """Time of the step that computes a prompt of `count` tokens and its first token."""
-    from vllm import SamplingParams
-
-    ids = [random.Random(seed).randrange(1, 500) for _ in range(count)]
-    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
-    engine.add_request(f"{count}-{seed}", {"prompt_token_ids": ids}, params)
+    add_request(engine, f"{count}-{seed}", make_prompt(seed, count), tokens=1)
     begun = time.perf_counter()
     while engine.has_unfinished_requests():
         engine.step()
@@ -68,10 +58,6 @@ def measure(engines: dict, args: argparse.Namespace) -> dict[str, dict[int, list
                 if turn:  # the first one warms up
                     times[name][count].append(taken)
     return times
-
-
-def ratio(first: list[float], second: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(first, second, strict=True))
 
 
 def summarize(times: dict[str, dict[int, list[float]]]) -> list[dict[str, float]]:
@@ -101,9 +87,7 @@ def missed_bars(rows: list[dict[str, float]]) -> list[str]:
 
 def main() -> int:
     args = parse_arguments()
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    keep_engines_here()
     with tempfile.TemporaryDirectory() as folder:
         engines = {name: make_engine(ROWS[name], Path(folder) / str(n), args) for n, name in enumerate(ENGINES)}
         times = measure(engines, args)

@@ -40,14 +40,14 @@ class StepResult:
     head_z_loss: float | None = None
 
 
-def local_sums(stage: LoopedGPT, results: Sequence[Tensor]) -> Tensor:
+def local_sums(stage: LoopedGPT, results: list[Tensor]) -> Tensor:
     """Return float64 [3] on the device: losses, tokens that count in them, and z-losses of this rank's microbatches.
 
     `results`: (loss, tokens) of each microbatch, float64 [2].
     """
     total = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
     if results:
-        total[:2] = torch.stack(list(results)).sum(dim=0)
+        total[:2] = torch.stack(results).sum(dim=0)
     if stage.z_loss is not None:
         total[2] = stage.z_loss.take()
     return total
