@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import MOE, YARN, assert_same, engine, prompts, served_model
+from helpers import MOE, YARN, engine
 
 
 @pytest.mark.parametrize(
@@ -26,8 +26,12 @@ from helpers import MOE, YARN, assert_same, engine, prompts, served_model
         ("naive loops", {"additional_config": {"plt": {"loop_mode": "parallel"}}}, "no cross_loop_parallel"),
         (
             "plt2",
-            {"enable_lora": True, "additional_config": {"plt": {"loop_mode": "parallel"}}},
-            "not possible with LoRA",
+            {
+                "enable_lora": True,
+                "fully_sharded_loras": True,
+                "additional_config": {"plt": {"loop_mode": "parallel"}},
+            },
+            "not possible with LoRA .* --fully-sharded-loras",
         ),
         ("plt2", {"pipeline_parallel_size": 2}, "cannot be served with pipeline parallelism"),
     ],
@@ -182,10 +186,3 @@ except ImportError as error:
     said = (done.stdout + done.stderr).replace("refused: " + message, "")
     assert message in said
     assert [line for line in said.splitlines() if "MODELS_CONFIG_MAP" in line and "PLT models are not served" in line]
-
-
-def test_lora_runs_the_loops_serially(exports):
-    with engine(exports("plt2"), enable_lora=True, max_lora_rank=8) as llm:
-        model = served_model(llm)
-        assert model.model.rows is None
-        assert_same(exports("plt2"), llm, prompts(8))

@@ -11,6 +11,7 @@ all its tokens, since the second token's loop l needs the first one's loop l - 1
 """
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from torch import nn
 from vllm_plt.carry import CODA_KEYS, HIDDEN, KEYS, PRELUDE_KEYS, Carry
 from vllm_plt.key_shift import loops_with_keys, previous_rows
 from vllm_plt.layers import PLTDecoderLayer
+from vllm_plt.lora import RowAdapters
 from vllm_plt.memory import say_what_chunks_cost
 from vllm_plt.passes import Stack, layers_pass, rows_pass
 from vllm_plt.settings import read_settings
@@ -86,6 +88,9 @@ class PLTModel(nn.Module):
             self.loop_input = LoopInput(config)
         self.carry = self._carry(prefix, vllm_config)
         self._make_passes(loops, rows, vllm_config)
+        self.adapters = None
+        if rows and vllm_config.lora_config is not None:
+            self.adapters = RowAdapters(self.layers[self.looped.start : self.looped.stop], loops)
         # Two at least: a size of one is compiled as a constant.
         self.most_requests = max(vllm_config.scheduler_config.max_num_seqs, 2)
 
@@ -152,7 +157,9 @@ class PLTModel(nn.Module):
         embeds = self._once(self.prelude, PRELUDE_KEYS, positions, embeds, starts)
         carried = self._carried(HIDDEN, slice(None), embeds, len(embeds))
         inputs = torch.cat([embeds[None], self.loop_input(embeds, carried)])
-        states, last, keys = self.rows(positions, inputs, self._keys(KEYS, slice(None), embeds, len(embeds)))
+        taken = self._keys(KEYS, slice(None), embeds, len(embeds))
+        with nullcontext() if self.adapters is None else self.adapters.over_rows():
+            states, last, keys = self.rows(positions, inputs, taken)
         self._hand_on(HIDDEN, states, slice(None))
         self._hand_on(KEYS, keys, slice(None))
         return self._once(self.coda, CODA_KEYS, positions, last, starts)

@@ -48,17 +48,24 @@ def read_settings(vllm_config: "VllmConfig") -> Settings:
         raise ValueError(
             f"additional_config {KEY}.loop_count must be from 1 to this model's {config.loop_count}, not {count!r}"
         )
-    # LoRA's kernels take a batch's tokens for its rows.
-    fits = config.cross_loop_parallel and vllm_config.lora_config is None
+    fits = config.cross_loop_parallel and _adapters_fit(vllm_config)
     mode = given.get("loop_mode", "parallel" if fits else "serial")
     if mode not in ("parallel", "serial"):
         raise ValueError(f'additional_config {KEY}.loop_mode must be "parallel" or "serial", not {mode!r}')
     if mode == "parallel" and not fits and count > 1:
         reason = (
-            "LoRA" if config.cross_loop_parallel else "this model (no cross_loop_parallel: each loop needs the last)"
+            "LoRA on experts or --fully-sharded-loras"
+            if config.cross_loop_parallel
+            else "this model (no cross_loop_parallel: each loop needs the last)"
         )
         raise ValueError(f'additional_config {KEY}.loop_mode "parallel" is not possible with {reason}: use "serial"')
     return Settings(mode, count)
+
+
+def _adapters_fit(vllm_config: "VllmConfig") -> bool:
+    """Whether LoRA, if it is on, works with loops as rows: `vllm_plt.lora` knows the kernels of linear layers."""
+    lora = vllm_config.lora_config
+    return lora is None or (vllm_config.model_config.hf_config.num_experts is None and not lora.fully_sharded_loras)
 
 
 def _given(vllm_config: "VllmConfig") -> dict:

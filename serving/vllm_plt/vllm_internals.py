@@ -17,6 +17,7 @@ from vllm.distributed import (
 )
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.model_executor.layers.activation import get_act_and_mul_fn
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.attention import _encode_layer_name
@@ -126,6 +127,7 @@ __all__ = [
     "AttentionLayerBase",
     "AttentionMetadataBuilder",
     "AutoWeightsLoader",
+    "BaseLinearLayerWithLoRA",
     "CUDAGraphMode",
     "CommonAttentionMetadata",
     "FusedMoEFactory",
