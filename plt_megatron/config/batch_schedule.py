@@ -10,7 +10,7 @@ import dataclasses
 from bisect import bisect_right
 from collections.abc import Iterator
 
-from plt_megatron.config.schedules import find_order_problems, starts
+from plt_megatron.config import schedules
 from plt_megatron.config.schema import BatchStage, RunConfig
 
 MAX_INCREMENTS = 10_000  # per stage
@@ -112,19 +112,18 @@ def with_global_batch_size(config: RunConfig, size: int) -> RunConfig:
 def find_problems(config: RunConfig) -> Iterator[str]:
     """Yield a schedule's problems, one line each, assuming that each number is in range. Divisibility of the batches
     is checked with the layout."""
-    yield from find_order_problems("training.batch_schedule", config.training.batch_schedule)
-    for number in range(len(config.training.batch_schedule)):
-        yield from _check_stage(config, number)
+    stages = config.training.batch_schedule
+    begins = schedules.starts(stages)
 
+    def too_short(number: int) -> str | None:
+        tokens = int(stages[number].until - begins[number])
+        step = stages[number].global_batch_size * config.data.sequence_length
+        return f"one step of {step:,} tokens does not fit into the {tokens:,}" if tokens < step else None
 
-def _check_stage(config: RunConfig, number: int) -> Iterator[str]:
-    stages, key = config.training.batch_schedule, f"training.batch_schedule[{number}]"
-    stage, step = stages[number], stages[number].global_batch_size * config.data.sequence_length
-    tokens = stage.until - starts(stages)[number]
-    if 0 < tokens < step:
-        yield f"{key} is shorter than one step: it has {tokens:,} tokens, its first step {step:,}"
-    if stage.increment is not None:
-        yield from _check_increment(config, number, stage.global_batch_size, stage.increment)
+    yield from schedules.find_problems("training.batch_schedule", stages, too_short)
+    for number, stage in enumerate(stages):
+        if stage.increment is not None:
+            yield from _check_increment(config, number, stage.global_batch_size, stage.increment)
 
 
 def _check_increment(config: RunConfig, number: int, size: int, increment: int) -> Iterator[str]:

@@ -12,6 +12,7 @@ from functools import partial
 
 from plt_megatron.config import derived
 from plt_megatron.config.batch_schedule import BatchSchedule
+from plt_megatron.config.loop_schedule import stages_of
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
 
@@ -35,7 +36,7 @@ def decay_steps(step: int) -> int:
 
 def stages_problem(config: RunConfig) -> str | None:
     """Return why a run's loop schedule would not carry over to its branches; None if it would."""
-    stages = len(config.training.loop_schedule)
+    stages = len(stages_of(config))
     if stages < 2:
         return None
     return (

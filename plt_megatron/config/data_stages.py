@@ -10,7 +10,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator
 
-from plt_megatron.config.schedules import find_order_problems, starts
+from plt_megatron.config import schedules
 from plt_megatron.config.schema import DataConfig, DataSource
 
 
@@ -62,14 +62,13 @@ def find_problems(data: DataConfig) -> Iterator[str]:
     rates = [data.fim is not None and data.fim.rate, *(source.fim_rate for _, source in all_sources(data))]
     if any(rates):
         yield "data.stages with data.fim is not verified: leave one of them out"
-    yield from find_order_problems("data.stages", data.stages)
-    length, ends = data.sequence_length, starts(data.stages)
-    for number, stage in enumerate(data.stages):
-        key = f"data.stages[{number}]"
-        if not stage.sources:
-            yield f"{key}.sources is empty: name at least one tokenized source"
-        if ends[number] < stage.until and stage.until // length == ends[number] // length:
-            yield f"{key}.until {stage.until:,}: no sample of {length:,} tokens ends in this stage; make it longer"
+    length, begins = data.sequence_length, schedules.starts(data.stages)
+
+    def too_short(number: int) -> str | None:
+        holds = data.stages[number].until // length > begins[number] // length
+        return None if holds else f"no sample of {length:,} tokens ends"
+
+    yield from schedules.find_problems("data.stages", data.stages, too_short)
     keys = [*(f"data.stages[{number}].sources" for number in range(len(data.stages))), "data.sources"]
     for key, sources in zip(keys, stage_sources(data), strict=True):
         paths = [os.path.abspath(source.path) for source in sources]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.config.batch_schedule import BatchSchedule
-from plt_megatron.config.schema import DataConfig, DataSource, EvaluationConfig, FimConfig, ModelConfig, RunConfig
+from plt_megatron.config.schema import DataConfig, DataSource, FimConfig, ModelConfig, RunConfig
 
 
 def head_dim(model: ModelConfig) -> int:
@@ -242,21 +242,25 @@ def lr_wsd_decay_iters(config: RunConfig, step_tokens: int | None = None) -> int
 
 def overlap_param_gather(config: RunConfig) -> bool:
     """Return whether updated weights are gathered during the next forward pass."""
-    wanted = config.parallel.overlap_param_gather
-    if wanted is not None:
-        return wanted
-    impossible = config.model.fused_gated_window or bool(config.training.loop_schedule)
-    return config.parallel.overlap_grad_reduce and not impossible
+    return config.parallel.overlap_param_gather is not False and overlap_obstacle(config) is None
+
+
+def overlap_obstacle(config: RunConfig) -> str | None:
+    """Return why updated weights cannot be gathered during the next forward pass; None if they can."""
+    if config.deepspeed is not None:
+        return "is not verified with deepspeed"
+    if not config.parallel.overlap_grad_reduce:
+        return "needs parallel.overlap_grad_reduce=true, which makes buckets"
+    if config.model.fused_gated_window:
+        return "with model.fused_gated_window: the kernel reads the gates' weights without waiting for them"
+    if config.training.loop_schedule:
+        return "with training.loop_schedule: nothing waits for weights that a step leaves unused"
+    return None
 
 
 def validation_loop_counts(config: RunConfig) -> list[int]:
     """Return the loop counts at which the validation loss is measured; by default the model's own."""
     return config.validation.loop_counts or [config.model.loop_count]
-
-
-def evaluation(config: RunConfig) -> EvaluationConfig | None:
-    """Return how exports are evaluated; None if they are not, for example because no task is named."""
-    return config.evaluation if config.evaluation is not None and config.evaluation.tasks else None
 
 
 def loop_loss_weights(config: RunConfig, loop_count: int) -> list[float]:

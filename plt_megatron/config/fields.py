@@ -1,12 +1,12 @@
-"""Metadata of a setting's type: its range, and the name it had before.
+"""Metadata of a setting's type: its range, that it may not be empty, and the name it had before.
 
-Both are given with `typing.Annotated`, so that a schema states them once, where the setting is:
+They are given with `typing.Annotated`, so that a schema states them once, where the setting is:
 
     window_size: Size = 64
     window_cp_comm_type: Annotated[Literal["a2a", "all_gather"], RenamedFrom("local_cp_comm_type")] = "a2a"
 
 A dataclass with mutually exclusive fields has `ALTERNATIVES`, sets of fields of which only one may be given.
-`loader` reads any dataclass of such fields; `find_range_problems` checks an instance however it was made.
+`loader` reads any dataclass of such fields; `find_type_problems` checks an instance however it was made.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Context
 from typing import Annotated, Any
@@ -50,6 +50,21 @@ def _number(value: float) -> str:
         if isinstance(value, float) or abs(value) < 10**15
         else str(Context(prec=6).create_decimal(value).normalize())
     )
+
+
+@dataclass(frozen=True)
+class NotEmpty:
+    """A text or list with something in it, and no item twice; `what` says what to give."""
+
+    what: str
+
+    def problem(self, value: str | list[Any]) -> str | None:
+        """Return why `value` is not accepted; None if it is."""
+        if not value:
+            return f"is empty: give {self.what}"
+        if isinstance(value, list) and any(item in value[:index] for index, item in enumerate(value)):
+            return f"{value} names something twice: give {self.what}"
+        return None
 
 
 @dataclass(frozen=True)
@@ -132,40 +147,49 @@ def section_of(hint: Any) -> type | None:
     return plain if isinstance(plain, type) and dataclasses.is_dataclass(plain) else None
 
 
-def find_range_problems(settings: Any) -> Iterator[str]:
-    """Yield a line, starting with the dotted key, for each number of a dataclass that is out of range."""
-    return _out_of_range(type(settings), settings, "")
+def find_type_problems(settings: Any) -> Iterator[str]:
+    """Yield a line, starting with the dotted key, for each value of a dataclass that its type does not allow: a number
+    out of range, an empty text or list, several of mutually exclusive fields."""
+    return _find_problems(type(settings), settings, "")
 
 
 @functools.cache
-def _ranged_fields(section: type) -> tuple[tuple[str, Any], ...]:
-    """Return (name, type) of the dataclass fields that are or contain numbers with a range. Cached, since a search for
+def _checked_fields(section: type) -> tuple[tuple[str, Any], ...]:
+    """Return (name, type) of the dataclass fields that are or contain values to check. Cached, since a search for
     layouts checks thousands of configurations."""
-    return tuple((name, hint) for name, hint in field_types(section).items() if _has_ranges(hint))
+    return tuple((name, hint) for name, hint in field_types(section).items() if _is_checked(hint))
 
 
-def _has_ranges(hint: Any) -> bool:
+def _is_checked(hint: Any) -> bool:
     plain, metadata, _ = plain_type(hint)
     section, parts = section_of(plain), typing.get_args(plain) if typing.get_origin(plain) is list else ()
     return (
-        any(isinstance(part, Range) for part in metadata)
-        or any(map(_has_ranges, parts))
-        or (section is not None and bool(_ranged_fields(section)))
+        any(isinstance(part, Range | NotEmpty) for part in metadata)
+        or any(map(_is_checked, parts))
+        or (section is not None and bool(_checked_fields(section)))
     )
 
 
-def _out_of_range(hint: Any, value: Any, key: str) -> Iterator[str]:
+def _find_problems(hint: Any, value: Any, key: str) -> Iterator[str]:
     plain, metadata, _ = plain_type(hint)
     if value is None:
         return
     for part in metadata:
-        problem = part.problem(value) if isinstance(part, Range) else None
+        problem = part.problem(value) if isinstance(part, Range | NotEmpty) else None
         if problem:
             yield f"{key} {problem}"
     section = section_of(plain)
     if section is not None:
-        for name, inner in _ranged_fields(section):
-            yield from _out_of_range(inner, getattr(value, name), f"{key}.{name}" if key else name)
+        alternatives: Sequence[Sequence[str]] = getattr(section, "ALTERNATIVES", ())
+        if sum(any(getattr(value, name) for name in names) for names in alternatives) > 1:
+            yield f"{key}: give either {either(alternatives)}, not both"
+        for name, inner in _checked_fields(section):
+            yield from _find_problems(inner, getattr(value, name), f"{key}.{name}" if key else name)
     elif typing.get_origin(plain) is list:
         for index, item in enumerate(value):
-            yield from _out_of_range(typing.get_args(plain)[0], item, f"{key}[{index}]")
+            yield from _find_problems(typing.get_args(plain)[0], item, f"{key}[{index}]")
+
+
+def either(alternatives: Sequence[Sequence[str]]) -> str:
+    """Return mutually exclusive sets of fields in words: `one or other/another`."""
+    return " or ".join("/".join(names) for names in alternatives)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import yaml
 
-from plt_megatron.config.fields import field_types, section_of
+from plt_megatron.config.fields import either, field_types, section_of
 from plt_megatron.config.yaml_nodes import is_null, where
 from plt_megatron.errors import UserError
 
@@ -37,8 +37,7 @@ def supersede(cls: type, earlier: Tree, layer: Tree, key: str) -> None:
     first, *others = [names[0] for names in given if names] or [""]
     if others:
         at, also = (where(typing.cast(yaml.Node, layer[name])) for name in (others[0], first))
-        either = " or ".join("/".join(names) for names in alternatives)
-        raise UserError(f"{at}: {join(key, others[0])}: give either {either}, not both ({first}: {also})")
+        raise UserError(f"{at}: {join(key, others[0])}: give either {either(alternatives)}, not both ({first}: {also})")
     for names in alternatives if first else ():
         if first not in names:
             for name in names:

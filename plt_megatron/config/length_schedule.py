@@ -11,7 +11,7 @@ import dataclasses
 from bisect import bisect_right
 from collections.abc import Iterator
 
-from plt_megatron.config.schedules import find_order_problems
+from plt_megatron.config import schedules
 from plt_megatron.config.schema import RunConfig
 
 
@@ -76,4 +76,4 @@ def find_problems(config: RunConfig) -> Iterator[str]:
                 f"data.sequence_length {longest} tokens and are read as several rows of equal length; give a smaller "
                 "number that divides it"
             )
-    yield from find_order_problems("data.length_schedule", config.data.length_schedule)
+    yield from schedules.find_problems("data.length_schedule", config.data.length_schedule)

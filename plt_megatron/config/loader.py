@@ -23,7 +23,7 @@ from typing import Any, Literal
 import yaml
 
 from plt_megatron.config import yaml_nodes
-from plt_megatron.config.fields import RenamedFrom, field_types, find_range_problems, plain_type, section_of
+from plt_megatron.config.fields import RenamedFrom, field_types, find_type_problems, plain_type, section_of
 from plt_megatron.config.layers import Tree, join, merge, supersede
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.upgrade import UPGRADE, new_name, new_section, upgrade
@@ -59,7 +59,7 @@ def load[T](
 
     Raises:
         UserError: a file is missing or malformed, a key is unknown, missing or renamed, or a value has the wrong type.
-            Numbers out of range are left to `fields.find_range_problems`.
+            Numbers out of range are left to `fields.find_type_problems`.
     """
     found = find_config(path)
     reader = _Reader(schema, found, accept_old_names)
@@ -82,7 +82,7 @@ def place(settings: Any, problems: Iterable[str]) -> list[str]:
 
 def check(settings: Any, problems: Iterable[str] = ()) -> None:
     """Raise `UserError` with one line for each out-of-range number of loaded settings and for each of `problems`."""
-    found = place(settings, [*find_range_problems(settings), *problems])
+    found = place(settings, [*find_type_problems(settings), *problems])
     if found:
         raise UserError("\n".join(found))
 

@@ -14,10 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from plt_megatron.config import derived
+from plt_megatron.config import derived, schedules
 from plt_megatron.config.batch_schedule import BatchSchedule
 from plt_megatron.config.length_schedule import LengthSchedule
-from plt_megatron.config.schedules import find_order_problems, starts
 from plt_megatron.config.schema import LoopStage, RunConfig
 
 
@@ -49,11 +48,9 @@ class LoopSchedule:
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         self._batches, self._lengths = BatchSchedule(config), LengthSchedule(config)
-        stages = config.training.loop_schedule or [LoopStage(loop_count=config.model.loop_count)]
-        begins = starts(stages)
         self._stages = [
             _Stage(start, stage.until, start + stage.ramp * (stage.until - start), _shares(stage, config))
-            for start, stage in zip(begins, stages, strict=False)
+            for start, stage in zip(schedules.starts(stages_of(config)), stages_of(config), strict=False)
         ]
 
     def loop_count(self, step: int, tokens: int) -> int:
@@ -146,11 +143,17 @@ def _by_loops(shares: dict[StepKind, float]) -> dict[int, float]:
     return dict(found)
 
 
+def stages_of(config: RunConfig) -> list[LoopStage]:
+    """Return the stages of a run from its begin to its end: those given, and the model's loops in what they leave."""
+    given = config.training.loop_schedule
+    return given if given and given[-1].until == 1 else [*given, LoopStage()]
+
+
 def _shares(stage: LoopStage, config: RunConfig) -> tuple[float, ...]:
     loops = config.model.loop_count
-    if stage.loop_count is not None:
-        return tuple(float(count == stage.loop_count) for count in range(1, loops + 1))
-    return tuple(stage.loop_shares) + (0.0,) * (loops - len(stage.loop_shares))
+    if stage.loop_shares:
+        return tuple(stage.loop_shares) + (0.0,) * (loops - len(stage.loop_shares))
+    return tuple(float(count == (stage.loop_count or loops)) for count in range(1, loops + 1))
 
 
 def with_loop_count(config: RunConfig, loop_count: int) -> RunConfig:
@@ -172,16 +175,17 @@ def find_problems(config: RunConfig) -> Iterator[str]:
     stages = config.training.loop_schedule
     if not stages:
         return
-    found = list(find_order_problems("training.loop_schedule", stages))
-    found += [problem for number in range(len(stages)) for problem in _check_stage(config, number)]
-    if stages[-1].until != 1:
-        found.append(
-            f"training.loop_schedule[{len(stages) - 1}].until {stages[-1].until:g}: the last stage ends with the run; "
-            "leave it out, or add a stage"
-        )
+    found = [problem for number in range(len(stages)) for problem in _check_stage(config, number)]
     yield from found
-    if not found:
-        yield from _check_whole(config)
+    if found:
+        return
+    steps, whole = LoopSchedule(config).stage_steps(), derived.train_iters(config)
+
+    def too_short(number: int) -> str | None:
+        return None if steps[number] else f"no step of the run's {whole:,} begins"
+
+    yield from schedules.find_problems("training.loop_schedule", stages, too_short)
+    yield from _check_whole(config)
 
 
 def _check_loss_weights(config: RunConfig) -> Iterator[str]:
@@ -196,12 +200,9 @@ def _check_loss_weights(config: RunConfig) -> Iterator[str]:
 def _check_stage(config: RunConfig, number: int) -> Iterator[str]:
     stage, before = config.training.loop_schedule[number], config.training.loop_schedule[:number]
     key, loops = f"training.loop_schedule[{number}]", config.model.loop_count
-    if (stage.loop_count is None) == (not stage.loop_shares):
-        yield f"{key}: give either loop_count or loop_shares"
-    elif stage.loop_count is not None and stage.loop_count > loops:
-        yield f"{key}.loop_count {stage.loop_count} is above model.loop_count {loops}, the loops of the model"
-    elif len(stage.loop_shares) > loops:
-        yield f"{key}.loop_shares has {len(stage.loop_shares)} shares, but model.loop_count is {loops}"
+    name, most = ("loop_shares", len(stage.loop_shares)) if stage.loop_shares else ("loop_count", stage.loop_count or 0)
+    if most > loops:
+        yield f"{key}.{name}: {most} loops are above model.loop_count {loops}, the loops of the model"
     elif stage.loop_shares and abs(sum(stage.loop_shares) - 1) > 1e-6:
         yield f"{key}.loop_shares must add up to 1, not {sum(stage.loop_shares):g}"
     if stage.ramp and not before:
@@ -209,21 +210,8 @@ def _check_stage(config: RunConfig, number: int) -> Iterator[str]:
 
 
 def _check_whole(config: RunConfig) -> Iterator[str]:
-    stages, loops, steps = config.training.loop_schedule, config.model.loop_count, derived.train_iters(config)
-    most = max(stage.loop_count or _most(stage) for stage in stages)
+    loops = config.model.loop_count
+    shares = [_shares(stage, config) for stage in stages_of(config)]
+    most = max(count for each in shares for count, share in enumerate(each, start=1) if share > 0)
     if most < loops:
         yield f"training.loop_schedule never runs model.loop_count {loops} loops: set model.loop_count={most}"
-    if config.training.fp8 is not None:
-        yield "training.fp8 does not run with training.loop_schedule yet: leave one of them out"
-    if config.parallel.overlap_param_gather:
-        yield (
-            "parallel.overlap_param_gather with training.loop_schedule: nothing waits for weights that a step leaves "
-            "unused; set parallel.overlap_param_gather=false"
-        )
-    for number, own in enumerate(LoopSchedule(config).stage_steps()):
-        if own == 0:
-            yield f"training.loop_schedule[{number}]: no step of the run's {steps:,} begins in it; make it longer"
-
-
-def _most(stage: LoopStage) -> int:
-    return max(loops for loops, share in enumerate(stage.loop_shares, start=1) if share > 0)

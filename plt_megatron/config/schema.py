@@ -16,6 +16,7 @@ from plt_megatron.config.fields import (
     Finite,
     LoopCount,
     Minutes,
+    NotEmpty,
     NotNegative,
     Positive,
     PositiveCount,
@@ -176,9 +177,9 @@ class ParallelConfig:
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     recompute_num_layers: PositiveCount = 1  # layers per recomputed unit, for "full"
     # Parts of a layer to recompute with "selective"; mlp: a dense FFN
-    recompute_modules: list[Literal["core_attn", "mlp", "shared_experts"]] = field(
-        default_factory=lambda: ["core_attn"]  # type: ignore[list-item]
-    )
+    recompute_modules: Annotated[
+        list[Literal["core_attn", "mlp", "shared_experts"]], NotEmpty("each part to recompute once")
+    ] = field(default_factory=lambda: ["core_attn"])
     # Fused operations of Transformer Engine (docs/throughput.md); null: on where possible.
     gradient_accumulation_fusion: bool | None = None  # matmuls add weight gradients directly to the fp32 buffer
     apply_rope_fusion: bool | None = None
@@ -193,7 +194,7 @@ class ParallelConfig:
 class DataSource:
     """A tokenized source of a data mix; `path` is the prefix of its .bin and .idx."""
 
-    path: str = ""
+    path: Annotated[str, NotEmpty("the path prefix of a .bin and .idx pair")]
     weight: Positive = 1.0
     name: str | None = None
     max_epochs: Positive | None = None
@@ -205,7 +206,7 @@ class DataStage:
     """The mix of the training data up to a number of tokens (docs/schedules.md)."""
 
     until: TokenCount  # tokens of the run at which the stage ends
-    sources: list[DataSource]
+    sources: Annotated[list[DataSource], NotEmpty("at least one tokenized source")]
 
 
 @dataclass
@@ -310,8 +311,10 @@ class OptimizerConfig:
 class LoopStage:
     """A stage with a fixed or drawn number of loops per step (docs/schedules.md)."""
 
+    ALTERNATIVES: ClassVar = (("loop_count",), ("loop_shares",))
+
     until: Annotated[float, Range(0, 1, low_excluded=True)] = 1.0  # end, as a share of the run
-    loop_count: LoopCount | None = None  # loops of every step; or give loop_shares
+    loop_count: LoopCount | None = None  # loops of every step; null: model.loop_count
     loop_shares: list[Share] = field(default_factory=list)  # shares of steps with 1, 2, ... loops
     # Share of the stage over which its loops phase in: their probability rises from 0 to 1, and other steps use the
     # loops of the stage before.
@@ -342,7 +345,7 @@ class Fp8Config:
 
 @dataclass
 class TrainingConfig:
-    """Training of a run: length, batches, losses, precision. Give exactly one of `train_iters` and `train_tokens`."""
+    """Training of a run: length, batches, losses, precision. Give either `train_iters` or `train_tokens`."""
 
     ALTERNATIVES: ClassVar = (("train_iters",), ("train_tokens",))
 
@@ -352,7 +355,7 @@ class TrainingConfig:
     train_tokens: TokenCount | None = None
     # Smaller batches to begin with: [{until: 20e9, global_batch_size: 256}]; empty: none.
     batch_schedule: list[BatchStage] = field(default_factory=list)
-    # Loops per step: [{until: 0.5, loop_count: 1}, {loop_count: 2}]; empty: model.loop_count.
+    # Loops per step: [{until: 0.5, loop_count: 1}]; from the last stage's end on, model.loop_count.
     loop_schedule: list[LoopStage] = field(default_factory=list)
     # Weights of losses on the outputs of loops 1, 2, ...; the last loop's weight is 1. A single number applies to all
     # earlier loops; empty: none.
@@ -420,7 +423,7 @@ class CheckpointConfig:
 class EvaluationConfig:
     """lm-evaluation-harness tasks for a run's exports (`checkpoint.export_interval`), on the CPU beside training."""
 
-    tasks: list[str]
+    tasks: Annotated[list[str], NotEmpty("each task once, or set evaluation=null")]
     include_path: str | None = None  # folder of task files; None: lm-evaluation-harness's own, with cached data
     limit: PositiveCount | None = None  # rows of each task; None: all
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from plt_megatron.config import batch_schedule, derived, length_schedule, loop_schedule
 from plt_megatron.config.data_stages import all_sources
-from plt_megatron.config.fields import find_range_problems
+from plt_megatron.config.fields import find_type_problems
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.loader import place
 from plt_megatron.config.optimizers import optimizer_spec
@@ -69,7 +69,7 @@ def find_problems(
 
     `check_packages`: also look for optional packages; None: with `check_files`. A container has packages of its own.
     """
-    problems = list(find_range_problems(config))
+    problems = list(find_type_problems(config))
     problems += _check_required(config)
     if not problems:
         problems += batch_schedule.find_problems(config)
@@ -111,23 +111,12 @@ def processes_on(config: RunConfig, devices: int) -> int:
 
 
 def _check_required(config: RunConfig) -> Iterator[str]:
-    """Check settings of which at least or exactly one must be given."""
+    """Check settings by themselves, and those of which one must be given."""
     training, data = config.training, config.data
-    if (training.train_iters is None) == (training.train_tokens is None):
-        given = "neither is" if training.train_iters is None else "both are"
-        yield f"training: give exactly one of train_iters and train_tokens; {given} given"
-    by_part = data.train_sources or data.validation_sources or data.test_sources
-    if data.sources and by_part:
-        yield "data: give either sources (divided by split) or train_sources/validation_sources, not both"
-    elif by_part and not data.train_sources:
-        yield "data.train_sources is empty: there is nothing to train on"
-    elif not data.sources and not by_part:
-        yield "data.sources is empty: name at least one tokenized source (plt preprocess makes one)"
-    shares = derived.split_shares(data.split)
-    if shares is None:
+    if training.train_iters is None and training.train_tokens is None:
+        yield "training: give the run's length, either train_iters or train_tokens"
+    if derived.split_shares(data.split) is None:
         yield f"data.split must be three numbers >= 0 with a positive sum, as in 95,5,0; got {data.split!r}"
-    elif data.sources and shares[0] == 0:
-        yield f"data.split {data.split} leaves nothing to train on"
     if data.tokenizer is None and config.model.vocab_size is None:
         yield "give data.tokenizer, or model.vocab_size if the tokenized data needs none"
     parts = Path(config.name).parts
@@ -156,11 +145,8 @@ def _check_files(config: RunConfig) -> Iterator[str]:
 
 
 def _check_source(source: DataSource, key: str) -> Iterator[str]:
-    if not source.path:
-        yield f"{key} is empty: give the path prefix of a .bin and .idx pair"
-        return
     missing = derived.missing_files(source.path)
-    if not missing:
+    if not missing or not source.path:
         return
     root, suffix = os.path.splitext(source.path)
     if suffix in (".bin", ".idx") and Path(root + ".bin").is_file():
@@ -206,20 +192,20 @@ def _check_writable(folder: Path, key: str) -> Iterator[str]:
 
 def _check_packages(config: RunConfig, have_te: bool | None) -> Iterator[str]:
     """Yield each setting that needs modules of an extra that are not installed, and how to do without them."""
-    used = {
-        "evaluation": (derived.evaluation(config) is not None, ["lm_eval", "accelerate", "transformers"], "null"),
-        "checkpoint.export_interval": (config.checkpoint.export_interval, ["transformers"], "0"),
-        "logging.straggler": (config.logging.straggler is not None, ["nvidia_resiliency_ext"], "null"),
-        "logging.wandb_project": (config.logging.wandb_project, ["wandb"], "null"),
-    }
-    if config.model.backend == "te" and (lacking("transformer_engine") if have_te is None else not have_te):
-        install = "needs the package transformer_engine: pip install 'plt-megatron[gpu]'"
-        yield f"model.backend te {install}, or set model.backend=torch"
-    for setting, (value, modules, off) in used.items():
-        if value and lacking(*modules):
-            yield f"{setting} {lacking(*modules)}, or set {setting}={off}"
-    package = optimizer_spec(config.optimizer).package
-    if package is not None and lacking(package):
-        yield f"optimizer.name {config.optimizer.name} {lacking(package)}, or set optimizer.name=adam"
-    yield from filter(None, [deepspeed_rules.find_package_problem(config)])
-    yield from upload_rules.find_package_problems(config)
+    needs_te = config.model.backend == "te" and have_te is not True
+    optimizer, package = config.optimizer.name, optimizer_spec(config.optimizer).package
+    used: list[tuple[str, tuple[str, ...], str]] = [
+        ("model.backend te", ("transformer_engine",) if needs_te else (), "torch"),
+        ("evaluation", ("lm_eval", "accelerate", "transformers") if config.evaluation is not None else (), "null"),
+        ("checkpoint.export_interval", ("transformers",) if config.checkpoint.export_interval else (), "0"),
+        ("logging.straggler", ("nvidia_resiliency_ext",) if config.logging.straggler is not None else (), "null"),
+        ("logging.wandb_project", ("wandb",) if config.logging.wandb_project else (), "null"),
+        (f"optimizer.name {optimizer}", (package,) if package is not None else (), "adam"),
+        ("deepspeed", ("deepspeed",) if config.deepspeed is not None else (), "null"),
+    ]
+    for key, url in upload_rules.used_urls(config):
+        used.append((key, upload_rules.packages_for(upload_rules.protocol_of(url)), "null"))
+    for setting, modules, off in used:
+        if lacking(*modules):
+            yield f"{setting} {lacking(*modules)}, or set {setting.partition(' ')[0]}={off}"
+    yield from deepspeed_rules.find_version_problem(config)

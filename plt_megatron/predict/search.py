@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from plt_megatron.config.layout import layout_of
-from plt_megatron.config.rules.stages import UNEVEN
+from plt_megatron.config.rules.stages import uneven_settings
 from plt_megatron.config.schema import ParallelConfig, RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.predict.cards import GPUSpec, find_gpu_spec
@@ -158,8 +158,7 @@ def _sizes(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterator[t
 def _even_stages(config: RunConfig) -> dict[str, object]:
     """Return overrides that undo an uneven division of layers, which was meant for another number of stages."""
     default = ParallelConfig()
-    uneven = [name for name in UNEVEN if getattr(config.parallel, name) != getattr(default, name)]
-    return {f"parallel.{name}": getattr(default, name) for name in uneven}
+    return {f"parallel.{name}": getattr(default, name) for name in uneven_settings(config.parallel)}
 
 
 def _experts(config: RunConfig, ranks: int) -> list[dict[str, object]]:

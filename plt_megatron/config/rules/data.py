@@ -18,8 +18,25 @@ def find_problems(config: RunConfig) -> Iterator[str]:
         for index, source in enumerate(getattr(data, part)):
             if source.fim_rate is not None:
                 yield f"data.{part}[{index}].fim_rate: only training documents are rearranged; leave it out"
+    yield from _check_parts(config)
     yield from _check_fill_in_middle(data)
     yield from data_stages.find_problems(data)
+
+
+def _check_parts(config: RunConfig) -> Iterator[str]:
+    """Check that there is data to train on and, if the run validates, to validate on."""
+    data, shares = config.data, derived.split_shares(config.data.split)
+    needs = {"train": "a run needs data to train on (plt preprocess makes a source)"}
+    if config.validation.iters:
+        needs["validation"] = "name some data to validate on, or set validation.iters=0"
+    by_part = data.train_sources or data.validation_sources or data.test_sources
+    for index, (part, need) in enumerate(needs.items()):
+        key = f"{part}_sources" if by_part else "sources"
+        if not getattr(data, key):
+            yield f"data.{key} is empty: {need}"
+            return
+        if not by_part and shares is not None and shares[index] == 0:
+            yield f"data.split {data.split} keeps nothing for this: {need}"
 
 
 def _check_fill_in_middle(data: DataConfig) -> Iterator[str]:

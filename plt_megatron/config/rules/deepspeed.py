@@ -199,7 +199,6 @@ def _check_features(config: RunConfig) -> Iterator[str]:
         "parallel.context_parallel_size": (parallel.context_parallel_size > 1, "1"),
         "parallel.expert_model_parallel_size": (parallel.expert_model_parallel_size > 1, "1"),
         "parallel.overlap_grad_reduce": (parallel.overlap_grad_reduce, "false"),
-        "parallel.overlap_param_gather": (parallel.overlap_param_gather is True, "false"),
         "model.moe": (config.model.moe is not None, "null"),
         f"optimizer.name {name}": (optimizer_spec(config.optimizer).deepspeed is None, "adam"),
         "training.fp8": (training.fp8 is not None, "null"),
@@ -237,14 +236,12 @@ def _check_raw(config: RunConfig, world_size: int | None) -> Iterator[str]:
 
 
 def _check_kind(key: str, value: Any) -> Iterator[str]:
-    kind = ADDABLE[key]
-    if kind == "bool":
-        if not isinstance(value, bool):
-            yield f"deepspeed.config.{key}: expected true or false, got {_text(value)}"
-        return
+    kind, is_switch = ADDABLE[key], isinstance(value, bool)
     least = 1 if kind == "positive" else 0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least or value % 1 != 0:
-        yield f"deepspeed.config.{key}: expected a whole number of at least {least}, got {_text(value)}"
+    is_count = not is_switch and isinstance(value, int | float) and value >= least and value % 1 == 0
+    if not (is_switch if kind == "bool" else is_count):
+        expected = "true or false" if kind == "bool" else f"a whole number of at least {least}"
+        yield f"deepspeed.config.{key}: expected {expected}, got {_text(value)}"
 
 
 def _prefixes(key: str) -> Iterator[str]:
@@ -274,13 +271,10 @@ def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def find_package_problem(config: RunConfig) -> str | None:
-    """Return why the installed DeepSpeed, if needed, cannot be used; None if it can. Does not import it."""
-    if config.deepspeed is None:
-        return None
-    if lacking("deepspeed"):
-        return f"deepspeed {lacking('deepspeed')}, or leave that section out"
+def find_version_problem(config: RunConfig) -> Iterator[str]:
+    """Yield why the installed DeepSpeed, if needed, cannot be used. Does not import it."""
+    if config.deepspeed is None or lacking("deepspeed"):
+        return
     version = importlib.metadata.version("deepspeed")
     if version.split(".")[:2] != ["0", "19"]:
-        return f"deepspeed needs DeepSpeed {VERSIONS}, found {version}; install that, or leave the section out"
-    return None
+        yield f"deepspeed needs DeepSpeed {VERSIONS}, found {version}; install that, or leave the section out"

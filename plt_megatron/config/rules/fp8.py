@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from plt_megatron.config import derived
 from plt_megatron.config.layout import layout_of
+from plt_megatron.config.rules import find_obstacle_problems
+from plt_megatron.config.rules.stages import uneven_settings
 from plt_megatron.config.schema import Fp8Config, RunConfig
 
 ADA, HOPPER, BLACKWELL, CONSUMER_BLACKWELL = (8, 9), (9, 0), (10, 0), (12, 0)
@@ -73,82 +75,109 @@ def find_problems(config: RunConfig, capability: Capability | None = None) -> It
     fp8 = config.training.fp8
     if fp8 is None:
         return
-    if config.model.backend == "torch":
-        yield "training.fp8 needs Transformer Engine: set model.backend=te, or training.fp8=null"
-    if config.training.precision != "bf16":
-        yield (
-            f"training.fp8 with training.precision {config.training.precision}: FP8 kernels read and write bf16; set "
-            "training.precision=bf16"
-        )
+    recipe = _recipe(fp8, HOPPER if capability is None else capability)
+    yield from find_obstacle_problems("training.fp8", _obstacles(config), ", or set training.fp8=null")
     if capability is not None:
         yield from _check_card(fp8, capability)
-    recipe = _recipe(fp8, HOPPER if capability is None else capability)
     yield from _check_sizes(config, recipe)
-    yield from _check_recomputation(config, fp8, recipe)
-    yield from _check_experts(config, fp8, recipe)
-    yield from _check_ends(config, fp8, recipe)
+    yield from _check_ends(config, fp8)
+    if recipe == "delayed":
+        other = "tensorwise, and training.fp8.attention=false" if fp8.attention else "tensorwise"
+        remedy = f"; set training.fp8.recipe={other}"
+        yield from find_obstacle_problems("training.fp8.recipe delayed", _obstacles_of_delayed(config, fp8), remedy)
     if fp8.attention:
-        yield from _check_attention(config, fp8, capability)
+        obstacles = _obstacles_of_attention(config, fp8, capability)
+        yield from find_obstacle_problems("training.fp8.attention", obstacles, " set training.fp8.attention=false")
 
 
-def _check_recomputation(config: RunConfig, fp8: Fp8Config, recipe: str) -> Iterator[str]:
-    """Yield recomputation that would not reproduce the forward pass.
+def _obstacles(config: RunConfig) -> dict[str, bool]:
+    precision, uneven = config.training.precision, uneven_settings(config.parallel)
+    return {
+        "needs Transformer Engine: set model.backend=te": config.model.backend == "torch",
+        f"with training.precision {precision}: FP8 kernels read and write bf16; set training.precision=bf16": (
+            precision != "bf16"
+        ),
+        f"is not verified with parallel.{', '.join(uneven)}: leave that out": bool(uneven),
+        "does not run with training.loop_schedule yet: leave that out": bool(config.training.loop_schedule),
+    }
 
-    With delayed scaling, Transformer Engine queues a module's scales first in, first out for recomputation. A looped
-    module is recomputed last loop first, so each loop would get another loop's scales. And megatron-core recomputes
-    attention outside of FP8, so the attention that is differentiated would not be the one that ran.
+
+def _obstacles_of_delayed(config: RunConfig, fp8: Fp8Config) -> dict[str, bool]:
+    """Return what delayed scaling cannot be used with.
+
+    Transformer Engine queues a module's scales first in, first out for recomputation, but a looped module is recomputed
+    last loop first. An expert's scale would come from steps in which it may have seen other tokens, or none, and ranks
+    with different experts would put their largest values into one history.
     """
-    model, granularity = config.model, config.parallel.recompute_granularity
-    modules = config.parallel.recompute_modules if granularity == "selective" else []
-    linears = "full" if granularity == "full" else "selective with mlp in recompute_modules"
-    if (granularity == "full" or "mlp" in modules) and model.loop_count > 1:
-        if recipe == "delayed":
-            yield (
-                f"training.fp8.recipe delayed with parallel.recompute_granularity {linears} and model.loop_count "
-                f"{model.loop_count}: a loop would be recomputed with another loop's scales; set "
-                "training.fp8.recipe=tensorwise, or parallel.recompute_granularity=selective (core_attn)"
-            )
-    if "core_attn" in modules and fp8.attention:
-        yield (
-            "training.fp8.attention with parallel.recompute_granularity selective: attention would be recomputed in "
-            "BF16; set parallel.recompute_granularity=none, or training.fp8.attention=false"
-        )
+    granularity, loops = config.parallel.recompute_granularity, config.model.loop_count
+    recomputed = "mlp in parallel.recompute_modules" if granularity == "selective" else "recompute_granularity full"
+    linears = granularity == "full" or (granularity == "selective" and "mlp" in config.parallel.recompute_modules)
+    return {
+        f"with {recomputed} and model.loop_count {loops}: a loop would be recomputed with another loop's scales": (
+            linears and loops > 1
+        ),
+        "with model.moe: experts on several ranks would share their scales": config.model.moe is not None,
+        **{f"with {key}: scales are reduced for the whole stack at once": True for key in _layers_in_bf16(fp8)},
+    }
 
 
-def _check_experts(config: RunConfig, fp8: Fp8Config, recipe: str) -> Iterator[str]:
-    """Check that experts do not use delayed scaling. An expert's scale would come from steps in which it may have seen
-    other tokens, or none, and ranks with different experts would put their largest values into one history."""
-    if config.model.moe is not None and recipe == "delayed":
-        other = "tensorwise" if not fp8.attention else "tensorwise, and training.fp8.attention=false"
-        yield (
-            "training.fp8.recipe delayed with model.moe: experts on several ranks would share their scales; set "
-            f"training.fp8.recipe={other}"
-        )
+def _obstacles_of_attention(config: RunConfig, fp8: Fp8Config, capability: Capability | None) -> dict[str, bool]:
+    """Return what FP8 attention in training cannot be used with; the window's never uses FP8.
+
+    megatron-core recomputes attention outside of FP8, so the one that is differentiated would not be the one that ran.
+    """
+    parallel, head = config.parallel, derived.head_dim(config.model)
+    recompute = parallel.recompute_granularity == "selective" and "core_attn" in parallel.recompute_modules
+    recipe = None if capability is None and fp8.recipe == "auto" else _recipe(fp8, capability or HOPPER)
+    found = {
+        "with parallel.recompute_granularity selective: attention would be recomputed in BF16; set "
+        "parallel.recompute_granularity=none, or": recompute,
+        "with training.fp8.recipe blockwise: no card has a kernel; use delayed, or": recipe == "blockwise",
+        "with data.reset_at_document_boundaries: no kernel for packed documents;": (
+            config.data.reset_at_document_boundaries
+        ),
+        "with parallel.cp_comm_type all_gather: use p2p or a2a, or": (
+            parallel.context_parallel_size > 1 and parallel.cp_comm_type == "all_gather"
+        ),
+    }
+    if capability is None:
+        return found
+    card, is_hopper = card_name(capability), HOPPER <= capability < BLACKWELL
+    return found | {
+        f"in training has no kernel on {card};": not HOPPER <= capability < CONSUMER_BLACKWELL,
+        f"with training.fp8.recipe {recipe} needs Blackwell; on {card} use delayed, or": (
+            is_hopper and recipe in ("tensorwise", "mxfp8")
+        ),
+        f"on {card} needs a head dimension of {HOPPER_ATTENTION_HEAD_DIM}, but model.kv_channels is {head};": (
+            is_hopper and head != HOPPER_ATTENTION_HEAD_DIM
+        ),
+    }
 
 
-def _check_ends(config: RunConfig, fp8: Fp8Config, recipe: str) -> Iterator[str]:
-    """Check the first and last layers in BF16, which follow megatron-core."""
+def _layers_in_bf16(fp8: Fp8Config) -> dict[str, int]:
+    """Return the numbers of layers at both ends that stay in BF16, by setting, where there are any."""
     names = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
-    given = {f"training.fp8.{name}": getattr(fp8, name) for name in names if getattr(fp8, name)}
-    if given and recipe == "delayed":
-        yield (
-            f"{next(iter(given))} with training.fp8.recipe delayed: scales are reduced for the whole stack at once; "
-            "set training.fp8.recipe=tensorwise, or leave it out"
-        )
+    return {f"training.fp8.{name}": getattr(fp8, name) for name in names if getattr(fp8, name)}
+
+
+def _check_ends(config: RunConfig, fp8: Fp8Config) -> Iterator[str]:
     layers = layout_of(config).fewest_stage_layers(config.model.num_layers)
-    for key, count in given.items():
+    for key, count in _layers_in_bf16(fp8).items():
         if count > layers:
             yield f"{key} {count} is more than the {layers} layers of a pipeline stage"
 
 
 def _check_card(fp8: Fp8Config, capability: Capability) -> Iterator[str]:
     card, recipe = card_name(capability), _recipe(fp8, capability)
+    needs = {
+        "mxfp8": ("Blackwell (sm100)", BLACKWELL <= capability < CONSUMER_BLACKWELL),
+        "blockwise": ("Hopper or newer", capability >= HOPPER),
+    }
+    cards, is_one = needs.get(recipe, ("", True))
     if capability < ADA:
         yield f"training.fp8: {card} has no FP8 units (Ada, Hopper and Blackwell have)"
-    elif recipe == "mxfp8" and not BLACKWELL <= capability < CONSUMER_BLACKWELL:
-        yield f"training.fp8.recipe mxfp8 needs Blackwell (sm100), {card} has no kernel; use tensorwise or delayed"
-    elif recipe == "blockwise" and capability < HOPPER:
-        yield f"training.fp8.recipe blockwise needs Hopper or newer, {card} has no kernel; use tensorwise or delayed"
+    elif not is_one:
+        yield f"training.fp8.recipe {recipe} needs {cards}, {card} has no kernel; use tensorwise or delayed"
 
 
 def _check_sizes(config: RunConfig, recipe: str) -> Iterator[str]:
@@ -171,32 +200,6 @@ def _check_sizes(config: RunConfig, recipe: str) -> Iterator[str]:
     for name, size, multiple in [*found, ("tokens of a microbatch on one rank", tokens, align_tokens)]:
         if size % multiple:
             yield f"training.fp8.recipe {recipe}: {name} is {size}, must be a multiple of {multiple}"
-
-
-def _check_attention(config: RunConfig, fp8: Fp8Config, capability: Capability | None) -> Iterator[str]:
-    """Check FP8 attention in training; the window's never uses FP8."""
-    parallel, head = config.parallel, derived.head_dim(config.model)
-    off = "or set training.fp8.attention=false"
-    recipe = None if capability is None and fp8.recipe == "auto" else _recipe(fp8, capability or HOPPER)
-    if recipe == "blockwise":
-        yield f"training.fp8.attention with training.fp8.recipe blockwise: no card has a kernel; use delayed, {off}"
-    if config.data.reset_at_document_boundaries:
-        yield f"training.fp8.attention with data.reset_at_document_boundaries: no kernel for packed documents; {off}"
-    if parallel.context_parallel_size > 1 and parallel.cp_comm_type == "all_gather":
-        yield f"training.fp8.attention with parallel.cp_comm_type all_gather: use p2p or a2a, {off}"
-    if capability is None:
-        return
-    card = card_name(capability)
-    if not HOPPER <= capability < CONSUMER_BLACKWELL:
-        yield f"training.fp8.attention: {card} has no FP8 attention in training; set training.fp8.attention=false"
-    elif capability < BLACKWELL:
-        if recipe in ("tensorwise", "mxfp8"):
-            yield f"training.fp8.attention with recipe {recipe} needs Blackwell; on {card} use delayed, {off}"
-        if head != HOPPER_ATTENTION_HEAD_DIM:
-            yield (
-                f"training.fp8.attention: {card} has FP8 attention in training for a head dimension of "
-                f"{HOPPER_ATTENTION_HEAD_DIM} only, model.kv_channels is {head}; {off}"
-            )
 
 
 def card_name(capability: Capability) -> str:

@@ -1,6 +1,7 @@
 """Rules for Megatron-LM's fused operations (`parallel.*_fusion`): when each is possible, and when it is on by default.
 
-All are Transformer Engine's kernels. A setting that is null means on, unless an obstacle below applies.
+All are Transformer Engine's kernels. A setting that is null means on, unless an obstacle below applies; so does
+`parallel.overlap_param_gather` (`derived.overlap_obstacle`).
 """
 
 from __future__ import annotations
@@ -50,15 +51,18 @@ def obstacles(config: RunConfig, backend: str) -> dict[str, str]:
 
 
 def find_problems(config: RunConfig) -> Iterator[str]:
-    """Yield requested fusions that are not possible, one line each. `model.backend: auto` is taken to be te."""
-    return refusals(config, obstacles(config, "te" if config.model.backend == "auto" else config.model.backend))
+    """Yield requested fusions and overlaps that are not possible, one line each. `model.backend: auto` is taken to be
+    te."""
+    why = obstacles(config, "te" if config.model.backend == "auto" else config.model.backend)
+    overlap = derived.overlap_obstacle(config)
+    return refusals(config, why | ({} if overlap is None else {"overlap_param_gather": overlap}))
 
 
 def refusals(config: RunConfig, why: dict[str, str]) -> Iterator[str]:
-    """Yield a line for each requested fusion that has an obstacle."""
-    for name in NAMES:
-        if getattr(config.parallel, name) and name in why:
-            yield f"parallel.{name} {why[name]}; set parallel.{name}=null (on where possible) or false"
+    """Yield a line for each requested setting of `parallel` that has an obstacle."""
+    for name, obstacle in why.items():
+        if getattr(config.parallel, name):
+            yield f"parallel.{name} {obstacle}; set parallel.{name}=null (on where possible) or false"
 
 
 def choose(config: RunConfig, why: dict[str, str]) -> Fusions:

@@ -52,34 +52,31 @@ def _check_input(model: ModelConfig) -> Iterator[str]:
 
 def _check_order(config: RunConfig) -> Iterator[str]:
     """Check loops by layer for settings that need the whole stack to finish a loop before the next begins."""
-    model = config.model
+    model, stages = config.model, config.parallel.pipeline_model_parallel_size
     if model.loop_order == "stack" or model.loop_count == 1:
         return
-    order = f"with model.loop_order {model.loop_order}"
-    if model.cross_loop_parallel:
-        yield (
-            f"model.cross_loop_parallel {order}: a loop would need the whole stack's output for the token before, but "
-            "a layer has only its own; set model.cross_loop_parallel=false, or model.loop_order=stack"
-        )
-    given = {
+    reads_more = {
         "model.input_injection=false": model.input_injection,
         "model.norm_between_loops=false": model.norm_between_loops,
         "model.hidden_norm=false": model.hidden_norm,
         "model.learned_hidden_scale=none": model.learned_hidden_scale != "none",
         "model.hidden_scale_ratio=null": model.hidden_scale_ratio is not None,
     }
-    off = [setting for setting, on in given.items() if on]
-    if off:
-        names = ", ".join(setting.partition("=")[0] for setting in off)
-        yield f"{names} {order}: a layer's next loop reads its own output as it is; set {' '.join(off)}"
-    if config.training.loop_loss_weights:
-        yield f"training.loop_loss_weights {order}: only the last loop ends at the head; leave them out"
-    stages = config.parallel.pipeline_model_parallel_size
-    if stages > 1:
-        yield (
-            f"parallel.pipeline_model_parallel_size {stages} {order}: loops are virtual stages of the whole stack; set "
-            "it to 1"
-        )
+    off = " ".join(setting for setting, on in reads_more.items() if on)
+    missing = "a loop would need the whole stack's output for the token before, but a layer has only its own"
+    in_the_way = {  # settings with the values that fit -> whether they have others, and why those do not
+        "model.cross_loop_parallel=false": (model.cross_loop_parallel, missing),
+        off: (bool(off), "a layer's next loop reads its own output as it is"),
+        "training.loop_loss_weights=[]": (
+            bool(config.training.loop_loss_weights),
+            "only the last loop ends at the head",
+        ),
+        "parallel.pipeline_model_parallel_size=1": (stages > 1, "loops are virtual stages of the whole stack"),
+    }
+    for settings, (given, why) in in_the_way.items():
+        if given:
+            names = ", ".join(setting.partition("=")[0] for setting in settings.split())
+            yield f"{names} with model.loop_order layer: {why}; set {settings}, or model.loop_order=stack"
 
 
 def _example(layers: int) -> list[int]:

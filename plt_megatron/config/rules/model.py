@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from plt_megatron.config import derived
+from plt_megatron.config.rules import find_obstacle_problems
 from plt_megatron.config.schema import RunConfig
 
 
@@ -17,23 +18,8 @@ def find_problems(config: RunConfig) -> Iterator[str]:
 
 def _check_layers(config: RunConfig) -> Iterator[str]:
     model = config.model
-    heads, groups = model.num_attention_heads, derived.num_query_groups(model)
-    if model.kv_channels is None and model.hidden_size % heads:
-        yield (
-            f"model.hidden_size {model.hidden_size} is not divisible by model.num_attention_heads {heads}; "
-            "change one, or set model.kv_channels"
-        )
-    elif derived.head_dim(model) % 2:
-        yield f"the head dimension (model.kv_channels) must be even for RoPE, got {derived.head_dim(model)}"
-    if heads % groups:
-        yield f"model.num_attention_heads {heads} is not divisible by model.num_query_groups {groups}"
-    if model.key_shift == "heads" and groups < 2:
+    if model.key_shift == "heads" and derived.num_query_groups(model) < 2:
         yield "model.key_shift heads shifts half of model.num_query_groups, which is 1; set model.key_shift=channels"
-    if model.key_shift == "channels" and derived.head_dim(model) % 4:
-        yield (
-            "model.key_shift channels needs a head dimension (model.kv_channels) that is a multiple of 4, got "
-            f"{derived.head_dim(model)}"
-        )
     if model.norm_placement == "post" and model.ffn_output_norm:
         yield "model.norm_placement post already norms the FFN's output: set model.ffn_output_norm=false"
     if model.loop_count > 1 and model.gated_window and not model.share_kv:
@@ -71,16 +57,12 @@ def _check_fused_window(config: RunConfig) -> Iterator[str]:
     model = config.model
     if not model.fused_gated_window:
         return
-    refusal = "model.fused_gated_window {}; set model.fused_gated_window=false"
-    if model.loop_count == 1 or not model.gated_window:
-        yield refusal.format("needs model.gated_window and model.loop_count > 1: there is no window to fuse")
-    if model.gate_activation != "sigmoid":
-        yield refusal.format(f"does not compute model.gate_activation {model.gate_activation}")
-    if config.parallel.context_parallel_size > 1:
-        yield refusal.format(
-            f"does not run with parallel.context_parallel_size {config.parallel.context_parallel_size}"
-        )
-    if config.deepspeed is not None:
-        yield refusal.format("does not run with deepspeed")
-    if not 16 <= derived.head_dim(model) <= 256:
-        yield refusal.format(f"takes head dimensions from 16 to 256, got {derived.head_dim(model)}")
+    context, head = config.parallel.context_parallel_size, derived.head_dim(model)
+    obstacles = {
+        "needs model.gated_window and model.loop_count > 1: there is no window to fuse": not derived.has_gates(model),
+        f"does not compute model.gate_activation {model.gate_activation}": model.gate_activation != "sigmoid",
+        f"does not run with parallel.context_parallel_size {context}": context > 1,
+        "does not run with deepspeed": config.deepspeed is not None,
+        f"takes head dimensions from 16 to 256, got {head}": not 16 <= head <= 256,
+    }
+    yield from find_obstacle_problems("model.fused_gated_window", obstacles, "; set model.fused_gated_window=false")

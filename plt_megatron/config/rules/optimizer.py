@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from plt_megatron.config import derived
 from plt_megatron.config.optimizers import optimizer_spec
+from plt_megatron.config.rules import find_obstacle_problems
 from plt_megatron.config.schema import RunConfig
 
 MAX_SAMPLES = 2**40
@@ -19,7 +20,7 @@ def find_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _find_mup_problems(config: RunConfig) -> Iterator[str]:
-    model, optimizer = config.model, config.optimizer
+    model = config.model
     if model.mup_base_hidden_size is None:
         return
     if model.norm_between_loops and model.loop_count > 1:
@@ -27,26 +28,22 @@ def _find_mup_problems(config: RunConfig) -> Iterator[str]:
             "model.mup_base_hidden_size: the final norm's weight carries muP's multiplier of the logits, but with "
             "model.norm_between_loops loops read it; set model.norm_between_loops=false and model.hidden_norm=true"
         )
-    if optimizer.name == "sgd":
-        yield (
-            "model.mup_base_hidden_size has rules for optimizer.name adam and muon, not sgd; set optimizer.name=adam"
-        )
 
 
 def _find_state_problems(config: RunConfig) -> Iterator[str]:
-    optimizer = config.optimizer
-    if config.training.ema_decay is not None and optimizer_spec(optimizer).matrix_state is not None:
-        yield (
-            f"training.ema_decay is not verified with optimizer.name {optimizer.name}, whose ranks hold whole "
-            "matrices; leave it out and average checkpoints with plt average, or set optimizer.name=adam"
-        )
+    optimizer, width = config.optimizer, config.model.mup_base_hidden_size
     groups, tensor = derived.num_query_groups(config.model), config.parallel.tensor_model_parallel_size
-    if optimizer_spec(optimizer).matrix_state is not None and groups < tensor:
-        yield (
-            f"optimizer.name {optimizer.name} with model.num_query_groups {groups} and "
-            f"parallel.tensor_model_parallel_size {tensor}: ranks would hold pieces of a head's matrices; set "
-            f"parallel.tensor_model_parallel_size={groups}, or optimizer.name=adam"
-        )
+    whole = optimizer_spec(optimizer).matrix_state is not None
+    obstacles = {
+        "with model.mup_base_hidden_size, which has rules for adam and muon;": (
+            width is not None and optimizer.name == "sgd"
+        ),
+        "is not verified with training.ema_decay, since ranks hold whole matrices; leave that out and average "
+        "checkpoints with plt average, or": whole and config.training.ema_decay is not None,
+        f"with model.num_query_groups {groups} and parallel.tensor_model_parallel_size {tensor}: ranks would hold "
+        f"pieces of a head's matrices; set parallel.tensor_model_parallel_size={groups}, or": whole and groups < tensor,
+    }
+    yield from find_obstacle_problems(f"optimizer.name {optimizer.name}", obstacles, " set optimizer.name=adam")
     if config.model.share_embeddings_and_output_weights:
         for name in ("lr_mult", "wd_mult"):
             if getattr(optimizer, name).head != 1:
@@ -70,10 +67,7 @@ def _find_schedule_problems(config: RunConfig) -> Iterator[str]:
         )
     if optimizer.lr < optimizer.min_lr:
         yield f"optimizer.lr {optimizer.lr:g} is below optimizer.min_lr {optimizer.min_lr:g}"
-    if warmup >= steps:
-        yield f"optimizer.lr_warmup_iters {warmup} must be below the schedule's {steps} steps"
-    elif optimizer.lr_decay_style == "WSD" and warmup + derived.lr_wsd_decay_iters(config) > steps:
-        yield (
-            f"optimizer.lr_warmup_iters {warmup} and optimizer.lr_wsd_decay_iters "
-            f"{derived.lr_wsd_decay_iters(config)} together exceed the schedule's {steps} steps"
-        )
+    decay = derived.lr_wsd_decay_iters(config) if optimizer.lr_decay_style == "WSD" else 1
+    if warmup + decay > steps:
+        least = f"optimizer.lr_wsd_decay_iters {decay}" if optimizer.lr_decay_style == "WSD" else "one"
+        yield f"optimizer.lr_warmup_iters {warmup} must leave {least} of the schedule's {steps} steps to decay"

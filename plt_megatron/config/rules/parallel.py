@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from plt_megatron.config import derived
 from plt_megatron.config.layout import ParallelLayout, layout_of
+from plt_megatron.config.rules import divisions
 from plt_megatron.config.rules import stages as stage_rules
 from plt_megatron.config.schema import RunConfig
 
@@ -16,24 +17,15 @@ def find_problems(config: RunConfig, world_size: int | None = None) -> Iterator[
     layout = layout_of(config, world_size)
     yield from _check_tensor(config, layout)
     yield from _check_pipeline(config, layout)
-    yield from _check_context(config, layout)
-    yield from _check_overlap(config)
     yield from _check_recomputation(config)
-    if config.model.moe is not None:
-        yield from _check_experts(config.model.moe.num_experts, layout)
     problem = None if world_size is None else layout.world_size_problem(world_size)
     if problem is not None:
         yield problem
-    else:
-        yield from _check_batches(config, layout)
+    yield from divisions.find_problems(config, layout, fills=problem is None)
 
 
 def _check_tensor(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
-    model, tp = config.model, layout.tensor
-    for name, size in (("num_attention_heads", model.num_attention_heads), *derived.split_ffns(model).items()):
-        if size % tp:
-            yield f"model.{name} {size} is not divisible by parallel.tensor_model_parallel_size {tp}"
-    groups = derived.num_query_groups(model)
+    model, tp, groups = config.model, layout.tensor, derived.num_query_groups(config.model)
     if groups % tp and (tp % groups or 2 * groups * derived.head_dim(model) % tp):
         yield (
             f"model.num_query_groups {groups} with parallel.tensor_model_parallel_size {tp}: ranks split the key/value "
@@ -41,13 +33,11 @@ def _check_tensor(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
         )
     if layout.sequence_parallel and tp == 1:
         yield "parallel.sequence_parallel needs parallel.tensor_model_parallel_size > 1"
-    elif layout.sequence_parallel:
-        for key, length in _row_lengths(config).items():
-            if length % tp:
-                yield (
-                    f"{key} {length} is not divisible by parallel.tensor_model_parallel_size {tp}, which "
-                    "parallel.sequence_parallel needs"
-                )
+    if model.moe is not None and tp > 1 and not layout.sequence_parallel:
+        yield (
+            f"model.moe with parallel.tensor_model_parallel_size {tp} needs parallel.sequence_parallel=true: each rank "
+            "routes its own share of the tokens"
+        )
 
 
 def _check_pipeline(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
@@ -64,102 +54,18 @@ def _check_pipeline(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
         )
 
 
-def _check_overlap(config: RunConfig) -> Iterator[str]:
-    if not config.parallel.overlap_param_gather:
-        return
-    off = "set parallel.overlap_param_gather=false"
-    if not config.parallel.overlap_grad_reduce:
-        yield f"parallel.overlap_param_gather needs parallel.overlap_grad_reduce=true, which makes buckets; or {off}"
-    if config.model.fused_gated_window:
-        yield (
-            "parallel.overlap_param_gather with model.fused_gated_window: the kernel reads the gates' weights without "
-            f"waiting for them; {off}"
-        )
-
-
 def _check_recomputation(config: RunConfig) -> Iterator[str]:
-    parallel, model, modules = config.parallel, config.model, config.parallel.recompute_modules
-    if parallel.recompute_granularity != "selective":
+    if config.parallel.recompute_granularity != "selective":
         return
-    if not modules or len(set(modules)) < len(modules):
-        yield f"parallel.recompute_modules {modules}: name each part once, and at least one"
-    if "mlp" in modules and not derived.dense_layers(model):
-        yield "parallel.recompute_modules mlp: with model.moe layers have no dense FFN; leave it out"
-    if "shared_experts" in modules and not derived.shared_expert_size(model):
-        yield "parallel.recompute_modules shared_experts needs model.moe.shared_expert_intermediate_size; leave it out"
-
-
-def _check_context(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
-    """Check that context parallelism can divide the rows."""
-    cp, tp = layout.context, layout.tensor
-    if cp == 1:
-        return
-    for key, length in _row_lengths(config).items():
-        if length % (2 * cp):
-            yield (
-                f"{key} {length} is not divisible by {2 * cp}: "
-                f"parallel.context_parallel_size {cp} cuts a sequence into twice as many chunks"
-            )
-        elif layout.sequence_parallel and length % (cp * tp):
-            yield (
-                f"{key} {length} is not divisible by {cp * tp}: parallel.sequence_parallel shares each of "
-                f"parallel.context_parallel_size {cp} parts among parallel.tensor_model_parallel_size {tp} ranks"
-            )
-
-
-def _row_lengths(config: RunConfig) -> dict[str, int]:
-    """Return the lengths of the run's rows, by setting."""
-    stages = enumerate(config.data.length_schedule)
-    lengths = {f"data.length_schedule[{number}].sequence_length": stage.sequence_length for number, stage in stages}
-    return lengths | {"data.sequence_length": config.data.sequence_length}
-
-
-def _check_experts(experts: int, layout: ParallelLayout) -> Iterator[str]:
-    ep = layout.expert
-    if experts % ep:
-        yield f"model.moe.num_experts {experts} is not divisible by parallel.expert_model_parallel_size {ep}"
-    if layout.tensor > 1 and not layout.sequence_parallel:
-        yield (
-            f"model.moe with parallel.tensor_model_parallel_size {layout.tensor} needs "
-            "parallel.sequence_parallel=true: each rank routes its own share of the tokens"
-        )
-    if layout.ranks_per_stage % ep:
-        yield (
-            f"parallel.expert_model_parallel_size {ep} must divide the {layout.ranks_per_stage} ranks that hold the "
-            f"same layers (tensor {layout.tensor} x context {layout.context} x data {layout.data}): change it, or "
-            "parallel.data_parallel_size"
-        )
-
-
-def _check_batches(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
-    training = config.training
-    step = training.micro_batch_size * layout.data
-    for key, size in _batch_sizes(config).items():
-        if size % step:
-            over = "" if key == "training.global_batch_size" else "; if this stage is over, any divisible value works"
-            yield (
-                f"{key} {size} is not divisible by {step} "
-                f"(training.micro_batch_size {training.micro_batch_size} x data parallel size {layout.data}){over}"
-            )
-        elif layout.num_microbatches(size, training.micro_batch_size) % layout.pipeline:
-            microbatches = layout.num_microbatches(size, training.micro_batch_size)
-            yield (
-                f"{microbatches} microbatches per step: not divisible by parallel.pipeline_model_parallel_size "
-                f"{layout.pipeline}: change {key} or training.micro_batch_size"
-            )
-
-
-def _batch_sizes(config: RunConfig) -> dict[str, int]:
-    """Return the run's batch sizes, by setting. An increment stands for the batches that it leads to: if it and the
-    first one are divisible, they all are."""
-    training = config.training
-    sizes = {
-        f"training.batch_schedule[{number}].{name}": size
-        for number, stage in enumerate(training.batch_schedule)
-        for name, size in (("global_batch_size", stage.global_batch_size), ("increment", stage.increment))
-        if size is not None
+    lacks = {
+        "mlp": "" if derived.dense_layers(config.model) else "with model.moe layers have no dense FFN",
+        "shared_experts": (
+            "" if derived.shared_expert_size(config.model) else "it needs model.moe.shared_expert_intermediate_size"
+        ),
     }
-    return sizes | {"training.global_batch_size": training.global_batch_size}
+    for module in config.parallel.recompute_modules:
+        if lacks.get(module):
+            yield f"parallel.recompute_modules {module}: {lacks[module]}; leave it out"
 
 
 def find_te_problems(config: RunConfig, have_te: bool | None) -> Iterator[str]:

@@ -22,23 +22,16 @@ def _check_validation(config: RunConfig) -> Iterator[str]:
             f"validation.loop_counts {config.validation.loop_counts}: a model of model.loop_count 1 "
             "has no gates, so it can only be validated at [1]"
         )
-    if config.validation.iters == 0:
-        return
-    shares = derived.split_shares(config.data.split)
-    if config.data.sources and shares is not None and shares[1] == 0:
-        yield f"data.split {config.data.split} keeps nothing for validation: set validation.iters=0"
-    elif config.data.train_sources and not config.data.validation_sources:
-        yield "data.validation_sources is empty; name one or set validation.iters=0"
     names = [derived.source_name(source) for source in (config.data.validation_sources or config.data.sources)]
     double = next((name for name in names if names.count(name) > 1), None)
-    if config.validation.by_source and double is not None:
+    if config.validation.by_source and config.validation.iters and double is not None:
         yield f"validation.by_source: two sources are named {double!r}: give each a name of its own"
 
 
 def _check_exports(config: RunConfig) -> Iterator[str]:
     """Check that exports have saved checkpoints, and evaluations exports with a tokenizer."""
     checkpoint = config.checkpoint
-    if derived.evaluation(config) is not None and (checkpoint.export_interval == 0 or config.data.tokenizer is None):
+    if config.evaluation is not None and (checkpoint.export_interval == 0 or config.data.tokenizer is None):
         missing = "checkpoint.export_interval" if checkpoint.export_interval == 0 else "data.tokenizer"
         yield f"evaluation.tasks need exports of the run and their tokenizer: set {missing}"
     if checkpoint.export_interval == 0:

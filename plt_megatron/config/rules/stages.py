@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from plt_megatron.config.layout import ParallelLayout
-from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.schema import ParallelConfig, RunConfig
 
 _GIVEN = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
 _COUNTED = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
-UNEVEN = (*_GIVEN, *_COUNTED)
+
+
+def uneven_settings(parallel: ParallelConfig) -> list[str]:
+    """Return the names of the settings of `parallel` that make stages uneven."""
+    return [name for name in (*_GIVEN, *_COUNTED) if getattr(parallel, name)]
 
 
 def find_problems(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
     """Yield divisions that do not work out, one line each."""
     given = [name for name in _GIVEN if getattr(config.parallel, name) is not None]
     counted = [name for name in _COUNTED if getattr(config.parallel, name)]
-    uneven = [*given, *counted]
+    uneven = uneven_settings(config.parallel)
     size = f"parallel.pipeline_model_parallel_size {layout.pipeline}"
     if uneven and layout.pipeline == 1:
         yield f"parallel.{uneven[0]} applies to the stages of a pipeline: leave it out, or raise {size}"
@@ -26,8 +30,6 @@ def find_problems(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
         yield from _check_given(config, layout, given)
     else:
         yield from _check_counted(config, layout, counted)
-    if uneven and config.training.fp8 is not None:
-        yield (f"training.fp8 is not verified with parallel.{uneven[0]}: leave one of them out")
 
 
 def _check_given(config: RunConfig, layout: ParallelLayout, given: list[str]) -> Iterator[str]:

@@ -11,11 +11,14 @@ from pathlib import Path
 
 from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.extras import lacking
 
 HUB = "hf"
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.+)")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_MODELS_INSTEAD = {
+    "checkpoint.upload_to": "give a bucket or folder (checkpoint.export_upload_to takes a hub)",
+    "checkpoint.load": "plt import converts a downloaded model",
+}
 _EXAMPLES = "such as s3://bucket/folder, file:///folder or hf://owner/name"
 
 
@@ -66,34 +69,19 @@ def url_problem(url: str) -> str | None:
 def find_problems(config: RunConfig) -> Iterator[str]:
     """Yield the conflicts between settings, one line each."""
     checkpoint = config.checkpoint
-    for key, url in destinations(config):
-        problem = url_problem(url)
-        if problem is not None:
+    for key, url in used_urls(config):
+        if (problem := url_problem(url)) is not None:
             yield f"{key}: {problem}"
-        elif protocol_of(url) == "file" and _overlap(Path(url[7:]) / config.name, derived.run_folder(config)):
+        elif protocol_of(url) == HUB and key in _MODELS_INSTEAD:
+            yield f"{key}: a hub holds models, not checkpoints; {_MODELS_INSTEAD[key]}"
+    for key, url in destinations(config):
+        folder = Path(url.removeprefix("file://")) / config.name
+        if url.startswith("file:///") and _overlap(folder, derived.run_folder(config)):
             yield f"{key}: {url} contains the run's own folder, or lies in it; give another one"
-    if checkpoint.upload_to is not None and protocol_of(checkpoint.upload_to) == HUB:
-        yield "checkpoint.upload_to: a hub holds only models (checkpoint.export_upload_to); give a bucket or folder"
     if checkpoint.upload_to is not None and not checkpoint.enabled:
         yield "checkpoint.upload_to uploads checkpoints, but checkpoint.enabled=false writes none"
     if checkpoint.export_upload_to is not None and checkpoint.export_interval == 0:
         yield "checkpoint.export_upload_to uploads a run's exports: set checkpoint.export_interval"
-    if checkpoint.load is not None and is_url(checkpoint.load):
-        problem = url_problem(checkpoint.load)
-        if problem is not None:
-            yield f"checkpoint.load: {problem}"
-        elif protocol_of(checkpoint.load) == HUB:
-            yield "checkpoint.load: a hub holds models, not checkpoints; plt import converts a downloaded model"
-
-
-def find_package_problems(config: RunConfig) -> Iterator[str]:
-    """Yield missing packages, one line each."""
-    load = config.checkpoint.load
-    used = [*destinations(config), *([("checkpoint.load", load)] if load is not None and is_url(load) else [])]
-    for key, url in used:
-        problem = lacking(*packages_for(protocol_of(url)))
-        if problem:
-            yield f"{key} {problem}"
 
 
 def packages_for(protocol: str) -> tuple[str, ...]:
@@ -108,6 +96,12 @@ def destinations(config: RunConfig) -> list[tuple[str, str]]:
     settings = config.checkpoint
     both = {"checkpoint.upload_to": settings.upload_to, "checkpoint.export_upload_to": settings.export_upload_to}
     return [(key, url) for key, url in both.items() if url is not None]
+
+
+def used_urls(config: RunConfig) -> list[tuple[str, str]]:
+    """Return (setting, URL) for each remote place that a run reads or writes: `destinations`, and where it loads."""
+    load = config.checkpoint.load
+    return [*destinations(config), *([("checkpoint.load", load)] if load is not None and is_url(load) else [])]
 
 
 def _overlap(one: Path, other: Path) -> bool:

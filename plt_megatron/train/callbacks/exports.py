@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from plt_megatron.config import derived
 from plt_megatron.config.schema import EvaluationConfig
 from plt_megatron.run_folder.checkpoints import checkpoint_folders, read_verified_progress, step_of, trained_tokens
 from plt_megatron.run_folder.metrics import read_scores
@@ -116,7 +115,7 @@ class Exports(Callback):
             self._report_scores()
         else:
             self.run.say(f"exported {self._export}")
-            evaluation = derived.evaluation(self.run.config)
+            evaluation = self.run.config.evaluation
             if evaluation is not None:
                 self._start(_evaluation_command(self._export, evaluation), evaluates=True)
                 return

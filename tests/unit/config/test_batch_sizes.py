@@ -148,7 +148,7 @@ def test_a_schedule_is_read_and_written(tmp_path: Path):
         ([BatchStage(-1, 2)], {}, "training.batch_schedule[0].until must be at least 1, got -1"),
         ([BatchStage(125, 0)], {}, "training.batch_schedule[0].global_batch_size must be at least 1, got 0"),
         ([*STAGED, BatchStage(300, 8)], {}, "batch_schedule[2].until 300 must be above 300"),
-        ([BatchStage(125, 2), BatchStage(130, 4)], {}, "[1] is shorter than one step: it has 5 tokens, its first"),
+        ([BatchStage(125, 2), BatchStage(130, 4)], {}, "[1].until 130: one step of 40 tokens does not fit into the 5"),
         ([BatchStage(125, 2, 4)], {}, "increment 4: its global_batch_size 2 does not reach"),
         ([BatchStage(125, 2, 3), BatchStage(300, 4)], {}, "its global_batch_size 2 does not reach training.batch"),
         ([BatchStage(10**15, 1, 1)], {"global_batch_size": 2**24}, "increment 1 makes 16,777,215 batch sizes, more"),
@@ -174,8 +174,8 @@ def test_every_batch_must_suit_the_ranks():
     assert "training.batch_schedule[0].global_batch_size 2 is not divisible by 4 (training.micro_batch_size" in problem
     config.parallel.pipeline_model_parallel_size = 4
     first, second = find_problems(config, check_files=False)
-    assert "2 microbatches per step: not divisible by parallel.pipeline_model_parallel_size 4: change" in first
-    assert "change training.batch_schedule[0].global_batch_size or" in first and "6 microbatches" in second
+    assert "microbatches per step: 2 is not divisible by parallel.pipeline_model_parallel_size 4: change" in first
+    assert "change training.batch_schedule[0].global_batch_size or" in first and "microbatches per step: 6" in second
     config = run(STAGED)
     config.deepspeed = DeepSpeedConfig()
     (problem,) = find_problems(config, check_files=False)

@@ -12,7 +12,7 @@ import pytest
 
 from plt_megatron.config.loader import dump_config, load_config
 from plt_megatron.config.rules import deepspeed
-from plt_megatron.config.rules.deepspeed import deepspeed_config, find_package_problem
+from plt_megatron.config.rules.deepspeed import deepspeed_config, find_version_problem
 from plt_megatron.config.schema import DeepSpeedConfig, RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
@@ -272,22 +272,18 @@ def test_the_documentation_lists_what_may_be_added():
 @pytest.mark.parametrize("version", ["0.18.3", "0.20.0", "1.0"])
 def test_another_version_is_refused(monkeypatch, version):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
-    line = find_package_problem(config_with())
-    assert (
-        line is not None
-        and f"needs DeepSpeed >=0.19,<0.20, found {version}" in line
-        and "leave the section out" in line
-    )
-    assert find_package_problem(good()) is None
+    (line,) = find_version_problem(config_with())
+    assert f"needs DeepSpeed >=0.19,<0.20, found {version}" in line and "leave the section out" in line
+    assert list(find_version_problem(good())) == []
 
 
 def test_a_missing_package_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    line = find_package_problem(config_with())
-    assert line is not None and "'plt-megatron[deepspeed]', or leave that section out" in line
+    lines = find_problems(config_with(), check_files=False, check_packages=True)
+    assert any("'plt-megatron[deepspeed]', or set deepspeed=null" in line for line in lines)
 
 
 @pytest.mark.parametrize("version", ["0.19.0", "0.19.8"])
 def test_the_supported_versions(monkeypatch, version):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
-    assert find_package_problem(config_with()) is None
+    assert list(find_version_problem(config_with())) == []

@@ -6,11 +6,11 @@ import math
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import pytest
 
-from plt_megatron.config.fields import Range, field_types, find_range_problems, plain_type, section_of
+from plt_megatron.config.fields import NotEmpty, Range, field_types, find_type_problems, plain_type, section_of
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.experiments.files import SweepFile
 from plt_megatron.launcher.job import JobSettings
@@ -51,13 +51,40 @@ def test_a_number_outside_is_named_wherever_it_is():
         shares: list[Annotated[float, Range(0, 1, high_excluded=True)]] = field(default_factory=list)
 
     globals().update(Inner=Inner)  # where the annotations' names are looked up
-    assert list(find_range_problems(Outer())) == []
+    assert list(find_type_problems(Outer())) == []
     settings = Outer(Inner(0), [Inner(9), Inner(10)], [0.0, 1.0, math.nan, 0.5])
-    assert list(find_range_problems(settings)) == [
+    assert list(find_type_problems(settings)) == [
         "one.size must be at least 1, got 0",
         "many[1].size must be at most 9, got 10",
         "shares[1] must be below 1, got 1.0",
         "shares[2] must be a finite number, got nan",
+    ]
+
+
+def test_what_must_have_something_and_what_excludes_another_is_named_wherever_it_is():
+    @dataclass
+    class Item:
+        ALTERNATIVES: ClassVar = (("one",), ("other", "another"))
+
+        text: Annotated[str, NotEmpty("a path")] = "x"
+        one: int | None = None
+        other: int | None = None
+        another: list[int] = field(default_factory=list)
+
+    @dataclass
+    class Whole:
+        items: Annotated[list[Item], NotEmpty("an item")]
+        names: Annotated[list[str], NotEmpty("each name once")] = field(default_factory=lambda: ["a", "b"])
+
+    globals().update(Item=Item)
+    assert list(find_type_problems(Whole([Item(), Item(one=1), Item(other=1, another=[2])]))) == []
+    assert list(find_type_problems(Whole([], ["a", "a"]))) == [
+        "items is empty: give an item",
+        "names ['a', 'a'] names something twice: give each name once",
+    ]
+    assert list(find_type_problems(Whole([Item(), Item("", one=1, another=[2])]))) == [
+        "items[1]: give either one or other/another, not both",
+        "items[1].text is empty: give a path",
     ]
 
 

@@ -89,14 +89,18 @@ def test_what_no_card_does_is_refused_without_knowing_the_card(settings, expecte
         (HOPPER, {"training__fp8__recipe": "mxfp8"}, "mxfp8 needs Blackwell (sm100), sm90 has no kernel"),
         (CONSUMER, {"training__fp8__recipe": "mxfp8"}, "mxfp8 needs Blackwell (sm100), sm120 has no kernel"),
         (ADA, {"training__fp8__recipe": "blockwise"}, "blockwise needs Hopper or newer, sm89"),
-        (ADA, ATTENTION, "sm89 has no FP8 attention in training"),
-        (CONSUMER, ATTENTION, "sm120 has no FP8 attention in training"),
+        (ADA, ATTENTION, "training.fp8.attention in training has no kernel on sm89"),
+        (CONSUMER, ATTENTION, "training.fp8.attention in training has no kernel on sm120"),
         (
             HOPPER,
             {**ATTENTION, "training__fp8__recipe": "tensorwise"},
             "recipe tensorwise needs Blackwell; on sm90 use delayed",
         ),
-        (HOPPER, {**ATTENTION, "model__kv_channels": 64}, "a head dimension of 128 only, model.kv_channels is 64"),
+        (
+            HOPPER,
+            {**ATTENTION, "model__kv_channels": 64},
+            "on sm90 needs a head dimension of 128, but model.kv_channels is 64",
+        ),
     ],
 )
 def test_what_a_card_does_not_is_refused_by_name(capability, settings, expected):

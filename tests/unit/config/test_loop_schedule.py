@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from plt_megatron.config import derived
+from plt_megatron.config.branching import stages_problem
 from plt_megatron.config.loader import dump_config, load_config
 from plt_megatron.config.loop_schedule import LoopSchedule
 from plt_megatron.config.schema import BatchStage, DataSource, DeepSpeedConfig, Fp8Config, LoopStage, RunConfig
@@ -99,19 +100,17 @@ GROWING = {
         ([LoopStage(1.5, 1), TWO], {}, "training.loop_schedule[0].until must be at most 1, got 1.5"),
         ([LoopStage(0.0, 1), TWO], {}, "training.loop_schedule[0].until must be above 0, got 0.0"),
         ([ONE, LoopStage(0.5, 2), TWO], {}, "loop_schedule[1].until 0.5 must be above 0.5"),
-        (
-            [ONE, LoopStage(0.9, 2)],
-            {},
-            "loop_schedule[1].until 0.9: the last stage ends with the run; leave it out, or",
-        ),
-        ([ONE, LoopStage()], {}, "training.loop_schedule[1]: give either loop_count or loop_shares"),
         ([ONE, LoopStage(loop_count=2, loop_shares=[1.0])], {}, "[1]: give either loop_count or loop_shares"),
         (
             [ONE, LoopStage(loop_count=3)],
             {},
-            "loop_schedule[1].loop_count 3 is above model.loop_count 2, the loops of the model",
+            "loop_schedule[1].loop_count: 3 loops are above model.loop_count 2",
         ),
-        ([LoopStage(loop_shares=[0.5, 0.2, 0.3])], {}, "[0].loop_shares has 3 shares, but model.loop_count is 2"),
+        (
+            [LoopStage(loop_shares=[0.5, 0.2, 0.3])],
+            {},
+            "loop_schedule[0].loop_shares: 3 loops are above model.loop_count 2",
+        ),
         ([LoopStage(loop_shares=[0.5, 0.6])], {}, "training.loop_schedule[0].loop_shares must add up to 1, not 1.1"),
         (
             [LoopStage(loop_shares=[0.5, -0.5])],
@@ -120,8 +119,12 @@ GROWING = {
         ),
         ([LoopStage(0.5, 1, ramp=0.5), TWO], {}, "[0].ramp 0.5: there is no stage before it to ramp from"),
         ([LoopStage(loop_shares=[1.0, 0.0])], {}, "never runs model.loop_count 2 loops: set model.loop_count=1"),
-        ([ONE, LoopStage(0.51, 2), LoopStage(0.59, 1), TWO], {}, "[2]: no step of the run's 10 begins in it; make"),
-        ([LoopStage(0.3, 1), TWO], GROWING, "[1]: no step of the run's 65 begins in it; make"),
+        (
+            [ONE, LoopStage(0.51, 2), LoopStage(0.59, 1), TWO],
+            {},
+            "loop_schedule[2].until 0.59: no step of the run's 10 begins",
+        ),
+        ([LoopStage(0.3, 1), TWO], GROWING, "loop_schedule[1].until 1.0: no step of the run's 65 begins"),
         ([], {"loop_loss_weights": [0.5, 0.5]}, "loop_loss_weights has 2 weights, but 1 of model.loop_count 2"),
         ([], {"loop_loss_weights": [-0.5]}, "training.loop_loss_weights[0] must be at least 0, got -0.5"),
         ([ONE, TWO], {"fp8": Fp8Config()}, "training.fp8 does not run with training.loop_schedule yet: leave"),
@@ -130,6 +133,16 @@ GROWING = {
 def test_a_bad_schedule_is_refused_in_one_line(stages, changes, expected):
     (problem,) = find_problems(run(stages, **changes), check_files=False)
     assert expected in problem
+
+
+def test_the_model_has_its_loops_where_no_stage_says_another_number():
+    given = run([LoopStage(0.3, 1), LoopStage(0.6, 2)], loops=3)
+    spelled_out = run([LoopStage(0.3, 1), LoopStage(0.6, 2), LoopStage(1.0, 3)], loops=3)
+    unsaid = run([LoopStage(0.3, 1), LoopStage(0.6, 2), LoopStage()], loops=3)
+    assert counts(given, 10) == counts(spelled_out, 10) == counts(unsaid, 10) == [1] * 3 + [2] * 3 + [3] * 4
+    assert LoopSchedule(given).step_shares() == LoopSchedule(spelled_out).step_shares()
+    assert [find_problems(config, check_files=False) for config in (given, spelled_out, unsaid)] == [[], [], []]
+    assert "3 stages" in (stages_problem(given) or "") and stages_problem(run([])) is None
 
 
 def test_spikes_may_be_looked_for_since_each_loop_count_has_losses_of_its_own():

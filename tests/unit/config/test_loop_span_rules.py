@@ -77,11 +77,11 @@ def test_good_configurations_pass():
         ),
         (
             {**BY_LAYER, "model__loop_span": None, "training__loop_loss_weights": [0.5]},
-            "only the last loop ends at the head; leave them out",
+            "only the last loop ends at the head; set training.loop_loss_weights=[]",
         ),
         (
             {**BY_LAYER, "model__loop_span": None, "parallel__pipeline_model_parallel_size": 2},
-            "with model.loop_order layer: loops are virtual stages of the whole stack; set it to 1",
+            "loops are virtual stages of the whole stack; set parallel.pipeline_model_parallel_size=1",
         ),
     ],
 )

@@ -69,7 +69,8 @@ def test_what_deepspeed_is_told_of_an_optimizer_cannot_be_contradicted(name):
         ),
         (
             ["model.mup_base_hidden_size=64", "optimizer.name=sgd"],
-            "model.mup_base_hidden_size has rules for optimizer.name adam and muon, not sgd; set optimizer.name=adam",
+            "optimizer.name sgd with model.mup_base_hidden_size, which has rules for adam and muon; set "
+            "optimizer.name=adam",
         ),
         (["model.mup_base_hidden_size=0"], "model.mup_base_hidden_size must be at least 1, got 0"),
         (["optimizer.lr_mult.gates=-1"], "optimizer.lr_mult.gates must be at least 0, got -1.0"),

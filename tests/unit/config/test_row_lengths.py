@@ -88,7 +88,7 @@ def test_each_length_divides_among_the_ranks_of_a_sequence():
     config = run([LengthStage(1000, 1)])
     config.parallel.tensor_model_parallel_size, config.parallel.sequence_parallel = 2, True
     (problem,) = find_problems(config, check_files=False)
-    assert "data.length_schedule[0].sequence_length 1 is not divisible by parallel.tensor_model_parallel" in problem
+    assert "data.length_schedule[0].sequence_length 1 is not divisible by 2: parallel.sequence_parallel" in problem
     config = run(STAGES)
     config.deepspeed = DeepSpeedConfig()
     assert any("data.length_schedule is not" in problem for problem in find_problems(config, check_files=False))

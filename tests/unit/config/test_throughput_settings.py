@@ -57,11 +57,11 @@ def problems(*settings: str, **kwargs: Any) -> str:
         ),
         (
             ["parallel.recompute_granularity=selective", "parallel.recompute_modules=[shared_experts]"],
-            "parallel.recompute_modules shared_experts needs model.moe.shared_expert_intermediate_size",
+            "parallel.recompute_modules shared_experts: it needs model.moe.shared_expert_intermediate_size",
         ),
         (
             ["parallel.recompute_granularity=selective", "parallel.recompute_modules=[mlp,mlp]"],
-            "parallel.recompute_modules ['mlp', 'mlp']: name each part once",
+            "parallel.recompute_modules ['mlp', 'mlp'] names something twice",
         ),
         (
             [*TE_FP8, "training.fp8.recipe=delayed", "parallel.recompute_granularity=selective"]
@@ -70,7 +70,7 @@ def problems(*settings: str, **kwargs: Any) -> str:
         ),
         (
             [*TE_FP8, "training.fp8.recipe=delayed", "training.fp8.num_layers_at_start_in_bf16=1"],
-            "training.fp8.num_layers_at_start_in_bf16 with training.fp8.recipe delayed",
+            "training.fp8.recipe delayed with training.fp8.num_layers_at_start_in_bf16",
         ),
         (
             [*TE_FP8, "training.fp8.num_layers_at_end_in_bf16=17"],

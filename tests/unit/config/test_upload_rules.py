@@ -48,7 +48,7 @@ def test_what_looks_right(checkpoint):
         ({"upload_to": "file://folder"}, "file://folder is not absolute: file:///folder has three slashes"),
         ({"upload_to": "s3://bucket/a?versionId=1"}, "s3://... contains one of :: ? # *; give a plain URL"),
         ({"upload_to": "simplecache::s3://bucket/a"}, "simplecache::s3://bucket/a is not a URL"),
-        ({"upload_to": "hf://owner/model"}, "checkpoint.upload_to: a hub holds only models"),
+        ({"upload_to": "hf://owner/model"}, "checkpoint.upload_to: a hub holds models, not checkpoints"),
         ({"export_upload_to": "hf://model"}, "hf://model is not a repository, such as hf://owner/name"),
         ({"export_upload_to": "hf://owner/model@main"}, "is not a repository, such as hf://owner/name"),
         ({"load": "hf://owner/model"}, "checkpoint.load: a hub holds models, not checkpoints"),
@@ -81,8 +81,10 @@ def test_packages_that_are_missing_are_named_with_the_extra(monkeypatch, tmp_pat
     )
     config = a_config(upload_to="s3://bucket", export_upload_to="hf://owner/model")
     assert [line for line in find_problems(config) if "upload" in line] == [
-        "checkpoint.upload_to needs the package s3fs: pip install 'plt-megatron[upload]'",
-        "checkpoint.export_upload_to needs the package huggingface_hub: pip install 'plt-megatron[upload]'",
+        "checkpoint.upload_to needs the package s3fs: pip install 'plt-megatron[upload]', or set "
+        "checkpoint.upload_to=null",
+        "checkpoint.export_upload_to needs the package huggingface_hub: pip install 'plt-megatron[upload]', or set "
+        "checkpoint.export_upload_to=null",
     ]
 
 

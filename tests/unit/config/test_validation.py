@@ -93,7 +93,7 @@ TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
         ),
         (
             {"training__ema_decay": 0.9, "optimizer__name": "muon"},
-            "training.ema_decay is not verified with optimizer.name muon",
+            "optimizer.name muon is not verified with training.ema_decay",
         ),
         (
             {"evaluation__tasks": ["a"]},
@@ -105,8 +105,8 @@ TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
             {"model__hidden_size": 130},
             "model.hidden_size 130 is not divisible by model.num_attention_heads 4",
         ),
-        ({"model__kv_channels": 33}, "head dimension (model.kv_channels) must be even for RoPE, got 33"),
-        ({"model__hidden_size": 12}, "must be even for RoPE, got 3"),
+        ({"model__kv_channels": 33}, "head dimension (model.kv_channels) 33 is not divisible by 2"),
+        ({"model__hidden_size": 12}, "(model.kv_channels) 3 is not divisible by 2"),
         (
             {"model__num_query_groups": 3},
             "num_attention_heads 4 is not divisible by model.num_query_groups 3",
@@ -157,14 +157,17 @@ TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
         ),
         ({"parallel__distributed_timeout_minutes": 0.0}, "distributed_timeout_minutes must be above 0"),
         ({"training__global_batch_size": 9, "training__micro_batch_size": 2}, "9 is not divisible by 2"),
-        ({"training__train_iters": None}, "exactly one of train_iters and train_tokens; neither is given"),
-        ({"training__train_tokens": 10}, "exactly one of train_iters and train_tokens; both are given"),
+        ({"training__train_iters": None}, "training: give the run's length, either train_iters or train_tokens"),
+        ({"training__train_tokens": 10}, "training: give either train_iters or train_tokens, not both"),
         ({"training__train_iters": 0}, "training.train_iters must be at least 1, got 0"),
         ({"training__seed": 0}, "training.seed must be at least 1"),
         ({"optimizer__lr": 1e-6}, "optimizer.lr 1e-06 is below optimizer.min_lr 3e-05"),
         ({"optimizer__lr": 0.0}, "optimizer.lr must be above 0"),
-        ({"optimizer__lr_warmup_iters": 100}, "lr_warmup_iters 100 must be below the schedule's 100 steps"),
-        ({"optimizer__lr_warmup_iters": 8, "optimizer__lr_decay_iters": 7}, "below the schedule's 7 steps"),
+        ({"optimizer__lr_warmup_iters": 100}, "lr_warmup_iters 100 must leave one of the schedule's 100 steps"),
+        (
+            {"optimizer__lr_warmup_iters": 8, "optimizer__lr_decay_iters": 7},
+            "lr_warmup_iters 8 must leave one of the schedule's 7 steps",
+        ),
         ({"optimizer__adam_beta2": 1.0}, "optimizer.adam_beta2 must be below 1, got 1.0"),
         ({"optimizer__clip_grad": -1.0}, "optimizer.clip_grad must be at least 0"),
         (
@@ -173,7 +176,7 @@ TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
                 "optimizer__lr_warmup_iters": 60,
                 "optimizer__lr_wsd_decay_iters": 41,
             },
-            "lr_warmup_iters 60 and optimizer.lr_wsd_decay_iters 41 together exceed the schedule's 100 steps",
+            "lr_warmup_iters 60 must leave optimizer.lr_wsd_decay_iters 41 of the schedule's 100 steps",
         ),
         ({"validation__loop_counts": [0]}, "validation.loop_counts[0] must be at least 1, got 0"),
         ({"validation__loop_counts": [2, 9]}, "validation.loop_counts[1] must be"),
@@ -193,8 +196,11 @@ TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
         ({"data__split": "90,-10,20"}, "data.split must be three numbers"),
         ({"data__split": "inf,1,1"}, "data.split must be three numbers"),
         ({"data__split": "nan,1,1"}, "data.split must be three numbers"),
-        ({"data__split": "1,0,0"}, "keeps nothing for validation: set validation.iters=0"),
-        ({"data__split": "0,1,0"}, "leaves nothing to train on"),
+        (
+            {"data__split": "1,0,0"},
+            "data.split 1,0,0 keeps nothing for this: name some data to validate on, or set validation.iters=0",
+        ),
+        ({"data__split": "0,1,0"}, "data.split 0,1,0 keeps nothing for this: a run needs data to train on"),
         ({"data__tokenizer": None}, "give data.tokenizer, or model.vocab_size"),
         ({"logging__peak_tflops": 0.0}, "logging.peak_tflops must be above 0"),
         ({"checkpoint__keep_last": 0}, "checkpoint.keep_last must be at least 1"),
@@ -342,10 +348,10 @@ def test_transformer_engine_shares_what_divides():
 def test_pipelines_need_a_multiple_of_microbatches():
     settings = {"parallel__pipeline_model_parallel_size": 4, "training__micro_batch_size": 4}
     (line,) = problems(**settings, training__global_batch_size=8)
-    assert "2 microbatches per step: not divisible by parallel.pipeline_model_parallel_size 4" in line
+    assert "microbatches per step: 2 is not divisible by parallel.pipeline_model_parallel_size 4" in line
     assert problems(**settings, training__global_batch_size=32) == []
     (line,) = problems(world_size=8, **settings, training__global_batch_size=24)  # DP 2: 3 microbatches
-    assert "3 microbatches" in line
+    assert "microbatches per step: 3" in line
 
 
 def test_world_size_against_the_layout():

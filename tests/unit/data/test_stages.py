@@ -173,7 +173,7 @@ A, B = [DataSource("a")], [DataSource("b")]
 @pytest.mark.parametrize(
     ("stages", "changes", "expected"),
     [
-        ([DataStage(100, [])], {}, "data.stages[0].sources is empty: name at least one tokenized source"),
+        ([DataStage(100, [])], {}, "data.stages[0].sources is empty: give at least one tokenized source"),
         ([DataStage(0, A)], {}, "data.stages[0].until must be at least 1, got 0"),
         ([DataStage(7, A)], {}, "data.stages[0].until 7: no sample of 8 tokens ends in this stage"),
         ([DataStage(16, A), DataStage(23, B)], {}, "[1].until 23: no sample of 8 tokens ends in this stage"),

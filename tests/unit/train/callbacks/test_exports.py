@@ -202,7 +202,7 @@ def test_a_failed_export_is_one_warning_and_the_next_is_made(run):
 
 
 def test_without_a_task_nothing_is_evaluated(run):
-    run.config.evaluation = EvaluationConfig(tasks=[])
+    run.config.evaluation = None
     callback = exports.Exports(run)
     callback.on_save(save(run, 4, "lucky"))
     let_go(run)
