@@ -75,21 +75,10 @@ def has_learned_hidden_scale(model: ModelConfig) -> bool:
     return model.loop_count > 1 and adds_embeddings(model) and model.learned_hidden_scale != "none"
 
 
-def hidden_scale(model: ModelConfig) -> float:
-    """Return the factor of h in the input of loops >= 2, or its initial value if it is learned.
-
-    With `hidden_scale_ratio`, h is normalized to an RMS of 1 and the embeddings start with an RMS of `init_method_std`.
-    A prelude's output does not, so with a prelude the ratio is 0.
-    """
-    if model.hidden_scale_ratio is None:
-        return model.hidden_scale
-    return model.hidden_scale_ratio * abs(model.embedding_scale) * model.init_method_std
-
-
 def starts_as_one_loop(model: ModelConfig) -> bool:
     """Return whether loops >= 2 change nothing before training: they read E again, and their gates pass on the
     attention to the first loop's K and V unchanged."""
-    reads_embeddings = adds_embeddings(model) and model.embedding_scale == 1 and hidden_scale(model) == 0
+    reads_embeddings = adds_embeddings(model) and model.embedding_scale == 1 and model.hidden_scale == 0
     passes_on = (model.gate_activation, model.gate_side) == ("tanh", "local")
     return model.loop_count == 1 or (reads_embeddings and (passes_on or not model.gated_window))
 

@@ -65,9 +65,9 @@ class MoeConfig:
     router_topk: Size = 2  # experts a token is sent to
     ffn_hidden_size: Size | None = None  # per expert; null: model.ffn_hidden_size
     shared_expert_intermediate_size: Size | None = None  # of an additional expert that every token uses; null: none
-    router_pre_softmax: bool = False  # softmax over all experts (true) or over the chosen ones (false)
-    # sigmoid scores each expert by itself; a chosen one's weight is its share of the chosen scores.
-    router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    # softmax: over the chosen experts; pre_softmax: over all, before some are chosen; sigmoid: scores each expert
+    # by itself, a chosen one's weight is its share of the chosen scores.
+    router_score_function: Literal["softmax", "pre_softmax", "sigmoid"] = "softmax"
     # Balance the load over each sequence (independent of layout and micro-batch size), or over each microbatch.
     router_load_balancing_type: Literal["seq_aux_loss", "aux_loss", "none"] = "seq_aux_loss"
     aux_loss_coeff: NotNegative = 0.01
@@ -102,9 +102,9 @@ class ModelConfig:
     layernorm_epsilon: Positive = 1e-5
     qkv_bias: bool = False  # biases on the Q, K and V projections (Qwen2)
     qk_layernorm: bool = False  # RMSNorm on each head's Q and K
-    ffn_output_norm: bool = False  # RMSNorm on the FFN's output, before the residual is added
-    # post: norms on the outputs of attention and FFN instead of their inputs, and qk_layernorm over all heads (OLMo-2)
-    norm_placement: Literal["pre", "post"] = "pre"
+    # pre: norms on the inputs of attention and FFN; pre_ffn_output: also on the FFN's output, before the residual is
+    # added; post: on the outputs instead of the inputs, and qk_layernorm over all heads (OLMo-2).
+    norm_placement: Literal["pre", "pre_ffn_output", "post"] = "pre"
     # Take keys from the previous token (model/key_shift.py): those of half the groups, the slow half of each key's
     # channels, or a learned share.
     key_shift: Literal["none", "heads", "channels", "learned"] = "none"
@@ -130,14 +130,12 @@ class ModelConfig:
     # Applied to the gate's logit, which starts at zero: sigmoid starts with an even blend, tanh with only the attention
     # that the gate does not multiply.
     gate_activation: Literal["sigmoid", "tanh"] = "sigmoid"
-    norm_between_loops: bool = False  # the final norm after every loop instead of after the last
+    # What normalizes h between loops. rms: a later loop's input divides it by its RMS before scaling it, as an RMSNorm
+    # whose weight is the scale; final: the final norm follows every loop instead of the last.
+    loop_norm: Literal["none", "rms", "final"] = "none"
     embedding_scale: Finite = 1.0  # B = embedding_scale * E + hidden_scale * shift(h), loops >= 2
-    hidden_scale: Finite = 1.0
-    hidden_norm: bool = False  # divide h by its RMS before scaling it: an RMSNorm whose weight is the scale
+    hidden_scale: Finite = 1.0  # 0, with a learned scale: the model starts as one loop
     learned_hidden_scale: Literal["none", "model", "channel"] = "none"  # learn hidden_scale, starting from its value
-    # Set hidden_scale so that RMS(scaled h) / RMS(scaled E) has this value at initialization, at any width, depth and
-    # initial std. 0: the model starts as one loop.
-    hidden_scale_ratio: NotNegative | None = None
     # Factor of what attention and FFN add to the residual stream, for N loops of L layers.
     # loops_sqrt_layers: residual_scale / (N sqrt(L)) (arXiv 2606.18524); layers: residual_scale / L (arXiv 2505.01618).
     residual_scaling: Literal["none", "loops_sqrt_layers", "layers"] = "none"

@@ -30,7 +30,6 @@ _MOE = {
             "router_topk",
             "ffn_hidden_size",
             "shared_expert_intermediate_size",
-            "router_pre_softmax",
             "router_score_function",
             "router_load_balancing_type",
             "aux_loss_coeff",
@@ -40,6 +39,7 @@ _MOE = {
         )
     },
 }
+_PRE_SOFTMAX = ("model.moe_router_pre_softmax", "model.moe.router_pre_softmax")
 _YARN = ("original_max_position_embeddings", "beta_fast", "beta_slow", "correction_range_round_to_int")
 _FIM_TOKENS = ("prefix", "middle", "suffix")
 _ENDS = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
@@ -64,6 +64,11 @@ _SAME_VALUE = {
 }
 # Old dotted key -> new setting in words, with another value.
 _OTHER_VALUE = {
+    **dict.fromkeys(_PRE_SOFTMAX, "model.moe.router_score_function (softmax of the chosen experts, or pre_softmax)"),
+    "model.ffn_output_norm": "model.norm_placement=pre_ffn_output (false: pre)",
+    "model.hidden_norm": "model.loop_norm=rms (false: none)",
+    "model.norm_between_loops": "model.loop_norm=final (false: none)",
+    "model.hidden_scale_ratio": "model.hidden_scale (ratio x model.embedding_scale x model.init_method_std)",
     "model.moe_router_enable_expert_bias": "model.moe.router_bias_update_rate (null: no bias)",
     "model.rope_scaling_type": "the section model.rope_scaling.yarn (null: Llama 3.1's)",
     "training.first_last_layers_bf16": "training.fp8.num_layers_at_start_in_bf16 and num_layers_at_end_in_bf16",
@@ -150,7 +155,7 @@ def plain(node: yaml.Node, origins: Mapping[int, Any] | None = None) -> Any:
 
 
 def _upgrade_moe(settings: Settings) -> Settings:
-    old = [f"model.{name}" for name in (*_MOE, "moe_router_enable_expert_bias")]
+    old = [f"model.{name}" for name in (*_MOE, "moe_router_enable_expert_bias", "moe_router_pre_softmax")]
     if _is_null(settings, "model.num_moe_experts"):
         return _switched_off(settings, old, "model.moe")
     enabled, rate = "model.moe_router_enable_expert_bias", "model.moe_router_bias_update_rate"
@@ -159,6 +164,60 @@ def _upgrade_moe(settings: Settings) -> Settings:
         given = settings.get(rate, _scalar(_BIAS_UPDATE_RATE, switch))
         settings[rate] = given if _is_true(switch) else _scalar("null", switch)
     return _renamed(settings, "model.moe.")
+
+
+def _upgrade_choices(settings: Settings) -> Settings:
+    """Rename switches that are values of another setting now."""
+    for old in _PRE_SOFTMAX:
+        settings = _chosen(settings, old, "model.moe.router_score_function", "softmax", "pre_softmax")
+    return _chosen(settings, "model.ffn_output_norm", "model.norm_placement", "pre", "pre_ffn_output")
+
+
+def _chosen(settings: Settings, switch: str, key: str, off: str, on: str) -> Settings:
+    """Replace a switch by the value `on` or `off` of the setting `key`, which keeps any value other than `off`."""
+    if switch not in settings:
+        return settings
+    value = _scalar(on if _is_true(settings[switch]) else off, settings[switch])
+    if key not in settings:
+        return {key if name == switch else name: value if name == switch else node for name, node in settings.items()}
+    settings = _without(settings, [switch])
+    return settings | {key: value} if _is(settings, key, off) and value.value == on else settings
+
+
+def _upgrade_loop_norm(settings: Settings) -> Settings:
+    """Rename the two norms between loops, of which a model had one at most. One that is off says nothing of the other,
+    which a preset beside it may have turned on."""
+    kinds = {"model.hidden_norm": ("rms", "recommended"), "model.norm_between_loops": ("final", "loopcoder")}
+    given = [key for key in kinds if key in settings]
+    on = [key for key in given if _is_true(settings[key])]
+    if len(on) > 1:
+        return settings  # the loader refuses them
+    preset = settings.get("model.loop_preset")
+    for key in on or given:
+        value, own_preset = kinds[key]
+        others = [name for _, name in kinds.values() if name != own_preset]
+        if not on and len(given) == 1 and preset is not None and preset.value in others:
+            return _without(settings, given)
+        new = _scalar(value if on else "none", settings[key])
+        kept = _without(settings, [name for name in given if name != key])
+        return {"model.loop_norm" if name == key else name: new if name == key else kept[name] for name in kept}
+    return settings
+
+
+def _upgrade_hidden_scale(settings: Settings) -> Settings:
+    """Resolve the ratio of h to E in the input of later loops; E has an RMS of `init_method_std` at first."""
+    key = "model.hidden_scale_ratio"
+    if key not in settings or is_null(settings[key]):
+        return _without(settings, [key])
+    factors = (key, 1.0), ("model.embedding_scale", 1.0), ("model.init_method_std", 0.02)
+    ratio, embedding, std = (_number(settings, name, default) for name, default in factors)
+    scale = _scalar(yaml_nodes.text_of(ratio * abs(embedding) * std), settings[key])
+    return _without(settings, [key]) | {"model.hidden_scale": scale}
+
+
+def _number(settings: Settings, key: str, default: float) -> float:
+    value = yaml_nodes.scalar(float, settings[key]) if key in settings else default
+    return value if isinstance(value, float) else default
 
 
 def _upgrade_rope_scaling(settings: Settings) -> Settings:
@@ -244,6 +303,9 @@ def _upgrade_evaluation(settings: Settings) -> Settings:
 
 _STEPS: tuple[Callable[[Settings], Settings], ...] = (
     _upgrade_moe,
+    _upgrade_choices,
+    _upgrade_loop_norm,
+    _upgrade_hidden_scale,
     _upgrade_rope_scaling,
     _upgrade_fp8,
     _upgrade_fim,

@@ -62,8 +62,8 @@ def plt_keys(
         rope_parameters=rope_keys(model),
         qk_norm=model.qk_layernorm,
         qkv_bias=model.qkv_bias,
-        ffn_output_norm=model.ffn_output_norm,
-        norm_placement=model.norm_placement,
+        ffn_output_norm=model.norm_placement == "pre_ffn_output",
+        norm_placement="post" if model.norm_placement == "post" else "pre",
         key_shift=model.key_shift,
         **_expert_keys(model),
         loop_count=model.loop_count,
@@ -78,11 +78,11 @@ def plt_keys(
         gate_input=model.gate_input,
         gate_side=model.gate_side,
         gate_activation=model.gate_activation,
-        norm_between_loops=model.norm_between_loops,
+        norm_between_loops=model.loop_norm == "final",
         input_injection=model.input_injection,
         embedding_scale=model.embedding_scale if adds else 1.0,
-        hidden_scale=derived.hidden_scale(model) if adds else 1.0,
-        hidden_norm=model.hidden_norm and adds,
+        hidden_scale=model.hidden_scale if adds else 1.0,
+        hidden_norm=model.loop_norm == "rms" and adds,
         learned_hidden_scale=model.learned_hidden_scale if adds else "none",
         residual_scale=derived.residual_factor(model),
     )
@@ -112,9 +112,9 @@ def loopcoder_keys(
         "rope_scaling": scaling_keys(model) or None,
         "plt_num_loops": model.loop_count,
         "plt_window_size": [model.window_size - 1, 0],
-        "plt_normalize_per_loop": model.norm_between_loops,
+        "plt_normalize_per_loop": model.loop_norm == "final",
         "plt_emb_scale": model.embedding_scale,
-        "plt_hidden_scale": derived.hidden_scale(model),
+        "plt_hidden_scale": model.hidden_scale,
         "plt_gate_use_hidden_states": _LOOPCODER_GATES[model.gate_input],
         **tokens,
         "use_cache": True,
@@ -133,17 +133,17 @@ def _beyond_loopcoder(model: ModelConfig) -> Iterator[str]:
         "gate_activation": "sigmoid",
         "qk_layernorm": False,
         "qkv_bias": False,
-        "ffn_output_norm": False,
         "norm_placement": "pre",
         "key_shift": "none",
         "moe": None,
-        "hidden_norm": False,
         "learned_hidden_scale": "none",
         "residual_scaling": "none",
     }
     for name, value in wanted.items():
         if getattr(model, name) != value:
             yield f"model.{name} is {getattr(model, name)}"
+    if model.loop_norm == "rms":
+        yield "model.loop_norm is rms"
     if derived.yarn_factor(model) is not None:
         yield "model.rope_scaling.yarn is set"
     if model.loop_count == 1:
@@ -165,8 +165,8 @@ def _expert_keys(model: ModelConfig) -> dict[str, Any]:
         "num_experts_per_tok": moe.router_topk,
         "moe_intermediate_size": derived.expert_ffn_hidden_size(model),
         "shared_expert_intermediate_size": moe.shared_expert_intermediate_size,
-        "norm_topk_prob": moe.router_topk > 1 if sigmoid else not moe.router_pre_softmax,
-        "scoring_func": moe.router_score_function,
+        "norm_topk_prob": moe.router_topk > 1 if sigmoid else moe.router_score_function == "softmax",
+        "scoring_func": "sigmoid" if sigmoid else "softmax",
         "use_routing_bias": derived.has_expert_bias(model),
         "router_aux_loss_coef": moe.aux_loss_coeff,
     }
@@ -238,8 +238,7 @@ def _from_plt(keys: dict[str, Any]) -> HFModelConfig:
         config,
         qkv_bias=config.qkv_bias,
         qk_layernorm=config.qk_norm,
-        ffn_output_norm=config.ffn_output_norm,
-        norm_placement=config.norm_placement,
+        norm_placement="pre_ffn_output" if config.ffn_output_norm else config.norm_placement,
         key_shift=config.key_shift,
         moe=_experts(config, config.first_k_dense_replace),
         loop_count=config.loop_count,
@@ -253,11 +252,10 @@ def _from_plt(keys: dict[str, Any]) -> HFModelConfig:
         gate_input=config.gate_input,
         gate_side=config.gate_side,
         gate_activation=config.gate_activation,
-        norm_between_loops=config.norm_between_loops,
+        loop_norm="final" if config.norm_between_loops else "rms" if config.hidden_norm else "none",
         input_injection=config.input_injection,
         embedding_scale=config.embedding_scale,
         hidden_scale=config.hidden_scale,
-        hidden_norm=config.hidden_norm,
         learned_hidden_scale=config.learned_hidden_scale,
         **derived.residual_settings(config.residual_scale, config.num_hidden_layers),
     )
@@ -283,7 +281,7 @@ def _from_loopcoder(keys: dict[str, Any]) -> HFModelConfig:
     model.window_size = left + 1  # ours counts the query itself
     model.gate_input = "hidden" if loops.get("plt_gate_use_hidden_states", False) else "query"
     model.gate_side = "global"
-    model.norm_between_loops = loops.get("plt_normalize_per_loop", True)
+    model.loop_norm = "final" if loops.get("plt_normalize_per_loop", True) else "none"
     model.embedding_scale = _or_one(loops.get("plt_emb_scale"))
     model.hidden_scale = _or_one(loops.get("plt_hidden_scale"))
     described.family, described.style = LOOPCODER_TYPE, "loopcoder"
@@ -341,8 +339,7 @@ def _experts(config: Any, first_dense: int) -> MoeConfig | None:
         router_topk=config.num_experts_per_tok,
         ffn_hidden_size=config.moe_intermediate_size,
         shared_expert_intermediate_size=getattr(config, "shared_expert_intermediate_size", None),
-        router_pre_softmax=not (sigmoid or config.norm_topk_prob),
-        router_score_function="sigmoid" if sigmoid else "softmax",
+        router_score_function="sigmoid" if sigmoid else "softmax" if config.norm_topk_prob else "pre_softmax",
         router_bias_update_rate=_BIAS_UPDATE_RATE if getattr(config, "use_routing_bias", False) else None,
         aux_loss_coeff=config.router_aux_loss_coef,
     )

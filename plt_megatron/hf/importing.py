@@ -144,7 +144,7 @@ def _with_preset(model: ModelConfig, source: ModelConfig, preset: str) -> ModelC
     branches = {name: getattr(source, name) for name in ("residual_scaling", "residual_scale")}
     model = dataclasses.replace(model, **{**LOOP_PRESETS[preset], **branches, "gate_activation": "tanh"})
     if not derived.starts_as_one_loop(model):
-        read = f"{model.embedding_scale:g} E + {derived.hidden_scale(model):g} h"
+        read = f"{model.embedding_scale:g} E + {model.hidden_scale:g} h"
         raise UserError(
             f"--preset {preset}: later loops would read {read} instead of E, so the logits would differ from the "
             "model's at first; use --preset recommended"

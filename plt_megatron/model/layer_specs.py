@@ -173,7 +173,7 @@ def _residual_add(factor: float) -> Callable[..., Any]:
 
 def _ffn(model: ModelConfig, kit: _Kit, experts: bool) -> Any:
     post = model.norm_placement == "post"
-    output_norm = post or model.ffn_output_norm
+    output_norm = model.norm_placement != "pre"
     if experts:
         submodules = moe_submodules(kit.backend, kit.linear, kit.row_linear)
         return partial(OutputNormMoELayer if output_norm else MoELayer, submodules=submodules)

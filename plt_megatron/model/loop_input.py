@@ -1,7 +1,7 @@
 """Input of loops >= 2: B = embedding_scale * E + s * N(h), with h the previous loop's output (paper section 3.1).
 
-`model.hidden_norm` and `model.learned_hidden_scale` choose N and s; the paper uses E + h. If the scale is an RMSNorm's
-weight, B starts with a set ratio of h to E (`model.hidden_scale_ratio`) and keeps it while h grows in training.
+`model.loop_norm` and `model.learned_hidden_scale` choose N and s; the paper uses E + h. If the scale is an RMSNorm's
+weight, B keeps its ratio of h to E while h grows in training.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class LoopInput(nn.Module):
     def __init__(self, config: PLTTransformerConfig) -> None:
         super().__init__()
         plt = config.plt
-        self.norm, self.eps = plt.hidden_norm, config.layernorm_epsilon
+        self.norm, self.eps = plt.loop_norm == "rms", config.layernorm_epsilon
         self.embedding_scale = plt.embedding_scale
-        scale = derived.hidden_scale(plt)
+        scale = plt.hidden_scale
         self.hidden_scale: float | nn.Parameter = scale
         if derived.has_learned_hidden_scale(plt):
             size = config.hidden_size if plt.learned_hidden_scale == "channel" else 1

@@ -232,13 +232,13 @@ class LoopedGPT(LanguageModule):
         if not self.post_process:
             return hidden_states
         to_coda = context.is_last_loop and looped.stop < self.plt.num_layers  # the coda reads h^(L) without the norm
-        is_normed = self.plt.norm_between_loops and (not to_coda or context.statistics is not None)
+        is_normed = self.plt.loop_norm == "final" and (not to_coda or context.statistics is not None)
         normed = self.final_layernorm(hidden_states) if is_normed else hidden_states
         if context.statistics is not None:
             context.statistics.add_hidden(context.loop, normed)
         if not context.is_last_loop:
             return self._with_loop_loss(batch, context.loop, hidden_states, normed)
-        if self.plt.norm_between_loops and not to_coda:
+        if self.plt.loop_norm == "final" and not to_coda:
             return self._output(normed, batch)
         return self._close(hidden_states, batch, context)
 
@@ -282,7 +282,7 @@ class LoopedGPT(LanguageModule):
         weight = self.loop_loss_weights[loop - 1] if loop <= len(self.loop_loss_weights) else 0.0
         if weight == 0 or not self.training or batch.labels is None:
             return normed
-        output = normed if self.plt.norm_between_loops else self.final_layernorm(hidden_states)
+        output = normed if self.plt.loop_norm == "final" else self.final_layernorm(hidden_states)
         loss_sum, _ = sum_of_losses(self._head(output, batch.labels), batch.loss_mask)
         return attach_loss(normed, self.loss_gradient * weight * loss_sum)
 

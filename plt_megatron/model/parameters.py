@@ -214,7 +214,7 @@ class Parameter:
     def constant(self, model: ModelConfig) -> float | None:
         """Return the initial value of all its elements, or None if they are drawn."""
         if self.init == "hidden_scale":
-            return derived.hidden_scale(model)
+            return model.hidden_scale
         if self.init == "final_norm":
             return 1 / derived.mup_width_mult(model)
         return self.init if isinstance(self.init, float) else None
@@ -263,7 +263,7 @@ def _untied(model: ModelConfig) -> bool:
 
 
 def _pre(model: ModelConfig) -> bool:
-    return model.norm_placement == "pre"
+    return model.norm_placement != "post"
 
 
 def _post(model: ModelConfig) -> bool:
@@ -367,7 +367,7 @@ TABLE = (
         _parameter(_SHARED + "linear_fc2.weight", "hidden shared_ffn", "ffn", _HF_SHARED + "down_proj.weight",
                    split="columns", init="output", ffn="experts", exists=_shared_expert),
         _norm("mlp.output_norm.weight", "post_feedforward_layernorm.weight",
-              exists=lambda model: model.ffn_output_norm or _post(model)),
+              exists=lambda model: model.norm_placement != "pre"),
     ),
     Parameter("final_layernorm.weight", "hidden", "final_norm", ("model.norm.weight",), init="final_norm"),
     _parameter("output_layer.weight", "vocab hidden", "output_layer", "lm_head.weight", split="rows", exists=_untied),

@@ -49,7 +49,7 @@ class Activations(RankLayer):
         # product.
         saved += 3 * wide if self.te else 5 * wide
         saved += self._experts()
-        if self.model.ffn_output_norm or self.model.norm_placement == "post":
+        if self.model.norm_placement != "pre":
             saved += self._norm(self.rows * self.hidden, feeds_linear=False)
         return saved
 
@@ -81,12 +81,12 @@ class Activations(RankLayer):
 
     def loop_input(self) -> int:
         """Return what combining h and E in loops >= 2 saves: h in fp32 for its norm, and a learned scale's input."""
-        wide = FP32 * (self.rows * self.hidden + self.rows) if self.loops and self.model.hidden_norm else 0
+        wide = FP32 * (self.rows * self.hidden + self.rows) if self.loops and self.model.loop_norm == "rms" else 0
         return wide + (self.hidden_bytes() if derived.has_learned_hidden_scale(self.model) else 0)
 
     def loop_end(self, last_loop: bool) -> int:
         """Return what the final norm saves, if this loop ends with one."""
-        if last_loop or self.model.norm_between_loops:
+        if last_loop or self.model.loop_norm == "final":
             return self._norm(self.rows * self.hidden, feeds_linear=last_loop)
         return 0
 

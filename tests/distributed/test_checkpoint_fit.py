@@ -124,7 +124,7 @@ def _errors_of_loads(path, configs):
 
 
 def test_a_tensor_the_model_has_not_is_named(run_distributed, tmp_path):
-    run_distributed(jobs.train_and_save, 1, tmp_path, jobs.run_config(ffn_output_norm=True), steps=1)
+    run_distributed(jobs.train_and_save, 1, tmp_path, jobs.run_config(norm_placement="pre_ffn_output"), steps=1)
     error = run_distributed(jobs.error_of_load, 1, tmp_path, jobs.run_config())
     assert "has the tensor decoder.layers.mlp." in error and "which this model lacks" in error
 

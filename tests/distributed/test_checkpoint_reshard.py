@@ -12,7 +12,7 @@ import torch
 
 from tests.distributed import checkpoint_jobs as jobs
 
-run_config = partial(jobs.run_config, hidden_norm=True, learned_hidden_scale="channel")
+run_config = partial(jobs.run_config, loop_norm="rms", learned_hidden_scale="channel")
 TP2_PP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2}
 PP4 = {"pipeline_model_parallel_size": 4}
 PP2 = {"pipeline_model_parallel_size": 2}

@@ -11,7 +11,7 @@ PP = {"pipeline_model_parallel_size": 2}
 
 
 CASES = {  # layout, world size, precision in `make test` (None: not there), changes; `make test-all` runs both
-    "1 process": ({}, 1, "bf16", {"gate_input": "hidden", "qk_layernorm": True, "ffn_output_norm": True}),
+    "1 process": ({}, 1, "bf16", {"gate_input": "hidden", "qk_layernorm": True, "norm_placement": "pre_ffn_output"}),
     "TP2+SP untied": (TP, 2, "bf16", {"share_embeddings_and_output_weights": False}),
     "PP2": (PP, 2, None, {}),
     "DP2": ({"overlap_grad_reduce": True}, 2, "bf16", {}),

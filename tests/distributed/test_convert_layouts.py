@@ -18,7 +18,7 @@ LOOPCODER: dict[str, Any] = {
     "window_size": 4,
     "gate_input": "hidden",
     "gate_side": "global",
-    "norm_between_loops": True,
+    "loop_norm": "final",
     "embedding_scale": 0.707,
     "hidden_scale": 0.053,
     "share_embeddings_and_output_weights": False,
@@ -32,7 +32,7 @@ def _case(loops: int = 2, **model: Any) -> Case:
 
 
 CASES = {
-    "PLT-3, paper's norms": _case(3, qk_layernorm=True, ffn_output_norm=True),
+    "PLT-3, paper's norms": _case(3, qk_layernorm=True, norm_placement="pre_ffn_output"),
     "LoopCoder-v2": _case(2, **LOOPCODER),
     "biases, one key/value head": _case(2, qkv_bias=True, num_query_groups=1),
     "post-norm": _case(2, **POST_NORM),

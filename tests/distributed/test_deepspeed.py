@@ -128,7 +128,7 @@ def test_the_z_loss_of_the_head(check, reference, layout):
 @pytest.mark.parametrize(
     ("layout", "cases"),
     [
-        (Layout(dp=2), [("none", {}, Zero(2)), ("full", {"norm_between_loops": True}, Zero(3))]),
+        (Layout(dp=2), [("none", {}, Zero(2)), ("full", {"loop_norm": "final"}, Zero(3))]),
         pytest.param(
             Layout(tp=2, sp=True),
             [("selective", {}, Zero(1)), ("full", {"share_embeddings_and_output_weights": False}, Zero(3))],
@@ -168,7 +168,7 @@ LOOPCODER = _model(
     window_size=4,
     gate_input="hidden",
     gate_side="global",
-    norm_between_loops=True,
+    loop_norm="final",
     embedding_scale=0.707,
     hidden_scale=0.053,
     share_embeddings_and_output_weights=False,
@@ -217,7 +217,7 @@ VARIANTS = {
             model=_model(
                 gated_window=False,
                 qk_layernorm=True,
-                hidden_norm=True,
+                loop_norm="rms",
                 learned_hidden_scale="channel",
                 residual_scaling="layers",
             ),

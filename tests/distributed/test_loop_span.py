@@ -20,10 +20,10 @@ from tests.distributed.training_jobs import make_data, run_config, train
 
 SLOW = pytest.mark.slow
 SPAN = (("loop_span", [1, 3]),)  # of four layers
-HIDDEN = (*SPAN, ("gate_input", "hidden"), ("norm_between_loops", True))
+HIDDEN = (*SPAN, ("gate_input", "hidden"), ("loop_norm", "final"))
 SCALED = (
     *SPAN,
-    ("hidden_norm", True),
+    ("loop_norm", "rms"),
     ("learned_hidden_scale", "channel"),
     ("residual_scaling", "layers"),
 )
@@ -126,7 +126,7 @@ def test_deepspeed_gives_the_same_numbers(run_deepspeed, layout, cases):
 
 # ---------------------------------------------------------------- checkpoints
 
-MODEL: dict[str, Any] = {"loop_span": [1, 3], "hidden_norm": True, "learned_hidden_scale": "channel"}
+MODEL: dict[str, Any] = {"loop_span": [1, 3], "loop_norm": "rms", "learned_hidden_scale": "channel"}
 
 
 @pytest.mark.parametrize(

@@ -96,8 +96,8 @@ CASES: list[tuple[dict[str, Any], list[dict[str, Any]], *tuple[pytest.MarkDecora
         {},
         [
             {"recompute": "full"},
-            {"precision": "bf16", "gate_input": "hidden", "qk_layernorm": True, "ffn_output_norm": True},
-            {"num_layers": 1, "loops": 3, "hidden_norm": True, "learned_hidden_scale": "channel"},
+            {"precision": "bf16", "gate_input": "hidden", "qk_layernorm": True, "norm_placement": "pre_ffn_output"},
+            {"num_layers": 1, "loops": 3, "loop_norm": "rms", "learned_hidden_scale": "channel"},
         ],
     ),
     (

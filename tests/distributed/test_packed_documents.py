@@ -70,7 +70,7 @@ def _packs() -> list[list[int]]:
 @pytest.mark.parametrize("ranks", [(2, False), (2, True)], ids=["TP2", "TP2 SP"])
 @pytest.mark.parametrize(
     "settings",
-    [{"loop_count": 3}, {"gate_input": "hidden", "gate_side": "global", "norm_between_loops": True}],
+    [{"loop_count": 3}, {"gate_input": "hidden", "gate_side": "global", "loop_norm": "final"}],
     ids=["PLT-3", "LoopCoder-v2's gate"],
 )
 def test_a_document_does_not_see_its_neighbors(run_distributed, ranks, settings):

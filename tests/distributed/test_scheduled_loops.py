@@ -23,7 +23,7 @@ from tests.distributed.whole_runs import folder, numbers
 # ---------------------------------------------------------------- steps in all layouts
 
 CHANGING = (1, 2, 3, 1, 2, 3)  # each loop count twice, so that overlapped reduction has learned it
-HIDDEN = (("gate_input", "hidden"), ("norm_between_loops", True))
+HIDDEN = (("gate_input", "hidden"), ("loop_norm", "final"))
 EXPERTS = (("moe.num_experts", 4), ("moe.router_topk", 2), ("moe.ffn_hidden_size", 8))
 TWO_LAYERS = (("num_layers", 2),)
 ENDS = (("account_for_embedding_in_pipeline_split", True), ("account_for_loss_in_pipeline_split", True))

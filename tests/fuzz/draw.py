@@ -87,7 +87,6 @@ SCALED: dict[str, Sequence[Any]] = {
     "model.window_size": (1, 2, 5, 8, 100),
     "model.embedding_scale": (-1.0, 0.0, 0.5, 1.5),
     "model.hidden_scale": (-0.5, 0.0, 0.3, 1.5),
-    "model.hidden_scale_ratio": (0.0, 0.3, 1.5),
     "model.residual_scale": (0.5, 2.0),
     "model.mup_base_hidden_size": (4, 8, 32),
     "model.moe.num_experts": (2, 4, 6, 8),

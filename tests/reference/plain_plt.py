@@ -74,7 +74,7 @@ class PlainPLT:
             for layer, loop in ((layer, loop) for layer in range(first, last) for loop in range(1, count + 1)):
                 hidden = self._layer(hidden, layer, loop, starts, first_loop_kv)
         for loop in range(1, count + 1) if config.loop_order == "stack" else ():
-            if loop > 1 and config.norm_between_loops:
+            if loop > 1 and config.loop_norm == "final":
                 hidden = self._norm(hidden, "final_norm")
             if loop > 1 and config.cross_loop_parallel:
                 shifted = torch.zeros_like(hidden)
@@ -92,13 +92,11 @@ class PlainPLT:
 
     def _loop_input(self, embeddings: Tensor, hidden: Tensor) -> Tensor:
         config = self.config
-        if config.hidden_norm:
+        if config.loop_norm == "rms":
             hidden = hidden / torch.sqrt((hidden * hidden).mean(-1, keepdim=True) + config.layernorm_epsilon)
         scale: Tensor | float = config.hidden_scale
         if config.learned_hidden_scale != "none":
             scale = self.weights["hidden_scale"]
-        elif config.hidden_scale_ratio is not None:
-            scale = config.hidden_scale_ratio * config.embedding_scale * config.init_method_std
         return config.embedding_scale * embeddings + scale * hidden
 
     def auxiliary_loss(self) -> Tensor | float:
@@ -119,7 +117,7 @@ class PlainPLT:
         normed = self._norm(x, name + "ffn_norm")
         dense = self.config.moe is None or layer < self.config.moe.first_k_dense_replace
         out = self._ffn(normed, name) if dense else self._experts(normed, name)
-        if self.config.ffn_output_norm:
+        if self.config.norm_placement == "pre_ffn_output":
             out = self._norm(out, name + "ffn_output_norm")
         return x + factor * out
 
@@ -148,7 +146,7 @@ class PlainPLT:
         chosen = _best(biased, config.moe.router_topk)
         self.loads[name] = self.loads.get(name, 0) + chosen.sum(dim=(0, 1))
         weights = scores * chosen
-        if config.moe.router_topk > 1 if sigmoid else not config.moe.router_pre_softmax:
+        if config.moe.router_topk > 1 if sigmoid else config.moe.router_score_function == "softmax":
             weights = weights / weights.sum(dim=-1, keepdim=True)
         # The balancing loss is of what the router prefers by itself, whatever the bias makes of it.
         shares, preferred = scores / scores.sum(dim=-1, keepdim=True), _best(scores, config.moe.router_topk)

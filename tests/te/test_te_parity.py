@@ -27,7 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "window_size": 4,
         "gate_input": "hidden",
         "gate_side": "global",
-        "norm_between_loops": True,
+        "loop_norm": "final",
         "embedding_scale": 0.707,
         "hidden_scale": 0.053,
         "share_embeddings_and_output_weights": False,
@@ -35,7 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "the paper's dense, keys shifted by channels": {
         "key_shift": "channels",
         "qk_layernorm": True,
-        "ffn_output_norm": True,
+        "norm_placement": "pre_ffn_output",
     },
     "norms on outputs": {"norm_placement": "post", "qk_layernorm": True},
     "qkv bias, untied, learned key shift": {

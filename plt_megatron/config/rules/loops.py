@@ -31,22 +31,14 @@ def _check_input(model: ModelConfig) -> Iterator[str]:
     if model.loop_count == 1 or model.loop_order == "layer":
         return
     scaled = {
-        "hidden_norm": model.hidden_norm,
+        "loop_norm rms": model.loop_norm == "rms",
         f"learned_hidden_scale {model.learned_hidden_scale}": model.learned_hidden_scale != "none",
-        "hidden_scale_ratio": model.hidden_scale_ratio is not None,
     }
     first = next((name for name, given in scaled.items() if given), None)
     if first is not None and not derived.adds_embeddings(model):
         yield (
             f"model.{first} applies to E + h, but without model.cross_loop_parallel a loop reads h itself; "
             "set model.input_injection=true"
-        )
-    if model.hidden_norm and model.norm_between_loops:
-        yield "model.hidden_norm and model.norm_between_loops both normalize h; set one of them to false"
-    if model.hidden_scale_ratio is not None and not (model.hidden_norm or model.norm_between_loops):
-        yield (
-            "model.hidden_scale_ratio needs h to have a known RMS; set model.hidden_norm=true or "
-            "model.norm_between_loops=true"
         )
 
 
@@ -57,10 +49,8 @@ def _check_order(config: RunConfig) -> Iterator[str]:
         return
     reads_more = {
         "model.input_injection=false": model.input_injection,
-        "model.norm_between_loops=false": model.norm_between_loops,
-        "model.hidden_norm=false": model.hidden_norm,
+        "model.loop_norm=none": model.loop_norm != "none",
         "model.learned_hidden_scale=none": model.learned_hidden_scale != "none",
-        "model.hidden_scale_ratio=null": model.hidden_scale_ratio is not None,
     }
     off = " ".join(setting for setting, on in reads_more.items() if on)
     missing = "a loop would need the whole stack's output for the token before, but a layer has only its own"
@@ -87,12 +77,6 @@ def _check_loops(config: RunConfig) -> Iterator[str]:
     """Check settings that take the embeddings as the loops' input, or the last layer as a loop's end."""
     model, layers = config.model, derived.looped_layers(config.model)
     prelude, coda = layers.start > 0, layers.stop < model.num_layers
-    if prelude and model.hidden_scale_ratio:
-        yield (
-            f"model.hidden_scale_ratio {model.hidden_scale_ratio:g} is relative to the embeddings' initial size, but "
-            f"with model.loop_span {model.loop_span} loops read the prelude's output; set it to 0, or set "
-            "model.hidden_scale_ratio=null and model.hidden_scale"
-        )
     if (prelude or coda) and model.residual_scaling == "loops_sqrt_layers":
         yield (
             f"model.residual_scaling loops_sqrt_layers is for layers that all loop, not for model.loop_span "

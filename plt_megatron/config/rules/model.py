@@ -20,8 +20,6 @@ def _check_layers(config: RunConfig) -> Iterator[str]:
     model = config.model
     if model.key_shift == "heads" and derived.num_query_groups(model) < 2:
         yield "model.key_shift heads shifts half of model.num_query_groups, which is 1; set model.key_shift=channels"
-    if model.norm_placement == "post" and model.ffn_output_norm:
-        yield "model.norm_placement post already norms the FFN's output: set model.ffn_output_norm=false"
     if model.loop_count > 1 and model.gated_window and not model.share_kv:
         yield (
             "model.gated_window needs model.share_kv: without sharing, the later loops' attention is already "

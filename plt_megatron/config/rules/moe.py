@@ -29,15 +29,10 @@ def _check_routing(moe: MoeConfig) -> Iterator[str]:
     topk, sigmoid = moe.router_topk, moe.router_score_function == "sigmoid"
     if topk > moe.num_experts:
         yield f"model.moe.router_topk {topk} is more than model.moe.num_experts {moe.num_experts}"
-    if topk == 1 and not moe.router_pre_softmax and not sigmoid:
+    if topk == 1 and moe.router_score_function == "softmax":
         yield (
             "model.moe.router_topk 1 gives the one chosen expert the weight 1, so the router learns nothing; set "
-            "model.moe.router_pre_softmax=true"
-        )
-    if sigmoid and moe.router_pre_softmax:
-        yield (
-            "model.moe.router_pre_softmax with model.moe.router_score_function sigmoid: there is no softmax, and "
-            "weights are shares of the chosen scores; set model.moe.router_pre_softmax=false"
+            "model.moe.router_score_function=pre_softmax"
         )
     if moe.router_bias_update_rate is None:
         return

@@ -23,10 +23,10 @@ def _find_mup_problems(config: RunConfig) -> Iterator[str]:
     model = config.model
     if model.mup_base_hidden_size is None:
         return
-    if model.norm_between_loops and model.loop_count > 1:
+    if model.loop_norm == "final" and model.loop_count > 1:
         yield (
             "model.mup_base_hidden_size: the final norm's weight carries muP's multiplier of the logits, but with "
-            "model.norm_between_loops loops read it; set model.norm_between_loops=false and model.hidden_norm=true"
+            "model.loop_norm final loops read it; set model.loop_norm=rms"
         )
 
 

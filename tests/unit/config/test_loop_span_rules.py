@@ -25,8 +25,7 @@ def test_good_configurations_pass():
     tensor = {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True}
     assert problems(**tensor, parallel__context_parallel_size=2, parallel__recompute_granularity="full") == []
     assert problems(model__loop_count=1) == []
-    assert problems(model__hidden_norm=True, model__hidden_scale_ratio=0.0) == []
-    assert problems(model__hidden_norm=True, model__hidden_scale_ratio=0.5, model__loop_span=[0, 2]) == []
+    assert problems(model__loop_norm="rms", model__hidden_scale=0.0) == []
     assert problems(model__loop_span=[1, 4], training__loop_loss_weights=[0.5]) == []
     assert problems(**BY_LAYER) == problems(**BY_LAYER, model__loop_span=None) == []
     assert problems(model__loop_order="layer", model__loop_count=1) == []
@@ -42,10 +41,6 @@ def test_good_configurations_pass():
         ({"model__loop_span": [3, 1]}, "model.loop_span [3, 1]: give the first layer"),
         ({"model__loop_span": [1, 5]}, "model.loop_span [1, 5]: give the first layer"),
         ({"model__loop_span": [-1, 2]}, "model.loop_span[0] must be at least 0, got -1"),
-        (
-            {"model__hidden_norm": True, "model__hidden_scale_ratio": 0.5},
-            "with model.loop_span [1, 3] loops read the prelude's output; set it to 0",
-        ),
         (
             {"model__residual_scaling": "loops_sqrt_layers"},
             "is for layers that all loop, not for model.loop_span [1, 3]; set model.residual_scaling=layers",
@@ -66,14 +61,13 @@ def test_good_configurations_pass():
             {**BY_LAYER, "model__input_injection": True},
             "reads its own output as it is; set model.input_injection=false",
         ),
-        ({**BY_LAYER, "model__norm_between_loops": True}, "as it is; set model.norm_between_loops=false"),
-        ({**BY_LAYER, "model__hidden_norm": True}, "as it is; set model.hidden_norm=false"),
+        ({**BY_LAYER, "model__loop_norm": "final"}, "as it is; set model.loop_norm=none"),
+        ({**BY_LAYER, "model__loop_norm": "rms"}, "as it is; set model.loop_norm=none"),
         (
             {**BY_LAYER, **{f"model__{name}": value for name, value in LOOP_PRESETS["recommended"].items()}},
-            "model.input_injection, model.hidden_norm, model.learned_hidden_scale, model.hidden_scale_ratio with "
+            "model.input_injection, model.loop_norm, model.learned_hidden_scale with "
             "model.loop_order layer: a layer's next loop reads its own output as it is; set "
-            "model.input_injection=false model.hidden_norm=false model.learned_hidden_scale=none "
-            "model.hidden_scale_ratio=null",
+            "model.input_injection=false model.loop_norm=none model.learned_hidden_scale=none",
         ),
         (
             {**BY_LAYER, "model__loop_span": None, "training__loop_loss_weights": [0.5]},

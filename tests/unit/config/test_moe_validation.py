@@ -22,7 +22,7 @@ def test_good_configurations_pass():
     assert problems() == []
     assert problems(model__moe__shared_expert_intermediate_size=64, model__moe__expert_capacity_factor=1.25) == []
     assert problems(model__moe__router_load_balancing_type="none", model__moe__router_topk=8) == []
-    assert problems(model__moe__router_topk=1, model__moe__router_pre_softmax=True) == []
+    assert problems(model__moe__router_topk=1, model__moe__router_score_function="pre_softmax") == []
     sigmoid = {"model__moe__router_score_function": "sigmoid"}
     assert problems(**sigmoid, model__moe__router_topk=1) == [], "its weight is its score"
     biases = {**sigmoid, "model__moe__router_bias_update_rate": 0.01}
@@ -67,7 +67,7 @@ def test_dense_layers_are_split_beside_shared_experts():
     [
         ({"model__moe__num_experts": 1}, "model.moe.num_experts must be at least 2, got 1"),
         ({"model__moe__router_topk": 9}, "model.moe.router_topk 9 is more than model.moe.num_experts 8"),
-        ({"model__moe__router_topk": 1}, "the router learns nothing; set model.moe.router_pre_softmax=true"),
+        ({"model__moe__router_topk": 1}, "the router learns nothing; set model.moe.router_score_function=pre_softmax"),
         (
             {"model__moe__router_bias_update_rate": 1e-3},
             "model.moe.router_bias_update_rate needs scores that do not depend on one another; set "
@@ -76,10 +76,6 @@ def test_dense_layers_are_split_beside_shared_experts():
         (
             {**BIASES, "model__moe__expert_capacity_factor": 1.5},
             "model.moe.router_bias_update_rate with model.moe.expert_capacity_factor 1.5: tokens that an expert",
-        ),
-        (
-            {**BIASES, "model__moe__router_pre_softmax": True},
-            "model.moe.router_pre_softmax with model.moe.router_score_function sigmoid: there is no softmax",
         ),
         ({**BIASES, "model__moe__router_bias_update_rate": 0.0}, "model.moe.router_bias_update_rate must be above 0"),
         (

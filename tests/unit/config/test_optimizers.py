@@ -63,9 +63,9 @@ def test_what_deepspeed_is_told_of_an_optimizer_cannot_be_contradicted(name):
             "optimizer.wd_mult.embedding",
         ),
         (
-            ["model.mup_base_hidden_size=64", "model.norm_between_loops=true"],
+            ["model.mup_base_hidden_size=64", "model.loop_norm=final"],
             "model.mup_base_hidden_size: the final norm's weight carries muP's multiplier of the logits, but with "
-            "model.norm_between_loops loops read it; set model.norm_between_loops=false and model.hidden_norm=true",
+            "model.loop_norm final loops read it; set model.loop_norm=rms",
         ),
         (
             ["model.mup_base_hidden_size=64", "optimizer.name=sgd"],

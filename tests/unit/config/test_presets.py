@@ -57,8 +57,8 @@ def test_named_later_it_replaces_what_was_set_before(tmp_path):
 def test_a_problem_is_placed_at_the_preset(tmp_path):
     path = write(tmp_path, "model:\n  loop_preset: recommended\n")
     config = load_config(path)
-    (line,) = place(config, ["model.hidden_norm is a problem"])
-    assert line == f"{path}:2 (model.loop_preset recommended): model.hidden_norm is a problem"
+    (line,) = place(config, ["model.loop_norm is a problem"])
+    assert line == f"{path}:2 (model.loop_preset recommended): model.loop_norm is a problem"
 
 
 def test_an_unknown_preset_names_the_nearest(tmp_path):

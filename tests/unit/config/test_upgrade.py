@@ -34,6 +34,12 @@ ARCHIVE = Path(__file__).resolve().parents[2] / "fixtures" / "configs_before_sec
 with tarfile.open(ARCHIVE) as _archive:
     NAMES = [member.name for member in _archive.getmembers() if member.isfile()]
 RUNS = [name for name in NAMES if name.startswith("configs/runs/")]
+_CHANGED = (
+    "configs/models/plt2_moe",
+    "configs/models/plt2_1b",
+    "configs/models/plt2_ablation",
+    "configs/models/loopcoder",
+)
 _SIGMOID: dict[str, Any] = {"router_score_function": "sigmoid", "router_bias_update_rate": 1e-3}
 # What the settings of a run folder that its name tells of are now; all others are those of plt2_tiny.yaml.
 MEANT: dict[str, dict[str, dict[str, Any]]] = {
@@ -90,7 +96,7 @@ def test_comments_and_untouched_sections_stay(old, rewritten):
     for name in NAMES:
         before, after = ((folder / name).read_text().splitlines() for folder in (old, rewritten))
         assert [line.strip() for line in before if "#" in line] == [line.strip() for line in after if "#" in line], name
-        assert before == after or name.startswith(("configs/models/plt2_moe", "run_folders/")), name
+        assert before == after or name.startswith((*_CHANGED, "run_folders/")), name
 
 
 @pytest.mark.parametrize(
@@ -180,12 +186,59 @@ def test_plain_values_keep_their_types(old):
 
 
 @pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("{ffn_output_norm: true}", "{norm_placement: pre_ffn_output}"),
+        ("{ffn_output_norm: false}", "{norm_placement: pre}"),
+        ("{norm_placement: pre, ffn_output_norm: true}", "{norm_placement: pre_ffn_output}"),
+        ("{norm_placement: pre, ffn_output_norm: false}", "{norm_placement: pre}"),
+        ("{ffn_output_norm: false, norm_placement: post}", "{norm_placement: post}"),
+        (
+            "{moe: {num_experts: 4, router_pre_softmax: true}}",
+            "{moe: {num_experts: 4, router_score_function: pre_softmax}}",
+        ),
+        (
+            "{moe: {num_experts: 4, router_pre_softmax: false, router_score_function: sigmoid}}",
+            "{moe: {num_experts: 4, router_score_function: sigmoid}}",
+        ),
+        (
+            "{moe: {num_experts: 4, router_pre_softmax: true, router_score_function: softmax}}",
+            "{moe: {num_experts: 4, router_score_function: pre_softmax}}",
+        ),
+        ("{hidden_norm: false, norm_between_loops: true}", "{loop_norm: final}"),
+        ("{hidden_norm: true, norm_between_loops: false}", "{loop_norm: rms}"),
+        ("{norm_between_loops: false, hidden_norm: false}", "{loop_norm: none}"),
+        ("{norm_between_loops: false}", "{loop_norm: none}"),
+        ("{loop_preset: loopcoder, norm_between_loops: false}", "{loop_preset: loopcoder, loop_norm: none}"),
+        ("{loop_preset: recommended, norm_between_loops: false}", "{loop_preset: recommended}"),
+        ("{loop_preset: loopcoder, hidden_norm: false}", "{loop_preset: loopcoder}"),
+        ("{hidden_scale_ratio: null, hidden_scale: 0.3}", "{hidden_scale: 0.3}"),
+        ("{hidden_scale_ratio: 0.0, hidden_scale: 1.0}", "{hidden_scale: 0.0}"),
+        ("{loop_preset: recommended, hidden_scale_ratio: 0}", "{loop_preset: recommended, hidden_scale: 0.0}"),
+        (
+            "{hidden_scale_ratio: 0.5, embedding_scale: -0.7, init_method_std: 0.1}",
+            f"{{embedding_scale: -0.7, init_method_std: 0.1, hidden_scale: {0.5 * 0.7 * 0.1}}}",
+        ),
+    ],
+)
+def test_settings_that_are_one_with_another_now(tmp_path, old, new):
+    (tmp_path / "old.yaml").write_text(f"model: {old}\n")
+    (tmp_path / "new.yaml").write_text(f"model: {new}\n")
+    assert upgrade_text(f"model: {old}\n", "part") == f"model: {new}\n"
+    model = load_config(tmp_path / "new.yaml").model
+    assert load_config(tmp_path / "old.yaml", accept_old_names=True).model == model
+    with pytest.raises(UserError, match="is now model"):
+        load_config(tmp_path / "old.yaml")
+
+
+@pytest.mark.parametrize(
     ("text", "new"),
     [
         ("model: {num_moe_experts: 8, window_size: 3}", "model.moe.num_experts"),
         ("model: {moe_router_enable_expert_bias: true}", "model.moe.router_bias_update_rate"),
         ("model: {yarn_beta_fast: 8}", "model.rope_scaling.yarn.beta_fast"),
         ("model: {rope_scaling_type: yarn}", "model.rope_scaling.yarn"),
+        ("model: {moe_router_pre_softmax: true}", "model.moe.router_score_function"),
         ("training: {fp8: hybrid}", "training.fp8.format=hybrid"),
         ("training: {fp8: none}", "training.fp8=null"),
         ("training: {fp8_recipe: delayed}", "training.fp8.recipe"),

@@ -47,7 +47,7 @@ def test_other_optimizers_are_refused(capsys):
 @pytest.mark.parametrize(
     ("broken", "axis"),
     [
-        (["model.hidden_norm=false", "model.hidden_scale_ratio=null"], "loops"),
+        (["model.loop_norm=none", "model.hidden_scale=1"], "loops"),
         (["model.residual_scaling=none"], "depth"),
     ],
     ids=["no norm", "unscaled branches"],

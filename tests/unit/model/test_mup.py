@@ -25,11 +25,11 @@ pytestmark = pytest.mark.usefixtures("one_process")
 BASE_WIDTH = 8  # of models that are twice as wide
 FORMS: dict[str, dict[str, Any]] = {
     "PLT": {},
-    "hidden gate, untied": {**LOOPCODER_V2, "norm_between_loops": False},
+    "hidden gate, untied": {**LOOPCODER_V2, "loop_norm": "none"},
     "recommended": {
-        "hidden_norm": True,
+        "loop_norm": "rms",
         "learned_hidden_scale": "channel",
-        "hidden_scale_ratio": 0.0,
+        "hidden_scale": 0.0,
         "residual_scaling": "layers",
         "residual_scale": 4.0,
         "loop_count": 3,

@@ -35,7 +35,7 @@ def test_the_last_loop_is_normed_where_something_reads_it(span, norms):
     from plt_megatron.model.loop_statistics import LoopStatistics
     from plt_megatron.model.looped_gpt import MicroBatch
 
-    stage, calls, tokens = build({"norm_between_loops": True, "loop_count": 3, "loop_span": span}), [], draw()["tokens"]
+    stage, calls, tokens = build({"loop_norm": "final", "loop_count": 3, "loop_span": span}), [], draw()["tokens"]
     stage.final_layernorm.register_forward_hook(lambda *call: calls.append(call))
     without = stage(MicroBatch(tokens))
     assert len(calls) == norms

@@ -14,8 +14,8 @@ from plt_megatron.model.transformer_config import transformer_config
 
 VARIANTS = [
     {},
-    {"gate_input": "hidden", "gate_side": "global", "norm_between_loops": True},
-    {"qk_layernorm": True, "ffn_output_norm": True},
+    {"gate_input": "hidden", "gate_side": "global", "loop_norm": "final"},
+    {"qk_layernorm": True, "norm_placement": "pre_ffn_output"},
     {"loop_count": 1},
 ]
 

@@ -30,7 +30,7 @@ LOOPCODER_V2: dict[str, Any] = {
     "window_size": 9,
     "gate_input": "hidden",
     "gate_side": "global",
-    "norm_between_loops": True,
+    "loop_norm": "final",
     "embedding_scale": 0.707,
     "hidden_scale": 0.053,
     "share_embeddings_and_output_weights": False,

@@ -50,7 +50,7 @@ def test_llama_style_layer_by_hand():
     assert count_parameters(looped).total == expected + 3 * count([(8, 16), (8,)])
     by_hidden = dataclasses.replace(looped, gate_input="hidden")
     assert count_parameters(by_hidden).total == expected + 3 * count([(8, 96), (8,), (96,)])
-    normed = dataclasses.replace(looped, qk_layernorm=True, ffn_output_norm=True)
+    normed = dataclasses.replace(looped, qk_layernorm=True, norm_placement="pre_ffn_output")
     assert count_parameters(normed).total == count_parameters(looped).total + 3 * count([(16,), (16,), (96,)])
     scaled = dataclasses.replace(looped, learned_hidden_scale="channel")
     assert count_parameters(scaled).total == count_parameters(looped).total + 96
@@ -141,12 +141,12 @@ def test_the_built_model_has_exactly_these_parameters():
         dataclasses.replace(base, loop_count=1),
         dataclasses.replace(base, gated_window=False),
         dataclasses.replace(base, gate_input="hidden", share_embeddings_and_output_weights=False),
-        dataclasses.replace(base, qk_layernorm=True, ffn_output_norm=True, num_query_groups=None),
+        dataclasses.replace(base, qk_layernorm=True, norm_placement="pre_ffn_output", num_query_groups=None),
         dataclasses.replace(base, qkv_bias=True),
         dataclasses.replace(
             base,
             moe=MoeConfig(4, ffn_hidden_size=24, shared_expert_intermediate_size=32, first_k_dense_replace=1),
-            ffn_output_norm=True,
+            norm_placement="pre_ffn_output",
         ),
     ]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
