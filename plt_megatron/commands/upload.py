@@ -3,7 +3,7 @@
     plt upload runs/mine
     plt upload exported --to hf://owner/name@main
 
-A run's exports and checkpoints go where its configuration says (checkpoint.export_upload_to and checkpoint.upload_to):
+A run's exports and checkpoints go where its configuration says (checkpoint.exports.upload_to, checkpoint.uploads.to):
 those that its training has queued, and whatever else is not there yet. What has arrived is not sent again. The file
 that marks a copy as complete is written last.
 """

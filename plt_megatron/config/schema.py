@@ -342,6 +342,16 @@ class Fp8Config:
 
 
 @dataclass
+class SpikeConfig:
+    """Steps whose loss is far above that of recent steps with the same loops, data stage and row length, and no larger
+    batch."""
+
+    action: Literal["skip", "rollback"]
+    threshold: Positive = 6.0  # standard deviations above the mean
+    window: Annotated[int, Range(2, 10**6)] = 128  # recent steps; detection begins with a quarter as many of that kind
+
+
+@dataclass
 class TrainingConfig:
     """Training of a run: length, batches, losses, precision. Give either `train_iters` or `train_tokens`."""
 
@@ -374,12 +384,7 @@ class TrainingConfig:
     # A bad step is reported in <run folder>/incidents. skip: keep the weights; rollback: return to the last checkpoint
     # and continue with the data after the bad step.
     on_nonfinite: Literal["fail", "skip", "rollback"] = "skip"  # loss or gradient norm is infinite or not a number
-    on_spike: Literal["ignore", "skip", "rollback"] = "ignore"  # the loss jumps
-    # Standard deviations above the mean, over the losses of those of the last `spike_window` steps that have the same
-    # loops, data stage and row length, and no larger batch.
-    spike_threshold: Positive = 6.0
-    # steps; detection begins once a quarter as many of that kind have run
-    spike_window: Annotated[int, Range(2, 10**6)] = 128
+    spikes: SpikeConfig | None = None  # the loss jumps; null: nothing is done
     # Limit on bad steps in a row and per 1,000 steps; more end the run. A restart with other settings resets the count.
     max_skipped_steps: Count = 10
 
@@ -396,20 +401,34 @@ class ValidationConfig:
 
 
 @dataclass
+class ExportsConfig:
+    """Exports of checkpoints to Hugging Face's format, in `<run folder>/exports`."""
+
+    interval: PositiveSteps  # steps: a multiple of save_interval
+    # Upload finished exports here while training (docs/checkpoints.md); None: no upload. A bucket or folder
+    # (s3://bucket/folder, file:///folder) gets a folder with the run's name, a hub (hf://owner/name) a branch each.
+    upload_to: str | None = None
+
+
+@dataclass
+class UploadsConfig:
+    """Uploads of checkpoints while training (docs/checkpoints.md)."""
+
+    to: str  # a bucket or folder, which gets a folder with the run's name
+    keep_last: PositiveCount = 2  # checkpoints to keep there, besides those of keep_every
+
+
+@dataclass
 class CheckpointConfig:
     """megatron-core distributed checkpoints in `<run folder>/checkpoints`."""
 
     save_interval: Steps = 0  # steps; 0: only after the last
     keep_last: PositiveCount = 2
     keep_every: Steps = 0  # keep checkpoints at multiples of this many steps permanently; 0: none
-    export_interval: Steps = 0  # export to Hugging Face in <run folder>/exports: a multiple of save_interval; 0: never
-    # Upload finished exports here while training (docs/checkpoints.md); None: no upload. A bucket or folder
-    # (s3://bucket/folder, file:///folder) gets a folder with the run's name, a hub (hf://owner/name) a branch each.
-    export_upload_to: str | None = None
-    upload_to: str | None = None  # upload checkpoints to this bucket or folder
-    upload_keep_last: PositiveCount = 2  # checkpoints to keep at upload_to, besides those of keep_every
+    exports: ExportsConfig | None = None  # null: none
+    uploads: UploadsConfig | None = None  # of checkpoints; null: none
     async_save: bool = False  # write while training continues; published at a later step
-    # Another run's folder or checkpoint to start from, local or where upload_to put it; None: resume this run's own
+    # Another run's folder or checkpoint to start from, local or where uploads.to put it; None: resume this run's own
     load: str | None = None
     weights_only: bool = False  # with `load`: load the weights only; reset optimizer, schedule, data and step
     allow_other_data: bool = False  # resume with other data, tokenizer or sampling than the checkpoint's
@@ -419,7 +438,7 @@ class CheckpointConfig:
 
 @dataclass
 class EvaluationConfig:
-    """lm-evaluation-harness tasks for a run's exports (`checkpoint.export_interval`), on the CPU beside training."""
+    """lm-evaluation-harness tasks for a run's exports (`checkpoint.exports`), on the CPU beside training."""
 
     tasks: Annotated[list[str], NotEmpty("each task once, or set evaluation=null")]
     include_path: str | None = None  # folder of task files; None: lm-evaluation-harness's own, with cached data

@@ -51,6 +51,13 @@ _SAME_VALUE = {
     "training.fp8_recipe": "training.fp8.recipe",
     "training.fp8_attention": "training.fp8.attention",
     **{f"training.{name}": f"training.fp8.{name}" for name in _ENDS},
+    "training.on_spike": "training.spikes.action",
+    "training.spike_threshold": "training.spikes.threshold",
+    "training.spike_window": "training.spikes.window",
+    "checkpoint.export_interval": "checkpoint.exports.interval",
+    "checkpoint.export_upload_to": "checkpoint.exports.upload_to",
+    "checkpoint.upload_to": "checkpoint.uploads.to",
+    "checkpoint.upload_keep_last": "checkpoint.uploads.keep_last",
     "data.fim_rate": "data.fim.rate",
     "data.fim_spm_rate": "data.fim.spm_rate",
     "logging.profile_step_start": "logging.profile.step_start",
@@ -206,13 +213,17 @@ def _upgrade_loop_norm(settings: Settings) -> Settings:
 
 def _upgrade_hidden_scale(settings: Settings) -> Settings:
     """Resolve the ratio of h to E in the input of later loops; E has an RMS of `init_method_std` at first."""
-    key = "model.hidden_scale_ratio"
-    if key not in settings or is_null(settings[key]):
+    key, scale = "model.hidden_scale_ratio", "model.hidden_scale"
+    if key not in settings:
+        return settings
+    ratio, value = settings[key], 1.0  # null alone undid the ratio of a preset, whose scale was 1
+    if is_null(ratio) and scale in settings:
         return _without(settings, [key])
-    factors = (key, 1.0), ("model.embedding_scale", 1.0), ("model.init_method_std", 0.02)
-    ratio, embedding, std = (_number(settings, name, default) for name, default in factors)
-    scale = _scalar(yaml_nodes.text_of(ratio * abs(embedding) * std), settings[key])
-    return _without(settings, [key]) | {"model.hidden_scale": scale}
+    if not is_null(ratio):
+        factors = (key, 1.0), ("model.embedding_scale", 1.0), ("model.init_method_std", 0.02)
+        given, embedding, std = (_number(settings, name, default) for name, default in factors)
+        value = given * abs(embedding) * std
+    return _without(settings, [key]) | {scale: _scalar(yaml_nodes.text_of(value), ratio)}
 
 
 def _number(settings: Settings, key: str, default: float) -> float:
@@ -280,6 +291,22 @@ def _upgrade_fim(settings: Settings) -> Settings:
     return _renamed(settings, "data.fim.")
 
 
+def _upgrade_spikes(settings: Settings) -> Settings:
+    if _is(settings, "training.on_spike", "ignore"):
+        old = ["training.on_spike", "training.spike_threshold", "training.spike_window"]
+        return _switched_off(settings, old, "training.spikes")
+    return _renamed(settings, "training.spikes.")
+
+
+def _upgrade_checkpoint(settings: Settings) -> Settings:
+    interval, to = "checkpoint.export_interval", "checkpoint.upload_to"
+    if _is(settings, interval, "0"):
+        settings = _switched_off(settings, [interval, "checkpoint.export_upload_to"], "checkpoint.exports")
+    if _is_null(settings, to):
+        settings = _switched_off(settings, [to, "checkpoint.upload_keep_last"], "checkpoint.uploads")
+    return _renamed(_renamed(settings, "checkpoint.exports."), "checkpoint.uploads.")
+
+
 def _upgrade_logging(settings: Settings) -> Settings:
     start, end, ranks = (f"logging.profile_{name}" for name in ("step_start", "step_end", "ranks"))
     if _is(settings, end, "0") and (start not in settings or _is(settings, start, "0")):
@@ -309,6 +336,8 @@ _STEPS: tuple[Callable[[Settings], Settings], ...] = (
     _upgrade_rope_scaling,
     _upgrade_fp8,
     _upgrade_fim,
+    _upgrade_spikes,
+    _upgrade_checkpoint,
     _upgrade_logging,
     _upgrade_evaluation,
     _upgrade_data,

@@ -195,17 +195,22 @@ def _check_packages(config: RunConfig, have_te: bool | None) -> Iterator[str]:
     needs_te = config.model.backend == "te" and have_te is not True
     optimizer, package = config.optimizer.name, optimizer_spec(config.optimizer).package
     used: list[tuple[str, tuple[str, ...], str]] = [
-        ("model.backend te", ("transformer_engine",) if needs_te else (), "torch"),
-        ("evaluation", ("lm_eval", "accelerate", "transformers") if config.evaluation is not None else (), "null"),
-        ("checkpoint.export_interval", ("transformers",) if config.checkpoint.export_interval else (), "0"),
-        ("logging.straggler", ("nvidia_resiliency_ext",) if config.logging.straggler is not None else (), "null"),
-        ("logging.wandb_project", ("wandb",) if config.logging.wandb_project else (), "null"),
-        (f"optimizer.name {optimizer}", (package,) if package is not None else (), "adam"),
-        ("deepspeed", ("deepspeed",) if config.deepspeed is not None else (), "null"),
+        ("model.backend te", ("transformer_engine",) if needs_te else (), "model.backend=torch"),
+        (
+            "evaluation",
+            ("lm_eval", "accelerate", "transformers") if config.evaluation is not None else (),
+            "evaluation=null",
+        ),
+        ("checkpoint.exports", ("transformers",) if config.checkpoint.exports else (), "checkpoint.exports=null"),
+        ("logging.straggler", ("nvidia_resiliency_ext",) if config.logging.straggler else (), "logging.straggler=null"),
+        ("logging.wandb_project", ("wandb",) if config.logging.wandb_project else (), "logging.wandb_project=null"),
+        (f"optimizer.name {optimizer}", (package,) if package is not None else (), "optimizer.name=adam"),
+        ("deepspeed", ("deepspeed",) if config.deepspeed is not None else (), "deepspeed=null"),
     ]
     for key, url in upload_rules.used_urls(config):
-        used.append((key, upload_rules.packages_for(upload_rules.protocol_of(url)), "null"))
+        modules = upload_rules.packages_for(upload_rules.protocol_of(url))
+        used.append((key, modules, f"{key.removesuffix('.to')}=null"))  # uploads are off without their section
     for setting, modules, off in used:
         if lacking(*modules):
-            yield f"{setting} {lacking(*modules)}, or set {setting.partition(' ')[0]}={off}"
+            yield f"{setting} {lacking(*modules)}, or set {off}"
     yield from deepspeed_rules.find_version_problem(config)

@@ -174,16 +174,20 @@ def _checkpoints_at_most(config: RunConfig, begun: int) -> int:
     if checkpoint.keep_every:
         every = math.lcm(interval, checkpoint.keep_every)
         for_good = steps // every - begun // every
-    at_once = checkpoint.keep_last + 1 + (checkpoint.upload_to is not None)  # a checkpoint being uploaded is kept too
+    at_once = checkpoint.keep_last + 1 + (checkpoint.uploads is not None)  # a checkpoint being uploaded is kept too
     return min(at_once + for_good, -(-steps // interval) - begun // interval + 1)
 
 
 def _export_bytes(config: RunConfig, estimate: RunEstimate, start: int) -> int:
     """Return the bytes of the exports still to come, all of which are kept."""
-    interval, steps = config.checkpoint.export_interval, derived.train_iters(config)
-    if interval == 0:
+    exports, steps = config.checkpoint.exports, derived.train_iters(config)
+    if exports is None:
         return 0
-    return (-(-steps // interval) - start // interval) * estimate.parameters_total * BYTES[config.training.precision]
+    return (
+        (-(-steps // exports.interval) - start // exports.interval)
+        * estimate.parameters_total
+        * BYTES[config.training.precision]
+    )
 
 
 def memory_problems(ahead: Forecast, resources: Resources) -> list[str]:

@@ -28,7 +28,7 @@ class RunUploads:
     """The uploads of one run.
 
     Args:
-        config: the run's configuration, with destinations `checkpoint.export_upload_to` and `checkpoint.upload_to`.
+        config: the run's configuration, with destinations `checkpoint.exports.upload_to` and `checkpoint.uploads.to`.
         say: called with progress messages.
 
     Raises:
@@ -42,13 +42,13 @@ class RunUploads:
         self._to = {EXPORT: upload_rules.exports_of(config), CHECKPOINT: upload_rules.checkpoints_of(config)}
         if not any(self._to.values()):
             raise UserError(
-                f"{folder.config_file} sets neither checkpoint.export_upload_to nor checkpoint.upload_to; upload an "
-                "export or a checkpoint of the run with --to"
+                f"{folder.config_file} sets neither checkpoint.exports.upload_to nor checkpoint.uploads.to; upload "
+                "an export or a checkpoint of the run with --to"
             )
 
     def check(self) -> None:
         """Raise `UserError` if a destination cannot be written, or has another run's uploads."""
-        for kind, key in ((EXPORT, "checkpoint.export_upload_to"), (CHECKPOINT, "checkpoint.upload_to")):
+        for kind, key in ((EXPORT, "checkpoint.exports.upload_to"), (CHECKPOINT, "checkpoint.uploads.to")):
             to = self._to[kind]
             try:
                 if to is not None:
@@ -150,9 +150,9 @@ class RunUploads:
             doomed.remove_all()
 
     def _superseded(self, steps: list[int]) -> set[int]:
-        settings = self.config.checkpoint
-        last = max(steps, default=0)
-        return checkpoints.superseded(steps, last, settings.upload_keep_last, settings.keep_every)
+        settings, last = self.config.checkpoint, max(steps, default=0)
+        assert settings.uploads is not None, "only for uploads of checkpoints"
+        return checkpoints.superseded(steps, last, settings.uploads.keep_last, settings.keep_every)
 
     def _last_step(self) -> int | None:
         """Return the step of the run's own last checkpoint."""

@@ -14,6 +14,7 @@ from plt_megatron.config.schema import TrainingConfig
 from plt_megatron.train.engine import finite_step
 
 _PER_STEPS = 1000  # max_skipped_steps also limits the rejected steps among this many
+_REPORTED = 128  # recent losses that a report summarizes if nothing is done about spikes
 
 
 class StepKind(NamedTuple):
@@ -49,7 +50,8 @@ class StepGuard:
 
     def __init__(self, training: TrainingConfig) -> None:
         self._training = training
-        self._recent: deque[tuple[StepKind, float]] = deque(maxlen=training.spike_window)  # accepted losses
+        window = _REPORTED if training.spikes is None else training.spikes.window
+        self._recent: deque[tuple[StepKind, float]] = deque(maxlen=window)  # accepted losses
         self._skipped: deque[int] = deque(maxlen=training.max_skipped_steps + 1)
         self._step = 0
         self._in_a_row = 0
@@ -81,15 +83,16 @@ class StepGuard:
         if not finite_step(loss, grad_norm):
             self.action = self._training.on_nonfinite
             return f"not finite: loss {loss}, gradient norm {grad_norm}"
-        if self._training.on_spike == "ignore":
+        spikes = self._training.spikes
+        if spikes is None:
             return None
         losses = self._losses()
-        if len(losses) < max(2, self._training.spike_window // 4):
+        if len(losses) < max(2, spikes.window // 4):
             return None
         mean, deviation = statistics.fmean(losses), statistics.stdev(losses)
-        if loss <= mean + self._training.spike_threshold * max(deviation, 1e-6 * abs(mean)):
+        if loss <= mean + spikes.threshold * max(deviation, 1e-6 * abs(mean)):
             return None
-        self.action = self._training.on_spike
+        self.action = spikes.action
         return f"loss spike: {loss:.4f}, {mean:.4f} +- {deviation:.4f} over the last {len(losses)} comparable steps"
 
     def _too_many(self) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from plt_megatron.config.schema import DataConfig, RunConfig
+from plt_megatron.config.schema import DataConfig, ExportsConfig, RunConfig
 from plt_megatron.hf.exporting import ExportOptions, export
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.train.callbacks.base import Callback, TrainingFailed
@@ -229,7 +229,7 @@ def test_a_callback_may_choose_the_loops_of_a_step(data, tmp_path, run_distribut
 
 def test_a_run_exports_as_it_goes(data, tmp_path, run_distributed):
     """What plt export makes of its last checkpoint, which is uploaded too."""
-    checkpoint = {"save_interval": 2, "export_interval": 4, "export_upload_to": f"file://{tmp_path}/there"}
+    checkpoint = {"save_interval": 2, "exports": ExportsConfig(4, f"file://{tmp_path}/there")}
     config = run_config("exporting", tmp_path, data, training={"train_iters": 4}, checkpoint=checkpoint)
     RunFolder.of(config).path.mkdir(parents=True)
     RunFolder.of(config).save_config(config)

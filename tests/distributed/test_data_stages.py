@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from plt_megatron.config.schema import BatchStage, DataConfig, DataSource, DataStage, RunConfig
+from plt_megatron.config.schema import BatchStage, DataConfig, DataSource, DataStage, RunConfig, SpikeConfig
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.resuming import branch_config
 from tests.distributed.pool import DistributedFailure
@@ -85,7 +85,7 @@ def test_resumed_anywhere_a_run_reads_on_in_order(whole, tmp_path, run_distribut
 
 def test_a_stage_is_no_spike(data, tmp_path, run_distributed):
     """Losses of the second stage, which the fourth step begins in, are far higher than those of the first."""
-    guard = {"on_spike": "rollback", "spike_window": 4, "max_skipped_steps": 2}
+    guard = {"spikes": SpikeConfig("rollback", window=4), "max_skipped_steps": 2}
     config = staged("harder", tmp_path, data, training=guard)
     assert run_distributed(train_with_other_loss, 1, config, first_sample=8) is True
     assert RunFolder.of(config).bad_steps() == 0

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from plt_megatron.config.schema import DataConfig, DataSource, RunConfig
+from plt_megatron.config.schema import DataConfig, DataSource, ExportsConfig, RunConfig, SpikeConfig
 from plt_megatron.hf.exporting import ExportOptions, export
 from plt_megatron.run_folder.checkpoints import read_progress
 from plt_megatron.run_folder.folder import RunFolder, save_config
@@ -75,7 +75,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, data, tmp_path, run_distrib
 
 def test_a_run_that_waits_for_its_exports_can_be_stopped_and_goes_on(data, tmp_path, run_distributed):
     config = run_config(
-        "exporting", tmp_path, data, training={"train_iters": 3}, checkpoint={"save_interval": 3, "export_interval": 3}
+        "exporting",
+        tmp_path,
+        data,
+        training={"train_iters": 3},
+        checkpoint={"save_interval": 3, "exports": ExportsConfig(3)},
     )
     waiting = RunFolder(folder(config)).exporting
     assert run_distributed(train_beside_an_export, 2, config, False) is False
@@ -227,7 +231,7 @@ def test_a_step_that_stays_bad_has_a_report_of_each_try_and_ends_the_run(data, t
         reports = sorted(run.incidents.iterdir())
         assert [path.name for path in reports] == tries and run.bad_steps() == 3
         assert [json.loads(path.read_text())["action"] for path in reports] == ["rollback", "rollback", "fail"]
-    config.training.spike_threshold = 9.0
+    config.training.spikes = SpikeConfig("skip")
     assert run_distributed(train_with_bad_step, 1, config, bad_step=2) is True
     assert json.loads((run.incidents / tries[-1]).read_text())["action"] == "rollback"
 

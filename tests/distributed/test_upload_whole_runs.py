@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from plt_megatron.config.schema import DataConfig, RunConfig
+from plt_megatron.config.schema import DataConfig, ExportsConfig, RunConfig, UploadsConfig
 from plt_megatron.run_folder.folder import RunFolder
 from tests.distributed.training_jobs import make_data, run_config, train
 from tests.distributed.whole_runs import numbers
@@ -52,7 +52,7 @@ def steps_of(config: RunConfig, kind: str) -> list[dict[str, Any]]:
 def uploaded(data, tmp_path_factory, run_distributed) -> RunConfig:
     """Four steps on two ranks; in `bucket` are its last checkpoint and the permanent one of step 2."""
     folder = tmp_path_factory.mktemp("uploaded")
-    checkpoint = {"save_interval": 2, "keep_every": 2, "upload_to": f"file://{folder}/bucket", "upload_keep_last": 1}
+    checkpoint = {"save_interval": 2, "keep_every": 2, "uploads": UploadsConfig(f"file://{folder}/bucket", 1)}
     config = run_config("trunk", folder, data, training=FOUR, parallel=TP, checkpoint=checkpoint)
     assert run_distributed(check_and_train, 2, config) is True
     return config
@@ -74,7 +74,7 @@ def test_a_runs_last_checkpoints_are_uploaded(uploaded):
 @pytest.mark.slow
 def test_a_run_starts_from_an_uploaded_checkpoint_bit_for_bit(uploaded, tmp_path, run_distributed):
     """In the trunk's layout, from its URL and a step's."""
-    url = f"{uploaded.checkpoint.upload_to}/trunk/checkpoints/step_00000002"
+    url = f"file://{uploaded.output_dir}/bucket/trunk/checkpoints/step_00000002"
     checkpoint = {"save_interval": 4, "load": url}
     config = run_config("again", tmp_path, uploaded.data, training=FOUR, parallel=TP, checkpoint=checkpoint)
     assert run_distributed(train, 2, config) is True
@@ -143,9 +143,11 @@ def test_ranks_share_the_files_of_a_checkpoint_they_fetch(tmp_path, run_distribu
 
 def test_a_destination_that_cannot_be_written_ends_the_run_before_it_begins(tmp_path, run_distributed):
     (tmp_path / "file").write_text("no folder")
-    config = run_config("refused", tmp_path, DataConfig(), checkpoint={"upload_to": f"file://{tmp_path}/file"})
+    config = run_config(
+        "refused", tmp_path, DataConfig(), checkpoint={"uploads": UploadsConfig(f"file://{tmp_path}/file")}
+    )
     said = run_distributed(check_and_train, 2, config, all_ranks=True)
-    assert said[0].startswith(f"checkpoint.upload_to: file://{tmp_path}/file/refused") and said[1] == said[0]
+    assert said[0].startswith(f"checkpoint.uploads.to: file://{tmp_path}/file/refused") and said[1] == said[0]
     assert not RunFolder.of(config).metrics_file.exists()
 
 
@@ -169,8 +171,8 @@ def test_a_run_exports_twice_to_a_bucket_and_another_goes_on_from_there(data, tm
         }
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        checkpoint = {"save_interval": 2, "export_interval": 2}
-        checkpoint |= {"upload_to": "s3://models/runs", "export_upload_to": "s3://models/runs"}
+        to = "s3://models/runs"
+        checkpoint = {"save_interval": 2, "exports": ExportsConfig(2, to), "uploads": UploadsConfig(to)}
         config = run_config("trunk", tmp_path, data, training=FOUR, checkpoint=checkpoint)
         said = run_distributed(check_and_train, 1, config, environment)
         assert "models" in said and "bucket does not exist" in said

@@ -194,7 +194,7 @@ def _draw_planned_changes(rng: random.Random) -> draw.Settings:
     schedules = ("data.stages", "data.length_schedule", "training.batch_schedule", "training.loop_schedule")
     settings = {key: rng.choice(draw.SCALED[key]) for key in rng.sample(schedules, rng.choice((1, 1, 2)))}
     window, action = rng.choice((4, 8)), rng.choice(("skip", "rollback"))
-    return {**settings, "training.spike_window": window, "training.on_spike": action, _BAD + "planned": True}
+    return {**settings, "training.spikes.window": window, "training.spikes.action": action, _BAD + "planned": True}
 
 
 def _of_leg(config: RunConfig, leg: Mapping[str, Any]) -> RunConfig:
@@ -208,7 +208,8 @@ def _of_leg(config: RunConfig, leg: Mapping[str, Any]) -> RunConfig:
 
 def _rolls_back(config: RunConfig, case: Case) -> bool:
     training = config.training
-    return bool(case.bad["nonfinite"] and training.on_nonfinite == "rollback") or training.on_spike == "rollback"
+    spikes = training.spikes is not None and training.spikes.action == "rollback"
+    return bool(case.bad["nonfinite"] and training.on_nonfinite == "rollback") or spikes
 
 
 def _stops_at_a_save(config: RunConfig, leg: Mapping[str, Any]) -> bool:
@@ -225,8 +226,8 @@ def _of_a_whole_run(config: RunConfig, ended: bool | str, refused: int) -> str |
     found = RunFolder(folder(config))
     if found.bad_steps() != refused:
         return f"{refused} steps were not accepted: {found.bad_steps()} reports"
-    interval = config.checkpoint.export_interval
-    if interval:
+    if config.checkpoint.exports is not None:
+        interval = config.checkpoint.exports.interval
         last = max([record["step"] for record in numbers(config)], default=0)
         due = {*range(interval, last + 1, interval), *([last] if ended is True else [])}
         missing = sorted(due - {int(name[5:]) for name in _exports(config)})

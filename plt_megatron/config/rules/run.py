@@ -29,19 +29,22 @@ def _check_validation(config: RunConfig) -> Iterator[str]:
 
 
 def _check_exports(config: RunConfig) -> Iterator[str]:
-    """Check that exports have saved checkpoints, and evaluations exports with a tokenizer."""
-    checkpoint = config.checkpoint
-    if config.evaluation is not None and (checkpoint.export_interval == 0 or config.data.tokenizer is None):
-        missing = "checkpoint.export_interval" if checkpoint.export_interval == 0 else "data.tokenizer"
+    """Check that exports and uploads have saved checkpoints, and evaluations exports with a tokenizer."""
+    checkpoint, exports = config.checkpoint, config.checkpoint.exports
+    if config.evaluation is not None and (exports is None or config.data.tokenizer is None):
+        missing = "checkpoint.exports.interval" if exports is None else "data.tokenizer"
         yield f"evaluation.tasks need exports of the run and their tokenizer: set {missing}"
-    if checkpoint.export_interval == 0:
-        return
-    if not checkpoint.enabled:
-        yield "checkpoint.export_interval exports checkpoints, but checkpoint.enabled=false writes none"
-    elif checkpoint.save_interval == 0 or checkpoint.export_interval % checkpoint.save_interval:
+    for name in ("exports", "uploads"):
+        if getattr(checkpoint, name) is not None and not checkpoint.enabled:
+            yield f"checkpoint.{name} are made of checkpoints, but checkpoint.enabled=false writes none"
+    if (
+        exports is not None
+        and checkpoint.enabled
+        and (checkpoint.save_interval == 0 or exports.interval % checkpoint.save_interval)
+    ):
         yield (
-            f"checkpoint.export_interval {checkpoint.export_interval} must be a multiple of "
-            f"checkpoint.save_interval, which is {checkpoint.save_interval}"
+            f"checkpoint.exports.interval {exports.interval} must be a multiple of checkpoint.save_interval, which is "
+            f"{checkpoint.save_interval}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Rules for the form of upload destinations (`checkpoint.upload_to`, `checkpoint.export_upload_to`).
+"""Rules for the form of upload destinations (`checkpoint.uploads`, `checkpoint.exports`).
 
 `storage` checks before training whether they can be written.
 """
@@ -16,7 +16,7 @@ HUB = "hf"
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.+)")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _MODELS_INSTEAD = {
-    "checkpoint.upload_to": "give a bucket or folder (checkpoint.export_upload_to takes a hub)",
+    "checkpoint.uploads.to": "give a bucket or folder (checkpoint.exports.upload_to takes a hub)",
     "checkpoint.load": "plt import converts a downloaded model",
 }
 _EXAMPLES = "such as s3://bucket/folder, file:///folder or hf://owner/name"
@@ -39,14 +39,14 @@ def join(url: str, *names: str) -> str:
 
 def exports_of(config: RunConfig) -> str | None:
     """Return the destination of a run's exports, its own folder or a repository; None if they are not uploaded."""
-    to = config.checkpoint.export_upload_to
+    to = None if config.checkpoint.exports is None else config.checkpoint.exports.upload_to
     return to if to is None or protocol_of(to) == HUB else join(to, config.name)
 
 
 def checkpoints_of(config: RunConfig) -> str | None:
     """Return the run's folder at the destination of checkpoints; None if they are not uploaded."""
-    to = config.checkpoint.upload_to
-    return to if to is None else join(to, config.name)
+    uploads = config.checkpoint.uploads
+    return None if uploads is None else join(uploads.to, config.name)
 
 
 def url_problem(url: str) -> str | None:
@@ -68,7 +68,6 @@ def url_problem(url: str) -> str | None:
 
 def find_problems(config: RunConfig) -> Iterator[str]:
     """Yield the conflicts between settings, one line each."""
-    checkpoint = config.checkpoint
     for key, url in used_urls(config):
         if (problem := url_problem(url)) is not None:
             yield f"{key}: {problem}"
@@ -78,10 +77,6 @@ def find_problems(config: RunConfig) -> Iterator[str]:
         folder = Path(url.removeprefix("file://")) / config.name
         if url.startswith("file:///") and _overlap(folder, derived.run_folder(config)):
             yield f"{key}: {url} contains the run's own folder, or lies in it; give another one"
-    if checkpoint.upload_to is not None and not checkpoint.enabled:
-        yield "checkpoint.upload_to uploads checkpoints, but checkpoint.enabled=false writes none"
-    if checkpoint.export_upload_to is not None and checkpoint.export_interval == 0:
-        yield "checkpoint.export_upload_to uploads a run's exports: set checkpoint.export_interval"
 
 
 def packages_for(protocol: str) -> tuple[str, ...]:
@@ -93,8 +88,11 @@ def packages_for(protocol: str) -> tuple[str, ...]:
 
 def destinations(config: RunConfig) -> list[tuple[str, str]]:
     """Return (setting, URL) for each destination of a run's uploads."""
-    settings = config.checkpoint
-    both = {"checkpoint.upload_to": settings.upload_to, "checkpoint.export_upload_to": settings.export_upload_to}
+    uploads, exports = config.checkpoint.uploads, config.checkpoint.exports
+    both = {
+        "checkpoint.uploads.to": None if uploads is None else uploads.to,
+        "checkpoint.exports.upload_to": None if exports is None else exports.upload_to,
+    }
     return [(key, url) for key, url in both.items() if url is not None]
 
 

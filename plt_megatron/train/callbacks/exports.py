@@ -1,4 +1,4 @@
-"""Hugging Face exports beside the run while it trains (`checkpoint.export_interval`), and their evaluation."""
+"""Hugging Face exports beside the run while it trains (`checkpoint.exports`), and their evaluation."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ class Exports(Callback):
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
-        self._interval = run.config.checkpoint.export_interval
-        self._works = run.is_first_rank and self._interval > 0
+        settings = run.config.checkpoint.exports
+        self._interval = 0 if settings is None else settings.interval
+        self._works = run.is_first_rank and settings is not None
         self._process: BesideProcess | None = None
         self._checkpoint = Path()  # the one that the process works on
         self._evaluates = False  # False while the process exports

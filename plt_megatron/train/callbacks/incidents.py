@@ -81,8 +81,8 @@ class Incidents(Callback):
             return ""
         return (
             f"; more steps than training.max_skipped_steps {self.run.config.training.max_skipped_steps} were "
-            f"rejected, see {self.run.folder.incidents}: fix their cause, or change training.on_spike, "
-            "training.spike_threshold or training.max_skipped_steps, and restart the run, which then counts anew"
+            f"rejected, see {self.run.folder.incidents}: fix their cause, or change training.spikes or "
+            "training.max_skipped_steps, and restart the run, which then counts anew"
         )
 
     def _describe_microbatches(self, step: Step) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Uploads of exports and checkpoints while the run trains (`checkpoint.export_upload_to`, `checkpoint.upload_to`)."""
+"""Uploads of exports and checkpoints while the run trains (`checkpoint.exports.upload_to`, `checkpoint.uploads`)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from plt_megatron.config.rules.uploads import checkpoints_of, destinations, exports_of
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder import json_lines
@@ -33,8 +34,8 @@ class Uploads(Callback):
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
-        settings = run.config.checkpoint
-        self._wanted = {EXPORT: settings.export_upload_to is not None, CHECKPOINT: settings.upload_to is not None}
+        config = run.config
+        self._wanted = {EXPORT: exports_of(config) is not None, CHECKPOINT: checkpoints_of(config) is not None}
         self._works = run.is_first_rank and any(self._wanted.values())
         self._queue = UploadQueue(run.folder)
         self._process: BesideProcess | None = None
@@ -191,8 +192,7 @@ def check_destinations(config: RunConfig) -> None:
 
     A separate process checks this: remote-storage libraries bring threads and connections that training can do without.
     """
-    settings = config.checkpoint
-    if settings.upload_to is not None or settings.export_upload_to is not None:
+    if destinations(config):
         on_rank_0(lambda: _check(config))
 
 

@@ -12,9 +12,9 @@ import plt_megatron.config
 from tests.fuzz import draw
 from tests.fuzz.sections import optional_sections
 
-SETTINGS = 186
-ALWAYS_THERE = 149  # of them outside of sections that are off by default
-REFUSALS = 165
+SETTINGS = 182
+ALWAYS_THERE = 139  # of them outside of sections that are off by default
+REFUSALS = 113
 
 
 def settings() -> list[str]:

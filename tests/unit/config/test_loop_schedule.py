@@ -12,7 +12,15 @@ from plt_megatron.config import derived
 from plt_megatron.config.branching import stages_problem
 from plt_megatron.config.loader import dump_config, load_config
 from plt_megatron.config.loop_schedule import LoopSchedule
-from plt_megatron.config.schema import BatchStage, DataSource, DeepSpeedConfig, Fp8Config, LoopStage, RunConfig
+from plt_megatron.config.schema import (
+    BatchStage,
+    DataSource,
+    DeepSpeedConfig,
+    Fp8Config,
+    LoopStage,
+    RunConfig,
+    SpikeConfig,
+)
 from plt_megatron.config.validation import find_problems
 
 
@@ -146,7 +154,7 @@ def test_the_model_has_its_loops_where_no_stage_says_another_number():
 
 
 def test_spikes_may_be_looked_for_since_each_loop_count_has_losses_of_its_own():
-    assert find_problems(run([ONE, TWO], on_spike="rollback"), check_files=False) == []
+    assert find_problems(run([ONE, TWO], spikes=SpikeConfig("rollback")), check_files=False) == []
 
 
 def test_the_steps_of_a_stage_are_those_that_begin_in_it():

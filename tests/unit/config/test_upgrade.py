@@ -17,13 +17,16 @@ from plt_megatron.config.loader import dump_config, load_config
 from plt_megatron.config.schema import (
     DeepSpeedConfig,
     EvaluationConfig,
+    ExportsConfig,
     FimConfig,
     Fp8Config,
     MoeConfig,
     ProfileConfig,
     RopeScalingConfig,
     RunConfig,
+    SpikeConfig,
     StragglerConfig,
+    UploadsConfig,
     YarnConfig,
 )
 from plt_megatron.config.upgrade import upgraded
@@ -116,6 +119,39 @@ def test_fill_in_the_middle_is_a_section_where_anything_of_it_counts(tmp_path, o
     path = tmp_path / "config.yaml"
     path.write_text(f"data: {old}\n")
     assert load_config(path).data.fim == new
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("{on_spike: ignore, spike_threshold: 6.0, spike_window: 128}", None),
+        ("{on_spike: skip, spike_threshold: 4.0, spike_window: 64}", SpikeConfig("skip", 4.0, 64)),
+        ("{on_spike: rollback}", SpikeConfig("rollback")),
+    ],
+)
+def test_spikes_are_a_section_where_something_is_done_about_them(tmp_path, old, new):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"training: {old}\n")
+    assert load_config(path).training.spikes == new
+
+
+@pytest.mark.parametrize(
+    ("old", "exports", "uploads"),
+    [
+        ("{export_interval: 0, export_upload_to: null, upload_to: null, upload_keep_last: 2}", None, None),
+        ("{export_interval: 4, export_upload_to: null}", ExportsConfig(4), None),
+        (
+            "{export_interval: 4, export_upload_to: hf://a/b, upload_to: s3://c, upload_keep_last: 3}",
+            ExportsConfig(4, "hf://a/b"),
+            UploadsConfig("s3://c", 3),
+        ),
+    ],
+)
+def test_exports_and_uploads_are_sections_where_there_are_any(tmp_path, old, exports, uploads):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"checkpoint: {old}\n")
+    checkpoint = load_config(path).checkpoint
+    assert (checkpoint.exports, checkpoint.uploads) == (exports, uploads)
 
 
 def test_logging_and_evaluation_are_sections(tmp_path):
@@ -214,6 +250,7 @@ def test_plain_values_keep_their_types(old):
         ("{loop_preset: loopcoder, hidden_norm: false}", "{loop_preset: loopcoder}"),
         ("{hidden_scale_ratio: null, hidden_scale: 0.3}", "{hidden_scale: 0.3}"),
         ("{hidden_scale_ratio: 0.0, hidden_scale: 1.0}", "{hidden_scale: 0.0}"),
+        ("{loop_preset: recommended, hidden_scale_ratio: null}", "{loop_preset: recommended, hidden_scale: 1.0}"),
         ("{loop_preset: recommended, hidden_scale_ratio: 0}", "{loop_preset: recommended, hidden_scale: 0.0}"),
         (
             "{hidden_scale_ratio: 0.5, embedding_scale: -0.7, init_method_std: 0.1}",
@@ -242,6 +279,9 @@ def test_settings_that_are_one_with_another_now(tmp_path, old, new):
         ("training: {fp8: hybrid}", "training.fp8.format=hybrid"),
         ("training: {fp8: none}", "training.fp8=null"),
         ("training: {fp8_recipe: delayed}", "training.fp8.recipe"),
+        ("training: {on_spike: skip}", "training.spikes.action"),
+        ("checkpoint: {upload_to: s3://bucket}", "checkpoint.uploads.to"),
+        ("checkpoint: {export_interval: 3}", "checkpoint.exports.interval"),
         ("data: {fim_rate: 0.5}", "data.fim.rate"),
         ("data: {fim_middle_token: x}", "data.fim.tokens"),
         ("logging: {profile_step_end: 3}", "logging.profile.step_end"),

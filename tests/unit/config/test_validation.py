@@ -88,8 +88,8 @@ TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
         ({**YARN, "parallel__apply_rope_fusion": True, "model__backend": "te"}, "the kernel does not scale what it"),
         ({"model__share_kv": False}, "model.gated_window needs model.share_kv"),
         (
-            {"checkpoint__export_interval": 30, "checkpoint__save_interval": 20},
-            "checkpoint.export_interval 30 must be a multiple of checkpoint.save_interval, which is 20",
+            {"checkpoint__exports__interval": 30, "checkpoint__save_interval": 20},
+            "checkpoint.exports.interval 30 must be a multiple of checkpoint.save_interval, which is 20",
         ),
         (
             {"training__ema_decay": 0.9, "optimizer__name": "muon"},
@@ -99,8 +99,8 @@ TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
             {"evaluation__tasks": ["a"]},
             "evaluation.tasks need exports of the run and their tokenizer: set",
         ),
-        ({"checkpoint__export_interval": 30}, "multiple of checkpoint.save_interval, which is 0"),
-        ({"checkpoint__export_interval": 30, "checkpoint__enabled": False}, "checkpoint.enabled=false writes none"),
+        ({"checkpoint__exports__interval": 30}, "multiple of checkpoint.save_interval, which is 0"),
+        ({"checkpoint__exports__interval": 30, "checkpoint__enabled": False}, "checkpoint.enabled=false writes none"),
         (
             {"model__hidden_size": 130},
             "model.hidden_size 130 is not divisible by model.num_attention_heads 4",

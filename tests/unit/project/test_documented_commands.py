@@ -56,7 +56,7 @@ INSTEAD = [
     (r"^plt train .* name=trunk .*", r"\g<0> --dry-run", "tests/distributed branches; the test of a clone does both"),
     (r"^plt train --branch-from runs/trunk.*", "plt train --help", "its trunk is not trained here"),
     (
-        r"^plt train .* checkpoint\.(upload_to|load)=s3:.*",
+        r"^plt train .* checkpoint\.(uploads\.to|load)=s3:.*",
         r"\g<0> --print-config",
         "tests/distributed uploads to a server",
     ),

@@ -121,7 +121,7 @@ def test_doctor_looks_for_all_that_its_advice_is_about():
 
 
 # Commands that need an extra, as typed by somebody who has none: (command, extras that its one line names).
-EXPORTING = "train configs/runs/plt2_tiny.yaml checkpoint.save_interval=5 checkpoint.export_interval=5"
+EXPORTING = "train configs/runs/plt2_tiny.yaml checkpoint.save_interval=5 checkpoint.exports.interval=5"
 WITHOUT = [
     ("export --checkpoint runs/mine --output exported", "hf"),
     ("import --model model --output imported", "hf"),
@@ -138,7 +138,7 @@ WITHOUT = [
     ("train configs/runs/plt2_tiny.yaml deepspeed={}", "deepspeed"),
     (EXPORTING, "hf"),
     (f"{EXPORTING} evaluation.tasks=[choice]", "eval"),
-    ("train configs/runs/plt2_tiny.yaml checkpoint.upload_to=s3://nowhere", "upload"),
+    ("train configs/runs/plt2_tiny.yaml checkpoint.uploads.to=s3://nowhere", "upload"),
     ("train configs/runs/plt2_tiny.yaml logging.wandb_project=mine", "track"),
     ("train configs/runs/plt2_tiny.yaml logging.straggler.interval=100", "resilience"),
 ]

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from submitting import ROOT, refusal, submit_run
 
-from plt_megatron.config.schema import RunConfig, TrainingConfig
+from plt_megatron.config.schema import RunConfig, TrainingConfig, UploadsConfig
 from plt_megatron.data.joining import join
 from plt_megatron.errors import UserError
 from plt_megatron.launcher.job import JobSettings, load_settings, save_settings
@@ -173,10 +173,10 @@ def test_data_outside_of_a_containers_mounts_is_refused(folder, slurm):
     join([str(elsewhere / "corpus")], str(folder / "data" / "joined"))  # its part lies elsewhere
     (line,) = refusal(f"data.sources=[{{path: {folder}/data/joined}}]", cluster="./c.yaml")
     assert f"{elsewhere}/corpus" in line
-    settings = (f"checkpoint.upload_to=file://{elsewhere}", "checkpoint.load=s3://bucket/run")
+    settings = (f"checkpoint.uploads.to=file://{elsewhere}", "checkpoint.load=s3://bucket/run")
     lines = refusal(*settings, "checkpoint.weights_only=true", cluster="./c.yaml")
     (line,) = [line for line in lines if line.startswith("checkpoint.")]
-    assert line.startswith(f"checkpoint.upload_to file://{elsewhere} is not in a folder that the container sees")
+    assert line.startswith(f"checkpoint.uploads.to file://{elsewhere} is not in a folder that the container sees")
 
 
 @pytest.mark.parametrize(
@@ -302,5 +302,5 @@ def test_a_run_that_starts_from_an_uploaded_checkpoint_begins_at_its_step(tmp_pa
     a_checkpoint(tmp_path / "run" / "checkpoints", 4)
     assert checks._begins_after(config) == 4
     assert checks._checkpoints_at_most(config, 0) == 3
-    config.checkpoint.upload_to = "s3://bucket"
+    config.checkpoint.uploads = UploadsConfig("s3://bucket")
     assert checks._checkpoints_at_most(config, 0) == 4, "one is kept for its upload"

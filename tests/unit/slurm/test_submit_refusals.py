@@ -245,7 +245,7 @@ def test_exports_take_space_too(folder, slurm, capsys):
     """Three of them, of two bytes a parameter (bf16), on top of the checkpoints."""
     steps = ("training.train_iters=300", "checkpoint.save_interval=100")
     sizes = []
-    for more in ((), ("checkpoint.export_interval=100",)):
+    for more in ((), ("checkpoint.exports.interval=100",)):
         submit(Options("run.yaml", time="01:00:00", dry_run=True, overrides=[*steps, *more]), ROOT)
         (size,) = re.findall(r"up to ([\d.]+) MB more in total", capsys.readouterr().out)
         sizes.append(float(size) * 1e6)

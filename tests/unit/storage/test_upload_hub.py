@@ -32,7 +32,7 @@ def hub(monkeypatch) -> Iterator[Hub]:
 
 
 def test_each_export_is_a_branch_that_gets_its_name_once_it_is_complete(tmp_path, hub, capsys):
-    run = a_run(tmp_path, export_upload_to="hf://me/model", upload_to=None)
+    run = a_run(tmp_path, export_to="hf://me/model", to=None)
     export = an_export(run.exports / "step_00000002")
     hub.die_at = 1
     assert command.main([str(run.path)]) == 1
@@ -76,10 +76,10 @@ def test_by_hand_a_revision_may_be_main(tmp_path, hub):
 
 @pytest.mark.slow
 def test_another_runs_repository_is_refused(tmp_path, hub, capsys):
-    run = a_run(tmp_path, export_upload_to="hf://me/model", upload_to=None)
+    run = a_run(tmp_path, export_to="hf://me/model", to=None)
     an_export(run.exports / "step_00000002")
     assert command.main([str(run.path)]) == 0
-    other = a_run(tmp_path / "other", export_upload_to="hf://me/model", upload_to=None)
+    other = a_run(tmp_path / "other", export_to="hf://me/model", to=None)
     assert command.main([str(other.path), "--check"]) == 2
     assert "hf://me/model has another run's exports in its branches" in capsys.readouterr().err
 
@@ -90,8 +90,8 @@ def test_a_hub_that_refuses_is_one_line_without_the_token(tmp_path, hub, monkeyp
     hub.read_only = trouble == "read-only"
     if trouble == "wrong token":
         monkeypatch.setenv("HF_TOKEN", "hf_anotherTokenThatIsWrong")
-    run = a_run(tmp_path, export_upload_to="hf://me/model", upload_to=None)
+    run = a_run(tmp_path, export_to="hf://me/model", to=None)
     assert command.main([str(run.path), "--check"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: checkpoint.export_upload_to: hf://me/model cannot be written: ")
+    assert said.startswith("error: checkpoint.exports.upload_to: hf://me/model cannot be written: ")
     assert ("403" if hub.read_only else "401") in said and said.count("\n") == 1 and "hf_" not in said

@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 
 from plt_megatron.commands import upload as command
-from plt_megatron.config.schema import CheckpointConfig, DataConfig, DataSource, RunConfig, TrainingConfig
+from plt_megatron.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    DataSource,
+    ExportsConfig,
+    RunConfig,
+    TrainingConfig,
+    UploadsConfig,
+)
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder import json_lines
 from plt_megatron.run_folder.files import locked
@@ -22,10 +30,14 @@ from plt_megatron.storage.run_uploads import RunUploads
 from tests.unit.storage.test_upload_copies import a_checkpoint, an_export, content
 
 
-def a_run(folder: Path, **checkpoint: Any) -> RunFolder:
+def a_run(
+    folder: Path, export_to: str | None = "", to: str | None = "", upload_keep_last: int = 2, **checkpoint: Any
+) -> RunFolder:
     """Named `mine`, uploading both to `there` unless told otherwise."""
-    to = f"file://{folder}/there"
-    settings = {"save_interval": 2, "export_interval": 2, "export_upload_to": to, "upload_to": to, **checkpoint}
+    there = f"file://{folder}/there"
+    exports = ExportsConfig(2, there if export_to == "" else export_to)
+    uploads = None if to is None else UploadsConfig(to or there, upload_keep_last)
+    settings: dict[str, Any] = {"save_interval": 2, "exports": exports, "uploads": uploads, **checkpoint}
     config = RunConfig(
         name="mine",
         output_dir=str(folder / "runs"),
@@ -175,13 +187,13 @@ def test_another_run_of_that_name_is_refused_and_a_run_that_goes_on_from_its_upl
         (["nowhere", "--to", "hf://owner/name"], "hf://owner/name names no revision"),
         (["nowhere", "--to", "hf://owner/name@main", "--verify"], "a hub compares SHA-256 itself; leave --verify out"),
         (["run", "--to", "file:///tmp/x"], "--to is for one export or checkpoint"),
-        (["plain"], "neither checkpoint.export_upload_to nor checkpoint.upload_to"),
+        (["plain"], "neither checkpoint.exports.upload_to nor checkpoint.uploads.to"),
     ],
 )
 def test_a_command_that_means_nothing_is_one_line(tmp_path, capsys, arguments, problem):
     runs = {
         "run": a_run(tmp_path),
-        "plain": a_run(tmp_path / "other", export_upload_to=None, upload_to=None),
+        "plain": a_run(tmp_path / "other", export_to=None, to=None),
     }
     arguments = [str(runs[part].path) if part in runs else part for part in arguments]
     assert command.main(arguments) == 2
@@ -198,7 +210,7 @@ def test_one_folder_by_hand(tmp_path, capsys):
 
 def test_a_destination_that_is_down_does_not_hold_up_the_other(tmp_path, capsys):
     (tmp_path / "file").write_text("no folder")
-    run = a_run(tmp_path, export_upload_to=f"file://{tmp_path}/file")
+    run = a_run(tmp_path, export_to=f"file://{tmp_path}/file")
     an_export(run.exports / "step_00000002")
     saved(run, 4)
     assert command.main([str(run.path)]) == 1

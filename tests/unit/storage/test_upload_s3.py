@@ -89,7 +89,7 @@ def test_an_export_is_uploaded_and_a_killed_upload_goes_on(tmp_path, bucket, mon
 
 @pytest.mark.slow
 def test_checkpoints_are_kept_there_and_come_back(tmp_path, bucket):
-    run = a_run(tmp_path, upload_to=f"s3://{bucket}/runs", export_upload_to=None, upload_keep_last=2)
+    run = a_run(tmp_path, to=f"s3://{bucket}/runs", export_to=None, upload_keep_last=2)
     for step in (2, 4, 6):
         UploadQueue(run).add(CHECKPOINT, saved(run, step))
     assert uploads(run).work()
@@ -105,10 +105,10 @@ def test_checkpoints_are_kept_there_and_come_back(tmp_path, bucket):
 
 
 def test_a_missing_bucket_is_refused_and_not_made(tmp_path, bucket, capsys):
-    run = a_run(tmp_path, upload_to="s3://no-such-bucket/runs", export_upload_to=None)
+    run = a_run(tmp_path, to="s3://no-such-bucket/runs", export_to=None)
     assert command.main([str(run.path), "--check"]) == 2
     said = capsys.readouterr().err
-    assert "checkpoint.upload_to: s3://no-such-bucket/runs/mine/upload_id cannot be written: " in said
+    assert "checkpoint.uploads.to: s3://no-such-bucket/runs/mine/upload_id cannot be written: " in said
     assert "bucket does not exist" in said and said.count("\n") == 1
     assert fsspec.filesystem("s3").ls("", refresh=True) == ["models"]
 
@@ -120,7 +120,7 @@ def test_what_is_not_allowed_is_one_line_without_the_key(tmp_path, bucket, monke
         raise PermissionError(f"The AWS Access Key Id {KEY_ID} with {SECRET} is not allowed\n to PutObject")
 
     monkeypatch.setattr(fsspec.filesystem("s3"), "pipe_file", refuse)
-    run = a_run(tmp_path, upload_to=f"s3://{bucket}/runs", export_upload_to=None)
+    run = a_run(tmp_path, to=f"s3://{bucket}/runs", export_to=None)
     assert command.main([str(run.path), "--check"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "is not allowed to PutObject" in said

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Literal
 
 import pytest
 
-from plt_megatron.config.schema import TrainingConfig
+from plt_megatron.config.schema import SpikeConfig, TrainingConfig
 from plt_megatron.train.guard import StepGuard, StepKind
 
 
-def guard(**settings) -> StepGuard:
-    return StepGuard(TrainingConfig(spike_window=8, **settings))
+def guard(on_spike: Literal["skip", "rollback"] | None = None, threshold: float = 6.0, **settings) -> StepGuard:
+    spikes = None if on_spike is None else SpikeConfig(on_spike, threshold, window=8)
+    return StepGuard(TrainingConfig(spikes=spikes, **settings))
 
 
 @pytest.mark.parametrize(("loss", "grad_norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
@@ -27,7 +29,7 @@ def test_what_is_not_finite_is_not_accepted(loss, grad_norm):
 def test_spikes_count_only_when_asked_and_only_upwards():
     losses = [2.0, 2.1, 1.9, 2.05, 1.95]
     assert all(guard().accept(loss, 1.0) for loss in [*losses, 50.0])
-    judge = guard(on_spike="skip", spike_threshold=4.0)
+    judge = guard(on_spike="skip", threshold=4.0)
     assert all(judge.accept(loss, 1.0) for loss in losses)
     assert not judge.accept(5.0, 1.0)
     assert "spike" in judge.problem and judge.action == "skip"

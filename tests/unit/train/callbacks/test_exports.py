@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from plt_megatron.config.schema import EvaluationConfig
+from plt_megatron.config.schema import EvaluationConfig, ExportsConfig
 from plt_megatron.train.callbacks import beside, exports
 from tests.unit.train.callbacks.a_run import a_run, finish
 
@@ -58,7 +58,7 @@ def run(tmp_path, monkeypatch) -> Any:
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "node7")):
         monkeypatch.setenv(name, value)
     run = a_run(tmp_path / "run")
-    run.config.checkpoint.export_interval = 4
+    run.config.checkpoint.exports = ExportsConfig(4)
     run.last_step = 10
     run.is_due = lambda interval, step: step == 10 or step % interval == 0
     run.records, run.commands = [], []
@@ -243,7 +243,7 @@ def test_where_no_links_can_be_made_it_says_so(run, monkeypatch):
 def test_other_ranks_and_runs_without_exports_do_nothing(run):
     run.is_first_rank = False
     other = exports.Exports(run)
-    run.is_first_rank, run.config.checkpoint.export_interval = True, 0
+    run.is_first_rank, run.config.checkpoint.exports = True, None
     for callback in (other, exports.Exports(run)):
         callback.on_start()
         callback.on_save(save(run, 4))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from plt_megatron.config.schema import DataConfig, DataStage, OptimizerConfig, TrainingConfig
+from plt_megatron.config.schema import DataConfig, DataStage, OptimizerConfig, SpikeConfig, TrainingConfig
 from plt_megatron.train.callbacks.base import Step
 from plt_megatron.train.callbacks.incidents import Incidents
 from plt_megatron.train.guard import StepKind
@@ -16,7 +16,7 @@ def run(tmp_path):
     """A stage of data ends with sample 12."""
     run = a_run(tmp_path)
     run.config.data = DataConfig(stages=[DataStage(400, [])], sequence_length=32)
-    run.config.training = TrainingConfig(on_spike="rollback", spike_window=8, max_skipped_steps=1)
+    run.config.training = TrainingConfig(spikes=SpikeConfig("rollback", window=8), max_skipped_steps=1)
     return run
 
 
@@ -49,7 +49,7 @@ def test_loops_that_another_callback_has_changed_are_those_of_the_step(run):
         (lambda config: None, "fail"),
         (lambda config: setattr(config, "name", "other"), "fail"),
         (lambda config: setattr(config.parallel, "tensor_model_parallel_size", 2), "fail"),
-        (lambda config: setattr(config.training, "spike_threshold", 5.0), "rollback"),
+        (lambda config: setattr(config.training.spikes, "threshold", 5.0), "rollback"),
         (lambda config: setattr(config, "optimizer", OptimizerConfig(lr=1e-5)), "rollback"),
         (lambda config: setattr(config.data, "split", "1,0,0"), "rollback"),
     ],

@@ -223,7 +223,7 @@ def test_other_ranks_and_runs_without_a_destination_do_nothing(run):
     run.is_first_rank = False
     other = uploads.Uploads(run)
     run.is_first_rank = True
-    settings = dataclasses.replace(run.config.checkpoint, upload_to=None, export_upload_to=None)
+    settings = dataclasses.replace(run.config.checkpoint, uploads=None, exports=None)
     run.config = dataclasses.replace(run.config, checkpoint=settings)
     for callback in (other, uploads.Uploads(run)):
         callback.on_start()
