@@ -83,6 +83,17 @@ _OTHER_VALUE = {
     "engine": "the section deepspeed, which chooses that engine (null: megatron-core's)",
     "zero": "the section deepspeed",
 }
+# Section -> the old setting that switched it off, its value then, and old settings of it that have no other of the same
+# value.
+_OFF: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "model.moe": ("model.num_moe_experts", "null", ("model.moe_router_enable_expert_bias", _PRE_SOFTMAX[0])),
+    "model.rope_scaling": ("model.rope_scaling_factor", "null", ("model.rope_scaling_type",)),
+    "training.fp8": ("training.fp8", "none", ("training.first_last_layers_bf16",)),
+    "training.spikes": ("training.on_spike", "ignore", ()),
+    "checkpoint.exports": ("checkpoint.export_interval", "0", ()),
+    "checkpoint.uploads": ("checkpoint.upload_to", "null", ()),
+    "logging.straggler": ("logging.straggler_interval", "0", ()),
+}
 # Removed settings -> what holds for all runs instead.
 _GONE = {
     "data.index_timeout_minutes": "an hour for every run: leave it out, and build an index that takes longer ahead of "
@@ -161,16 +172,21 @@ def plain(node: yaml.Node, origins: Mapping[int, Any] | None = None) -> Any:
 # ---------------------------------------------------------------- settings that moved
 
 
+def _switch_off(settings: Settings) -> Settings:
+    for section, (switch, off, others) in _OFF.items():
+        if _is_null(settings, switch) if off == "null" else _is(settings, switch, off):
+            same = [old for old, new in _SAME_VALUE.items() if new.startswith(f"{section}.")]
+            settings = _switched_off(settings, [switch, *others, *same], section)
+    return settings
+
+
 def _upgrade_moe(settings: Settings) -> Settings:
-    old = [f"model.{name}" for name in (*_MOE, "moe_router_enable_expert_bias", "moe_router_pre_softmax")]
-    if _is_null(settings, "model.num_moe_experts"):
-        return _switched_off(settings, old, "model.moe")
     enabled, rate = "model.moe_router_enable_expert_bias", "model.moe_router_bias_update_rate"
     if enabled in settings:
         switch = settings.pop(enabled)
         given = settings.get(rate, _scalar(_BIAS_UPDATE_RATE, switch))
         settings[rate] = given if _is_true(switch) else _scalar("null", switch)
-    return _renamed(settings, "model.moe.")
+    return settings
 
 
 def _upgrade_choices(settings: Settings) -> Settings:
@@ -232,22 +248,14 @@ def _number(settings: Settings, key: str, default: float) -> float:
 
 
 def _upgrade_rope_scaling(settings: Settings) -> Settings:
-    factor, kind, yarn = (
-        "model.rope_scaling_factor",
-        "model.rope_scaling_type",
-        [f"model.yarn_{name}" for name in _YARN],
-    )
-    if _is_null(settings, factor):
-        return _switched_off(settings, [factor, kind, *yarn], "model.rope_scaling")
+    kind = "model.rope_scaling_type"
     if kind in settings and settings[kind].value != "yarn":
-        settings = _without(settings, yarn)
-    return _renamed(_without(settings, [kind]), "model.rope_scaling.")
+        settings = _without(settings, [f"model.yarn_{name}" for name in _YARN])
+    return _without(settings, [kind])
 
 
 def _upgrade_fp8(settings: Settings) -> Settings:
     key, both, ends = "training.fp8", "training.first_last_layers_bf16", [f"training.{name}" for name in _ENDS]
-    if _is(settings, key, "none"):
-        return _switched_off(settings, [key, "training.fp8_recipe", "training.fp8_attention", both, *ends], key)
     if both in settings:
         switch = settings.pop(both)
         for end in ends:
@@ -255,7 +263,7 @@ def _upgrade_fp8(settings: Settings) -> Settings:
             settings[end] = given if _is_true(switch) else _scalar("0", switch)
     if _is(settings, key, "hybrid", "e4m3"):
         settings = {"training.fp8.format" if name == key else name: node for name, node in settings.items()}
-    return _renamed(settings, "training.fp8.")
+    return settings
 
 
 def _upgrade_deepspeed(settings: Settings) -> Settings:
@@ -264,7 +272,7 @@ def _upgrade_deepspeed(settings: Settings) -> Settings:
         zero = [name for name in settings if name.partition(".")[0] in ("zero", "deepspeed")]
         return _switched_off(settings, ["engine", *zero], "deepspeed")
     new = {name: f"deepspeed.config.{name.removeprefix('deepspeed.')}" for name in raw}
-    settings = _renamed({new.get(name, name): node for name, node in settings.items()}, "deepspeed.")
+    settings = _rename({new.get(name, name): node for name, node in settings.items()})
     if any(name.startswith("deepspeed.") for name in settings):
         return _without(settings, ["engine", "deepspeed", "zero"])
     if "engine" not in settings:
@@ -288,37 +296,18 @@ def _upgrade_fim(settings: Settings) -> Settings:
         settings = _without(settings, tokens)
     elif not named:
         settings = _without(settings, tokens)
-    return _renamed(settings, "data.fim.")
+    return settings
 
 
-def _upgrade_spikes(settings: Settings) -> Settings:
-    if _is(settings, "training.on_spike", "ignore"):
-        old = ["training.on_spike", "training.spike_threshold", "training.spike_window"]
-        return _switched_off(settings, old, "training.spikes")
-    return _renamed(settings, "training.spikes.")
-
-
-def _upgrade_checkpoint(settings: Settings) -> Settings:
-    interval, to = "checkpoint.export_interval", "checkpoint.upload_to"
-    if _is(settings, interval, "0"):
-        settings = _switched_off(settings, [interval, "checkpoint.export_upload_to"], "checkpoint.exports")
-    if _is_null(settings, to):
-        settings = _switched_off(settings, [to, "checkpoint.upload_keep_last"], "checkpoint.uploads")
-    return _renamed(_renamed(settings, "checkpoint.exports."), "checkpoint.uploads.")
-
-
-def _upgrade_logging(settings: Settings) -> Settings:
+def _upgrade_profile(settings: Settings) -> Settings:
     start, end, ranks = (f"logging.profile_{name}" for name in ("step_start", "step_end", "ranks"))
     if _is(settings, end, "0") and (start not in settings or _is(settings, start, "0")):
         settings = _switched_off(settings, [start, end, ranks], "logging.profile")
-    if _is(settings, "logging.straggler_interval", "0"):
-        old = ["logging.straggler_interval", "logging.straggler_threshold"]
-        settings = _switched_off(settings, old, "logging.straggler")
-    return _renamed(_renamed(settings, "logging.profile."), "logging.straggler.")
+    return settings
 
 
-def _upgrade_data(settings: Settings) -> Settings:
-    return {key: node for key, node in settings.items() if key not in _GONE}
+def _remove_gone(settings: Settings) -> Settings:
+    return _without(settings, [*_GONE])
 
 
 def _upgrade_evaluation(settings: Settings) -> Settings:
@@ -328,28 +317,27 @@ def _upgrade_evaluation(settings: Settings) -> Settings:
     return settings
 
 
+def _rename(settings: Settings) -> Settings:
+    new = {key: _SAME_VALUE.get(key, key) for key in settings}
+    return {key if new[key] in settings else new[key]: node for key, node in settings.items()}
+
+
+# Values and what depends on other old names first, then the names, then what is one with another setting.
 _STEPS: tuple[Callable[[Settings], Settings], ...] = (
+    _switch_off,
     _upgrade_moe,
-    _upgrade_choices,
-    _upgrade_loop_norm,
-    _upgrade_hidden_scale,
     _upgrade_rope_scaling,
     _upgrade_fp8,
     _upgrade_fim,
-    _upgrade_spikes,
-    _upgrade_checkpoint,
-    _upgrade_logging,
+    _upgrade_profile,
     _upgrade_evaluation,
-    _upgrade_data,
+    _remove_gone,
     _upgrade_deepspeed,
+    _rename,
+    _upgrade_choices,
+    _upgrade_loop_norm,
+    _upgrade_hidden_scale,
 )
-
-
-def _renamed(settings: Settings, section: str) -> Settings:
-    return {
-        new if (new := _SAME_VALUE.get(key, key)).startswith(section) and new not in settings else key: node
-        for key, node in settings.items()
-    }
 
 
 def _switched_off(settings: Settings, old: list[str], section: str) -> Settings:

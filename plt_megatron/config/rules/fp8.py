@@ -110,12 +110,12 @@ def _obstacles_of_delayed(config: RunConfig, fp8: Fp8Config) -> dict[str, bool]:
     with different experts would put their largest values into one history.
     """
     granularity, loops = config.parallel.recompute_granularity, config.model.loop_count
-    recomputed = "mlp in parallel.recompute_modules" if granularity == "selective" else "recompute_granularity full"
+    recomputed = "granularity full" if granularity == "full" else "modules mlp"
     linears = granularity == "full" or (granularity == "selective" and "mlp" in config.parallel.recompute_modules)
     return {
-        f"with {recomputed} and model.loop_count {loops}: a loop would be recomputed with another loop's scales": (
-            linears and loops > 1
-        ),
+        f"with parallel.recompute_{recomputed} and model.loop_count {loops}: a loop would be recomputed with another "
+        "loop's scales (parallel.recompute_granularity=selective of core_attn alone is possible)": linears
+        and loops > 1,
         "with model.moe: experts on several ranks would share their scales": config.model.moe is not None,
         **{f"with {key}: scales are reduced for the whole stack at once": True for key in _layers_in_bf16(fp8)},
     }

@@ -37,11 +37,9 @@ def _check_exports(config: RunConfig) -> Iterator[str]:
     for name in ("exports", "uploads"):
         if getattr(checkpoint, name) is not None and not checkpoint.enabled:
             yield f"checkpoint.{name} are made of checkpoints, but checkpoint.enabled=false writes none"
-    if (
-        exports is not None
-        and checkpoint.enabled
-        and (checkpoint.save_interval == 0 or exports.interval % checkpoint.save_interval)
-    ):
+    if exports is None or not checkpoint.enabled:
+        return
+    if checkpoint.save_interval == 0 or exports.interval % checkpoint.save_interval:
         yield (
             f"checkpoint.exports.interval {exports.interval} must be a multiple of checkpoint.save_interval, which is "
             f"{checkpoint.save_interval}"

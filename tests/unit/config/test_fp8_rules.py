@@ -61,7 +61,7 @@ def test_the_choice_in_words():
         ({"training__fp8__recipe": "blockwise", **ATTENTION}, "recipe blockwise: no card has a kernel"),
         (
             {"training__fp8__recipe": "delayed", "parallel__recompute_granularity": "full"},
-            "a loop would be recomputed with another loop's scales; set training.fp8.recipe=tensorwise",
+            "core_attn alone is possible); set training.fp8.recipe=tensorwise",
         ),
         (
             {**ATTENTION, "parallel__recompute_granularity": "selective"},
