@@ -7,7 +7,6 @@ continues as it would have, and estimates know a run's steps.
 from __future__ import annotations
 
 import dataclasses
-from bisect import bisect_right
 from collections.abc import Iterator
 
 from plt_megatron.config import schedules
@@ -16,10 +15,8 @@ from plt_megatron.config.schema import BatchStage, RunConfig
 MAX_INCREMENTS = 10_000  # per stage
 
 
-class BatchSchedule:
+class BatchSchedule(schedules.TokenSchedule):
     """Batch size of each step of a run; `training.global_batch_size` throughout without a schedule.
-
-    A size takes effect at the first step that begins at or after the end of the previous one: no step is split.
 
     Attributes:
         sizes: batch sizes in sequences, in order of use; the last one is `training.global_batch_size`.
@@ -31,20 +28,21 @@ class BatchSchedule:
     def __init__(self, config: RunConfig) -> None:
         training = config.training
         self._length = config.data.sequence_length
-        self._ends: list[int] = []  # tokens at which each size but the last ends
+        ends: list[int] = []  # tokens at which each size but the last ends
         self.sizes: list[int] = []
         start, sizes_after = 0, [stage.global_batch_size for stage in training.batch_schedule[1:]]
         sizes_after.append(training.global_batch_size)
         for stage, after in zip(training.batch_schedule, sizes_after, strict=False):  # one size more without stages
             sizes = stage_sizes(stage, after)
-            self._ends += [start + (stage.until - start) * part // len(sizes) for part in range(1, len(sizes) + 1)]
+            ends += [start + (stage.until - start) * part // len(sizes) for part in range(1, len(sizes) + 1)]
             self.sizes += sizes
             start = stage.until
         self.sizes.append(training.global_batch_size)
+        super().__init__(ends, self.sizes)
 
     def global_batch_size(self, tokens: int) -> int:
         """Return the number of sequences in the step that follows `tokens`."""
-        return self.sizes[bisect_right(self._ends, tokens)]
+        return self.value(tokens)
 
     def step_tokens(self, tokens: int) -> int:
         """Return the number of tokens in the step that follows `tokens`."""
@@ -60,23 +58,9 @@ class BatchSchedule:
     def stretches(
         self, tokens: int = 0, *, steps: int | None = None, end: int | None = None
     ) -> Iterator[tuple[int, int]]:
-        """Yield (size, number of steps) for each stretch of equal batches that follows `tokens`. The stretches cover
+        """Return (size, number of steps) for each stretch of equal batches that follows `tokens`. The stretches cover
         `steps` steps, or all whole steps up to `end` tokens."""
-        number = bisect_right(self._ends, tokens)
-        while number < len(self.sizes):
-            size, stop = self.sizes[number], self._ends[number] if number < len(self._ends) else None
-            own = size * self._length
-            wanted = None if stop is None else -((tokens - stop) // own)
-            possible = steps if end is None else max(0, (end - tokens) // own)
-            assert possible is not None, "give steps or end"
-            taken = possible if wanted is None else min(wanted, possible)
-            if taken:
-                yield size, taken
-            if wanted is None or taken < wanted:
-                return
-            tokens += taken * own
-            steps = None if steps is None else steps - taken
-            number = bisect_right(self._ends, tokens)
+        return self.value_stretches(tokens, lambda size: size * self._length, steps=steps, end=end)
 
     def steps(self, end: int, tokens: int = 0) -> int:
         """Return the number of whole steps between `tokens` and `end` tokens."""

@@ -8,17 +8,14 @@ depends only on the configuration and on the tokens trained so far.
 from __future__ import annotations
 
 import dataclasses
-from bisect import bisect_right
 from collections.abc import Iterator
 
 from plt_megatron.config import schedules
 from plt_megatron.config.schema import RunConfig
 
 
-class LengthSchedule:
+class LengthSchedule(schedules.TokenSchedule):
     """Row length of each step of a run; `data.sequence_length` throughout without a schedule.
-
-    A length takes effect at the first step that begins at or after the end of the previous one.
 
     Attributes:
         lengths: row lengths in tokens, in order of use; the last one is `data.sequence_length`.
@@ -29,23 +26,17 @@ class LengthSchedule:
 
     def __init__(self, config: RunConfig) -> None:
         stages = config.data.length_schedule
-        self._ends = [stage.until for stage in stages]
         self.lengths = [*(stage.sequence_length for stage in stages), config.data.sequence_length]
+        super().__init__([stage.until for stage in stages], self.lengths)
 
     def sequence_length(self, tokens: int) -> int:
         """Return the tokens per row in the step that follows `tokens`."""
-        return self.lengths[bisect_right(self._ends, tokens)]
+        return self.value(tokens)
 
     def stretches(self, tokens: int, step_tokens: int, steps: int) -> Iterator[tuple[int, int]]:
-        """Yield (length, number of steps) for each stretch of equal row length among the `steps` steps of
+        """Return (length, number of steps) for each stretch of equal row length among the `steps` steps of
         `step_tokens` tokens each that follow `tokens`."""
-        while steps:
-            number = bisect_right(self._ends, tokens)
-            taken = steps
-            if number < len(self._ends):
-                taken = min(steps, -((tokens - self._ends[number]) // step_tokens))
-            yield self.lengths[number], taken
-            tokens, steps = tokens + taken * step_tokens, steps - taken
+        return self.value_stretches(tokens, lambda _: step_tokens, steps=steps)
 
 
 def with_sequence_length(config: RunConfig, length: int) -> RunConfig:

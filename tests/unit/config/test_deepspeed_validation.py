@@ -49,6 +49,12 @@ def test_what_the_engine_can_do_passes():
         ({"parallel__context_parallel_size": 2}, "parallel.context_parallel_size", "=1"),
         ({"parallel__overlap_grad_reduce": True}, "parallel.overlap_grad_reduce", "=false"),
         (
+            {"training__ema_decay": 0.999},
+            "training.ema_decay is not verified with deepspeed",
+            "training.ema_decay=null",
+        ),
+        ({"model__moe__num_experts": 4}, "model.moe is not verified with deepspeed", "model.moe=null"),
+        (
             {"deepspeed__offload_param": "cpu"},
             "deepspeed.offload_param cpu needs deepspeed.zero_stage=3",
             "deepspeed.offload_param=none",
@@ -69,18 +75,10 @@ def test_what_it_cannot_do_is_one_line_with_the_alternative(changes, expected, a
         assert find_problems(config, check_files=False) == []
 
 
-def test_averages_are_refused():
-    (line,) = problems(training__ema_decay=0.999)
-    assert line.startswith("training.ema_decay is not verified with deepspeed")
-    assert "training.ema_decay=null" in line
-
-
-def test_fp8_and_experts_are_refused():
+def test_fp8_is_refused():
     config = config_with(training__fp8__format="hybrid", model__backend="te")
     lines = [line for line in find_problems(config, check_files=False, have_te=True) if "deepspeed" in line]
     assert len(lines) == 1 and "training.fp8=null" in lines[0]
-    (line,) = problems(model__moe__num_experts=4)
-    assert "model.moe=null" in line
 
 
 def test_an_optimizer_that_deepspeed_does_not_run_is_refused():
