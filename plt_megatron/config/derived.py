@@ -35,13 +35,8 @@ def looped_among(model: ModelConfig, layers: range) -> list[int]:
     return [layer for layer in layers if layer in looped]
 
 
-def run_layers(model: ModelConfig) -> list[int]:
-    """Return the layers that a token passes in a forward pass, each as often as it runs."""
-    return [*range(model.num_layers), *(model.loop_count - 1) * [*looped_layers(model)]]
-
-
 def layer_runs(model: ModelConfig) -> int:
-    """Return the number of layer runs in a forward pass: the length of `run_layers`."""
+    """Return the number of layer runs in a forward pass."""
     return model.num_layers + (model.loop_count - 1) * len(looped_layers(model))
 
 

@@ -44,60 +44,50 @@ Kind = Literal["embedding", "head", "hidden", "gates", "norms"]  # fields of the
 class Sizes:
     """Sizes of the dimensions named in the table."""
 
-    hidden: int
-    ffn: int  # of a dense FFN
     vocab: int
+    hidden: int
     heads: int
     groups: int
     head_dim: int
+    query: int
+    key_value: int
+    qkv: int
     query_norm: int
     key_norm: int
+    ffn: int  # of a dense FFN
+    gate_up: int
     experts: int
     expert_ffn: int
+    expert_gate_up: int
     shared_ffn: int  # of a shared expert
+    shared_gate_up: int
     one: int = 1
 
     @classmethod
     def of(cls, model: ModelConfig, vocab_size: int) -> Sizes:
         """Return a model's sizes. `vocab_size`: rows of the embedding, with or without padding."""
         heads, groups, head_dim = model.num_attention_heads, derived.num_query_groups(model), derived.head_dim(model)
+        query, key_value = heads * head_dim, groups * head_dim
+        ffn, expert_ffn = model.ffn_hidden_size, derived.expert_ffn_hidden_size(model)
         return cls(
-            hidden=model.hidden_size,
-            ffn=model.ffn_hidden_size,
             vocab=vocab_size,
+            hidden=model.hidden_size,
             heads=heads,
             groups=groups,
             head_dim=head_dim,
-            query_norm=heads * head_dim if _post(model) else head_dim,
-            key_norm=groups * head_dim if _post(model) else head_dim,
+            query=query,
+            key_value=key_value,
+            qkv=query + 2 * key_value,
+            query_norm=query if _post(model) else head_dim,
+            key_norm=key_value if _post(model) else head_dim,
+            ffn=ffn,
+            gate_up=2 * ffn,
             experts=derived.num_experts(model),
-            expert_ffn=derived.expert_ffn_hidden_size(model),
+            expert_ffn=expert_ffn,
+            expert_gate_up=2 * expert_ffn,
             shared_ffn=derived.shared_expert_size(model),
+            shared_gate_up=2 * derived.shared_expert_size(model),
         )
-
-    @property
-    def query(self) -> int:
-        return self.heads * self.head_dim
-
-    @property
-    def key_value(self) -> int:
-        return self.groups * self.head_dim
-
-    @property
-    def qkv(self) -> int:
-        return self.query + 2 * self.key_value
-
-    @property
-    def gate_up(self) -> int:
-        return 2 * self.ffn
-
-    @property
-    def expert_gate_up(self) -> int:
-        return 2 * self.expert_ffn
-
-    @property
-    def shared_gate_up(self) -> int:
-        return 2 * self.shared_ffn
 
     def shape(self, dims: str) -> tuple[int, ...]:
         """Return the sizes of dimensions given by name, such as `"qkv hidden"`."""
@@ -121,6 +111,9 @@ class Parameter:
         gate_logit: whether negating it makes the gate multiply the other attention, as in LoopCoder-v2's files.
         in_core_attention: whether it is used in the core attention of loops >= 2, not in the layer around it.
         copy: name of its copy in a pipeline's last stage, which trains it too.
+        feeds_linear: of a norm, whether a linear layer reads its output, and keeps it for its own gradients.
+        mixes_tokens: whether it mixes K or V with the token before. Its gradient is summed over tensor-parallel ranks
+            in each backward pass, not once per step.
         is_buffer: whether the training loop sets it instead of learning it; fp32 whatever the model's precision.
     """
 
@@ -136,6 +129,8 @@ class Parameter:
     gate_logit: bool = False
     in_core_attention: bool = False
     copy: str | None = None
+    feeds_linear: bool = False
+    mixes_tokens: bool = False
     is_buffer: bool = False
 
     @property
@@ -189,6 +184,11 @@ class Parameter:
     @property
     def per_layer(self) -> bool:
         return LAYER in self.name
+
+    @property
+    def in_attention(self) -> bool:
+        """Whether it belongs to a layer's attention, not to its FFN."""
+        return ".self_attention." in self.name
 
     def layers(self, model: ModelConfig) -> range:
         """Return the layers that have one, counted from 0: gates exist only in looped layers. Outside the layers:
@@ -270,20 +270,12 @@ def _post(model: ModelConfig) -> bool:
     return model.norm_placement == "post"
 
 
-def _expert_bias(model: ModelConfig) -> bool:
-    return derived.has_expert_bias(model)
-
-
 def _shared_expert(model: ModelConfig) -> bool:
     return derived.shared_expert_size(model) > 0
 
 
 def _qk_norm(model: ModelConfig) -> bool:
     return model.qk_layernorm
-
-
-def _learned_key_shift(model: ModelConfig) -> bool:
-    return model.key_shift == "learned"
 
 
 def _gate(kind: str) -> Callable[[ModelConfig], bool]:
@@ -329,7 +321,7 @@ TABLE = (
     *(_parameter("loop_input.hidden_scale", dims, "loop_input", "model.loop_input.hidden_scale",
                  init="hidden_scale", exists=_hidden_scale(kind)) for kind, dims in _SCALES.items()),
     *_in_layers(
-        _norm(_QKV + "layer_norm_weight", "input_layernorm.weight", exists=_pre),
+        _norm(_QKV + "layer_norm_weight", "input_layernorm.weight", feeds_linear=True, exists=_pre),
         _parameter(_QKV + "weight", "qkv hidden", "attention",
                    "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight", **_OF_QKV),
         _parameter(_QKV + "bias", "qkv", "attention",
@@ -338,7 +330,8 @@ TABLE = (
         _norm("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", "query_norm", exists=_qk_norm),
         _norm("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "key_norm", exists=_qk_norm),
         *(_parameter(f"self_attention.key_shift.{kind}", "groups", "attention", f"self_attn.key_shift.{kind}",
-                     init=0.0, exists=_learned_key_shift) for kind in ("key", "value")),
+                     init=0.0, mixes_tokens=True, exists=lambda model: model.key_shift == "learned")
+          for kind in ("key", "value")),
         _parameter(_GATE + "weight", "heads head_dim", "gates", _HF_GATE + "weight", **_OF_QUERY_GATE),
         _parameter(_GATE + "bias", "heads", "gates", _HF_GATE + "bias", **_OF_QUERY_GATE),
         _parameter(_GATE + "weight", "heads hidden", "gates", _HF_GATE + "weight", **_OF_HIDDEN_GATE),
@@ -348,15 +341,17 @@ TABLE = (
         _parameter("self_attention.linear_proj.weight", "hidden query", "attention", "self_attn.o_proj.weight",
                    split="columns", init="output"),
         _norm("self_attention.output_norm.weight", "post_attention_layernorm.weight", exists=_post),
-        _norm("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", ffn="dense", exists=_pre),
-        _norm("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", ffn="experts", exists=_pre),
+        _norm("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight",
+              feeds_linear=True, ffn="dense", exists=_pre),
+        _norm("pre_mlp_layernorm.weight", "post_attention_layernorm.weight",
+              feeds_linear=True, ffn="experts", exists=_pre),
         _parameter("mlp.linear_fc1.weight", "gate_up hidden", "ffn", "mlp.gate_proj.weight", "mlp.up_proj.weight",
                    form="gate_up", split="rows", ffn="dense"),
         _parameter("mlp.linear_fc2.weight", "hidden ffn", "ffn", "mlp.down_proj.weight",
                    split="columns", init="output", ffn="dense"),
         _parameter("mlp.router.weight", "experts hidden", "router", "mlp.gate.weight", ffn="experts"),
         _parameter("mlp.router.expert_bias", "experts", "router", "mlp.gate.e_score_correction_bias",
-                   init=0.0, is_buffer=True, ffn="experts", exists=_expert_bias),
+                   init=0.0, is_buffer=True, ffn="experts", exists=derived.has_expert_bias),
         _parameter(_EXPERT + "linear_fc1.weight", "expert_gate_up hidden", "experts",
                    _EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight", form="gate_up", ffn="experts"),
         _parameter(_EXPERT + "linear_fc2.weight", "hidden expert_ffn", "experts", _EXPERT + "down_proj.weight",

@@ -18,7 +18,6 @@ from plt_megatron.config.schema import ModelConfig, RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.model.parameters import parameters_of
 
-EMBEDDING = "embedding.word_embeddings.weight"
 _EXPERT = re.compile(r"(?<=\.mlp\.experts\.)(\d+|\{expert\})\.")
 
 
@@ -37,12 +36,6 @@ def trains(config: RunConfig) -> Callable[[str], bool]:
 def selection(config: RunConfig) -> Callable[[str], bool] | None:
     """Return `trains` for counting, or None if all parameters are trained and no name needs a lookup."""
     return trains(config) if config.training.trainable else None
-
-
-def trains_head(config: RunConfig) -> bool:
-    """Return whether the run trains the output layer's weight, which may be the embedding's."""
-    tied = config.model.share_embeddings_and_output_weights
-    return trains(config)(EMBEDDING if tied else "output_layer.weight")
 
 
 def is_trained(patterns: Sequence[str], name: str) -> bool:

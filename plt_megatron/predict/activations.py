@@ -10,32 +10,26 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from plt_megatron.config import derived
-from plt_megatron.predict.layers import FP32, RankLayer, running
+from plt_megatron.predict.layers import FP32, RankLayer, runs
 
 
 @dataclass(frozen=True)
 class Activations(RankLayer):
     """Activation memory of one rank; every method returns bytes per microbatch."""
 
-    # One layer in one loop.
+    # One run of a layer.
 
-    def layer(self, loop: int) -> int:
-        """Return what one layer saves in loop `loop`, excluding the first loop's K and V (`first_loop_kv`)."""
-        return self.attention_block(loop) + self.ffn_block()
+    def layer(self) -> int:
+        """Return what one run of a layer saves, excluding the first loop's K and V (`first_loop_kv`)."""
+        return self.attention_block() + self.ffn_block()
 
-    def attention_block(self, loop: int) -> int:
-        """Return what norm, projections and core attention save."""
-        saved = self._block_input()
-        saved += self._rope() + self._qk_norms() + self._hidden_gate() + self._key_shift(loop)
+    def attention_block(self) -> int:
+        """Return what norms, projections and core attention save."""
+        saved = self._norms(in_attention=True) + self._rope() + self._hidden_gate() + self._mixed_tokens()
         saved += self.query_bytes() + self.query_bytes()  # rotated queries; the output projection's input
-        if loop == 1 or not self.shares_kv:
-            saved += 0 if self.shares_kv else self._keys_and_values()
-            saved += self._core_attention_statistics()
-        else:
-            saved += self._later_loop()
-        if self.model.norm_placement == "post":
-            saved += self._norm(self.rows * self.hidden, feeds_linear=False)
-        return saved
+        if self.part == "later" and self.shares_kv:
+            return saved + self._later_loop()
+        return saved + (0 if self.shares_kv else self._keys_and_values()) + self._core_attention_statistics()
 
     def ffn_block(self) -> int:
         """Return what norm, gate and up projections, SwiGLU and down projection save; if recomputed, their input."""
@@ -44,14 +38,9 @@ class Activations(RankLayer):
 
     def _whole_ffn_block(self) -> int:
         wide = self.tokens * self.ffn * self.element
-        saved = self._block_input()
         # torch saves both halves, silu(gate), the other half + 0, and their product; fused SwiGLU both halves and the
         # product.
-        saved += 3 * wide if self.te else 5 * wide
-        saved += self._experts()
-        if self.model.norm_placement != "pre":
-            saved += self._norm(self.rows * self.hidden, feeds_linear=False)
-        return saved
+        return self._norms(in_attention=False) + (3 if self.te else 5) * wide + self._experts()
 
     def _experts(self) -> int:
         """Return what experts and router save at an even load. Per token sent to this rank's experts: their inputs,
@@ -75,7 +64,7 @@ class Activations(RankLayer):
 
     def layers_in_loop(self, layers: Iterable[int], loop: int) -> int:
         """Return what the given layers that run in loop `loop` save, excluding the first loop's K and V."""
-        return sum(count * kind.layer(loop) for kind, count in self.by_kind(running(self.model, layers, loop)))
+        return sum(count * kind.layer() for kind, count in self.by_kind(runs(self.model, layers, loop)))
 
     # A loop's ends.
 
@@ -87,7 +76,7 @@ class Activations(RankLayer):
     def loop_end(self, last_loop: bool) -> int:
         """Return what the final norm saves, if this loop ends with one."""
         if last_loop or self.model.loop_norm == "final":
-            return self._norm(self.rows * self.hidden, feeds_linear=last_loop)
+            return self._norm(feeds_linear=last_loop)
         return 0
 
     def softmax(self) -> int:
@@ -111,36 +100,36 @@ class Activations(RankLayer):
         cast = logits  # alongside the fp32 gradients, which are freed by the time padding is masked
         return max(cast, logits + masked - self.softmax(), logits + weight - self.softmax()) + self.gathered_bytes()
 
-    def backward_working_set(self, loop: int) -> int:
-        """Return the peak of a layer's backward temporaries, beyond everything it has saved."""
+    def backward_working_set(self) -> int:
+        """Return the peak of a run's backward temporaries, beyond everything it has saved."""
         rows = 2 * self.hidden_bytes() + self.gathered_bytes()
         ffn = 2 * (self.tokens * self.ffn + self.rows * self.topk * (self.expert_ffn + self.hidden)) * self.element
         ffn += self._whole_ffn_block() - self.ffn_block()
         attention = 0
-        if loop > 1 and self._blocked_window:
+        if self.part == "later" and self._blocked_window:
             attention = 3 * self._window_scores() + 2 * self.query_bytes() - self.ffn_block()
         return rows + max(ffn, attention)
 
     # Parts.
-
-    def _block_input(self) -> int:
-        """Return what attention or FFN saves of its input: the norm's tensors with pre-norm, else the input itself."""
-        if self.model.norm_placement == "post":
-            return self.hidden_bytes()
-        return self._norm(self.rows * self.hidden, feeds_linear=True)
 
     @property
     def _blocked_window(self) -> bool:
         """Whether the window is computed in blocks: torch does so unless the window spans the whole sequence."""
         return self.windowed and not self.te and self.model.window_size < self.row_length
 
-    def _norm(self, elements: int, *, feeds_linear: bool) -> int:
-        """Return a norm's input, the normalized input before the weight, and its output if a linear layer saves it."""
-        if self.te:
-            kept = self.element
-        else:
-            kept = FP32 + self.element
-        return elements * (kept + (self.element if feeds_linear else 0)) + FP32 * (elements // self.hidden or 1)
+    def _norms(self, *, in_attention: bool) -> int:
+        """Return what the norms of attention or FFN save, and its input, unless a norm is before it."""
+        norms = [each for each in self.parameters if each.component == "norms" and each.in_attention == in_attention]
+        saved = sum(self._norm(each.dims, feeds_linear=each.feeds_linear) for each in norms)
+        return saved if any(each.feeds_linear for each in norms) else saved + self.hidden_bytes()
+
+    def _norm(self, dims: str = "hidden", *, feeds_linear: bool) -> int:
+        """Return a norm's input, the normalized input before the weight, and its output if a linear layer saves it.
+        Q and K are normed by head."""
+        heads = {"query_norm": self.heads, "key_norm": self.groups}.get(dims)
+        rows, width = (self.rows, self.hidden) if heads is None else (self.tokens * heads, self.channels)
+        kept = (0 if self.te else FP32) + (2 if feeds_linear else 1) * self.element
+        return rows * (width * kept + FP32)
 
     def _keys_and_values(self) -> int:
         """Return K and V as attention saves them: torch's V is a view of the fused QKV output, TE's is not."""
@@ -153,18 +142,10 @@ class Activations(RankLayer):
         rows = self.tokens if self.documents else self.row_length
         return 4 * rows * self.channels * self.element
 
-    def _qk_norms(self) -> int:
-        if not self.model.qk_layernorm:
-            return 0
-        elements = self.tokens * (self.heads + self.groups) * self.channels
-        per_element = self.element if self.te else FP32 + self.element
-        return elements * per_element + FP32 * self.tokens * (self.heads + self.groups)
-
-    def _key_shift(self, loop: int) -> int:
-        """Return what learned shift factors save: K, V and their neighbours, with V then a tensor of its own. Shifts by
-        heads or channels save nothing."""
-        used = loop == 1 or not self.shares_kv or self.windowed or not self.shares_values
-        if not (self.model.key_shift == "learned" and used):
+    def _mixed_tokens(self) -> int:
+        """Return what mixing with the token before saves: K, V, their neighbours, and V as a tensor of its own."""
+        used = self.part != "later" or derived.later_loops_use_values(self.model)
+        if not (used and any(each.mixes_tokens for each in self.parameters)):
             return 0
         return 2 * self.key_bytes() + (self.qkv_bytes() if self.te else self.key_bytes())
 
@@ -181,8 +162,8 @@ class Activations(RankLayer):
         saved = self.tokens * self.heads * FP32
         if self.documents:
             saved += self.query_bytes()
-        if self.context > 1 and not self.te:  # K and V of the whole sequence; Transformer Engine sends them in a ring
-            saved += 2 * self.key_bytes() * self.context
+        if self.layout.context > 1 and not self.te:  # K and V of the whole sequence; in a ring, of a part
+            saved += 2 * self.key_bytes() * self.layout.context
         return saved
 
     def _later_loop(self) -> int:

@@ -17,11 +17,10 @@ from dataclasses import dataclass
 
 from plt_megatron.config import derived
 from plt_megatron.config.schema import ModelConfig
-from plt_megatron.errors import UserError
 from plt_megatron.predict.cards import GPUSpec, find_gpu_spec
 from plt_megatron.predict.flops import forward_flops
 from plt_megatron.predict.layout import BYTES
-from plt_megatron.predict.parameters import count_components, count_parameters
+from plt_megatron.predict.parameters import Weights, count_parameters
 
 ELEMENT = BYTES["bf16"]
 MAX_BATCH = 1 << 16
@@ -52,17 +51,12 @@ class DecodeCost:
 
 
 def decode_cost(
-    model: ModelConfig, *, vocab_size: int | None = None, context_length: int, batch_size: int, gpu: str = "h100"
+    model: ModelConfig, *, vocab_size: int, context_length: int, batch_size: int, gpu: str = "h100"
 ) -> DecodeCost:
     """Return the cost of one more token for `batch_size` sequences of `context_length` tokens each.
 
-    `vocab_size` None: `model.vocab_size`. Raises `UserError` if the card or the vocabulary size is unknown.
+    Raises `UserError` if the card is unknown.
     """
-    vocab_size = model.vocab_size if vocab_size is None else vocab_size
-    if vocab_size is None:
-        raise UserError("the vocabulary size is unknown: set model.vocab_size or data.tokenizer")
-    if context_length < 1 or batch_size < 1:
-        raise UserError(f"context length {context_length} and batch size {batch_size} must both be at least 1")
     card = find_gpu_spec(gpu)
     read, computed = _step(model, vocab_size, context_length, batch_size)
     seconds, bound = _seconds(card, read, computed)
@@ -94,18 +88,14 @@ def state_bytes(model: ModelConfig, context_length: int) -> int:
     """Return the bytes per sequence of L - 1 windows of K and V in every looped layer, and of L - 1 carried hidden
     states."""
     later = model.loop_count - 1
-    windows = min(model.window_size, context_length) * _token_kv(model, _window_runs(model))
+    runs = derived.layer_runs(model) - model.num_layers if derived.has_gates(model) else 0
+    windows = min(model.window_size, context_length) * _token_kv(model, runs)
     carries = later * model.hidden_size * ELEMENT if model.cross_loop_parallel else 0
     return windows + carries
 
 
 def _token_kv(model: ModelConfig, layers: int) -> int:
     return 2 * layers * derived.num_query_groups(model) * derived.head_dim(model) * ELEMENT
-
-
-def _window_runs(model: ModelConfig) -> int:
-    """Count the layers with a window, each once per loop that has one."""
-    return derived.layer_runs(model) - model.num_layers if derived.has_gates(model) else 0
 
 
 def _step(model: ModelConfig, vocab_size: int, context: int, batch: int) -> tuple[float, float]:
@@ -129,16 +119,11 @@ def _step(model: ModelConfig, vocab_size: int, context: int, batch: int) -> tupl
 
 
 def _read_layers(model: ModelConfig, layers: Iterable[int], rows: int) -> float:
-    """Count the parameters of these layers that a step with `rows` rows reads."""
-    counted = count_components(model, layers)
-    return sum(counted.values()) - counted["experts"] * (1.0 - _read_experts(model, rows))
-
-
-def _read_experts(model: ModelConfig, rows: int) -> float:
-    """Return the share of experts that at least one of `rows` rows is routed to."""
-    if model.moe is None:
-        return 0.0
-    return 1.0 - (1.0 - model.moe.router_topk / model.moe.num_experts) ** rows
+    """Count the parameters of these layers that a step with `rows` rows reads: of the experts, those that at least one
+    row is routed to."""
+    counted = Weights(model).by_component(layers)
+    read = 0.0 if model.moe is None else 1.0 - (1.0 - model.moe.router_topk / model.moe.num_experts) ** rows
+    return sum(counted.values()) - counted["experts"] * (1.0 - read)
 
 
 def _seconds(card: GPUSpec, read: float, computed: float) -> tuple[float, str]:

@@ -11,23 +11,21 @@ Per token and forward pass, with `n` tokens in a sequence, `d` hidden, `h` heads
     gate          2 h * (c or d)                     per layer and loop >= 2, with gated_window
     output        2 d V                              once
 
-Layers before and after `model.loop_span` run once and count as part of the first loop.
+Layers that run once count as part of the first loop.
 
 `K` is the mean number of keys a query sees under the causal mask: K(n) = (n + 1) / 2, and for w <= n
 K(n, w) = w - w (w - 1) / (2 n).
 
 Training costs three forward passes: the forward itself, the gradients of inputs, and the gradients of weights, which
-frozen matrices (`training.trainable`) skip. Recomputation adds nothing: these are model FLOPs, the work the mathematics
-asks for, not what the hardware did. The embedding is a lookup; norms, RoPE, softmax, activations and the loop's shift
-are left out. A sequence counts as one document: with `reset_at_document_boundaries` attention does less work than is
-counted. With `share_kv` and without `gated_window`, loops >= 2 use no K and V of their own, so those projections are
-not counted.
+frozen matrices skip. Recomputation adds nothing: these are model FLOPs, the work the mathematics asks for, not what the
+hardware did. The embedding is a lookup; norms, RoPE, softmax, activations and the loop's shift are left out. A sequence
+counts as one document: with `reset_at_document_boundaries` attention does less work than is counted. With `share_kv`
+and without `gated_window`, loops >= 2 use no K and V of their own, so those projections are not counted.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -35,8 +33,8 @@ from plt_megatron.config import derived
 from plt_megatron.config.loop_schedule import LoopSchedule
 from plt_megatron.config.schema import ModelConfig, RunConfig
 from plt_megatron.model.parameters import Component
-from plt_megatron.model.trainable import trains, trains_head
-from plt_megatron.predict.parameters import FFN, matmuls
+from plt_megatron.predict.layers import runs
+from plt_megatron.predict.parameters import FFN, Weights
 
 TRAINING_OVER_FORWARD = 3  # forward, gradients of the inputs, gradients of the weights
 
@@ -83,20 +81,26 @@ def mean_keys(sequence_length: int, window_size: int | None = None) -> float:
 def forward_flops(model: ModelConfig, keys: float, window_keys: float, padded_vocab_size: int) -> Flops:
     """Count the FLOPs of one token's forward pass, logits included, that sees `keys` keys, and `window_keys` in a
     window. In training both are means over a sequence; in decoding they follow from the context length."""
-    runs = derived.run_layers(model)
-    later = runs[model.num_layers :]
+    ran, later = _ran(model)
     windows = later if derived.has_gates(model) else []
+    weights = Weights(model)
     key_value_width = derived.num_query_groups(model) * derived.head_dim(model)
     unused = (not derived.later_loops_use_keys(model)) + (not derived.later_loops_use_values(model))
     attention = 4 * model.num_attention_heads * derived.head_dim(model)
     return Flops(
-        projections=2 * (matmuls(model, runs, "attention") - len(later) * unused * key_value_width * model.hidden_size),
-        ffn=2 * matmuls(model, runs, *FFN),
-        global_attention=len(runs) * attention * keys,
+        projections=2 * (weights.matmuls(ran, "attention") - len(later) * unused * key_value_width * model.hidden_size),
+        ffn=2 * weights.matmuls(ran, *FFN),
+        global_attention=len(ran) * attention * keys,
         local_attention=len(windows) * attention * window_keys,
-        gate=2 * matmuls(model, windows, "gates"),
+        gate=2 * weights.matmuls(windows, "gates"),
         output=2 * model.hidden_size * padded_vocab_size,
     )
+
+
+def _ran(model: ModelConfig) -> tuple[list[int], list[int]]:
+    """Return the layers that a forward pass runs, each as often as it does, and those that run again."""
+    found = runs(model, range(model.num_layers))
+    return [run.layer for run in found], [run.layer for run in found if run.part == "later"]
 
 
 def forward_flops_per_token(
@@ -130,28 +134,29 @@ def step_flops_per_token(
     `data.sequence_length`."""
     length = sequence_length or config.data.sequence_length
     flops = training_flops_per_token(config.model, length, padded_vocab_size, loop_count)
-    if config.training.trainable:
-        flops = _without_frozen_weights(config, flops, loop_count)
+    trained = Weights.trained(config)
+    if not trained.is_whole:
+        model = dataclasses.replace(config.model, loop_count=loop_count)
+        flops = _without_frozen_weights(dataclasses.replace(trained, model=model), flops)
     outputs = len(derived.loops_with_loss(config, loop_count))
     return dataclasses.replace(flops, output=outputs * flops.output)
 
 
-def _without_frozen_weights(config: RunConfig, flops: Flops, loop_count: int) -> Flops:
-    """Return the training FLOPs without the gradients of frozen weights."""
-    model, is_trained = dataclasses.replace(config.model, loop_count=loop_count), trains(config)
-    runs = derived.run_layers(model)
+def _without_frozen_weights(trained: Weights, flops: Flops) -> Flops:
+    """Return the training FLOPs without the gradients of weights that are not trained."""
+    ran, later = _ran(trained.model)
 
-    def trained(part: float, layers: Sequence[int], *components: Component) -> float:
-        all_weights = matmuls(model, layers, *components)
-        frozen = all_weights - matmuls(model, layers, *components, is_trained=is_trained)
+    def without(part: float, layers: list[int], *components: Component) -> float:
+        all_weights = Weights(trained.model).matmuls(layers, *components)
+        frozen = all_weights - trained.matmuls(layers, *components)
         return part - part / TRAINING_OVER_FORWARD * frozen / max(1, all_weights)
 
     return dataclasses.replace(
         flops,
-        projections=trained(flops.projections, runs, "attention"),
-        ffn=trained(flops.ffn, runs, *FFN),
-        gate=trained(flops.gate, runs[model.num_layers :], "gates"),
-        output=flops.output * (1 if trains_head(config) else 1 - 1 / TRAINING_OVER_FORWARD),
+        projections=without(flops.projections, ran, "attention"),
+        ffn=without(flops.ffn, ran, *FFN),
+        gate=without(flops.gate, later, "gates"),
+        output=flops.output * (1 if trained.has_head else 1 - 1 / TRAINING_OVER_FORWARD),
     )
 
 

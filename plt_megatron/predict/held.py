@@ -12,16 +12,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from plt_megatron.config import derived
 from plt_megatron.config.layout import ParallelLayout
 from plt_megatron.config.optimizers import optimizer_spec
 from plt_megatron.config.schema import ModelConfig, RunConfig
-from plt_megatron.model.parameters import Component, Parameter, Sizes, parameters_of
-from plt_megatron.model.trainable import selection
+from plt_megatron.model.parameters import Component, Parameter, Sizes
 from plt_megatron.predict.layout import Layout
-from plt_megatron.predict.parameters import elements
+from plt_megatron.predict.parameters import Weights
 
 _ALIGNMENT = 64  # elements
 _ENDS: tuple[Component, ...] = ("embedding", "loop_input", "final_norm", "output_layer")  # outside the layers
@@ -49,41 +47,34 @@ class RankParameters:
 
 
 def count_rank_parameters(
-    model: ModelConfig,
-    vocab_size: int,
-    layout: ParallelLayout,
-    stage: int = 0,
-    is_trained: Callable[[str], bool] | None = None,
+    model: ModelConfig, vocab_size: int, layout: ParallelLayout, stage: int = 0
 ) -> RankParameters:
-    """Count the parameters that a rank of pipeline stage `stage` holds, or trains with `is_trained` (see `elements`).
-    All tensor-parallel ranks hold equally many."""
-    first, last = stage == 0, stage == layout.pipeline - 1
-    padded = derived.padded_vocab_size(model, vocab_size, layout.tensor)
+    """Count the parameters that a rank of pipeline stage `stage` holds. `vocab_size`: the tokenizer's. All
+    tensor-parallel ranks hold equally many."""
+    return _of_rank(Weights(model, derived.padded_vocab_size(model, vocab_size, layout.tensor)), layout, stage)
+
+
+def _of_rank(weights: Weights, layout: ParallelLayout, stage: int) -> RankParameters:
+    """Count which of these weights a rank of pipeline stage `stage` holds."""
+    model, first, last = weights.model, stage == 0, stage == layout.pipeline - 1
     ends = Counter(
         {
             parameter.component: number // (layout.tensor if parameter.split else 1)
-            for parameter, number in elements(model, None, *_ENDS, vocab_size=padded, is_trained=is_trained)
+            for parameter, number in weights.elements(None, *_ENDS)
         }
     )
     if model.share_embeddings_and_output_weights and not first:
         ends["output_layer"] = ends["embedding"]  # its copy
-    counted = count_in_layers(model, layout.stage_layers(model.num_layers)[stage], is_trained)
+    in_layers: Counter[str] = Counter()
+    for parameter, number in weights.elements(layout.stage_layers(model.num_layers)[stage], experts=1):
+        in_layers["expert" if parameter.per_expert else "split" if parameter.split else "whole"] += number
     return RankParameters(
-        layers=counted["split"] // layout.tensor + counted["whole"],
+        layers=in_layers["split"] // layout.tensor + in_layers["whole"],
         embedding=ends["embedding"] + ends["loop_input"] if first else 0,
         final_norm=ends["final_norm"] if last else 0,
         output_layer=ends["output_layer"] if last else 0,
-        experts=derived.num_experts(model) // layout.expert * counted["expert"],
+        experts=derived.num_experts(model) // layout.expert * in_layers["expert"],
     )
-
-
-def count_in_layers(model: ModelConfig, layers: range, is_trained: Callable[[str], bool] | None = None) -> Counter[str]:
-    """Count the parameters of these layers by kind: `split` over tensor-parallel ranks, `whole` on each rank, and
-    `expert` for one expert per layer. `is_trained`: see `elements`."""
-    counted: Counter[str] = Counter()
-    for parameter, number in elements(model, layers, experts=1, is_trained=is_trained):
-        counted["expert" if parameter.per_expert else "split" if parameter.split else "whole"] += number
-    return counted
 
 
 @dataclass(frozen=True)
@@ -187,20 +178,18 @@ class Stage:
 
 def stages_of(config: RunConfig, layout: Layout, vocab_size: int) -> list[Stage]:
     """Count the parameters that a rank of each pipeline stage holds."""
-    is_trained = selection(config)
+    trained = Weights.trained(config, derived.padded_vocab_size(config.model, vocab_size, layout.tensor))
     found = []
     for index, layers in enumerate(layout.stage_layers(config.model.num_layers)):
-        count = partial(count_rank_parameters, config.model, vocab_size, layout, index)
-        counted = count()
-        trained = counted if is_trained is None else count(is_trained)
-        dense = Held(counted.dense, layout.shards, frozen=counted.dense - trained.dense)
-        experts = Held(counted.experts, layout.expert_shards, frozen=counted.experts - trained.experts)
+        counted = count_rank_parameters(config.model, vocab_size, layout, index)
+        learned = counted if trained.is_whole else _of_rank(trained, layout, index)
+        dense = Held(counted.dense, layout.shards, frozen=counted.dense - learned.dense)
+        experts = Held(counted.experts, layout.expert_shards, frozen=counted.experts - learned.experts)
         if optimizer_spec(config.optimizer).matrix_state is not None:
             bucket = derived.bucket_elements(layout.shards) if layout.overlap_grad_reduce and index == 0 else None
-            matrices = partial(_matrices, config.model, layout, layers, is_trained)
-            dense = _with_matrices(dense, matrices(experts=False), bucket)
-            experts = _with_matrices(experts, matrices(experts=True), bucket)
-        found.append(Stage(index, layers, counted, trained, dense, experts))
+            dense = _with_matrices(dense, _matrices(trained, layout, layers, experts=False), bucket)
+            experts = _with_matrices(experts, _matrices(trained, layout, layers, experts=True), bucket)
+        found.append(Stage(index, layers, counted, learned, dense, experts))
     return found
 
 
@@ -209,24 +198,13 @@ def _with_matrices(held: Held, matrices: Sequence[RankMatrix], bucket: int | Non
     return dataclasses.replace(held, matrices=shares, padded=padded)
 
 
-def _matrices(
-    model: ModelConfig,
-    layout: Layout,
-    layers: range,
-    is_trained: Callable[[str], bool] | None,
-    *,
-    experts: bool,
-) -> list[RankMatrix]:
+def _matrices(trained: Weights, layout: Layout, layers: range, *, experts: bool) -> list[RankMatrix]:
     """List the hidden matrices of these layers that a rank trains, dense or its experts', in the model's order."""
+    model = trained.model
     sizes, copies = Sizes.of(model, 0), derived.num_experts(model) // layout.expert if experts else 1
-    hidden = [each for each in parameters_of(model) if each.is_hidden_matrix and each.per_expert == experts]
-    found = []
-    for layer in layers:
-        own = [each for each in hidden if layer in each.layers(model)]
-        if is_trained is not None:
-            own = [each for each in own if is_trained(each.in_layer(layer))]
-        found += copies * [_rank_matrix(each, sizes, layout.tensor) for each in own]
-    return found
+    hidden = [each for each in trained.table if each.is_hidden_matrix and each.per_expert == experts]
+    having = [(_rank_matrix(each, sizes, layout.tensor), trained.layers(each)) for each in hidden]
+    return [matrix for layer in layers for matrix in copies * [matrix for matrix, owners in having if layer in owners]]
 
 
 def _rank_matrix(parameter: Parameter, sizes: Sizes, tensor: int) -> RankMatrix:

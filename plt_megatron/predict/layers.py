@@ -12,32 +12,40 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Literal, NamedTuple, Self
 
 from plt_megatron.config import derived
 from plt_megatron.config.rules import fusions as fusion_rules
 from plt_megatron.config.rules.fusions import Fusions
 from plt_megatron.config.schema import ModelConfig, RunConfig
+from plt_megatron.model.parameters import Parameter
 from plt_megatron.predict.layout import BYTES, Layout
-from plt_megatron.predict.parameters import active_experts
+from plt_megatron.predict.parameters import Weights, active_experts
 
 FP32 = 4
+Part = Literal["once", "first", "later"]
 
 
-def running(model: ModelConfig, layers: Iterable[int], loop: int) -> list[int]:
-    """Select the layers that run in a loop: the prelude in the first only, the coda in the last only, others in all."""
-    looped = derived.looped_layers(model)
-    once = (
-        range(looped.start) if loop == 1 else (),
-        range(looped.stop, model.num_layers) if loop == model.loop_count else (),
-    )
-    return [layer for layer in layers if layer in looped or any(layer in each for each in once)]
+class Run(NamedTuple):
+    """A layer's run in a forward pass: its only one, the first of several, or a later one."""
+
+    layer: int
+    part: Part
 
 
-def runs(model: ModelConfig, layers: Iterable[int]) -> list[int]:
-    """Return these layers as a forward pass runs them, each once per loop that runs it."""
-    layers = list(layers)
-    return [layer for loop in range(1, model.loop_count + 1) for layer in running(model, layers, loop)]
+def runs(model: ModelConfig, layers: Iterable[int], loop: int | None = None) -> list[Run]:
+    """Return these layers' runs in a loop, or in all loops (None): the prelude runs in the first only, the coda in the
+    last only, all others in each."""
+    looped, last, layers = derived.looped_layers(model), model.loop_count, list(layers)
+    found = []
+    for each in range(1, last + 1) if loop is None else [loop]:
+        part: Part = "once" if last == 1 else "first" if each == 1 else "later"
+        for layer in layers:
+            if layer in looped:
+                found.append(Run(layer, part))
+            elif each == (1 if layer < looped.start else last):
+                found.append(Run(layer, "once"))
+    return found
 
 
 @dataclass(frozen=True)
@@ -45,9 +53,10 @@ class RankLayer:
     """Sizes of a layer on one rank for one microbatch, and of the two ends of a stack of such layers.
 
     Attributes:
-        loops: whether the model has several loops and the layer runs in all of them.
+        trained: the parameters that the run trains.
+        part: which of the layer's runs this is, as in `Run`.
+        parameters: the layer's; `frozen`: names in the table of those that are not trained.
         tokens: T; `rows`: S; `row_length`: tokens of one sequence on this rank.
-        tensor, context: number of ranks that share a matrix, and a sequence.
         heads, groups, channels: h, g, c.
         gathered_qkv: channels of the QKV projection that ranks sharing a key/value head gather; 0: they gather none.
         ffn: f, of a dense FFN or of a shared expert.
@@ -60,12 +69,14 @@ class RankLayer:
     """
 
     model: ModelConfig
-    loops: bool
+    trained: Weights
+    part: Part
+    parameters: list[Parameter]
+    frozen: frozenset[str]
     tokens: int
     rows: int
     row_length: int
-    tensor: int
-    context: int
+    layout: Layout
     heads: int
     groups: int
     channels: int
@@ -84,7 +95,8 @@ class RankLayer:
 
     @classmethod
     def of(cls, config: RunConfig, layout: Layout, vocab_size: int) -> Self:
-        """Compute the sizes on a rank of this layout, for a layer that loops and has experts if any layer does."""
+        """Compute the sizes on a rank of this layout, for the first run of a layer that loops and has experts if any
+        layer does."""
         model = config.model
         heads, groups, channels = model.num_attention_heads, derived.num_query_groups(model), derived.head_dim(model)
         row_length = config.data.sequence_length // layout.context
@@ -93,12 +105,14 @@ class RankLayer:
         ffn = model.ffn_hidden_size if model.moe is None else derived.shared_expert_size(model)
         return cls(
             model=model,
-            loops=model.loop_count > 1,
+            trained=Weights.trained(config),
+            part="first" if model.loop_count > 1 else "once",
+            parameters=[],
+            frozen=frozenset(),
             tokens=tokens,
             rows=tokens // layout.tensor if layout.sequence_parallel else tokens,
             row_length=row_length,
-            tensor=layout.tensor,
-            context=layout.context,
+            layout=layout,
             heads=heads // layout.tensor,
             groups=max(1, groups // layout.tensor),
             channels=channels,
@@ -116,25 +130,30 @@ class RankLayer:
             fusions=fusion_rules.choose(config, fusion_rules.obstacles(config, layout.backend)),
         )
 
-    def of_layer(self, layer: int, *, loops: bool | None = None) -> Self:
-        """Return the sizes of one particular layer, with or without experts and loops; `loops` overrides the latter."""
+    def of_run(self, run: Run) -> Self:
+        """Return the sizes of one particular run of one particular layer, with or without experts."""
         own = self
-        if self.experts and layer not in derived.expert_layers(self.model):
-            own = replace(self, ffn=self.model.ffn_hidden_size // self.tensor, experts=0, topk=0, expert_ffn=0)
-        loops = layer in derived.looped_layers(self.model) if loops is None else loops
-        return replace(own, loops=self.loops and loops)
+        if self.experts and run.layer not in derived.expert_layers(self.model):
+            own = replace(self, ffn=self.model.ffn_hidden_size // self.layout.tensor, experts=0, topk=0, expert_ffn=0)
+        parameters, frozen = self.trained.in_layer(run.layer), self.trained.missing_in(run.layer)
+        return replace(own, part=run.part, parameters=parameters, frozen=frozen)
 
-    def by_kind(self, layers: Iterable[int]) -> list[tuple[Self, int]]:
-        """Group layers of the same kind: return each kind's sizes with its number of layers."""
-        experts, looped = derived.expert_layers(self.model), derived.looped_layers(self.model)
-        kinds: dict[tuple[bool, bool], list[int]] = {}
-        for layer in layers:
-            kinds.setdefault((layer in experts, layer in looped), []).append(layer)
-        return [(self.of_layer(alike[0]), len(alike)) for alike in kinds.values()]
+    def by_kind(self, runs: Iterable[Run]) -> list[tuple[Self, int]]:
+        """Group runs of the same kind: return each kind's sizes with its number of runs."""
+        experts = derived.expert_layers(self.model)
+        kinds: dict[tuple[object, ...], list[Run]] = {}
+        for run in runs:
+            kinds.setdefault((run.layer in experts, run.part, self.trained.missing_in(run.layer)), []).append(run)
+        return [(self.of_run(alike[0]), len(alike)) for alike in kinds.values()]
 
     @property
     def hidden(self) -> int:
         return self.model.hidden_size
+
+    @property
+    def loops(self) -> bool:
+        """Whether the layer runs in every of several loops."""
+        return self.part != "once"
 
     @property
     def windowed(self) -> bool:

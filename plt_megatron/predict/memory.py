@@ -13,11 +13,10 @@ from dataclasses import dataclass, replace
 from plt_megatron.config import derived
 from plt_megatron.config.optimizers import optimizer_spec
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.model.trainable import selection
 from plt_megatron.predict.held import Held, Stage
 from plt_megatron.predict.layers import FP32
 from plt_megatron.predict.layout import BYTES, Layout, enough_microbatches, passes
-from plt_megatron.predict.parameters import count_parameters, elements
+from plt_megatron.predict.parameters import Weights, count_parameters
 from plt_megatron.predict.simulation import MemorySimulator
 from plt_megatron.predict.step import Step
 
@@ -175,7 +174,7 @@ def checkpoint_bytes(config: RunConfig, vocab_size: int, tensor: int = 1) -> int
     """Return the size of one checkpoint on disk: weights in training precision, and fp32 state of the trained ones."""
     padded = derived.padded_vocab_size(config.model, vocab_size, tensor)
     total = count_parameters(config.model, vocab_size, tensor).total
-    trained = elements(config.model, vocab_size=padded, is_trained=selection(config))
+    trained = Weights.trained(config, padded).elements()
     precise = sum(number * _precise_bytes(config, hidden_matrix=each.is_hidden_matrix) for each, number in trained)
     return total * BYTES[config.training.precision] + precise
 

@@ -6,11 +6,13 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from functools import cached_property
+from typing import Self, get_args
 
 from plt_megatron.config import derived
-from plt_megatron.config.schema import ModelConfig
+from plt_megatron.config.schema import ModelConfig, RunConfig
 from plt_megatron.model.parameters import Component, Parameter, Sizes, parameters_of
+from plt_megatron.model.trainable import selection
 
 FFN: tuple[Component, ...] = ("ffn", "router", "experts")
 
@@ -51,49 +53,97 @@ class ParameterCount:
         return self.total - self.tables
 
 
-def elements(
-    model: ModelConfig,
-    layers: Iterable[int] | None = None,
-    *components: Component,
-    vocab_size: int = 0,
-    experts: int | None = None,
-    is_trained: Callable[[str], bool] | None = None,
-) -> Iterator[tuple[Parameter, int]]:
-    """Yield each parameter of the table with its number of elements in `layers`.
+@dataclass(frozen=True)
+class Weights:
+    """A model's parameters, or a part of them, such as those that a run trains.
 
-    Args:
-        layers: each counts as often as it is listed; None: the whole model, including parameters outside layers.
-        components: yield only these; none given: all.
-        vocab_size: padded.
-        experts: how many experts of a layer count; None: all.
-        is_trained: predicate on parameter names (`model/trainable.py`): only those it accepts count; None: all.
+    Attributes:
+        vocab_size: rows of the embedding, padding included.
+        includes: predicate on parameter names (`model/trainable.py`); None: all are part of it.
     """
-    sizes = Sizes.of(model, vocab_size)
-    experts = derived.num_experts(model) if experts is None else experts
-    given = None if layers is None else Counter(layers)
-    for parameter in parameters_of(model):
-        if components and parameter.component not in components:
-            continue
-        own: Sequence[int] = parameter.layers(model)
-        if is_trained is not None:
-            own = [layer for layer in own if is_trained(parameter.in_layer(layer))]
-        if given is None:
-            copies = len(own)
-        elif parameter.per_layer:
-            copies = sum(times for layer, times in given.items() if layer in own)
-        else:
-            continue
-        yield parameter, copies * parameter.size(sizes) * (experts if parameter.per_expert else 1)
 
+    model: ModelConfig
+    vocab_size: int = 0
+    includes: Callable[[str], bool] | None = None
 
-def count_components(
-    model: ModelConfig, layers: Iterable[int] | None = None, *, vocab_size: int = 0
-) -> dict[Component, int]:
-    """Count the elements of each component, as `elements` does."""
-    counted: dict[Component, int] = dict.fromkeys(get_args(Component), 0)
-    for parameter, number in elements(model, layers, vocab_size=vocab_size):
-        counted[parameter.component] += number
-    return counted
+    @classmethod
+    def trained(cls, config: RunConfig, vocab_size: int = 0) -> Self:
+        """Return those that a run trains."""
+        return cls(config.model, vocab_size, selection(config))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all parameters are part of it."""
+        return self.includes is None
+
+    @cached_property
+    def table(self) -> list[Parameter]:
+        """The model's parameters, whether they are part of it or not, in the order of the table."""
+        return parameters_of(self.model)
+
+    def layers(self, parameter: Parameter) -> Sequence[int]:
+        """Return the layers whose `parameter` is part of it; `[0]` for one outside the layers."""
+        layers = parameter.layers(self.model)
+        if self.includes is None:
+            return layers
+        return [layer for layer in layers if self.includes(parameter.in_layer(layer))]
+
+    def has(self, component: Component) -> bool:
+        """Return whether a parameter of this component is part of it."""
+        return any(self.layers(each) for each in self.table if each.component == component)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the output layer's weight, which may be the embedding's, is part of it."""
+        return self.has("embedding" if self.model.share_embeddings_and_output_weights else "output_layer")
+
+    def in_layer(self, layer: int) -> list[Parameter]:
+        """Return the parameters that a layer has, whether they are part of it or not."""
+        return [each for each in self.table if each.per_layer and layer in each.layers(self.model)]
+
+    def missing_in(self, layer: int) -> frozenset[str]:
+        """Return the names in the table of the layer's parameters that are not part of it."""
+        if self.includes is None:
+            return frozenset()
+        return frozenset(each.name for each in self.in_layer(layer) if not self.includes(each.in_layer(layer)))
+
+    def elements(
+        self, layers: Iterable[int] | None = None, *components: Component, experts: int | None = None
+    ) -> Iterator[tuple[Parameter, int]]:
+        """Yield each parameter of the table with its number of elements in `layers`.
+
+        Args:
+            layers: each counts as often as it is listed; None: the whole model, including parameters outside layers.
+            components: yield only these; none given: all.
+            experts: how many experts of a layer count; None: all.
+        """
+        sizes = Sizes.of(self.model, self.vocab_size)
+        experts = derived.num_experts(self.model) if experts is None else experts
+        given = None if layers is None else Counter(layers)
+        for parameter in self.table:
+            if components and parameter.component not in components:
+                continue
+            own = self.layers(parameter)
+            if given is None:
+                copies = len(own)
+            elif parameter.per_layer:
+                copies = sum(times for layer, times in given.items() if layer in own)
+            else:
+                continue
+            yield parameter, copies * parameter.size(sizes) * (experts if parameter.per_expert else 1)
+
+    def by_component(self, layers: Iterable[int] | None = None) -> dict[Component, int]:
+        """Count the elements of each component, as `elements` does."""
+        counted: dict[Component, int] = dict.fromkeys(get_args(Component), 0)
+        for parameter, number in self.elements(layers):
+            counted[parameter.component] += number
+        return counted
+
+    def matmuls(self, layers: Iterable[int], *components: Component) -> int:
+        """Count a token's multiply-adds with the matrices of these components in `layers`, each as often as it is
+        listed."""
+        counted = self.elements(layers, *components, experts=active_experts(self.model))
+        return sum(number for parameter, number in counted if parameter.is_matrix)
 
 
 def count_parameters(
@@ -108,7 +158,7 @@ def count_parameters(
     if vocab_size is None:
         raise ValueError("vocab_size is neither an argument nor in the model configuration")
     padded = derived.padded_vocab_size(model, vocab_size, tensor_model_parallel_size)
-    counted = count_components(model, vocab_size=padded)
+    counted = Weights(model, padded).by_component()
     used = counted["experts"] // max(1, derived.num_experts(model)) * active_experts(model)
     return ParameterCount(**counted, active_experts=used)
 
@@ -116,15 +166,3 @@ def count_parameters(
 def active_experts(model: ModelConfig) -> int:
     """Return the number of experts per layer that a token is routed to, not counting the shared expert."""
     return 0 if model.moe is None else model.moe.router_topk
-
-
-def matmuls(
-    model: ModelConfig,
-    layers: Iterable[int],
-    *components: Component,
-    is_trained: Callable[[str], bool] | None = None,
-) -> int:
-    """Count a token's multiply-adds with the matrices of these components in `layers`, each as often as it is listed.
-    `is_trained`: see `elements`."""
-    counted = elements(model, layers, *components, experts=active_experts(model), is_trained=is_trained)
-    return sum(number for parameter, number in counted if parameter.is_matrix)

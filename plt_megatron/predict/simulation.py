@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from plt_megatron.config import derived
-from plt_megatron.model.trainable import trains_head
+from plt_megatron.predict.activations import Activations
 from plt_megatron.predict.held import Stage
-from plt_megatron.predict.layers import running
+from plt_megatron.predict.layers import Run, runs
 from plt_megatron.predict.layout import Pass
 from plt_megatron.predict.step import Step
 
@@ -40,7 +40,7 @@ class MemorySimulator:
         self.saved = {loop: self._saved(loop) for loop in loops}
         self.working = {loop: self._working_set(loop, self.own[-1]) if self.own else Counter() for loop in loops}
         self.first_layer = {loop: self._first_layer(loop) for loop in loops}
-        self.table = self.element * self.shapes.vocab * self.shapes.hidden * trains_head(self.of.config)
+        self.table = self.element * self.shapes.vocab * self.shapes.hidden * self.shapes.trained.has_head
         self.live["temporaries"] = 0 if self.shapes.documents else self.shapes.window_bias()
         self.highest = 0
         self._mark({}, "between steps")
@@ -86,8 +86,8 @@ class MemorySimulator:
 
     def _units(self, loop: int) -> int:
         """Count the groups of layers that save only their input."""
-        looped, ran = derived.looped_layers(self.model), running(self.model, self.own, loop)
-        prelude, coda = sum(layer < looped.start for layer in ran), sum(layer >= looped.stop for layer in ran)
+        looped, ran = derived.looped_layers(self.model), runs(self.model, self.own, loop)
+        prelude, coda = sum(run.layer < looped.start for run in ran), sum(run.layer >= looped.stop for run in ran)
         unit = 1 if self.by_layer else self.unit
         return -(-self.looped // unit) + sum(-(-layers // self.unit) for layers in (prelude, coda))
 
@@ -118,11 +118,11 @@ class MemorySimulator:
 
     def _working_set(self, loop: int, layer: int) -> Counter[str]:
         """Return what a layer's backward pass needs beyond `live`, which has all that is saved; assumes it loops."""
-        shapes = self.shapes.of_layer(layer, loops=True)
-        needs = Counter({"temporaries": shapes.backward_working_set(loop)})
+        shapes = self._as_looped(layer, loop)
+        needs = Counter({"temporaries": shapes.backward_working_set()})
         largest = shapes.hidden * 2 * shapes.ffn * self.element
         if self.full:
-            needs["activations"] = self.unit * shapes.layer(loop)
+            needs["activations"] = self.unit * shapes.layer()
             needs["first-loop K/V"] = self.unit * shapes.first_loop_kv() if loop == 1 else 0
         if not self._autograd_keeps_weight_gradients:
             if not shapes.fusions.gradient_accumulation_fusion:
@@ -132,6 +132,10 @@ class MemorySimulator:
         if shapes.documents:
             needs["temporaries"] += 2 * shapes.window_bias()
         return needs
+
+    def _as_looped(self, layer: int, loop: int) -> Activations:
+        """Return the sizes of a layer's run in a loop, as if it ran in all."""
+        return self.shapes.of_run(Run(layer, "once" if self.loops == 1 else "first" if loop == 1 else "later"))
 
     @property
     def _autograd_keeps_weight_gradients(self) -> bool:
@@ -147,7 +151,7 @@ class MemorySimulator:
             return Counter()
         needs = self._working_set(loop, self.own[0])
         if not self.full:
-            needs["activations"] += self.shapes.of_layer(self.own[0], loops=True).layer(loop)
+            needs["activations"] += self._as_looped(self.own[0], loop).layer()
             needs["first-loop K/V"] += self.shapes.first_loop_kv() if loop == 1 else 0
         return needs
 

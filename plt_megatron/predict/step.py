@@ -14,7 +14,7 @@ from plt_megatron.predict.activations import Activations
 from plt_megatron.predict.flops import Flops, step_flops_per_token
 from plt_megatron.predict.held import Stage, stages_of
 from plt_megatron.predict.layout import Layout
-from plt_megatron.predict.parameters import FFN, matmuls
+from plt_megatron.predict.parameters import FFN, Weights
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class Step:
 def share_of_stage(flops: Flops, config: RunConfig, layout: Layout, stage: int) -> Flops:
     """Return a pipeline stage's part of the FLOPs: its layers and, in the last stage, the output layer."""
     model, layers = config.model, layout.stage_layers(config.model.num_layers)[stage]
-    ffn = flops.ffn * matmuls(model, layers, *FFN) / matmuls(model, range(model.num_layers), *FFN)
+    weights = Weights(model)
+    ffn = flops.ffn * weights.matmuls(layers, *FFN) / weights.matmuls(range(model.num_layers), *FFN)
     output = flops.output if stage == layout.pipeline - 1 else 0.0
     return dataclasses.replace(flops.times(len(layers) / model.num_layers), ffn=ffn, output=output)

@@ -18,7 +18,7 @@ from plt_megatron.predict.cards import GPUSpec
 from plt_megatron.predict.flops import Flops, Parts
 from plt_megatron.predict.held import Stage
 from plt_megatron.predict.layout import Layout, bubble_fraction
-from plt_megatron.predict.parameters import FFN, matmuls
+from plt_megatron.predict.parameters import FFN, Weights
 from plt_megatron.predict.step import Step
 
 # Bytes that the optimizer moves per parameter it owns: it reads gradient, main weight and two moments, writes the last
@@ -115,7 +115,8 @@ def _recompute(step: Step, matmul: float, attention: float, memory_bound: float,
         if "mlp" in layout.recompute_modules:
             model, layers = step.config.model, step.slowest.layers
             dense = [layer for layer in layers if layer in derived.dense_layers(model)]
-            share = matmuls(model, dense, *FFN) / (matmuls(model, layers, *FFN) or 1)
+            weights = Weights(model)
+            share = weights.matmuls(dense, *FFN) / (weights.matmuls(layers, *FFN) or 1)
             parts += matmul * flops.ffn / flops.total * share
         return parts / 3
     looped = flops.looped / flops.total

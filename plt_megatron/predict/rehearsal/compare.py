@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from plt_megatron.config.schema import RunConfig
+from plt_megatron.predict.parameters import Weights
 from plt_megatron.predict.rehearsal.record import Box, Call, RankRecord, Saving
 from plt_megatron.predict.run_estimate import USABLE_SHARE, RunEstimate
 from plt_megatron.predict.step import share_of_stage
@@ -62,7 +63,7 @@ def compare(config: RunConfig, records: Sequence[RankRecord], estimate: RunEstim
     """Compare every figure that both the records and the estimate have."""
     return [
         # The estimate assumes that each linear layer saves its input; one with frozen weights need not.
-        *_memory(records, estimate, is_bound=bool(config.training.trainable)),
+        *_memory(records, estimate, is_bound=not Weights.trained(config).is_whole),
         *(_flops(config, record, estimate) for record in records),
         *_traffic(records, estimate),
         *_saving(records, estimate),

@@ -20,6 +20,7 @@ from plt_megatron.model.parameters import (
     parameters_of,
     tensors_of,
 )
+from plt_megatron.predict.parameters import Weights
 from tests.settings import make
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -34,7 +35,7 @@ MODELS = CASES | {
 
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS.keys())
 def test_it_has_what_the_built_model_has(settings):
-    """Names, shapes, initial constants, and the axis that megatron-core's layers say they split."""
+    """Names, shapes, counts, initial constants, and the axis that megatron-core's layers say they split."""
     from plt_megatron.model.initialization import global_tensors
 
     stage = build(settings, random=False)
@@ -52,6 +53,8 @@ def test_it_has_what_the_built_model_has(settings):
         if constant is not None:
             assert torch.all(tensor == torch.tensor(constant)), name
     assert not left, "in the table, but not in the model"
+    counted = sum(number for _, number in Weights(stage.plt, PADDED_VOCAB_SIZE).elements())
+    assert counted == sum(parameter.numel() for parameter in stage.parameters())
 
 
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS.keys())

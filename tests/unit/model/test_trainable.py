@@ -12,8 +12,8 @@ from plt_megatron.config.loader import load_config
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
 from plt_megatron.model.parameters import parameters_of
-from plt_megatron.model.trainable import is_trained, trains, trains_head
-from plt_megatron.predict.parameters import elements
+from plt_megatron.model.trainable import is_trained, trains
+from plt_megatron.predict.parameters import Weights
 from plt_megatron.predict.run_estimate import estimate_run
 from plt_megatron.run_folder import resuming
 
@@ -57,7 +57,7 @@ def test_a_pattern_of_nothing_is_refused_with_a_name_that_there_is(command):
 def test_a_tied_head_is_trained_with_the_embedding():
     for tied in (True, False):
         config = config_of(["embedding"], f"model.share_embeddings_and_output_weights={str(tied).lower()}")
-        assert trains_head(config) == tied
+        assert Weights.trained(config).has_head == tied
 
 
 @pytest.mark.parametrize("file", ["configs/runs/plt2_tiny.yaml", MOE])
@@ -67,9 +67,7 @@ def test_only_what_is_trained_has_gradients_and_state(file):
         estimate_run(config_of(patterns, file=file)) for patterns in ([], ["linear_proj", "linear_fc1.weight"])
     )
     config = config_of(["linear_proj", "linear_fc1.weight"], file=file)
-    trained = sum(
-        number for parameter, number in elements(config.model, is_trained=trains(config)) if parameter.is_matrix
-    )
+    trained = sum(number for parameter, number in Weights.trained(config).elements() if parameter.is_matrix)
     held, before = part.memory[0].components, whole.memory[0].components
     assert 0 < held["optimizer state"] == 8 * trained and held["gradients"] == 4 * trained
     assert held["weights"] == before["weights"]

@@ -10,7 +10,7 @@ from plt_megatron.config.loader import load_config
 from plt_megatron.predict.held import RankMatrix, given_out, stages_of
 from plt_megatron.predict.layout import estimate_layout
 from plt_megatron.predict.memory import checkpoint_bytes, persistent_bytes
-from plt_megatron.predict.parameters import count_parameters, elements
+from plt_megatron.predict.parameters import Weights, count_parameters
 
 MUON = ["optimizer.name=muon", "model.vocab_size=1000"]
 
@@ -65,4 +65,4 @@ def test_an_iteration_works_on_the_short_side():
 
 
 def _in_matrices(model):
-    return sum(number for parameter, number in elements(model) if parameter.is_hidden_matrix)
+    return sum(number for parameter, number in Weights(model).elements() if parameter.is_hidden_matrix)

@@ -67,40 +67,33 @@ def test_sizes_of_the_whole_run():
     assert estimate.layout.data == 4 and estimate.layout.microbatches == 8
 
 
+LOOPS = [LoopStage(3 / 7, 1), LoopStage(loop_count=2)]
+BATCHES = {"batch_schedule": [BatchStage(3 * 32 * 256, 32)], "global_batch_size": 96}
+
+
 @pytest.mark.parametrize("layout", [{}, {"pipeline_model_parallel_size": 4, "tensor_model_parallel_size": 2}], ids=str)
-def test_a_run_of_two_stages_costs_what_each_of_them_costs(layout):
-    """Time, FLOPs, traffic and bubble are the mean of the stages' own runs; memory is the later one's."""
-    stages = [LoopStage(3 / 7, 1), LoopStage(loop_count=2)]
-    whole, one, two = (
-        estimate_run(run(model, {"loop_schedule": schedule}, **layout), world_size=8)
-        for model, schedule in (({}, stages), ({"loop_count": 1}, []), ({}, []))
+@pytest.mark.parametrize(
+    ("whole", "first", "second", "tolerance"),
+    [
+        # Two loops' gates are reduced in all steps.
+        (({}, {"loop_schedule": LOOPS}), ({"loop_count": 1}, {}), ({}, {}), 2e-3),
+        (({}, BATCHES), ({}, {"global_batch_size": 32}), ({}, {"global_batch_size": 96}), 1e-6),
+    ],
+    ids=["loops", "batches"],
+)
+def test_a_run_of_two_stages_costs_what_each_of_them_costs(whole, first, second, tolerance, layout):
+    """Of seven steps three are the first stage's. Memory is the larger one's."""
+    both, one, two = (
+        estimate_run(run(model, training, **layout), world_size=8) for model, training in (whole, first, second)
     )
-    for name in ("flops_per_token", "total_flops", "step_seconds", "total_seconds", "gpu_hours", "bubble_fraction"):
+    costs = ["tokens", "flops_per_token", "total_flops", "step_seconds", "total_seconds", "gpu_hours"]
+    for name in (*costs, "bubble_fraction"):
         expected = (3 * getattr(one, name) + 4 * getattr(two, name)) / 7
-        assert getattr(whole, name) == pytest.approx(expected, rel=2e-3), name  # two loops' gates are reduced in all
-    assert whole.communication == pytest.approx(
-        {name: (3 * sent + 4 * two.communication[name]) / 7 for name, sent in one.communication.items()}, rel=2e-3
-    )
-    assert whole.peak_memory_bytes == two.peak_memory_bytes and whole.parameters_total == two.parameters_total
-
-
-@pytest.mark.parametrize("layout", [{}, {"pipeline_model_parallel_size": 4}], ids=str)
-def test_a_run_of_two_batch_sizes_costs_what_each_of_them_costs(layout):
-    """Time and traffic are the mean over steps; tokens and FLOPs add up; memory is the larger one's."""
-    stages = {"batch_schedule": [BatchStage(3 * 32 * 256, 32)], "global_batch_size": 96}
-    whole, small, large = (
-        estimate_run(run(training=training, **layout), world_size=8)
-        for training in (stages, {"global_batch_size": 32}, {"global_batch_size": 96})
-    )
-    assert whole.tokens == (3 * 32 + 4 * 96) * 256 and whole.total_flops == whole.flops_per_token * whole.tokens
-    assert whole.flops_per_token == pytest.approx(small.flops_per_token)
-    for name in ("step_seconds", "total_seconds", "gpu_hours", "bubble_fraction"):
-        expected = (3 * getattr(small, name) + 4 * getattr(large, name)) / 7
-        assert getattr(whole, name) == pytest.approx(expected), name
-    assert whole.communication == pytest.approx(
-        {name: (3 * sent + 4 * large.communication[name]) / 7 for name, sent in small.communication.items()}
-    )
-    assert whole.peak_memory_bytes == large.peak_memory_bytes >= small.peak_memory_bytes
+        assert getattr(both, name) == pytest.approx(expected, rel=tolerance), name
+    sent = {name: (3 * amount + 4 * two.communication[name]) / 7 for name, amount in one.communication.items()}
+    assert both.communication == pytest.approx(sent, rel=tolerance)
+    assert both.peak_memory_bytes == two.peak_memory_bytes >= one.peak_memory_bytes
+    assert both.parameters_total == two.parameters_total
 
 
 def test_a_loss_on_another_loop_is_another_output_layer():
