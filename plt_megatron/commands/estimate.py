@@ -59,6 +59,6 @@ def main(argv: Sequence[str]) -> int:
 
 def _estimate(arguments: argparse.Namespace) -> int:
     from plt_megatron.data.tokenizer import load_tokenizer
-    from plt_megatron.predict.report import EstimateOptions, print_estimate
+    from plt_megatron.predict.report import print_estimate
 
-    return print_estimate(EstimateOptions(**vars(arguments)), lambda path: load_tokenizer(path).vocab_size)
+    return print_estimate(arguments, lambda path: load_tokenizer(path).vocab_size)

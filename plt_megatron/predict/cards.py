@@ -102,10 +102,6 @@ class GPUSpec:
     memory_efficiency: float = 0.80
     link_efficiency: float = 0.75
 
-    @property
-    def is_cpu(self) -> bool:
-        return self.name == "cpu"
-
     def flops_per_second(self, precision: str, fp8: bool = False) -> float:
         """Return the dense peak in FLOP/s; fp32 is true single precision, torch's default.
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 from plt_megatron.config import derived
 from plt_megatron.config.batch_schedule import BatchSchedule
@@ -35,32 +34,12 @@ GIB = 1 << 30
 UNITS = {"GiB": GIB, "MiB": 1 << 20}
 
 
-@dataclass(frozen=True)
-class EstimateOptions:
-    """Options of plt estimate."""
-
-    path: str
-    overrides: list[str] = field(default_factory=list)
-    layout: str | None = None
-    gpu: str = "h100"
-    nodes: int | None = None
-    gpus_per_node: int = 8
-    context_length: int | None = None
-    batch_size: int = 1
-    search: bool = False
-    top: int = 10
-    json: bool = False
-
-    @property
-    def world_size(self) -> int | None:
-        return None if self.nodes is None else self.nodes * self.gpus_per_node
-
-
-def print_estimate(options: EstimateOptions, tokenizer_size: Callable[[str], int]) -> int:
+def print_estimate(options: Namespace, tokenizer_size: Callable[[str], int]) -> int:
     """Print the estimate and return the command's exit status.
 
-    `tokenizer_size` returns the vocabulary size of a tokenizer file, for configurations that do not set it. Raises
-    `UserError` on a configuration that validation refuses (without checking files on this machine).
+    `options` are those of `commands/estimate.py`. `tokenizer_size` returns the vocabulary size of a tokenizer file, for
+    configurations that do not set it. Raises `UserError` on a configuration that validation refuses (without checking
+    files on this machine).
     """
     for name in ("nodes", "gpus_per_node", "batch_size", "context_length", "top"):
         value = getattr(options, name)
@@ -68,19 +47,20 @@ def print_estimate(options: EstimateOptions, tokenizer_size: Callable[[str], int
             raise UserError(
                 f"--{name.replace('_', '-').removesuffix('-size').removesuffix('-length')} must be at least 1"
             )
+    world_size = None if options.nodes is None else options.nodes * options.gpus_per_node
     layout = layout_overrides(options.layout) if options.layout else []
     config = load_config(options.path, layout + options.overrides)
     vocab_size = known_vocab_size(config, tokenizer_vocab_size(config, tokenizer_size))
     if options.search:
-        return _answer_search(options, config, vocab_size)
+        return _answer_search(options, config, vocab_size, world_size or layout_of(config).world_size)
     capability = find_gpu_spec(options.gpu).capability
-    problems = find_problems(config, world_size=options.world_size, check_files=False, capability=capability)
+    problems = find_problems(config, world_size=world_size, check_files=False, capability=capability)
     if problems:
         raise UserError("\n".join(problems))
     estimate = estimate_run(
         config,
         gpu=options.gpu,
-        world_size=options.world_size,
+        world_size=world_size,
         gpus_per_node=options.gpus_per_node,
         vocab_size=vocab_size,
     )
@@ -92,27 +72,23 @@ def print_estimate(options: EstimateOptions, tokenizer_size: Callable[[str], int
         gpu=options.gpu,
     )
     if options.json:
-        print(json.dumps(_as_json(estimate, decoding), indent=2))
+        print(json.dumps(dataclasses.asdict(estimate) | {"decode": dataclasses.asdict(decoding)}, indent=2))
     else:
         print("\n".join(_report(options, config, vocab_size, estimate, decoding)))
     return 0
-
-
-def _as_json(estimate: RunEstimate, decoding: DecodeCost) -> dict[str, Any]:
-    return dataclasses.asdict(estimate) | {"decode": dataclasses.asdict(decoding)}
 
 
 # One run.
 
 
 def _report(
-    options: EstimateOptions, config: RunConfig, vocab_size: int, estimate: RunEstimate, decoding: DecodeCost
+    options: Namespace, config: RunConfig, vocab_size: int, estimate: RunEstimate, decoding: DecodeCost
 ) -> Iterator[str]:
     card = find_gpu_spec(options.gpu, min(options.gpus_per_node, estimate.world_size))
     yield _section("Model", _model_rows(config, vocab_size, estimate))
     yield _section("Training FLOPs per token", _flops_rows(config, vocab_size, estimate))
     yield _section(f"Run: {estimate.layout}, {estimate.world_size} x {card.name}", _run_rows(config, estimate))
-    unit = _unit(estimate.peak_memory_bytes)
+    unit = "GiB" if estimate.peak_memory_bytes >= GIB else "MiB"
     yield _section(f"Memory of the worst rank of each stage, {unit}", *_memory_rows(estimate, unit))
     yield _verdict(estimate)
     yield ""
@@ -177,10 +153,6 @@ def _memory_rows(estimate: RunEstimate, unit: str) -> tuple[list[list[str]], lis
     return rows, ["", *(f"stage {stage.stage}" for stage in chosen)]
 
 
-def _unit(size: int) -> str:
-    return "GiB" if size >= GIB else "MiB"
-
-
 def _verdict(estimate: RunEstimate) -> str:
     worst = max(estimate.memory, key=lambda stage: stage.total_bytes)
     device = estimate.device_memory_bytes / GIB
@@ -208,7 +180,7 @@ def _time_rows(config: RunConfig, estimate: RunEstimate, card: GPUSpec) -> list[
     return rows
 
 
-def _decode_rows(options: EstimateOptions, config: RunConfig, decoding: DecodeCost) -> list[list[str]]:
+def _decode_rows(options: Namespace, config: RunConfig, decoding: DecodeCost) -> list[list[str]]:
     context = options.context_length or config.data.sequence_length
     rows = [
         ["decode step", f"{decoding.milliseconds:.3g} ms", f"bound by {decoding.bound}"],
@@ -228,8 +200,7 @@ def _decode_rows(options: EstimateOptions, config: RunConfig, decoding: DecodeCo
 # A search.
 
 
-def _answer_search(options: EstimateOptions, config: RunConfig, vocab_size: int) -> int:
-    world_size = options.world_size or layout_of(config).world_size
+def _answer_search(options: Namespace, config: RunConfig, vocab_size: int, world_size: int) -> int:
     found = search(
         config,
         gpu=options.gpu,
@@ -263,7 +234,7 @@ def _no_layout(config: RunConfig, world_size: int, found: SearchResult) -> Itera
     )
 
 
-def _search_report(options: EstimateOptions, config: RunConfig, world_size: int, found: SearchResult) -> Iterator[str]:
+def _search_report(options: Namespace, config: RunConfig, world_size: int, found: SearchResult) -> Iterator[str]:
     card = find_gpu_spec(options.gpu, min(options.gpus_per_node, world_size))
     usable = USABLE_SHARE * card.memory_bytes / GIB
     yield (

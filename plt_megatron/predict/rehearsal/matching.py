@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 from plt_megatron.config.layout import ParallelLayout
 from plt_megatron.predict.rehearsal.record import POINT_TO_POINT, Call, RankRecord
@@ -62,15 +63,12 @@ def group_problems(records: Sequence[RankRecord], layout: ParallelLayout) -> lis
 def group_of(rank: int, layout: ParallelLayout, description: str) -> tuple[int, ...] | None:
     """Return the ranks of a rank's group in the layout's numbering; None if the group is unknown."""
     dimensions = _DIMENSIONS.get(description)
-    if dimensions is None:
-        return None
-    key = (layout, dimensions)
-    if key not in _groups:
-        _groups[key] = {member: tuple(group) for group in layout.groups(*dimensions) for member in group}
-    return _groups[key][rank]
+    return None if dimensions is None else _groups(layout, dimensions)[rank]
 
 
-_groups: dict[tuple[ParallelLayout, tuple[str, ...]], dict[int, tuple[int, ...]]] = {}
+@cache
+def _groups(layout: ParallelLayout, dimensions: tuple[str, ...]) -> dict[int, tuple[int, ...]]:
+    return {member: tuple(group) for group in layout.groups(*dimensions) for member in group}
 
 
 def _some(ranks: Sequence[int]) -> str:

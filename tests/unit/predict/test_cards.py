@@ -42,7 +42,7 @@ def test_rates_are_those_that_mfu_is_measured_against():
 
 def test_a_cpu_is_a_process_share_of_this_machine():
     one, four = find_gpu_spec("cpu"), find_gpu_spec("cpu", 4)
-    assert one.is_cpu and one.memory_bytes == pytest.approx(4 * four.memory_bytes, rel=1e-6)
+    assert one.name == "cpu" and one.memory_bytes == pytest.approx(4 * four.memory_bytes, rel=1e-6)
 
 
 def test_an_unknown_card_is_refused_with_those_known():
