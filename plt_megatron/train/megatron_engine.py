@@ -25,12 +25,11 @@ from plt_megatron.config import derived
 from plt_megatron.config.optimizers import optimizer_spec
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.model.build import build_stage
-from plt_megatron.model.expert_bias import ExpertBiases
-from plt_megatron.model.fp8_state import Fp8State, fp8_state_unchanged, renew_weight_copies
 from plt_megatron.model.looped_gpt import MicroBatch
 from plt_megatron.model.loss import sum_of_losses
 from plt_megatron.model.parameters import hidden_matrix
 from plt_megatron.model.pipeline import LoopChunk, MicroBatches, build_chunks
+from plt_megatron.model.step_state import StepState, renew_weight_copies, step_state_unchanged
 from plt_megatron.model.transformer_config import schedule_config
 from plt_megatron.train.checkpoint.megatron_state import MegatronState
 from plt_megatron.train.engine import StepResult, StepTimes, finite_step, local_sums, mean_result, nothing
@@ -87,7 +86,7 @@ class MegatronEngine:
         loop_count = loop_count or self.config.model.loop_count
         leaves_out = leaves_later_loops_out(self.config, loop_count)
         unused = later_parameters(self.stage) if leaves_out else []
-        fp8_state, biases = Fp8State(self.stage), ExpertBiases(self.stage)
+        before = StepState(self.stage)
         zero_gradients(self.ddp)
         self.optimizer.zero_grad()
         self._expected.begin(loop_count, unused)
@@ -105,8 +104,7 @@ class MegatronEngine:
                     self.optimizer.step_with_ready_grads()
                 self.state.later_step += not leaves_out
             else:
-                fp8_state.restore()
-                biases.restore()
+                before.restore()
         self.scheduler.count_step()
         return result
 
@@ -119,7 +117,7 @@ class MegatronEngine:
     def evaluate(self, batches: list[MicroBatch], loop_count: int) -> tuple[float, int]:
         """See `Engine`."""
         self.stage.eval()
-        with torch.no_grad(), fp8_state_unchanged(self.stage):
+        with torch.no_grad(), step_state_unchanged(self.stage):
             loss_sum, tokens, *_ = self._run(batches, loop_count, forward_only=True).tolist()
             return loss_sum, int(tokens)
 

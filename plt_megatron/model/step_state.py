@@ -1,21 +1,28 @@
-"""Delayed-scaling state: each FP8 module's scales and amax histories.
+"""State that a forward pass changes: FP8 modules' scales and amax histories (delayed scaling), and experts' biases.
 
-Only a step that updates the weights may change this state. Validation would leave histories that differ between
-data-parallel ranks, of which a checkpoint keeps only one; and a step skipped for an infinite value would keep the scale
-low for as many calls as the history is long.
+Only a step that updates the weights may change it. Validation would leave histories that differ between data-parallel
+ranks, of which a checkpoint keeps only one; and a step skipped for an infinite value would keep the scale low for as
+many calls as the history is long.
+
+Biases balance the experts' load without an auxiliary loss (arXiv 2408.15664); all loops of a layer share them.
+megatron-core counts the tokens that each expert of a layer gets, over loops and microbatches, wherever gradients are
+enabled: not in validation, and only once under recomputation. When a step's gradients are reduced, so are the counts,
+over all ranks that hold the layer, and each expert's bias moves by `model.moe.router_bias_update_rate` towards an even
+load. This happens before the step is accepted or skipped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 
-def _states(stage: MegatronModule) -> Iterator[tuple[Tensor, Tensor]]:
+def _scales(stage: MegatronModule) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (scales, history) of each module and direction that has run in FP8 with delayed scaling."""
     if stage.config.fp8 is None:  # runs every step: skip the walk over all modules
         return
@@ -46,32 +53,38 @@ def renew_weight_copies(stage: MegatronModule) -> None:
             module._fp8_workspaces.clear()
 
 
-class Fp8State:
-    """Snapshot of the FP8 state of a stage's modules; empty without FP8, or for a recipe without history."""
+def _biases(stage: MegatronModule) -> list[Tensor]:
+    if not stage.config.moe_router_enable_expert_bias:  # runs every step, too
+        return []
+    biases = (getattr(module, "expert_bias", None) for module in stage.modules())
+    return [bias for bias in biases if bias is not None]
+
+
+class StepState:
+    """Snapshot of such state of a stage's modules; empty without biases and without FP8, or for a recipe without
+    history."""
 
     @torch.no_grad()
     def __init__(self, stage: MegatronModule) -> None:
         self._stage = stage
-        self._kept = [(scale, history, scale.clone(), history.clone()) for scale, history in _states(stage)]
+        tensors = [*chain.from_iterable(_scales(stage)), *_biases(stage)]
+        self._kept = {tensor: tensor.clone() for tensor in tensors}
 
     @torch.no_grad()
     def restore(self) -> None:
         """Restore the state in place: Transformer Engine's buffers refer to these tensors."""
-        known = set()
-        for scale, history, old_scale, old_history in self._kept:
-            scale.copy_(old_scale)
-            history.copy_(old_history)
-            known.add(id(scale))
-        for scale, history in _states(self._stage):
-            if id(scale) not in known:  # created after the snapshot
+        for tensor, kept in self._kept.items():
+            tensor.copy_(kept)
+        for scale, history in _scales(self._stage):
+            if scale not in self._kept:  # created after the snapshot
                 scale.fill_(1)
                 history.zero_()
 
 
 @contextmanager
-def fp8_state_unchanged(stage: MegatronModule) -> Iterator[None]:
-    """Restore the FP8 state of the stage's modules when the block ends."""
-    state = Fp8State(stage)
+def step_state_unchanged(stage: MegatronModule) -> Iterator[None]:
+    """Restore the state of the stage's modules when the block ends."""
+    state = StepState(stage)
     try:
         yield
     finally:
