@@ -35,21 +35,10 @@ def _zeros_by_head(config: TransformerConfig, *shape: int) -> nn.Parameter:
     return parameter
 
 
-class GateByHead(nn.Module):
-    """A gate that reads the query, with parameters split over the tensor-parallel ranks by head."""
+class QueryGate(nn.Module):
+    """Gate logits from each head's query. Weight [heads / TP, head_dim], bias [heads / TP], split by head."""
 
     reads_hidden_states = False
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> dict[str, Any]:
-        """Same signature as megatron-core's modules; shards every parameter along its first dimension."""
-        state = self.state_dict(prefix="", keep_vars=True)
-        return make_sharded_tensors_for_checkpoint(state, prefix, dict.fromkeys(state, 0), sharded_offsets)
-
-
-class QueryGate(GateByHead):
-    """Gate logits from each head's query. Weight [heads / TP, head_dim], bias [heads / TP]."""
 
     def __init__(self, config: TransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
         super().__init__()
@@ -61,6 +50,13 @@ class QueryGate(GateByHead):
     def forward(self, query: Tensor) -> Tensor:
         """query [s, b, heads / TP, head_dim], after RoPE -> logits [s, b, heads / TP]."""
         return (query * self.weight).sum(dim=-1) + self.bias
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Same signature as megatron-core's modules; shards every parameter along its first dimension."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, dict.fromkeys(state, 0), sharded_offsets)
 
 
 class HiddenGate(nn.Module):

@@ -95,43 +95,12 @@ def layer_spec(model: ModelConfig, backend: str, *, experts: bool = False) -> Mo
     Raises:
         UserError: `te` without Transformer Engine, or with too old a version.
     """
-    if backend == "torch":
-        linears = ColumnParallelLinear, NormColumnParallelLinear, RowParallelLinear
-        return _layer_spec(model, _Kit(backend, *linears, RMSNorm, TorchGatedAttention), experts)
-    require_transformer_engine()
-    from megatron.core.extensions.transformer_engine import (
-        TEColumnParallelLinear,
-        TELayerNormColumnParallelLinear,
-        TENorm,
-        TERowParallelLinear,
-    )
-
-    linears = TEColumnParallelLinear, TELayerNormColumnParallelLinear, TERowParallelLinear
-    return _layer_spec(model, _Kit(backend, *linears, TENorm, TEGatedAttention), experts)
-
-
-def norm_class(backend: str) -> type:
-    """Return the RMSNorm class of `backend`."""
-    if backend == "torch":
-        return RMSNorm
-    require_transformer_engine()
-    from megatron.core.extensions.transformer_engine import TENorm
-
-    return TENorm
-
-
-def _all_heads_norms(model: ModelConfig) -> tuple[partial, partial]:
-    """Return Q's and K's norms, each over all heads together."""
-    heads = (model.num_attention_heads, derived.num_query_groups(model))
-    query_norm, key_norm = (partial(AllHeadsRMSNorm, num_heads=count) for count in heads)
-    return query_norm, key_norm
-
-
-def _layer_spec(model: ModelConfig, kit: _Kit, experts: bool) -> ModuleSpec:
-    post = model.norm_placement == "post"
-    norms = _all_heads_norms(model) if post else (kit.norm, kit.norm)
+    kit, post = _kit(backend), model.norm_placement == "post"
+    q_norm, k_norm = IdentityOp, IdentityOp
+    if model.qk_layernorm:
+        heads = model.num_attention_heads, derived.num_query_groups(model)
+        q_norm, k_norm = (partial(AllHeadsRMSNorm, num_heads=count) if post else kit.norm for count in heads)
     residual_add = _residual_add(derived.residual_factor(model))
-    q_norm, k_norm = norms if model.qk_layernorm else (IdentityOp, IdentityOp)
     return ModuleSpec(
         module=MoETransformerLayer if experts else TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -153,6 +122,27 @@ def _layer_spec(model: ModelConfig, kit: _Kit, experts: bool) -> ModuleSpec:
             mlp_bda=residual_add,
         ),
     )
+
+
+def _kit(backend: str) -> _Kit:
+    if backend == "torch":
+        linears = ColumnParallelLinear, NormColumnParallelLinear, RowParallelLinear
+        return _Kit(backend, *linears, RMSNorm, TorchGatedAttention)
+    require_transformer_engine()
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelLinear,
+        TELayerNormColumnParallelLinear,
+        TENorm,
+        TERowParallelLinear,
+    )
+
+    linears = TEColumnParallelLinear, TELayerNormColumnParallelLinear, TERowParallelLinear
+    return _Kit(backend, *linears, TENorm, TEGatedAttention)
+
+
+def norm_class(backend: str) -> type:
+    """Return the RMSNorm class of `backend`."""
+    return _kit(backend).norm
 
 
 def _residual_add(factor: float) -> Callable[..., Any]:

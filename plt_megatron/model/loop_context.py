@@ -7,6 +7,7 @@ activation recomputation. It is not a global, since recomputation and pipelines 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -47,45 +48,36 @@ class Documents:
         self.starts[:, 0] = True
         self.segments = self.starts.cumsum(dim=1)
         self.lengths = document_lengths(starts) if lengths is None else lengths
-        self._first_tokens: Tensor | None = None
-        self._cu_seqlens: Tensor | None = None
-        self._spans: list[list[range]] | None = None
 
-    @property
+    @cached_property
     def spans(self) -> list[list[range]]:
         """The token ranges of each row's documents."""
-        if self._spans is None:
-            self._spans = []
-            row, start = list[range](), 0
-            for length in self.lengths:
-                row.append(range(start, start + length))
-                start += length
-                if start == self.starts.shape[1]:
-                    self._spans.append(row)
-                    row, start = [], 0
-        return self._spans
+        rows, start = [list[range]()], 0
+        for length in self.lengths:
+            if start == self.starts.shape[1]:
+                rows.append([])
+                start = 0
+            rows[-1].append(range(start, start + length))
+            start += length
+        return rows
 
     @property
     def position_ids(self) -> Tensor:
         """int64 [b, s]: a token's index within its document."""
         return torch.arange(self.starts.shape[1], device=self.starts.device) - self.first_tokens
 
-    @property
+    @cached_property
     def first_tokens(self) -> Tensor:
         """int32 [b, s]: the index in its row of the first token of each token's document."""
-        if self._first_tokens is None:
-            index = torch.arange(self.starts.shape[1], dtype=torch.int32, device=self.starts.device)
-            self._first_tokens = torch.where(self.starts, index, 0).cummax(dim=1).values
-        return self._first_tokens
+        index = torch.arange(self.starts.shape[1], dtype=torch.int32, device=self.starts.device)
+        return torch.where(self.starts, index, 0).cummax(dim=1).values
 
-    @property
+    @cached_property
     def cu_seqlens(self) -> Tensor:
         """int32 [documents + 1]: where each document begins in the concatenated rows."""
-        if self._cu_seqlens is None:
-            # Computed on the device: copying a list to it would block the host.
-            first = torch.nonzero_static(self.starts.flatten(), size=len(self.lengths)).flatten()
-            self._cu_seqlens = F.pad(first, (0, 1), value=self.starts.numel()).int()
-        return self._cu_seqlens
+        # Computed on the device: copying a list to it would block the host.
+        first = torch.nonzero_static(self.starts.flatten(), size=len(self.lengths)).flatten()
+        return F.pad(first, (0, 1), value=self.starts.numel()).int()
 
 
 @dataclass

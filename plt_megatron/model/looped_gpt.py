@@ -27,11 +27,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from torch import Tensor
+from torch import Tensor, nn
 
 from plt_megatron.config import derived
 from plt_megatron.model.context_parallel import SequenceShard
-from plt_megatron.model.layer_range import part_of
 from plt_megatron.model.layer_specs import layer_specs, norm_class
 from plt_megatron.model.loop_context import Documents, LoopContext
 from plt_megatron.model.loop_input import LoopInput
@@ -89,6 +88,19 @@ class MicroBatch:
             labels=own(self.labels),
             loss_mask=own(self.loss_mask),
         )
+
+
+def _part_of(block: TransformerBlock, layers: range) -> TransformerBlock:
+    """Return the layers of `block` with these indices as a block, which runs them as megatron-core does, with its
+    recomputation and precision contexts: a view, which owns no parameters.
+
+    Created for each pass, so that it has the training mode of `block`; recomputation, which runs it again later, keeps
+    a reference to it.
+    """
+    part = copy.copy(block)
+    part._modules = {**block._modules, "layers": nn.ModuleList(block.layers[layers.start : layers.stop])}
+    part.num_layers_per_pipeline_rank = len(layers)
+    return part
 
 
 class LoopedGPT(LanguageModule):
@@ -269,7 +281,7 @@ class LoopedGPT(LanguageModule):
         if not self.decoder.layers:
             hidden_states = hidden_states.clone()  # like megatron-core's empty blocks: not the stage's input itself
         whole = len(layers) == self.plt.num_layers
-        return (self.decoder if whole else part_of(self.decoder, layers))(
+        return (self.decoder if whole else _part_of(self.decoder, layers))(
             hidden_states=hidden_states,
             attention_mask=None,
             rotary_pos_emb=self._rotary_embedding(batch, context),

@@ -19,8 +19,8 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from plt_megatron.model.expert_statistics import ExpertStatistics
 from plt_megatron.model.loop_context import LoopContext
+from plt_megatron.model.loop_statistics import ExpertStatistics
 from plt_megatron.runtime.cpu_runtime import patch_token_dispatcher
 
 

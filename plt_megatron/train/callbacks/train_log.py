@@ -10,8 +10,7 @@ import torch
 from megatron.core import parallel_state
 
 from plt_megatron.config.schema import ModelConfig
-from plt_megatron.model.expert_statistics import ExpertStatistics
-from plt_megatron.model.loop_statistics import LoopStatistics
+from plt_megatron.model.loop_statistics import ExpertStatistics, LoopStatistics
 from plt_megatron.train.callbacks.base import Callback, Run, Step
 from plt_megatron.train.engine import StepResult
 from plt_megatron.train.optimizers import described
