@@ -6,45 +6,29 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import LOOPCODER_V2, VANILLA_LOOP, VOCAB_SIZE, build, differences, draw
-
-from plt_megatron.config.schema import ModelConfig
-from tests.reference.megatron_weights import to_plain
-from tests.reference.plain_plt import PlainPLT
+from tiny_models import (
+    LOOPCODER_V2,
+    VANILLA_LOOP,
+    build,
+    differences,
+    draw,
+    gradients,
+    losses_and_gradients,
+    plain_of,
+)
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
 WEIGHTS = (0.7, 0.3)
 
 
-def gradients(stage: Any, data: dict[str, torch.Tensor], loops: int) -> dict[str, torch.Tensor]:
-    from plt_megatron.model.initialization import global_names
-    from plt_megatron.model.looped_gpt import MicroBatch
-
-    stage.zero_grad()
-    losses = stage(MicroBatch(data["tokens"], labels=data["labels"], loss_mask=data["loss_mask"]), loops)
-    (losses * data["loss_mask"]).sum().backward()
-    found = {
-        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        for name, parameter in global_names(stage)
-    }
-    return {"losses": losses.detach().double(), **to_plain(stage.config.plt, found, VOCAB_SIZE)}
-
-
 def expected(stage: Any, data: dict[str, torch.Tensor], loops: int, weights: tuple[float, ...]) -> dict:
-    from plt_megatron.model.initialization import global_names
-
-    plain = {
-        name: weight.requires_grad_()
-        for name, weight in to_plain(stage.config.plt, dict(global_names(stage)), VOCAB_SIZE).items()
-    }
-    model = PlainPLT(ModelConfig(**vars(stage.config.plt)), plain)
+    plain = plain_of(stage)
     # A model of fewer loops ends where this one's earlier loop does.
-    each = [model.losses(data["tokens"], data["labels"], None, count) for count in range(1, loops + 1)]
+    each = [plain.losses(data["tokens"], data["labels"], None, count) for count in range(1, loops + 1)]
     total = sum(weight * losses for weight, losses in zip((*weights[: loops - 1], 1.0), each, strict=True))
     (total * data["loss_mask"]).sum().backward()
-    found = {name: torch.zeros_like(weight) if weight.grad is None else weight.grad for name, weight in plain.items()}
-    return {"losses": each[-1].detach(), **found}
+    return {"losses": each[-1].detach(), **gradients(plain.weights)}
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
@@ -53,17 +37,17 @@ def test_every_gradient_has_its_part_of_every_loss(settings, recompute):
     stage, data = build({**settings, "loop_count": 3}, recompute=recompute), draw()
     stage.loop_loss_weights = WEIGHTS
     for loops in (3, 2):
-        wrong = differences(gradients(stage, data, loops), expected(stage, data, loops, WEIGHTS))
+        wrong = differences(losses_and_gradients(stage, data, loops), expected(stage, data, loops, WEIGHTS))
         assert max(wrong.values()) <= 2e-5, (loops, wrong)
-    control = differences(gradients(stage, data, 3), expected(stage, data, 3, (0.7, 0.0)))
+    control = differences(losses_and_gradients(stage, data, 3), expected(stage, data, 3, (0.7, 0.0)))
     assert control["losses"] <= 1e-5 and max(control.values()) > 1e-2, "the comparison sees a weight"
 
 
 def test_evaluation_and_a_weight_of_zero_have_the_last_loss_alone():
     stage, data = build({"loop_count": 3}), draw()
-    alone = gradients(stage, data, 3)
+    alone = losses_and_gradients(stage, data, 3)
     stage.loop_loss_weights = (0.0, 0.0)
-    assert all(torch.equal(value, alone[name]) for name, value in gradients(stage, data, 3).items())
+    assert all(torch.equal(value, alone[name]) for name, value in losses_and_gradients(stage, data, 3).items())
     stage.loop_loss_weights = WEIGHTS
     stage.eval()
-    assert all(torch.equal(value, alone[name]) for name, value in gradients(stage, data, 3).items())
+    assert all(torch.equal(value, alone[name]) for name, value in losses_and_gradients(stage, data, 3).items())

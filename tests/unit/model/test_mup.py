@@ -11,13 +11,12 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_mup_config_overrides
 from megatron.core.transformer.transformer_config import TransformerConfig
 from test_against_reference import EXPERTS
-from tiny_models import LOOPCODER_V2, SHAPE, VOCAB_SIZE, build
+from tiny_models import LOOPCODER_V2, SHAPE, VOCAB_SIZE, build, plain_of
 from torch import Tensor
 
 from plt_megatron.config.schema import ModelConfig, OptimizerConfig, RateFactors, RunConfig, TrainingConfig
 from plt_megatron.model.initialization import global_names
 from plt_megatron.train.optimizers import described, group_overrides, groups, kind_overrides
-from tests.reference.megatron_weights import to_plain
 from tests.reference.plain_plt import PlainPLT
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -56,7 +55,7 @@ def test_training_is_plain_mup(form):
     config = _config(stage.plt)
     with torch.no_grad():
         stage.final_layernorm.weight /= 2  # the test's models have random norms
-    plain = _plain(stage)
+    plain = plain_of(stage)
     plain.weights["final_norm"] = (plain.weights["final_norm"].detach() * 2).requires_grad_()
     ours, theirs = _our_adam(config, stage), _plain_mup_adam(config.optimizer, plain)
     tokens = torch.randint(0, VOCAB_SIZE, (SHAPE[0], SHAPE[1] + 1), generator=torch.Generator().manual_seed(3))
@@ -86,11 +85,6 @@ def _our_adam(config: RunConfig, stage: Any) -> torch.optim.Optimizer:
     ]
     assert sum(len(kind["params"]) for kind in kinds) == len(list(stage.parameters())), "each is in one group"
     return torch.optim.AdamW(kinds, betas=(settings.adam_beta1, settings.adam_beta2))
-
-
-def _plain(stage: Any) -> PlainPLT:
-    weights = to_plain(stage.plt, dict(global_names(stage)), VOCAB_SIZE)
-    return PlainPLT(stage.plt, {name: tensor.clone().requires_grad_() for name, tensor in weights.items()})
 
 
 def _plain_mup_adam(settings: OptimizerConfig, plain: PlainPLT) -> torch.optim.Optimizer:

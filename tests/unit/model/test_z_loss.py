@@ -6,11 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import LOOPCODER_V2, VOCAB_SIZE, build, differences, draw
-
-from plt_megatron.config.schema import ModelConfig
-from tests.reference.megatron_weights import to_plain
-from tests.reference.plain_plt import PlainPLT
+from tiny_models import (
+    LOOPCODER_V2,
+    VOCAB_SIZE,
+    build,
+    differences,
+    draw,
+    gradients,
+    losses_and_gradients,
+    plain_of,
+)
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -27,30 +32,14 @@ def with_z_loss(settings: dict[str, Any], coefficient: float = COEFFICIENT) -> A
 
 def run(stage: Any, data: dict[str, torch.Tensor], loops: int) -> dict[str, torch.Tensor]:
     """Losses and gradients of the weighted sum that a step differentiates; the weight is DeepSpeed's way."""
-    from plt_megatron.model.initialization import global_names
-    from plt_megatron.model.looped_gpt import MicroBatch
-
-    stage.zero_grad()
-    losses = stage(MicroBatch(data["tokens"], labels=data["labels"], loss_mask=data["loss_mask"]), loops)
-    (3.0 * (losses * data["loss_mask"]).sum()).backward()
-    found = {
-        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        for name, parameter in global_names(stage)
-    }
-    return {"losses": losses.detach().double(), **to_plain(stage.config.plt, found, VOCAB_SIZE)}
+    return losses_and_gradients(stage, data, loops, factor=3.0)
 
 
 def expected(
     stage: Any, data: dict[str, torch.Tensor], loops: int, coefficient: float, weights: tuple[float, ...] = ()
 ) -> tuple[dict[str, torch.Tensor], float]:
     """The same of the equations, and the sum of log(Z)^2 over the tokens that count."""
-    from plt_megatron.model.initialization import global_names
-
-    plain = {
-        name: weight.requires_grad_()
-        for name, weight in to_plain(stage.config.plt, dict(global_names(stage)), VOCAB_SIZE).items()
-    }
-    model = PlainPLT(ModelConfig(**vars(stage.config.plt)), plain)
+    model = plain_of(stage)
     logits = model.logits(data["tokens"], None, loops)
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), data["labels"], reduction="none")
     squares = logits.exp().sum(dim=-1).log() ** 2
@@ -58,8 +47,8 @@ def expected(
     for loop, weight in enumerate(weights, start=1):
         total = total + weight * model.losses(data["tokens"], data["labels"], None, loop)
     (3.0 * (total * data["loss_mask"]).sum()).backward()
-    found = {name: torch.zeros_like(weight) if weight.grad is None else weight.grad for name, weight in plain.items()}
-    return {"losses": losses.detach(), **found}, float((squares.detach() * data["loss_mask"]).sum())
+    found = {"losses": losses.detach(), **gradients(model.weights)}
+    return found, float((squares.detach() * data["loss_mask"]).sum())
 
 
 @pytest.mark.parametrize("settings", [{}, LOOPCODER_V2], ids=["tied", "untied"])

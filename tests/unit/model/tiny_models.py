@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from plt_megatron.config.schema import ModelConfig, ParallelConfig
-from tests.reference.megatron_weights import randomize_biases, randomize_gates_and_norms
+from tests.reference.megatron_weights import randomize_biases, randomize_gates_and_norms, to_plain
+from tests.reference.plain_plt import PlainPLT
 from tests.settings import make
 
 VOCAB_SIZE, PADDED_VOCAB_SIZE = 50, 64
@@ -91,6 +92,31 @@ def draw(seed: int = 0) -> dict[str, Tensor]:
         "loss_mask": (torch.rand(SHAPE, generator=generator) < 0.8).double(),
         "starts": starts,
     }
+
+
+def plain_of(stage: Any) -> PlainPLT:
+    """The stage's model in plain PyTorch, with weights of its own."""
+    from plt_megatron.model.initialization import global_names
+
+    weights = to_plain(stage.plt, dict(global_names(stage)), VOCAB_SIZE)
+    return PlainPLT(stage.plt, {name: tensor.clone().requires_grad_() for name, tensor in weights.items()})
+
+
+def gradients(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Zero where there is none."""
+    return {name: torch.zeros_like(each) if each.grad is None else each.grad for name, each in weights.items()}
+
+
+def losses_and_gradients(stage: Any, data: dict[str, Tensor], loops: int, factor: float = 1.0) -> dict[str, Tensor]:
+    """Of the sum of the losses that count, times a factor; under the plain model's names."""
+    from plt_megatron.model.initialization import global_names
+    from plt_megatron.model.looped_gpt import MicroBatch
+
+    stage.zero_grad()
+    losses = stage(MicroBatch(data["tokens"], labels=data["labels"], loss_mask=data["loss_mask"]), loops)
+    (factor * (losses * data["loss_mask"]).sum()).backward()
+    found = to_plain(stage.plt, gradients(dict(global_names(stage))), VOCAB_SIZE)
+    return {"losses": losses.detach().double(), **found}
 
 
 def differences(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
