@@ -26,36 +26,17 @@ from plt_megatron.model.gate import ACTIVATIONS, GATES, QueryGate
 from plt_megatron.model.key_shift import KeyShift
 from plt_megatron.model.loop_context import Documents, LoopContext
 from plt_megatron.model.te_attention import TEAttention, laid_out
-from plt_megatron.model.torch_attention import (
-    aligned,
-    causal_attention,
-    causal_attention_of_runs,
-    window_attention,
-    window_attention_of_runs,
-)
+from plt_megatron.model.torch_attention import aligned, causal_attention, window_attention
 from plt_megatron.model.transformer_config import PLTTransformerConfig
 from plt_megatron.runtime.cpu_runtime import is_cpu_runtime
 
 
 class TorchAttention(nn.Module):
-    """Causal attention in plain torch, within a sliding window if `window_size` is given."""
+    """Causal attention in plain torch, within a sliding window if `window_size` is given.
 
-    def __init__(self, softmax_scale: float | None, window_size: int | None) -> None:
-        super().__init__()
-        self.softmax_scale = softmax_scale
-        self.window_size = window_size
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
-        """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads, d]."""
-        kwargs: dict[str, Any] = {"softmax_scale": self.softmax_scale, "documents": documents}
-        if self.window_size is None:
-            return causal_attention(query, key, value, **kwargs)
-        return window_attention(query, key, value, window_size=self.window_size, **kwargs)
-
-
-class ContextParallelTorchAttention(nn.Module):
-    """`TorchAttention` under context parallelism: a rank's queries attend to the whole sequence's keys and values or,
-    with a window, to the rank's own and to the `window_size - 1` rows before each of its runs."""
+    Under context parallelism a rank's queries attend to the whole sequence's keys and values or, with a window, to the
+    rank's own and to the `window_size - 1` rows before each of its runs.
+    """
 
     def __init__(self, softmax_scale: float | None, window_size: int | None, rows: SequenceShard) -> None:
         super().__init__()
@@ -66,12 +47,14 @@ class ContextParallelTorchAttention(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
         """query [s / CP, b, heads, d], key and value [s, b, groups, d] or, with a window, [s / CP, b, groups, d]
         -> [s / CP, b, heads, d]."""
-        runs = self.rows.runs(query.shape[0] * self.rows.size)
         kwargs: dict[str, Any] = {"softmax_scale": self.softmax_scale, "documents": documents}
+        if self.rows.size > 1:
+            kwargs["runs"] = self.rows.runs(query.shape[0] * self.rows.size)
         if self.window_size is None:
-            return causal_attention_of_runs(query, key, value, runs, **kwargs)
-        before = self.rows.halo(self.window_size - 1, key, value)
-        return window_attention_of_runs(query, key, value, before, runs, window_size=self.window_size, **kwargs)
+            return causal_attention(query, key, value, **kwargs)
+        if self.rows.size > 1:
+            kwargs["before"] = self.rows.halo(self.window_size - 1, key, value)
+        return window_attention(query, key, value, window_size=self.window_size, **kwargs)
 
 
 class FusedGatedWindow(nn.Module):
@@ -221,7 +204,8 @@ class GatedSlidingWindowAttention(MegatronModule):
             return y_global
         if isinstance(self.local_attention, FusedGatedWindow):
             if context.statistics is not None:
-                self._add_gate_statistics(query.detach(), logits, context)
+                with torch.no_grad():  # again: the kernel does not return the gate
+                    context.statistics.add_gate(context.loop, self.layer_number, self._gate(query, logits))
             return self.local_attention(query, key, value, y_global, logits, self.plt_gate, context.documents)
         y_local = self.local_attention(query, key, value, context.documents)
         gate = self._gate(query, logits)
@@ -237,26 +221,17 @@ class GatedSlidingWindowAttention(MegatronModule):
         logits = self.plt_gate(query) if logits is None else logits
         return ACTIVATIONS[self.plt.gate_activation](logits).unsqueeze(-1)
 
-    @torch.no_grad()
-    def _add_gate_statistics(self, query: Tensor, logits: Tensor | None, context: LoopContext) -> None:
-        """Recompute and record a logged step's gate values, which the fused kernel does not return."""
-        assert context.statistics is not None
-        context.statistics.add_gate(context.loop, self.layer_number, self._gate(query, logits))
-
 
 class TorchGatedAttention(GatedSlidingWindowAttention):
     """Both attentions in plain torch. Under context parallelism the first loop gathers K and V, once for all loops."""
 
     def _build(self, config: PLTTransformerConfig, window_size: int | None, **kwargs: Any) -> nn.Module:
-        if config.context_parallel_size == 1:
-            return TorchAttention(kwargs["softmax_scale"], window_size)
         rows = SequenceShard.of(kwargs["pg_collection"], sequence_parallel=False)
-        return ContextParallelTorchAttention(kwargs["softmax_scale"], window_size, rows)
+        return TorchAttention(kwargs["softmax_scale"], window_size, rows)
 
     def _for_global_attention(self, documents: Documents | None, *own: Tensor) -> tuple[Tensor, ...]:
-        if isinstance(self.global_attention, ContextParallelTorchAttention):
-            return self.global_attention.rows.gather(*own)
-        return own
+        assert isinstance(self.global_attention, TorchAttention)
+        return self.global_attention.rows.gather(*own)
 
 
 class TEGatedAttention(GatedSlidingWindowAttention):

@@ -13,7 +13,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.mappings import all_to_all_hp2sp, all_to_all_sp2hp
+from megatron.core.tensor_parallel.mappings import (
+    all_to_all,
+    all_to_all_hp2sp,
+    all_to_all_sp2hp,
+    gather_from_sequence_parallel_region,
+)
 from torch import Tensor
 
 
@@ -119,7 +124,16 @@ class SequenceShard:
             Tensors [s, ...].
         """
         assert self.sequence_ranks == 1
-        return own if self.size == 1 else _Gather.apply(self.group, *own)
+        if self.size == 1:
+            return own
+        count, (rows, *rest) = len(own), own[0].shape
+        # One collective for all tensors: each rank's tensors, each in two chunks.
+        gathered = gather_from_sequence_parallel_region(torch.stack(own), group=self.group)
+        chunks = gathered.view(self.size * count * 2, rows // 2, *rest).unbind()
+        order = [
+            [2 * (rank * count + number) + half for rank, half in _chunk_holders(self.size)] for number in range(count)
+        ]
+        return tuple(torch.cat([chunks[index] for index in indices]) for indices in order)
 
     def to_heads(self, *own: Tensor) -> tuple[Tensor, ...]:
         """Exchange this rank's rows of all heads for all rows of its share of the heads. Context parallelism only.
@@ -160,8 +174,14 @@ class SequenceShard:
         if self.size == 1 or count == 0:
             return [tuple(tensor[:0] for tensor in own) for _ in self.runs(own[0].shape[0] * self.size)]
         plan = self._plan(own[0].shape[0] * self.size, count, own[0].device)
-        received = _RowsBefore.apply(plan, self.group, *own)
-        return list(zip(*(tensor.split(plan.sizes) for tensor in received), strict=True))
+        sent = torch.cat([tensor.index_select(0, plan.send).flatten(1) for tensor in own], dim=1)
+        received = all_to_all(self.group, sent, plan.receive_counts, plan.send_counts)
+        if plan.order is not None:
+            received = received.index_select(0, plan.order)
+        widths = [tensor.shape[1:].numel() for tensor in own]
+        parts = zip(received.split(widths, dim=1), own, strict=True)
+        rows = (part.reshape(-1, *tensor.shape[1:]).split(plan.sizes) for part, tensor in parts)
+        return list(zip(*rows, strict=True))
 
     def _plan(self, length: int, count: int, device: torch.device) -> _Plan:
         key = (length, count, device)
@@ -176,9 +196,7 @@ class SequenceShard:
         send = [[row for owner, row in rows if owner == self.rank] for rows in sources]
         owners = [owner for owner, _ in sources[self.rank]]
         arrival = sorted(range(len(owners)), key=owners.__getitem__)  # by sender, each sender's in the wanted order
-        order = [0] * len(arrival)
-        for place, index in enumerate(arrival):
-            order[index] = place
+        order = sorted(range(len(owners)), key=arrival.__getitem__)  # its inverse
         return _Plan(
             send=torch.tensor([row for rows in send for row in rows], dtype=torch.int64, device=device),
             send_counts=[len(rows) for rows in send],
@@ -201,67 +219,3 @@ def _held_by(rows: list[int], runs: list[list[range]]) -> list[tuple[int, int]]:
         run, rank, first = next(span for span in spans if row in span[0])
         found.append((rank, first + row - run.start))
     return found
-
-
-class _RowsBefore(torch.autograd.Function):
-    """Tensors [own rows, ...] -> for each, the wanted rows from other ranks and this one, one run after another."""
-
-    @staticmethod
-    def forward(ctx: Any, plan: _Plan, group: dist.ProcessGroup, *own: Tensor) -> tuple[Tensor, ...]:
-        ctx.plan, ctx.group = plan, group
-        ctx.shapes = [tensor.shape for tensor in own]
-        sent = torch.cat([tensor.index_select(0, plan.send).flatten(1) for tensor in own], dim=1)
-        received = _all_to_all(sent, plan.send_counts, plan.receive_counts, group)
-        if plan.order is not None:
-            received = received.index_select(0, plan.order)
-        widths = [shape[1:].numel() for shape in ctx.shapes]
-        parts = zip(received.split(widths, dim=1), ctx.shapes, strict=True)
-        return tuple(part.reshape(-1, *shape[1:]) for part, shape in parts)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        plan = ctx.plan
-        grad = torch.cat([part.flatten(1) for part in grads], dim=1)
-        if plan.order is not None:
-            grad = torch.empty_like(grad).index_copy_(0, plan.order, grad)
-        grad = _all_to_all(grad, plan.receive_counts, plan.send_counts, ctx.group)
-        widths = [shape[1:].numel() for shape in ctx.shapes]
-        own = []
-        for part, shape in zip(grad.split(widths, dim=1), ctx.shapes, strict=True):
-            # A row may have gone to several ranks.
-            own.append(grad.new_zeros(shape).index_add_(0, plan.send, part.reshape(-1, *shape[1:])))
-        return None, None, *own
-
-
-def _all_to_all(rows: Tensor, send_counts: list[int], receive_counts: list[int], group: dist.ProcessGroup) -> Tensor:
-    received = rows.new_empty((sum(receive_counts), rows.shape[1]))
-    dist.all_to_all_single(received, rows.contiguous(), receive_counts, send_counts, group=group)
-    return received
-
-
-class _Gather(torch.autograd.Function):
-    """Tensors [s / CP, ...] in zigzag order -> [s, ...]; the backward sums gradients over the ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, group: dist.ProcessGroup, *own: Tensor) -> tuple[Tensor, ...]:
-        ctx.group = group
-        ranks, (rows, *rest) = group.size(), own[0].shape
-        # One collective for all tensors: [ranks, tensors, first and second chunk, rows of a chunk, ...].
-        gathered = own[0].new_empty((ranks, len(own), 2, rows // 2, *rest))
-        dist.all_gather_into_tensor(gathered.flatten(), torch.stack(own).flatten(), group=group)
-        holders = _chunk_holders(ranks)
-        return tuple(torch.cat([gathered[rank, number, half] for rank, half in holders]) for number in range(len(own)))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        ranks, (length, *rest) = ctx.group.size(), grads[0].shape
-        size = length // (2 * ranks)
-        parts = grads[0].new_empty((ranks, len(grads), 2, size, *rest))
-        for number, grad in enumerate(grads):
-            chunks = grad.split(size)
-            for rank in range(ranks):
-                for half, chunk in enumerate(_held_chunks(rank, ranks)):
-                    parts[rank, number, half].copy_(chunks[chunk])
-        own = parts.new_empty(parts.shape[1:])
-        dist.reduce_scatter_tensor(own.flatten(), parts.flatten(), group=ctx.group)
-        return None, *(own[number].flatten(0, 1) for number in range(len(grads)))

@@ -2,7 +2,7 @@
 
 Causal attention is torch's fused kernel. Window attention costs O(n * w): blocks of `w` queries against the `2w` keys
 that they can see, never an n x n score matrix. Packed documents do not see each other. Under context parallelism the
-queries are runs of a sequence's rows (`..._of_runs`): the same attention, without queries and keys that see nothing.
+queries are runs of a sequence's rows: the same attention, without queries and keys that see nothing.
 """
 
 from __future__ import annotations
@@ -20,49 +20,30 @@ _MASKED_ROWS = 512  # queries per mask, for a kernel that needs one
 
 
 def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, softmax_scale: float | None = None, documents: Documents | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    documents: Documents | None = None,
+    runs: Sequence[range] | None = None,
 ) -> Tensor:
     """Compute softmax(Q K^T * scale) V over the keys up to and including each query's own.
 
     Args:
-        query: [s, b, heads, d].
+        query: [rows, b, heads, d].
         key, value: [s, b, groups, d]; a group serves heads / groups consecutive heads (GQA), without being repeated.
         softmax_scale: default d ** -0.5.
-        documents: if given, a query sees only its own document.
-
-    Returns:
-        [s, b, heads, d].
-    """
-    if documents is not None:
-        runs = [range(query.shape[0])]
-        return causal_attention_of_runs(query, key, value, runs, softmax_scale=softmax_scale, documents=documents)
-    query, key, value = (aligned(tensor).permute(1, 2, 0, 3) for tensor in (query, key, value))  # [b, heads, s, d]
-    return _fused_causal(query, key, value, softmax_scale).permute(2, 0, 1, 3)
-
-
-def causal_attention_of_runs(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    runs: Sequence[range],
-    *,
-    softmax_scale: float | None = None,
-    documents: Documents | None = None,
-) -> Tensor:
-    """Compute `causal_attention` for some of a sequence's queries.
-
-    Args:
-        query: [rows, b, heads, d], the queries of `runs`.
-        key, value: [s, b, groups, d], of the whole sequence.
-        runs: positions of the queries in the sequence.
-        softmax_scale, documents: as in `causal_attention`; the documents of the whole sequence.
+        documents: if given, those of the whole sequence; a query sees only its own.
+        runs: positions of the queries in the sequence; None: they are all of it.
 
     Returns:
         [rows, b, heads, d].
     """
-    query, key, value = (
-        aligned(tensor).permute(1, 2, 0, 3) for tensor in (query, key, value)
-    )  # [b, heads, rows or s, d]
+    query, key, value = (aligned(tensor).permute(1, 2, 0, 3) for tensor in (query, key, value))  # [b, heads, rows, d]
+    if documents is None and runs is None:
+        return _fused_causal(query, key, value, softmax_scale).permute(2, 0, 1, 3)
+    runs = [range(query.shape[2])] if runs is None else runs
     rows = [(slice(None), [range(key.shape[2])])]
     if documents is not None:
         rows = [(slice(row, row + 1), spans) for row, spans in enumerate(documents.spans)]
@@ -134,42 +115,27 @@ def window_attention(
     window_size: int,
     softmax_scale: float | None = None,
     documents: Documents | None = None,
+    runs: Sequence[range] | None = None,
+    before: Sequence[tuple[Tensor, ...]] = (),
 ) -> Tensor:
     """Compute sliding-window attention: a query sees the last `window_size` keys, its own included (paper section 3.3).
 
-    Shapes and `documents` are as in `causal_attention`. Time and memory are O(s * window_size): each block of w queries
-    is multiplied with its own block of keys and the one before it. Blocks are the outermost dimension in memory, so
-    that "the previous block" is a view.
-    """
-    if window_size >= query.shape[0]:
-        return causal_attention(query, key, value, softmax_scale=softmax_scale, documents=documents)
-    segments = None if documents is None else documents.segments
-    return _window_in_blocks(query, key, value, None, window_size, softmax_scale, segments)
-
-
-def window_attention_of_runs(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    before: Sequence[tuple[Tensor, ...]],
-    runs: Sequence[range],
-    *,
-    window_size: int,
-    softmax_scale: float | None = None,
-    documents: Documents | None = None,
-) -> Tensor:
-    """Compute `window_attention` for some of a sequence's rows.
+    Time and memory are O(rows * window_size): each block of w queries is multiplied with its own block of keys and the
+    one before it. Blocks are the outermost dimension in memory, so that "the previous block" is a view.
 
     Args:
-        query: [rows, b, heads, d], of `runs`.
-        key, value: [rows, b, groups, d], of `runs`.
+        query, key, value: as in `causal_attention`, but keys and values of the same rows as the queries.
+        softmax_scale, documents, runs: as in `causal_attention`.
         before: for each run, keys and values [min(window_size - 1, run.start), b, groups, d] of the rows before it.
-        runs: positions of the rows in the sequence.
-        window_size, softmax_scale, documents: as in `window_attention`; the documents of the whole sequence.
 
     Returns:
         [rows, b, heads, d].
     """
+    if runs is None:
+        if window_size >= query.shape[0]:
+            return causal_attention(query, key, value, softmax_scale=softmax_scale, documents=documents)
+        segments = None if documents is None else documents.segments
+        return _window_in_blocks(query, key, value, None, window_size, softmax_scale, segments)
     parts, first = [], 0
     for run, halo in zip(runs, before, strict=True):
         rows = slice(first, first + len(run))

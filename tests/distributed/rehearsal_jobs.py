@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from plt_megatron.config.layout import layout_of
@@ -29,6 +29,9 @@ from plt_megatron.config.schema import (
     RunConfig,
     TrainingConfig,
 )
+
+if TYPE_CHECKING:
+    from plt_megatron.predict.rehearsal.record import Log
 
 VOCAB_SIZE = 200
 _EXPERTS = MoeConfig(
@@ -119,13 +122,31 @@ def run_config(layout: str) -> RunConfig:
     )
 
 
+@contextlib.contextmanager
+def recorded() -> Iterator[Log]:
+    """What a real rank communicates in the block."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from plt_megatron.predict.rehearsal.record import Log
+
+    log = Log()
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace == "c10d":
+                log.add(func, args)
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        yield log
+
+
 def record_real(config: RunConfig, folder: Path) -> dict[str, list[list[Any]]]:
     """What this gloo rank communicates in a training step and a validation, as `essence` has it, and what it writes of
     a checkpoint: key, offset and shape."""
     import torch
 
     from plt_megatron.model.looped_gpt import MicroBatch
-    from plt_megatron.predict.rehearsal.record import CommunicationRecorder
     from plt_megatron.runtime.process_groups import init_process_groups
     from plt_megatron.train.build_engine import build_engine
     from plt_megatron.train.callbacks.weight_ema import WeightAverage
@@ -141,7 +162,7 @@ def record_real(config: RunConfig, folder: Path) -> dict[str, list[list[Any]]]:
     ]
     if config.parallel.overlap_grad_reduce:
         engine.train_step(batches)
-    with balanced_routing(), CommunicationRecorder() as recorder:
+    with balanced_routing(), recorded() as log:
         engine.train_step(batches)
         engine.evaluate(batches[: config.parallel.pipeline_model_parallel_size], config.model.loop_count)
     average = config.training.ema_decay is not None
@@ -150,7 +171,7 @@ def record_real(config: RunConfig, folder: Path) -> dict[str, list[list[Any]]]:
     written = [
         [item.index.fqn, list(item.tensor_data.chunk.offsets), list(item.tensor_data.chunk.sizes)] for item in items
     ]
-    return {"calls": essence(recorder.log.calls, recorder.log.groups), "written": sorted(written)}
+    return {"calls": essence(log.calls, log.groups), "written": sorted(written)}
 
 
 def written_by_rank(records: Any) -> dict[int, list[list[Any]]]:

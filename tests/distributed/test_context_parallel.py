@@ -3,8 +3,6 @@ included; and what travels between the ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -90,7 +88,7 @@ def compare_attention(length: int, windows: list[int | None]) -> list[Pairs]:
     import torch
     import torch.distributed as dist
 
-    from plt_megatron.model.attention import ContextParallelTorchAttention
+    from plt_megatron.model.attention import TorchAttention
     from plt_megatron.model.loop_context import Documents
     from plt_megatron.model.torch_attention import causal_attention, window_attention
 
@@ -100,7 +98,7 @@ def compare_attention(length: int, windows: list[int | None]) -> list[Pairs]:
     own = [rows.select(tensor, 0) for tensor in whole]
 
     def compare(window: int | None, documents: Documents | None) -> Pairs:
-        module = ContextParallelTorchAttention(None, window, rows)
+        module = TorchAttention(None, window, rows)
         if window is None:
             return _compare(
                 own,
@@ -160,35 +158,16 @@ def test_attention(run_distributed, ranks, length):
 # ---------------------------------------------------------------- what travels
 
 
-@contextmanager
-def _counted(sent: list[tuple[str, int]]) -> Iterator[None]:
-    """Note each collective's name and how many elements this rank sends to others."""
-    import torch.distributed as dist
-
-    stock = dist.all_to_all_single, dist.all_gather_into_tensor, dist.reduce_scatter_tensor
-
-    def all_to_all(output: Any, rows: Any, receive: list[int], send: list[int], group: Any) -> Any:
-        others = sum(count for rank, count in enumerate(send) if rank != group.rank())
-        sent.append(("all_to_all", others * rows.shape[1]))
-        return stock[0](output, rows, receive, send, group=group)
-
-    def all_gather(output: Any, own: Any, group: Any) -> Any:
-        sent.append(("all_gather", own.numel()))
-        return stock[1](output, own, group=group)
-
-    def reduce_scatter(own: Any, parts: Any, group: Any) -> Any:
-        sent.append(("reduce_scatter", own.numel()))
-        return stock[2](own, parts, group=group)
-
-    dist.all_to_all_single, dist.all_gather_into_tensor, dist.reduce_scatter_tensor = (
-        all_to_all,
-        all_gather,
-        reduce_scatter,
-    )
-    try:
-        yield
-    finally:
-        dist.all_to_all_single, dist.all_gather_into_tensor, dist.reduce_scatter_tensor = stock
+def _sent(calls: list[Any]) -> list[tuple[str, int]]:
+    """Each collective's name and how many elements this rank sends to others, or of a gathered tensor's its own."""
+    sent = []
+    for call in calls:
+        if call.operation == "all_to_all":
+            rows = call.splits[0]
+            sent.append((call.operation, call.elements * (sum(rows) - rows[call.place]) // sum(rows)))
+        elif call.operation in ("all_gather", "reduce_scatter"):
+            sent.append((call.operation, call.elements // call.ranks[1]))
+    return sent
 
 
 def traffic(window: int, loops: int, length: int) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
@@ -202,6 +181,7 @@ def traffic(window: int, loops: int, length: int) -> tuple[list[tuple[str, int]]
     from plt_megatron.model.looped_gpt import LoopedGPT, MicroBatch
     from plt_megatron.model.transformer_config import transformer_config
     from plt_megatron.runtime.process_groups import init_process_groups
+    from tests.distributed.rehearsal_jobs import recorded
 
     parallel = ParallelConfig(context_parallel_size=dist.get_world_size())
     init_process_groups(parallel)
@@ -216,13 +196,11 @@ def traffic(window: int, loops: int, length: int) -> tuple[list[tuple[str, int]]
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
     tokens = torch.zeros(1, length, dtype=torch.int64)
-    forward: list[tuple[str, int]] = []
-    backward: list[tuple[str, int]] = []
-    with _counted(forward):
+    with recorded() as forward:
         losses = stage(MicroBatch(tokens, labels=tokens).shard_for_cp(stage.context_rows))
-    with _counted(backward):
+    with recorded() as backward:
         losses.sum().backward()
-    return forward, backward
+    return _sent(forward.calls), _sent(backward.calls)
 
 
 def test_only_boundary_rows_travel_but_for_one_gather_of_k_and_v(run_distributed):

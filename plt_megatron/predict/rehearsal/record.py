@@ -12,7 +12,6 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # By torch's operation: its name here, the argument positions of its process group and of the tensors whose bytes count
@@ -163,19 +162,6 @@ def described(group: dist.ProcessGroup) -> str:
     """Return megatron-core's description of a group: `TENSOR_MODEL_PARALLEL_GROUP` as `tensor model parallel`."""
     name = group.group_desc.removesuffix("_GROUP").replace("_", " ").lower()
     return "all ranks" if name in ("undefined", "default pg") else name
-
-
-class CommunicationRecorder(TorchDispatchMode):
-    """Dispatch mode that records a real rank's communication in `log`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.log = Log()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            self.log.add(func, args)
-        return func(*args, **(kwargs or {}))
 
 
 # A part of a tensor and the global rank that writes it: (global offset, shape, rank).

@@ -1,4 +1,8 @@
-"""The torch backend's attention: against a masked n x n matrix, and what it costs."""
+"""The torch backend's attention, whole and in a context-parallel rank's parts: against a masked n x n matrix, gradients
+included, and what it costs.
+
+What other ranks would send is cut out of the whole here; tests/distributed/test_context_parallel.py has real ranks.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from plt_megatron.model import torch_attention
+from plt_megatron.model.context_parallel import zigzag_runs
 from plt_megatron.model.loop_context import Documents
-from plt_megatron.model.torch_attention import causal_attention, window_attention
+from plt_megatron.model.torch_attention import aligned, causal_attention, window_attention
 from tests.reference.plain_plt import attend
 
 
@@ -22,12 +29,12 @@ def _draw(s: int, b: int = 2, heads: int = 4, groups: int = 2, d: int = 8, dtype
     return [2 * torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
-def _starts(s: int, b: int = 2) -> Tensor:
-    starts = torch.rand(b, s, generator=torch.Generator().manual_seed(7)) < 0.2
+def _starts(s: int) -> Tensor:
+    """Documents across chunks, documents of one token at a chunk's border and at the end, and one that fills a row."""
+    starts = torch.rand(2, s, generator=torch.Generator().manual_seed(7)) < 0.15
+    starts[0, max(s // 2 - 1, 0) : s // 2 + 2] = starts[0, max(s - 2, 0) :] = True
+    starts[1, 1:] = False
     starts[:, 0] = True
-    if s > 3:
-        starts[0, s - 2 :] = True  # documents of one token at the end
-        starts[1, 1:] = False  # and one of the whole row
     return starts
 
 
@@ -38,6 +45,33 @@ def _expected(inputs: list[Tensor], window: int | None, starts: Tensor | None) -
     return out.transpose(0, 1)
 
 
+def _of_rank(
+    inputs: list[Tensor], cp: int, rank: int, window: int | None, **options: Any
+) -> tuple[list[range], Tensor]:
+    """A rank's rows, and its part of the attention; of a single rank, the whole."""
+    query, key, value = inputs
+    if window is not None:
+        options["window_size"] = window
+    attention = causal_attention if window is None else window_attention
+    if cp == 1:
+        return [range(query.shape[0])], attention(*inputs, **options)
+    runs = zigzag_runs(query.shape[0], cp, 1, rank)
+    own = [torch.cat([tensor[run.start : run.stop] for run in runs]) for tensor in inputs]
+    if window is None:
+        return runs, attention(own[0], key, value, runs=runs, **options)
+    before = [tuple(tensor[max(0, run.start - window + 1) : run.start] for tensor in (key, value)) for run in runs]
+    return runs, attention(*own, runs=runs, before=before, **options)
+
+
+def _of_ranks(inputs: list[Tensor], cp: int, window: int | None, **options: Any) -> Tensor:
+    """Each rank's part, put back into the sequence's order."""
+    rows: dict[int, Tensor] = {}
+    for rank in range(cp):
+        runs, part = _of_rank(inputs, cp, rank, window, **options)
+        rows |= zip(itertools.chain(*runs), part, strict=True)
+    return torch.stack([rows[row] for row in range(len(rows))])
+
+
 def _with_gradients(function: Any, inputs: list[Tensor]) -> list[Tensor]:
     inputs = [tensor.clone().requires_grad_() for tensor in inputs]
     out = function(inputs)
@@ -45,61 +79,62 @@ def _with_gradients(function: Any, inputs: list[Tensor]) -> list[Tensor]:
     return [out, *torch.autograd.grad((out * weights).sum(), inputs)]
 
 
-def _assert_close(actual: list[Tensor], expected: list[Tensor], tolerance: float = 1e-10) -> None:
-    for one, other in zip(actual, expected, strict=True):
-        assert one.shape == other.shape
-        torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=tolerance)
+def _assert_equals_whole(inputs: list[Tensor], cp: int, window: int | None, starts: Tensor | None) -> None:
+    documents = None if starts is None else Documents(starts)
+    actual = _with_gradients(lambda qkv: _of_ranks(qkv, cp, window, documents=documents), inputs)
+    expected = _with_gradients(lambda qkv: _expected(qkv, window, starts), inputs)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
-@pytest.mark.parametrize("window", [1, 2, 3, 5, 8, 15, 16, 17, 64])
-@pytest.mark.parametrize("s", [1, 2, 5, 16, 23])
-def test_window_attention(s, window, packed):
-    inputs, starts = _draw(s), _starts(s) if packed else None
-    documents = None if starts is None else Documents(starts)
-    actual = _with_gradients(lambda qkv: window_attention(*qkv, window_size=window, documents=documents), inputs)
-    _assert_close(actual, _with_gradients(lambda qkv: _expected(qkv, window, starts), inputs))
+@pytest.mark.parametrize("window", [None, 1, 2, 3, 5, 6, 7, 8, 9, 15, 16, 17, 48, 64])
+@pytest.mark.parametrize(
+    ("cp", "s"), [(1, 1), (1, 2), (1, 5), (1, 16), (1, 23), (2, 24), (3, 24), (4, 8), (4, 48)], ids=str
+)
+def test_attention(cp, s, window, packed):
+    _assert_equals_whole(_draw(s), cp, window, _starts(s) if packed else None)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
-@pytest.mark.parametrize("s", [1, 2, 23])
-def test_causal_attention(s, packed):
-    inputs, starts = _draw(s), _starts(s) if packed else None
-    documents = None if starts is None else Documents(starts)
-    actual = _with_gradients(lambda qkv: causal_attention(*qkv, documents=documents), inputs)
-    _assert_close(actual, _with_gradients(lambda qkv: _expected(qkv, None, starts), inputs))
-
-
+@pytest.mark.parametrize("cp", [1, 2])
+@pytest.mark.parametrize("window", [None, 3, 11])
 @pytest.mark.parametrize(("heads", "groups"), [(1, 1), (4, 4), (4, 1), (6, 3)])
-def test_grouped_queries(heads, groups):
-    inputs = _draw(13, heads=heads, groups=groups)
-    for window, function in (
-        (None, causal_attention),
-        (4, lambda *qkv: window_attention(*qkv, window_size=4)),
-    ):
-        actual = _with_gradients(lambda qkv, function=function: function(*qkv), inputs)
-        _assert_close(actual, _with_gradients(lambda qkv, window=window: _expected(qkv, window, None), inputs))
+def test_grouped_queries(heads, groups, window, cp):
+    _assert_equals_whole(_draw(24, heads=heads, groups=groups), cp, window, None)
 
 
-@pytest.mark.parametrize("window", [None, 4])
-def test_softmax_scale(window):
-    inputs = _draw(13)
-    options = {"softmax_scale": 0.5}
-    out = (
-        causal_attention(*inputs, **options)
-        if window is None
-        else window_attention(*inputs, window_size=window, **options)
-    )
+def test_every_token_a_document():
+    s = 16
+    inputs = _draw(s)
+    starts = torch.ones(2, s, dtype=torch.bool)
+    starts[1] = torch.arange(s) % 2 == 1
+    for window in (None, 3):
+        out = _of_ranks(inputs, 2, window, documents=Documents(starts))
+        # A token that sees itself alone gets its own value.
+        torch.testing.assert_close(out[:, 0], inputs[2][:, 0].repeat_interleave(2, dim=1))
+
+
+@pytest.mark.parametrize("cp", [1, 2])
+@pytest.mark.parametrize("window", [None, 3, 9])
+def test_softmax_scale_and_dtype(window, cp):
+    inputs = _draw(24)
     rescaled = [inputs[0] * 0.5 * 8**0.5, *inputs[1:]]
-    _assert_close([out], [_expected(rescaled, window, None)])
-
-
-@pytest.mark.parametrize("window", [None, 4])
-def test_bfloat16_stays_bfloat16_and_close(window):
-    inputs = _draw(29, dtype=torch.bfloat16)
-    out = causal_attention(*inputs) if window is None else window_attention(*inputs, window_size=window)
+    scaled = _of_ranks(inputs, cp, window, softmax_scale=0.5)
+    torch.testing.assert_close(scaled, _expected(rescaled, window, None), rtol=1e-10, atol=1e-10)
+    half = [tensor.bfloat16() for tensor in inputs]
+    out = _of_ranks(half, cp, window)
     assert out.dtype == torch.bfloat16
-    _assert_close([out], [_expected([tensor.double() for tensor in inputs], window, None)], tolerance=5e-2)
+    expected = _expected([tensor.double() for tensor in half], window, None)
+    torch.testing.assert_close(out.double(), expected, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+def test_long_runs_are_masked_a_few_rows_at_a_time(monkeypatch, packed):
+    monkeypatch.setattr(torch_attention, "_MASKED_ROWS", 5)
+    _assert_equals_whole(_draw(48), 2, None, _starts(48) if packed else None)
+
+
+def test_the_mask_described_to_gpus_is_the_one_made_for_cpus():
+    assert torch.equal(causal_lower_right(3, 7)._materialize(), torch_attention._lower_right(3, 7, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
@@ -135,24 +170,23 @@ class _LargestTensor(TorchDispatchMode):
         return out
 
 
-def _cost(s: int, window: int | None, packed: bool) -> tuple[int, int]:
-    """(FLOPs, elements of the largest tensor) of forward and backward."""
-    inputs = [tensor.requires_grad_() for tensor in _draw(s, b=1, dtype=torch.float32)]
+def _cost(s: int, window: int | None, cp: int = 1, *, packed: bool = False) -> tuple[int, int]:
+    """(FLOPs of the busiest rank, elements of the largest tensor), forward and backward."""
     documents = Documents(torch.arange(s).remainder(50).eq(0)[None]) if packed else None
-    largest, flops = _LargestTensor(), FlopCounterMode(display=False)
-    with largest, flops:
-        if window is None:
-            out = causal_attention(*inputs, documents=documents)
-        else:
-            out = window_attention(*inputs, window_size=window, documents=documents)
-        out.sum().backward()
-    return flops.get_total_flops(), largest.elements
+    flops, elements = 0, 0
+    for rank in range(cp):
+        inputs = [tensor.requires_grad_() for tensor in _draw(s, b=1, dtype=torch.float32)]
+        largest, counter = _LargestTensor(), FlopCounterMode(display=False)
+        with largest, counter:
+            _of_rank(inputs, cp, rank, window, documents=documents)[1].sum().backward()
+        flops, elements = max(flops, counter.get_total_flops()), max(elements, largest.elements)
+    return flops, elements
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
 def test_the_local_attention_costs_n_times_w(packed):
     window, heads, d = 16, 4, 8
-    costs = {s: _cost(s, window, packed) for s in (512, 1024, 2048)}
+    costs = {s: _cost(s, window, packed=packed) for s in (512, 1024, 2048)}
     for (s, (flops, elements)), (_, (more_flops, more_elements)) in itertools.pairwise(costs.items()):
         assert more_flops == 2 * flops
         assert more_elements <= 2.1 * elements
@@ -163,14 +197,25 @@ def test_the_local_attention_costs_n_times_w(packed):
 
 def test_the_global_attention_makes_no_score_matrix():
     s = 1024
-    _, elements = _cost(s, None, packed=False)
+    _, elements = _cost(s, None)
     assert elements <= s * 4 * 8
+
+
+def test_a_rank_does_its_share_and_makes_no_score_matrix():
+    s, cp, heads, d = 4096, 2, 4, 8
+    flops, elements = _cost(s, None, cp)
+    # Half of s x s pairs are seen; a rank has 1 / cp of them, and of the diagonal's blocks all.
+    blocks = torch_attention._MASKED_ROWS
+    assert flops <= 7 * 2 * heads * d * (s * s // 2 + s * blocks) / cp
+    assert elements <= max(blocks * s, s * heads * d)
+    window = 16
+    flops, elements = _cost(s, window, cp)
+    assert flops <= 6 * 2 * (s // cp) * 2 * window * heads * d
+    assert elements <= heads * (s // cp) * 2 * window
 
 
 def test_rows_that_a_gpu_could_not_load_are_copied():
     """On the meta device, which has strides as a GPU has."""
-    from plt_megatron.model.torch_attention import aligned
-
     beside_logit = torch.empty(8, 2, 4, 17, dtype=torch.bfloat16, device="meta")[..., :16]
     assert aligned(beside_logit).stride() == (128, 64, 16, 1)
     of_projection = torch.empty(8, 2, 12, 16, dtype=torch.bfloat16, device="meta")[:, :, :4]
