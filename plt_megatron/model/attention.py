@@ -10,7 +10,8 @@ after RoPE. In the first loop it is plain causal attention and publishes K and V
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from megatron.core.transformer.attention import SelfAttention
@@ -25,7 +26,7 @@ from plt_megatron.model.context_parallel import SequenceShard
 from plt_megatron.model.gate import ACTIVATIONS, GATES, QueryGate
 from plt_megatron.model.key_shift import KeyShift
 from plt_megatron.model.loop_context import Documents, LoopContext
-from plt_megatron.model.te_attention import TEAttention, laid_out
+from plt_megatron.model.te_attention import TEAttention
 from plt_megatron.model.torch_attention import aligned, causal_attention, window_attention
 from plt_megatron.model.transformer_config import PLTTransformerConfig
 from plt_megatron.runtime.cpu_runtime import is_cpu_runtime
@@ -38,11 +39,19 @@ class TorchAttention(nn.Module):
     rank's own and to the `window_size - 1` rows before each of its runs.
     """
 
-    def __init__(self, softmax_scale: float | None, window_size: int | None, rows: SequenceShard) -> None:
+    def __init__(self, window_size: int | None, *, softmax_scale: float | None, pg_collection: Any, **_: Any) -> None:
         super().__init__()
         self.softmax_scale = softmax_scale
         self.window_size = window_size
-        self.rows = rows
+        self.rows = SequenceShard.of(pg_collection, sequence_parallel=False)
+
+    def lay_out(self, query: Tensor, documents: Documents | None) -> Tensor:
+        """Lay out Q so that no attention has to copy it."""
+        return aligned(query)
+
+    def prepare(self, documents: Documents | None, *own: Tensor) -> tuple[Tensor, ...]:
+        """Return K and V, or one of them, as a global attention takes them: gathered from all ranks."""
+        return self.rows.gather(*own)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
         """query [s / CP, b, heads, d], key and value [s, b, groups, d] or, with a window, [s / CP, b, groups, d]
@@ -109,11 +118,12 @@ def require_fused_gated_window() -> None:
 class GatedSlidingWindowAttention(MegatronModule):
     """megatron-core `core_attention` of a PLT layer; each call's `packed_seq_params` tells it which loop runs.
 
-    Subclasses choose the kernels of the two attentions.
-
     Attributes:
+        kernel: the class of the two attentions.
         loops: whether the layer runs in every loop; a layer that runs once has plain causal attention and no gate.
     """
+
+    kernel: ClassVar[type[TorchAttention] | type[TEAttention]]
 
     def __init__(
         self,
@@ -131,19 +141,17 @@ class GatedSlidingWindowAttention(MegatronModule):
         self.layer_number = layer_number
         self.loops = self.plt.loop_count > 1 and layer_number - 1 in derived.looped_layers(self.plt)
         self.head_dim = config.kv_channels
-        build = {"softmax_scale": softmax_scale, "pg_collection": pg_collection}
-        self.global_attention = self._build(config, None, **build)
+        kwargs = {"config": config, "layer_number": layer_number, "softmax_scale": softmax_scale}
+        build = partial(self.kernel, **kwargs, pg_collection=pg_collection)
+        self.global_attention = build(None)
         self.local_attention: nn.Module | None = None
         self.plt_gate: nn.Module | None = None
         if self.loops and self.plt.gated_window:
             if self.plt.fused_gated_window:
                 self.local_attention = FusedGatedWindow(self.plt, softmax_scale)
             else:
-                self.local_attention = self._build(config, self.plt.window_size, **build)
+                self.local_attention = build(self.plt.window_size)
             self.plt_gate = GATES[self.plt.gate_input](config, pg_collection.tp)
-
-    def _build(self, config: PLTTransformerConfig, window_size: int | None, **kwargs: Any) -> nn.Module:
-        raise NotImplementedError
 
     def reads_own(self, context: LoopContext) -> tuple[bool, bool]:
         """Return whether a loop attends to the keys, and to the values, that it computes itself. A later loop that
@@ -151,14 +159,6 @@ class GatedSlidingWindowAttention(MegatronModule):
         if context.loop == 1 or not self.loops:
             return True, True
         return derived.later_loops_use_keys(self.plt), derived.later_loops_use_values(self.plt)
-
-    def _for_global_attention(self, documents: Documents | None, *own: Tensor) -> tuple[Tensor, ...]:
-        """Prepare K and V, or one of them, for the global attention of this loop and, if shared, of later ones."""
-        return own
-
-    def _for_both(self, query: Tensor, documents: Documents | None) -> Tensor:
-        """Lay out Q so that neither attention has to copy it."""
-        return aligned(query)
 
     def forward(
         self,
@@ -186,19 +186,20 @@ class GatedSlidingWindowAttention(MegatronModule):
         logits = None
         if getattr(self.plt_gate, "reads_hidden_states", False):
             query, logits = query[..., : self.head_dim], query[..., self.head_dim]
-        out = self._attend(self._for_both(query, context.documents), key, value, logits, context)
+        query = self.global_attention.lay_out(query, context.documents)
+        out = self._attend(query, key, value, logits, context)
         return out.reshape(*out.shape[:2], -1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, logits: Tensor | None, context: LoopContext) -> Tensor:
         shares = self.loops and self.plt.share_kv and context.loop_count > 1
         if context.loop == 1 or not shares:
-            key, value = self._for_global_attention(context.documents, key, value)
+            key, value = self.global_attention.prepare(context.documents, key, value)  # once for all loops, if shared
             if shares:
                 key, value = context.first_loop_kv.publish(self.layer_number, key, value)
             return self.global_attention(query, key, value, context.documents)
         key_1, value_1 = context.first_loop_kv.read(self.layer_number)
         if not self.plt.share_values:
-            (value_1,) = self._for_global_attention(context.documents, value)
+            (value_1,) = self.global_attention.prepare(context.documents, value)
         y_global = self.global_attention(query, key_1, value_1, context.documents)
         if self.plt_gate is None or self.local_attention is None:
             return y_global
@@ -223,39 +224,15 @@ class GatedSlidingWindowAttention(MegatronModule):
 
 
 class TorchGatedAttention(GatedSlidingWindowAttention):
-    """Both attentions in plain torch. Under context parallelism the first loop gathers K and V, once for all loops."""
+    """Both attentions in plain torch."""
 
-    def _build(self, config: PLTTransformerConfig, window_size: int | None, **kwargs: Any) -> nn.Module:
-        rows = SequenceShard.of(kwargs["pg_collection"], sequence_parallel=False)
-        return TorchAttention(kwargs["softmax_scale"], window_size, rows)
-
-    def _for_global_attention(self, documents: Documents | None, *own: Tensor) -> tuple[Tensor, ...]:
-        assert isinstance(self.global_attention, TorchAttention)
-        return self.global_attention.rows.gather(*own)
+    kernel = TorchAttention
 
 
 class TEGatedAttention(GatedSlidingWindowAttention):
     """Both attentions from Transformer Engine: the global one in FP8 where configured, the local one in BF16."""
 
-    def _build(self, config: PLTTransformerConfig, window_size: int | None, **kwargs: Any) -> nn.Module:
-        return TEAttention(
-            config,
-            self.layer_number,
-            window_size,
-            attn_mask_type=AttnMaskType.causal,
-            attention_type="self",
-            **kwargs,
-        )
-
-    def _for_global_attention(self, documents: Documents | None, *own: Tensor) -> tuple[Tensor, ...]:
-        attention = self.global_attention
-        assert isinstance(attention, TEAttention)
-        if attention.divides_heads:  # once for all loops
-            own = attention.rows.to_heads(*own)
-        return tuple(laid_out(tensor, documents) for tensor in own)
-
-    def _for_both(self, query: Tensor, documents: Documents | None) -> Tensor:
-        return laid_out(query, documents)
+    kernel = TEAttention
 
 
 class PLTSelfAttention(SelfAttention):

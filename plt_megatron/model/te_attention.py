@@ -43,14 +43,6 @@ def require_transformer_engine() -> None:
         )
 
 
-def laid_out(tensor: Tensor, documents: Documents | None) -> Tensor:
-    """Lay out a tensor [s, b, heads, d] so that TEAttention reads it without a copy: V is a part of each row of the
-    fused projection, and packed documents are read row after row."""
-    if documents is None:
-        return tensor.contiguous()
-    return tensor.transpose(0, 1).contiguous().transpose(0, 1)
-
-
 class TEAttention(nn.Module):
     """One causal TEDotProductAttention over [s, b, heads, d], optionally within a window.
 
@@ -60,7 +52,7 @@ class TEAttention(nn.Module):
 
     _selections: ClassVar[dict[bool, dict[str, Any]]] = {}
 
-    def __init__(self, config: PLTTransformerConfig, layer_number: int, window_size: int | None, **kwargs: Any) -> None:
+    def __init__(self, window_size: int | None, *, config: PLTTransformerConfig, **kwargs: Any) -> None:
         super().__init__()
         require_transformer_engine()
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
@@ -77,21 +69,35 @@ class TEAttention(nn.Module):
             config.num_query_groups //= self.rows.size
         elif config.context_parallel_size > 1:
             kwargs["cp_comm_type"] = config.window_cp_comm_type if self.local else config.cp_comm_type
-        self.attention = TEDotProductAttention(config=config, layer_number=layer_number, **kwargs)
+        causal = {"attn_mask_type": AttnMaskType.causal, "attention_type": "self"}
+        self.attention = TEDotProductAttention(config=config, **causal, **kwargs)
+
+    def lay_out(self, tensor: Tensor, documents: Documents | None) -> Tensor:
+        """Lay out a tensor [s, b, heads, d] so that the kernels read it without a copy: V is a part of each row of the
+        fused projection, and packed documents are read row after row."""
+        if documents is None:
+            return tensor.contiguous()
+        return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+
+    def prepare(self, documents: Documents | None, *own: Tensor) -> tuple[Tensor, ...]:
+        """Return K and V, or one of them, as a global attention takes them: with some of the heads over whole rows, if
+        ranks divide the heads."""
+        if self.divides_heads:
+            own = self.rows.to_heads(*own)
+        return tuple(self.lay_out(tensor, documents) for tensor in own)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
         """query [s / CP, b, heads, d], key and value [s / CP, b, groups, d] -> [s / CP, b, heads, d].
 
-        The global attention takes keys and values of packed documents as `to_heads` returns them.
+        The global attention takes keys and values as `prepare` returns them.
         """
         assert self.rows.size == 1 or self.divides_heads == (documents is not None)
         if not self.divides_heads:
             return self._attend(query, key, value, documents)
         if self.local:
-            query, key, value = (laid_out(tensor, documents) for tensor in self.rows.to_heads(query, key, value))
+            query, key, value = self.prepare(documents, query, key, value)
         else:
-            (query,) = self.rows.to_heads(query)
-            query = laid_out(query, documents)
+            (query,) = self.prepare(documents, query)
         return self.rows.from_heads(self._attend(query, key, value, documents))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:

@@ -3,6 +3,7 @@ included; and what travels between the ranks."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -98,7 +99,7 @@ def compare_attention(length: int, windows: list[int | None]) -> list[Pairs]:
     own = [rows.select(tensor, 0) for tensor in whole]
 
     def compare(window: int | None, documents: Documents | None) -> Pairs:
-        module = TorchAttention(None, window, rows)
+        module = TorchAttention(window, softmax_scale=None, pg_collection=SimpleNamespace(cp=dist.group.WORLD))
         if window is None:
             return _compare(
                 own,
