@@ -88,6 +88,23 @@ def test_frozen_matrices_save_a_third_of_their_products():
     assert one_layer.ffn == pytest.approx(full.ffn * (2 + 1 / layers) / 3)
 
 
+@pytest.mark.parametrize(
+    ("settings", "matrix"),
+    [([], "mlp.linear_fc1.weight"), (["model.moe.shared_expert_intermediate_size=32"], "shared_experts.linear_fc1")],
+    ids=["dense", "shared expert"],
+)
+def test_sequence_parallel_ranks_gather_once_more_for_a_trained_matrix(settings, matrix):
+    """In each microbatch and run of a layer, the half of its input that a rank of two lacks."""
+    file = MOE if settings else "configs/runs/plt2_tiny.yaml"
+    layout = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+    frozen, trained = (config_of(["linear_qkv", *more], *layout, *settings, file=file) for more in ([], [matrix]))
+    estimate, sent = estimate_run(trained), estimate_run(frozen).communication["tensor parallel"]
+    model, batch = trained.model, trained.training.micro_batch_size * trained.data.sequence_length
+    rows = estimate.layout.microbatches * model.num_layers * model.loop_count * batch
+    element = {"fp32": 4, "bf16": 2}[trained.training.precision]
+    assert estimate.communication["tensor parallel"] - sent == rows * model.hidden_size * element / 2
+
+
 def test_a_checkpoint_of_other_trained_parameters_is_refused():
     before, now = config_of(["plt_gate"]), config_of([])
     progress = {
