@@ -16,8 +16,6 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from plt_megatron.errors import UserError
-from plt_megatron.model.parameters import is_buffer
-from plt_megatron.model.trainable import is_trained
 from plt_megatron.run_folder.checkpoints import EMA, latest_checkpoint, read_verified_progress
 
 Part = Literal["weights", "main weights", "ema"]
@@ -85,34 +83,43 @@ class Weights:
     """
 
     def __init__(self, checkpoint: Path, part: Part = "weights") -> None:
-        progress = read_verified_progress(checkpoint)
-        self._vocab_size = progress["vocab_size"]
-        self._reader = _Reader(checkpoint, _PREFIXES[part])
-        self._patterns = progress["config"]["training"].get("trainable", []) if _PREFIXES[part] else []
-        self._model = _Reader(checkpoint) if self._patterns and self._reader.keys else self._reader
+        self._vocab_size = read_verified_progress(checkpoint)["vocab_size"]
+        self._prefix = _PREFIXES[part]
+        self._files = FileSystemReader(checkpoint)
+        metadata: Metadata = self._files.read_metadata()
+        self._files.set_up_storage_reader(metadata, is_coordinator=True)
+        entries = metadata.state_dict_metadata.items()
+        self._tensors = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
         self._stack: tuple[str, int, Tensor] | None = None  # a layer's experts
-        self.names = [name for key in self._model.keys for name in self._names_of(key)]
+        has_part = any(key.startswith(self._prefix) for key in self._tensors)
+        model = sorted(key for key in self._tensors if not key.startswith(_NO_WEIGHTS))
+        self.names = [name for key in model for name in self._names_of(key)] if has_part else []
 
     def read(self, name: str) -> Tensor:
         """Return a tensor, on the CPU. Raises `KeyError` if there is none of that name."""
-        is_kept = is_trained(self._patterns, name)
-        reader = self._reader if is_kept else self._model
-        key, place = stored_at(name)
-        if key not in reader.keys:
-            key, place = stored_at(name, in_all_layers=False)
+        key, place = self._stored_at(name)
         if not place:
-            read = reader.read(key, 0, self._vocab_size if name in PADDED else reader.shape(key)[0])
+            read = self._read(key, 0, self._vocab_size if name in PADDED else self._tensors[key].size[0])
         elif len(place) == 1:
-            read = reader.read(key, place[0], 1)[0]
+            read = self._read(key, place[0], 1)[0]
         else:
             if self._stack is None or self._stack[:2] != (key, place[0]):
                 self._stack = None  # free it before reading the next
-                self._stack = (key, place[0], reader.read(key, place[0], 1)[0])
+                self._stack = (key, place[0], self._read(key, place[0], 1)[0])
             read = self._stack[2][place[1]]
-        return read if is_kept else read.float()
+        return read if key.startswith(self._prefix) else read.float()
+
+    def _stored_at(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Return `stored_at` of the part's tensor or, if it lacks one, of the model's."""
+        for prefix in (self._prefix, ""):
+            for in_all_layers in (True, False):
+                key, place = stored_at(name, in_all_layers=in_all_layers)
+                if prefix + key in self._tensors:
+                    return prefix + key, place
+        raise KeyError(name)
 
     def _names_of(self, key: str) -> Iterator[str]:
-        match, shape = _LAYERS.fullmatch(key), self._model.shape(key)
+        match, shape = _LAYERS.fullmatch(key), self._tensors[key].size
         names = [key]
         if match is not None and _LAYER.fullmatch(key) is None:
             names, shape = [f"{match[1]}{layer}.{match[2]}" for layer in range(shape[0])], shape[1:]
@@ -122,40 +129,8 @@ class Weights:
             else:
                 yield name
 
-
-class _Reader:
-    """Reads ranges of rows of a checkpoint's tensors.
-
-    Args:
-        prefix: prefix of their keys; empty: the model's.
-
-    Attributes:
-        keys: keys without the prefix. Layers are stacked (`decoder.layers.mlp.linear_fc1.weight` is [layers, ...]),
-            except for tensors that only some have. Buffers have no prefix and are included with any.
-    """
-
-    def __init__(self, path: Path, prefix: str = "") -> None:
-        self._files = FileSystemReader(path)
-        metadata: Metadata = self._files.read_metadata()
-        self._files.set_up_storage_reader(metadata, is_coordinator=True)
-        self._tensors = {
-            key: entry
-            for key, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
-        model = [key for key in self._tensors if not key.startswith(_NO_WEIGHTS)]
-        own = [key for key in self._tensors if key.startswith(prefix)] if prefix else model
-        self._stored = {key.removeprefix(prefix): key for key in own}
-        if own:
-            self._stored |= {key: key for key in model if is_buffer(key)}
-        self.keys = sorted(self._stored)
-
-    def shape(self, key: str) -> torch.Size:
-        return self._tensors[self._stored[key]].size
-
-    def read(self, key: str, start: int, length: int) -> Tensor:
+    def _read(self, key: str, start: int, length: int) -> Tensor:
         """Read rows `start` .. `start + length` of a tensor."""
-        key = self._stored[key]
         entry = self._tensors[key]
         sizes = torch.Size((length, *entry.size[1:]))
         offsets = torch.Size((start, *[0] * (len(sizes) - 1)))
