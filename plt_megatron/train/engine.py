@@ -1,4 +1,4 @@
-"""The engine interface that the trainer and checkpoints use (`MegatronEngine`, `DeepSpeedEngine`)."""
+"""What `MegatronEngine` and `DeepSpeedEngine` have in common, as the trainer and checkpoints use it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.model.looped_gpt import LoopedGPT, MicroBatch
+from plt_megatron.model.build import build_stage
+from plt_megatron.model.looped_gpt import MicroBatch
+from plt_megatron.model.loss import sum_of_losses
 from plt_megatron.train.checkpoint.state import EngineState
 from plt_megatron.train.optimizers import LearningRate
 
@@ -40,56 +43,43 @@ class StepResult:
     head_z_loss: float | None = None
 
 
-def local_sums(stage: LoopedGPT, results: list[Tensor]) -> Tensor:
-    """Return float64 [3] on the device: losses, tokens that count in them, and z-losses of this rank's microbatches.
-
-    `results`: (loss, tokens) of each microbatch, float64 [2].
-    """
-    total = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
-    if results:
-        total[:2] = torch.stack(results).sum(dim=0)
-    if stage.z_loss is not None:
-        total[2] = stage.z_loss.take()
-    return total
-
-
-def mean_result(stage: LoopedGPT, sums: Sequence[float], lr: float, grad_norm: float = math.nan) -> StepResult:
-    """Divide the sums over all ranks [3] by their tokens; `updated` is for the caller to set."""
-    loss, tokens, z_loss = sums
-    count = max(tokens, 1)
-    head_z_loss = None if stage.z_loss is None else z_loss / count
-    return StepResult(loss / count, grad_norm, lr, int(tokens), updated=False, head_z_loss=head_z_loss)
-
-
 def finite_step(loss: float, grad_norm: float) -> bool:
     """Return whether loss and gradient norm are finite."""
     return math.isfinite(loss) and math.isfinite(grad_norm)
 
 
-def nothing() -> None:
-    """Do nothing; the default of `on_progress`."""
+def masked_loss(loss_mask: Tensor | None, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (sum of a microbatch's losses, to differentiate; tokens that count in it; both to log, float64 [2])."""
+    loss_sum, tokens = sum_of_losses(output, loss_mask)
+    # A copy: megatron-core's schedule may scale the loss in place.
+    return loss_sum, tokens.int(), torch.stack((loss_sum.detach().double(), tokens.double()))
 
 
-class Engine(Protocol):
-    """The model, its gradients and its optimizer on this rank.
+class Engine:
+    """The model, its gradients and its optimizer on this rank: what trainer and checkpoints use of an engine.
+
+    Args:
+        config: a validated configuration; process groups must exist.
+        vocab_size: the tokenizer's vocabulary size.
 
     Attributes:
         stage: this rank's part of the model.
+        state: state of model and optimizer for checkpoints.
         times: host time spent in each part of a step.
         on_progress: called at every forward pass of a microbatch through a stage.
     """
 
-    config: RunConfig
-    stage: LoopedGPT
-    groups: Any
+    state: EngineState
     optimizer: Any
     scheduler: LearningRate
-    times: StepTimes
-    on_progress: Callable[[], Any]
 
-    @property
-    def state(self) -> EngineState:
-        """State of model and optimizer for checkpoints."""
+    def __init__(self, config: RunConfig, vocab_size: int) -> None:
+        self.config = config
+        self.stage = build_stage(config, vocab_size)
+        self.groups: Any = self.stage.pg_collection
+        self.times = StepTimes()
+        self.on_progress: Callable[[], Any] = lambda: None
+        self._results: list[Tensor] = []
 
     def train_step(
         self,
@@ -105,9 +95,11 @@ class Engine(Protocol):
                 rejected step leaves weights and optimizer state unchanged; the learning-rate schedule continues.
             loop_count: loops of this step; None: the model's.
         """
+        raise NotImplementedError
 
     def evaluate(self, batches: list[MicroBatch], loop_count: int) -> tuple[float, int]:
         """Return (sum of token losses, tokens that count) of the current weights run for `loop_count` loops."""
+        raise NotImplementedError
 
     def gather_parameters(self) -> None:
         """Complete the weights that the last step updated, before anything but a forward pass reads them. Collective;
@@ -117,6 +109,34 @@ class Engine(Protocol):
     def microbatch_losses(self) -> list[tuple[float, int]]:
         """(sum of token losses, tokens that count) of each microbatch of the latest step or evaluation, on the last
         stage. Collective over the ranks that share a microbatch's sequences."""
+        if not self._results:
+            return []
+        results = torch.stack(self._results)
+        if self.groups.cp.size() > 1:
+            dist.all_reduce(results, group=self.groups.cp)
+        return [(loss, int(tokens)) for loss, tokens in results.tolist()]
+
+    def _reduce(self, results: list[Tensor]) -> Tensor:
+        """Return float64 [3] on the device, equal on all ranks: sums of losses, tokens that count in them, z-losses.
+
+        `results`: (loss, tokens) of each of this rank's microbatches, float64 [2]; empty before the last stage.
+        """
+        self._results = results
+        total = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
+        if results:
+            total[:2] = torch.stack(results).sum(dim=0)
+        if self.stage.z_loss is not None:
+            total[2] = self.stage.z_loss.take()
+        dist.all_reduce(total, group=self.groups.dp_cp)
+        dist.all_reduce(total, group=self.groups.pp)
+        return total
+
+    def _mean(self, sums: Sequence[float], grad_norm: float = math.nan) -> StepResult:
+        """Divide `_reduce`'s sums by their tokens; `updated` is for the caller to set."""
+        loss, tokens, z_loss = sums
+        count = max(tokens, 1)
+        head_z_loss = None if self.stage.z_loss is None else z_loss / count
+        return StepResult(loss / count, grad_norm, self.scheduler.lr, int(tokens), False, head_z_loss)
 
 
 class StepTimes:

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -24,15 +23,13 @@ from torch import Tensor, nn
 from plt_megatron.config import derived
 from plt_megatron.config.optimizers import optimizer_spec
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.model.build import build_stage
 from plt_megatron.model.looped_gpt import MicroBatch
-from plt_megatron.model.loss import sum_of_losses
 from plt_megatron.model.parameters import hidden_matrix
 from plt_megatron.model.pipeline import LoopChunk, MicroBatches, build_chunks
 from plt_megatron.model.step_state import StepState, renew_weight_copies, step_state_unchanged
 from plt_megatron.model.transformer_config import schedule_config
 from plt_megatron.train.checkpoint.megatron_state import MegatronState
-from plt_megatron.train.engine import StepResult, StepTimes, finite_step, local_sums, mean_result, nothing
+from plt_megatron.train.engine import Engine, StepResult, finite_step, masked_loss
 from plt_megatron.train.optimizers import LearningRate, build_optimizer, distributed_parts, squared_grad_norm
 from plt_megatron.train.unused_parameters import (
     ExpectedGradients,
@@ -42,37 +39,24 @@ from plt_megatron.train.unused_parameters import (
 )
 
 
-class MegatronEngine:
-    """The `Engine` on megatron-core.
+class MegatronEngine(Engine):
+    """The `Engine` on megatron-core."""
 
-    Args:
-        config: a validated configuration; process groups must exist.
-        vocab_size: the tokenizer's vocabulary size.
-    """
+    state: MegatronState
 
     def __init__(self, config: RunConfig, vocab_size: int) -> None:
-        self.config = config
-        self.stage = build_stage(config, vocab_size)
-        self.layers_config, self.groups = self.stage.config, self.stage.pg_collection
-        gather = derived.overlap_param_gather(config)
-        spec = optimizer_spec(config.optimizer)
-        matrices = hidden_matrices(self.stage) if spec.matrix_state is not None else []
-        overlap = config.parallel.overlap_grad_reduce
-        self.ddp = wrap_ddp(self.stage, overlap, overlap_param_gather=gather, whole=matrices)
+        super().__init__(config, vocab_size)
+        matrices = hidden_matrices(self.stage) if optimizer_spec(config.optimizer).matrix_state is not None else []
+        self.ddp = wrap_ddp(
+            self.stage,
+            config.parallel.overlap_grad_reduce,
+            overlap_param_gather=derived.overlap_param_gather(config),
+            whole=matrices,
+        )
         self.optimizer = build_optimizer(config, self.ddp)
         self.scheduler = LearningRate(config, self.optimizer)
-        self.state = MegatronState(
-            self.stage,
-            distributed_parts(self.optimizer),
-            spec,
-            config.training.seed,
-            matrices,
-            by_layer=bool(config.training.trainable),
-        )
+        self.state = MegatronState(config, self.stage, distributed_parts(self.optimizer), matrices)
         self._expected = ExpectedGradients(self.ddp)
-        self.times = StepTimes()
-        self.on_progress: Callable[[], Any] = nothing
-        self._results: list[Tensor] = []
         self._chunks: dict[int, tuple[list[LoopChunk], Any]] = {}
 
     def train_step(
@@ -81,7 +65,6 @@ class MegatronEngine:
         accept: Callable[[float, float], bool] = finite_step,
         loop_count: int | None = None,
     ) -> StepResult:
-        """See `Engine`."""
         self.stage.train()
         loop_count = loop_count or self.config.model.loop_count
         leaves_out = leaves_later_loops_out(self.config, loop_count)
@@ -95,7 +78,7 @@ class MegatronEngine:
             self.optimizer.prepare_grads()
             # The only point in a step where the host waits for the GPU.
             *sums, squared = torch.cat((total, squared_grad_norm(self.optimizer))).tolist()
-        result = mean_result(self.stage, sums, self.scheduler.lr, squared**0.5)
+        result = self._mean(sums, squared**0.5)
         with self.times.measure("optimizer"):
             result.updated = accept(result.loss, result.grad_norm)
             if result.updated:
@@ -115,7 +98,6 @@ class MegatronEngine:
             clip_grad_by_total_norm_fp32(optimizer.get_parameters(), self.config.optimizer.clip_grad, grad_norm)
 
     def evaluate(self, batches: list[MicroBatch], loop_count: int) -> tuple[float, int]:
-        """See `Engine`."""
         self.stage.eval()
         with torch.no_grad(), step_state_unchanged(self.stage):
             loss_sum, tokens, *_ = self._run(batches, loop_count, forward_only=True).tolist()
@@ -123,7 +105,6 @@ class MegatronEngine:
 
     @torch.no_grad()
     def gather_parameters(self) -> None:
-        """See `Engine`."""
         if self.ddp.ddp_config.overlap_param_gather:
             for group in self._bucket_groups:
                 if not group.param_gather_dispatched:
@@ -147,19 +128,8 @@ class MegatronEngine:
     def _bucket_groups(self) -> list[Any]:
         return self.ddp.bucket_groups + self.ddp.expert_parallel_bucket_groups
 
-    @property
-    def microbatch_losses(self) -> list[tuple[float, int]]:
-        """See `Engine`."""
-        if not self._results:
-            return []
-        results = torch.stack(self._results)
-        if self.groups.cp.size() > 1:
-            dist.all_reduce(results, group=self.groups.cp)
-        return [(loss, int(tokens)) for loss, tokens in results.tolist()]
-
     def _run(self, batches: list[MicroBatch], loop_count: int, forward_only: bool) -> Tensor:
-        """Run the schedule and return, as float64 [3] on the device, equal on all ranks: sum of losses, tokens that
-        count in it, sum of z-losses."""
+        """Run the schedule and return `_reduce`'s sums."""
         chunks, config = self._schedule(loop_count)
         for chunk in chunks:
             chunk.rewind()
@@ -183,7 +153,7 @@ class MegatronEngine:
 
     def _schedule(self, loop_count: int) -> tuple[list[LoopChunk], Any]:
         if loop_count not in self._chunks:
-            config = schedule_config(self.layers_config, loop_count)
+            config = schedule_config(self.stage.config, loop_count)
             config.no_sync_func = self.ddp.no_sync
             config.finalize_model_grads_func = self._finalize
             config.grad_scale_func = None
@@ -193,30 +163,13 @@ class MegatronEngine:
     def _forward_step(self, batches: MicroBatches, chunk: LoopChunk) -> tuple[Tensor, Callable]:
         self.on_progress()
         output, batch = chunk(batches)
-        return output, partial(_loss, batch.loss_mask)
+        return output, partial(masked_loss, batch.loss_mask)
 
     def _finalize(self, chunks: list[LoopChunk], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
         # The chunks are views of one stage, so its gradients are reduced once.
         self.on_progress()
         with self.times.measure("gradient_reduction"):  # nested in forward_backward
             finalize_model_grads([self.ddp], num_tokens, **kwargs)
-
-    def _reduce(self, results: list[Tensor]) -> Tensor:
-        """Sum the last stage's (loss, tokens, z-loss) over data-parallel ranks and send it to the other stages."""
-        self._results = results
-        total = local_sums(self.stage, results)
-        dist.all_reduce(total, group=self.groups.dp_cp)
-        dist.all_reduce(total, group=self.groups.pp)
-        return total
-
-
-def _loss(loss_mask: Tensor | None, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (loss to differentiate, tokens, values to log); the schedule divides by all tokens of the step at its
-    end."""
-    loss_sum, tokens = sum_of_losses(output, loss_mask)
-    # A copy: the schedule may scale the loss in place.
-    logged = torch.stack((loss_sum.detach().double(), tokens.double()))
-    return loss_sum, tokens.int(), logged
 
 
 def zero_gradients(ddp: DistributedDataParallel) -> None:

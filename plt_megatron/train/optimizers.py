@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -22,9 +22,8 @@ from plt_megatron.config import derived
 from plt_megatron.config.batch_schedule import BatchSchedule
 from plt_megatron.config.optimizers import WHOLE_MATRICES, OptimizerSpec, optimizer_spec
 from plt_megatron.config.schema import OptimizerConfig, RunConfig
-from plt_megatron.model.parameters import Kind, Parameter, hidden_matrix, parameters_of
+from plt_megatron.model.parameters import Kind, Parameter, hidden_matrix, only_in_loops, parameters_of
 from plt_megatron.model.transformer_config import DTYPES
-from plt_megatron.train.unused_parameters import later_loops_override
 
 
 def build_optimizer(config: RunConfig, ddp: DistributedDataParallel) -> Any:
@@ -136,11 +135,6 @@ class Group:
     decay: float
     eps: float
 
-    @property
-    def key(self) -> ParamKey:
-        """The key by which megatron-core finds the parameters."""
-        return ParamKey(with_name_predicate=ParamWithNamePredicate(self.name, lambda tensor, name: self.has(name)))
-
     def has(self, name: str) -> bool:
         """Return whether the parameter of this name is in the group."""
         return any(parameter.is_named(name) for parameter in self.parameters)
@@ -197,12 +191,6 @@ def _group(
     )
 
 
-def kind_overrides(config: RunConfig) -> dict[ParamKey, ParamGroupOverride]:
-    """Return `groups` as overrides of megatron-core's parameter groups."""
-    overrides = {group.key: group.override(config.optimizer) for group in groups(config)}
-    return {key: cast(ParamGroupOverride, override) for key, override in overrides.items() if override}
-
-
 def check_groups(
     config: RunConfig, stage: nn.Module, built: Iterable[tuple[nn.Parameter, dict[str, Any] | None]]
 ) -> None:
@@ -236,13 +224,28 @@ def described(config: RunConfig) -> str:
 
 
 def group_overrides(config: RunConfig) -> dict[ParamKey, ParamGroupOverride]:
-    """Return `kind_overrides`, plus groups for parameters that only later loops use, which may have had fewer updates,
-    and for hidden matrices, if these are updated as whole matrices."""
-    overrides = kind_overrides(config) | later_loops_override(config)
-    if optimizer_spec(config.optimizer).matrix_state is not None:
-        matrices = ParamWithNamePredicate("hidden matrices", lambda parameter, name: hidden_matrix(name) is not None)
-        overrides[ParamKey(with_name_predicate=matrices)] = {WHOLE_MATRICES: True}
+    """Return what megatron-core's parameter groups override: the rates of `groups`.
+
+    Parameters that only later loops use get groups of their own, with the same settings: they may have had fewer
+    updates, and DeepSpeed and Transformer Engine step a group as a whole. So do hidden matrices, if they are updated as
+    whole matrices.
+    """
+    settings = config.optimizer
+    overrides: dict[ParamKey, Any] = {}
+    for group in groups(config):
+        if override := group.override(settings):
+            overrides[_key(group.name, group.has)] = override
+    overrides[_key("later loops", only_in_loops)] = {
+        "start_wd": settings.weight_decay,
+        "end_wd": settings.weight_decay,
+    }
+    if optimizer_spec(settings).matrix_state is not None:
+        overrides[_key("hidden matrices", lambda name: hidden_matrix(name) is not None)] = {WHOLE_MATRICES: True}
     return overrides
+
+
+def _key(name: str, has: Callable[[str], bool]) -> ParamKey:
+    return ParamKey(with_name_predicate=ParamWithNamePredicate(name, lambda tensor, own_name: has(own_name)))
 
 
 class LearningRate(OptimizerParamScheduler):

@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import ParamGroupOverride, ParamKey
-from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from torch import nn
 
 from plt_megatron.config.schema import RunConfig
@@ -32,14 +30,6 @@ def later_parameters(stage: nn.Module) -> list[nn.Parameter]:
     return [parameter for name, parameter in stage.named_parameters() if only_in_loops(name)]
 
 
-def later_loops_override(config: RunConfig) -> dict[ParamKey, ParamGroupOverride]:
-    """Return separate parameter groups, with the same settings, for parameters that only later loops use: DeepSpeed and
-    Transformer Engine step a group as a whole."""
-    decay = config.optimizer.weight_decay
-    later = ParamWithNamePredicate("later loops", lambda parameter, name: only_in_loops(name))
-    return {ParamKey(with_name_predicate=later): ParamGroupOverride(start_wd=decay, end_wd=decay)}
-
-
 @contextmanager
 def left_alone(parts: Sequence[OptimizerPart], unused: list[nn.Parameter]) -> Iterator[None]:
     """Keep an optimizer's step within this block from changing these parameters and their state.
@@ -52,7 +42,7 @@ def left_alone(parts: Sequence[OptimizerPart], unused: list[nn.Parameter]) -> It
     groups = []
     for part in parts:
         part.allocate()  # state that no step has updated yet is saved too
-        own = [main for parameter in unused if (main := part.own_main_parameter(parameter)) is not None]
+        own = part.main_parameters(unused)
         for main in own:
             main.grad = None
         left = {id(main) for main in own}

@@ -46,7 +46,7 @@ def _load_and_look(path, config):
         state = optimizer.inner.state[optimizer.main_parameter(parameter)]
         (moments if parameter in gates else others).append(float(state["exp_avg_sq"].max()))
         updates.append((parameter in gates, float(state["step"])))
-    own = {optimizer.own_main_parameter(gate) for gate in gates} - {None}
+    own = set(optimizer.main_parameters(gates))
     groups = [{main in own for main in group["params"]} for group in optimizer.inner.param_groups]
     zero = all(not torch.any(gate) for gate in gates)
     history = jobs.train(engine, 4, 5)

@@ -80,8 +80,7 @@ def _steps_of_one_loop(config: RunConfig, control: bool) -> list[tuple[bool, boo
             if only_in_loops(name) is gates:
                 found.append(parameter.detach().clone())
                 for part in engine.state.parts:
-                    main = part.own_main_parameter(parameter)
-                    if main is not None:
+                    for main in part.main_parameters([parameter]):
                         found += [main.detach().clone(), *(value.clone() for value in part.inner.state[main].values())]
         return found
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from plt_megatron.errors import UserError
+from plt_megatron.errors import UserError, describe_os_error
+
+logger = logging.getLogger(__name__)
 
 
 def on_rank_0[T](function: Callable[[], T]) -> T:
@@ -53,6 +56,12 @@ def any_rank(state: bool) -> bool:
 def describe(error: BaseException) -> str:
     """Describe an error in one line: the system's message about a file, or the error's own."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return describe_os_error(error)
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[-1] if "Traceback" in text else text.splitlines()[0]
+
+
+def say(message: str, level: int = logging.INFO) -> None:
+    """Log a message on rank 0."""
+    if dist.get_rank() == 0:
+        logger.log(level, "%s", message)

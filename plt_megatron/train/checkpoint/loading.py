@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -23,11 +23,9 @@ from plt_megatron.errors import UserError
 from plt_megatron.model.parameters import only_in_loops
 from plt_megatron.run_folder import checkpoints, resuming
 from plt_megatron.train.checkpoint import saving, state
-from plt_megatron.train.checkpoint.collective import describe, first_of_all_ranks, on_rank_0
+from plt_megatron.train.checkpoint.collective import describe, first_of_all_ranks, on_rank_0, say
 from plt_megatron.train.engine import Engine
 from plt_megatron.train.optimizers import LearningRate
-
-logger = logging.getLogger(__name__)
 
 
 def load_checkpoint(
@@ -95,7 +93,7 @@ def _load_kept(engine: Engine, path: Path, kept: state.Kept) -> None:
     for name, tensors in kept.items():
         request = _of_those(state.kept_tensors(engine.stage, name, tensors), saved)
         if not any(key.startswith(f"{state.KEPT_PREFIX}{name}.") for key in saved):
-            _say(f"{path} has no state of {name}: it is reset")
+            say(f"{path} has no state of {name}: it is reset")
             continue
         # Entries without tensors of this rank are not returned.
         for own, value in _read(path, {"kept": request}, engine.groups.dp_cp).get("kept", {}).items():
@@ -120,14 +118,14 @@ def _find(path: Path) -> tuple[Path, dict[str, Any]]:
         problem = first_of_all_ranks(checkpoints.damage(candidate, dist.get_rank(), dist.get_world_size()))
         if problem is None:
             if damages:
-                _say(f"using {candidate} instead")
+                say(f"using {candidate} instead")
             progress = on_rank_0(partial(checkpoints.read_verified_progress, candidate))
             if dist.get_rank() == 0:
                 checkpoints.warn_of_doubt(candidate, progress)
             return candidate, progress
         damages.append(problem)
         if len(candidates) > 1:
-            _say(problem, logging.WARNING)
+            say(problem, logging.WARNING)
     raise UserError(damages[0] if len(damages) == 1 else f"{path}: no complete checkpoint there")
 
 
@@ -143,7 +141,7 @@ def _tell_differences(engine: Engine, progress: dict[str, Any]) -> None:
     for section, name in [*(("model", key) for key in own["model"]), ("training", "precision")]:
         before, now = saved[section].get(name), own[section][name]
         if before != now and name not in ("backend", "vocab_size"):
-            _say(f"{section}.{name}: {before} in the checkpoint, now {now}")
+            say(f"{section}.{name}: {before} in the checkpoint, now {now}")
 
 
 # Checking that it fits.
@@ -179,9 +177,9 @@ def _fit(path: Path, request: dict[str, Any]) -> bool:
             raise UserError(f"checkpoint {path} {fault} the tensor {strange[0]}{more}, {other}")
     if missing:
         _take_out(request, set(missing))
-        _say(f"{path} has no {_loop_parameters(missing)}: this model's are new, with fresh optimizer state")
+        say(f"{path} has no {_loop_parameters(missing)}: this model's are new, with fresh optimizer state")
     if unexpected:
-        _say(f"the {_loop_parameters(unexpected)} in {path} are dropped: this model has none")
+        say(f"the {_loop_parameters(unexpected)} in {path} are dropped: this model has none")
     return bool(missing)
 
 
@@ -231,19 +229,10 @@ def _read(path: Path, request: dict[str, Any], sharing: dist.ProcessGroup | None
     Args:
         sharing: ranks that request the same tensors: one of them reads a tensor and sends it to the others.
     """
-    loaded, problem, strategy = None, None, _AgreedLoad(path)
-    try:
-        shared = FullyParallelLoadStrategyWrapper(strategy, sharing) if sharing else strategy
-        loaded = dist_checkpointing.load(request, str(path), shared)
-    except UserError:  # raised on all ranks
-        raise
-    except (Exception, CheckpointException) as error:  # whatever it is, the other ranks must hear of it
-        problem = _cannot_load(path, error)
-    problem = first_of_all_ranks(problem)
-    if problem is not None:
-        raise UserError(problem)
-    assert loaded is not None
-    return loaded
+    strategy: Any = _AgreedLoad(path)
+    if sharing:
+        strategy = FullyParallelLoadStrategyWrapper(strategy, sharing)
+    return _agree(path, lambda: dist_checkpointing.load(request, str(path), strategy))
 
 
 class _AgreedLoad(TorchDistLoadShardedStrategy):
@@ -254,22 +243,19 @@ class _AgreedLoad(TorchDistLoadShardedStrategy):
         self._path = path
 
     def load(self, *args: Any, **kwargs: Any) -> Any:
-        """See megatron-core. Collective."""
-        loaded, problem = None, None
-        try:
-            loaded = super().load(*args, **kwargs)
-        except (Exception, CheckpointException) as error:
-            problem = _cannot_load(self._path, error)
-        problem = first_of_all_ranks(problem)
-        if problem is not None:
-            raise UserError(problem)
-        return loaded
+        return _agree(self._path, partial(super().load, *args, **kwargs))
 
 
-def _cannot_load(path: Path, error: BaseException) -> str:
-    return f"checkpoint {path}: cannot be loaded on rank {dist.get_rank()}, {describe(error)}"
-
-
-def _say(message: str, level: int = logging.INFO) -> None:
-    if dist.get_rank() == 0:
-        logger.log(level, "%s", message)
+def _agree[T](path: Path, load: Callable[[], T]) -> T:
+    """Return what `load` returns or, if it fails on any rank, raise a UserError on all."""
+    loaded, problem = None, None
+    try:
+        loaded = load()
+    except UserError:  # raised on all ranks
+        raise
+    except (Exception, CheckpointException) as error:  # whatever it is, the other ranks must hear of it
+        problem = f"checkpoint {path}: cannot be loaded on rank {dist.get_rank()}, {describe(error)}"
+    problem = first_of_all_ranks(problem)
+    if problem is not None:
+        raise UserError(problem)
+    return cast(T, loaded)

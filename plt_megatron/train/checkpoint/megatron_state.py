@@ -10,22 +10,24 @@ shares the optimizer's memory, so that saving copies only what a rank writes and
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from plt_megatron.config.optimizers import WHOLE_MATRICES, OptimizerSpec
+from plt_megatron.config.optimizers import WHOLE_MATRICES, optimizer_spec
+from plt_megatron.config.schema import RunConfig
 from plt_megatron.model.initialization import global_names, initial_value
 from plt_megatron.model.looped_gpt import LoopedGPT
 from plt_megatron.model.parameters import only_in_loops
 from plt_megatron.train.checkpoint import state
-from plt_megatron.train.checkpoint import state as sharding
 from plt_megatron.train.checkpoint.state import Reader
 
 _STACKED = re.compile(r"(.*\.decoder\.layers\.)(\D.*)")
@@ -34,24 +36,15 @@ _STACKED = re.compile(r"(.*\.decoder\.layers\.)(\D.*)")
 class OptimizerPart:
     """One of the distributed optimizers that an engine's optimizer consists of.
 
-    Args:
-        optimizer: megatron-core's distributed optimizer.
-        spec: the kind of optimizer.
-        matrices: parameters that are updated as whole matrices, with state of their own and no step count.
-        by_layer: save each layer's state by the layer's name, not stacked over all layers, since some are not trained.
+    `matrices`: parameters that are updated as whole matrices, with state of their own and no step count.
     """
 
-    def __init__(
-        self,
-        optimizer: DistributedOptimizer,
-        spec: OptimizerSpec,
-        matrices: Collection[Tensor] = (),
-        *,
-        by_layer: bool = False,
-    ) -> None:
-        self.optimizer, self._by_layer = optimizer, by_layer
+    def __init__(self, config: RunConfig, optimizer: DistributedOptimizer, matrices: Collection[Tensor]) -> None:
+        self.optimizer = optimizer
         self.inner: Any = optimizer.optimizer  # torch's, or an object with its attributes
-        self._spec, self._matrices = spec, {*matrices}
+        self._spec, self._matrices = optimizer_spec(config.optimizer), {*matrices}
+        # By the layer's name, not stacked over all layers: some are not trained.
+        self._by_layer = bool(config.training.trainable)
         # Transformer Engine's optimizers count steps per parameter group.
         self._torchs = type(getattr(self.inner, "adam", self.inner)).__module__.startswith("torch.")
 
@@ -70,7 +63,7 @@ class OptimizerPart:
         """
         if not self._spec.counts_steps:
             return
-        own = {id(main) for parameter in later if (main := self.own_main_parameter(parameter)) is not None}
+        own = {id(main) for main in self.main_parameters(later)}
         for group in self.inner.param_groups:
             if WHOLE_MATRICES in group:
                 continue
@@ -91,14 +84,13 @@ class OptimizerPart:
             return
         if not self._torchs and not self._matrices:
             self.optimizer.load_state_dict(self.optimizer.state_dict())
-            for state in self.inner.state.values():
+            for tensors in self.inner.state.values():
                 for key in self._spec.state:
-                    state[key].zero_()
+                    tensors[key].zero_()
             return
-        for parameter, part in self.parameter_parts():
-            if part is not None:
-                main = self.main_parameter(parameter)
-                self.inner.state[main] = {key: torch.zeros_like(main) for key in self._keys(parameter)}
+        for _, parameter, _ in self._owned():
+            main = self.main_parameter(parameter)
+            self.inner.state[main] = {key: torch.zeros_like(main) for key in self._keys(parameter)}
         self.set_step(0)
 
     # Main parameters and their state.
@@ -113,13 +105,13 @@ class OptimizerPart:
             model: the model's sharded tensors.
         """
         self.allocate()
-        wholes, prefix = _wholes(model), sharding.OPTIMIZER_PREFIX
+        wholes, prefix = _wholes(model), state.OPTIMIZER_PREFIX
         return {
             index: {
                 name: self._boxes(wholes[parameter], parameter, part.start, f"{prefix}{name}.", flat)
                 for name, flat in self._tensors(parameter).items()
             }
-            for index, (parameter, part) in self._owned()
+            for index, parameter, part in self._owned()
         }
 
     def sharded_beside(
@@ -136,39 +128,59 @@ class OptimizerPart:
         wholes = _wholes(model)
         return {
             index: self._boxes(wholes[parameter], parameter, part.start, prefix, pieces[index])
-            for index, (parameter, part) in self._owned()
+            for index, parameter, part in self._owned()
         }
 
     def _boxes(
-        self,
-        whole: ShardedTensor | ShardedTensorFactory,
-        parameter: Tensor,
-        start: int,
-        prefix: str,
-        flat: Tensor,
+        self, whole: ShardedTensor | ShardedTensorFactory, parameter: Tensor, start: int, prefix: str, flat: Tensor
     ) -> dict[int, ShardedTensor]:
-        """Return the boxes of `_boxes_of`, by number."""
-        found = _boxes_of(whole, parameter, start, prefix, flat)
-        return dict(enumerate(map(_of_its_layer, found) if self._by_layer else found))
+        """Return `flat`, the part of a parameter's state that begins at element `start`, as numbered boxes of the whole
+        model's tensor. `whole` is the parameter's sharded tensor; its key follows `prefix` in the state's."""
+        found: list[ShardedTensor] = []
+        for tensor in state.sharded_tensors({"": whole}):
+            # The parameter, or the gate's or the up projection's half of it.
+            first = tensor.data.storage_offset() - parameter.storage_offset()
+            assert tensor.data.is_contiguous() and 0 <= first <= parameter.numel() - tensor.data.numel()
+            shift = start - first
+            low, high = max(shift, 0), min(shift + flat.numel(), tensor.data.numel())
+            ones = (1,) * tensor.prepend_axis_num
+            for offset, shape in boxes(tensor.local_shape, low, high):
+                elements = math.prod(shape)
+                box = replace(
+                    tensor,
+                    key=f"{prefix}{tensor.key}",
+                    data=flat[low - shift : low - shift + elements].view(ones + shape),
+                    dtype=flat.dtype,
+                    local_shape=ones + shape,
+                    global_offset=tuple(map(sum, zip(tensor.global_offset, (0,) * len(ones) + offset, strict=True))),
+                    axis_fragmentations=None,  # not a regular grid
+                    prepend_axis_num=0,
+                    replica_id=(*tensor.replica_id[:-1], 0),  # no other data-parallel rank has it
+                )
+                found.append(_of_its_layer(box) if self._by_layer else box)
+                low += elements
+        return dict(enumerate(found))
 
     def pieces(self) -> dict[int, Tensor]:
         """Return this rank's parts of the main parameters, flat, in fp32, by the parameter's index in its buffers."""
-        return {index: self.main_parameter(parameter) for index, (parameter, _) in self._owned()}
+        return {index: self.main_parameter(parameter) for index, parameter, _ in self._owned()}
 
     def model_pieces(self) -> dict[int, Tensor]:
         """Return the same parts of the model's parameters, as views in the model's precision."""
-        return {index: parameter.detach().view(-1)[part.start : part.end] for index, (parameter, part) in self._owned()}
+        return {index: parameter.detach().view(-1)[part.start : part.end] for index, parameter, part in self._owned()}
 
-    def _owned(self) -> Iterator[tuple[int, tuple[Tensor, Any]]]:
-        """Yield (index in its buffers, (parameter, range)) of the parameters that this rank owns a part of."""
-        return (each for each in enumerate(self.parameter_parts()) if each[1][1] is not None)
+    def _owned(self) -> Iterator[tuple[int, Tensor, Any]]:
+        """Yield (index in its buffers, parameter, range) of the parameters that this rank owns a part of."""
+        for index, (parameter, part) in enumerate(self.parameter_parts()):
+            if part is not None:
+                yield index, parameter, part
 
     @torch.no_grad()
     def reset_others(self, loaded: dict[int, Any]) -> None:
         """Reset what was not loaded (`loaded` is by the parameter's index) to the model's values and zero state."""
         self.allocate()
-        for index, (parameter, part) in enumerate(self.parameter_parts()):
-            if part is None or index in loaded:
+        for index, parameter, part in self._owned():
+            if index in loaded:
                 continue
             main, *kept = self._tensors(parameter).values()
             main.copy_(parameter.reshape(-1)[part.start : part.end])
@@ -177,9 +189,8 @@ class OptimizerPart:
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield this rank's parts of all main parameters and of their state."""
-        for parameter, part in self.parameter_parts():
-            if part is not None:
-                yield from self._tensors(parameter).values()
+        for _, parameter, _ in self._owned():
+            yield from self._tensors(parameter).values()
 
     def _tensors(self, parameter: Tensor) -> dict[str, Tensor]:
         """Return this rank's part of a main parameter and of its state, flat."""
@@ -195,9 +206,10 @@ class OptimizerPart:
         group, order = self.optimizer.model_param_group_index_map[parameter]
         return self.inner.param_groups[group]["params"][order]
 
-    def own_main_parameter(self, parameter: Tensor) -> Tensor | None:
-        """Return `main_parameter`, or None if all of it belongs to other ranks or another optimizer."""
-        return self.main_parameter(parameter) if parameter in self.optimizer.model_param_group_index_map else None
+    def main_parameters(self, parameters: Iterable[Tensor]) -> list[Tensor]:
+        """Return `main_parameter` of those model parameters of which this rank's optimizer has a part."""
+        own = self.optimizer.model_param_group_index_map
+        return [self.main_parameter(parameter) for parameter in parameters if parameter in own]
 
     def parameter_parts(self) -> Iterator[tuple[Tensor, Any]]:
         """Yield (parameter, the range of it that this rank owns, or None), in the order of `sharded`."""
@@ -215,39 +227,6 @@ class OptimizerPart:
 def _wholes(model: dict[str, Any]) -> dict[Tensor, ShardedTensor | ShardedTensorFactory]:
     """Return the model's sharded tensors by its parameters."""
     return {value.data: value for value in model.values() if isinstance(value, ShardedTensor | ShardedTensorFactory)}
-
-
-def _boxes_of(
-    whole: ShardedTensor | ShardedTensorFactory, parameter: Tensor, start: int, prefix: str, flat: Tensor
-) -> Iterator[ShardedTensor]:
-    """Yield the part of a parameter's state that begins at element `start`, as boxes of the whole model's tensor.
-
-    Args:
-        whole: the parameter's sharded tensor.
-        prefix: prefix of the state's key; the parameter's key follows.
-        flat: the part.
-    """
-    for tensor in sharding.sharded_tensors({"": whole}):
-        # The parameter, or the gate's or the up projection's half of it.
-        first = tensor.data.storage_offset() - parameter.storage_offset()
-        assert tensor.data.is_contiguous() and 0 <= first <= parameter.numel() - tensor.data.numel()
-        shift = start - first
-        low, high = max(shift, 0), min(shift + flat.numel(), tensor.data.numel())
-        ones = (1,) * tensor.prepend_axis_num
-        for offset, shape in boxes(tensor.local_shape, low, high):
-            elements = math.prod(shape)
-            yield replace(
-                tensor,
-                key=f"{prefix}{tensor.key}",
-                data=flat[low - shift : low - shift + elements].view(ones + shape),
-                dtype=flat.dtype,
-                local_shape=ones + shape,
-                global_offset=tuple(map(sum, zip(tensor.global_offset, (0,) * len(ones) + offset, strict=True))),
-                axis_fragmentations=None,  # not a regular grid
-                prepend_axis_num=0,
-                replica_id=(*tensor.replica_id[:-1], 0),  # no other data-parallel rank has it
-            )
-            low += elements
 
 
 def _of_its_layer(box: ShardedTensor) -> ShardedTensor:
@@ -285,13 +264,6 @@ def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple
 class MegatronState:
     """The `EngineState` of `MegatronEngine`.
 
-    Args:
-        stage: the model.
-        optimizers: megatron-core's distributed optimizers, all of `spec`'s kind.
-        seed: the run's seed; parameters that a checkpoint lacks start with their initial values.
-        matrices: parameters that are updated as whole matrices.
-        by_layer: as for `OptimizerPart`.
-
     Attributes:
         parts: the optimizers' states.
         later_step: updates of the parameters that only later loops use.
@@ -299,20 +271,16 @@ class MegatronState:
 
     def __init__(
         self,
+        config: RunConfig,
         stage: LoopedGPT,
         optimizers: Sequence[DistributedOptimizer],
-        spec: OptimizerSpec,
-        seed: int,
-        matrices: Sequence[Tensor] = (),
-        *,
-        by_layer: bool = False,
+        matrices: Collection[Tensor],
     ) -> None:
-        self._stage, self._seed = stage, seed
-        self.parts = [OptimizerPart(optimizer, spec, matrices, by_layer=by_layer) for optimizer in optimizers]
+        self._stage, self._seed = stage, config.training.seed
+        self.parts = [OptimizerPart(config, optimizer, matrices) for optimizer in optimizers]
         self.later_step = 0
 
     def to_save(self) -> dict[str, Any]:
-        """See `EngineState`."""
         model = state.model_state(self._stage)
         return {
             "model": model,
@@ -325,28 +293,26 @@ class MegatronState:
         return {index: part.sharded(model) for index, part in enumerate(self.parts)}
 
     def live_tensors(self) -> Iterator[Tensor]:
-        """See `EngineState`."""
         yield from (*self._stage.parameters(), *self._stage.buffers())
         for part in self.parts:
             yield from part.tensors()
 
     def request(self, *, optimizer: bool) -> dict[str, Any]:
-        """See `EngineState`."""
         model = state.model_state(self._stage, is_loading=True)
         return {"model": model} | ({"optimizer": self._optimizer(model)} if optimizer else {})
 
     def load(self, request: dict[str, Any], read: Reader) -> dict[str, Any]:
-        """See `EngineState`."""
         loaded = read(request)
         self._build_gates(loaded["model"])
-        with state.pickled_fp8_state_is_trusted():
+        # Transformer Engine's layers distrust pickled scales and histories of FP8, but megatron-core has unpickled the
+        # whole checkpoint anyway, after its checksums were compared.
+        with mock.patch.dict(os.environ, NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE="1"):
             self._stage.load_state_dict(loaded["model"], strict=False)  # what is missing is known to be a gate
         for index, part in enumerate(self.parts):
             part.reset_others(loaded.get("optimizer", {}).get(index, {}))
         return loaded
 
     def set_step(self, step: int, later_step: int) -> None:
-        """See `EngineState`."""
         self.later_step = later_step
         later = [parameter for name, parameter in self._stage.named_parameters() if only_in_loops(name)]
         for part in self.parts:

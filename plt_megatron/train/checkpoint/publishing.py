@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import re
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
 import plt_megatron
@@ -51,9 +49,8 @@ def leftovers(directory: Path) -> list[Path]:
     """Return folders left by a crash, partly written or partly removed."""
     if not directory.is_dir():
         return []
-    names = (rf"{NAME.pattern}({re.escape(suffix)})" for suffix in (_TEMPORARY, _REPLACED))
-    pattern = re.compile("|".join(names))
-    return sorted(path for path in directory.iterdir() if pattern.fullmatch(path.name) and path.is_dir())
+    found = (path for path in directory.iterdir() if path.suffix in (_TEMPORARY, _REPLACED))
+    return sorted(path for path in found if NAME.fullmatch(path.stem) and path.is_dir())
 
 
 def prepare(directory: Path, step: int) -> Path:
@@ -74,11 +71,6 @@ def recover(directory: Path) -> None:
     for path in leftovers(directory):
         if path.suffix == _REPLACED and not path.with_suffix("").exists():
             path.rename(path.with_suffix(""))
-
-
-def discard(temporary: Path) -> None:
-    """Remove a temporary folder as far as possible: its disk space may be needed."""
-    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def publish(temporary: Path, checksums: dict[str, str]) -> Path:
@@ -114,12 +106,8 @@ def prune(published: Path, keep_last: int, keep_every: int) -> list[Path]:
     found = checkpoint_folders(published.parent)
     steps = superseded([step_of(path) for path in found], step_of(published), keep_last, keep_every)
     removed = [path for path in found if step_of(path) in steps]
-    _remove(removed)
-    return removed
-
-
-def _remove(paths: Iterable[Path]) -> None:
-    for path in paths:
+    for path in removed:
         # Renamed first: a crash in between leaves no damaged folder under a checkpoint's name.
         doomed = path.rename(path.with_suffix(_TEMPORARY))
         shutil.rmtree(doomed)
+    return removed

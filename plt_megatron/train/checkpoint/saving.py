@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import queue
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,11 +34,10 @@ from plt_megatron.model.parameters import Parameter, find_in_any
 from plt_megatron.run_folder import checkpoints, resuming
 from plt_megatron.run_folder.files import write_text
 from plt_megatron.train.checkpoint import publishing, state
-from plt_megatron.train.checkpoint.collective import describe, first_of_all_ranks, on_rank_0
+from plt_megatron.train.checkpoint.collective import describe, first_of_all_ranks, on_rank_0, say
 from plt_megatron.train.checkpoint.state import sharded_tensors
 from plt_megatron.train.engine import Engine
 
-logger = logging.getLogger(__name__)
 Place = tuple[str, tuple[int, ...]]  # a tensor's key, and its offset in the whole tensor
 _AT_ONCE = 1 << 22  # elements summed at a time as integers, 8 bytes each
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per element
@@ -166,7 +166,7 @@ class PendingSave:
             published = on_rank_0(lambda: self._publish(everything or []))
         except UserError as reason:
             if dist.get_rank() == 0:
-                publishing.discard(self.temporary)
+                shutil.rmtree(self.temporary, ignore_errors=True)  # its disk space may be needed
             raise _cannot_save(self.step, str(reason), self.temporary.parent) from reason
         if dist.get_rank() == 0:
             _prune(published, keep_last, keep_every)
@@ -215,8 +215,8 @@ def _state(engine: Engine, kept: state.Kept) -> dict[str, Any]:
 
 def _copy_live(buckets: list[Any], engine: Engine, kept: state.Kept) -> list[Any]:
     """Return the buckets with copies of the tensors that training will change: on a CPU nothing else copies them."""
-    tensors = (*engine.state.live_tensors(), *map(state.data_of, nested_values(dict(kept))))
-    live = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    tensors = (*engine.state.live_tensors(), *nested_values(dict(kept)))  # some of the latter are sharded tensors
+    live = {tensor.data.untyped_storage().data_ptr() for tensor in tensors}
 
     def copy(tensor: Tensor) -> Tensor:
         return tensor.clone() if tensor.untyped_storage().data_ptr() in live else tensor
@@ -257,11 +257,11 @@ def _prune(published: Path, keep_last: int, keep_every: int) -> None:
     try:
         removed = publishing.prune(published, keep_last, keep_every)
     except OSError as error:  # the new checkpoint is safe anyway
-        logger.warning("cannot remove an old checkpoint: %s", describe(error))
+        say(f"cannot remove an old checkpoint: {describe(error)}", logging.WARNING)
         return
     given_up = [path.name for path in removed if checkpoints.step_of(path) > checkpoints.step_of(published)]
     if given_up:
-        logger.info("removed %s: later than %s, and training was rolled back", ", ".join(given_up), published.name)
+        say(f"removed {', '.join(given_up)}: later than {published.name}, and training was rolled back")
 
 
 # Comparison of copies that several ranks hold and of which a checkpoint stores one: parameters replicated over
@@ -280,7 +280,8 @@ def replica_difference(engine: Engine, saved: dict[str, Any]) -> str | None:
         return None
     state, found = {name: saved[name] for name in ("model", "optimizer")}, None
     # Training uses the same groups. Stages between the first and the last are not in the embedding's group.
-    for group, is_held in ((groups.tp, _is_whole), (groups.embd if tied else None, _is_in_two_stages)):
+    embedding = groups.embd if tied else None
+    for group, is_held in ((groups.tp, _is_whole), (embedding, lambda parameter: parameter.component == "embedding")):
         if group is not None and group.size() > 1:
             found = _difference(dict(_checksums(state, is_held)), group) or found
     return first_of_all_ranks(found)
@@ -290,10 +291,6 @@ def _is_whole(parameter: Parameter) -> bool:
     """Return whether each tensor-parallel rank has all of it. An expert is only on some ranks, and those are
     data-parallel ranks of each other."""
     return parameter.split is None and not parameter.per_expert
-
-
-def _is_in_two_stages(parameter: Parameter) -> bool:
-    return parameter.component == "embedding"
 
 
 def _checksums(state: dict[str, Any], is_held: Callable[[Parameter], bool]) -> Iterator[tuple[Place, int]]:

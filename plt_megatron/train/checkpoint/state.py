@@ -6,10 +6,8 @@ states belong to their layout.
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,7 +29,6 @@ KEPT_PREFIX = "kept."  # callbacks' tensors
 Kept = Mapping[str, Mapping[Any, Any]]
 # Reads the sharded tensors of a request, and the values that all ranks have in common.
 Reader = Callable[[dict[str, Any]], dict[str, Any]]
-_TRUST_VARIABLE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
 def model_state(stage: LoopedGPT, *, is_loading: bool = False) -> dict[str, Any]:
@@ -68,22 +65,6 @@ def kept_tensors(stage: LoopedGPT, name: str, tensors: Mapping[Any, Any]) -> dic
     }
 
 
-@contextmanager
-def pickled_fp8_state_is_trusted() -> Iterator[None]:
-    """Let Transformer Engine's layers accept the pickled scales and histories of delayed scaling within this block.
-
-    megatron-core unpickles a checkpoint anyway, after its checksums have been compared.
-    """
-    before = os.environ.get(_TRUST_VARIABLE)
-    os.environ[_TRUST_VARIABLE] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(_TRUST_VARIABLE)
-        if before is not None:
-            os.environ[_TRUST_VARIABLE] = before
-
-
 def _is_empty_object(value: Any) -> bool:
     if not isinstance(value, ShardedObject):
         return False
@@ -111,11 +92,6 @@ def restore_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state(state["cuda"])
     tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
-
-
-def data_of(value: Any) -> Tensor:
-    """Return a tensor's own data, sharded or not."""
-    return value if isinstance(value, Tensor) else value.data
 
 
 def sharded_tensors(state: Any) -> Iterator[ShardedTensor]:

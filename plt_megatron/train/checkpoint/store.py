@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from plt_megatron.config.rules.uploads import is_url
@@ -25,19 +24,14 @@ from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.storage.copies import Index, download_part, find_checkpoint, finish_download, read_manifest
 from plt_megatron.storage.places import Place
 from plt_megatron.train.checkpoint import publishing
-from plt_megatron.train.checkpoint.collective import any_rank, describe, first_of_all_ranks, on_rank_0
+from plt_megatron.train.checkpoint.collective import any_rank, describe, first_of_all_ranks, on_rank_0, say
 from plt_megatron.train.checkpoint.loading import load_checkpoint, load_weights
 from plt_megatron.train.checkpoint.saving import PendingSave, begin_save
 from plt_megatron.train.checkpoint.state import Kept
 from plt_megatron.train.engine import Engine
 
-logger = logging.getLogger(__name__)
 _SOURCE = "source"  # name of a file with the URL
 _TURN_S = 0.2
-
-
-def _nobody_listens(*_: Any) -> None:
-    return None
 
 
 class CheckpointStore:
@@ -59,8 +53,8 @@ class CheckpointStore:
         directory: Path,
         config: RunConfig,
         data_fingerprint: dict[str, Any],
-        on_publish: Callable[[Path], None] = _nobody_listens,
-        beat: Callable[[], None] = _nobody_listens,
+        on_publish: Callable[[Path], Any] = lambda checkpoint: None,
+        beat: Callable[[], Any] = lambda: None,
     ) -> None:
         self.directory = directory
         self.config = config
@@ -72,17 +66,8 @@ class CheckpointStore:
         self._thread: threading.Thread | None = None
 
     def load(self, engine: Engine, kept: Kept | None = None) -> dict[str, Any] | None:
-        """Restore the run's last state in the engine or, for a new run, load from `checkpoint.load`.
-
-        Args:
-            kept: see `load_checkpoint`.
-
-        Returns:
-            The checkpoint's progress (see `load_checkpoint`); None if training starts at step 0.
-
-        Raises:
-            UserError: on all ranks, if the checkpoint is missing, damaged, or does not fit.
-        """
+        """Restore the run's last state in the engine or, for a new run, load from `checkpoint.load`. See
+        `load_checkpoint`; returns None if training starts at step 0."""
         settings = self.config.checkpoint
         self.close()
         resumes = settings.enabled and on_rank_0(self._look_for_own)
@@ -92,31 +77,24 @@ class CheckpointStore:
         if not resumes and settings.weights_only:
             progress = load_weights(engine, source)
             self._inherited = checkpoints.inherited(progress, self.config.data.sequence_length)
-            self._say(f"starting from the weights of {source}, step {progress['step']}")
+            say(f"starting from the weights of {source}, step {progress['step']}")
             return None
         progress = load_checkpoint(engine, source, kept=kept, allow_other_schedule=settings.allow_other_schedule)
         check_data(source, progress, self.data_fingerprint, self.config)
         self._inherited = checkpoints.inherited(progress, self.config.data.sequence_length)
-        self._say(f"resuming from {source}, step {progress['step']}")
+        say(f"resuming from {source}, step {progress['step']}")
         if progress.get("data_fingerprint") != self.data_fingerprint:
-            self._say("warning: it was saved with other data or another order: some samples may repeat or be missed")
+            say("warning: it was saved with other data or another order: some samples may repeat or be missed")
         return progress
 
     def _other(self, load: str) -> Path:
         if not is_url(load):
             return Path(load)
-        self._say(f"fetching {load}")
+        say(f"fetching {load}")
         return fetch_checkpoint(load, self._fetched, self._beat)
 
     def save(self, engine: Engine, progress: dict[str, Any], kept: Kept | None = None) -> Path:
-        """Save the engine's state and the trainer's `progress`, which holds `step`; returns the checkpoint's folder.
-
-        Args:
-            kept: see `save_checkpoint`.
-
-        Raises:
-            UserError: on all ranks, if it could not be written; the last checkpoint is intact.
-        """
+        """Save the engine's state and the trainer's `progress`, which holds `step`. See `save_checkpoint`."""
         self.close()
         progress = {**self._inherited, **progress, "data_fingerprint": self.data_fingerprint}
         if not self.config.checkpoint.async_save:
@@ -133,9 +111,7 @@ class CheckpointStore:
         """Publish an asynchronous save if all ranks have written their parts; returns its folder if so."""
         if self._pending is None or self._thread is None:
             return None
-        writing = torch.tensor([float(self._thread.is_alive())], device=torch.cuda.current_device())
-        dist.all_reduce(writing)
-        return self.close() if writing.item() == 0 else None
+        return None if any_rank(self._thread.is_alive()) else self.close()
 
     def close(self) -> Path | None:
         """Wait for an asynchronous save and publish it; returns its folder if there was one.
@@ -161,7 +137,7 @@ class CheckpointStore:
     def _look_for_own(self) -> bool:
         publishing.recover(self.directory)
         for path in publishing.leftovers(self.directory):
-            logger.warning("%s: left incomplete by a run that was stopped; not used", path)
+            say(f"{path}: left incomplete by a run that was stopped; not used", logging.WARNING)
         return bool(checkpoints.candidates(self.directory))
 
     def _publish(self, pending: PendingSave) -> Path:
@@ -171,17 +147,12 @@ class CheckpointStore:
         self._on_publish(path)
         return path
 
-    @staticmethod
-    def _say(message: str) -> None:
-        if dist.get_rank() == 0:
-            logger.info("%s", message)
-
 
 # Fetching a remote checkpoint that a run starts from into the run's folder. The ranks divide the files among them. An
 # interrupted download resumes: files that have arrived intact are not fetched again.
 
 
-def fetch_checkpoint(url: str, directory: Path, beat: Callable[[], None]) -> Path:
+def fetch_checkpoint(url: str, directory: Path, beat: Callable[[], Any]) -> Path:
     """Fetch the checkpoint that `url` refers to into `directory`, which all ranks share; return its folder. Collective.
 
     Args:
@@ -222,7 +193,7 @@ def _fetch(url: str, index: Index, folder: Path) -> None:
     download_part(Place(url), index, folder, dist.get_rank(), dist.get_world_size())
 
 
-def _in_turns(work: Callable[[], None], beat: Callable[[], None]) -> str | None:
+def _in_turns(work: Callable[[], None], beat: Callable[[], Any]) -> str | None:
     """Do the work in a thread, however long it takes, and return the lowest rank's problem with it. Collective."""
     problems: list[str] = []
 

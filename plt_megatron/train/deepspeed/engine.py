@@ -16,36 +16,26 @@ import torch.distributed as dist
 from megatron.core.optimizer import _get_param_groups
 from torch import Tensor
 
-from plt_megatron.config.optimizers import optimizer_spec
 from plt_megatron.config.rules.deepspeed import deepspeed_config, zero_of
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.model.build import build_stage
 from plt_megatron.model.looped_gpt import MicroBatch
-from plt_megatron.model.loss import sum_of_losses
 from plt_megatron.train.deepspeed.runtime import GradientParts, import_deepspeed, join_process_groups, start_deepspeed
 from plt_megatron.train.deepspeed.state import DeepSpeedState
-from plt_megatron.train.engine import StepResult, StepTimes, finite_step, local_sums, mean_result, nothing
+from plt_megatron.train.engine import Engine, StepResult, finite_step, masked_loss
 from plt_megatron.train.optimizers import LearningRate, check_groups, group_overrides, megatron_settings
 from plt_megatron.train.unused_parameters import leaves_later_loops_out
 
 
-class DeepSpeedEngine:
-    """The `Engine` on DeepSpeed. With ZeRO 3 the stage's parameters are empty outside of forward and backward.
+class DeepSpeedEngine(Engine):
+    """The `Engine` on DeepSpeed. With ZeRO 3 the stage's parameters are empty outside of forward and backward."""
 
-    Args:
-        config: a validated configuration with `deepspeed`; process groups must exist.
-        vocab_size: the tokenizer's vocabulary size.
-    """
+    state: DeepSpeedState
 
     def __init__(self, config: RunConfig, vocab_size: int) -> None:
-        self.config = config
         deepspeed = import_deepspeed()
         join_process_groups(deepspeed)
-        self.stage = build_stage(config, vocab_size)
-        self.groups = self.stage.pg_collection
-        self.state = DeepSpeedState(
-            self, tuple(optimizer_spec(config.optimizer).state)
-        )  # while the parameters are whole
+        super().__init__(config, vocab_size)
+        self.state = DeepSpeedState(self)  # while the parameters are whole
         self._gradient_parts = GradientParts(self.stage, config)
         self.deepspeed = start_deepspeed(
             deepspeed,
@@ -59,9 +49,6 @@ class DeepSpeedEngine:
             self.state.allocate()  # a step may update only some parameters, but all are saved
         self._leave_alone = _LeaveAlone(self.optimizer, self.state.later_groups)
         self._verdict = _Verdict(self.optimizer, zero_of(config).zero_stage)
-        self.times = StepTimes()
-        self.on_progress: Callable[[], Any] = nothing
-        self._results: list[Tensor] = []
 
     def train_step(
         self,
@@ -69,14 +56,13 @@ class DeepSpeedEngine:
         accept: Callable[[float, float], bool] = finite_step,
         loop_count: int | None = None,
     ) -> StepResult:
-        """See `Engine`."""
         self.deepspeed.train()
         loop_count = loop_count or self.config.model.loop_count
         self._gradient_parts.expect(loop_count)
-        self._leave_alone.unused = leaves_later_loops_out(self.config, loop_count)
+        self._leave_alone.begin_step(leaves_later_loops_out(self.config, loop_count))
         tokens = self._count_tokens(batches)
         with self.times.measure("forward_backward"):
-            result = mean_result(self.stage, self._run(batches, loop_count, tokens), self.scheduler.lr)
+            result = self._mean(self._run(batches, loop_count, tokens))
         with self.times.measure("optimizer"):
             judge = partial(accept, result.loss)
             result.grad_norm, result.updated = self._verdict.step(self.deepspeed, judge)
@@ -85,19 +71,10 @@ class DeepSpeedEngine:
         return result
 
     def evaluate(self, batches: list[MicroBatch], loop_count: int) -> tuple[float, int]:
-        """See `Engine`."""
         self.deepspeed.eval()
         with torch.no_grad():
             loss_sum, tokens, *_ = self._run(batches, loop_count, None)
             return loss_sum, int(tokens)
-
-    def gather_parameters(self) -> None:
-        """See `Engine`. DeepSpeed's step has already done this; only DeepSpeed reads what stage 3 shards."""
-
-    @property
-    def microbatch_losses(self) -> list[tuple[float, int]]:
-        """See `Engine`."""
-        return [(float(loss), int(tokens)) for loss, tokens in self._results]
 
     def _count_tokens(self, batches: list[MicroBatch]) -> int:
         """Count the tokens of the whole step that count in the loss: DeepSpeed averages gradients, so each microbatch's
@@ -111,23 +88,20 @@ class DeepSpeedEngine:
         return int(total)
 
     def _run(self, batches: list[MicroBatch], loop_count: int, step_tokens: int | None) -> list[float]:
-        """Run each microbatch forward and, if `step_tokens` is given, backward. Return the sums of losses, tokens that
-        count and z-losses over data-parallel ranks."""
-        self._results = []
+        """Run each microbatch forward and, if `step_tokens` is given, backward; return `_reduce`'s sums."""
+        results = []
         # DeepSpeed averages over data-parallel ranks; we average over tokens.
         gradient = self.stage.loss_gradient = self.groups.dp.size() / (step_tokens or 1)
         for index, batch in enumerate(batches):
             self.on_progress()
-            loss_sum, tokens = sum_of_losses(self.deepspeed(batch, loop_count), batch.loss_mask)
-            self._results.append(torch.stack((loss_sum.detach().double(), tokens.double())))
+            loss_sum, _, result = masked_loss(batch.loss_mask, self.deepspeed(batch, loop_count))
+            results.append(result)
             if step_tokens is None:
                 continue
             self.deepspeed.set_gradient_accumulation_boundary(index == len(batches) - 1)
             self.deepspeed.backward(gradient * loss_sum, scale_wrt_gas=False)
             self._gradient_parts.finish_microbatch()
-        total = local_sums(self.stage, self._results)
-        dist.all_reduce(total, group=self.groups.dp)
-        return total.tolist()
+        return self._reduce(results).tolist()
 
 
 class _LeaveAlone:
@@ -136,28 +110,21 @@ class _LeaveAlone:
     Args:
         optimizer: DeepSpeed's optimizer.
         later_groups: numbers of the groups that only later loops use.
-
-    Attributes:
-        unused: whether the upcoming step leaves these groups unused. Set it before the step's first backward.
     """
 
     def __init__(self, optimizer: Any, later_groups: set[int]) -> None:
-        self._optimizer, self._unused = optimizer, False
+        self._optimizer, self.unused = optimizer, False
         step = optimizer._optimizer_step
 
         def step_if_used(number: int) -> None:
-            if not (self._unused and number in later_groups):
+            if not (self.unused and number in later_groups):
                 step(number)
 
         optimizer._optimizer_step = step_if_used
 
-    @property
-    def unused(self) -> bool:
-        return self._unused
-
-    @unused.setter
-    def unused(self, unused: bool) -> None:
-        self._unused = unused
+    def begin_step(self, unused: bool) -> None:
+        """Say, before a step's first backward, whether the step leaves these groups unused."""
+        self.unused = unused
         kept = getattr(self._optimizer, "grad_partitions_flat_buffer", None)
         if unused and kept is not None:
             kept.zero_()  # stage 3 would use the last step's gradient for parameters that have none in this one

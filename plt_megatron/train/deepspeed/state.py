@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from torch import Tensor, nn
 
+from plt_megatron.config.optimizers import optimizer_spec
 from plt_megatron.config.rules.deepspeed import zero_of
 from plt_megatron.model.initialization import initial_value
 from plt_megatron.model.parameters import only_in_loops
@@ -49,15 +50,14 @@ class DeepSpeedState:
 
     Args:
         engine: a `DeepSpeedEngine` under construction, while its stage's parameters are still whole.
-        keys: names of the state that its optimizer keeps of each parameter.
 
     Attributes:
         later_step: updates of the parameters that only later loops use.
     """
 
-    def __init__(self, engine: Any, keys: tuple[str, ...]) -> None:
+    def __init__(self, engine: Any) -> None:
         self._engine = engine
-        self._keys = keys
+        self._keys = tuple(optimizer_spec(engine.config.optimizer).state)
         self.later_step = 0
         names = {parameter: name for name, parameter in engine.stage.named_parameters()}
         self._entries: dict[str, _Entry] = {}
@@ -73,7 +73,7 @@ class DeepSpeedState:
     # Saving.
 
     def to_save(self) -> dict[str, Any]:
-        """See `EngineState`. Each data-parallel rank gets its share of the parameters, each whole, in CPU memory."""
+        """Each data-parallel rank gets its share of the parameters, each whole, in CPU memory."""
         self._optimizer.allocate()
         model: dict[str, Any] = {}
         optimizer: dict[int, Any] = {}
@@ -91,7 +91,7 @@ class DeepSpeedState:
         return {"model": model, "optimizer": {0: optimizer}, **steps}
 
     def live_tensors(self) -> Iterator[Tensor]:
-        """See `EngineState`. The tensors of `to_save` are gathered copies."""
+        """The tensors of `to_save` are gathered copies."""
         yield from (*self._engine.stage.parameters(), *self._engine.stage.buffers())
 
     def _owners(self) -> Iterator[tuple[str, int]]:
@@ -105,19 +105,18 @@ class DeepSpeedState:
     # Loading.
 
     def request(self, *, optimizer: bool) -> dict[str, Any]:
-        """See `EngineState`."""
         model = {name: entry.sharded for name, entry in self._entries.items()}
         if not optimizer:
             return {"model": model}
         parameters = {
-            number: {key: entry.optimizer_tensor(key, _meta(entry)) for key in (_MAIN, *self._keys)}
+            number: {key: entry.optimizer_tensor(key, _empty(entry, device="meta")) for key in (_MAIN, *self._keys)}
             for number, entry in enumerate(self._entries.values())
         }
         return {"model": model, "optimizer": {0: parameters}}
 
     @torch.no_grad()
     def load(self, request: dict[str, Any], read: Reader) -> dict[str, Any]:
-        """See `EngineState`. The returned dictionary has no weights and no optimizer state."""
+        """The returned dictionary has no weights and no optimizer state."""
         common = read({key: value for key, value in request.items() if key not in ("model", "optimizer")})
         self._optimizer.allocate()
         numbers = {name: number for number, name in enumerate(self._entries)}
@@ -160,7 +159,6 @@ class DeepSpeedState:
         yield names
 
     def set_step(self, step: int, later_step: int) -> None:
-        """See `EngineState`."""
         self.later_step = later_step
         self._optimizer.set_step(step, later_step, self.later_groups)
 
@@ -183,12 +181,8 @@ class DeepSpeedState:
         return pieces(optimizer, self._keys)
 
 
-def _meta(entry: _Entry) -> Tensor:
-    return torch.empty(entry.shape, dtype=torch.float32, device="meta")
-
-
-def _empty(entry: _Entry, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(entry.shape, dtype=dtype, device="cpu")
+def _empty(entry: _Entry, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    return torch.empty(entry.shape, dtype=dtype, device=device)
 
 
 def _only_copy(sharded: ShardedTensor | ShardedTensorFactory) -> ShardedTensor | ShardedTensorFactory:

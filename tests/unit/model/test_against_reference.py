@@ -267,7 +267,7 @@ def test_a_second_backward_starts_afresh():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-MISTAKES: dict[str, tuple[dict[str, Any], dict[str, Any]] = {
+MISTAKES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "window one short": ({}, {"window_size": 4}),
     "window one long": ({}, {"window_size": 6}),
     "no shift": ({}, {"cross_loop_parallel": False}),
