@@ -18,8 +18,8 @@ from plt_megatron.config.data_stages import stage_samples
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.length_schedule import LengthSchedule
 from plt_megatron.config.rules.uploads import is_url
-from plt_megatron.config.schema import RunConfig
-from plt_megatron.data.datasets import Samples, build_datasets
+from plt_megatron.config.schema import DataConfig, RunConfig
+from plt_megatron.data.datasets import Datasets, Samples, build_datasets
 from plt_megatron.data.mix import (
     consumed_epochs,
     describe_mix,
@@ -55,35 +55,24 @@ class RunData:
         self.vocab_size = _vocab_size(config, self.tokenizer)
         _, validation, test = required_samples(config)
         self._samples = on_rank_0(lambda: _samples_of_upload(config) or training_samples(config))
-        built = build_datasets(
-            config.data,
-            num_samples=(self._samples, validation, test),
-            seed=config.training.seed,
-            cache_dir=index_folder(config),
-            tokenizer=self.tokenizer,
-        )
+        built = self._build(config.data, (self._samples, validation, test))
         assert built.train is not None
         self.train, self.validation = built.train, built.validation
         self.fingerprint, self._shares = built.fingerprint, built.shares
         self.by_source = self._build_by_source(validation) if config.validation.by_source and validation else {}
         self._bytes: dict[str, int] = {}
 
+    def _build(self, data: DataConfig, num_samples: tuple[int, int, int]) -> Datasets:
+        seed, folder = self._config.training.seed, index_folder(self._config)
+        return build_datasets(data, num_samples=num_samples, seed=seed, cache_dir=folder, tokenizer=self.tokenizer)
+
     def _build_by_source(self, samples: int) -> dict[str, Samples]:
-        config = self._config
+        data = self._config.data
+        part = "sources" if data.sources else "validation_sources"
         found = {}
-        for source in part_sources(config.data)[1]:
-            alone = (
-                dataclasses.replace(config.data, sources=[source], stages=[])
-                if config.data.sources
-                else dataclasses.replace(config.data, validation_sources=[source], stages=[])
-            )
-            built = build_datasets(
-                alone,
-                num_samples=(0, samples, 0),
-                seed=config.training.seed,
-                cache_dir=index_folder(config),
-                tokenizer=self.tokenizer,
-            )
+        for source in part_sources(data)[1]:
+            alone: dict[str, Any] = {part: [source], "stages": []}
+            built = self._build(dataclasses.replace(data, **alone), (0, samples, 0))
             assert built.validation is not None
             found[derived.source_name(source)] = built.validation
         return found
