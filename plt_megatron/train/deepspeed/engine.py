@@ -37,12 +37,11 @@ class DeepSpeedEngine(Engine):
         super().__init__(config, vocab_size)
         self.state = DeepSpeedState(self)  # while the parameters are whole
         self._gradient_parts = GradientParts(self.stage, config)
-        self.deepspeed = start_deepspeed(
-            deepspeed,
-            self.stage,
-            _parameter_groups(config, self.stage),
-            deepspeed_config(config, dist.get_world_size()),
-        )
+        # megatron-core's, the same as `MegatronEngine`'s.
+        groups = _get_param_groups([self.stage], megatron_settings(config), group_overrides(config))
+        check_groups(config, self.stage, ((parameter, group) for group in groups for parameter in group["params"]))
+        settings = deepspeed_config(config, dist.get_world_size())
+        self.deepspeed = start_deepspeed(deepspeed, self.stage, groups, settings)
         self.optimizer = self.deepspeed.optimizer
         self.scheduler = LearningRate(config, self.optimizer)
         if config.training.loop_schedule:
@@ -165,10 +164,3 @@ class _Verdict:
         if math.isfinite(value) and value >= 0:  # -1 is DeepSpeed's mark for a norm that is not a number
             self._norm = value
         return norm if judge(self._norm) else torch.full_like(norm, -1.0)
-
-
-def _parameter_groups(config: RunConfig, stage: torch.nn.Module) -> list[dict[str, Any]]:
-    """Return megatron-core's parameter groups, the same as `MegatronEngine`'s."""
-    groups = _get_param_groups([stage], megatron_settings(config), group_overrides(config))
-    check_groups(config, stage, ((parameter, group) for group in groups for parameter in group["params"]))
-    return groups
