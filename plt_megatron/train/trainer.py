@@ -21,7 +21,7 @@ from plt_megatron.run_folder.checkpoints import trained_tokens
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.train.build_engine import build_engine
 from plt_megatron.train.callbacks.base import Callback, Clock, Step, TrainingFailed
-from plt_megatron.train.callbacks.registry import CALLBACKS
+from plt_megatron.train.callbacks.registry import CALLBACKS, is_needed
 from plt_megatron.train.checkpoint.collective import any_rank
 from plt_megatron.train.checkpoint.state import Kept
 from plt_megatron.train.checkpoint.store import CheckpointStore
@@ -54,7 +54,7 @@ class Trainer:
         )
         self.rank = dist.get_rank()
         self.is_first_rank = self.rank == 0
-        self.callbacks = [callback(self) for callback in CALLBACKS]
+        self.callbacks = [callback(self) for callback in CALLBACKS if is_needed(callback, self)]
 
     def run(self) -> bool:
         """Train to the end, or until asked to stop; return whether the run is finished."""
@@ -122,7 +122,6 @@ class Trainer:
 
     @property
     def last_step(self) -> int:
-        """See `Run`."""
         return derived.last_step(self.config, self.clock.step, self.clock.tokens)
 
     @property
@@ -131,7 +130,6 @@ class Trainer:
         return self.clock.step >= self.last_step
 
     def is_due(self, interval: int, step: int | None = None) -> bool:
-        """See `Run`."""
         step = self.clock.step if step is None else step
         return step == self.last_step or (interval > 0 and step % interval == 0)
 
@@ -147,7 +145,6 @@ class Trainer:
                 callback.load_state_dict(progress[callback.name])
 
     def roll_back(self) -> None:
-        """See `Run`."""
         step = self.clock.step
         progress = self._load()
         if progress is None:
@@ -187,7 +184,6 @@ class Trainer:
         self._each(Callback.on_save, checkpoint)
 
     def what_is_saved(self) -> str:
-        """See `Run`."""
         latest = self.checkpoints.latest()
         return f"The last checkpoint is intact: {latest}" if latest else "There is no checkpoint yet"
 
@@ -200,11 +196,9 @@ class Trainer:
             self._heartbeat(self._phase, self.clock.step)
 
     def say(self, line: str) -> None:
-        """See `Run`."""
         self._each(Callback.say, line)
 
     def report(self, record: dict[str, Any]) -> None:
-        """See `Run`."""
         self._each(Callback.on_record, record)
 
     def close(self) -> None:

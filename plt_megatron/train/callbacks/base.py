@@ -92,8 +92,9 @@ class Run(Protocol):
 class Callback:
     """Something that a run does besides training. Subclasses override what they need.
 
-    A run has one of each class in `registry.CALLBACKS`. All methods are called on all ranks at the same points, in the
-    order of that list, so that they may communicate. A class reads its settings from `run.config`.
+    A run has one of each class in `registry.CALLBACKS` that it needs (`registry.is_needed`). All methods are called on
+    all ranks at the same points, in the order of that list, so that they may communicate. A class reads its settings
+    from `run.config`.
 
     Attributes:
         name: name of its state in checkpoints; not needed without state.

@@ -1,4 +1,4 @@
-"""Processes that run beside training: at low priority, without a GPU, and not as part of the job."""
+"""Work beside training, in processes at low priority, without a GPU, and not as part of the job."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
+
+from plt_megatron.train.callbacks.base import Callback, Run
 
 _GRACE_S = 10.0  # for a process to clean up after it was asked to end
 # Variables set by a rank's launcher: with them a library might join the run's job and wait for its other ranks.
@@ -64,6 +67,36 @@ class BesideProcess:
         except subprocess.TimeoutExpired:  # stuck in something that ignores signals
             self._process.kill()
             self._process.wait()
+
+
+class WorkBeside(Callback):
+    """Work of the first rank in one `BesideProcess` at a time, which subclasses start."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self._process: BesideProcess | None = None
+
+    def after_step(self, *_: Any) -> None:
+        """Handle what the process has done."""
+        self._advance()
+
+    def is_working(self) -> bool:
+        """Return whether a process runs."""
+        self._advance()
+        return self._process is not None
+
+    def close(self) -> None:
+        """End an unfinished process; the next job does its work again."""
+        self._cancel()
+
+    def _advance(self) -> None:
+        """Handle what the process has done; if it has ended, start the next."""
+        raise NotImplementedError
+
+    def _cancel(self) -> None:
+        if self._process is not None:
+            self._process.end()
+            self._process = None
 
 
 def environment() -> dict[str, str]:

@@ -10,11 +10,11 @@ from plt_megatron.config.schema import EvaluationConfig
 from plt_megatron.run_folder.checkpoints import checkpoint_folders, read_verified_progress, step_of, trained_tokens
 from plt_megatron.run_folder.metrics import read_scores
 from plt_megatron.storage.queue import link_folder
-from plt_megatron.train.callbacks.base import Callback, Run
-from plt_megatron.train.callbacks.beside import BesideProcess
+from plt_megatron.train.callbacks.base import Run
+from plt_megatron.train.callbacks.beside import BesideProcess, WorkBeside
 
 
-class Exports(Callback):
+class Exports(WorkBeside):
     """Exports checkpoints to `<run folder>/exports/step_00000100`, and evaluates the exports (`evaluation.tasks`), one
     after the other.
 
@@ -26,24 +26,21 @@ class Exports(Callback):
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
-        settings = run.config.checkpoint.exports
-        self._interval = 0 if settings is None else settings.interval
-        self._works = run.is_first_rank and settings is not None
-        self._process: BesideProcess | None = None
+        assert run.config.checkpoint.exports is not None
+        self._interval = run.config.checkpoint.exports.interval
         self._checkpoint = Path()  # the one that the process works on
         self._evaluates = False  # False while the process exports
         self._rolled_back_to: int | None = None
 
     def on_start(self) -> None:
         """Continue with what an earlier job left."""
-        if self._works:
-            self._start_next()
+        self._start_next()
 
     def on_save(self, checkpoint: Path) -> None:
         """Queue the checkpoint if its step is due. A rollback saves its checkpoint again, unchanged: do not queue that
         one twice."""
         step = step_of(checkpoint)
-        if not self._works or not self.run.is_due(self._interval, step):
+        if not self.run.is_due(self._interval, step):
             return
         run = self.run.folder
         known = any((folder / checkpoint.name).is_dir() for folder in (run.exporting, run.exports))
@@ -51,15 +48,8 @@ class Exports(Callback):
             self._queue(checkpoint)
             self._start_next()
 
-    def after_step(self, *_: Any) -> None:
-        """Report an export that has ended, and start the next."""
-        if self._works:
-            self._advance()
-
     def on_rollback(self, state: dict[str, Any]) -> None:
         """Drop waiting checkpoints of later steps, which belong to abandoned training."""
-        if not self._works:
-            return
         step = self._rolled_back_to = self.run.clock.step
         if self._process is not None and step_of(self._checkpoint) > step:
             self._cancel()
@@ -68,18 +58,6 @@ class Exports(Callback):
                 shutil.rmtree(waiting, ignore_errors=True)
                 waiting.with_suffix(".log").unlink(missing_ok=True)
         self._start_next()
-
-    def is_working(self) -> bool:
-        """Return whether an export is under way."""
-        if self._works:
-            self._advance()
-        return self._process is not None
-
-    def close(self) -> None:
-        """Stop an unfinished export; the next job redoes it."""
-        self._cancel()
-
-    # The first rank's queue.
 
     def _queue(self, checkpoint: Path) -> None:
         waiting = self.run.folder.exporting / checkpoint.name
@@ -131,11 +109,6 @@ class Exports(Callback):
         progress = read_verified_progress(self._checkpoint)  # its export has verified it
         clock = {"step": progress["step"], "tokens": trained_tokens(progress)}
         self.run.report({"kind": "evaluation", **clock, "scores": read_scores(self._export)})
-
-    def _cancel(self) -> None:
-        if self._process is not None:
-            self._process.end()
-            self._process = None
 
     @property
     def _export(self) -> Path:

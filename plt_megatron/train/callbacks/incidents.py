@@ -32,7 +32,6 @@ class Incidents(Callback):
         self._first_sample = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the guard's state."""
         return self.guard.state() | {"settings": self._settings}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -47,12 +46,10 @@ class Incidents(Callback):
         self.guard.restore_losses(state)
 
     def before_step(self, step: Step) -> None:
-        """Remember the step and its first sample."""
         self._first_sample = self.run.clock.samples
         self._current = step
 
     def accept(self, loss: float, grad_norm: float) -> bool:
-        """Return the guard's verdict."""
         step, data = self._current, self.run.config.data
         ends = self._first_sample, self._first_sample + step.global_batch_size - 1
         first, last = (stage_of_sample(data, sample) for sample in ends)

@@ -54,23 +54,18 @@ class Metrics(Callback):
 
     def on_start(self) -> None:
         """Open the files, and remove what an earlier attempt wrote after this step."""
-        if self.run.is_first_rank:
-            self.run.folder.path.mkdir(parents=True, exist_ok=True)
-            self._open_trackers()
-            self._rewind()
+        self.run.folder.path.mkdir(parents=True, exist_ok=True)
+        self._open_trackers()
+        self._rewind()
 
     def on_rollback(self, state: dict[str, Any]) -> None:
         """Remove what was written after the step that the run returns to."""
-        if self.run.is_first_rank:
-            self._rewind()
+        self._rewind()
 
     def _rewind(self) -> None:
         json_lines.rewind(self._path, lambda record: record["step"] <= self.run.clock.step)
 
     def on_record(self, record: dict[str, Any]) -> None:
-        """Write the record."""
-        if not self.run.is_first_rank:
-            return
         json_lines.append(self._path, record)
         numbers = dict(_numbers(record))
         if self._board is not None:
@@ -81,7 +76,6 @@ class Metrics(Callback):
             self._wandb.log(numbers | {"step": record["step"]})
 
     def close(self) -> None:
-        """Flush and close the trackers."""
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:

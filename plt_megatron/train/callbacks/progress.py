@@ -24,7 +24,7 @@ class ProgressBar(Callback):
         self._started = time.monotonic()
         self._first = 0  # tokens
         self._bar: Bar | None = None
-        if run.is_first_rank and sys.stdout.isatty():
+        if sys.stdout.isatty():
             self._bar = Bar(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -36,7 +36,6 @@ class ProgressBar(Callback):
             )
 
     def on_start(self) -> None:
-        """Show the bar."""
         step, total = self.run.clock.step, self.run.last_step
         self._started, self._first = time.monotonic(), self.run.clock.tokens
         if self._bar is not None:
@@ -46,12 +45,10 @@ class ProgressBar(Callback):
             self.say(f"resumed at step {step} of {total}")
 
     def after_step(self, step: Step, result: StepResult) -> None:
-        """Move the bar."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step.number, loss=f"{result.loss:.4f}")
 
     def on_record(self, record: dict[str, Any]) -> None:
-        """Print a line about the record."""
         if record["kind"] == "validation":
             average = f", EMA loss {record['ema_loss']:.4f}" if "ema_loss" in record else ""
             self.say(f"  validation, {record['loop_count']} loop(s): loss {record['loss']:.4f}{average}")
@@ -79,14 +76,11 @@ class ProgressBar(Callback):
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
-        if not self.run.is_first_rank:
-            return
         if self._bar is not None:
             self._bar.console.print(line, highlight=False, markup=False)
         else:
             print(line, flush=True)
 
     def close(self) -> None:
-        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()

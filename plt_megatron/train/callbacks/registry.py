@@ -1,12 +1,16 @@
 """The callbacks of every run, called in this order.
 
-To add one, write a `Callback` (`base`) in its own file and list it here. Callbacks that change a step come before those
-that report on it, and `TrainLog` after those whose `after_step` prepares what their `on_log` returns.
+To add one, write a `Callback` (`base`) in its own file and list it here, and in `_NEEDED` if only some runs or ranks
+need it. Callbacks that change a step come before those that report on it, and `TrainLog` after those whose `after_step`
+prepares what their `on_log` returns.
 """
 
 from __future__ import annotations
 
-from plt_megatron.train.callbacks.base import Callback
+from collections.abc import Callable
+
+from plt_megatron.config.rules.uploads import destinations
+from plt_megatron.train.callbacks.base import Callback, Run
 from plt_megatron.train.callbacks.exports import Exports
 from plt_megatron.train.callbacks.incidents import Incidents
 from plt_megatron.train.callbacks.metrics import Metrics
@@ -14,7 +18,7 @@ from plt_megatron.train.callbacks.profiling import Profiling
 from plt_megatron.train.callbacks.progress import ProgressBar
 from plt_megatron.train.callbacks.stragglers import Stragglers
 from plt_megatron.train.callbacks.throughput import Throughput
-from plt_megatron.train.callbacks.train_log import DataProgress, LoopLosses, LoopMeasures, OptimizerSettings, TrainLog
+from plt_megatron.train.callbacks.train_log import LoopLosses, LoopMeasures, Overview, TrainLog
 from plt_megatron.train.callbacks.uploads import Uploads
 from plt_megatron.train.callbacks.validation import Validation
 from plt_megatron.train.callbacks.weight_ema import WeightEMA
@@ -23,8 +27,7 @@ CALLBACKS: tuple[type[Callback], ...] = (
     Profiling,
     Stragglers,
     ProgressBar,
-    DataProgress,
-    OptimizerSettings,
+    Overview,
     Throughput,
     Incidents,
     WeightEMA,
@@ -36,3 +39,19 @@ CALLBACKS: tuple[type[Callback], ...] = (
     Exports,
     Uploads,
 )
+
+_NEEDED: dict[type[Callback], Callable[[Run], bool]] = {
+    Stragglers: lambda run: run.config.logging.straggler is not None,
+    ProgressBar: lambda run: run.is_first_rank,
+    WeightEMA: lambda run: run.config.training.ema_decay is not None,
+    LoopLosses: lambda run: bool(run.config.training.loop_schedule),
+    Metrics: lambda run: run.is_first_rank,
+    Validation: lambda run: run.config.validation.iters > 0 and run.data.validation is not None,
+    Exports: lambda run: run.is_first_rank and run.config.checkpoint.exports is not None,
+    Uploads: lambda run: run.is_first_rank and bool(destinations(run.config)),
+}
+
+
+def is_needed(callback: type[Callback], run: Run) -> bool:
+    """Return whether this rank of the run has a callback of this class."""
+    return callback not in _NEEDED or _NEEDED[callback](run)

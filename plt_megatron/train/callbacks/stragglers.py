@@ -27,34 +27,30 @@ class Stragglers(Callback):
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         settings = run.config.logging.straggler
-        self._interval, self._threshold = (0, 0.0) if settings is None else (settings.interval, settings.threshold)
+        assert settings is not None
+        self._interval, self._threshold = settings.interval, settings.threshold
         self._section = contextlib.ExitStack()
-        self._detector = _start_detector(self._interval) if self._interval else None
+        self._detector = _start_detector(self._interval)
 
     def before_step(self, step: Step) -> None:
-        """Start timing the step's kernels."""
-        if self._detector is not None:
-            self._section.enter_context(self._detector.detection_section("step"))
+        self._section.enter_context(self._detector.detection_section("step"))
 
     def on_rejected(self, step: Step, result: StepResult) -> bool:
-        """Stop timing the step."""
         self._section.close()
         return False
 
     def after_step(self, step: Step, result: StepResult) -> None:
         """Stop timing the step, and compare the ranks if due. Collective."""
         self._section.close()
-        if self._detector is not None and step.number % self._interval == 0:
+        if step.number % self._interval == 0:
             report = self._detector.generate_report()
             if self.run.is_first_rank:
                 self._tell(report)
 
     def close(self) -> None:
         """Release CUPTI."""
-        if self._detector is not None:
-            self._section.close()
-            self._detector.shutdown()
-            self._detector = None
+        self._section.close()
+        self._detector.shutdown()
 
     def _tell(self, report: Any) -> None:
         """Record the scores, and warn of low ones."""

@@ -57,7 +57,6 @@ class Throughput(Callback):
         )
 
     def after_step(self, step: Step, result: StepResult) -> None:
-        """Add the job's tokens and the step's duration."""
         tokens = step.global_batch_size * self.run.config.data.sequence_length
         self._tokens += tokens
         self._flops += tokens * self.flops_per_token(step.loop_count, step.sequence_length)

@@ -16,34 +16,11 @@ from plt_megatron.train.engine import StepResult
 from plt_megatron.train.optimizers import described
 
 
-class DataProgress(Callback):
-    """Reports the data mix before the first step, and the passes over its sources in every record."""
+class Overview(Callback):
+    """Prints, before the first step, a table of the data's sources and how each kind of parameter is updated."""
 
     def on_start(self) -> None:
-        """Print a table of the sources."""
         self.run.say(self.run.data.describe())
-
-    def after_step(self, step: Step, result: StepResult) -> None:
-        """Remember the step for its batch size and row length."""
-        self._step = step
-
-    def on_log(self) -> dict[str, Any]:
-        """Return `source_epochs` and, for the last step, what a `training.batch_schedule` or `data.length_schedule`
-        changes: `global_batch_size`, `sequence_length`."""
-        config = self.run.config
-        found: dict[str, Any] = {"source_epochs": self.run.data.epochs(self.run.clock.samples)}
-        if config.training.batch_schedule:
-            found["global_batch_size"] = self._step.global_batch_size
-        if config.data.length_schedule:
-            found["sequence_length"] = self._step.sequence_length
-        return found
-
-
-class OptimizerSettings(Callback):
-    """Prints, before the first step, how each kind of parameter is updated."""
-
-    def on_start(self) -> None:
-        """Print the line."""
         self.run.say(described(self.run.config))
 
 
@@ -66,8 +43,6 @@ class LoopLosses(Callback):
 
     def on_log(self) -> dict[str, Any]:
         """Return `loop_count` of the step, and `loss_by_loops`: mean losses by loop count."""
-        if not self.run.config.training.loop_schedule:
-            return {}
         means = {str(loops): sum(losses) / len(losses) for loops, losses in sorted(self._losses.items())}
         self._losses.clear()
         return {"loop_count": self._loop_count, "loss_by_loops": means}
@@ -101,15 +76,20 @@ def _empty(model: ModelConfig, loop_count: int) -> LoopStatistics:
 
 
 class TrainLog(Callback):
-    """Reports the record every `logging.log_interval` steps and after the last one."""
+    """Reports the record every `logging.log_interval` steps and after the last one: the step's results, the passes over
+    the data's sources, batch size and row length where a schedule changes them, and what other callbacks add."""
 
     def after_step(self, step: Step, result: StepResult) -> None:
-        """Report the record if due."""
         if not self.run.is_due(self.run.config.logging.log_interval):
             return
-        clock = self.run.clock
+        config, clock = self.run.config, self.run.clock
         record: dict[str, Any] = {"kind": "train", "step": clock.step, "tokens": clock.tokens}
         record |= {name: value for name, value in dataclasses.asdict(result).items() if value is not None}
+        record["source_epochs"] = self.run.data.epochs(clock.samples)
+        if config.training.batch_schedule:
+            record["global_batch_size"] = step.global_batch_size
+        if config.data.length_schedule:
+            record["sequence_length"] = step.sequence_length
         for callback in self.run.callbacks:
             record |= callback.on_log()
         self.run.report(record)

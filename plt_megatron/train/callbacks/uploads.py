@@ -16,15 +16,15 @@ from plt_megatron.run_folder.checkpoints import step_of
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.text import plural
 from plt_megatron.storage.queue import CHECKPOINT, EXPORT, UploadQueue, Waiting
-from plt_megatron.train.callbacks.base import Callback, Run
-from plt_megatron.train.callbacks.beside import BesideProcess, environment
+from plt_megatron.train.callbacks.base import Run
+from plt_megatron.train.callbacks.beside import BesideProcess, WorkBeside, environment
 from plt_megatron.train.checkpoint.collective import on_rank_0
 
 _LOOK_S = 5.0  # between checks of whether an upload still makes progress
 _SHARE = 0.8  # of the longest time that the other ranks wait
 
 
-class Uploads(Callback):
+class Uploads(WorkBeside):
     """Queues uploads, and runs a process beside the first rank that performs them (plt upload).
 
     Waiting folders are kept in `<run folder>/uploading` as hard links: the run may remove its own, and the next job
@@ -34,11 +34,7 @@ class Uploads(Callback):
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
-        config = run.config
-        self._wanted = {EXPORT: exports_of(config) is not None, CHECKPOINT: checkpoints_of(config) is not None}
-        self._works = run.is_first_rank and any(self._wanted.values())
         self._queue = UploadQueue(run.folder)
-        self._process: BesideProcess | None = None
         self._looked = 0.0
         self._reported = 0  # number of records of uploads.jsonl
         self._trying_again = False  # after the last step
@@ -48,44 +44,33 @@ class Uploads(Callback):
 
     def on_start(self) -> None:
         """Continue with what an earlier job left."""
-        if self._works:
-            self._reported = len(self._records())
-            self._start()
+        self._reported = len(self._records())
+        self._start()
 
     def on_export(self, export: Path) -> None:
-        """Queue the export."""
-        if self._works and self._wanted[EXPORT]:
+        if exports_of(self.run.config) is not None:
             self._add(EXPORT, export)
 
     def on_save(self, checkpoint: Path) -> None:
         """Queue the checkpoint, in place of earlier ones whose upload has not started."""
-        if self._works and self._wanted[CHECKPOINT]:
+        if checkpoints_of(self.run.config) is not None:
             self._add(CHECKPOINT, checkpoint)
-
-    def after_step(self, *_: Any) -> None:
-        """Report what has been uploaded."""
-        if self._works:
-            self._advance()
 
     def on_rollback(self, state: dict[str, Any]) -> None:
         """Drop waiting folders of later steps, which belong to abandoned training."""
-        if self._works:
-            self._cancel()
-            self._queue.drop_after(self.run.clock.step)
-            self._start()
+        self._cancel()
+        self._queue.drop_after(self.run.clock.step)
+        self._start()
 
     def is_working(self) -> bool:
         """Return whether an upload is under way. After the last step, retry what failed once more."""
-        if not self._works:
-            return False
         if not self._trying_again:
             self._trying_again = True
             self._failed.clear()
             self._start()
             if self._process is not None:
                 self.run.say(f"waiting for the upload of {self._what_waits()}")
-        self._advance()
-        return self._process is not None
+        return super().is_working()
 
     def on_end(self) -> None:
         """Report what has failed, unless the run stops while an upload is under way."""
@@ -93,12 +78,6 @@ class Uploads(Callback):
             self.run.say(
                 f"warning: {self._what_waits()} could not be uploaded; retry with plt upload {self.run.folder.path}"
             )
-
-    def close(self) -> None:
-        """Stop an unfinished upload; the next job, or plt upload, continues it."""
-        self._cancel()
-
-    # On the first rank.
 
     def _add(self, kind: str, folder: Path) -> None:
         step = step_of(folder)
@@ -138,7 +117,8 @@ class Uploads(Callback):
             self._reported += 1
             if "error" in record:
                 self._failed.add((record["what"], record["step"]))
-                self.run.say(f"warning: the upload of {_name(record)} failed: {record['error']}")
+                of = f"the {record['what']} of step {record['step']}"
+                self.run.say(f"warning: the upload of {of} failed: {record['error']}")
             else:
                 self.run.say(f"uploaded {record['to']}")
             self._note({key: value for key, value in record.items() if key != "time"})
@@ -168,8 +148,7 @@ class Uploads(Callback):
 
     def _cancel(self) -> None:
         if self._process is not None:
-            self._process.end()
-            self._process = None
+            super()._cancel()
             self._report()
 
     def _untried(self) -> list[Waiting]:
@@ -181,10 +160,6 @@ class Uploads(Callback):
     def _what_waits(self) -> str:
         counts = {kind: sum(entry.kind == kind for entry in self._queue.waiting()) for kind in (EXPORT, CHECKPOINT)}
         return " and ".join(plural(count, kind) for kind, count in counts.items() if count)
-
-
-def _name(record: dict[str, Any]) -> str:
-    return f"the {record['what']} of step {record['step']}"
 
 
 def check_destinations(config: RunConfig) -> None:

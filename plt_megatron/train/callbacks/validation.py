@@ -15,9 +15,7 @@ class Validation(Callback):
     """Validates every `validation.interval` steps and after the last one."""
 
     def after_step(self, step: Step, result: StepResult) -> None:
-        """Validate if due."""
-        settings = self.run.config.validation
-        if not self.run.is_due(settings.interval) or settings.iters == 0 or self.run.data.validation is None:
+        if not self.run.is_due(self.run.config.validation.interval):
             return
         self.run.beat("validating")
         clock = self.run.clock

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,48 +13,38 @@ from plt_megatron.run_folder.checkpoints import EMA
 from plt_megatron.train.callbacks.base import Callback, Run, Step
 from plt_megatron.train.checkpoint import state
 from plt_megatron.train.engine import StepResult
-
-if TYPE_CHECKING:
-    from plt_megatron.train.megatron_engine import MegatronEngine
+from plt_megatron.train.megatron_engine import MegatronEngine
 
 
 class WeightEMA(Callback):
     """Updates the average after each update of the weights. A run without one starts from its next update's weights."""
 
+    name = EMA
+
     def __init__(self, run: Run) -> None:
         super().__init__(run)
-        self._decay = run.config.training.ema_decay
-        self._average: WeightAverage | None = None
-        if self._decay is not None:
-            from plt_megatron.train.megatron_engine import MegatronEngine
-
-            assert isinstance(run.engine, MegatronEngine), "validation rejects training.ema_decay with other engines"
-            self.name = EMA
-            self._average = WeightAverage(run.engine)
+        assert isinstance(run.engine, MegatronEngine), "validation rejects training.ema_decay with other engines"
+        assert run.config.training.ema_decay is not None
+        self._average, self._decay = WeightAverage(run.engine), run.config.training.ema_decay
 
     def after_step(self, step: Step, result: StepResult) -> None:
-        """Update the average if the weights were updated."""
-        if self._average is not None and self._decay is not None and result.updated:
+        if result.updated:
             self._average.update(self._decay)
 
     def other_weights(self) -> dict[str, AbstractContextManager[None]]:
         """Return the average, once there is one."""
-        if self._average is None or self._average.updates == 0:
-            return {}
-        return {EMA: self._average.applied()}
+        return {EMA: self._average.applied()} if self._average.updates else {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return how many updates went into the average."""
-        return {} if self._average is None else {"updates": self._average.updates}
+        return {"updates": self._average.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the saved count or, without one, start with the next update."""
-        if self._average is not None:
-            self._average.updates = state.get("updates", 0)
+        self._average.updates = state.get("updates", 0)
 
     def parameter_state(self) -> dict[Any, Any]:
-        """Return the average."""
-        return {} if self._average is None else self._average.sharded(EMA)
+        return self._average.sharded(EMA)
 
 
 class WeightAverage:

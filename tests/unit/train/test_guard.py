@@ -100,22 +100,15 @@ def test_the_losses_of_a_checkpoint_without_kinds_are_left_out():
     assert judge.accept(90.0, 1.0) and judge.statistics()["steps"] == 1
 
 
-def test_too_many_in_a_row_end_the_run():
+@pytest.mark.parametrize("between", [[], [2.0]], ids=["in a row", "altogether"])
+def test_too_many_end_the_run(between):
     judge = guard(max_skipped_steps=2)
     actions = []
     for _ in range(3):
         assert not judge.accept(math.nan, 1.0)
         actions.append(judge.action)
+        assert all(judge.accept(loss, 1.0) for loss in between)
     assert actions == ["skip", "skip", "fail"] and judge.too_many
-
-
-def test_too_many_altogether_end_the_run():
-    judge = guard(max_skipped_steps=2)
-    for _ in range(2):
-        assert not judge.accept(math.nan, 1.0)
-        assert judge.accept(2.0, 1.0)
-    assert not judge.accept(math.nan, 1.0)
-    assert judge.action == "fail"
 
 
 def test_old_skips_are_forgiven():

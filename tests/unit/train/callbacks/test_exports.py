@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -66,18 +67,21 @@ def run(tmp_path, monkeypatch) -> Any:
     return run
 
 
-def save(run: Any, step: int, weights: str = "") -> Path:
-    checkpoint = run.folder.checkpoints / f"step_{step:08d}"
-    checkpoint.mkdir(parents=True, exist_ok=True)
-    (checkpoint / "weights").unlink(missing_ok=True)
+@pytest.fixture
+def callback(run) -> exports.Exports:
+    return exports.Exports(run)
+
+
+def save(callback: exports.Exports, step: int, weights: str = "") -> Path:
+    """A checkpoint of 9 tokens a step."""
+    checkpoint = callback.run.folder.checkpoints / f"step_{step:08d}"
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    checkpoint.mkdir(parents=True)
     (checkpoint / "weights").write_text(weights or f"of {step}")
-    run.clock.step = step
+    (checkpoint / "manifest.json").write_text(json.dumps({"format": 1, "files": {}}))
+    (checkpoint / "progress.json").write_text(json.dumps({"format": 1, "step": step, "consumed_tokens": 9 * step}))
+    callback.on_save(checkpoint)
     return checkpoint
-
-
-def remove(checkpoint: Path) -> None:
-    (checkpoint / "weights").unlink()
-    checkpoint.rmdir()
 
 
 def exported(run: Any) -> dict[str, str]:
@@ -88,13 +92,10 @@ def let_go(run: Any) -> None:
     (run.folder.path.parent / "go").touch()
 
 
-def test_exports_wait_for_one_another_and_outlive_their_checkpoints(run):
-    callback = exports.Exports(run)
+def test_exports_wait_for_one_another_and_outlive_their_checkpoints(run, callback):
     callback.on_start()
     for step in (2, 4, 6, 8, 10):
-        checkpoint = save(run, step)
-        callback.on_save(checkpoint)
-        remove(checkpoint)
+        shutil.rmtree(save(callback, step))
         callback.after_step()
     assert exported(run) == {}, "the first one is not done, so no other has begun"
     let_go(run)
@@ -104,23 +105,20 @@ def test_exports_wait_for_one_another_and_outlive_their_checkpoints(run):
     assert not list(run.folder.exporting.iterdir())
 
 
-def test_a_run_that_was_stopped_leaves_its_exports_to_the_next_job(run):
-    callback = exports.Exports(run)
-    callback.on_save(save(run, 4))
+def test_a_run_that_was_stopped_leaves_its_exports_to_the_next_job(run, callback):
+    save(callback, 4)
     callback.close()  # stopped at step 4: nobody waits
     assert exported(run) == {}
     let_go(run)
     again = exports.Exports(run)
     again.on_start()
-    run.clock.step = 10
     finish(again)
     assert exported(run) == {"step_00000004": "of 4"}
 
 
-def test_an_export_that_hears_no_signal_is_killed(run, monkeypatch):
+def test_an_export_that_hears_no_signal_is_killed(run, callback, monkeypatch):
     monkeypatch.setattr(beside, "_GRACE_S", 0.2)
-    callback = exports.Exports(run)
-    callback.on_save(save(run, 4, "deaf"))
+    save(callback, 4, "deaf")
     process, ready = callback._process._process, run.folder.path.parent / "deaf"
     while not ready.exists():
         time.sleep(0.01)
@@ -128,99 +126,80 @@ def test_an_export_that_hears_no_signal_is_killed(run, monkeypatch):
     assert process.returncode == -signal.SIGKILL
 
 
-def test_a_step_that_is_trained_again_is_exported_again(run):
-    callback = exports.Exports(run)
+def test_a_step_that_is_trained_again_is_exported_again(run, callback):
     let_go(run)
     for weights in ("first", "second"):
-        callback.on_save(save(run, 4, weights))
-        run.clock.step = 10
+        save(callback, 4, weights)
         finish(callback)
         assert exported(run) == {"step_00000004": weights}
     (run.folder.path.parent / "go").unlink()
-    callback.on_save(save(run, 8, "first"))
-    callback.on_save(save(run, 8, "second"))  # while the first is under way
+    save(callback, 8, "first")
+    save(callback, 8, "second")  # while the first is under way
     let_go(run)
-    run.clock.step = 10
     finish(callback)
     assert exported(run)["step_00000008"] == "second"
 
 
-def test_a_rollback_voids_the_exports_of_later_steps_alone(run):
+def test_a_rollback_voids_the_exports_of_later_steps_alone(run, callback):
     """Back to step 8, while the export of step 4 is under way and those of steps 8 and 10 wait."""
-    callback = exports.Exports(run)
     for step in (4, 8, 10):
-        callback.on_save(save(run, step))
+        save(callback, step)
     run.clock.step = 8
     callback.on_rollback({})
-    callback.on_save(save(run, 8, "saved again"))
+    save(callback, 8, "saved again")
     let_go(run)
     finish(callback)
     assert exported(run) == {"step_00000004": "of 4", "step_00000008": "of 8"}
     assert len(run.commands) == 2, "neither was begun anew"
-    callback.on_save(save(run, 10, "other course"))
+    save(callback, 10, "other course")
     finish(callback)
     assert exported(run)["step_00000010"] == "other course"
 
 
-def test_an_export_of_a_step_that_is_given_up_is_ended_and_the_step_exported_again(run):
-    callback = exports.Exports(run)
-    callback.on_save(save(run, 8, "first"))
+def test_an_export_of_a_step_that_is_given_up_is_ended_and_the_step_exported_again(run, callback):
+    save(callback, 8, "first")
     run.clock.step = 4
     callback.on_rollback({})
     let_go(run)
     finish(callback)
     assert exported(run) == {} and not list(run.folder.exporting.iterdir())
-    callback.on_save(save(run, 8, "second"))
+    save(callback, 8, "second")
     finish(callback)
     assert exported(run) == {"step_00000008": "second"}
 
 
-def test_an_evaluation_outlives_a_rollback_to_a_later_step(run):
+def test_an_evaluation_outlives_a_rollback_to_a_later_step(run, callback):
     run.config.evaluation = EvaluationConfig(tasks=["choice"])
-    callback = exports.Exports(run)
-    checkpoint = save(run, 4, "lucky")
-    (checkpoint / "manifest.json").write_text(json.dumps({"format": 1, "files": {}}))
-    (checkpoint / "progress.json").write_text(json.dumps({"format": 1, "step": 4, "consumed_tokens": 36}))
-    callback.on_save(checkpoint)
+    save(callback, 4, "lucky")
     run.clock.step = 6
     callback.on_rollback({})
     let_go(run)
-    run.clock.step = 10
     finish(callback)
     assert run.records == [{"kind": "evaluation", "step": 4, "tokens": 36, "scores": {"choice/acc": 0.5}}]
 
 
-def test_a_failed_export_is_one_warning_and_the_next_is_made(run):
-    callback = exports.Exports(run)
+def test_a_failed_export_is_one_warning_and_the_next_is_made(run, callback):
     let_go(run)
-    callback.on_save(save(run, 4, "bad"))
-    callback.on_save(save(run, 8))
-    run.clock.step = 10
+    save(callback, 4, "bad")
+    save(callback, 8)
     finish(callback)
     assert run.said[0] == "warning: the export of step 4 failed: no tokenizer"
     assert exported(run) == {"step_00000008": "of 8"}
 
 
-def test_without_a_task_nothing_is_evaluated(run):
+def test_without_a_task_nothing_is_evaluated(run, callback):
     run.config.evaluation = None
-    callback = exports.Exports(run)
-    callback.on_save(save(run, 4, "lucky"))
+    save(callback, 4, "lucky")
     let_go(run)
-    run.clock.step = 5
     finish(callback)
     assert [command[6] for command in run.commands] == ["export"] and exported(run) == {"step_00000004": "lucky"}
 
 
-def test_exports_are_evaluated_one_by_one(run):
+def test_exports_are_evaluated_one_by_one(run, callback):
     run.config.evaluation = EvaluationConfig(tasks=["choice"], include_path="tasks", limit=3)
-    callback = exports.Exports(run)
     for step, weights in ((4, "unlucky"), (8, "lucky")):
-        checkpoint = save(run, step, weights)
-        (checkpoint / "manifest.json").write_text(json.dumps({"format": 1, "files": {}}))
-        (checkpoint / "progress.json").write_text(json.dumps({"format": 1, "step": step, "consumed_tokens": 9 * step}))
-        callback.on_save(checkpoint)
+        save(callback, step, weights)
     let_go(run)
-    run.clock.step = 10
     finish(callback)
     assert "warning: the evaluation of step 4 failed: no task 'choice'" in run.said
     assert run.records == [{"kind": "evaluation", "step": 8, "tokens": 72, "scores": {"choice/acc": 0.5}}]
@@ -230,23 +209,10 @@ def test_exports_are_evaluated_one_by_one(run):
     ]
 
 
-def test_where_no_links_can_be_made_it_says_so(run, monkeypatch):
+def test_where_no_links_can_be_made_it_says_so(run, callback, monkeypatch):
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(os, "link", refuse)
-    callback = exports.Exports(run)
-    callback.on_save(save(run, 4))
+    save(callback, 4)
     assert len(run.said) == 1 and "is not exported" in run.said[0] and "not supported" in run.said[0]
-
-
-def test_other_ranks_and_runs_without_exports_do_nothing(run):
-    run.is_first_rank = False
-    other = exports.Exports(run)
-    run.is_first_rank, run.config.checkpoint.exports = True, None
-    for callback in (other, exports.Exports(run)):
-        callback.on_start()
-        callback.on_save(save(run, 4))
-        finish(callback)
-        callback.close()
-    assert not run.folder.exporting.exists()

@@ -5,7 +5,6 @@ The process is a stand-in that uploads when it is asked how it is; whole runs up
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import subprocess
 import time
@@ -70,6 +69,11 @@ def run(tmp_path, monkeypatch) -> Any:
     return run
 
 
+@pytest.fixture
+def callback(run) -> uploads.Uploads:
+    return uploads.Uploads(run)
+
+
 def there(run: Any, kind: str = "checkpoints") -> list[int]:
     return steps(run.folder.path.parents[1] / "there" / "mine" / kind)
 
@@ -88,8 +92,7 @@ def fail(monkeypatch: Any) -> None:
     monkeypatch.setattr(run_uploads, "upload", upload)
 
 
-def test_exports_and_checkpoints_are_uploaded_while_the_run_goes_on(run):
-    callback = uploads.Uploads(run)
+def test_exports_and_checkpoints_are_uploaded_while_the_run_goes_on(run, callback):
     callback.on_start()
     assert StandIn.started == [], "there is nothing to do"
     StandIn.stuck = True
@@ -110,16 +113,14 @@ def test_exports_and_checkpoints_are_uploaded_while_the_run_goes_on(run):
     assert run.records[0]["tokens"] == 600 and run.records[0]["bytes"] == 4006
 
 
-def test_at_the_end_all_that_waits_is_uploaded(run):
-    callback = uploads.Uploads(run)
+def test_at_the_end_all_that_waits_is_uploaded(run, callback):
     save(run, callback, 10)
     callback.on_export(an_export(run.folder.exports / "step_00000010"))
     finish(callback)
     assert there(run) == there(run, "exports") == [10]
 
 
-def test_what_fails_is_a_warning_and_is_tried_again_with_the_next_and_at_the_end(run, monkeypatch):
-    callback = uploads.Uploads(run)
+def test_what_fails_is_a_warning_and_is_tried_again_with_the_next_and_at_the_end(run, callback, monkeypatch):
     callback.on_start()
     with monkeypatch.context() as patch:
         fail(patch)
@@ -141,9 +142,8 @@ def test_what_fails_is_a_warning_and_is_tried_again_with_the_next_and_at_the_end
     assert "waiting for the upload of 1 checkpoint" in run.said
 
 
-def test_a_run_that_is_stopped_while_it_waits_warns_of_nothing(run):
+def test_a_run_that_is_stopped_while_it_waits_warns_of_nothing(run, callback):
     """What is under way has not failed; the next job goes on with it."""
-    callback = uploads.Uploads(run)
     StandIn.stuck = True
     save(run, callback, 10)
     assert callback.is_working()
@@ -151,16 +151,14 @@ def test_a_run_that_is_stopped_while_it_waits_warns_of_nothing(run):
     assert run.said == ["waiting for the upload of 1 checkpoint"]
 
 
-def test_at_the_end_what_cannot_be_uploaded_is_left_to_the_command(run, monkeypatch):
-    callback = uploads.Uploads(run)
+def test_at_the_end_what_cannot_be_uploaded_is_left_to_the_command(run, callback, monkeypatch):
     fail(monkeypatch)
     save(run, callback, 10)
     finish(callback)
     assert run.said[-1] == f"warning: 1 checkpoint could not be uploaded; retry with plt upload {run.folder.path}"
 
 
-def test_a_process_that_dies_or_does_not_move_is_reported_once(run, monkeypatch):
-    callback = uploads.Uploads(run)
+def test_a_process_that_dies_or_does_not_move_is_reported_once(run, callback, monkeypatch):
     StandIn.dies = True
     save(run, callback, 2)
     for _ in range(3):
@@ -180,8 +178,7 @@ def test_a_process_that_dies_or_does_not_move_is_reported_once(run, monkeypatch)
     assert there(run) == there(run, "exports") == [4]
 
 
-def test_a_job_that_goes_on_finishes_what_the_one_before_has_left(run):
-    callback = uploads.Uploads(run)
+def test_a_job_that_goes_on_finishes_what_the_one_before_has_left(run, callback):
     StandIn.stuck = True
     save(run, callback, 4)
     callback.on_end()  # stopped at step 4: nobody waits
@@ -194,8 +191,7 @@ def test_a_job_that_goes_on_finishes_what_the_one_before_has_left(run):
     assert there(run) == [4] and len(run.said) == 1
 
 
-def test_what_is_rolled_back_or_trained_again_gives_way(run):
-    callback = uploads.Uploads(run)
+def test_what_is_rolled_back_or_trained_again_gives_way(run, callback):
     StandIn.stuck = True
     save(run, callback, 2)
     shutil.rmtree(save(run, callback, 4))
@@ -210,28 +206,13 @@ def test_what_is_rolled_back_or_trained_again_gives_way(run):
     assert [path.name for path in (run.folder.uploading / "checkpoints").iterdir()] == ["step_00000002"]
 
 
-def test_where_no_links_can_be_made_it_says_so(run, monkeypatch):
+def test_where_no_links_can_be_made_it_says_so(run, callback, monkeypatch):
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr("os.link", refuse)
-    save(run, uploads.Uploads(run), 4)
+    save(run, callback, 4)
     assert len(run.said) == 1 and "is not uploaded" in run.said[0] and "not supported" in run.said[0]
-
-
-def test_other_ranks_and_runs_without_a_destination_do_nothing(run):
-    run.is_first_rank = False
-    other = uploads.Uploads(run)
-    run.is_first_rank = True
-    settings = dataclasses.replace(run.config.checkpoint, uploads=None, exports=None)
-    run.config = dataclasses.replace(run.config, checkpoint=settings)
-    for callback in (other, uploads.Uploads(run)):
-        callback.on_start()
-        save(run, callback, 4)
-        shutil.rmtree(run.folder.checkpoints)
-        callback.on_rollback({})
-        callback.close()
-    assert not run.folder.uploading.exists() and StandIn.started == []
 
 
 def test_a_process_beside_training_is_no_rank_and_is_seen_to_move(tmp_path, monkeypatch):
