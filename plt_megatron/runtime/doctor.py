@@ -1,12 +1,10 @@
 """plt doctor: what this machine can run, what it cannot and why, and what to install.
 
-`judge` draws conclusions from what `machine.observe` found; `render` prints them. Each rule covers one thing that a
-user may want to do and answers yes and on what, or no, why, and what to do about it.
+`judge` draws conclusions from what `machine.observe` found; `render` prints them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -20,9 +18,6 @@ from plt_megatron.runtime.machine import Device, Machine
 
 SUPPORTED_PYTHONS = ((3, 12), (3, 13))
 
-_TRAIN_ON_CPU = "train on the CPU"
-_TRAIN_ON_GPU = "train on GPUs"
-
 _INSTALL_PROJECT = "make venv, and use .venv/bin/python" if is_checkout(ROOT) else "pip install plt-megatron"
 _HOPPER, _BLACKWELL = (9, 0), (10, 0)
 _FIRST_WITH_FP8 = (8, 9)
@@ -32,14 +27,6 @@ _BUILD_TRANSFORMER_ENGINE = (
     "use an NGC container (25.11 or newer), or, with CUDA's nvcc and cuDNN's headers (CPATH), "
     f"pip install --no-build-isolation 'transformer-engine[pytorch]>={OLDEST_TRANSFORMER_ENGINE}'"
 )
-
-
-@dataclass(frozen=True)
-class Fact:
-    """A property of this machine."""
-
-    name: str
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -54,104 +41,89 @@ class Capability:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of plt doctor."""
+    """The result of plt doctor. `facts`: properties of this machine, by name."""
 
     can_train: bool
-    facts: list[Fact]
+    facts: dict[str, str]
     capabilities: list[Capability]
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2)
+        facts = [{"name": name, "detail": detail} for name, detail in self.facts.items()]
+        capabilities = [vars(item) for item in self.capabilities]
+        return json.dumps({"can_train": self.can_train, "facts": facts, "capabilities": capabilities}, indent=2)
 
 
 def judge(machine: Machine) -> Report:
     """Judge what this machine can run."""
     capabilities = []
     for name, rule in _RULES.items():
-        answer = rule(machine)
-        if isinstance(answer, str):
-            capabilities.append(Capability(name, "yes", answer))
-        else:
-            capabilities.append(Capability(name, "no", *answer))
-    can_train = any(item.state == "yes" for item in capabilities if item.name in (_TRAIN_ON_CPU, _TRAIN_ON_GPU))
+        try:
+            capabilities.append(Capability(name, "yes", rule(machine)))
+        except _No as no:
+            capabilities.append(Capability(name, "no", *no.args))
+    can_train = any(item.state == "yes" for item in capabilities if item.name.startswith("train on "))
     return Report(can_train, _facts(machine), capabilities)
 
 
-def _facts(machine: Machine) -> list[Fact]:
-    packages = machine.packages
-    facts = [
-        Fact("Python", f"{'.'.join(map(str, machine.python))}, {machine.executable}"),
-        Fact("torch", _torch_detail(machine)),
-    ]
-    for distribution in ("megatron-core", "transformer-engine", "flash-attn", "deepspeed", "sentencepiece"):
-        detail = packages.get(distribution, "not installed")
-        if distribution in machine.import_errors:
-            detail += ", does not load"
-        facts.append(Fact(distribution, detail))
+def _facts(machine: Machine) -> dict[str, str]:
+    def version(package: str) -> str:
+        broken = ", does not load" if package in machine.import_errors else ""
+        return machine.packages.get(package, "not installed") + broken
+
+    torch = version("torch")
+    if torch == machine.packages.get("torch"):
+        torch += f", built for CUDA {machine.cuda_build}" if machine.cuda_build else ", CPU build"
+    packages = ("megatron-core", "transformer-engine", "flash-attn", "deepspeed", "sentencepiece")
     backends = [name for name, there in (("gloo", machine.gloo), ("NCCL", machine.nccl)) if there]
-    headers = "" if machine.python_headers else ", no Python.h"
     driver = "" if machine.nvidia_driver is None else f", driver {machine.nvidia_driver}"
-    return [
-        *facts,
-        Fact("torch.distributed", ", ".join(backends) or "none"),
-        Fact("GPU", (", ".join(_describe(device) for device in machine.devices) or "none usable") + driver),
-        Fact("C++ compiler", (machine.compiler or "none") + headers),
-        Fact("cores", str(machine.cores)),
-        Fact("memory", _size(machine.memory)),
-        Fact("free disk here", _size(machine.disk_free)),
-        Fact("Slurm", machine.slurm or "none"),
-    ]
-
-
-def _torch_detail(machine: Machine) -> str:
-    version = machine.packages.get("torch")
-    if version is None:
-        return "not installed"
-    if "torch" in machine.import_errors:
-        return f"{version}, does not load"
-    return f"{version}, " + (f"built for CUDA {machine.cuda_build}" if machine.cuda_build else "CPU build")
-
-
-def _size(size: int | None) -> str:
-    return "unknown" if size is None else format_memory(size)
+    return {
+        "Python": f"{'.'.join(map(str, machine.python))}, {machine.executable}",
+        "torch": torch,
+        **{package: version(package) for package in packages},
+        "torch.distributed": ", ".join(backends) or "none",
+        "GPU": (", ".join(map(_describe, machine.devices)) or "none usable") + driver,
+        "C++ compiler": (machine.compiler or "none") + ("" if machine.python_headers else ", no Python.h"),
+        "cores": str(machine.cores),
+        "memory": format_memory(machine.memory),
+        "free disk here": format_memory(machine.disk_free),
+        "Slurm": machine.slurm or "none",
+    }
 
 
 def _describe(device: Device) -> str:
-    major, minor = device.capability
-    return f"{device.name} (sm{major}{minor}, {_size(device.memory)})"
+    return f"{device.name} ({_sm(device.capability)}, {format_memory(device.memory)})"
 
 
-# Rules, one per thing that a user may want to do. A rule returns a text that says on what it can be done here, or the
-# reason why it cannot, and a remedy.
-
-Answer = str | tuple[str, str]
+def _sm(capability: tuple[int, int]) -> str:
+    return f"sm{capability[0]}{capability[1]}"
 
 
-def _extra(name: str) -> str:
-    return f"pip install -e '.[{name}]'" if is_checkout(ROOT) else f"pip install 'plt-megatron[{name}]'"
+# Rules, one per thing that a user may want to do. A rule returns a text that says on what it can be done here, or
+# raises `_No`.
 
 
-def _core_problem(machine: Machine) -> tuple[str, str] | None:
-    """Return why the project's own code cannot run, and the remedy; None if it can."""
-    major, minor, _ = machine.python
-    if (major, minor) not in SUPPORTED_PYTHONS:
-        known = " or ".join(f"{a}.{b}" for a, b in SUPPORTED_PYTHONS)
-        return f"this is Python {major}.{minor}, and {known} is needed", _INSTALL_PROJECT
-    missing = sorted(name for name in machine.requirements if name not in machine.packages)
-    if missing:
-        return f"not installed: {', '.join(missing)}", _INSTALL_PROJECT
-    for name, wanted in machine.requirements.items():
-        if not _in_range(machine.packages[name], wanted):
-            return f"{name} {machine.packages[name]} is outside {wanted}", f"pip install '{name}{wanted}'"
-    for name in ("torch", "megatron-core"):
-        if name in machine.import_errors:
-            return f"{name} does not load: {machine.import_errors[name]}", "reinstall it in a new environment"
-    return None
+class _No(Exception):
+    """Why something cannot be done here, and the remedy, if there is one."""
 
 
-def _in_range(version: str | None, wanted: str) -> bool:
-    if version is None:
+def _need(fulfilled: object, reason: str, remedy: str = "") -> None:
+    if not fulfilled:
+        raise _No(reason, remedy)
+
+
+def _need_loading(machine: Machine, package: str, remedy: str, subject: str = "") -> None:
+    error = machine.import_errors.get(package)
+    _need(error is None, f"{subject}does not load: {error}", remedy)
+
+
+def _works(rule: Callable[[Machine], str], machine: Machine) -> bool:
+    try:
+        return bool(rule(machine))
+    except _No:
         return False
+
+
+def _in_range(version: str, wanted: str) -> bool:
     try:
         from packaging.specifiers import SpecifierSet
     except ImportError:  # `packaging` is one of the requirements, and has already been reported as missing
@@ -160,90 +132,88 @@ def _in_range(version: str | None, wanted: str) -> bool:
     return SpecifierSet(wanted).contains(version, prereleases=True)
 
 
-def _train_on_cpu(machine: Machine) -> Answer:
-    if problem := _core_problem(machine):
-        return problem
-    if not machine.gloo:
-        return "this torch was built without gloo", "pip install --force-reinstall torch"
-    return f"gloo, {machine.cores} cores, memory {_size(machine.memory)}"
+def _need_core(machine: Machine) -> None:
+    """Check that the project's own code can run."""
+    major, minor, _ = machine.python
+    known = " or ".join(f"{a}.{b}" for a, b in SUPPORTED_PYTHONS)
+    supported = (major, minor) in SUPPORTED_PYTHONS
+    _need(supported, f"this is Python {major}.{minor}, and {known} is needed", _INSTALL_PROJECT)
+    missing = sorted(machine.requirements.keys() - machine.packages.keys())
+    _need(not missing, f"not installed: {', '.join(missing)}", _INSTALL_PROJECT)
+    for name, wanted in machine.requirements.items():
+        version = machine.packages[name]
+        _need(_in_range(version, wanted), f"{name} {version} is outside {wanted}", f"pip install '{name}{wanted}'")
+    for name in ("torch", "megatron-core"):
+        _need_loading(machine, name, "reinstall it in a new environment", f"{name} ")
 
 
-def _train_on_gpu(machine: Machine) -> Answer:
-    if not (machine.devices or machine.nvidia_device_files or machine.nvidia_driver):
-        return "no NVIDIA GPU here", ""
-    if problem := _core_problem(machine):
-        return problem
-    if machine.cuda_build is None:
-        return "this torch is a CPU build", "install a CUDA build of torch"
-    if not machine.devices:
-        driver = machine.nvidia_driver or "unknown"
-        return (
-            f"torch, built for CUDA {machine.cuda_build}, cannot use the GPU (driver {driver})",
-            "install a newer NVIDIA driver, or a torch built for the CUDA version that nvidia-smi shows",
-        )
-    if not machine.nccl:
-        return "this torch was built without NCCL", "install a torch with NCCL"
+def _train_on_cpu(machine: Machine) -> str:
+    _need_core(machine)
+    _need(machine.gloo, "this torch was built without gloo", "pip install --force-reinstall torch")
+    return f"gloo, {machine.cores} cores, memory {format_memory(machine.memory)}"
+
+
+def _train_on_gpu(machine: Machine) -> str:
+    driver = machine.nvidia_driver
+    _need(machine.devices or machine.nvidia_device_files or driver, "no NVIDIA GPU here")
+    _need_core(machine)
+    _need(machine.cuda_build, "this torch is a CPU build", "install a CUDA build of torch")
+    _need(
+        machine.devices,
+        f"torch, built for CUDA {machine.cuda_build}, cannot use the GPU (driver {driver or 'unknown'})",
+        "install a newer NVIDIA driver, or a torch built for the CUDA version that nvidia-smi shows",
+    )
+    _need(machine.nccl, "this torch was built without NCCL", "install a torch with NCCL")
     names = sorted({device.name for device in machine.devices})
     return f"NCCL, {len(machine.devices)} x {' and '.join(names)}"
 
 
-def _unless_no_gpu(machine: Machine, answer: Answer) -> Answer:
-    """Return the answer if GPUs work here, else why they do not."""
-    gpu = _train_on_gpu(machine)
-    return answer if isinstance(gpu, str) else gpu
+def _transformer_engine(machine: Machine) -> str:
+    version, remedy = machine.packages.get("transformer-engine"), _BUILD_TRANSFORMER_ENGINE
+    if version is None:
+        raise _No("not installed; the torch backend is used instead", remedy if _works(_train_on_gpu, machine) else "")
+    _need_loading(machine, "transformer-engine", f"build it for this torch: {remedy}")
+    oldest = OLDEST_TRANSFORMER_ENGINE
+    _need(_in_range(version, f">={oldest}"), f"{version} is older than {oldest}", remedy)
+    _train_on_gpu(machine)
+    try:
+        _torch_compile(machine)
+    except _No as no:
+        raise _No(f"megatron-core compiles its SwiGLU: {no.args[0]}", no.args[1]) from no
+    return version
 
 
-def _transformer_engine(machine: Machine) -> Answer:
-    if "transformer-engine" not in machine.packages:
-        remedy = _unless_no_gpu(machine, _BUILD_TRANSFORMER_ENGINE)
-        return "not installed; the torch backend is used instead", remedy if isinstance(remedy, str) else ""
-    if error := machine.import_errors.get("transformer-engine"):
-        return f"does not load: {error}", "build it for this torch: " + _BUILD_TRANSFORMER_ENGINE
-    version = machine.packages["transformer-engine"]
-    if not _in_range(version, f">={OLDEST_TRANSFORMER_ENGINE}"):
-        return f"{version} is older than {OLDEST_TRANSFORMER_ENGINE}", _BUILD_TRANSFORMER_ENGINE
-    compiling = _torch_compile(machine)
-    if not isinstance(compiling, str):
-        compiling = (f"megatron-core compiles its SwiGLU: {compiling[0]}", compiling[1])
-    return _unless_no_gpu(machine, version if isinstance(compiling, str) else compiling)
-
-
-def _fp8(machine: Machine) -> Answer:
-    if not isinstance(_transformer_engine(machine), str):
-        return "needs Transformer Engine on a GPU", ""
+def _fp8(machine: Machine) -> str:
+    _need(_works(_transformer_engine, machine), "needs Transformer Engine on a GPU")
     oldest = min(device.capability for device in machine.devices)
-    if oldest < _FIRST_WITH_FP8:
-        return f"sm{oldest[0]}{oldest[1]} has no FP8 units; Ada, Hopper and Blackwell do", ""
+    _need(oldest >= _FIRST_WITH_FP8, f"{_sm(oldest)} has no FP8 units; Ada, Hopper and Blackwell do")
     if oldest < _HOPPER:
         return "linear layers; attention in BF16"
     wanted = ".".join(map(str, BLOCKWISE_CUDA))
-    has_it = _in_range(machine.cuda_build, f">={wanted}")
+    has_it = _in_range(str(machine.cuda_build), f">={wanted}")
     blockwise = "" if has_it else f"; blockwise needs a torch built for CUDA {wanted}"
     if oldest >= _BLACKWELL:
         return f"linear layers and attention: delayed, tensorwise and mxfp8 recipes{blockwise}"
     return f"linear layers; global attention with the delayed recipe and head dimension 128; local in BF16{blockwise}"
 
 
-def _flash_attention(machine: Machine) -> Answer:
-    if "flash-attn" not in machine.packages:
-        return "not installed; cuDNN's fused attention or torch's is used instead", ""
-    if error := machine.import_errors.get("flash-attn"):
-        return f"does not load: {error}", "build it for this torch"
-    return _unless_no_gpu(machine, machine.packages["flash-attn"])
+def _flash_attention(machine: Machine) -> str:
+    version = machine.packages.get("flash-attn", "")
+    _need(version, "not installed; cuDNN's fused attention or torch's is used instead")
+    _need_loading(machine, "flash-attn", "build it for this torch")
+    _train_on_gpu(machine)
+    return version
 
 
-def _deterministic(machine: Machine) -> Answer:
-    """Apply the rules of config/rules/kernels.py for `training.deterministic` on Transformer Engine to the oldest
-    card."""
-    if not isinstance(_transformer_engine(machine), str):
-        return "needs Transformer Engine on a GPU; the torch backend is deterministic without it", ""
+def _deterministic(machine: Machine) -> str:
+    """Apply the rules of config/rules/kernels.py for `training.deterministic` to the oldest card."""
+    why = "needs Transformer Engine on a GPU; the torch backend is deterministic without it"
+    _need(_works(_transformer_engine, machine), why)
     oldest = min(device.capability for device in machine.devices)
     wanted = ".".join(map(str, DETERMINISTIC_FLASH_ATTN))
-    version = _flash_attention(machine)
-    flash = isinstance(version, str) and _in_range(version, f">={wanted}")
-    if not flash and oldest < _HOPPER:
-        why = f"cuDNN's attention is not deterministic on sm{oldest[0]}{oldest[1]}"
-        return why, f"pip install 'flash-attn>={wanted}'"
+    flash = _works(_flash_attention, machine) and _in_range(machine.packages["flash-attn"], f">={wanted}")
+    why = f"cuDNN's attention is not deterministic on {_sm(oldest)}"
+    _need(flash or oldest >= _HOPPER, why, f"pip install 'flash-attn>={wanted}'")
     limits = [] if flash or oldest >= _BLACKWELL else ["packed documents need flash-attn"]
     major, minor = DETERMINISTIC_FP8_CUDNN
     if oldest >= _HOPPER and (machine.cudnn or 0) < 10000 * major + 100 * minor:
@@ -251,81 +221,77 @@ def _deterministic(machine: Machine) -> Answer:
     return "; ".join(limits) or "all attentions"
 
 
-def _torch_compile(machine: Machine) -> Answer:
-    if machine.compiler is None:
-        return "no C++ compiler; not needed for training", "apt-get install g++"
-    if not machine.python_headers:
-        return "Python.h is missing; not needed for training", "apt-get install python3-dev"
-    return machine.compiler
+def _torch_compile(machine: Machine) -> str:
+    compiler = machine.compiler or ""
+    _need(compiler, "no C++ compiler; not needed for training", "apt-get install g++")
+    _need(machine.python_headers, "Python.h is missing; not needed for training", "apt-get install python3-dev")
+    return compiler
 
 
-def _packages(*needed: str, remedy: str) -> Callable[[Machine], Answer]:
-    """Make a rule that requires these packages to be installed and to load."""
+def _packages(*needed: str, extra: str = "") -> Callable[[Machine], str]:
+    """Make a rule that requires these packages, which the project or one of its extras installs."""
+    named = f"pip install -e '.[{extra}]'" if is_checkout(ROOT) else f"pip install 'plt-megatron[{extra}]'"
+    remedy = named if extra else _INSTALL_PROJECT
 
-    def rule(machine: Machine) -> Answer:
+    def rule(machine: Machine) -> str:
         missing = [package for package in needed if package not in machine.packages]
-        if missing:
-            return f"not installed: {', '.join(missing)}", remedy
+        _need(not missing, f"not installed: {', '.join(missing)}", remedy)
         for package in needed:
-            if error := machine.import_errors.get(package):
-                return f"{package} does not load: {error}", remedy
+            _need_loading(machine, package, remedy, f"{package} ")
         return ", ".join(f"{package} {machine.packages[package]}" for package in needed)
 
     return rule
 
 
-def _slurm(machine: Machine) -> Answer:
-    return machine.slurm or ("no sbatch on the PATH", "run this on the cluster's login node")
+def _slurm(machine: Machine) -> str:
+    _need(machine.slurm, "no sbatch on the PATH", "run this on the cluster's login node")
+    return machine.slurm or ""
 
 
 # Most important first.
-_RULES: dict[str, Callable[[Machine], Answer]] = {
-    _TRAIN_ON_CPU: _train_on_cpu,
-    _TRAIN_ON_GPU: _train_on_gpu,
+_RULES: dict[str, Callable[[Machine], str]] = {
+    "train on the CPU": _train_on_cpu,
+    "train on GPUs": _train_on_gpu,
     "Transformer Engine": _transformer_engine,
     "FP8": _fp8,
     "flash-attn": _flash_attention,
     "deterministic on TE": _deterministic,
     "torch.compile": _torch_compile,
-    "tokenizers and data": _packages("sentencepiece", "tokenizers", remedy=_INSTALL_PROJECT),
-    ".zst and Parquet input": _packages("zstandard", "pyarrow", remedy=_extra("data")),
-    "Hugging Face models": _packages("transformers", "safetensors", remedy=_extra("hf")),
-    "TensorBoard and plots": _packages("tensorboard", "matplotlib", remedy=_INSTALL_PROJECT),
-    "reports and diagnostics": _packages("jinja2", "scipy", remedy=_extra("report")),
-    "Weights & Biases": _packages("wandb", remedy=_extra("track")),
-    "lm-eval": _packages("lm-eval", "accelerate", "transformers", remedy=_extra("eval")),
-    "uploads": _packages("fsspec", "s3fs", "huggingface-hub", remedy=_extra("upload")),
-    "DeepSpeed": _packages("deepspeed", remedy=_extra("deepspeed")),
-    "Muon": _packages("emerging-optimizers", remedy=_extra("muon")),
-    "slow GPUs": _packages("nvidia-resiliency-ext", remedy=_extra("resilience")),
-    "tests and lint": _packages("pytest", "ruff", "mypy", remedy=_extra("dev")),
+    "tokenizers and data": _packages("sentencepiece", "tokenizers"),
+    ".zst and Parquet input": _packages("zstandard", "pyarrow", extra="data"),
+    "Hugging Face models": _packages("transformers", "safetensors", extra="hf"),
+    "TensorBoard and plots": _packages("tensorboard", "matplotlib"),
+    "reports and diagnostics": _packages("jinja2", "scipy", extra="report"),
+    "Weights & Biases": _packages("wandb", extra="track"),
+    "lm-eval": _packages("lm-eval", "accelerate", "transformers", extra="eval"),
+    "uploads": _packages("fsspec", "s3fs", "huggingface-hub", extra="upload"),
+    "DeepSpeed": _packages("deepspeed", extra="deepspeed"),
+    "Muon": _packages("emerging-optimizers", extra="muon"),
+    "slow GPUs": _packages("nvidia-resiliency-ext", extra="resilience"),
+    "tests and lint": _packages("pytest", "ruff", "mypy", extra="dev"),
     "Slurm jobs": _slurm,
 }
-
-
-# Printing.
 
 
 def render(report: Report, stream: TextIO | None = None) -> None:
     """Print the report: tables on a terminal, aligned plain text elsewhere."""
     stream = stream or sys.stdout
-    found = [(item.state, item.name, _because(item)) for item in report.capabilities]
-    facts = [(fact.name, fact.detail) for fact in report.facts]
-    for title, rows in (("This machine", facts), ("What it can run", found)):
-        _show(title, rows, stream)
-    verdict = "Training works here." if report.can_train else "Training does not work here; see the lines above."
-    print(verdict, file=stream)
-
-
-def _because(item: Capability) -> str:
-    return f"{item.reason}. To get it: {item.remedy}" if item.remedy else item.reason
+    _show("This machine", list(report.facts.items()), stream)
+    remedies = [f". To get it: {item.remedy}" if item.remedy else "" for item in report.capabilities]
+    found = [
+        (item.state, item.name, item.reason + how) for item, how in zip(report.capabilities, remedies, strict=True)
+    ]
+    _show("What it can run", found, stream)
+    print(
+        "Training works here." if report.can_train else "Training does not work here; see the lines above.", file=stream
+    )
 
 
 def _show(title: str, rows: Sequence[tuple[str, ...]], stream: TextIO) -> None:
     try:
         from rich.console import Console
-        from rich.markup import escape
         from rich.table import Table
+        from rich.text import Text
     except ImportError:  # nothing is installed
         print(title, *("  " + "  ".join(row) for row in rows), "", sep="\n", file=stream)
         return
@@ -334,10 +300,5 @@ def _show(title: str, rows: Sequence[tuple[str, ...]], stream: TextIO) -> None:
         return
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*(_COLORS.get(cell, "{}").format(escape(cell)) for cell in row))
-    console = Console(file=stream)
-    console.print(table)
-    console.print()
-
-
-_COLORS = {"yes": "[green]{}[/green]", "no": "[yellow]{}[/yellow]"}
+        table.add_row(*(Text(cell, {"yes": "green", "no": "yellow"}.get(cell, "")) for cell in row))
+    Console(file=stream).print(table, "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -37,9 +38,9 @@ _TORCH_PROBE = """
 import json, torch, torch.distributed as dist
 cuda = torch.cuda.is_available()
 properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count() if cuda else 0)]
-devices = [{"name": p.name, "capability": [p.major, p.minor], "memory": p.total_memory} for p in properties]
 print(json.dumps({
-    "cuda_build": torch.version.cuda, "cuda": cuda, "devices": devices,
+    "devices": [(p.name, (p.major, p.minor), p.total_memory) for p in properties],
+    "cuda_build": torch.version.cuda,
     "cudnn": torch.backends.cudnn.version() if cuda else None,
     "gloo": dist.is_available() and dist.is_gloo_available(),
     "nccl": dist.is_available() and dist.is_nccl_available(),
@@ -58,7 +59,7 @@ class Device:
 
 @dataclass
 class Machine:
-    """The result of `observe`. Sizes are in bytes; None: absent or unreadable."""
+    """The result of `observe`. Sizes are in bytes; None: absent."""
 
     python: tuple[int, int, int] = (0, 0, 0)
     executable: str = ""
@@ -75,17 +76,31 @@ class Machine:
     compiler: str | None = None
     python_headers: bool = False
     cores: int = 1
-    memory: int | None = None
-    disk_free: int | None = None
+    memory: int = 0
+    disk_free: int = 0
     slurm: str | None = None
 
 
 def observe() -> Machine:
     """Inspect this machine. Takes seconds, since it imports heavy packages, each in its own process."""
-    machine = Machine(
+    requirements = _project_requirements()
+    packages = {}
+    for distribution in {*requirements, *_OPTIONAL}:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            packages[distribution] = importlib.metadata.version(distribution)
+    present = [distribution for distribution in _PROBED if distribution in packages]
+    with ThreadPoolExecutor(min(4, usable_cores())) as pool:
+        probes = dict(zip(present, pool.map(_probe_import, present), strict=True))
+    torch: dict[str, Any] = json.loads(probes.get("torch", ("", ""))[0] or '{"devices": []}')
+    devices = [Device(name, (major, minor), memory) for name, (major, minor), memory in torch.pop("devices")]
+    return Machine(
         python=(sys.version_info.major, sys.version_info.minor, sys.version_info.micro),
         executable=sys.executable,
-        requirements=_project_requirements(),
+        packages=packages,
+        requirements=requirements,
+        import_errors={distribution: error for distribution, (_, error) in probes.items() if error},
+        **torch,
+        devices=devices,
         nvidia_driver=_first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         nvidia_device_files=Path("/dev/nvidiactl").exists(),
         compiler=shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++"),
@@ -95,13 +110,6 @@ def observe() -> Machine:
         disk_free=shutil.disk_usage(Path.cwd()).free,
         slurm=_first_line("sbatch", "--version"),
     )
-    for distribution in {*machine.requirements, *_OPTIONAL}:
-        try:
-            machine.packages[distribution] = importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    _probe_imports(machine)
-    return machine
 
 
 def _project_requirements() -> dict[str, str]:
@@ -116,69 +124,38 @@ def _project_requirements() -> dict[str, str]:
     return {part[1]: part[2].strip() for part in parts if part is not None}
 
 
-def _probe_imports(machine: Machine) -> None:
-    """Import compiled packages, each in its own process, since a broken one may crash it."""
-    present = [distribution for distribution in _PROBED if distribution in machine.packages]
-    with ThreadPoolExecutor(max_workers=max(1, min(4, machine.cores))) as pool:
-        outcomes = dict(zip(present, pool.map(_probe_import, present), strict=True))
-    for distribution, (output, error) in outcomes.items():
-        if error:
-            machine.import_errors[distribution] = error
-        elif distribution == "torch":
-            _read_torch_probe(machine, output)
-
-
 def _probe_import(distribution: str) -> tuple[str, str]:
-    """Return the last line that the probe printed, and the error ('' if there was none)."""
+    """Import a package in its own process, since a broken one may crash it. Return the last line that the process
+    printed, and the error ("" if there was none)."""
     # torch first: Transformer Engine finds CUDA's libraries only through torch.
     program = _TORCH_PROBE if distribution == "torch" else f"import torch, {_PROBED[distribution]}"
+    command = [sys.executable, "-W", "ignore", "-c", program]
     try:
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", program],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_IMPORT_TIMEOUT_SECONDS,
-            check=False,
+            command, capture_output=True, text=True, errors="replace", timeout=_IMPORT_TIMEOUT_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
         return "", f"importing it took more than {_IMPORT_TIMEOUT_SECONDS} s"
     if done.returncode < 0:
         return "", f"importing it crashed ({signal.Signals(-done.returncode).name})"
-    if done.returncode > 0:
-        lines = done.stderr.strip().splitlines()
-        return "", lines[-1] if lines else f"importing it exited with status {done.returncode}"
-    lines = done.stdout.strip().splitlines()
-    return (lines[-1] if lines else ""), ""
-
-
-def _read_torch_probe(machine: Machine, output: str) -> None:
-    found: dict[str, Any] = json.loads(output)
-    machine.cuda_build, machine.gloo, machine.nccl = found["cuda_build"], found["gloo"], found["nccl"]
-    machine.cudnn = found["cudnn"]
-    machine.devices = [
-        Device(device["name"], (device["capability"][0], device["capability"][1]), device["memory"])
-        for device in found["devices"]
-    ]
+    *_, last = ["", *(done.stderr if done.returncode else done.stdout).strip().splitlines()]
+    if done.returncode:
+        return "", last or f"importing it exited with status {done.returncode}"
+    return last, ""
 
 
 def _first_line(*command: str) -> str | None:
     """Return the first line that a command prints; None if the command is missing or fails."""
-    if shutil.which(command[0]) is None:
-        return None
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else None
+    return done.stdout.strip().partition("\n")[0] or None
 
 
-def _memory() -> int | None:
+def _memory() -> int:
     """Return the memory of this machine, or of the container if that is less, in bytes."""
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (OSError, ValueError):
-        return None
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
     except OSError:  # no cgroup, or cgroup v1
