@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,14 +64,17 @@ def index_of(folder: Path) -> Index:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    if (folder / checkpoints.MANIFEST).is_file():
+    manifest = folder / checkpoints.MANIFEST
+    if manifest.is_file():
         damage = checkpoints.damage(folder)
         if damage is not None:
             raise UserError(damage)
-        return read_index(checkpoints.MANIFEST, (folder / checkpoints.MANIFEST).read_text(encoding="utf-8"))
+        return read_index(manifest.name, manifest.read_text(encoding="utf-8"))
     try:
         paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != INDEX)
-        files = {path.relative_to(folder).as_posix(): _entry(path) for path in paths}
+        files = {
+            path.relative_to(folder).as_posix(): Entry(path.stat().st_size, checkpoints.sha256(path)) for path in paths
+        }
     except OSError as error:
         raise UserError(f"{error.filename or folder}: cannot be read, {error.strerror or error}") from error
     if not files:
@@ -96,8 +98,12 @@ def read_index(name: str, text: str) -> Index:
     return Index(name, text, files)
 
 
-def _entry(path: Path) -> Entry:
-    return Entry(path.stat().st_size, checkpoints.sha256(path))
+def files_in(name: str, text: str | None) -> set[str]:
+    """Return the files that an index's text lists; none if there is no text, or if it is damaged."""
+    try:
+        return set() if text is None else set(read_index(name, text).files)
+    except ValueError:
+        return set()
 
 
 @dataclass(frozen=True)
@@ -129,13 +135,22 @@ def upload(folder: Path, place: Place, *, verify: bool = False, owned: bool = Fa
     journal = _read_journal(place) if JOURNAL in there else {}
     if there and not owned and text is None and JOURNAL not in there:
         raise UserError(f"{place.url} is not empty and does not hold an upload ({min(there)}); give another folder")
-    good = _good_files(place, index, there, {} if complete or verify else journal, complete=complete, verify=verify)
-    missing = [name for name in index.files if name not in good]
+
+    def has_arrived(name: str, entry: Entry) -> bool:
+        stored = there.get(name)
+        if stored is None or stored.bytes != entry.bytes:
+            return False
+        if verify:
+            return place.sha256(name) == entry.sha256
+        return complete or (stored.mark is not None and journal.get(name) == _noted(entry, stored))
+
+    arrived = {name: there[name] for name, entry in index.files.items() if has_arrived(name, entry)}
+    missing = [name for name in index.files if name not in arrived]
     stale = there.keys() - index.files.keys() - {index.name, JOURNAL}
     if not owned:
-        stale &= journal.keys() | _names_in(index.name, text)
+        stale &= journal.keys() | files_in(index.name, text)
     if not complete or missing or stale:
-        _replace(folder, place, index, missing, stale, {name: there[name] for name in good})
+        _replace(folder, place, index, arrived, missing, stale)
     elif JOURNAL in there:
         place.remove(JOURNAL)
     sent = [index.files[name].bytes for name in missing]
@@ -143,10 +158,10 @@ def upload(folder: Path, place: Place, *, verify: bool = False, owned: bool = Fa
 
 
 def _replace(
-    folder: Path, place: Place, index: Index, missing: Collection[str], stale: Collection[str], good: dict[str, Stored]
+    folder: Path, place: Place, index: Index, arrived: dict[str, Stored], missing: list[str], stale: set[str]
 ) -> None:
     """Bring the place up to date in an order in which a reader never finds an index with files other than its own."""
-    journal = {name: _noted(index.files[name], stored) for name, stored in good.items()}
+    journal = {name: _noted(index.files[name], stored) for name, stored in arrived.items()}
     place.write_text(JOURNAL, json.dumps(journal))  # also marks the place as an upload from now on
     place.remove(index.name)
     for name in sorted(stale):
@@ -156,36 +171,7 @@ def _replace(
     place.remove(JOURNAL)
 
 
-def _names_in(name: str, text: str | None) -> Collection[str]:
-    try:
-        return set() if text is None else read_index(name, text).files.keys()
-    except ValueError:  # incomplete
-        return set()
-
-
-def _good_files(
-    place: Place,
-    index: Index,
-    there: dict[str, Stored],
-    journal: dict[str, Any],
-    *,
-    complete: bool,
-    verify: bool,
-) -> Collection[str]:
-    """Return the files that have arrived intact."""
-
-    def is_good(name: str, entry: Entry) -> bool:
-        stored = there.get(name)
-        if stored is None or stored.bytes != entry.bytes:
-            return False
-        if verify:
-            return place.sha256(name) == entry.sha256
-        return complete or (stored.mark is not None and journal.get(name) == _noted(entry, stored))
-
-    return {name for name, entry in index.files.items() if is_good(name, entry)}
-
-
-def _send(folder: Path, place: Place, index: Index, names: Collection[str], journal: dict[str, Any]) -> None:
+def _send(folder: Path, place: Place, index: Index, names: list[str], journal: dict[str, Any]) -> None:
     noted = time.monotonic()
     try:
         for name in names:
@@ -254,10 +240,9 @@ def find_checkpoint(url: str) -> Place:
         return place
     folder = place / checkpoints.FOLDER if checkpoints.FOLDER in place.folders() else place
     last = latest_step(folder)
-    for step in sorted(steps_in(folder), reverse=True):
+    # Later steps belong to a course of training that was rolled back.
+    for step in sorted((step for step in steps_in(folder) if last is None or step <= last), reverse=True):
         candidate = folder / checkpoints.folder_name(step)
-        if last is not None and step > last:
-            continue  # belongs to a course of training that was rolled back
         if candidate.read_text(checkpoints.MANIFEST) is not None:
             return candidate
     raise UserError(f"{url}: no complete checkpoint there")

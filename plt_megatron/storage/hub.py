@@ -9,7 +9,7 @@ from typing import Any
 from plt_megatron.errors import UserError
 from plt_megatron.extras import require
 from plt_megatron.run_folder.checkpoints import NAME
-from plt_megatron.storage.copies import INDEX, Uploaded, index_of, read_index
+from plt_megatron.storage.copies import INDEX, Uploaded, files_in, index_of
 from plt_megatron.storage.places import failing
 
 MAIN = "main"
@@ -72,7 +72,7 @@ class Repository:
                 raise UserError(f"{self.url} has a branch {revision} that is not an upload; give another revision")
             partial = MAIN if revision == MAIN else _PARTIAL + revision
             # A branch starts as a copy of main, none of which may stay; in main only an earlier upload is removed.
-            stale = "*" if revision != MAIN else sorted(_files_of(before) - index.files.keys())
+            stale = "*" if revision != MAIN else sorted(files_in(INDEX, before) - index.files.keys())
             self._api.create_branch(self._name, branch=partial, exist_ok=True)
             to: dict[str, Any] = {"repo_id": self._name, "revision": partial}
             message = f"Upload {revision}"
@@ -99,10 +99,3 @@ class Repository:
             except EntryNotFoundError:
                 return None
             return Path(path).read_text(encoding="utf-8")
-
-
-def _files_of(index: str | None) -> set[str]:
-    try:
-        return set() if index is None else set(read_index(INDEX, index).files)
-    except ValueError:
-        return set()

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,8 +94,7 @@ class Place:
         """List all files, recursively, by relative path."""
         with failing(f"{self.url} cannot be read"):
             self._fs.invalidate_cache()
-            found = self._fs.find("", detail=True) if self._fs.exists("") else {}
-            return {path: _stored(info) for path, info in found.items()}
+            return {path: _stored(info) for path, info in self._fs.find("", detail=True).items()}
 
     def folders(self) -> list[str]:
         """List the names of subfolders."""
@@ -109,17 +108,14 @@ class Place:
 
     def remove(self, name: str) -> None:
         """Remove a file, if there is one."""
-        with failing(f"{self.url}/{name} cannot be removed"):
-            self._fs.invalidate_cache()
-            if self._fs.exists(name):
-                self._fs.rm_file(name)
+        with failing(f"{self.url}/{name} cannot be removed"), suppress(FileNotFoundError):
+            self._fs.rm_file(name)
 
     def remove_all(self) -> None:
         """Remove the whole folder."""
-        with failing(f"{self.url} cannot be removed"):
+        with failing(f"{self.url} cannot be removed"), suppress(FileNotFoundError):
             self._fs.invalidate_cache()
-            if self._fs.exists(""):
-                self._fs.rm("", recursive=True)
+            self._fs.rm("", recursive=True)
 
     def _make_folder_of(self, name: str) -> None:
         if self._has_folders:

@@ -60,11 +60,12 @@ class UploadQueue:
     def waiting(self) -> list[Waiting]:
         """List all entries: first those being uploaded, then exports before checkpoints, earlier steps before later."""
         found = [
-            (path.suffix != _NOW, index, Waiting(kind, step_of(path.with_suffix("")), path))
-            for index, kind in enumerate(_FOLDERS)
-            for path in _entries(self._folder(kind))
+            Waiting(kind, step_of(path.with_suffix("")), path)
+            for kind in _FOLDERS
+            for path in self._folder(kind).glob("step_*")
+            if path.suffix in ("", _NOW) and NAME.fullmatch(path.stem) and path.is_dir()
         ]
-        return [entry for *_, entry in sorted(found, key=lambda item: (item[0], item[1], item[2].step))]
+        return sorted(found, key=lambda entry: (entry.folder.suffix != _NOW, entry.kind == CHECKPOINT, entry.step))
 
     def begin(self, entry: Waiting) -> Waiting | None:
         """Take an entry for upload, so that it is not dropped; None if it is gone."""
@@ -100,13 +101,6 @@ class UploadQueue:
 
     def _folder(self, kind: str) -> Path:
         return self.path / _FOLDERS[kind]
-
-
-def _entries(directory: Path) -> list[Path]:
-    if not directory.is_dir():
-        return []
-    names = (path for path in directory.iterdir() if path.suffix in ("", _NOW) and path.is_dir())
-    return [path for path in names if NAME.fullmatch(path.with_suffix("").name)]
 
 
 def _remove(folder: Path) -> None:

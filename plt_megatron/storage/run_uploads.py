@@ -49,16 +49,14 @@ class RunUploads:
     def check(self) -> None:
         """Raise `UserError` if a destination cannot be written, or has another run's uploads."""
         for kind, key in ((EXPORT, "checkpoint.exports.upload_to"), (CHECKPOINT, "checkpoint.uploads.to")):
-            to = self._to[kind]
             try:
-                if to is not None:
-                    self._claim(to)
+                self._claim(self._to[kind])
             except UserError as error:
                 raise UserError(f"{key}: {error}") from error
 
-    def _claim(self, to: str) -> None:
+    def _claim(self, to: str | None) -> None:
         """Mark a destination as this run's, once; this also shows that it can be written."""
-        if to in self._claimed:
+        if to is None or to in self._claimed:
             return
         if protocol_of(to) == HUB:
             Repository(to).claim(self._id(to))
@@ -99,27 +97,25 @@ class RunUploads:
         return not failed
 
     def _upload(self, entry: Waiting, verify: bool) -> bool:
-        started, name = time.monotonic(), checkpoints.folder_name(entry.step)
-        record: dict[str, Any] = {"time": time.time(), "what": entry.kind, "step": entry.step}
+        started = time.monotonic()
+        record: dict[str, Any] = {"time": time.time(), "what": entry.kind, "step": entry.step, "seconds": 0.0}
         try:
-            target, uploaded = self._send(entry, name, verify)
+            target, uploaded = self._send(entry, verify)
         except UserError as error:
             self.queue.put_back(entry)
-            seconds = round(time.monotonic() - started, 3)
-            json_lines.append(self.folder.uploads_file, record | {"seconds": seconds, "error": str(error)})
-            self._say(f"failed: {entry.kind} of step {entry.step}: {error}")
-            return False
-        self.queue.done(entry)
-        seconds = round(time.monotonic() - started, 3)
-        json_lines.append(
-            self.folder.uploads_file,
-            record | {"seconds": seconds, "to": target, "files": uploaded.files, "bytes": uploaded.bytes},
-        )
-        self._say(describe(target, uploaded, seconds))
-        return True
+            record["error"] = str(error)
+            said = f"failed: {entry.kind} of step {entry.step}: {error}"
+        else:
+            self.queue.done(entry)
+            record |= {"to": target, "files": uploaded.files, "bytes": uploaded.bytes}
+            said = describe(target, uploaded, time.monotonic() - started)
+        record["seconds"] = round(time.monotonic() - started, 3)
+        json_lines.append(self.folder.uploads_file, record)
+        self._say(said)
+        return "error" not in record
 
-    def _send(self, entry: Waiting, name: str, verify: bool) -> tuple[str, Uploaded]:
-        to = self._to[entry.kind]
+    def _send(self, entry: Waiting, verify: bool) -> tuple[str, Uploaded]:
+        to, name = self._to[entry.kind], checkpoints.folder_name(entry.step)
         if to is None:
             raise UserError("the configuration no longer has a destination for it")
         self._claim(to)
@@ -140,14 +136,14 @@ class RunUploads:
         """
         last = self._last_step()
         steps = [step for step in steps_in(place) if last is None or step <= last]
-        complete = [step for step in steps if _is_complete(place, step)]
+        folders = {step: place / checkpoints.folder_name(step) for step in steps}
+        complete = [step for step in folders if folders[step].read_text(checkpoints.MANIFEST) is not None]
         if complete and latest_step(place) != max(complete):
             place.write_text(checkpoints.LATEST, checkpoints.folder_name(max(complete)) + "\n")
         unfinished = {entry.step for entry in self.queue.waiting() if entry.kind == CHECKPOINT}
-        for step in sorted(self._superseded(complete) | set(steps) - set(complete) - unfinished):
-            doomed = place / checkpoints.folder_name(step)
-            doomed.remove(checkpoints.MANIFEST)  # first, so that half a checkpoint never looks complete
-            doomed.remove_all()
+        for step in sorted(self._superseded(complete) | folders.keys() - set(complete) - unfinished):
+            folders[step].remove(checkpoints.MANIFEST)  # first, so that half a checkpoint never looks complete
+            folders[step].remove_all()
 
     def _superseded(self, steps: list[int]) -> set[int]:
         settings, last = self.config.checkpoint, max(steps, default=0)
@@ -178,15 +174,16 @@ def upload_folder(folder: Path, url: str, *, verify: bool = False) -> Uploaded:
     Raises:
         UserError: the URL or the folder is unusable, or the destination cannot be written.
     """
-    where, at, revision = url.partition("@") if protocol_of(url) == HUB else (url, "", "")
+    is_hub = protocol_of(url) == HUB
+    where, _, revision = url.partition("@") if is_hub else (url, "", "")
     problem = upload_rules.url_problem(where)
-    if problem is None and protocol_of(url) == HUB and not revision:
+    if problem is None and is_hub and not revision:
         problem = f"{url} names no revision; give one, as hf://owner/name@main"
-    if problem is None and protocol_of(url) == HUB and verify:
+    if problem is None and is_hub and verify:
         problem = "a hub compares SHA-256 itself; leave --verify out"
     if problem is not None:
         raise UserError(f"--to: {problem}")
-    if protocol_of(url) == HUB:
+    if is_hub:
         return Repository(where).upload(folder, revision)
     return upload(folder, Place(url), verify=verify)
 
@@ -206,7 +203,3 @@ def _claim_place(place: Place, run_id: str) -> None:
             f"checkpoint.load={place.url}"
         )
     place.write_text(_OWNER, run_id + "\n")
-
-
-def _is_complete(place: Place, step: int) -> bool:
-    return (place / checkpoints.folder_name(step)).read_text(checkpoints.MANIFEST) is not None
