@@ -5,7 +5,6 @@ Only headers and manifests of the data are read.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from plt_megatron.config.data_stages import all_sources
 from plt_megatron.config.derived import missing_files
 from plt_megatron.config.rules.uploads import destinations, is_url, protocol_of
 from plt_megatron.config.schema import DataConfig, RunConfig
-from plt_megatron.data.indexed import open_index
+from plt_megatron.data.indexed import open_index, read_manifest
 from plt_megatron.data.loss_mask import check_mask
 from plt_megatron.data.parts import part_prefixes, total_size
 from plt_megatron.data.resuming import check_data, training_fingerprint
@@ -51,66 +50,52 @@ def open_tokenizer(config: RunConfig) -> tuple[Tokenizer | None, list[str]]:
 def data_problems(config: RunConfig, tokenizer: Tokenizer | None) -> list[str]:
     """List what is wrong with the sources whose files exist, one line each."""
     vocab_size = config.model.vocab_size or (tokenizer.vocab_size if tokenizer else None)
-    problems = []
-    for path in dict.fromkeys(_paths(config.data)):
-        if not missing_files(path):
-            problems += _damage(path, tokenizer) or _mask_damage(path) + _mismatch(path, tokenizer, vocab_size)
-    return problems
+    sources = (path for path in dict.fromkeys(_paths(config.data)) if not missing_files(path))
+    return [problem for path in sources for problem in _source_problems(path, tokenizer, vocab_size)]
 
 
 def _paths(data: DataConfig) -> Iterator[str]:
     yield from (source.path for _, source in all_sources(data))
 
 
-def _damage(prefix: str, tokenizer: Tokenizer | None) -> list[str]:
-    """Check that the index's header and last entry, the size of .bin and the width of its ids are consistent."""
+def _source_problems(prefix: str, tokenizer: Tokenizer | None, vocab_size: int | None) -> Iterator[str]:
+    """Check that index, tokens, loss mask and manifest of a source fit each other and the tokenizer."""
     try:
         index = open_index(prefix)  # not `read_index`: a login node should not read all lengths of a large corpus
-    except UserError as error:
-        return [str(error)]
-    if not index.documents:
-        return [f"{prefix}.idx has no documents: tokenize the data again (plt preprocess)"]
-    if index.dtype == np.uint16 and tokenizer is not None and tokenizer.dtype != np.uint16:
-        # Ids are written with 16 bits only if every id of the tokenizer fits.
-        return [f"{prefix} holds 16-bit ids, data.tokenizer has {tokenizer.vocab_size} ids: another tokenizer made it"]
-    return []
+        if not index.documents:
+            yield f"{prefix}.idx has no documents: tokenize the data again (plt preprocess)"
+            return
+        if index.dtype == np.uint16 and tokenizer is not None and tokenizer.dtype != np.uint16:
+            # Ids are written with 16 bits only if every id of the tokenizer fits.
+            ids = f"{prefix} holds 16-bit ids, data.tokenizer has {tokenizer.vocab_size} ids"
+            yield f"{ids}: another tokenizer made it"
+            return
+        manifest = read_manifest(prefix)
+        yield from _mismatch(prefix, manifest, tokenizer, vocab_size)
+        check_mask(prefix, total_size(index.bins) // index.dtype.itemsize, manifest)
+    except (UserError, OSError) as error:
+        yield str(error)
 
 
-def _mask_damage(prefix: str) -> list[str]:
-    """Check that the loss mask, if there is one or the manifest mentions one, is as long as the tokens."""
-    manifest = Path(prefix + ".manifest.json")
+def _mismatch(
+    prefix: str, manifest: dict[str, Any], tokenizer: Tokenizer | None, vocab_size: int | None
+) -> Iterator[str]:
+    """Check that the manifest names the same tokenizer. Data, or its parts, without one were made elsewhere."""
+    if not manifest or ("parts" in manifest and "tokenizer" not in manifest):
+        return
     try:
-        made = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
-        index = open_index(prefix)
-        check_mask(prefix, total_size(index.bins) // index.dtype.itemsize, made)
-    except UserError as error:
-        return [str(error)]
-    except ValueError:
-        return []  # `_mismatch` reports the manifest
-    return []
-
-
-def _mismatch(prefix: str, tokenizer: Tokenizer | None, vocab_size: int | None) -> list[str]:
-    """Check that the manifest names the same tokenizer. Data without a manifest was made elsewhere and is accepted."""
-    path = Path(prefix + ".manifest.json")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if "parts" in manifest and "tokenizer" not in manifest:  # the parts were made elsewhere
-            return []
         made: dict[str, Any] = manifest["tokenizer"]
         sha256, ids = made["sha256"], made["vocab_size"]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"{path} cannot be read ({error}): tokenize the data again (plt preprocess)"]
+    except (KeyError, TypeError) as error:
+        yield f"{prefix}.manifest.json cannot be read ({error}): tokenize the data again (plt preprocess)"
+        return
     if tokenizer is not None and sha256 != tokenizer.fingerprint:
-        return [
+        yield (
             f"{prefix} was tokenized with another tokenizer ({made.get('path')}, {ids} ids) than data.tokenizer "
             f"{tokenizer.path} ({tokenizer.vocab_size} ids)"
-        ]
-    if vocab_size is not None and ids > vocab_size:
-        return [f"{prefix} was tokenized with {ids} ids, the model has a vocabulary of {vocab_size}"]
-    return []
+        )
+    elif vocab_size is not None and ids > vocab_size:
+        yield f"{prefix} was tokenized with {ids} ids, the model has a vocabulary of {vocab_size}"
 
 
 def mount_problems(config: RunConfig, container: Container, mounted: Sequence[Path]) -> list[str]:
