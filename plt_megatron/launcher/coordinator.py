@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 from plt_megatron.launcher import decisions, preflight
-from plt_megatron.launcher.decisions import Exit, is_explained, outcome_of
+from plt_megatron.launcher.decisions import is_explained, outcome_of
 from plt_megatron.launcher.job import Allocation, JobSettings
-from plt_megatron.launcher.records import Outcome, Records
+from plt_megatron.launcher.records import Exit, Outcome, Records
 from plt_megatron.run_folder import attempts
 from plt_megatron.run_folder.attempts import PEACEFUL, ExitStatus
 from plt_megatron.run_folder.text import plural
@@ -168,7 +168,7 @@ class Coordinator:
         if self._preempted:
             self._stop(Outcome(attempts.PREEMPTED, "asked to stop before training began"))
             return
-        per_node = probes_per_node(self._settings)
+        per_node = self._settings.probes_per_node
         self._node_of = dict(enumerate(node for node in self._allocation.nodes for _ in range(per_node)))
         self._results = {}
         if len(self._node_of) == 1:
@@ -183,18 +183,14 @@ class Coordinator:
 
     def _probe_failed(self, what: str) -> None:
         bad = preflight.blame(self._results, self._node_of)
-        if bad:
-            self._stop(self._bad_nodes(bad))
-        else:
-            self._stop(Outcome(attempts.FAILED, f"preflight: {what}; no single node is at fault"))
+        nobody = Outcome(attempts.FAILED, f"preflight: {what}; no single node is at fault")
+        self._stop(self._bad_nodes(bad) if bad else nobody)
 
     def _probe_passed(self) -> None:
         per_node: dict[str, dict[str, str]] = {}
         for rank, result in sorted(self._results.items()):
             per_node.setdefault(self._node_of[rank], result["versions"])
-        bad: dict[str, str] = {}
-        for what in sorted({name for versions in per_node.values() for name in versions}):
-            bad |= preflight.odd_ones({node: v.get(what, "none") for node, v in per_node.items()}, what)
+        bad = dict(preflight.odd_versions(per_node))
         if bad:
             self._stop(self._bad_nodes(bad))
             return
@@ -285,7 +281,8 @@ class Coordinator:
             self._say(f"restarting in this allocation, restart {self._restarts} of {self._settings.max_restarts}")
             self._preflight()
             return
-        self._finish(self._status_of(outcome), outcome.reason)
+        self._state, self.status = "over", self._status_of(outcome)
+        self._send_all({"type": "quit", "status": self.status, "reason": outcome.reason})
 
     def _may_restart(self, outcome: Outcome) -> bool:
         if outcome.status != attempts.FAILED or self._preempted or self._gone:
@@ -300,10 +297,6 @@ class Coordinator:
             return ExitStatus.USER_ERROR
         return _NEXT_TRY_STATUS[outcome.status]
 
-    def _finish(self, status: int, reason: str) -> None:
-        self._state, self.status = "over", status
-        self._send_all({"type": "quit", "status": status, "reason": reason})
-
     # Helpers.
 
     def _enter(self, state: str, seconds: float) -> None:
@@ -313,8 +306,3 @@ class Coordinator:
         for node in self._allocation.nodes:
             if node not in self._gone:
                 self._send(node, message)
-
-
-def probes_per_node(settings: JobSettings) -> int:
-    """Return the processes per node of the preflight check: one per GPU, or one on a node without GPUs."""
-    return settings.processes_per_node if settings.gpus_per_node else 1

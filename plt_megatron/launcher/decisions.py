@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from plt_megatron.launcher.job import JobSettings
-from plt_megatron.launcher.records import Failure, Outcome
+from plt_megatron.launcher.records import Exit, Outcome
 from plt_megatron.run_folder.attempts import FAILED, FINISHED, PEACEFUL, PREEMPTED, ExitStatus, describe_exit
 from plt_megatron.run_folder.text import plural
 
@@ -17,18 +17,9 @@ _ECHOES = re.compile(
     r"|DistBackendError|DistNetworkError|DistStoreError|remote process exited|holds the job's store, does not answer"
     r"|ncclRemoteError|ncclSystemError"
 )
+_EXCEPTION = re.compile(r"(\w+\.)*\w*(Error|Exception|Exit|Interrupt|Failed|Timeout)\b")
 
 _SILENT = 3  # how a process without an error message ranks as the cause (`_rank_as_cause`)
-
-
-@dataclass(frozen=True)
-class Exit:
-    """A process's end: its exit status (negative: a signal) and its last lines."""
-
-    rank: int
-    node: str
-    code: int
-    lines: list[str]
 
 
 def outcome_of(exits: list[Exit], preempted: bool) -> Outcome:
@@ -37,10 +28,9 @@ def outcome_of(exits: list[Exit], preempted: bool) -> Outcome:
     if failed:
         cause = min(failed, key=_rank_as_cause)  # the first of the most likely
         user_error = all(end.code == ExitStatus.USER_ERROR for end in failed)
-        failure = Failure(cause.rank, cause.node, describe_exit(cause.code), cause.lines)
         said = last_error(cause.lines)
-        reason = f"rank {cause.rank} on {cause.node} {failure.exit}" + (f": {said}" if said else "")
-        return Outcome(FAILED, reason, retry=not user_error, failure=failure)
+        reason = f"rank {cause.rank} on {cause.node} {describe_exit(cause.code)}" + (f": {said}" if said else "")
+        return Outcome(FAILED, reason, retry=not user_error, failure=cause)
     if any(end.code == ExitStatus.PREEMPTED for end in exits):
         if preempted:
             return Outcome(PREEMPTED, "asked to stop: saved")
@@ -63,9 +53,7 @@ def _rank_as_cause(end: Exit) -> int:
         return _SILENT
     if _ECHOES.search(said):
         return _SILENT + 1
-    if end.code != 1:
-        return 1
-    return 2
+    return 1 if end.code != 1 else 2
 
 
 def last_error(lines: list[str]) -> str | None:
@@ -74,16 +62,10 @@ def last_error(lines: list[str]) -> str | None:
     Echoes count only if there is nothing else: a rank whose watchdog has named another rank may see others exit before
     it exits itself.
     """
-    errors = [line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")]
-    for error in errors:
-        if not _ECHOES.search(error):
-            return error
-    if errors:
-        return errors[0]
-    for line in reversed(lines):
-        if re.match(r"(\w+\.)*\w*(Error|Exception|Exit|Interrupt|Failed|Timeout)\b", line):
-            return line
-    return None
+    lines = lines[::-1]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    raised = (line for line in lines if _EXCEPTION.match(line))
+    return next((error for error in errors if not _ECHOES.search(error)), errors[0] if errors else next(raised, None))
 
 
 FINISH, AGAIN, EXCLUDE, HALT, STOP = "finish", "again", "exclude", "halt", "stop"
@@ -110,41 +92,26 @@ def decide(events: list[dict[str, Any]], settings: JobSettings) -> Decision:
 
     Attempts before the run was given up do not count: someone has since fixed something and restarted it.
     """
-    ends = _ends_since_stop(events)
+    given_up = max((index for index, event in enumerate(events) if event["event"] == "stop"), default=-1)
+    ends = [event for event in events[given_up + 1 :] if event["event"] == "end"]
     last = ends[-1]
     reason = last["reason"]
     if last["status"] == FINISHED:
         return Decision(FINISH, reason)
     if last.get("bad_nodes"):
-        exclusions = sum(bool(end.get("bad_nodes")) for end in ends)
-        if exclusions <= settings.max_exclusions:
+        if sum(bool(end.get("bad_nodes")) for end in ends) <= settings.max_exclusions:
             return Decision(EXCLUDE, reason, last["bad_nodes"])
-        return Decision(
-            STOP, f"{reason}; the job has already excluded bad nodes {plural(settings.max_exclusions, 'time')}"
-        )
+        times = plural(settings.max_exclusions, "time")
+        return Decision(STOP, f"{reason}; the job has already excluded bad nodes {times}")
     if not last.get("retry", True):
         return Decision(HALT if last["status"] == PREEMPTED else STOP, reason)
     failures = _fruitless([end for end in ends if end["status"] == FAILED])
     if last["status"] == FAILED and failures >= settings.max_requeues_without_progress:
-        return Decision(STOP, f"{reason}; {_times(failures)} since its last progress, step {last['step']}")
+        again = "again" if failures == 1 else f"{plural(failures, 'time')} more"
+        return Decision(STOP, f"{reason}; it has failed {again} since its last progress, step {last['step']}")
     if _fruitless(ends) >= _MOST_FRUITLESS:
         return Decision(STOP, f"{reason}; {_MOST_FRUITLESS} attempts in a row without progress, at step {last['step']}")
     return Decision(AGAIN, reason)
-
-
-def _times(failures: int) -> str:
-    return "it has failed again" if failures == 1 else f"it has failed {plural(failures, 'time')} more"
-
-
-def _ends_since_stop(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    ends: list[dict[str, Any]] = []
-    for event in events:
-        if event["event"] == "stop":
-            ends = []
-        elif event["event"] == "end":
-            ends.append(event)
-    assert ends, "an attempt has ended"
-    return ends
 
 
 def _fruitless(ends: list[dict[str, Any]]) -> int:

@@ -50,7 +50,7 @@ def finalize_job(run: Path, status: int) -> int:
         end = _missing_end(run_records, status)
     decision = decisions.decide(run_records.folder.attempts(), settings)
     scheduler = Scheduler(allocation.scheduler_id)
-    return JobFinalizer(run, settings, run_records, scheduler, decision, end, status).act()
+    return JobFinalizer(settings, run_records, scheduler, decision, end, status).act()
 
 
 def _missing_end(run_records: Records, status: int) -> dict[str, Any]:
@@ -91,7 +91,6 @@ class JobFinalizer:
         status: exit status of the launchers.
     """
 
-    run: Path
     settings: JobSettings
     records: Records
     scheduler: Scheduler
@@ -158,7 +157,7 @@ class JobFinalizer:
 
     def _chain(self) -> list[str]:
         """Return the ids of the jobs that wait for this one."""
-        return _ask(lambda: self.scheduler.pending_after(RunFolder(self.run.absolute()).job_script), [])
+        return _ask(lambda: self.scheduler.pending_after(self.records.folder.job_script.absolute()), [])
 
     def _cancel_chain(self) -> None:
         if self.settings.chain > 1 and (jobs := self._chain()):

@@ -17,7 +17,8 @@ from typing import Any
 from plt_megatron.errors import UserError
 from plt_megatron.launcher.coordinator import Coordinator
 from plt_megatron.launcher.job import Allocation, JobSettings
-from plt_megatron.launcher.records import LogFile, Records, merged_log, stamp
+from plt_megatron.launcher.records import LogFile, Records, stamp
+from plt_megatron.run_folder.folder import RunFolder
 
 BEAT_SECONDS = 2.0  # between heartbeats
 _CHUNK = 1 << 16
@@ -28,6 +29,7 @@ class Channel:
     """One connection.
 
     Attributes:
+        node: in the hub, the node whose launcher is at the other side; None until it has introduced itself.
         closed: whether the other side is gone or sent something other than messages.
         heard: `time.monotonic()` when data last came in.
     """
@@ -37,6 +39,7 @@ class Channel:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket = connection
         self._incoming, self._outgoing = bytearray(), bytearray()
+        self.node: str | None = None
         self.closed = False
         self.heard = time.monotonic()
 
@@ -127,9 +130,8 @@ class Hub:
         self, run: Path, settings: JobSettings, allocation: Allocation, selector: selectors.BaseSelector
     ) -> None:
         self._allocation, self._selector = allocation, selector
-        self._merged = LogFile(merged_log(run))
-        self._strangers: list[Channel] = []
-        self._members: dict[str, Channel] = {}
+        self._merged = LogFile(RunFolder(run).logs / "merged.log")  # of all ranks, in order of arrival
+        self._channels: list[Channel] = []
         self._hellos: dict[str, dict[str, Any]] = {}  # nodes whose clock has been asked for
         self._beat = Every(BEAT_SECONDS)
         self._server = _listen(allocation.launcher_port)
@@ -144,62 +146,55 @@ class Hub:
 
     def turn(self) -> None:
         """Handle what is due: heartbeats, pending messages, lost nodes, and the coordinator's time-outs."""
-        if self._beat.due():
-            for node in list(self._members):
-                self._send(node, {"type": "beat"})
-        for node, channel in list(self._members.items()):
+        beat = self._beat.due()
+        for channel in list(self._channels):
+            if beat and channel.node is not None:
+                channel.send({"type": "beat"})
             channel.flush()
             if channel.closed:
                 self._drop(channel)
-                del self._members[node]
-                self.coordinator.lost(node, "its launcher has ended")
+                if channel.node is not None:
+                    self.coordinator.lost(channel.node, "its launcher has ended")
         self.coordinator.tick()
 
     @property
     def pending(self) -> bool:
         """Whether a node is still connected, so that messages to it may be pending."""
-        return bool(self._members)
+        return any(channel.node is not None for channel in self._channels)
 
     def close(self) -> None:
         """Close all connections."""
-        for channel in [*self._members.values(), *self._strangers]:
+        for channel in list(self._channels):
             self._drop(channel)
         self._selector.unregister(self._server)
         self._server.close()
 
     def _send(self, node: str, message: dict[str, Any]) -> None:
-        if node in self._members:
-            self._members[node].send(message)
+        for channel in self._channels:
+            if channel.node == node:
+                channel.send(message)
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):  # the peer has already hung up
             connection, _ = self._server.accept()
             channel = Channel(connection)
-            self._strangers.append(channel)
+            self._channels.append(channel)
             self._selector.register(channel, selectors.EVENT_READ, lambda: self._receive(channel))
 
     def _receive(self, channel: Channel) -> None:
         for message in channel.receive():
-            node = next((name for name, member in self._members.items() if member is channel), None)
-            if node is None:
-                node = self._introduce(channel, message)
-            if node is None:
+            channel.node = channel.node or self._introduced(message)
+            if channel.node is None:
                 channel.closed = True
                 break
-            self._hear(node, message)
-        if channel.closed and channel in self._strangers:
-            self._strangers.remove(channel)
-            self._drop(channel)
+            self._hear(channel.node, message)
 
-    def _introduce(self, channel: Channel, message: dict[str, Any]) -> str | None:
+    def _introduced(self, message: dict[str, Any]) -> str | None:
         """Return the node of the launcher that sent this first message; None if it is not one of this job's."""
         allocation, node = self._allocation, message.get("node")
         ours = (message.get("job_id"), message.get("restart_count")) == (allocation.job_id, allocation.restart_count)
-        if message["type"] != "hello" or not ours or node not in allocation.nodes or node in self._members:
-            return None
-        self._strangers.remove(channel)
-        self._members[node] = channel
-        return node
+        known = any(channel.node == node for channel in self._channels)
+        return node if message["type"] == "hello" and ours and node in allocation.nodes and not known else None
 
     def _hear(self, node: str, message: dict[str, Any]) -> None:
         if message["type"] == "hello" and node not in self._hellos:
@@ -219,6 +214,7 @@ class Hub:
     def _drop(self, channel: Channel) -> None:
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(channel)
+        self._channels.remove(channel)
         channel.close()
 
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from plt_megatron.config import yaml_nodes
 from plt_megatron.config.fields import Count, PositiveCount, WholeSeconds
@@ -35,6 +36,11 @@ class JobSize:
         """Number of ranks."""
         return self.nodes * self.processes_per_node
 
+    @property
+    def probes_per_node(self) -> int:
+        """Processes per node of the preflight check: one per GPU, or one on a node without GPUs."""
+        return self.processes_per_node if self.gpus_per_node else 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class JobHandling:
@@ -58,6 +64,11 @@ class JobSettings(JobHandling, JobSize):
     requeue: bool = False
     chain: PositiveCount = 1  # number of jobs, each starting when the one before has ended
     cluster: str | None = None
+
+
+def fields_of(kind: type, whole: Any) -> dict[str, Any]:
+    """Return the fields of an object that belong to one of its base classes."""
+    return {field.name: getattr(whole, field.name) for field in dataclasses.fields(kind)}
 
 
 def save_settings(settings: JobSettings, run: Path) -> None:
@@ -107,11 +118,6 @@ class Allocation:
     def first_node(self) -> str:
         """Name of the node that the others connect to."""
         return self.nodes[0]
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this is the node that the others connect to."""
-        return self.node_index == 0
 
     @property
     def launcher_port(self) -> int:

@@ -22,12 +22,12 @@ from plt_megatron.launcher import coordinator, preflight, workers
 from plt_megatron.launcher.hub import BEAT_SECONDS, Channel, Every, Hub
 from plt_megatron.launcher.job import SCRATCH, Allocation, JobSettings, load_settings, read_allocation
 from plt_megatron.launcher.preflight import MARK
-from plt_megatron.launcher.records import LogFile, rank_log, stamp
+from plt_megatron.launcher.records import LogFile, stamp
 from plt_megatron.launcher.workers import Worker, WorkerGroup
 from plt_megatron.run_folder import attempts
 from plt_megatron.run_folder.attempts import ExitStatus, describe_exit
 from plt_megatron.run_folder.folder import RunFolder
-from plt_megatron.runtime.local_processes import signals_handled
+from plt_megatron.runtime.local_processes import rank_environment, signals_handled
 from plt_megatron.slurm.client import job_at_work
 
 _TICK_SECONDS = 0.1
@@ -59,7 +59,8 @@ def launch_node(run: Path) -> int:
     if SCRATCH in os.environ:
         os.environ["TMPDIR"] = os.environ[SCRATCH]  # srun has set it to /tmp if it could not create the folder
     launcher = NodeLauncher(run, settings, allocation)
-    with launcher.signals():
+    # SIGUSR1 comes before the time limit, SIGTERM on preemption and requeue.
+    with signals_handled((signal.SIGUSR1, signal.SIGTERM, signal.SIGINT), launcher.ask_to_stop):
         return launcher.launch()
 
 
@@ -82,43 +83,31 @@ class NodeLauncher:
         self._preempting = self._stopping = False
         self._beat, self._repeat = Every(BEAT_SECONDS), Every(_REPEAT_SECONDS)
         self._status: int | None = None
-        config = RunFolder(run).config()
-        self._threads = config.training.threads_per_process
+        self._threads = RunFolder(run).config().training.threads_per_process
 
-    def signals(self) -> contextlib.AbstractContextManager[None]:
-        """Handle Slurm's signals: SIGUSR1 before the time limit, SIGTERM on preemption and requeue."""
-
-        def hear(number: int, frame: Any) -> None:
-            self._asked_to_stop = True
-
-        return signals_handled((signal.SIGUSR1, signal.SIGTERM, signal.SIGINT), hear)
+    def ask_to_stop(self, *_: object) -> None:
+        """Have all processes save and exit. Handles signals."""
+        self._asked_to_stop = True
 
     def launch(self) -> int:
         """Run until the job is over and return the exit status."""
         allocation = self._allocation
         try:
-            if allocation.is_first:
+            if allocation.node_index == 0:
                 self._hub = Hub(self._run, self._settings, allocation, self._selector)
-            facts = preflight.gather_facts(self._run, write_test=True)
+            facts = preflight.gather_facts(self._run)
             self._cpus = os.sched_getaffinity(0)
             count = self._settings.processes_per_node
             near = workers.cpus_near_gpus(count) if self._settings.gpus_per_node else []
             self._shares = workers.share_out(self._cpus, count, near)
             if self._connect():
-                self._send({"type": "hello", "facts": facts, **self._introduction()})
+                us = {"node": allocation.node, "job_id": allocation.job_id, "restart_count": allocation.restart_count}
+                self._send({"type": "hello", "facts": facts, **us})
             while self._status is None:
                 self._turn()
             return self._leave()
         finally:
             self._group.kill()
-
-    def _introduction(self) -> dict[str, Any]:
-        allocation = self._allocation
-        return {
-            "node": allocation.node,
-            "job_id": allocation.job_id,
-            "restart_count": allocation.restart_count,
-        }
 
     def _connect(self) -> bool:
         """Connect to the first node's launcher, which may not be up yet; return whether it worked."""
@@ -200,7 +189,7 @@ class NodeLauncher:
 
     def _start(self, task: str, attempt: int, port: int) -> None:
         self._task, self._attempt = task, attempt
-        per_node = self._settings.processes_per_node if task == "train" else coordinator.probes_per_node(self._settings)
+        per_node = self._settings.processes_per_node if task == "train" else self._settings.probes_per_node
         # -P: import the package from the run's snapshot, which contains this file, even if the job runs in a checkout.
         command = [self._settings.python, "-P", "-m", "plt_megatron.launcher.preflight"]
         if task == "train":
@@ -215,29 +204,24 @@ class NodeLauncher:
             self._selector.register(worker, selectors.EVENT_READ, lambda worker=worker: self._listen(worker))
             if task == "train":
                 where = f"{self._allocation.node}, process {worker.process.pid}, CPUs {sorted(cpus) if cpus else 'any'}"
-                self._on_lines(
-                    worker.rank, [f"started on {where}, {environments[worker.rank]['OMP_NUM_THREADS']} threads"]
-                )
+                threads = environments[worker.rank]["OMP_NUM_THREADS"]
+                self._on_lines(worker.rank, [f"started on {where}, {threads} threads"])
 
     def _environment(self, rank: int, local: int, per_node: int, port: int) -> dict[str, str]:
         settings, own = self._settings, self._shares[local] if local < len(self._shares) else None
-        threads = self._threads or workers.threads(
-            own, self._cpus, settings.processes_per_node, settings.cpus_per_process
-        )
+        count, most = settings.processes_per_node, settings.cpus_per_process
+        threads = self._threads or workers.threads(own, self._cpus, count, most)
         paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
-        return os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(local),
-            "WORLD_SIZE": str(per_node * settings.nodes),
-            "LOCAL_WORLD_SIZE": str(per_node),
-            "MASTER_ADDR": self._allocation.first_node,
-            "MASTER_PORT": str(port),
+        address = self._allocation.first_node
+        place = rank_environment(rank, local, per_node * settings.nodes, per_node, address, port)
+        others = {
             "OMP_NUM_THREADS": str(threads),
             "PYTHONUNBUFFERED": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             "GPUS_PER_NODE": str(settings.gpus_per_node),
             "PROBE_SECONDS": str(coordinator.PROBE_SECONDS),
         }
+        return os.environ | place | others
 
     # Output and exits of the processes.
 
@@ -256,7 +240,8 @@ class NodeLauncher:
         who = f"rank {rank}" if self._task == "train" else f"preflight {self._allocation.node} process {rank}"
         stamped = [stamp(self._attempt, who, line) for line in lines]
         if self._task == "train":
-            self._logs.setdefault(rank, LogFile(rank_log(self._run, rank))).write(stamped)
+            log = LogFile(RunFolder(self._run).logs / f"rank-{rank:04d}.log")
+            self._logs.setdefault(rank, log).write(stamped)
         if stamped:
             self._send({"type": "log", "lines": stamped})
 

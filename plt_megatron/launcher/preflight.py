@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,10 @@ _CPU_BYTES, _GPU_BYTES = 4 << 20, 256 << 20
 Facts = dict[str, Any]
 
 
-def gather_facts(run: Path, write_test: bool) -> Facts:
+def gather_facts(run: Path) -> Facts:
     """Describe this node: devices, versions, free space in bytes (None for a missing folder).
 
-    Args:
-        write_test: also write a file to the run's folder and remove it.
+    Also writes a file to the run's folder and removes it.
     """
     temporary = Path(os.environ.get("TMPDIR") or tempfile.gettempdir())
     with contextlib.suppress(OSError):  # reported as missing
@@ -49,13 +48,9 @@ def gather_facts(run: Path, write_test: bool) -> Facts:
     return {
         "devices": _devices(),
         "versions": _versions(),
-        "space": {
-            "/dev/shm": _free(Path("/dev/shm")),
-            "temporary": _free(temporary),
-            "run": _free(run),
-        },
+        "space": {"/dev/shm": _free(Path("/dev/shm")), "temporary": _free(temporary), "run": _free(run)},
         "temporary": str(temporary),
-        "run_error": _write_error(run) if write_test else None,
+        "run_error": _write_error(run),
     }
 
 
@@ -73,10 +68,8 @@ def _devices() -> list[dict[str, str]]:
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in _DISTRIBUTIONS:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -113,12 +106,10 @@ def judge(facts: Mapping[str, Facts], gpus_per_node: int) -> dict[str, str]:
     problems: dict[str, list[str]] = {node: list(_own_problems(facts[node], gpus_per_node)) for node in facts}
     if gpus_per_node:
         kinds = {node: _kinds(facts[node]["devices"][:gpus_per_node]) for node in facts}
-        for node, text in odd_ones(kinds, "devices").items():
+        for node, text in _odd_ones(kinds, "devices").items():
             problems[node].append(text)
-    for what in sorted({name for fact in facts.values() for name in fact["versions"]}):
-        versions = {node: facts[node]["versions"].get(what, "none") for node in facts}
-        for node, text in odd_ones(versions, what).items():
-            problems[node].append(text)
+    for node, text in odd_versions({node: facts[node]["versions"] for node in facts}):
+        problems[node].append(text)
     return {node: "; ".join(found) for node, found in problems.items() if found}
 
 
@@ -126,10 +117,9 @@ def _own_problems(facts: Facts, gpus_per_node: int) -> list[str]:
     found = []
     if len(facts["devices"]) < gpus_per_node:
         found.append(f"{len(facts['devices'])} GPUs respond instead of {gpus_per_node}")
-    shared, temporary = facts["space"]["/dev/shm"], facts["space"]["temporary"]
     for name, free, least in (
-        ("/dev/shm", shared, _LEAST_SHARED_MEMORY),
-        (facts["temporary"], temporary, _LEAST_TEMPORARY),
+        ("/dev/shm", facts["space"]["/dev/shm"], _LEAST_SHARED_MEMORY),
+        (facts["temporary"], facts["space"]["temporary"], _LEAST_TEMPORARY),
     ):
         if free is None or free < least:
             there = "missing" if free is None else f"{free >> 20} MiB free"
@@ -146,7 +136,13 @@ def _kinds(devices: list[dict[str, str]]) -> str:
     return " and ".join(f"{count} x {kind}" for kind, count in sorted(counts.items())) or "none"
 
 
-def odd_ones(values: Mapping[str, str], what: str) -> dict[str, str]:
+def odd_versions(versions: Mapping[str, Mapping[str, str]]) -> Iterator[tuple[str, str]]:
+    """Yield node and description for each version (by node and name) that differs from the majority's."""
+    for name in sorted({name for own in versions.values() for name in own}):
+        yield from _odd_ones({node: own.get(name, "none") for node, own in versions.items()}, name).items()
+
+
+def _odd_ones(values: Mapping[str, str], what: str) -> dict[str, str]:
     """Return the nodes whose value differs from the majority's; in a tie the first node's value counts."""
     counts = Counter(values.values())
     first = next(iter(values.values()))
@@ -221,7 +217,8 @@ def main() -> int:
         device = _work_device(torch)
     except (RuntimeError, AssertionError) as error:
         result["error"] = f"its device {os.environ['LOCAL_RANK']} fails: {str(error).splitlines()[0]}"
-        return _say(result, 1)
+        _say(result)
+        return 1
     _say(result | {"stage": 1})
     try:
         _check_links(torch, device, result)
@@ -231,9 +228,8 @@ def main() -> int:
     return 0
 
 
-def _say(result: dict[str, Any], status: int = 0) -> int:
+def _say(result: dict[str, Any]) -> None:
     print(MARK + json.dumps(result), flush=True)
-    return status
 
 
 def _cuda(torch: Any) -> dict[str, str]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from plt_megatron.launcher.job import Allocation
 from plt_megatron.run_folder import json_lines
-from plt_megatron.run_folder.attempts import KILLED, last_attempt, setup_warnings, unended
+from plt_megatron.run_folder.attempts import KILLED, describe_exit, last_attempt, setup_warnings, unended
 from plt_megatron.run_folder.checkpoints import latest_of_full_size, latest_step
 from plt_megatron.run_folder.folder import RunFolder
 
@@ -28,18 +28,13 @@ _SHELL = re.compile(r"^\S*: line \d+: ")  # bash's prefix of an error: its posit
 
 
 @dataclass(frozen=True)
-class Failure:
-    """The rank that caused an attempt to fail.
-
-    Attributes:
-        exit: how it ended, as text.
-        lines: the last lines that it printed.
-    """
+class Exit:
+    """A process's end: its exit status (negative: a signal) and its last lines."""
 
     rank: int
     node: str
-    exit: str
-    lines: list[str] = field(default_factory=list)
+    code: int
+    lines: list[str]
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,7 @@ class Outcome:
         reason: one line.
         retry: whether another attempt may succeed; not after a user error.
         bad_nodes: node -> what is wrong with it; the job should continue without these.
-        failure: the failed rank, if one failed.
+        failure: the rank that caused it to fail, if one did.
         output: the last lines of the job's output, if no rank reports anything.
     """
 
@@ -59,7 +54,7 @@ class Outcome:
     reason: str
     retry: bool = True
     bad_nodes: dict[str, str] = field(default_factory=dict)
-    failure: Failure | None = None
+    failure: Exit | None = None
     output: list[str] = field(default_factory=list)
 
 
@@ -72,7 +67,11 @@ class Records:
 
     def __init__(self, run: Path, allocation: Allocation) -> None:
         self.folder = RunFolder(run)
-        self._allocation = allocation
+        self._job = {
+            "job_id": allocation.scheduler_id,
+            "restart_count": allocation.restart_count,
+            "nodes": list(allocation.nodes),
+        }
 
     def begin(self) -> int:
         """Record the start of an attempt and return its number. Earlier attempts without an end get one now."""
@@ -83,38 +82,33 @@ class Records:
         attempt = last_attempt(events) + 1
         if self.folder.why_file.exists():  # the run was given up, and someone has restarted it
             self.folder.why_file.replace(self.folder.logs / f"why-before-attempt-{attempt}.txt")
-        start = {"event": "start", "attempt": attempt, **self._job(), "step": self.folder.last_step()}
+        start = {"event": "start", "attempt": attempt, **self._job, "step": self.folder.last_step()}
         warnings = os.environ.get(SETUP_WARNINGS, "").splitlines()
         self._append(start | ({"warnings": warnings} if warnings else {}))
         return attempt
 
     def end(self, attempt: int, outcome: Outcome) -> None:
         """Record the end of an attempt of this job."""
-        self._end({"attempt": attempt, **self._job()}, outcome)
+        self._end({"attempt": attempt, **self._job}, outcome)
 
     def stop(self, attempt: int, reason: str) -> None:
         """Record that the run has been given up."""
-        self._append({"event": "stop", "attempt": attempt, **self._job(), "reason": reason})
+        self._append({"event": "stop", "attempt": attempt, **self._job, "reason": reason})
 
     def of_this_start(self) -> dict[str, Any] | None:
         """Return the end of this job's last attempt since Slurm started it; None if there is none."""
-        job = self._job()
         for event in reversed(self.folder.attempts()):
-            if event["event"] != "stop" and event.get("job_id") == job["job_id"]:
-                same = event.get("restart_count") == job["restart_count"]
+            if event["event"] != "stop" and event.get("job_id") == self._job["job_id"]:
+                same = event.get("restart_count") == self._job["restart_count"]
                 return event if same and event["event"] == "end" else None
         return None
 
-    def _job(self) -> dict[str, Any]:
-        allocation = self._allocation
-        return {
-            "job_id": allocation.scheduler_id,
-            "restart_count": allocation.restart_count,
-            "nodes": list(allocation.nodes),
-        }
-
     def _end(self, start: dict[str, Any], outcome: Outcome) -> None:
-        failure = outcome.failure
+        cause = outcome.failure
+        failure = None
+        if cause is not None:
+            exit_text = describe_exit(cause.code)
+            failure = {"rank": cause.rank, "node": cause.node, "exit": exit_text, "lines": cause.lines}
         self._append(
             {name: start.get(name) for name in ("attempt", "job_id", "restart_count", "nodes")}
             | {
@@ -125,7 +119,7 @@ class Records:
                 "reason": outcome.reason,
                 "retry": outcome.retry,
                 "bad_nodes": outcome.bad_nodes,
-                "failure": vars(failure) if failure is not None else None,
+                "failure": failure,
             }
             | ({"output": outcome.output} if outcome.output else {})
         )
@@ -166,16 +160,6 @@ def describe_end(folder: RunFolder, reason: str, end: dict[str, Any]) -> str:
 # Logs.
 
 
-def rank_log(run: Path, rank: int) -> Path:
-    """Return the path of one rank's log."""
-    return RunFolder(run).logs / f"rank-{rank:04d}.log"
-
-
-def merged_log(run: Path) -> Path:
-    """Return the path of the log of all ranks, in order of arrival."""
-    return RunFolder(run).logs / "merged.log"
-
-
 def own_output() -> Path | None:
     """Return the file behind this process's stderr: for a batch script and its children the job's output file, unless
     sbatch was told otherwise. None if it is not a file."""
@@ -186,12 +170,7 @@ def own_output() -> Path | None:
 def last_lines(path: Path, count: int) -> list[str]:
     """Return the last non-empty lines of a text file, bash's errors without their position; none if it cannot be
     read."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            text = file.read().decode(errors="replace")
-    except OSError:
-        return []
+    text = json_lines.tail(path, _TAIL_BYTES).decode(errors="replace")
     lines = [_SHELL.sub("", line.rstrip()) for line in text.splitlines() if line.strip()]
     return lines[-count:]
 

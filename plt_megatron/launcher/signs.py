@@ -79,13 +79,12 @@ def ranks_behind(signs: list[Sign]) -> list[Sign]:
 
 
 def _stands(signs: list[Sign]) -> str:
-    shown = [f"rank {sign.rank} on {sign.host}, {_where(sign)}" for sign in signs[:_MOST_SHOWN]]
+    shown = [
+        f"rank {sign.rank} on {sign.host}, {sign.phase}, {f'in {sign.waits_in} ' if sign.waits_in else ''}at {sign.at}"
+        for sign in signs[:_MOST_SHOWN]
+    ]
     more = [f"and {len(signs) - _MOST_SHOWN} more"] if len(signs) > _MOST_SHOWN else []
     return "; ".join(shown + more)
-
-
-def _where(sign: Sign) -> str:
-    return f"{sign.phase}, " + (f"in {sign.waits_in} " if sign.waits_in else "") + f"at {sign.at}"
 
 
 def collectives_started(backends: Collection[str] = ("nccl",)) -> dict[str, int]:

@@ -21,24 +21,19 @@ from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from plt_megatron.launcher.signs import Sign, collective, collectives_started, describe_hang, describe_silence, position
 from plt_megatron.run_folder.attempts import ExitStatus
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 _NO_STORE = "rank 0, which holds the job's store, does not answer"
 _VERDICT = "watchdog/verdict"
 SLOW_PHASES = ("starting", "loading", "saving")  # phases with the longer limit
 _PAUSES = 5  # up to this multiple of the longest pause so far, a pause is not a hang
 _MISSED = 4  # if the job hangs, a process without a sign for this many intervals is frozen
-
-
-class Store(Protocol):
-    """The part of torch's stores that is used."""
-
-    def set(self, key: str, value: str, /) -> Any: ...
-    def get(self, key: str, /) -> bytes: ...
-    def check(self, keys: list[str], /) -> bool: ...
 
 
 class Watchdog:
@@ -97,14 +92,11 @@ class Watchdog:
             self._first_step = step
         elif self._phase not in SLOW_PHASES and self._settled():
             self._longest_pause = max(self._longest_pause, now - self._last_beat)
-        self._count_turn(phase, step)
-        self._last_beat, self._phase, self._step = now, phase, step
-
-    def _count_turn(self, phase: str, step: int) -> None:
-        """Count phases: even: a step's phase has started; odd: its first microbatch too. Further microbatches do not
-        count, since their order differs between pipeline stages."""
+        # Even: a step's phase has started; odd: its first microbatch too. Further ones do not count, since their
+        # order differs between pipeline stages.
         same = (phase, step) == (self._phase, self._step)
         self._turn = self._turn | 1 if same else (self._turn | 1) + 1
+        self._last_beat, self._phase, self._step = now, phase, step
 
     def close(self) -> None:
         """Stop watching, since the run is over."""

@@ -16,7 +16,6 @@ from plt_megatron.runtime.local_processes import die_with_parent
 _CHUNK = 1 << 16
 _LONGEST_LINE = 1 << 16
 _TAIL_LINES = 40
-_PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 
 @dataclass
@@ -157,7 +156,9 @@ def share_out(cpus: set[int], count: int, near: Sequence[set[int] | None] = ()) 
         return [None] * count
     wanted = [frozenset(close & cpus) if close and close & cpus else frozenset(cpus)
               for close in [*near, *[None] * count][:count]]  # fmt: skip
-    if any(len(group) < wanted.count(group) for group in wanted) or _overlap(set(wanted)):
+    groups = set(wanted)
+    overlap = sum(map(len, groups)) > len(frozenset().union(*groups))
+    if overlap or any(len(group) < wanted.count(group) for group in groups):
         wanted = [frozenset(cpus)] * count
     shares: list[set[int] | None] = []
     for process, group in enumerate(wanted):
@@ -168,27 +169,23 @@ def share_out(cpus: set[int], count: int, near: Sequence[set[int] | None] = ()) 
     return shares
 
 
-def _overlap(groups: set[frozenset[int]]) -> bool:
-    return sum(map(len, groups)) > len(frozenset().union(*groups))
-
-
 def threads(share: set[int] | None, cpus: set[int], count: int, cpus_per_process: int) -> int:
     """Return the threads of one process: one per CPU, at most as many as the job requested."""
     available = len(share) if share is not None else len(cpus) // count
     return max(1, min(available, cpus_per_process))
 
 
-def cpus_near_gpus(count: int, devices: Path = _PCI_DEVICES) -> list[set[int] | None]:
+def cpus_near_gpus(count: int) -> list[set[int] | None]:
     """Return the CPUs on the same NUMA node as each of the first `count` GPUs; None where unknown."""
     command = ["nvidia-smi", "--query-gpu=pci.bus_id", "--format=csv,noheader"]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()
     except (OSError, subprocess.SubprocessError):
         return [None] * count
-    return [_local_cpus(devices, bus_id) for bus_id in [*lines, *[""] * count][:count]]
+    return [_local_cpus(bus_id) for bus_id in [*lines, *[""] * count][:count]]
 
 
-def _local_cpus(devices: Path, bus_id: str) -> set[int] | None:
+def _local_cpus(bus_id: str, devices: Path = Path("/sys/bus/pci/devices")) -> set[int] | None:
     # nvidia-smi writes the domain with eight digits, the kernel with four.
     domain, _, rest = bus_id.lower().partition(":")
     try:

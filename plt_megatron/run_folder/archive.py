@@ -20,11 +20,13 @@ from plt_megatron.run_folder.files import replacing, writing
 from plt_megatron.run_folder.metrics import METRICS
 
 ARCHIVE = "records.tar.xz"
-# Folders that no report reads, or that reports write themselves.
-_FOLDERS = {
-    *("checkpoints", "code", "exporting", "exports", "index_cache", "loaded", "logs", "profile", "report"),
-    *("tensorboard", "uploading"),
+# Folders of a run that hold no runs.
+WITHOUT_RUNS = {
+    *("checkpoints", "code", "logs", "tensorboard", "index_cache", "incidents", "exports", "exporting"),
+    *("uploading", "loaded"),
 }
+# Folders that no report reads, or that reports write themselves.
+_FOLDERS = WITHOUT_RUNS - {"incidents"} | {"profile", "report"}
 _SUFFIXES = {".log", ".md", ".png", ".xz"}
 _PRESET: Final = 8  # matches up to 32 MiB apart: a run's configuration and its copy in the plan are stored once
 

@@ -240,4 +240,4 @@ def trained_tokens(progress: dict[str, Any]) -> int:
 
 def order_samples(progress: dict[str, Any]) -> int | None:
     """Return how many training samples the order of a checkpoint's run covers; None if not recorded (old versions)."""
-    return progress.get("data_fingerprint", {}).get("sampling", {}).get("num_samples")
+    return (progress.get("data_fingerprint") or {}).get("sampling", {}).get("num_samples")

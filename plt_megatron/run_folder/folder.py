@@ -13,17 +13,13 @@ from plt_megatron.config.loader import WRITTEN, dump_config, load_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder import attempts, checkpoints, json_lines
-from plt_megatron.run_folder.archive import ARCHIVE, unpack_command
+from plt_megatron.run_folder.archive import ARCHIVE, WITHOUT_RUNS, unpack_command
 from plt_megatron.run_folder.files import LOCK, write_text, writing
 from plt_megatron.run_folder.metrics import METRICS, RunMetrics, read_metrics
 
 CONFIG, JOB_SCRIPT, CODE, LOGS = WRITTEN, "job.sbatch", "code", "logs"
 STOP, SAVE = "STOP", "SAVE"
 _DEPTH = 3  # depth of run folders below the output folder: sweeps are one level deeper than runs
-_PASSED_OVER = {
-    *("checkpoints", "code", "logs", "tensorboard", "index_cache", "incidents", "exports", "exporting"),
-    *("uploading", "loaded"),
-}
 
 
 class RunFolder:
@@ -173,62 +169,36 @@ def save_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
         write_text(Path(path), dump_config(config))
 
 
-def find_runs(folder: Path, on_unreadable: Callable[[Path, OSError], None] | None = None) -> list[Path]:
-    """Return all run folders below `folder`, by name.
-
-    Args:
-        on_unreadable: called with each folder that cannot be read and the error; None: raise the error.
-
-    Raises:
-        UserError: there is no such folder.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder} not found: name run folders, or give --output-dir")
-    found: list[Path] = []
-
-    def look(at: Path, depth: int) -> None:
-        try:
-            if RunFolder(at).config_file.is_file():
-                found.append(at)
-                return
-            below = sorted(at.iterdir()) if depth else []
-        except OSError as error:
-            if on_unreadable is None:
-                raise
-            on_unreadable(at, error)
-            return
-        for path in below:
-            if (
-                path.is_dir()
-                and not path.is_symlink()
-                and not path.name.startswith(".")
-                and path.name not in _PASSED_OVER
-            ):
-                look(path, depth - 1)
-
-    look(folder, _DEPTH)
-    return found
-
-
-def runs_named(
-    names: Sequence[str], output_dir: str, on_unreadable: Callable[[Path, OSError], None] | None = None
-) -> list[Path]:
+def runs_named(names: Sequence[str], output_dir: str, on_unreadable: Callable[[OSError], None]) -> list[Path]:
     """Return the named run folders, or those in the named folders; without names, all below `output_dir`.
 
     Args:
-        on_unreadable: as for `find_runs`.
+        on_unreadable: called with the error of each folder that cannot be read.
 
     Raises:
-        UserError: a name is not a run folder and contains none.
+        UserError: a name is not a run folder and contains none, or there is no such folder.
     """
     if not names:
-        return find_runs(Path(output_dir), on_unreadable)
+        return _find_runs(Path(output_dir), on_unreadable)
     runs: list[Path] = []
     for name in names:
         path = Path(name) if Path(name).is_dir() or os.sep in name else Path(output_dir) / name
-        found = find_runs(path, on_unreadable)
+        found = _find_runs(path, on_unreadable)
         if not found:
             packed = f" outside of {ARCHIVE}: {unpack_command(path)}" if (path / ARCHIVE).is_file() else ""
             raise UserError(f"{path} is not a run folder and contains none: there is no {CONFIG}{packed}")
         runs += found
     return list(dict.fromkeys(runs))
+
+
+def _find_runs(folder: Path, on_unreadable: Callable[[OSError], None]) -> list[Path]:
+    if not folder.is_dir():
+        raise UserError(f"{folder} not found: name run folders, or give --output-dir")
+    found = []
+    for at, folders, files in folder.walk(on_error=on_unreadable):
+        is_run = CONFIG in files
+        if is_run:
+            found.append(at)
+        below = [] if is_run or len(at.relative_to(folder).parts) == _DEPTH else folders
+        folders[:] = sorted(name for name in below if name not in WITHOUT_RUNS and not name.startswith("."))
+    return found

@@ -56,18 +56,23 @@ def read(path: Path, *, skip_broken: bool = False) -> list[Record]:
 def last(path: Path, count: int, wanted: Callable[[Record], bool] = lambda record: True) -> list[Record]:
     """Return the last `count` records that are `wanted`, oldest first, from the file's last 128 KiB. Broken lines are
     skipped; an unreadable file has none."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            lines = file.read().split(b"\n")[:-1]
-    except OSError:
-        return []
+    *lines, _ = tail(path, _TAIL_BYTES).split(b"\n")
     records: list[Record] = []
     while lines and len(records) < count:
         record = _parse(lines.pop())
         if record is not None and wanted(record):
             records.append(record)
     return records[::-1]
+
+
+def tail(path: Path, size: int) -> bytes:
+    """Return the last `size` bytes of a file; none if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+            return file.read()
+    except OSError:
+        return b""
 
 
 def rewind(path: Path, keep: Callable[[Record], bool]) -> None:

@@ -159,7 +159,8 @@ def _describe(
 ) -> str:
     """Describe what differs, by the settings that the user typed, and what to type for each possible intention."""
     length = _other_length(progress["config"]["training"], config)
-    follow = [name for name in other if length and name in _FOLLOWING and _is_unset(config, name)]
+    unset = {f"optimizer.{name}" for name, value in vars(config.optimizer).items() if value is None}
+    follow = [name for name in other if length and name in _FOLLOWING and name in unset]
     differences = [f"{name} {value} (now {own[name]})" for name, value in other.items() if name not in follow]
     if follow:
         differences.insert(0, f"{length}, from which {' and '.join(follow)} follow{'' if follow[1:] else 's'}")
@@ -191,13 +192,9 @@ def _other_length(saved: dict[str, Any], config: RunConfig) -> str | None:
     return f"training.{old} {steps} (now {others if old == new else f'training.{new} {others}'})"
 
 
-def _is_unset(config: RunConfig, name: str) -> bool:
-    return getattr(config.optimizer, name.removeprefix("optimizer.")) is None
-
-
 def _draws_anew(progress: dict[str, Any], config: RunConfig) -> bool:
     """Return whether the new run length changes the order of samples without checkpoint.allow_other_data."""
-    drawn = (progress.get("data_fingerprint") or {}).get("sampling", {}).get("num_samples")
+    drawn = checkpoints.order_samples(progress)
     return not config.checkpoint.allow_other_data and drawn not in (None, derived.order_samples(config))
 
 

@@ -87,14 +87,10 @@ def patch_token_dispatcher() -> None:
         token_dispatcher.maybe_move_tensor_to_cpu = to_host
 
 
-def _is_cuda(device: Any) -> bool:
-    if isinstance(device, torch.device):
-        return device.type == "cuda"
-    return isinstance(device, str) and device.split(":")[0] == "cuda"
-
-
 def _to_cpu(device: Any) -> Any:
-    return torch.device("cpu") if _is_cuda(device) else device
+    kind = device.type if isinstance(device, torch.device) else device
+    is_cuda = isinstance(kind, str) and kind.split(":")[0] == "cuda"
+    return torch.device("cpu") if is_cuda else device
 
 
 class Stream:

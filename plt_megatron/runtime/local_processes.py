@@ -52,7 +52,7 @@ def run_processes(
         with signals_handled(_FORWARDED, job.forward):
             try:
                 for rank in range(count):
-                    job.start(command, base | _rank_environment(rank, count, port))
+                    job.start(command, base | rank_environment(rank, rank, count, count, "127.0.0.1", port))
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
                 return job.wait()
             finally:
@@ -102,15 +102,10 @@ def local_gpus() -> list[str]:
     return names[: names.index("-1")] if "-1" in names else [name for name in names if name]
 
 
-def _rank_environment(rank: int, count: int, port: int) -> dict[str, str]:
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+def rank_environment(rank: int, local: int, count: int, local_count: int, address: str, port: int) -> dict[str, str]:
+    """Return the variables that tell a process its rank, of all and on its node, and where rank 0 is found."""
+    place = {"RANK": rank, "LOCAL_RANK": local, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": local_count}
+    return {name: str(value) for name, value in (place | {"MASTER_ADDR": address, "MASTER_PORT": port}).items()}
 
 
 @contextlib.contextmanager
@@ -147,7 +142,7 @@ class _Job:
         """Wait until all processes are done or one has failed; return the status of the job."""
         while True:
             running = self.running()
-            failed = [(r, p.returncode) for r, p in enumerate(self.processes) if _has_failed(p)]
+            failed = [(r, p.returncode) for r, p in enumerate(self.processes) if p.returncode not in (None, *PEACEFUL)]
             if failed:
                 interrupted = signal.SIGINT in self.received and all(code == _INTERRUPTED for _, code in failed)
                 for rank, returncode in [] if interrupted else failed:
@@ -207,10 +202,6 @@ def die_with_parent(number: int = signal.SIGTERM) -> None:
     """
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, number)
-
-
-def _has_failed(process: subprocess.Popen[bytes]) -> bool:
-    return process.returncode is not None and process.returncode not in PEACEFUL
 
 
 def _exit_status(returncodes: Sequence[int]) -> int:

@@ -25,13 +25,12 @@ SUFFIX = ".array"
 
 @dataclass(frozen=True)
 class Member:
-    """A checked run to be submitted; `label` identifies it in messages."""
+    """A checked run to be submitted."""
 
     config: RunConfig
     run: Path
     settings: JobSettings
     ahead: checks.Forecast
-    label: str
 
 
 def config_paths(source: str) -> list[Path]:
@@ -59,30 +58,27 @@ def config_paths(source: str) -> list[Path]:
     return found
 
 
-def check_distinct(runs: Sequence[tuple[str, Path]]) -> None:
+def check_distinct(runs: Sequence[Path]) -> None:
     """Raise `UserError` if two members would write into the same folder."""
-    counts = Counter(run for _, run in runs)
-    twice = [run for run, count in counts.items() if count > 1]
-    if twice:
-        raise UserError(
-            f"--array: {counts[twice[0]]} configurations have the run folder {twice[0]}: give each its own name"
-        )
+    ((run, count),) = Counter(runs).most_common(1)
+    if count > 1:
+        raise UserError(f"--array: {count} configurations have the run folder {run}: give each its own name")
 
 
 def plan_array(
-    source: str, runs: Sequence[Path], name: str | None, max_concurrent: int | None, is_active: Callable[[Path], bool]
+    source: str, runs: Sequence[Path], name: str | None, max_concurrent: int | None, job_of: Callable[[Path], object]
 ) -> Array:
     """Return the array of these runs; its folder is next to theirs.
 
-    Members read the folder's list when they start, so a folder whose jobs are pending or running (`is_active`) is not
-    reused: the new one gets a number.
+    Members read the folder's list when they start, so a folder with a pending or running job (`job_of`) is not reused:
+    the new one gets a number.
     """
     path = Path(source)
     name = name or (path.resolve().name if path.is_dir() else path.stem)
     parent = Path(os.path.commonpath([run.parent for run in runs]))
     stem = name.replace(os.sep, "-")
     names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
-    folder = next(path for path in (parent / (stem + SUFFIX) for stem in names) if not is_active(path))
+    folder = next(path for path in (parent / (stem + SUFFIX) for stem in names) if job_of(path) is None)
     return Array(folder, run_files.job_name(folder, name), len(runs), max_concurrent)
 
 
@@ -110,13 +106,9 @@ def describe_array(array: Array, members: Sequence[Member], resources: Resources
         seconds = member.ahead.remaining_seconds
         total += (seconds or 0.0) * resources.world_size / 3600
         duration = format_duration(seconds) if seconds is not None else "unknown time"
-        rows.append(
-            (
-                f"  {member.label}",
-                f"{member.ahead.estimate.parameters_total:,} parameters, {member.ahead.estimate.tokens:,} tokens, "
-                f"{duration}; {member.run}",
-            )
-        )
+        estimate = member.ahead.estimate
+        size = f"{estimate.parameters_total:,} parameters, {estimate.tokens:,} tokens"
+        rows.append((f"  {member.config.name}", f"{size}, {duration}; {member.run}"))
     if all(member.ahead.remaining_seconds is not None for member in members):
         rows.append(("total", f"{total:,.1f} {'process' if resources.card == 'cpu' else 'GPU'}-hours"))
     return rows

@@ -316,28 +316,29 @@ def time_warnings(ahead: Forecast, limit: int, margin: int, *, requeue: bool, ch
 # The summary of plt submit.
 
 
-def describe_run(config: RunConfig, run: Path, resources: Resources, ahead: Forecast) -> list[tuple[str, str]]:
-    """Return name and value of each line of the summary about one run."""
-    estimate, layout = ahead.estimate, ahead.estimate.layout
-    rows = [
-        ("run folder", str(run)),
-        ("layout", layout.in_words()),
-        ("microbatches", f"{layout.microbatches} per step and data-parallel rank"),
-        (
-            "parameters",
-            f"{estimate.parameters_total:,} ({estimate.parameters_total - estimate.parameters_embedding:,} without "
-            "embeddings)",
-        ),
-        ("tokens", f"{estimate.tokens:,} in {plural(ahead.steps, 'step')} of {BatchSchedule(config).step_in_words}"),
-        ("FLOPs", f"{estimate.total_flops:.3g}, {estimate.flops_per_token:.3g} per token"),
-    ]
+def describe_run(config: RunConfig, run: Path, resources: Resources, ahead: Forecast) -> Iterator[tuple[str, str]]:
+    """Yield name and value of each line of the summary about one run."""
+    estimate, layout, total = ahead.estimate, ahead.estimate.layout, ahead.estimate.parameters_total
+    yield "run folder", str(run)
+    yield "layout", layout.in_words()
+    yield "microbatches", f"{layout.microbatches} per step and data-parallel rank"
+    yield "parameters", f"{total:,} ({total - estimate.parameters_embedding:,} without embeddings)"
+    yield "tokens", f"{estimate.tokens:,} in {plural(ahead.steps, 'step')} of {BatchSchedule(config).step_in_words}"
+    yield "FLOPs", f"{estimate.total_flops:.3g}, {estimate.flops_per_token:.3g} per token"
     if ahead.start_step:
-        rows.append(("resumes", f"after step {ahead.start_step:,} of {ahead.steps:,}"))
-    rows += _time(ahead, resources)
-    rows.append(("bubble", f"{100 * estimate.bubble_fraction:.1f} % of a step's work"))
-    rows += _memory(ahead, resources)
-    rows.append(("checkpoints", _storage(ahead)))
-    return rows
+        yield "resumes", f"after step {ahead.start_step:,} of {ahead.steps:,}"
+    yield from _time(ahead, resources)
+    yield "bubble", f"{100 * estimate.bubble_fraction:.1f} % of a step's work"
+    stages = [format_memory(stage.total_bytes) for stage in estimate.memory]
+    card, there = resources.card, format_memory(estimate.device_memory_bytes)
+    per = "per rank of each pipeline stage (estimated): " + ", ".join(stages)
+    each = f"{stages[0]} per rank (estimated)" if len(stages) == 1 else per
+    yield "memory", each + ("" if card == "cpu" else f"; {card.upper()}: {there}")
+    if not ahead.checkpoint_bytes:
+        yield "checkpoints", "none: checkpoint.enabled is false, so the run cannot resume"
+        return
+    size, more, free = map(format_bytes, (ahead.checkpoint_bytes, ahead.storage_bytes, ahead.free_bytes))
+    yield "checkpoints", f"{size} each, up to {more} more in total; {free} free"
 
 
 def _time(ahead: Forecast, resources: Resources) -> Iterator[tuple[str, str]]:
@@ -349,26 +350,6 @@ def _time(ahead: Forecast, resources: Resources) -> Iterator[tuple[str, str]]:
     hours = ahead.remaining_seconds * resources.world_size / 3600
     yield "step time", f"{ahead.step_seconds:.3g} s ({source})"
     yield "run time", f"{format_duration(ahead.remaining_seconds)}, {hours:,.1f} {device}"
-
-
-def _memory(ahead: Forecast, resources: Resources) -> Iterator[tuple[str, str]]:
-    estimate = ahead.estimate
-    stages = [format_memory(stage.total_bytes) for stage in estimate.memory]
-    card, there = resources.card, format_memory(estimate.device_memory_bytes)
-    has = "" if card == "cpu" else f"; {card.upper()}: {there}"
-    if len(stages) == 1:
-        yield "memory", f"{stages[0]} per rank (estimated){has}"
-    else:
-        yield "memory", f"per rank of each pipeline stage (estimated): {', '.join(stages)}{has}"
-
-
-def _storage(ahead: Forecast) -> str:
-    if not ahead.checkpoint_bytes:
-        return "none: checkpoint.enabled is false, so the run cannot resume"
-    return (
-        f"{format_bytes(ahead.checkpoint_bytes)} each, up to {format_bytes(ahead.storage_bytes)} more in total; "
-        f"{format_bytes(ahead.free_bytes)} free"
-    )
 
 
 def describe_job(resources: Resources, limit: int, chain: int, requeue: bool, cluster: str | None) -> str:

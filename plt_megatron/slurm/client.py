@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import shutil
 import subprocess
 import time
 from collections.abc import Sequence
@@ -61,10 +60,6 @@ class Partition:
     groups: tuple[NodeGroup, ...]
 
     @property
-    def takes_jobs(self) -> bool:
-        return self.available in ("up", "down")
-
-    @property
     def nodes(self) -> int:
         return sum(group.count for group in self.groups)
 
@@ -72,11 +67,6 @@ class Partition:
     def gpus(self) -> int:
         """GPUs per node, of its largest nodes."""
         return max((group.gpus for group in self.groups), default=0)
-
-    @property
-    def cpus(self) -> int:
-        """CPUs per node, of its largest nodes."""
-        return max((group.cpus for group in self.groups), default=0)
 
 
 @dataclass(frozen=True)
@@ -98,32 +88,22 @@ class Job:
         return self.state not in _ENDED
 
 
-def is_installed() -> bool:
-    """Check whether this machine can submit jobs."""
-    return shutil.which("sbatch") is not None
-
-
 def partitions() -> list[Partition]:
     """List all partitions that this user can see, in sinfo's order.
 
     Raises:
         SlurmError: Slurm does not answer.
     """
-    lines = _ask("sinfo", "--noheader", "--exact", "--format=%P|%a|%l|%D|%c|%m|%G").splitlines()
-    return read_partitions(lines)
-
-
-def read_partitions(lines: Sequence[str]) -> list[Partition]:
-    """Parse partitions from sinfo's lines, one line per partition and kind of node."""
     found: dict[str, tuple[str, str, list[NodeGroup]]] = {}
-    for line in lines:
+    # One line per partition and kind of node.
+    for line in _ask("sinfo", "--noheader", "--exact", "--format=%P|%a|%l|%D|%c|%m|%G").splitlines():
         fields = line.split("|", 6)
         if len(fields) != 7:
             continue
         name, available, limit, count, cpus, memory, gres = fields
         _, _, groups = found.setdefault(name, (available, limit, []))
         gpus, types = _gpus(gres)
-        groups.append(NodeGroup(_integer(count), _integer(cpus), _integer(memory), gpus, types))
+        groups.append(NodeGroup(*map(_integer, (count, cpus, memory)), gpus, types))
     return [
         Partition(name.removesuffix("*"), name.endswith("*"), available, parse_duration(limit), tuple(groups))
         for name, (available, limit, groups) in found.items()
@@ -153,18 +133,9 @@ def my_jobs() -> list[Job]:
         SlurmError: Slurm does not answer.
     """
     text = _ask("squeue", "--noheader", "--array", "--me", "--states=all", "--format=%i|%T|%r|%M|%l|%S|%N|%j")
-    return read_jobs(text.splitlines())
-
-
-def read_jobs(lines: Sequence[str]) -> list[Job]:
-    """Parse jobs from squeue's lines. Reason `None` means no reason: not scheduled yet, or nothing failed."""
-    found = []
-    for line in lines:
-        fields = line.split("|", 7)
-        if len(fields) == 8:
-            number, state, reason, *others = fields
-            found.append(Job(number, state, "" if reason == "None" else reason, *others))
-    return found
+    rows = [fields for line in text.splitlines() if len(fields := line.split("|", 7)) == 8]
+    # Reason `None` means no reason: not scheduled yet, or nothing failed.
+    return [Job(number, state, "" if why == "None" else why, *others) for number, state, why, *others in rows]
 
 
 def submit(script: Path, *options: str) -> str:
@@ -333,14 +304,10 @@ class Scheduler:
 
     def pending_after(self, script: Path) -> list[str]:
         """Return the ids of this user's other pending jobs that run the same script."""
-        found = []
         text = _ask("squeue", "--me", "--noheader", "--states=PENDING", "--format=%i|%o", tries=_TRIES)
-        for line in text.splitlines():
-            job, _, path = line.strip().partition("|")
-            # The path may be followed by arguments.
-            if job and job != self.job and (path + " ").startswith(f"{script} "):
-                found.append(job)
-        return found
+        jobs = dict(line.strip().split("|", 1) for line in text.splitlines() if "|" in line)
+        # The path may be followed by arguments.
+        return [job for job, path in jobs.items() if job != self.job and f"{path} ".startswith(f"{script} ")]
 
     def cancel(self, jobs: Sequence[str]) -> None:
         """Cancel jobs."""

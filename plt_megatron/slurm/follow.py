@@ -14,6 +14,7 @@ from plt_megatron.run_folder.json_lines import Follower
 from plt_megatron.run_folder.status import read_run_status
 from plt_megatron.run_folder.text import plural
 from plt_megatron.slurm import client
+from plt_megatron.slurm.run_files import log_of
 from plt_megatron.slurm.submission import Submission
 
 _LOOK_SECONDS = 1.0  # between reads of the run's files
@@ -33,7 +34,8 @@ def follow(submission: Submission) -> int:
             for line in lines:
                 print(line, flush=True)
     except KeyboardInterrupt:
-        jobs = _whole([job_id for each in submission.job_ids for job_id in each])
+        # An array's members by the array's id.
+        jobs = dict.fromkeys(job_id.partition("_")[0] for each in submission.job_ids for job_id in each)
         print(f"\nno longer following; the job continues. To cancel it: scancel {' '.join(jobs)}", flush=True)
         return 0
     return 0 if all(read_run_status(run).finished for run in submission.runs) else 1
@@ -43,13 +45,11 @@ def watch(
     submission: Submission, *, look_seconds: float = _LOOK_SECONDS, ask_seconds: float = _ASK_SECONDS
 ) -> Iterator[list[str]]:
     """Yield the new lines of each poll until all jobs have ended, then the outcome of each run."""
-    several = len(submission.runs) > 1
-    labels = [f"{run.name}: " if several else "" for run in submission.runs]
-    sources: list[_Output | _Tail] = [
-        _Output(path, label) for label, each in zip(labels, submission.outputs, strict=True) for path in each
-    ]
-    sources += [_Tail(run, label) for run, label in zip(submission.runs, labels, strict=True)]
-    states = _States({job_id: label for label, each in zip(labels, submission.job_ids, strict=True) for job_id in each})
+    labels = {run: f"{run.name}: " if len(submission.runs) > 1 else "" for run in submission.runs}
+    jobs = [(run, job) for run, ids in zip(submission.runs, submission.job_ids, strict=True) for job in ids]
+    sources: list[_Output | _Tail] = [_Output(log_of(run, job), labels[run]) for run, job in jobs]
+    sources += [_Tail(run, label) for run, label in labels.items()]
+    states = _States({job: labels[run] for run, job in jobs})
     due = time.monotonic()
     while not states.ended:
         lines = []
@@ -60,12 +60,7 @@ def watch(
         yield lines + [line for source in sources for line in source.lines()]
         if not states.ended:
             time.sleep(look_seconds)
-    yield [line for run, label in zip(submission.runs, labels, strict=True) for line in _conclusion(run, label)]
-
-
-def _whole(ids: list[str]) -> list[str]:
-    """Replace the members of an array by the array's id."""
-    return list(dict.fromkeys(job_id.partition("_")[0] for job_id in ids))
+    yield [line for run, label in labels.items() for line in _conclusion(run, label)]
 
 
 def _conclusion(run: Path, label: str) -> Iterator[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from plt_megatron.errors import UserError
 from plt_megatron.installation import python_path
-from plt_megatron.launcher.job import JobSettings
+from plt_megatron.launcher.job import JobSettings, JobSize, fields_of
 from plt_megatron.run_folder.files import write_text, writing
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.slurm import client
@@ -88,11 +88,8 @@ def _settings(profile: ClusterProfile, name: str, seconds: int) -> JobSettings:
     if problems:
         raise UserError("\n".join(problems))
     return JobSettings(
+        **fields_of(JobSize, resources),
         job_name=name,
-        nodes=1,
-        processes_per_node=1,
-        cpus_per_process=resources.cpus_per_process,
-        gpus_per_node=0,
         time_limit_seconds=seconds,
         python=profile.interpreter,
         requeue=True,

@@ -80,17 +80,15 @@ def resolve(
         if not problems:
             where = f"partition {chosen.name} has no GPUs" if chosen else "no GPUs are requested"
             problems.append(f"{where}: for a CPU run choose a --cluster whose profile sets processes_per_node")
+    there = chosen.groups if chosen else ()
+    groups = [each for each in there if each.gpus >= gpu_count and gpu_type in (None, *each.gpu_types)]
+    cpus = profile.cpus_per_process or _share_of_cpus(groups, processes)
     if chosen is not None:
-        too_large = _size_problems(chosen, nodes, gpu_count, gpu_type)
+        too_large = _size_problems(chosen, groups, nodes, gpu_count, gpu_type)
         guessed = guessed or bool(too_large)
-        problems += too_large + _other_problems(chosen, seconds)
+        problems += too_large + _other_problems(chosen, groups, seconds, processes, cpus)
         if chosen.available == "down":
             notes.append(f"partition {chosen.name} is down: the job waits until it is up again")
-    groups = _suitable(chosen, gpu_count, gpu_type)
-    cpus = profile.cpus_per_process or _share_of_cpus(groups, processes)
-    problems += _cpu_problems(chosen, groups, processes, cpus)
-    card = _card(profile, gpu_count, gpu_type, groups, notes)
-    memory = min((group.memory_mib for group in groups), default=0) << 20 or None
     resources = Resources(
         nodes=nodes,
         processes_per_node=processes,
@@ -98,8 +96,8 @@ def resolve(
         gpus_per_node=gpu_count,
         partition=profile.partition,
         gpu_type=gpu_type,
-        card=card,
-        node_memory_bytes=memory,
+        card=_card(profile, gpu_count, gpu_type, groups, notes),
+        node_memory_bytes=min((group.memory_mib for group in groups), default=0) << 20 or None,
         notes=notes,
         guessed=guessed,
     )
@@ -152,37 +150,31 @@ def _union(name: str, partitions: Sequence[Partition]) -> Partition:
     )
 
 
-def _size_problems(partition: Partition, nodes: int, gpus: int, gpu_type: str | None) -> list[str]:
+def _size_problems(
+    partition: Partition, suitable: Sequence[NodeGroup], nodes: int, gpus: int, gpu_type: str | None
+) -> list[str]:
     """List why a job of this size does not fit the partition."""
     name = f"partition {partition.name}"
     if gpus > partition.gpus:
         return [f"--gpus-per-node {gpus}: the nodes of {name} have {partition.gpus or 'no'} GPUs"]
-    if gpu_type and not _suitable(partition, gpus, gpu_type):
+    if gpu_type and not suitable:
         types = sorted({kind for group in partition.groups for kind in group.gpu_types})
         there = ", ".join(types) or "without a type"
         return [f"--gpus-per-node {gpu_type}:{gpus}: {name} has no such nodes; its GPUs: {there}"]
-    count = sum(group.count for group in _suitable(partition, gpus, gpu_type))
+    count = sum(group.count for group in suitable)
     if nodes > count:
         kind = f" with {gpus} GPUs" if gpus and count < partition.nodes else ""
         return [f"--nodes {nodes}: {name} has {plural(count, 'node')}{kind}"]
     return []
 
 
-def _cpu_problems(partition: Partition | None, groups: Sequence[NodeGroup], processes: int, cpus: int) -> list[str]:
-    most = max((group.cpus for group in groups), default=0)
-    if partition is None or not groups or processes * cpus <= most:
-        return []
-    return [
-        f"{plural(processes, 'process')} of {plural(cpus, 'CPU')} each: {processes * cpus} CPUs per node, the nodes of "
-        f"partition {partition.name} have {most}"
-    ]
-
-
-def _other_problems(partition: Partition, seconds: int) -> list[str]:
-    """List why no job, whatever its size, can start in this partition."""
+def _other_problems(
+    partition: Partition, suitable: Sequence[NodeGroup], seconds: int, processes: int, cpus: int
+) -> list[str]:
+    """List why no job of whatever number of nodes can start in this partition."""
     problems = []
     name = f"partition {partition.name}"
-    if not partition.takes_jobs:
+    if partition.available not in ("up", "down"):
         problems.append(f"{name} is {partition.available}: it accepts no jobs")
     limit = partition.time_limit_seconds
     if limit is not None and seconds > limit:
@@ -190,15 +182,13 @@ def _other_problems(partition: Partition, seconds: int) -> list[str]:
             f"--time {time_option(seconds)}: {name} allows {time_option(limit)}; "
             "use that limit, with --chain N or --requeue for a longer run"
         )
+    most = max((group.cpus for group in suitable), default=0)
+    if suitable and processes * cpus > most:
+        problems.append(
+            f"{plural(processes, 'process')} of {plural(cpus, 'CPU')} each: {processes * cpus} CPUs per node, the "
+            f"nodes of {name} have {most}"
+        )
     return problems
-
-
-def _suitable(partition: Partition | None, gpus: int, gpu_type: str | None) -> list[NodeGroup]:
-    if partition is None:
-        return []
-    return [
-        group for group in partition.groups if group.gpus >= gpus and (gpu_type is None or gpu_type in group.gpu_types)
-    ]
 
 
 def _share_of_cpus(groups: Sequence[NodeGroup], processes: int) -> int:

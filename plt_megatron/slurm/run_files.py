@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -91,17 +92,16 @@ def write_run(
     folder.save_config(config)
 
 
-def write_script(folder: Path, text: str) -> Path:
-    """Write `folder`/job.sbatch and return its path."""
+def write_script(folder: Path, text: str) -> None:
+    """Write `folder`/job.sbatch."""
     path = RunFolder(folder).job_script
     write_text(path, text)
     path.chmod(0o755)
-    return path
 
 
-def record_submission(run: Path, job_ids: Sequence[str]) -> None:
-    """Append job ids to the run's submissions.jsonl."""
-    json_lines.append(RunFolder(run).submissions_file, {"time": time.time(), "job_ids": list(job_ids)})
+def record_submission(run: Path, job_id: str) -> None:
+    """Append a job's id to the run's submissions.jsonl."""
+    json_lines.append(RunFolder(run).submissions_file, {"time": time.time(), "job_ids": [job_id]})
 
 
 def submitted_jobs(run: Path) -> list[str]:
@@ -116,7 +116,7 @@ def submitted_jobs(run: Path) -> list[str]:
 def active_jobs() -> list[client.Job]:
     """Return this user's running and pending jobs, none without Slurm. Raises `client.SlurmError` if Slurm does not
     answer."""
-    return [job for job in client.my_jobs() if job.active] if client.is_installed() else []
+    return [job for job in client.my_jobs() if job.active] if shutil.which("sbatch") else []
 
 
 def jobs_of(folder: Path, jobs: Sequence[client.Job]) -> list[client.Job]:

@@ -3,45 +3,34 @@
 from __future__ import annotations
 
 import re
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from plt_megatron.errors import UserError
-from plt_megatron.launcher.job import SCRATCH, JobSettings
+from plt_megatron.launcher.job import SCRATCH, JobSettings, fields_of
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.slurm.client import time_option
-from plt_megatron.slurm.profile import ClusterProfile, Container
+from plt_megatron.slurm.profile import ClusterProfile, Container, SbatchOptions
 
-_VARIABLE = re.compile(r"\$(\{[A-Za-z_][A-Za-z0-9_]*\}|[A-Za-z_][A-Za-z0-9_]*)")
 TEMPLATE = Path("plt_megatron") / "slurm" / "job.sbatch"
 _MARK = re.compile(r"#(?:SBATCH @DIRECTIVES|SETUP @SETUP|SCRATCH @SCRATCH)@|@[A-Z_]+@")
 # How long srun waits for the other nodes' launchers once one has ended; a dead node's launcher never ends.
 _WAIT_SECONDS = 60
-# Characters with a special meaning within double quotes.
-_SPECIAL = re.compile(r'([\\"`$])')
-
-
-def literal(text: str) -> str:
-    """Quote `text` as one shell word, whatever it contains."""
-    return shlex.quote(text)
+# What has a special meaning within double quotes: variables, which have a name, and single characters.
+_SPECIAL = re.compile(r"""\$(?P<name>\{[A-Za-z_][A-Za-z0-9_]*\}|[A-Za-z_][A-Za-z0-9_]*)|[\\"`$]""")
 
 
 def expandable(text: str) -> str:
     """Quote `text` as one shell word in which only `$NAME` and `${NAME}` are expanded."""
-    if not _VARIABLE.search(text):
-        return literal(text)
-    parts, end = [], 0
-    for match in _VARIABLE.finditer(text):
-        parts += [_SPECIAL.sub(r"\\\1", text[end : match.start()]), match[0]]
-        end = match.end()
-    parts.append(_SPECIAL.sub(r"\\\1", text[end:]))
-    return '"' + "".join(parts) + '"'
+    if not variables(text):
+        return quote(text)
+    return '"' + _SPECIAL.sub(lambda found: found[0] if found["name"] else "\\" + found[0], text) + '"'
 
 
 def variables(text: str) -> list[str]:
     """Return the names that `expandable` expands in `text`, each once."""
-    return list(dict.fromkeys(match[1].strip("{}") for match in _VARIABLE.finditer(text)))
+    return list(dict.fromkeys(found["name"].strip("{}") for found in _SPECIAL.finditer(text) if found["name"]))
 
 
 def directive(option: str, value: str | int | None = None) -> str:
@@ -55,7 +44,7 @@ def directive(option: str, value: str | int | None = None) -> str:
     check_one_line(str(value), option)
     if "\\" in str(value):
         raise UserError(f"{option}: a job script cannot contain a backslash, got {value}")
-    return f"#SBATCH {option}={literal(str(value))}"
+    return f"#SBATCH {option}={quote(str(value))}"
 
 
 def check_one_line(text: str, what: str) -> None:
@@ -102,16 +91,16 @@ class Script:
         """
         for path in (self.run, self.workdir):
             check_one_line(str(path), "the path of the run folder and of the working directory")
-        run = literal(str(self.run))
+        run = quote(str(self.run))
         if self.array is not None:
-            run = f'"$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {literal(str(self.array.runs_file))})"'
+            run = f'"$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {quote(str(self.array.runs_file))})"'
         values = {
             "#SBATCH @DIRECTIVES@": "\n".join(self._directives()),
             "#SETUP @SETUP@": "\n".join(self._setup()),
             "#SCRATCH @SCRATCH@": self._scratch(),
             "@RUN@": run,
-            "@PYTHON@": literal(self.settings.python),
-            "@HOST_PYTHON@": literal(self.host_python),
+            "@PYTHON@": quote(self.settings.python),
+            "@HOST_PYTHON@": quote(self.host_python),
             "@SRUN_OPTIONS@": " ".join(self._srun_options()),
             "@CONTAINER@": " ".join(self._container_command()),
             "@COMMAND@": self.command,
@@ -120,54 +109,41 @@ class Script:
         return _MARK.sub(lambda match: values[match[0]], template)
 
     def _directives(self) -> list[str]:
-        settings, profile = self.settings, self.profile
-        optional = [
-            ("--partition", profile.partition),
-            ("--account", profile.account),
-            ("--qos", profile.qos),
-            ("--constraint", profile.constraint),
-            ("--exclude", profile.exclude),
-            ("--mem", profile.memory_per_node),
-        ]
-        lines = [directive("--job-name", self.array.name if self.array else settings.job_name)]
-        lines += [directive(option, value) for option, value in optional if value]
-        lines += [
-            directive("--nodes", settings.nodes),
-            directive("--ntasks-per-node", 1),
-            directive("--cpus-per-task", settings.cpus_per_process * settings.processes_per_node),
-        ]
-        if settings.gpus_per_node:
-            lines.append(directive("--gpus-per-node", self._gpus()))
-        lines += [
-            directive("--time", time_option(settings.time_limit_seconds)),
-            directive("--signal", f"B:USR1@{settings.signal_margin_seconds}"),
-            directive("--requeue" if settings.requeue else "--no-requeue"),
-            directive("--open-mode", "append"),
-            directive("--output", self._output()),
-            directive("--chdir", str(self.workdir)),
-        ]
-        if self.array is None:  # one job at a time may write into a run's folder
-            lines.append(directive("--dependency", "singleton"))
+        settings, profile, array = self.settings, self.profile, self.array
+        pattern = "slurm-%A_%a.out" if array else "slurm-%j.out"
+        values: dict[str, str | int | None] = {
+            "--job-name": array.name if array else settings.job_name,
+            **{f"--{name}": value for name, value in fields_of(SbatchOptions, profile).items()},
+            "--mem": profile.memory_per_node,
+            "--nodes": settings.nodes,
+            "--ntasks-per-node": 1,
+            "--cpus-per-task": settings.cpus_per_process * settings.processes_per_node,
+            "--gpus-per-node": self._gpus(),
+            "--time": time_option(settings.time_limit_seconds),
+            "--signal": f"B:USR1@{settings.signal_margin_seconds}",
+            "--open-mode": "append",
+            "--output": f"{str(RunFolder(self.run).logs).replace('%', '%%')}/{pattern}",
+            "--chdir": str(self.workdir),
+        }
+        if array is None:  # one job at a time may write into a run's folder
+            values["--dependency"] = "singleton"
         else:
-            cap = f"%{self.array.max_concurrent}" if self.array.max_concurrent else ""
-            lines.append(directive("--array", f"1-{self.array.members}{cap}"))
+            values["--array"] = f"1-{array.members}" + (f"%{array.max_concurrent}" if array.max_concurrent else "")
+        lines = [directive(option, value) for option, value in values.items() if value]
+        lines.append(directive("--requeue" if settings.requeue else "--no-requeue"))
         for option in profile.sbatch_options:
             check_one_line(option, "sbatch_options")
             name, equals, value = option.partition("=")
             lines.append(directive(name, value if equals else None))
         return lines
 
-    def _gpus(self) -> str:
-        count = str(self.settings.gpus_per_node)
-        return f"{self.gpu_type}:{count}" if self.gpu_type else count
-
-    def _output(self) -> str:
-        pattern = "slurm-%A_%a.out" if self.array else "slurm-%j.out"
-        return f"{str(RunFolder(self.run).logs).replace('%', '%%')}/{pattern}"
+    def _gpus(self) -> str | None:
+        count = self.settings.gpus_per_node
+        return (f"{self.gpu_type}:{count}" if self.gpu_type else str(count)) if count else None
 
     def _setup(self) -> list[str]:
         lines = list(self.profile.setup)
-        lines += [f"module load {literal(module)} || exit" for module in self.profile.modules]
+        lines += [f"module load {quote(module)} || exit" for module in self.profile.modules]
         for name, value in self.settings.environment.items():
             for used in variables(value):
                 lines.append(f'[[ -v {used} ]] || warn "environment: {used} is not set, and is empty in {name}"')
@@ -191,15 +167,15 @@ class Script:
             f"--wait={_WAIT_SECONDS}",
             "--mpi=none",
         ]
-        if settings.gpus_per_node:
-            options.append(f"--gpus-per-node={literal(self._gpus())}")
+        if gpus := self._gpus():
+            options.append(f"--gpus-per-node={quote(gpus)}")
         container = self.profile.container
         if container is not None and container.runtime == "pyxis":
             mounts = ",".join(mount if ":" in mount else f"{mount}:{mount}" for mount in self._mounts(container))
             options += [
                 f"--container-image={expandable(container.image)}",
                 f"--container-mounts={expandable(mounts)}",
-                f"--container-workdir={literal(str(self.workdir))}",
+                f"--container-workdir={quote(str(self.workdir))}",
                 *map(expandable, container.options),
             ]
         return options
@@ -213,7 +189,7 @@ class Script:
             command.append("--nv")
         for mount in self._mounts(container):
             command += ["--bind", expandable(mount)]
-        command += ["--pwd", literal(str(self.workdir)), *map(expandable, container.options)]
+        command += ["--pwd", quote(str(self.workdir)), *map(expandable, container.options)]
         return [*command, expandable(container.image)]
 
     def _mounts(self, container: Container) -> list[str]:

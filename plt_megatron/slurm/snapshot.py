@@ -21,17 +21,8 @@ from plt_megatron.run_folder.folder import CODE
 _PACKAGE = "plt_megatron"
 _CHECKOUT = (_PACKAGE, "launch", "tools", "configs", "pyproject.toml")
 _RECORDED = (
-    "CUDA",
-    "NCCL",
-    "TORCH",
-    "PYTORCH",
-    "OMP",
-    "MKL",
-    "PYTHON",
-    "LD_LIBRARY",
-    "PATH",
-    "LOADEDMODULES",
-    "SLURM_CONF",
+    *("CUDA", "NCCL", "TORCH", "PYTORCH", "OMP", "MKL"),
+    *("PYTHON", "LD_LIBRARY", "PATH", "LOADEDMODULES", "SLURM_CONF"),
 )
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL", re.IGNORECASE)
 _GIT_SECONDS = 10

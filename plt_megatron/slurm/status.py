@@ -34,12 +34,8 @@ class JobStatus:
     progress: RunStatus
 
 
-def run_status(runs: Sequence[Path], jobs: Sequence[client.Job] | None) -> list[JobStatus]:
-    """Return the status of the runs. `jobs`: this user's jobs; None if Slurm cannot be asked."""
-    return [_run_status(run, jobs) for run in runs]
-
-
-def _run_status(run: Path, jobs: Sequence[client.Job] | None) -> JobStatus:
+def job_status(run: Path, jobs: Sequence[client.Job] | None) -> JobStatus:
+    """Return the status of a run. `jobs`: this user's jobs; None if Slurm cannot be asked."""
     try:
         progress = read_run_status(run)
         own = [] if jobs is None else jobs_of(run, jobs)
@@ -154,7 +150,7 @@ def report(names: Sequence[str], output_dir: str, json_lines: bool) -> str:
         UserError: a run does not exist.
     """
     notes: list[str] = []
-    runs = runs_named(names, output_dir, lambda path, error: notes.append(f"note: {_unreadable(path, error)}"))
+    runs = runs_named(names, output_dir, lambda error: notes.append(f"note: {_unreadable(error.filename, error)}"))
     if not runs:
         raise UserError("\n".join([f"no run below {output_dir}: no folder has a {CONFIG}", *notes]))
     jobs = None
@@ -162,7 +158,7 @@ def report(names: Sequence[str], output_dir: str, json_lines: bool) -> str:
         jobs = client.my_jobs()
     except client.SlurmError as error:
         notes.append(f"note: status from the run folders alone, Slurm could not be asked: {error}")
-    statuses = run_status(runs, jobs)
+    statuses = [job_status(run, jobs) for run in runs]
     if not json_lines:
         return "\n".join([*notes, describe(statuses)])
     for note in notes:

@@ -18,7 +18,7 @@ from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
 from plt_megatron.installation import is_checkout
-from plt_megatron.launcher.job import JobHandling, JobSettings, JobSize
+from plt_megatron.launcher.job import JobHandling, JobSettings, JobSize, fields_of
 from plt_megatron.predict.cards import find_gpu_spec
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.resuming import branch_config
@@ -63,12 +63,10 @@ class Submission:
     Attributes:
         runs: absolute run folders.
         job_ids: job ids of each run, in the order of `runs`; several in a chain.
-        outputs: output file of each of those jobs.
     """
 
     runs: list[Path]
     job_ids: list[list[str]]
-    outputs: list[list[Path]]
 
 
 # Takes a valid configuration, its vocabulary size and the job's resources; returns one line per problem.
@@ -116,17 +114,21 @@ class _Plan:
 
     def check(self) -> None:
         """Find all problems and raise `UserError` if there are any."""
+        options = self.options
         self.resources, self.problems = self._resources()
         self.notes += self.resources.notes
         configs = self._configs()
-        several = self.options.array is not None
-        for label, config in configs:
-            found = self._check_run(label, config)
-            self.problems += [f"{label}: {line}" if several else line for line in found]
-        if several:
+        runs = [run_files.absolute_run_folder(config) for config in configs]
+        if options.array is not None:
+            arrays.check_distinct(runs)
+        for config, run in zip(configs, runs, strict=True):
+            found = self._check_run(config, run)
+            self.problems += [f"{config.name}: {line}" if options.array else line for line in found]
+        if options.array is not None:
             self.problems += checks.storage_problems_of_all([(member.run, member.ahead) for member in self.members])
-            self.array = self._plan_array([self._run_of(config) for _, config in configs])
-        self._check_active([self._run_of(config) for _, config in configs])
+            self.array = arrays.plan_array(options.array, runs, options.name, options.max_concurrent, self._job_of)
+        for run in runs:
+            self._check_active(run)
         if self.problems:
             raise UserError("\n".join(dict.fromkeys(self.problems)))
 
@@ -141,32 +143,16 @@ class _Plan:
         gpus = parse_gpus(self.options.gpus_per_node) if self.options.gpus_per_node is not None else None
         return resolve(self.profile, available, nodes=self.options.nodes, seconds=self.limit, gpus=gpus)
 
-    def _configs(self) -> list[tuple[str, RunConfig]]:
-        """Return label and configuration of each run."""
+    def _configs(self) -> list[RunConfig]:
         options = self.options
-        if options.array is None:
-            config = self._config()
-            return [(config.name, config)]
-        found = []
-        for path in arrays.config_paths(options.array):
-            config = load_config(path, options.overrides)
-            found.append((config.name, config))
-        arrays.check_distinct([(label, self._run_of(config)) for label, config in found])
-        return found
-
-    def _config(self) -> RunConfig:
-        """Return the configuration of a single run."""
-        options = self.options
+        if options.array is not None:
+            return [load_config(path, options.overrides) for path in arrays.config_paths(options.array)]
         named = [f"name={json.dumps(options.name)}"] if options.name else []  # quoted, so that it stays a string
+        settings = [*options.overrides, *named]
         if options.branch_from is not None:
-            return branch_config(options.branch_from, [*options.overrides, *named], options.decay_steps)
+            return [branch_config(options.branch_from, settings, options.decay_steps)]
         assert options.config is not None
-        return load_config(options.config, [*options.overrides, *named])
-
-    def _plan_array(self, runs: Sequence[Path]) -> Array:
-        options = self.options
-        assert options.array is not None
-        return arrays.plan_array(options.array, runs, options.name, options.max_concurrent, self._has_active_job)
+        return [load_config(options.config, settings)]
 
     @cached_property
     def _jobs(self) -> list[client.Job]:
@@ -176,14 +162,10 @@ class _Plan:
             self.problems.append(str(error))
             return []
 
-    def _has_active_job(self, folder: Path) -> bool:
-        return run_files.job_of(folder, lambda: self._jobs) is not None
+    def _job_of(self, folder: Path) -> client.Job | None:
+        return run_files.job_of(folder, lambda: self._jobs)
 
-    @staticmethod
-    def _run_of(config: RunConfig) -> Path:
-        return run_files.absolute_run_folder(config)
-
-    def _check_run(self, label: str, config: RunConfig) -> list[str]:
+    def _check_run(self, config: RunConfig, run: Path) -> list[str]:
         """List the problems of one run; it becomes a member if its configuration is valid enough for a forecast."""
         world_size = None if self.resources.guessed else self.resources.world_size
         container = self.profile.container
@@ -196,11 +178,10 @@ class _Plan:
         tokenizer, found = (None, []) if broken else open_tokenizer(config)
         problems += found + data_problems(config, tokenizer)
         if container is not None:
-            problems += mount_problems(config, container, [self.workdir, self._run_of(config).parent])
+            problems += mount_problems(config, container, [self.workdir, run.parent])
         vocab_size = config.model.vocab_size or (tokenizer.vocab_size if tokenizer else None)
         if not sound:
             return problems
-        run = self._run_of(config)
         problems += run_files.resume_problems(config, run, self.options.accept_changes)
         if not problems:
             problems += start_problems(config, tokenizer, vocab_size)
@@ -212,8 +193,8 @@ class _Plan:
         margin, options = self.profile.signal_margin_seconds, self.options
         problems += checks.time_problems(config, ahead, self.limit, margin)
         warnings = checks.time_warnings(ahead, self.limit, margin, requeue=options.requeue, chain=options.chain)
-        self.warnings += [f"{label}: {line}" if self.options.array else line for line in warnings]
-        self.members.append(Member(config, run, self._settings(config, run), ahead, label))
+        self.warnings += [f"{config.name}: {line}" if options.array else line for line in warnings]
+        self.members.append(Member(config, run, self._settings(config, run), ahead))
         if self.last_check is not None and not problems:
             problems += self.last_check(config, vocab_size, self.resources)
         return problems
@@ -221,8 +202,8 @@ class _Plan:
     def _settings(self, config: RunConfig, run: Path) -> JobSettings:
         profile = self.profile
         return JobSettings(
-            **_of(JobSize, self.resources),
-            **_of(JobHandling, profile),
+            **fields_of(JobSize, self.resources),
+            **fields_of(JobHandling, profile),
             job_name=run_files.job_name(run, config.name),
             time_limit_seconds=self.limit,
             python=profile.interpreter,
@@ -231,12 +212,10 @@ class _Plan:
             cluster=profile.name or None,
         )
 
-    def _check_active(self, runs: Sequence[Path]) -> None:
-        """Refuse runs with an active job: two jobs would overwrite each other's work."""
-        for run in runs:
-            job = run_files.job_of(run, lambda: self._jobs)
-            if job is None:
-                continue
+    def _check_active(self, run: Path) -> None:
+        """Refuse a run with an active job: two jobs would overwrite each other's work."""
+        job = self._job_of(run)
+        if job is not None:
             problem = run_files.advice(run, job)
             if "_" not in job.id:  # jobs of the run's own script wait for one another
                 problem += f"; to queue one more behind it: sbatch {shlex.quote(str(RunFolder(run).job_script))}"
@@ -246,10 +225,10 @@ class _Plan:
 
     def describe(self) -> None:
         """Print a summary of the runs and their cost, with notes and warnings."""
-        options, resources = self.options, self.resources
+        options, resources, first = self.options, self.resources, self.members[0]
         rows = [("job", checks.describe_job(resources, self.limit, options.chain, options.requeue, self.profile.name))]
         if self.array is None:
-            rows += checks.describe_run(self.members[0].config, self.members[0].run, resources, self.members[0].ahead)
+            rows += checks.describe_run(first.config, first.run, resources, first.ahead)
         else:
             rows += arrays.describe_array(self.array, self.members, resources)
         print(format_table(rows))
@@ -262,31 +241,35 @@ class _Plan:
 
     def job_script(self) -> str:
         """Render the script that is given to sbatch."""
-        if self.array is not None:
-            first = self.members[0]
-            return self._script(first.settings, self.array.folder, self.array)
-        return self._script(self.members[0].settings, self.members[0].run, None)
+        return self._script(self.members[0], self.array)
 
-    def _script(self, settings: JobSettings, run: Path, array: Array | None) -> str:
+    def _script(self, member: Member, array: Array | None = None) -> str:
         script = Script(
-            settings, self.profile, run, self.workdir, sys.executable, array, gpu_type=self.resources.gpu_type
+            member.settings,
+            self.profile,
+            array.folder if array else member.run,
+            self.workdir,
+            sys.executable,
+            array,
+            gpu_type=self.resources.gpu_type,
         )
         return script.render((self.root / TEMPLATE).read_text(encoding="utf-8"))
 
     def carry_out(self) -> Submission:
         """Write the folders, submit, and print how to continue."""
-        scripts = [self._script(member.settings, member.run, None) for member in self.members]
+        scripts = [self._script(member) for member in self.members]
         job_script = self.job_script()  # rendered before anything is written, since an invalid value raises
         code = None
         if self.array is not None:
             code = arrays.write_array(self.array, [member.run for member in self.members], job_script, self.root)
         for member, script in zip(self.members, scripts, strict=True):
             run_files.write_run(member.config, member.run, member.settings, script, root=self.root, code=code)
-        return self._submit_array(self.array) if self.array is not None else self._submit_chain()
+        submitted = self._submit_array(self.array) if self.array is not None else self._submit_chain()
+        return Submission([member.run for member in self.members], submitted)
 
-    def _submit_chain(self) -> Submission:
-        member, ids = self.members[0], []
-        script = RunFolder(member.run).job_script
+    def _submit_chain(self) -> list[list[str]]:
+        run, ids = self.members[0].run, []
+        script = RunFolder(run).job_script
         for _ in range(self.options.chain):
             try:
                 ids.append(client.submit(script))
@@ -295,21 +278,18 @@ class _Plan:
                     raise UserError(f"{error} (the run folder is ready: sbatch {shlex.quote(str(script))})") from error
                 print(f"warning: only {len(ids)} of {self.options.chain} jobs were submitted: {error}")
                 break
-            run_files.record_submission(member.run, ids[-1:])
-        outputs = [RunFolder(member.run).logs / f"slurm-{job_id}.out" for job_id in ids]
-        self._say_submitted(ids, member.run, outputs[0], script)
-        return Submission([member.run], [ids], [outputs])
+            run_files.record_submission(run, ids[-1])
+        self._say_submitted(ids, run, RunFolder(run).logs / f"slurm-{ids[0]}.out", script)
+        return [ids]
 
-    def _submit_array(self, array: Array) -> Submission:
-        script = RunFolder(array.folder).job_script
-        job_id = client.submit(script)
-        ids = []
-        for index, member in enumerate(self.members, 1):
-            ids.append([f"{job_id}_{index}"])
-            run_files.record_submission(member.run, ids[-1])
-        outputs = [[RunFolder(array.folder).logs / f"slurm-{member_id}.out"] for (member_id,) in ids]
-        self._say_submitted([job_id], array.folder.parent, outputs[0][0], script)
-        return Submission([member.run for member in self.members], ids, outputs)
+    def _submit_array(self, array: Array) -> list[list[str]]:
+        folder = RunFolder(array.folder)
+        job_id = client.submit(folder.job_script)
+        ids = [f"{job_id}_{index}" for index in range(1, array.members + 1)]
+        for member, member_id in zip(self.members, ids, strict=True):
+            run_files.record_submission(member.run, member_id)
+        self._say_submitted([job_id], array.folder.parent, folder.logs / f"slurm-{ids[0]}.out", folder.job_script)
+        return [[member_id] for member_id in ids]
 
     def _say_submitted(self, ids: Sequence[str], watched: Path, log: Path, script: Path) -> None:
         status = f"python {shlex.quote(_shown(self.root / 'launch' / 'status.py'))}"
@@ -331,15 +311,10 @@ def _profile(options: Options) -> ClusterProfile:
     environment = {name: os.environ.get(f"SBATCH_{name.upper()}") for name in ("partition", "account", "qos")}
     ours: dict[str, Any] = {
         name: given or getattr(profile, name) or environment.get(name)
-        for name, given in _of(SbatchOptions, options).items()
+        for name, given in fields_of(SbatchOptions, options).items()
     }
     margin = options.signal_margin or profile.signal_margin_seconds
     return dataclasses.replace(profile, **ours, signal_margin_seconds=margin)
-
-
-def _of(kind: type, whole: Any) -> dict[str, Any]:
-    """Return the fields of an object that belong to one of its base classes."""
-    return {field.name: getattr(whole, field.name) for field in dataclasses.fields(kind)}
 
 
 def _check_options(options: Options) -> None:

@@ -70,7 +70,7 @@ def test_what_would_add_to_it_is_refused_and_the_command_that_is_told_helps(arch
     with pytest.raises(UserError, match=ARCHIVE):
         write_report(kept, decode=DecodeProtocol())
     with pytest.raises(UserError) as error:
-        runs_named([str(kept)], "runs")
+        runs_named([str(kept)], "runs", print)
     assert unpack_command(kept) in str(error.value)
     assert [path.name for path in kept.iterdir()] == [ARCHIVE]
     subprocess.run(unpack_command(kept), shell=True, check=True)

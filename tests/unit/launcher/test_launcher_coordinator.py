@@ -64,6 +64,10 @@ class Play:
         message = {"type": "exited", "task": task, "rank": rank, "code": code, "lines": lines or []}
         self.coordinator.handle(node, message | {"attempt": attempt or self.coordinator.attempt})
 
+    def all_exited(self, code: int, lines: list | None = None) -> None:
+        for rank in range(4):
+            self.exited(rank, code, lines=lines)
+
     def probed(self, *versions: str) -> None:
         """All processes of the check end well."""
         for rank, node in enumerate(self.nodes):
@@ -191,8 +195,7 @@ def test_a_dead_rank_is_settled_stopped_and_started_again(play):
     play.probed()
     assert play.sent[-1][1] == {**play.sent[-1][1], "task": "train", "attempt": 2}
     play.exited(0, 1, attempt=1)  # an echo of the first attempt
-    for rank in range(4):
-        play.exited(rank, 0)
+    play.all_exited(0)
     play.stopped()
     assert play.coordinator.status == 0 and [end["status"] for end in play.ends] == ["failed", "finished"]
 
@@ -220,8 +223,7 @@ def test_silence_is_not_waited_for_for_ever(play):
 
 def test_all_ranks_dead_need_no_settling(play):
     play.train()
-    for rank in range(4):
-        play.exited(rank, 1, lines=["ValueError: x"])
+    play.all_exited(1, lines=["ValueError: x"])
     assert play.told("stop") == ["a", "b"]
 
 
@@ -231,8 +233,7 @@ def test_restarts_are_limited(tmp_path):
     for attempt in (1, 2, 3):
         assert play.coordinator.attempt == attempt
         (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": attempt}) + "\n")  # it comes further each time
-        for rank in range(4):
-            play.exited(rank, 1)
+        play.all_exited(1)
         play.stopped()
         if attempt < 3:
             play.probed()
@@ -243,8 +244,7 @@ def test_no_restart_without_progress(tmp_path):
     play = Play(tmp_path, max_restarts=5)
     play.train()
     for _ in (1, 2):
-        for rank in range(4):
-            play.exited(rank, 1)
+        play.all_exited(1)
         play.stopped()
         play.probed()
     assert play.coordinator.status == ExitStatus.FAILED and len(play.ends) == 2
@@ -252,8 +252,7 @@ def test_no_restart_without_progress(tmp_path):
 
 def test_a_users_error_is_not_tried_again(play):
     play.train()
-    for rank in range(4):
-        play.exited(rank, 2)
+    play.all_exited(2)
     play.stopped()
     assert play.coordinator.status == ExitStatus.USER_ERROR and play.coordinator.attempt == 1
 
@@ -279,8 +278,7 @@ def test_a_lost_launcher_ends_the_attempt_at_once(play):
 
 def test_a_node_lost_while_stopping_holds_nothing_up(play):
     play.train()
-    for rank in range(4):
-        play.exited(rank, 1)
+    play.all_exited(1)
     play.stopped("a")
     play.coordinator.lost("b", "its launcher has ended")
     assert [end["status"] for end in play.ends] == ["failed"]
@@ -289,8 +287,7 @@ def test_a_node_lost_while_stopping_holds_nothing_up(play):
 
 def test_processes_that_cannot_be_ended_hold_nothing_up(play):
     play.train()
-    for rank in range(4):
-        play.exited(rank, 1)
+    play.all_exited(1)
     play.after(coordinating.STOP_SECONDS + 1)
     assert len(play.ends) == 1
 
@@ -300,8 +297,7 @@ def test_a_request_to_stop_reaches_all_and_is_no_failure(play):
     play.coordinator.preempt()
     play.coordinator.preempt()
     assert play.told("preempt") == ["a", "b"]
-    for rank in range(4):
-        play.exited(rank, 75)
+    play.all_exited(75)
     play.stopped()
     assert play.coordinator.status == 75 and play.ends[0]["status"] == "preempted" and play.ends[0]["retry"]
 
@@ -317,8 +313,7 @@ def test_a_request_to_stop_before_training(play, joined):
 
 def test_a_request_to_stop_while_an_attempt_fails_starts_no_other(play):
     play.train()
-    for rank in range(4):
-        play.exited(rank, 1)
+    play.all_exited(1)
     play.coordinator.preempt()
     play.stopped()
     assert play.coordinator.status == ExitStatus.FAILED and len(play.ends) == 1

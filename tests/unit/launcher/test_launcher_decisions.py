@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from jobs import job_settings
 
-from plt_megatron.launcher.decisions import Exit, decide, is_explained, last_error, outcome_of
+from plt_megatron.launcher.decisions import decide, is_explained, last_error, outcome_of
 from plt_megatron.launcher.job import JobSettings
+from plt_megatron.launcher.records import Exit
 
 
 def settings(**changes) -> JobSettings:

@@ -11,7 +11,7 @@ from jobs import job_settings
 from plt_megatron.launcher import finalize
 from plt_megatron.launcher.finalize import finalize_job
 from plt_megatron.launcher.job import read_allocation, save_settings
-from plt_megatron.launcher.records import Failure, Outcome, Records
+from plt_megatron.launcher.records import Exit, Outcome, Records
 from plt_megatron.run_folder.folder import RunFolder
 
 PROGRAM = """#!/bin/sh
@@ -134,7 +134,7 @@ def test_a_bad_node_is_left_out_even_without_requeue(job):
 def test_a_real_failure_stops_the_chain_and_says_why(job):
     job.settings(chain=3)
     job.pending.write_text("8 9")
-    failure = Failure(3, "n2", "exited with status 2", ["error: gone"])
+    failure = Exit(3, "n2", 2, ["error: gone"])
     assert job.ends(Outcome("failed", "rank 3 says gone", retry=False, failure=failure), 2) == 2
     assert job.asked == ["scancel 8 9"]
     why = (job.run / "why.txt").read_text()

@@ -48,14 +48,14 @@ def test_what_is_no_list_is_refused(text):
 def test_a_job():
     allocation = read_allocation(JOB)
     assert allocation.nodes == ("gpu08", "gpu09", "gpu10")
-    assert (allocation.node, allocation.first_node, allocation.is_first) == ("gpu09", "gpu08", False)
+    assert (allocation.node, allocation.first_node, allocation.node_index) == ("gpu09", "gpu08", 1)
     assert (allocation.scheduler_id, allocation.restart_count) == ("4711", 0)
 
 
 def test_the_steps_nodes_come_before_the_jobs():
     """A step may run on some of them only."""
     allocation = read_allocation(JOB | {"SLURM_STEP_NODELIST": "gpu[09-10]", "SLURM_RESTART_COUNT": "3"})
-    assert allocation.nodes == ("gpu09", "gpu10") and allocation.is_first and allocation.restart_count == 3
+    assert allocation.nodes == ("gpu09", "gpu10") and allocation.node_index == 0 and allocation.restart_count == 3
 
 
 def test_a_member_of_an_array_is_named_by_array_and_task():

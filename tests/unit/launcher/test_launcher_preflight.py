@@ -121,9 +121,9 @@ def test_bandwidths_are_told_and_the_slowest_link_named():
 
 def test_the_facts_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path / "made" / "here"))
-    facts = preflight.gather_facts(tmp_path, write_test=True)
+    facts = preflight.gather_facts(tmp_path)
     assert facts["versions"]["torch"] and facts["run_error"] is None
     assert facts["temporary"] == str(tmp_path / "made" / "here") and facts["space"]["temporary"] > 0
     assert facts["space"]["run"] == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.1)
     assert list(tmp_path.iterdir()) == [tmp_path / "made"], "the test file is gone"
-    assert "cannot be written to" in preflight.gather_facts(tmp_path / "absent", write_test=True)["run_error"]
+    assert "cannot be written to" in preflight.gather_facts(tmp_path / "absent")["run_error"]

@@ -9,7 +9,7 @@ import pytest
 
 from plt_megatron.launcher import records
 from plt_megatron.launcher.job import Allocation
-from plt_megatron.launcher.records import Failure, LogFile, Outcome, Records, stamp
+from plt_megatron.launcher.records import Exit, LogFile, Outcome, Records, stamp
 from plt_megatron.run_folder.checkpoints import latest_of_full_size, latest_step
 from plt_megatron.run_folder.folder import RunFolder
 
@@ -32,7 +32,7 @@ def test_an_attempt_from_start_to_end(tmp_path):
     write_checkpoint(tmp_path, 4)
     run = Records(tmp_path, allocation())
     assert run.begin() == 1
-    run.end(1, Outcome("failed", "why", failure=Failure(3, "b", "exited with status 1", ["last", "words"])))
+    run.end(1, Outcome("failed", "why", failure=Exit(3, "b", 1, ["last", "words"])))
     start, end = RunFolder(tmp_path).attempts()
     assert (start["event"], start["attempt"], start["job_id"], start["nodes"]) == ("start", 1, "7", ["a", "b"])
     assert (end["event"], end["status"], end["step"], end["checkpoint"]) == ("end", "failed", 5, 4)
@@ -96,7 +96,7 @@ def test_why_names_rank_lines_and_the_last_whole_checkpoint(tmp_path):
     whole = write_checkpoint(tmp_path, 4)
     write_checkpoint(tmp_path, 6, whole=False)
     run = Records(tmp_path, allocation())
-    run.end(run.begin(), Outcome("failed", "r", failure=Failure(3, "b", "was killed by SIGBUS", ["some", "line"])))
+    run.end(run.begin(), Outcome("failed", "r", failure=Exit(3, "b", -7, ["some", "line"])))
     lines = records.describe_end(RunFolder(tmp_path), "it broke", run.of_this_start()).splitlines()
     assert lines[0] == "it broke"
     assert "attempt 1, job 7, on a, b: failed" in lines

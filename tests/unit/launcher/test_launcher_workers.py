@@ -179,5 +179,5 @@ def test_the_kernel_knows_what_is_near_a_gpu(tmp_path):
     device = tmp_path / "0000:3b:00.0"
     device.mkdir()
     (device / "local_cpulist").write_text("0-1\n")
-    assert _local_cpus(tmp_path, "00000000:3B:00.0") == {0, 1}
-    assert _local_cpus(tmp_path, "00000000:AF:00.0") is None
+    assert _local_cpus("00000000:3B:00.0", tmp_path) == {0, 1}
+    assert _local_cpus("00000000:AF:00.0", tmp_path) is None

@@ -20,7 +20,7 @@ from plt_megatron.data.joining import join
 from plt_megatron.errors import UserError
 from plt_megatron.launcher.job import JobSettings, load_settings, save_settings
 from plt_megatron.slurm import checks
-from plt_megatron.slurm.client import parse_duration, read_partitions, time_option
+from plt_megatron.slurm.client import parse_duration, partitions, time_option
 from plt_megatron.slurm.profile import ClusterProfile, Container, load_profile
 from plt_megatron.slurm.script import TEMPLATE, Array, Script, expandable
 from tests.unit.storage.test_upload_copies import a_checkpoint
@@ -251,18 +251,19 @@ def test_what_is_no_time(text):
 # Slurm's answers.
 
 
-def test_sinfo_is_read_group_by_group():
-    lines = [
+def test_sinfo_is_read_group_by_group(slurm):
+    slurm.answer(
+        "sinfo",
         "gpu*|up|1-00:00:00|4|128|1000|gpu:h100:8(S:0-1),nic:2",
         "gpu*|up|1-00:00:00|2|64|500|gpu:a100:4",
         "old|down|infinite|1|16+|100+|(null)",
         "bare|up|30:00|1|16|100|gpu:2",
         "nonsense",
-    ]
-    gpu, old, bare = read_partitions(lines)
+    )
+    gpu, old, bare = partitions()
     assert gpu.default and gpu.name == "gpu" and gpu.nodes == 6 and gpu.gpus == 8 and gpu.time_limit_seconds == 86400
     assert [group.gpu_types for group in gpu.groups] == [("h100",), ("a100",)]
-    assert old.time_limit_seconds is None and old.gpus == 0 and old.cpus == 16 and old.available == "down"
+    assert old.time_limit_seconds is None and old.gpus == 0 and old.groups[0].cpus == 16 and old.available == "down"
     assert bare.gpus == 2 and bare.groups[0].gpu_types == ()
 
 

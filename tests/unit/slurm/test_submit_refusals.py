@@ -20,11 +20,10 @@ from plt_megatron.slurm import checks
 from plt_megatron.slurm.submission import Options, submit
 
 HUGE = (
-    "model.num_layers=96",
-    "model.hidden_size=16384",
-    "model.ffn_hidden_size=65536",
-    "model.num_attention_heads=128",
+    *("model.num_layers=96", "model.hidden_size=16384"),
+    *("model.ffn_hidden_size=65536", "model.num_attention_heads=128"),
 )
+usage = namedtuple("usage", "total used free")
 
 
 def assert_one_line(folder, slurm, lines, *words):
@@ -35,39 +34,89 @@ def assert_one_line(folder, slurm, lines, *words):
     assert not (folder / "runs").exists()
 
 
-def test_a_partition_that_does_not_exist(folder, slurm):
-    assert_one_line(folder, slurm, refusal(partition="gpus"), "gpus", "did you mean gpu?", "gpu, cpu")
+CPU = {"profile": "processes_per_node: 2\npartition: cpu\n"}
+LONG = "training.train_iters=100_000_000"
+LEAVES_NO_TIME = ("no time for steps", "--signal-margin")
+# By what is wrong: settings, options, and the words of the one line. `sinfo`: what differs in its answer; `profile`:
+# a cluster's.
+LINES = {
+    "unknown partition": ((), {"partition": "gpus"}, ("gpus", "did you mean gpu?", "gpu, cpu")),
+    "more GPUs than a node": ((), {"gpus_per_node": "16"}, ("--gpus-per-node 16", "partition gpu", "8 GPUs")),
+    "GPUs where none are": ((), {"gpus_per_node": "1", "partition": "cpu"}, ("partition cpu", "no GPUs")),
+    "another type": ((), {"gpus_per_node": "a100:4"}, ("a100:4", "h100")),
+    "too many nodes": (("training.global_batch_size=136",), {"nodes": 17}, ("--nodes 17", "16 nodes")),
+    "one is singular": ((), {"nodes": 2, "sinfo": ("|16|", "|1|")}, ("partition gpu has 1 node",)),
+    "limit above the partition's": ((), {"time": "3-00:00:00"}, ("3-00:00:00", "2-00:00:00", "--chain")),
+    **{
+        state: ((), {"sinfo": ("|up|", f"|{state}|")}, (f"partition gpu is {state}: it accepts no jobs",))
+        for state in ("drain", "inact", "inactive")
+    },
+    "no default partition": ((), {"sinfo": ("*", "")}, ("--partition", "gpu")),
+    "layout that does not divide": (
+        ("parallel.pipeline_model_parallel_size=3", "model.num_layers=6"),
+        {},
+        ("8 processes", "multiple of 3"),
+    ),
+    "batch that does not divide": (("training.global_batch_size=12",), {}, ("global_batch_size 12", "8")),
+    "no data": (("data.sources=[{path: data/gone}]",), {}, ("data/gone.bin", "data/gone.idx", "not found")),
+    "no tokenizer": (("data.tokenizer=data/gone.model",), {}, ("data.tokenizer", "data/gone.model")),
+    "no tokenizer's file": (
+        ("data.tokenizer=data/corpus.bin",),
+        {},
+        ("data.tokenizer: data/corpus.bin is not a sentencepiece model",),
+    ),
+    "memory": (
+        (*HUGE, "checkpoint.enabled=false", "training.train_iters=1"),
+        {},
+        ("memory", "H100", "tensor_model_parallel_size"),
+    ),
+    "memory of a CPU node": (
+        (),
+        {"profile": "processes_per_node: 4\npartition: cpu\n", "sinfo": ("256000", "10")},
+        ("memory", "4 processes", "10.0 MiB"),
+    ),
+    "limit too short for a checkpoint": (
+        (LONG, "checkpoint.save_interval=50_000_000"),
+        {},
+        ("--time 01:00:00", "one checkpoint interval", "50,000,000 steps"),
+    ),
+    "long, saves only at its end": (
+        (LONG, "checkpoint.save_interval=0"),
+        {"chain": 900},
+        ("one checkpoint interval", "set checkpoint.save_interval"),
+    ),
+    "long, without checkpoints": (
+        (LONG, "checkpoint.enabled=false"),
+        {"chain": 900},
+        ("writes no checkpoints to resume from", "set checkpoint.enabled=true"),
+    ),
+    "limit within the margin": ((), {"time": "00:05:00"}, ("--time 00:05:00", *LEAVES_NO_TIME)),
+    "limit before the first step": ((), {"time": "00:08:00"}, ("--time 00:08:00", *LEAVES_NO_TIME)),
+    "the same, of unknown speed": ((), {"time": "00:08:00"} | CPU, ("--time 00:08:00", *LEAVES_NO_TIME)),
+    "limit in minutes and seconds": ((), {"time": "05:00"}, ("--time 00:05:00",)),
+    **{
+        f"no time: {time}": ((), {"time": time}, ("--time",))
+        for time in ("", "0", "1h", "-1", "1:2:3:4", "infinite", "24:00:00; rm -rf /")
+    },
+    **{
+        f"no sense: {options}": ((), options, ("--",))
+        for options in (
+            *({"nodes": 0}, {"chain": 0}, {"chain": 100_000}, {"max_concurrent": 2}, {"signal_margin": 0}),
+            {"array": "list.txt", "chain": 2},
+        )
+    },
+}
 
 
-def test_more_gpus_than_a_node_has(folder, slurm):
-    assert_one_line(folder, slurm, refusal(gpus_per_node="16"), "--gpus-per-node 16", "partition gpu", "8 GPUs")
-
-
-def test_gpus_where_there_are_none(folder, slurm):
-    assert_one_line(folder, slurm, refusal(gpus_per_node="1", partition="cpu"), "partition cpu", "no GPUs")
-
-
-def test_gpus_of_a_type_the_partition_has_not(folder, slurm):
-    assert_one_line(folder, slurm, refusal(gpus_per_node="a100:4"), "a100:4", "h100")
-
-
-def test_more_nodes_than_the_partition_has(folder, slurm):
-    assert_one_line(folder, slurm, refusal("training.global_batch_size=136", nodes=17), "--nodes 17", "16 nodes")
-
-
-def test_one_is_singular(folder, slurm):
-    slurm.answer("sinfo", GPU_PARTITION.replace("|16|", "|1|"))
-    assert refusal(nodes=2)[0].endswith("partition gpu has 1 node")
-
-
-def test_a_limit_above_the_partitions(folder, slurm):
-    assert_one_line(folder, slurm, refusal(time="3-00:00:00"), "3-00:00:00", "2-00:00:00", "--chain")
-
-
-@pytest.mark.parametrize("state", ["drain", "inact", "inactive"])
-def test_a_partition_that_takes_no_jobs(folder, slurm, state):
-    slurm.answer("sinfo", GPU_PARTITION.replace("|up|", f"|{state}|"))
-    assert_one_line(folder, slurm, refusal(), f"partition gpu is {state}: it accepts no jobs")
+@pytest.mark.parametrize(("settings", "options", "words"), LINES.values(), ids=LINES)
+def test_it_is_refused_in_one_line(folder, slurm, settings, options, words):
+    options = dict(options)
+    if sinfo := options.pop("sinfo", None):
+        slurm.answer("sinfo", *(line.replace(*sinfo) for line in (GPU_PARTITION, CPU_PARTITION)))
+    if profile := options.pop("profile", None):
+        (folder / "cpu.yaml").write_text(profile)
+        options["cluster"] = str(folder / "cpu.yaml")
+    assert_one_line(folder, slurm, refusal(*settings, **options), *words)
 
 
 def test_a_partition_that_is_down_takes_jobs(folder, slurm, capsys):
@@ -75,11 +124,6 @@ def test_a_partition_that_is_down_takes_jobs(folder, slurm, capsys):
     slurm.answer("sinfo", GPU_PARTITION.replace("|up|", "|down|"))
     submit_run()
     assert "note: partition gpu is down: the job waits" in capsys.readouterr().out
-
-
-def test_a_layout_that_does_not_divide(folder, slurm):
-    lines = refusal("parallel.pipeline_model_parallel_size=3", "model.num_layers=6")
-    assert_one_line(folder, slurm, lines, "8 processes", "multiple of 3")
 
 
 def test_fp8_that_the_clusters_card_has_no_kernel_for(folder, slurm):
@@ -90,40 +134,30 @@ def test_fp8_that_the_clusters_card_has_no_kernel_for(folder, slurm):
     assert lines[0].endswith(rule) and not slurm.calls("sbatch")
 
 
-def test_a_batch_that_does_not_divide(folder, slurm):
-    assert_one_line(folder, slurm, refusal("training.global_batch_size=12"), "global_batch_size 12", "8")
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("corpus.bin", lambda old: old[:-2], ("data/corpus.bin has 1998 bytes", "2000")),
+        ("corpus.idx", lambda old: old[:-8], ("data/corpus.idx is truncated",)),
+        ("corpus.idx", lambda old: b"", ("data/corpus.idx is not an index",)),
+        ("corpus.idx", lambda old: b"MMIDIDX\x00\x00", ("data/corpus.idx is not an index",)),
+        ("corpus.idx", lambda old: b"#!/bin/sh\n" * 20, ("data/corpus.idx is not an index",)),
+        ("corpus.loss_mask.bin", lambda old: b"\x01", ("data/corpus.loss_mask.bin has 1 bytes",)),
+        ("corpus.manifest.json", lambda old: b'{"tokenizer', ("data/corpus.manifest.json",)),
+        ("corpus.manifest.json", lambda old: b'{"tokenizer": []}', ("data/corpus.manifest.json cannot be read",)),
+    ],
+)
+def test_damaged_data(folder, slurm, file, change, words):
+    path = folder / "data" / file
+    path.write_bytes(change(path.read_bytes() if path.exists() else b""))
+    assert_one_line(folder, slurm, refusal(), *words)
 
 
-def test_missing_data(folder, slurm):
-    lines = refusal("data.sources=[{path: data/gone}]")
-    assert_one_line(folder, slurm, lines, "data/gone.bin", "data/gone.idx", "not found")
-
-
-def test_a_missing_tokenizer(folder, slurm):
-    assert_one_line(folder, slurm, refusal("data.tokenizer=data/gone.model"), "data.tokenizer", "data/gone.model")
-
-
-def test_a_tokenizer_that_is_none(folder, slurm):
-    lines = refusal("data.tokenizer=data/corpus.bin")
-    assert_one_line(folder, slurm, lines, "data.tokenizer: data/corpus.bin is not a sentencepiece model")
-
-
-def test_data_cut_short(folder, slurm):
-    path = folder / "data" / "corpus.bin"
-    path.write_bytes(path.read_bytes()[:-2])
-    assert_one_line(folder, slurm, refusal(), "data/corpus.bin has 1998 bytes", "2000")
-
-
-@pytest.mark.parametrize("content", [b"", b"MMIDIDX\x00\x00", b"#!/bin/sh\n" * 20])
-def test_an_index_that_is_none(folder, slurm, content):
-    (folder / "data" / "corpus.idx").write_bytes(content)
-    assert_one_line(folder, slurm, refusal(), "data/corpus.idx is not an index")
-
-
-def test_an_index_cut_short(folder, slurm):
-    path = folder / "data" / "corpus.idx"
-    path.write_bytes(path.read_bytes()[:-8])
-    assert_one_line(folder, slurm, refusal(), "data/corpus.idx is truncated")
+def test_data_that_left_its_mask_behind_or_has_nothing_to_say_of_its_tokenizer(folder, slurm):
+    """Both problems are shown at once."""
+    (folder / "data" / "corpus.manifest.json").write_text(json.dumps({"loss_mask_tokens": 1}))
+    lines = refusal()
+    assert len(lines) == 2 and "data/corpus.loss_mask.bin not found" in lines[1], lines
 
 
 def tokenizer_file(folder, words=400):
@@ -139,16 +173,6 @@ def tokenizer_file(folder, words=400):
 def write_manifest(folder, sha256, vocab_size):
     made = {"tokenizer": {"path": "elsewhere.model", "sha256": sha256, "vocab_size": vocab_size}}
     (folder / "data" / "corpus.manifest.json").write_text(json.dumps(made))
-
-
-def test_a_loss_mask_that_is_cut_off_or_left_behind(folder, slurm):
-    mask = folder / "data" / "corpus.loss_mask.bin"
-    mask.write_bytes(b"\x01")
-    assert_one_line(folder, slurm, refusal(), "data/corpus.loss_mask.bin has 1 bytes")
-    mask.unlink()
-    (folder / "data" / "corpus.manifest.json").write_text(json.dumps({"loss_mask_tokens": 1}))
-    lines = refusal()
-    assert "data/corpus.loss_mask.bin not found" in lines[0], lines
 
 
 def test_data_of_another_tokenizer(folder, slurm):
@@ -188,50 +212,13 @@ def test_32_bit_ids_for_a_larger_tokenizer_are_accepted(folder, slurm):
     submit_run(f"data.tokenizer={tokenizer_file(folder, 65537)}", "model.vocab_size=null")
 
 
-def test_memory_that_will_not_fit(folder, slurm):
-    lines = refusal(*HUGE, "checkpoint.enabled=false", "training.train_iters=1")
-    assert_one_line(folder, slurm, lines, "memory", "H100", "tensor_model_parallel_size")
-
-
-def test_memory_of_a_cpu_node(folder, slurm):
-    profile = folder / "cpu.yaml"
-    profile.write_text("processes_per_node: 4\npartition: cpu\n")
-    slurm.answer("sinfo", GPU_PARTITION, CPU_PARTITION.replace("256000", "10"))
-    assert_one_line(folder, slurm, refusal(cluster=str(profile)), "memory", "4 processes", "10.0 MiB")
-
-
-def test_a_limit_too_short_for_a_checkpoint_interval(folder, slurm):
-    lines = refusal("training.train_iters=100_000_000", "checkpoint.save_interval=50_000_000")
-    assert_one_line(folder, slurm, lines, "--time 01:00:00", "one checkpoint interval", "50,000,000 steps")
-
-
-def test_a_long_run_that_saves_only_at_its_end(folder, slurm):
-    lines = refusal("training.train_iters=100_000_000", "checkpoint.save_interval=0", chain=900)
-    assert_one_line(folder, slurm, lines, "one checkpoint interval", "set checkpoint.save_interval")
-
-
-def test_a_long_run_without_checkpoints(folder, slurm):
-    lines = refusal("training.train_iters=100_000_000", "checkpoint.enabled=false", chain=900)
-    assert_one_line(folder, slurm, lines, "writes no checkpoints to resume from", "set checkpoint.enabled=true")
-
-
-@pytest.mark.parametrize("profile", [None, "processes_per_node: 2\npartition: cpu\n"], ids=["gpu", "no known speed"])
-@pytest.mark.parametrize("time", ["00:05:00", "00:08:00"], ids=["within the margin", "over before the first step"])
-def test_a_limit_that_leaves_no_time_for_steps(folder, slurm, time, profile):
-    (folder / "cpu.yaml").write_text(profile or "")
-    lines = refusal(time=time, cluster=str(folder / "cpu.yaml"))
-    assert_one_line(folder, slurm, lines, f"--time {time}", "no time for steps", "--signal-margin")
-
-
 def test_too_little_free_space(folder, slurm, monkeypatch):
-    usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**6, 10**6))
     assert_one_line(folder, slurm, refusal(), "output_dir", "1.00 MB free", "keep_last")
 
 
 def test_too_little_free_space_for_the_job_to_start(folder, slurm, monkeypatch):
     """By preflight's own measure, though the checkpoints would fit."""
-    usage = namedtuple("usage", "total used free")
     for free in (preflight.LEAST_RUN_FOLDER - 1, preflight.LEAST_RUN_FOLDER):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage(10**10, 10**10 - free, free))
         refused = preflight.shared_problem({"space": {"run": shutil.disk_usage("").free}})
@@ -254,7 +241,6 @@ def test_exports_take_space_too(folder, slurm, capsys):
 
 
 def test_too_little_free_space_for_all_of_an_array(folder, slurm, monkeypatch, capsys):
-    usage = namedtuple("usage", "total used free")
     for name in ("one", "two"):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(RUN | {"name": name}))
     (folder / "list.txt").write_text("one.yaml\ntwo.yaml\n")
@@ -272,38 +258,10 @@ def test_an_output_folder_that_cannot_be_made(folder, slurm):
     assert_one_line(folder, slurm, refusal("output_dir=file"), "output_dir", "not a folder")
 
 
-@pytest.mark.parametrize("time", ["", "0", "1h", "24:00", "-1", "1:2:3:4", "infinite", "24:00:00; rm -rf /"])
-def test_a_time_that_is_none(folder, slurm, time):
-    if time in ("24:00",):  # minutes and seconds: refused for being short
-        assert_one_line(folder, slurm, refusal(time="05:00"), "--time 00:05:00")
-        return
-    assert_one_line(folder, slurm, refusal(time=time), "--time")
-
-
 @pytest.mark.parametrize("gpus", ["", "8x", "-1", "h100:", ":8", "h100:8 --wrap=id", "h100:8\n#SBATCH --wrap=id"])
 def test_a_number_of_gpus_that_is_none(folder, slurm, gpus):
     with_lines = " ".join(refusal(gpus_per_node=gpus))
     assert "--gpus-per-node" in with_lines and not slurm.calls("sbatch")
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"nodes": 0},
-        {"chain": 0},
-        {"chain": 100_000},
-        {"max_concurrent": 2},
-        {"signal_margin": 0},
-        {"array": "list.txt", "chain": 2},
-    ],
-)
-def test_options_that_make_no_sense(folder, slurm, options):
-    assert_one_line(folder, slurm, refusal(**options), "--")
-
-
-def test_no_partition_of_its_own_and_no_default(folder, slurm):
-    slurm.answer("sinfo", GPU_PARTITION.replace("*", ""))
-    assert_one_line(folder, slurm, refusal(), "--partition", "gpu")
 
 
 def test_a_slurm_that_does_not_answer(folder, slurm):
