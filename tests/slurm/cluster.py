@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -79,6 +80,17 @@ class SlurmCluster:
     def _all_idle(self) -> bool:
         states = self.run("sinfo", "--noheader", "--Node", "--partition=main", "--format=%T").split()
         return set(states) == {"idle"}
+
+
+def processes() -> dict[int, tuple[list[bytes], list[bytes]]]:
+    """Command and environment of every other process of this machine."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and folder.name != str(os.getpid()):
+            with contextlib.suppress(OSError):
+                command, environment = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
+                found[int(folder.name)] = (command.split(b"\0"), environment.split(b"\0"))
+    return found
 
 
 def wait_for(

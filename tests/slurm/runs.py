@@ -22,7 +22,7 @@ from plt_megatron.slurm.profile import ClusterProfile
 from plt_megatron.slurm.run_files import job_name, write_run
 from plt_megatron.slurm.script import TEMPLATE, Script
 from tests.distributed.training_jobs import run_config
-from tests.slurm.cluster import SlurmCluster, wait_for
+from tests.slurm.cluster import SlurmCluster, processes, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, SAVE_INTERVAL = 24, 4
@@ -155,19 +155,19 @@ class SlurmRun:
 
     def rank_process(self, rank: int) -> int:
         """The id of a rank's process; nodes are namespaces of this machine."""
-        for folder in Path("/proc").iterdir():
-            if folder.name.isdigit() and self._is_rank(folder, rank):
-                return int(folder.name)
-        raise AssertionError(f"rank {rank} does not run: {self.outputs()}")
+        return self._process(["plt_megatron.train.main", str(self.folder / "config.yaml")], [f"RANK={rank}"])
 
-    def _is_rank(self, folder: Path, rank: int) -> bool:
-        try:
-            command = (folder / "cmdline").read_bytes().split(b"\0")
-            environment = (folder / "environ").read_bytes().split(b"\0")
-        except OSError:
-            return False
-        ours = b"plt_megatron.train.main" in command and str(self.folder / "config.yaml").encode() in command
-        return ours and f"RANK={rank}".encode() in environment
+    def launcher_process(self, node: str) -> int:
+        """The id of a node's launcher."""
+        return self._process(["node", str(self.folder)], [f"SLURMD_NODENAME={node}", "SLURM_STEP_ID=0"])
+
+    def _process(self, command: list[str], environment: list[str]) -> int:
+        """The Python process with these words in its command and its environment."""
+        for pid, (words, variables) in processes().items():
+            if b"python" in words[0] and set(map(str.encode, command)) <= set(words):
+                if set(map(str.encode, environment)) <= set(variables):
+                    return pid
+        raise AssertionError(f"no process of {command}, {environment}: {self.outputs()}")
 
     def kill_rank(self, rank: int, step: int) -> None:
         """SIGKILL a rank once the run has come to a step."""
@@ -205,6 +205,12 @@ class SlurmRun:
     def warn(self, step: int) -> None:
         """Send what Slurm sends before the time limit."""
         self.disturb(step, "scancel", "--batch", "--signal=USR1", self.job)
+
+    def end_like(self, undisturbed: list[dict[str, Any]], *statuses: str) -> None:
+        """Wait until the attempts have ended in this way and the job is over, and check the run."""
+        self.wait_for_end(*statuses)
+        self.wait_until_over()
+        self.check(undisturbed)
 
     def check(self, undisturbed: list[dict[str, Any]]) -> None:
         """The metrics are an undisturbed run's, and no attempt lost more than the steps since its last checkpoint."""

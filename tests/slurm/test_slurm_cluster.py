@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.slurm.cluster import SCRIPT, SlurmCluster, wait_for
+from tests.slurm.cluster import SCRIPT, SlurmCluster, processes, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,18 +37,10 @@ def ip(*words: str) -> list[str]:
     return subprocess.run(["ip", *words], capture_output=True, text=True, check=True).stdout.splitlines()
 
 
-def processes(state: Path) -> list[str]:
+def processes_of(state: Path) -> list[str]:
     """Command lines of all processes that have to do with the cluster."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and folder.name != str(os.getpid()):
-            try:
-                command, environment = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
-            except OSError:
-                continue
-            if str(state).encode() in command + environment:
-                found.append(command.replace(b"\0", b" ").decode())
-    return found
+    found = processes().values()
+    return [b" ".join(words).decode() for words, env in found if str(state).encode() in b"".join([*words, *env])]
 
 
 @needs_cluster
@@ -63,7 +55,7 @@ def test_killed_tests_leave_no_cluster_behind(tmp_path):
         name = bridge.removeprefix("plt")
 
         def left() -> list[str]:
-            return [*processes(tmp_path), *(line for line in ip("netns") + ip("-o", "link") if name in line)]
+            return [*processes_of(tmp_path), *(line for line in ip("netns") + ip("-o", "link") if name in line)]
 
         daemons = ("munged", "slurmctld", "slurmd -D -N node1")
         assert all(any(daemon in line for line in left()) for daemon in daemons), left()

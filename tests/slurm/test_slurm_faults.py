@@ -39,9 +39,7 @@ def test_a_node_that_loses_power(slurm, make_run, undisturbed):
     run.wait_for_attempt(2)
     assert run.events("start")[1]["nodes"] == ["node1", "node3"]
     assert run.statuses()[0] in ("node_failed", "killed")
-    run.wait_for_end(run.statuses()[0], "finished")
-    run.wait_until_over()
-    run.check(undisturbed)
+    run.end_like(undisturbed, run.statuses()[0], "finished")
 
 
 def test_the_first_node_loses_power(slurm, make_run, undisturbed):
@@ -52,9 +50,7 @@ def test_the_first_node_loses_power(slurm, make_run, undisturbed):
     slurm.control("node-off", "node1")
     run.wait_for_attempt(2)
     assert run.events("start")[1]["nodes"] == ["node2", "node3"]
-    run.wait_for_end("killed", "finished")
-    run.wait_until_over()
-    run.check(undisturbed)
+    run.end_like(undisturbed, "killed", "finished")
 
 
 def test_a_killed_launcher(make_run, undisturbed):
@@ -62,26 +58,9 @@ def test_a_killed_launcher(make_run, undisturbed):
     run = make_run()
     run.submit()
     run.wait_for_step(6)
-    os.kill(launcher(run, "node2"), signal.SIGKILL)
-    run.wait_for_end("node_failed", "finished")
+    os.kill(run.launcher_process("node2"), signal.SIGKILL)
+    run.end_like(undisturbed, "node_failed", "finished")
     assert "node2 is lost" in run.events("end")[0]["reason"]
-    run.wait_until_over()
-    run.check(undisturbed)
-
-
-def launcher(run: SlurmRun, node: str) -> int:
-    """The process id of a node's launcher."""
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                command = (folder / "cmdline").read_bytes().split(b"\0")
-                environment = (folder / "environ").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            ours = b"node" in command and str(run.folder).encode() in command and b"python" in command[0]
-            if ours and f"SLURMD_NODENAME={node}".encode() in environment and b"SLURM_STEP_ID=0" in environment:
-                return int(folder.name)
-    raise AssertionError(f"no launcher on {node}: {run.outputs()}")
 
 
 def test_a_job_of_higher_priority(slurm, make_run, undisturbed, tmp_path):
@@ -94,11 +73,9 @@ def test_a_job_of_higher_priority(slurm, make_run, undisturbed, tmp_path):
     with run.paused(6):
         job = slurm.sbatch(urgent, *options)
         wait_for(lambda: run.said("asked to stop"), "the request to arrive", 60, run.outputs)
-    run.wait_for_end("preempted", "finished")
+    run.end_like(undisturbed, "preempted", "finished")
     assert slurm.state_of(job) == "COMPLETED"
-    run.wait_until_over()
     assert slurm.job(run.job)["Restarts"] == "1"
-    run.check(undisturbed)
 
 
 def test_a_requeue(slurm, make_run, undisturbed):
@@ -106,10 +83,8 @@ def test_a_requeue(slurm, make_run, undisturbed):
     run = make_run()
     run.submit()
     run.disturb(6, "scontrol", "requeue", run.job)
-    run.wait_for_end("preempted", "finished")
-    run.wait_until_over()
+    run.end_like(undisturbed, "preempted", "finished")
     assert slurm.job(run.job)["Restarts"] == "1"
-    run.check(undisturbed)
 
 
 def test_slurms_own_warning_before_the_limit(slurm, make_run, undisturbed):
@@ -139,9 +114,7 @@ def test_a_rank_that_hangs(make_run, undisturbed):
         run.wait_for_end("failed")
     hung = run.events("end")[0]
     assert "rank 3" in hung["reason"], hung
-    run.wait_for_end("failed", "finished")
-    run.wait_until_over()
-    run.check(undisturbed)
+    run.end_like(undisturbed, "failed", "finished")
 
 
 def test_a_chain_of_jobs(slurm, make_run, undisturbed):
@@ -184,9 +157,7 @@ def test_a_second_job_for_one_run_leaves_it_alone(slurm, make_run, undisturbed):
     assert slurm.job(second)["ExitCode"] == "78:0"
     assert f"error: job {first} is training {run.folder}" in run.outputs()
     run.job = first
-    run.wait_for_end("finished")
-    run.wait_until_over()
-    run.check(undisturbed)
+    run.end_like(undisturbed, "finished")
 
 
 def test_a_bad_node_is_excluded(slurm, make_run, undisturbed):
@@ -306,9 +277,7 @@ def test_a_file_named_stop_is_a_persons_will(slurm, make_run, undisturbed):
     run.wait_until_over("FAILED")
     assert slurm.job(run.job)["Restarts"] == "0"
     run.submit()
-    run.wait_for_end("preempted", "finished")
-    run.wait_until_over()
-    run.check(undisturbed)
+    run.end_like(undisturbed, "preempted", "finished")
     assert run.events("end")[0]["step"] < 6 + SAVE_INTERVAL
 
 
