@@ -64,8 +64,9 @@ def last_error(lines: list[str]) -> str | None:
     """
     lines = lines[::-1]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    raised = (line for line in lines if _EXCEPTION.match(line))
-    return next((error for error in errors if not _ECHOES.search(error)), errors[0] if errors else next(raised, None))
+    if errors:
+        return next((error for error in errors if not _ECHOES.search(error)), errors[0])
+    return next((line for line in lines if _EXCEPTION.match(line)), None)
 
 
 FINISH, AGAIN, EXCLUDE, HALT, STOP = "finish", "again", "exclude", "halt", "stop"

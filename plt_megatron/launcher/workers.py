@@ -24,7 +24,7 @@ class Worker:
 
     rank: int
     process: subprocess.Popen[bytes]
-    partial: bytearray = field(default_factory=bytearray)
+    partial: bytes = b""
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=_TAIL_LINES))
 
     def fileno(self) -> int:
@@ -67,20 +67,23 @@ class WorkerGroup:
                 data = os.read(worker.fileno(), _CHUNK)
             except BlockingIOError:
                 return True
-            worker.partial += data
-            if data and b"\n" not in worker.partial and len(worker.partial) < _LONGEST_LINE:
-                continue
-            whole, newline, rest = worker.partial.rpartition(b"\n")
-            if not data or len(rest) >= _LONGEST_LINE:  # end of output, or an overlong line
-                whole, rest = whole + newline + rest, bytearray()
-            worker.partial = bytearray(rest)
-            lines = [line.decode(errors="replace").rstrip("\r") for line in whole.split(b"\n")] if whole else []
-            lines = lines[:-1] if lines and not lines[-1] else lines
-            if lines:
-                worker.tail.extend(lines)
-                self._on_lines(worker.rank, lines)
+            *lines, worker.partial = (worker.partial + data).split(b"\n")
+            self._pass_on(worker, lines)
+            if not data or len(worker.partial) >= _LONGEST_LINE:  # end of output, or an overlong line
+                self._flush(worker)
             if not data:
                 return False
+
+    def _pass_on(self, worker: Worker, lines: list[bytes]) -> None:
+        text = [line.decode(errors="replace").rstrip("\r") for line in lines]
+        worker.tail.extend(text)
+        if text:
+            self._on_lines(worker.rank, text)
+
+    def _flush(self, worker: Worker) -> None:
+        """Pass on the beginning of a line."""
+        self._pass_on(worker, [worker.partial] if worker.partial else [])
+        worker.partial = b""
 
     def reap(self) -> None:
         """Report processes that have ended, after passing on their last output."""
@@ -88,10 +91,7 @@ class WorkerGroup:
             returncode = worker.process.poll()
             if returncode is not None:
                 self.listen(worker)
-                if worker.partial:  # a last line without newline; children may still hold the pipe
-                    line = worker.partial.decode(errors="replace")
-                    worker.tail.append(line)
-                    self._on_lines(worker.rank, [line])
+                self._flush(worker)  # children may still hold the pipe
                 self.workers.remove(worker)
                 self._on_exit(worker, returncode)
                 _kill_group(worker)  # its remaining children

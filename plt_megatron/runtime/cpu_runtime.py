@@ -93,15 +93,30 @@ def _to_cpu(device: Any) -> Any:
     return torch.device("cpu") if is_cuda else device
 
 
-class Stream:
-    """Stand-in for a CUDA stream: everything queued has already run."""
-
-    device = torch.device("cpu")
-    cuda_stream = 0
+class _Done:
+    """Stand-in for something on a device that has already happened."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
     def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+class Event(_Done):
+    """Stand-in for a CUDA event."""
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def wait(self, stream: Any = None) -> None: ...
+
+
+class Stream(_Done):
+    """Stand-in for a CUDA stream: everything queued has already run."""
+
+    device = torch.device("cpu")
+    cuda_stream = 0
 
     def wait_stream(self, stream: Any) -> None: ...
 
@@ -110,28 +125,10 @@ class Stream:
     def record_event(self, event: Any = None) -> Event:
         return event or Event()
 
-    def query(self) -> bool:
-        return True
-
     def __enter__(self) -> Stream:
         return self
 
     def __exit__(self, *error: Any) -> None: ...
-
-
-class Event:
-    """Stand-in for a CUDA event that has already happened."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def record(self, stream: Any = None) -> None: ...
-
-    def wait(self, stream: Any = None) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def query(self) -> bool:
-        return True
 
 
 def _replace_device_queries() -> None:

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,10 @@ class Index:
     text: str
     files: dict[str, Entry]
 
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all files."""
-        return sum(entry.bytes for entry in self.files.values())
+    def uploaded(self, sent: Collection[str]) -> Uploaded:
+        """Return the result of an upload that had to send these files."""
+        total = sum(entry.bytes for entry in self.files.values())
+        return Uploaded(len(self.files), total, len(sent), sum(self.files[name].bytes for name in sent))
 
 
 def index_of(folder: Path) -> Index:
@@ -153,8 +154,7 @@ def upload(folder: Path, place: Place, *, verify: bool = False, owned: bool = Fa
         _replace(folder, place, index, arrived, missing, stale)
     elif JOURNAL in there:
         place.remove(JOURNAL)
-    sent = [index.files[name].bytes for name in missing]
-    return Uploaded(len(index.files), index.total_bytes, len(sent), sum(sent))
+    return index.uploaded(missing)
 
 
 def _replace(

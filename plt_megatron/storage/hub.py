@@ -67,7 +67,7 @@ class Repository:
             branches = self._branches()
             before = self._read(INDEX, revision) if revision in branches else None
             if before == index.text:
-                return Uploaded(len(index.files), index.total_bytes, 0, 0)
+                return index.uploaded([])
             if revision in branches and revision != MAIN and before is None:
                 raise UserError(f"{self.url} has a branch {revision} that is not an upload; give another revision")
             partial = MAIN if revision == MAIN else _PARTIAL + revision
@@ -85,7 +85,7 @@ class Repository:
                     self._api.delete_branch(self._name, branch=revision)
                 self._api.create_branch(self._name, branch=revision, revision=partial)
                 self._api.delete_branch(self._name, branch=partial)
-        return Uploaded(len(index.files), index.total_bytes, len(index.files), index.total_bytes)
+        return index.uploaded(index.files)
 
     def _branches(self) -> list[str]:
         return [branch.name for branch in self._api.list_repo_refs(self._name).branches]

@@ -108,8 +108,10 @@ class Place:
 
     def remove(self, name: str) -> None:
         """Remove a file, if there is one."""
-        with failing(f"{self.url}/{name} cannot be removed"), suppress(FileNotFoundError):
-            self._fs.rm_file(name)
+        with failing(f"{self.url}/{name} cannot be removed"):
+            self._fs.invalidate_cache()
+            if self._fs.exists(name):
+                self._fs.rm_file(name)
 
     def remove_all(self) -> None:
         """Remove the whole folder."""

@@ -71,58 +71,44 @@ def job(tmp_path, monkeypatch):
         signal.signal(number, handler)
 
 
-def test_a_finished_run_asks_for_nothing(job):
-    assert job.ends(Outcome("finished", "done"), 0) == 0
-    assert job.asked == [] and not (job.run / "why.txt").exists()
+FINISHED, SAVED = Outcome("finished", "done"), Outcome("preempted", "saved")
 
 
-def test_a_finished_run_cancels_the_rest_of_its_chain(job):
-    job.settings(chain=3, requeue=False)
-    job.pending.write_text("8 9")
-    assert job.ends(Outcome("finished", "done"), 0) == 0
-    assert job.asked == ["scancel 8 9"]
-
-
-def test_a_preempted_job_is_requeued(job):
-    assert job.ends(Outcome("preempted", "saved"), 75) == 75
-    assert job.asked == ["scontrol requeue 7"]
-
-
-def test_the_chain_goes_on_before_a_requeue(job):
-    job.settings(chain=3, requeue=True)
-    job.pending.write_text("8")
-    assert job.ends(Outcome("preempted", "saved"), 75) == 75
-    assert job.asked == []
-
-
-def test_a_chain_at_its_end_is_requeued_if_that_was_asked_for(job):
-    job.settings(chain=3, requeue=True)
-    assert job.ends(Outcome("preempted", "saved"), 75) == 75
-    assert job.asked == ["scontrol requeue 7"]
+@pytest.mark.parametrize(
+    ("settings", "pending", "outcome", "status", "asked"),
+    [
+        ({}, "", FINISHED, 0, []),
+        ({"chain": 3, "requeue": False}, "8 9", FINISHED, 0, ["scancel 8 9"]),  # the rest is not needed
+        ({}, "", SAVED, 75, ["scontrol requeue 7"]),
+        ({"chain": 3}, "8", SAVED, 75, []),  # the chain goes on before a requeue
+        ({"chain": 3}, "", SAVED, 75, ["scontrol requeue 7"]),  # at its end
+        ({"chain": 3}, "8", Outcome("preempted", "stopped by a person", retry=False), 75, ["scancel 8"]),
+    ],
+)
+def test_what_follows_when_nothing_is_wrong(job, settings, pending, outcome, status, asked):
+    job.settings(**settings)
+    job.pending.write_text(pending)
+    assert (job.ends(outcome, status), job.asked) == (status, asked) and not (job.run / "why.txt").exists()
 
 
 def test_neither_requeue_nor_chain(job, capsys):
     job.settings(requeue=False)
-    assert job.ends(Outcome("preempted", "saved"), 75) == 75
+    assert job.ends(SAVED, 75) == 75
     assert job.asked == [] and not (job.run / "why.txt").exists()
     assert f"sbatch {job.run / 'job.sbatch'}" in capsys.readouterr().out
     assert job.ends(Outcome("node_failed", "n2 is lost"), 77) == 77
     assert (job.run / "why.txt").read_text().startswith("n2 is lost; not continued: no --requeue")
 
 
-@pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", "PENDING"])
-def test_a_job_that_slurm_has_ended_is_left_alone(job, state):
+PREEMPTED = "RUNNING Requeue=1 PreemptTime=2026-11-25T09:25:46 Partition=main PreemptMode=REQUEUE"
+
+
+@pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", "PENDING", PREEMPTED])
+def test_a_job_that_slurm_has_ended_or_requeues_is_left_alone(job, state):
     """Cancelled by a person, who does not want it back, or requeued already."""
-    job.state.write_text(state)
-    assert job.ends(Outcome("preempted", "saved"), 75) == 75
-    assert job.asked == []
-
-
-def test_a_person_who_stops_a_run_is_obeyed(job):
-    job.settings(chain=3)
-    job.pending.write_text("8")
-    assert job.ends(Outcome("preempted", "stopped by a person", retry=False), 75) == 75
-    assert job.asked == ["scancel 8"] and not (job.run / "why.txt").exists()
+    job.state.write_text(f"{state}\n")
+    assert job.ends(SAVED, 75) == 75
+    assert job.asked == [] and not (job.run / "why.txt").exists()
 
 
 def test_a_bad_node_is_left_out_even_without_requeue(job):
@@ -144,14 +130,8 @@ def test_a_real_failure_stops_the_chain_and_says_why(job):
 
 def test_a_requeue_that_is_refused_is_a_reason(job):
     job.refuses.touch()
-    assert job.ends(Outcome("preempted", "saved"), 75) == 75
+    assert job.ends(SAVED, 75) == 75
     assert "could not be requeued: scontrol requeue: Requeue is disabled" in (job.run / "why.txt").read_text()
-
-
-def test_a_preempted_job_is_left_to_slurm(job):
-    job.state.write_text("RUNNING Requeue=1 PreemptTime=2026-11-25T09:25:46 Partition=main PreemptMode=REQUEUE\n")
-    assert job.ends(Outcome("preempted", "saved"), 75) == 75
-    assert job.asked == [] and not (job.run / "why.txt").exists()
 
 
 def test_launchers_that_left_no_word(job):
@@ -253,5 +233,5 @@ def test_a_disk_without_room_for_why(job, capfd):
 def test_a_member_of_an_array_names_itself(job, monkeypatch):
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
-    assert job.ends(Outcome("preempted", "saved"), 75) == 75
+    assert job.ends(SAVED, 75) == 75
     assert job.asked == ["scontrol requeue 7_2"]

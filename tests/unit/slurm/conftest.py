@@ -53,13 +53,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def checkout(tmp_path):
     """A small one, with a launcher that only notes how it was called."""
     copy = tmp_path / "checkout"
-    for part in (
-        "plt_megatron/errors.py",
-        "plt_megatron/slurm/job.sbatch",
-        "launch/submit.py",
-        "tools/doctor.py",
-        "pyproject.toml",
-    ):
+    parts = ("plt_megatron/errors.py", "plt_megatron/slurm/job.sbatch", "launch/submit.py", "tools/doctor.py")
+    for part in (*parts, "pyproject.toml"):
         (copy / part).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / part, copy / part)
     (copy / LAUNCHER).parent.mkdir()

@@ -160,23 +160,10 @@ def test_a_profile_sets_the_jobs_environment(folder, slurm, checkout, job, monke
 # Nothing that a user gives is code.
 
 HOSTILE = [
-    "two words",
-    "it's",
-    'a "quoted" name',
-    "$(touch injected)",
-    "`touch injected`",
-    "; touch injected; #",
-    "x' --wrap='touch injected",
-    "# comment",
-    "%j %% %A",
-    "@RUN@ @PYTHON@",
-    "-rf",
-    "${HOME}",
-    "a&b|c>d*?[x]{y}~!",
-    "\u00fc\u4e16",
+    *("two words", "it's", 'a "quoted" name', "$(touch injected)", "`touch injected`", "; touch injected; #"),
+    *("x' --wrap='touch injected", "# comment", "%j %% %A", "@RUN@ @PYTHON@", "-rf", "${HOME}"),
+    *("a&b|c>d*?[x]{y}~!", "\u00fc\u4e16"),
 ]
-
-
 OPTIONS = {
     *("--job-name", "--nodes", "--ntasks-per-node", "--cpus-per-task", "--gpus-per-node", "--time", "--signal"),
     *("--no-requeue", "--open-mode", "--output", "--chdir", "--dependency"),
@@ -419,31 +406,34 @@ def test_a_run_submits_itself_from_its_snapshot(folder, slurm, checkout):
     assert (run / "code" / "launch" / "submit.py").is_file() and not (run / "code.1").exists()
 
 
-def test_earlier_steps_are_measured_rather_than_estimated(folder, slurm, capsys):
-    profile = folder / "cpu.yaml"
-    profile.write_text("processes_per_node: 2\npartition: cpu\n")
-    submit_run(cluster=str(profile))
+@pytest.fixture
+def cpu(folder):
+    """A profile."""
+    (folder / "cpu.yaml").write_text("processes_per_node: 2\npartition: cpu\n")
+    return str(folder / "cpu.yaml")
+
+
+def test_earlier_steps_are_measured_rather_than_estimated(folder, slurm, capsys, cpu):
+    submit_run(cluster=cpu)
     assert "set tflops_per_process" in capsys.readouterr().out
     write_progress(folder / "runs/try", [10, 20, 30], checkpoint=30, rate=16384 / 2)
     write_event(folder / "runs/try", event="start", attempt=1, job_id="100")
-    submit_run(cluster=str(profile))
+    submit_run(cluster=cpu)
     assert "2 s (measured" in capsys.readouterr().out
     # A step of two seconds: 100 of them take longer than this limit.
-    assert "too short for one checkpoint interval" in refusal(cluster=str(profile), time="00:09:00")[0]
+    assert "too short for one checkpoint interval" in refusal(cluster=cpu, time="00:09:00")[0]
 
 
-def test_steps_to_come_with_more_loops_take_longer_than_those_measured(folder, slurm, capsys):
-    profile = folder / "cpu.yaml"
-    profile.write_text("processes_per_node: 2\npartition: cpu\n")
+def test_steps_to_come_with_more_loops_take_longer_than_those_measured(folder, slurm, capsys, cpu):
     stages = "training.loop_schedule=[{until: 0.5, loop_count: 1}, {loop_count: 2}]"
     model, length = make(ModelConfig, RUN["model"]), RUN["data"]["sequence_length"]
     one, two = (training_flops_per_token(model, length, model.vocab_size, loops).total for loops in (1, 2))
-    submit_run(stages, cluster=str(profile))
+    submit_run(stages, cluster=cpu)
     tokens = RUN["training"]["global_batch_size"] * length  # of a step, which took a second
     write_progress(folder / "runs/try", [480, 490, 500], checkpoint=500, rate=tokens, model_tflops=tokens * one / 1e12)
     write_event(folder / "runs/try", event="start", attempt=1, job_id="100")
     capsys.readouterr()
-    submit_run(stages, cluster=str(profile))
+    submit_run(stages, cluster=cpu)
     assert f"{two / one:.3g} s (measured" in capsys.readouterr().out and two / one > 1.5
 
 
