@@ -84,12 +84,7 @@ def _outcome_without_record(folder: RunFolder, status: int) -> Outcome:
 
 @dataclass(frozen=True)
 class JobFinalizer:
-    """Carries out a decision.
-
-    Attributes:
-        end: the end of the last attempt, from attempts.jsonl.
-        status: exit status of the launchers.
-    """
+    """Carries out a decision about the last attempt, whose `end` is from attempts.jsonl."""
 
     settings: JobSettings
     records: Records

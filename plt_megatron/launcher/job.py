@@ -130,11 +130,7 @@ class Allocation:
 
 
 def read_allocation(env: Mapping[str, str] | None = None) -> Allocation:
-    """Read the allocation of the job that this process runs in.
-
-    Raises:
-        UserError: this is not a Slurm job.
-    """
+    """Read the allocation of the job that this process runs in. Raises `UserError` if this is not a Slurm job."""
     env = os.environ if env is None else env
     try:
         job_id = int(env["SLURM_JOB_ID"])

@@ -37,17 +37,11 @@ _FLUSH_SECONDS = 5.0
 
 
 def launch_node(run: Path) -> int:
-    """Start the run's processes on one node and monitor them until all nodes are done.
+    """Start the run's processes on one node, and monitor them until all nodes are done; return the `ExitStatus`, which
+    is the same on every node.
 
-    srun calls this once per node of the job. Each process is `python -m plt_megatron.train.main RUN/config.yaml` with
-    RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT and OMP_NUM_THREADS set. SIGUSR1, SIGTERM
-    and SIGINT make all of them save and exit. Writes attempts.jsonl and the logs.
-
-    Returns:
-        An `ExitStatus`, the same on every node.
-
-    Raises:
-        UserError: this is not a Slurm job, or plt submit did not make the run's folder.
+    Each process is `python -m plt_megatron.train.main RUN/config.yaml`. SIGUSR1, SIGTERM and SIGINT make all of them
+    save and exit. Raises `UserError` if this is not a Slurm job, or if plt submit did not make the run's folder.
     """
     settings, allocation = load_settings(run), read_allocation()
     others = [str(event.get("job_id")) for event in attempts.unended(RunFolder(run).attempts())]
@@ -65,11 +59,7 @@ def launch_node(run: Path) -> int:
 
 
 class NodeLauncher:
-    """One node's launcher.
-
-    Args:
-        run: the run's folder.
-    """
+    """One node's launcher."""
 
     def __init__(self, run: Path, settings: JobSettings, allocation: Allocation) -> None:
         self._run, self._settings, self._allocation = run, settings, allocation

@@ -59,11 +59,7 @@ class Outcome:
 
 
 class Records:
-    """One job's access to the records of its run.
-
-    Args:
-        run: the run's folder.
-    """
+    """One job's access to the records of its run."""
 
     def __init__(self, run: Path, allocation: Allocation) -> None:
         self.folder = RunFolder(run)

@@ -43,7 +43,7 @@ class Watchdog:
         folder: the run's folder; when the job is ended, every rank writes what it was doing to `incidents/` in it.
         store: this rank's own connection to the job's store.
         patience: seconds a rank may be quiet once the first step is done.
-        slow_patience: seconds before that, and in the slow phases.
+        slow_patience: seconds before that, and in the slow phases, such as reading or writing checkpoints.
         interval: seconds between two checks.
         end: ends the process; for tests.
     """
@@ -220,12 +220,7 @@ def _first_line(error: Exception) -> str:
 def start_watchdog(folder: Path, *, patience: float, slow_patience: float) -> Watchdog:
     """Start this rank's watchdog, which ends the process with status 1 if any rank of the job hangs or is gone.
 
-    The trainer calls `beat` and `close` on it.
-
-    Args:
-        folder: the run's folder; `incidents/` in it gets every rank's stack.
-        patience: seconds a rank may be quiet once the first step is done.
-        slow_patience: seconds before that, and while it reads or writes checkpoints.
+    The trainer calls `beat` and `close` on it. The arguments are those of `Watchdog`.
     """
     from torch.distributed import HashStore, TCPStore
 

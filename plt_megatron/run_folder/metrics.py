@@ -21,8 +21,6 @@ _NUMBERS = {
     "validation": ("step", "tokens", "loop_count", "loss"),
     "evaluation": ("step", "tokens"),
 }
-# Fields that depend on clock and machine: identical runs differ only in these.
-MACHINE_FIELDS = ("tokens_per_second", "model_tflops", "mfu", "peak_memory_bytes", "step_seconds")
 
 
 @dataclass(frozen=True)

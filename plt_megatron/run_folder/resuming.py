@@ -28,6 +28,10 @@ from plt_megatron.run_folder.folder import RunFolder
 _FOLLOWING = ("optimizer.lr_decay_iters", "optimizer.lr_wsd_decay_iters")  # if unset, derived from the run's length
 _LENGTHS = ("train_iters", "train_tokens")
 _MOST_LINES = 3
+_FROM_WEIGHTS = (
+    "restore that, or start a run of another name from its weights alone with checkpoint.load and "
+    "checkpoint.weights_only=true"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +58,9 @@ def find_start(config: RunConfig) -> Start | None:
     try:
         path = checkpoints.latest_of_full_size(own if is_own else Path(settings.load or ""))
         return None if path is None else Start(path, checkpoints.read_verified_progress(path), is_own)
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError):
         return None
 
 
@@ -121,15 +125,13 @@ def check_schedule(path: Path, progress: dict[str, Any], config: RunConfig, *, a
     if before != now:
         raise UserError(
             f"checkpoint {path} was trained with optimizer.name {before} (now {now}), whose state no other optimizer "
-            "can use; restore that, or start a run of another name from its weights alone with checkpoint.load and "
-            "checkpoint.weights_only=true"
+            f"can use; {_FROM_WEIGHTS}"
         )
     patterns = progress["config"]["training"].get("trainable", [])  # formerly all parameters
     if patterns != config.training.trainable:
         raise UserError(
             f"checkpoint {path} was trained with training.trainable {patterns} (now {config.training.trainable}), and "
-            "has optimizer state of those parameters alone; restore that, or start a run of another name from its "
-            "weights alone with checkpoint.load and checkpoint.weights_only=true"
+            f"has optimizer state of those parameters alone; {_FROM_WEIGHTS}"
         )
     if allow_other:
         return

@@ -162,12 +162,8 @@ def _begins_after(config: RunConfig) -> int:
 
 
 def _checkpoints_at_most(config: RunConfig, begun: int) -> int:
-    """Return the maximum number of checkpoints at any time: the last ones, those being written and uploaded, and the
-    permanent ones.
-
-    Args:
-        begun: the step after which the run begins.
-    """
+    """Return the maximum number of checkpoints at any time of a run that begins after a step: the last ones, those
+    being written and uploaded, and the permanent ones."""
     checkpoint, steps = config.checkpoint, derived.train_iters(config)
     interval = checkpoint.save_interval or steps
     for_good = 0

@@ -89,11 +89,7 @@ class Job:
 
 
 def partitions() -> list[Partition]:
-    """List all partitions that this user can see, in sinfo's order.
-
-    Raises:
-        SlurmError: Slurm does not answer.
-    """
+    """List all partitions that this user can see, in sinfo's order. Raises `SlurmError` if Slurm does not answer."""
     found: dict[str, tuple[str, str, list[NodeGroup]]] = {}
     # One line per partition and kind of node.
     for line in _ask("sinfo", "--noheader", "--exact", "--format=%P|%a|%l|%D|%c|%m|%G").splitlines():
@@ -103,7 +99,7 @@ def partitions() -> list[Partition]:
         name, available, limit, count, cpus, memory, gres = fields
         _, _, groups = found.setdefault(name, (available, limit, []))
         gpus, types = _gpus(gres)
-        groups.append(NodeGroup(*map(_integer, (count, cpus, memory)), gpus, types))
+        groups.append(NodeGroup(_integer(count), _integer(cpus), _integer(memory), gpus, types))
     return [
         Partition(name.removesuffix("*"), name.endswith("*"), available, parse_duration(limit), tuple(groups))
         for name, (available, limit, groups) in found.items()
@@ -206,11 +202,7 @@ def parse_duration(text: str) -> int | None:
 
 
 def time_limit(text: str, option: str = "--time") -> int:
-    """Parse a time limit above zero into seconds.
-
-    Raises:
-        UserError: `text` is not a time, or is zero.
-    """
+    """Parse a time limit above zero into seconds. Raises `UserError` if `text` is not a time, or is zero."""
     seconds = parse_duration(text)
     if not seconds:
         raise UserError(f"{option} {text}: expected a time as in 24:00:00, 90 (minutes) or 2-12:00:00 (days-hours)")

@@ -24,12 +24,7 @@ from plt_megatron.slurm.snapshot import describe_environment, describe_git, link
 
 
 def job_name(run: Path, name: str) -> str:
-    """Return a job name unique to the run folder, for `--dependency=singleton`.
-
-    Args:
-        run: absolute path of the run's folder.
-        name: the run's name.
-    """
+    """Return a job name unique to a run's folder, an absolute path, for `--dependency=singleton`."""
     readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.")[:48] or "run"
     return readable + name_suffix(run)
 

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.run_folder.folder import RunFolder, save_config
-from plt_megatron.run_folder.metrics import MACHINE_FIELDS
 
+# Fields that depend on clock and machine: identical runs differ only in these.
+MACHINE_FIELDS = ("tokens_per_second", "model_tflops", "mfu", "peak_memory_bytes", "step_seconds")
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 240.0  # seconds that anything here may take on a machine that does much else
 

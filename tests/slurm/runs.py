@@ -17,11 +17,11 @@ from plt_megatron.config.layout import layout_of
 from plt_megatron.config.schema import DataConfig, RunConfig
 from plt_megatron.launcher.job import JobSettings
 from plt_megatron.run_folder.folder import RunFolder, save_config
-from plt_megatron.run_folder.metrics import MACHINE_FIELDS
 from plt_megatron.slurm.profile import ClusterProfile
 from plt_megatron.slurm.run_files import job_name, write_run
 from plt_megatron.slurm.script import TEMPLATE, Script
 from tests.distributed.training_jobs import run_config
+from tests.distributed.whole_runs import MACHINE_FIELDS
 from tests.slurm.cluster import SlurmCluster, processes, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
