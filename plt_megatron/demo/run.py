@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,21 +18,20 @@ from plt_megatron.config import derived
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.loader import dump_config, load_config
 from plt_megatron.config.optimizers import optimizer_spec
-from plt_megatron.demo.steps import Stamp, Step, data_steps, run_step
+from plt_megatron.demo.steps import TOKENIZER_FILES, Stamp, Step, data_steps, run_steps
 from plt_megatron.errors import UserError
 from plt_megatron.extras import require
 from plt_megatron.installation import python_path
 from plt_megatron.predict.parameters import count_parameters
 from plt_megatron.run_folder.checkpoints import LATEST
 from plt_megatron.run_folder.folder import RunFolder
-from plt_megatron.run_folder.metrics import RunMetrics
 from plt_megatron.run_folder.text import format_duration, format_table, plural
 
 # Relative to the current folder. configs/data/demo.yaml names the same files.
 FOLDER = Path(".demo")
 CORPUS = {part: FOLDER / "corpus" / f"{part}.jsonl" for part in ("train", "validation")}
 DATA = {part: FOLDER / "data" / f"{part}_text_document" for part in CORPUS}
-TOKENIZER_FILES = [FOLDER / name for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")]
+TOKENIZER = FOLDER / TOKENIZER_FILES[0]
 RUNS = FOLDER / "runs"
 EXPORT = FOLDER / "hf"
 PROMPT = "def __init__(self"
@@ -62,18 +61,6 @@ DEMO_RUNS = (
 )
 
 
-@dataclass(frozen=True)
-class ResultRow:
-    """One run's row of the final table. Losses in nats per token."""
-
-    label: str
-    parameters: int
-    tokens: int
-    train_loss: float
-    validation_losses: dict[int, float]
-    seconds: float
-
-
 def run_demo() -> None:
     """Run the unfinished steps in the current folder and print the table.
 
@@ -82,18 +69,13 @@ def run_demo() -> None:
     begun = time.monotonic()
     package = optimizer_spec(load_config(CONFIG).optimizer).package
     require("the demo", "transformers", *([package] if package else []))
-    from plt_megatron.experiments.plots import plot_losses
+    from plt_megatron.experiments.plots import plot_metrics
 
-    stamps = {}
-    steps = _steps()
-    for number, step in enumerate(steps, start=1):
-        stamps[step.name] = run_step(step, FOLDER / "stamps", number, len(steps))
-    metrics = [run.folder.trained_metrics() for run in DEMO_RUNS]
+    stamps = run_steps(_steps(), FOLDER / "stamps")
     plot = FOLDER / "loss.png"
-    plot_losses([run.folder.path for run in DEMO_RUNS], plot, [run.label for run in DEMO_RUNS])
-    rows = [_result(run, stamps[run.name], values) for run, values in zip(DEMO_RUNS, metrics, strict=True)]
+    plot_metrics([run.folder.path for run in DEMO_RUNS], plot, [run.label for run in DEMO_RUNS], ["loss"])
     print()
-    print(results_table(rows))
+    print(results_table(stamps))
     print()
     print(f"losses plotted   {plot}")
     for run in DEMO_RUNS:
@@ -105,30 +87,25 @@ def run_demo() -> None:
     print(f"whole demo       {format_duration(time.monotonic() - begun)}")
 
 
-def results_table(rows: Sequence[ResultRow]) -> str:
-    """Format results in aligned columns, with a dash where a model was not validated at a loop count."""
-    loop_counts = sorted({loops for row in rows for loops in row.validation_losses})
+def results_table(stamps: Mapping[str, Stamp]) -> str:
+    """Format the runs' results, with a dash where a model was not validated at a loop count. `stamps`: by step."""
+    metrics = [run.folder.trained_metrics() for run in DEMO_RUNS]
+    loop_counts = sorted({loops for own in metrics for loops in own.final_validation_losses()})
     header = ["model", "parameters", "tokens", "train loss"]
     header += [f"val. loss, {plural(loops, 'loop')}" for loops in loop_counts]
     table = []
-    for row in rows:
-        losses = [row.validation_losses.get(loops) for loops in loop_counts]
-        table.append(
-            [
-                row.label,
-                f"{row.parameters:,}",
-                f"{row.tokens:,}",
-                f"{row.train_loss:.3f}",
-                *("-" if loss is None else f"{loss:.3f}" for loss in losses),
-                format_duration(row.seconds),
-            ]
-        )
+    for run, own in zip(DEMO_RUNS, metrics, strict=True):
+        config, losses = run.folder.config(), own.final_validation_losses()
+        parameters = count_parameters(config.model, VOCAB_SIZE, config.parallel.tensor_model_parallel_size).total
+        row = [run.label, f"{parameters:,}", f"{own.tokens:,}", f"{own.final_train_loss():.3f}"]
+        row += [f"{losses[loops]:.3f}" if loops in losses else "-" for loops in loop_counts]
+        table.append([*row, format_duration(stamps[run.name].seconds)])
     return format_table(table, header=[*header, "time"])
 
 
 def _steps() -> list[Step]:
     data = data_steps(CORPUS["train"].parent, FOLDER, DATA["train"].parent, vocab_size=VOCAB_SIZE)
-    read = [*data[-1].outputs, TOKENIZER_FILES[0]]
+    read = [*data[-1].outputs, TOKENIZER]
     return [
         *data,
         *(_training_step(run, read) for run in DEMO_RUNS),
@@ -155,18 +132,6 @@ def _training_step(run: DemoRun, inputs: Sequence[Path]) -> Step:
         inputs=inputs,
         outputs=[run.folder.path],
         run=lambda: start("train", str(CONFIG), *run.all_overrides()),
-    )
-
-
-def _result(run: DemoRun, stamp: Stamp, metrics: RunMetrics) -> ResultRow:
-    config = run.folder.config()
-    return ResultRow(
-        label=run.label,
-        parameters=count_parameters(config.model, VOCAB_SIZE, config.parallel.tensor_model_parallel_size).total,
-        tokens=metrics.tokens,
-        train_loss=metrics.final_train_loss(),
-        validation_losses=metrics.final_validation_losses(),
-        seconds=stamp.seconds,
     )
 
 

@@ -29,7 +29,6 @@ from plt_megatron.run_folder.files import write_json
 from plt_megatron.run_folder.text import format_bytes, format_duration
 
 PARTS = ("train", "validation")
-_CHUNK = 1 << 20  # bytes
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -50,16 +49,9 @@ def prepare_demo_corpus(settings: DemoCorpus) -> None:
     Raises `UserError` when a step fails.
     """
     folder = Path(settings.folder)
-    steps = data_steps(
-        folder.parent / "corpus",
-        folder,
-        folder,
-        vocab_size=settings.vocab_size,
-        prefix=f"{folder.name}_",
-        domains=settings.domains,
-    )
-    for number, step in enumerate(steps, start=1):
-        run_step(step, folder.parent / "stamps", number, len(steps))
+    prefix, corpus = f"{folder.name}_", folder.parent / "corpus"
+    steps = data_steps(corpus, folder, folder, vocab_size=settings.vocab_size, prefix=prefix, domains=settings.domains)
+    run_steps(steps, folder.parent / "stamps")
 
 
 def data_steps(
@@ -179,6 +171,11 @@ class Stamp:
     sizes: dict[str, int]
 
 
+def run_steps(steps: Sequence[Step], stamps: Path) -> dict[str, Stamp]:
+    """Run the steps in order, as `run_step` does; return their stamps by name."""
+    return {step.name: run_step(step, stamps, number, len(steps)) for number, step in enumerate(steps, start=1)}
+
+
 def run_step(step: Step, stamps: Path, number: int, total: int) -> Stamp:
     """Run the step unless it has a valid stamp in the folder `stamps`; print which is the case.
 
@@ -214,8 +211,7 @@ def _key(step: Step) -> str:
     for path in step.inputs:
         digest.update(f"\0{path.name}\0".encode())
         with path.open("rb") as stream:
-            while chunk := stream.read(_CHUNK):
-                digest.update(chunk)
+            hashlib.file_digest(stream, lambda: digest)
     return digest.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Plots of runs' records: their losses, or curves of every recorded quantity."""
+"""Plots of runs' records: a panel of curves for every recorded quantity."""
 
 from __future__ import annotations
 
@@ -53,55 +53,36 @@ _QUANTITIES = (
 )
 
 
-def plot_losses(
-    run_dirs: Sequence[str | os.PathLike[str]],
-    out_path: str | os.PathLike[str],
-    labels: Sequence[str] | None = None,
-) -> None:
-    """Draw training and validation loss against tokens, for one or more runs, into an image file.
-
-    One color per run: the training loss of each logged step faint, its running mean solid, the validation
-    loss at each loop count as markers. `labels` name the runs; by default their folders' names. The file's
-    suffix chooses the format (png, svg, pdf).
-    Raises `UserError` if a run has no metrics, or if the file cannot be written.
-    """
-    labels, runs = _load(run_dirs, labels)
-    curves: list[Curve] = []
-    for index, (metrics, label) in enumerate(zip(runs, labels, strict=True)):
-        tokens, losses = [r["tokens"] for r in metrics.train], [r["loss"] for r in metrics.train]
-        curves += _smoothed(tokens, losses, index, f"{label}, training")
-        curves += _validation(metrics, index, f"{label}, ", (0, (2, 2)))
-    save(draw([Panel(curves, TOKENS, "loss (nats per token)", limits=_y_limits(runs))], 9, 5.4), out_path)
-
-
 def plot_metrics(
     run_dirs: Sequence[str | os.PathLike[str]],
     out_path: str | os.PathLike[str],
     labels: Sequence[str] | None = None,
+    fields: Sequence[str] = (),
 ) -> None:
     """Draw everything that the runs recorded against training tokens, one panel per quantity, into an image file.
 
-    Runs differ by color, loops and named parts by line style. A quantity that no run recorded has no panel. The file's
-    suffix chooses the format (png, svg, pdf).
+    Runs differ by color, loops and named parts by line style; validation losses are markers, one for each loop count. A
+    quantity that no run recorded has no panel.
+
+    Args:
+        out_path: the file; its suffix chooses the format (png, svg, pdf).
+        labels: names of the runs; None: their folders' names.
+        fields: fields of the training records to draw; none: all.
 
     Raises:
         UserError: a run has no metrics, or the file cannot be written.
     """
-    labels, runs = _load(run_dirs, labels)
-    panels = [panel for quantity in _QUANTITIES if (panel := _panel(quantity, runs)).curves]
-    figure = draw(panels, 5, 3.5, _COLUMNS)
+    if not run_dirs:
+        raise UserError("no run to plot")
+    runs = [RunFolder(run).trained_metrics() for run in run_dirs]
+    labels = [Path(run).name for run in run_dirs] if labels is None else labels
+    asked = [quantity for quantity in _QUANTITIES if quantity.field in fields or not fields]
+    panels = [panel for quantity in asked if (panel := _panel(quantity, runs)).curves]
+    size = (9, 5.4) if len(panels) == 1 else (5, 3.5)
+    figure = draw(panels, *size, _COLUMNS)
     handles = [figure.axes[0].plot([], [], color=color(index), linewidth=2)[0] for index in range(len(runs))]
     figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(runs)), frameon=False)
     save(figure, out_path)
-
-
-def _load(
-    run_dirs: Sequence[str | os.PathLike[str]], labels: Sequence[str] | None
-) -> tuple[Sequence[str], list[RunMetrics]]:
-    if not run_dirs:
-        raise UserError("no run to plot")
-    names = [Path(run).name for run in run_dirs] if labels is None else labels
-    return names, [RunFolder(run).trained_metrics() for run in run_dirs]
 
 
 def _panel(quantity: _Quantity, runs: Sequence[RunMetrics]) -> Panel:
@@ -120,8 +101,11 @@ def _panel(quantity: _Quantity, runs: Sequence[RunMetrics]) -> Panel:
         if quantity.field == "loss":
             curves += _validation(metrics, index)
     curves += [Curve(color="#555555", line=style, label=name.replace("_", " ")) for name, style in styles.items()]
-    from_zero = not quantity.log and quantity.field not in ("loss", "loss_by_loops", "lr") and highest > 0
-    limits = (0, 1.08 * highest) if from_zero else None  # keeps the curve off the frame
+    limits: tuple[float, float] | None = None
+    if quantity.field == "loss":
+        limits = _loss_limits(runs)
+    elif not quantity.log and quantity.field not in ("loss_by_loops", "lr") and highest > 0:
+        limits = (0, 1.08 * highest)  # keeps the curve off the frame
     return Panel(curves, TOKENS, quantity.unit, quantity.title, log_y=quantity.log, limits=limits, legend=8)
 
 
@@ -141,25 +125,25 @@ def _points(quantity: _Quantity, metrics: RunMetrics) -> dict[str, list[tuple[in
     return curves
 
 
-def _smoothed(xs: Sequence[int], ys: Sequence[float], shade: int, label: str = "") -> list[Curve]:
+def _smoothed(xs: Sequence[int], ys: Sequence[float], shade: int) -> list[Curve]:
     """Return two curves: each value faint, and the running mean solid."""
     marker = "." if len(xs) < 3 else ""
     faint = Curve(xs, ys, shade, look={"alpha": 0.25, "linewidth": 0.8})
-    return [faint, Curve(xs, smooth(ys), shade, marker=marker, label=label, look={"linewidth": 1.8})]
+    return [faint, Curve(xs, smooth(ys), shade, marker=marker, look={"linewidth": 1.8})]
 
 
-def _validation(metrics: RunMetrics, shade: int, prefix: str = "", line: Any = "") -> list[Curve]:
+def _validation(metrics: RunMetrics, shade: int) -> list[Curve]:
     curves = []
     look = {"markerfacecolor": "white", "markersize": 6, "linewidth": 1}
     for marker, loop_count in zip(MARKERS, metrics.loop_counts(), strict=False):
         points = metrics.validation_at(loop_count)
-        label = f"{prefix}validation, {plural(loop_count, 'loop')}: {points[-1]['loss']:.3f}"
+        label = f"validation, {plural(loop_count, 'loop')}: {points[-1]['loss']:.3f}"
         tokens, losses = [record["tokens"] for record in points], [record["loss"] for record in points]
-        curves.append(Curve(tokens, losses, shade, line, marker, label, look=look))
+        curves.append(Curve(tokens, losses, shade, "", marker, label, look=look))
     return curves
 
 
-def _y_limits(runs: Sequence[RunMetrics]) -> tuple[float, float] | None:
+def _loss_limits(runs: Sequence[RunMetrics]) -> tuple[float, float] | None:
     """Return limits that show where the runs differ: the steep fall of the first steps is cut off at the top."""
     losses = [record["loss"] for run in runs for record in (*run.train, *run.validation)]
     finite = sorted(loss for loss in losses if math.isfinite(loss))

@@ -112,7 +112,7 @@ def test_the_data_that_the_configuration_reads_is_what_the_demo_makes(commands):
     config = load_config(demo.CONFIG)
     sources = [*config.data.sources, *config.data.train_sources, *config.data.validation_sources]
     assert {source.path for source in sources} <= {str(prefix) for prefix in demo.DATA.values()}
-    assert config.data.tokenizer == str(demo.TOKENIZER_FILES[0])
+    assert config.data.tokenizer == str(demo.TOKENIZER)
 
 
 def test_the_table_and_where_things_lie(commands, capsys):
@@ -162,14 +162,3 @@ def test_a_command_that_fails_is_named(capfd):
     with pytest.raises(UserError, match=r"plot --fast ended with status 2: see above, then run the demo again"):
         demo.start("plot", "--fast")
     assert "RUN" in capfd.readouterr().err
-
-
-def test_columns_align_whatever_is_missing():
-    rows = [
-        demo.ResultRow("PLT", 1_234_567, 600_000, 3.21, {1: 4.0, 2: 3.3}, 75.0),
-        demo.ResultRow("a longer name", 9, 1, 10.5, {}, 4.0),
-    ]
-    lines = demo.results_table(rows).splitlines()
-    assert len({len(line) for line in lines}) == 1
-    assert re.split(r" {2,}", lines[2])[1:] == ["1,234,567", "600,000", "3.210", "4.000", "3.300", "1 min 15 s"]
-    assert re.split(r" {2,}", lines[3])[1:] == ["9", "1", "10.500", "-", "-", "4.0 s"]
