@@ -37,11 +37,10 @@ def _check(arguments: argparse.Namespace) -> int:
     from plt_megatron.runtime.environment import quiet_imports
 
     quiet_imports(logging.WARNING)
-    from plt_megatron.experiments.coordinates import SIZES, Options, check_coordinates, plot, table, verdict
+    from plt_megatron.experiments.coordinates import SIZES, check_coordinates, plot, table, verdict
 
     config = load_config(arguments.config, arguments.overrides)
-    axes = {axis: SIZES[axis] for axis in arguments.axes}
-    results = check_coordinates(config, Options(axes=axes, steps=arguments.steps))
+    results = check_coordinates(config, {axis: SIZES[axis] for axis in arguments.axes}, arguments.steps)
     print(table(results))
     print()
     for result in results:

@@ -9,7 +9,7 @@ best learning rate (arXiv 2203.03466, appendix D.1; 2505.01618 for depth).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,53 +21,28 @@ from plt_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, 
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.figures import Curve, Panel, draw, save
 from plt_megatron.hf.verification import single_process
+from plt_megatron.model.build import build_stage
+from plt_megatron.model.looped_gpt import MicroBatch
 from plt_megatron.run_folder.text import format_table
+from plt_megatron.train.optimizers import groups
 
 FLAT = 1.5  # largest over smallest, at most
 SIZES = {"width": (32, 64, 128), "depth": (2, 4, 8, 16), "loops": (1, 2, 3, 4)}
+BASE = {"width": 64, "depth": 4, "loops": 2}  # where they are not varied
+STEPS, SEED = 5, 1234
 HEAD_DIM, VOCAB_SIZE, ROWS, TOKENS = 16, 128, 2, 32
 
 
 @dataclass(frozen=True)
-class Options:
-    """Options of the check.
-
-    Attributes:
-        axes: sizes to compare by axis, with the other axes at `base`.
-        base: width, depth and loops where they are not varied.
-        steps: steps of AdamW at the configuration's learning rate, without warm-up.
-    """
-
-    axes: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=lambda: dict(SIZES))
-    base: dict[str, int] = dataclasses.field(default_factory=lambda: {"width": 64, "depth": 4, "loops": 2})
-    steps: int = 5
-    seed: int = 1234
-
-
-@dataclass(frozen=True)
-class Coordinates:
-    """Root mean squares over all elements, after the last step."""
-
-    hidden: float  # the last loop's output, before the final norm
-    logits: float
-    hidden_update: float
-    logits_update: float
-
-    @property
-    def values(self) -> dict[str, float]:
-        return {name.replace("_", " "): value for name, value in vars(self).items()}
-
-
-@dataclass(frozen=True)
 class Result:
-    """The measurements of one axis, by size."""
+    """The measurements of one axis: size -> quantity -> root mean square over all elements, after the last step."""
 
     axis: str
-    measured: dict[int, Coordinates]
+    measured: dict[int, dict[str, float]]
 
     def spread(self) -> dict[str, float]:
         """Return the ratio of largest to smallest of each quantity."""
-        every = [coordinates.values for coordinates in self.measured.values()]
+        every = list(self.measured.values())
         return {name: max(one[name] for one in every) / min(one[name] for one in every) for name in every[0]}
 
     @property
@@ -75,21 +50,24 @@ class Result:
         return max(self.spread().values()) <= FLAT
 
 
-def check_coordinates(config: RunConfig, options: Options | None = None) -> list[Result]:
-    """Measure every axis. Runs on the CPU, in fp32, on the torch backend.
+def check_coordinates(config: RunConfig, axes: Mapping[str, Sequence[int]] = SIZES, steps: int = STEPS) -> list[Result]:
+    """Measure along axes, on the CPU, in fp32, on the torch backend.
+
+    Args:
+        axes: sizes to compare by axis; the other axes are at `BASE`.
+        steps: steps of AdamW at the configuration's learning rate, without warm-up.
 
     Raises:
         UserError: the check does not support this kind of configuration.
     """
-    options = options or Options()
     if config.model.loop_span is not None:
         raise UserError("the coordinate check needs models whose layers all loop; set model.loop_span=null")
     if config.optimizer.name != "adam":
         raise UserError(f"the coordinate check needs Adam, not {config.optimizer.name}; set optimizer.name=adam")
     results = []
     with single_process():
-        for axis, sizes in options.axes.items():
-            measured = {size: _measure(config, {**options.base, axis: size}, options) for size in sizes}
+        for axis, sizes in axes.items():
+            measured = {size: _measure(config, {**BASE, axis: size}, steps) for size in sizes}
             results.append(Result(axis, measured))
     return results
 
@@ -99,7 +77,7 @@ def table(results: Sequence[Result]) -> str:
     rows = []
     for result in results:
         for size, coordinates in result.measured.items():
-            rows.append([f"{result.axis} {size}", *(f"{value:.4g}" for value in coordinates.values.values())])
+            rows.append([f"{result.axis} {size}", *(f"{value:.4g}" for value in coordinates.values())])
         rows.append(["  largest / smallest", *(f"{value:.2f}" for value in result.spread().values())])
     return format_table(rows, header=["", *results[0].spread()])
 
@@ -119,7 +97,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
         curves = [
             Curve(
                 list(result.measured),
-                [coordinates.values[name] for coordinates in result.measured.values()],
+                [coordinates[name] for coordinates in result.measured.values()],
                 index,
                 marker="o",
                 label="" if place else name,
@@ -133,23 +111,27 @@ def plot(results: Sequence[Result], path: Path) -> None:
     save(draw(panels, 4.2, 3.4, len(results)), path)
 
 
-def _measure(config: RunConfig, size: dict[str, int], options: Options) -> Coordinates:
-    stage = _build(_resized(config.model, size), options.seed)
-    batch = torch.randint(0, VOCAB_SIZE, (ROWS, TOKENS + 1), generator=torch.Generator().manual_seed(options.seed))
+def _measure(config: RunConfig, size: dict[str, int], steps: int) -> dict[str, float]:
+    stage = _build(_resized(config.model, size))
+    batch = torch.randint(0, VOCAB_SIZE, (ROWS, TOKENS + 1), generator=torch.Generator().manual_seed(SEED))
     adam = _adam(dataclasses.replace(config, model=stage.plt), stage)
     hidden, logits = _forward(stage, batch)
-    for _ in range(options.steps):
-        _loss(stage, batch).backward()
+    for _ in range(steps):
+        stage(MicroBatch(batch[:, :-1].contiguous(), labels=batch[:, 1:].contiguous())).mean().backward()
         adam.step()
         adam.zero_grad()
     after_hidden, after_logits = _forward(stage, batch)
-    return Coordinates(_rms(after_hidden), _rms(after_logits), _rms(after_hidden - hidden), _rms(after_logits - logits))
+    found = {
+        "hidden": after_hidden,  # the last loop's output, before the final norm
+        "logits": after_logits,
+        "hidden update": after_hidden - hidden,
+        "logits update": after_logits - logits,
+    }
+    return {name: float(tensor.square().mean().sqrt()) for name, tensor in found.items()}
 
 
 def _adam(config: RunConfig, stage: Any) -> torch.optim.AdamW:
     """Build AdamW with training's rates for each kind of parameter, without weight decay."""
-    from plt_megatron.train.optimizers import groups
-
     settings = config.optimizer
     kinds = [
         {
@@ -182,37 +164,22 @@ def _resized(model: ModelConfig, size: dict[str, int]) -> ModelConfig:
     )
 
 
-def _build(model: ModelConfig, seed: int) -> Any:
-    from plt_megatron.model.build import build_stage
-
+def _build(model: ModelConfig) -> Any:
     config = RunConfig(
         model=model,
         parallel=ParallelConfig(),
         data=DataConfig(sequence_length=TOKENS),
-        training=TrainingConfig(precision="fp32", seed=seed),
+        training=TrainingConfig(precision="fp32", seed=SEED),
     )
     return build_stage(config, VOCAB_SIZE)
-
-
-def _loss(stage: Any, batch: Tensor) -> Tensor:
-    from plt_megatron.model.looped_gpt import MicroBatch
-
-    losses: Tensor = stage(MicroBatch(batch[:, :-1].contiguous(), labels=batch[:, 1:].contiguous()))
-    return losses.mean()
 
 
 @torch.no_grad()
 def _forward(stage: Any, batch: Tensor) -> tuple[Tensor, Tensor]:
     """Return (the last loop's output, logits)."""
-    from plt_megatron.model.looped_gpt import MicroBatch
-
     seen: list[Tensor] = []
     norm = stage.get_submodule("final_layernorm")
     hook = norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     logits = stage(MicroBatch(batch[:, :-1].contiguous()))[..., :VOCAB_SIZE]
     hook.remove()
     return seen[-1], logits
-
-
-def _rms(tensor: Tensor) -> float:
-    return float(tensor.square().mean().sqrt())

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+import numpy as np
 
 from plt_megatron.experiments.diagnostics.diagnose import Diagnosis
 from plt_megatron.experiments.intervals import LEVEL
@@ -57,7 +60,7 @@ def decide(diagnosis: Diagnosis, *, sequence_length: int, hidden_size: int) -> D
     Args:
         sequence_length, hidden_size: bounds of the effective rank.
     """
-    cautions = _cautions(diagnosis, sequence_length, hidden_size)
+    cautions = list(_cautions(diagnosis, sequence_length, hidden_size))
     if diagnosis.loop_count == 1:
         answer = (
             "The model has one loop: its states, attention and loss are measured, but the rule compares loops and "
@@ -65,7 +68,7 @@ def decide(diagnosis: Diagnosis, *, sequence_length: int, hidden_size: int) -> D
         )
         return Decision("one_loop", 1, answer, cautions=cautions)
     steps = [_step(diagnosis, loop) for loop in range(2, diagnosis.loop_count + 1)]
-    signs = [*_loss_signs(diagnosis), *_oscillation(diagnosis), *_peak(diagnosis)]
+    signs = list(_signs(diagnosis))
     end = next((step for step in steps if step.direction != "rises"), None)
     if end is None:
         loops = diagnosis.loop_count
@@ -100,52 +103,38 @@ def _signed(step: Step) -> str:
     return f"{step.difference:+.2f} [{step.low:+.2f}, {step.high:+.2f}]"
 
 
-def _loss_signs(diagnosis: Diagnosis) -> list[str]:
-    found = []
+def _signs(diagnosis: Diagnosis) -> Iterator[str]:
     for loop in range(2, diagnosis.loop_count + 1):
         change = diagnosis.differences["lens_loss"].at(loop)
         if change.is_known:
             what = ("does not clearly change", "raises", "lowers")[change.sign]
-            found.append(f"Loop {loop} {what} the loss: {change.text('+.4f')} nats per token.")
-    return found
-
-
-def _oscillation(diagnosis: Diagnosis) -> list[str]:
-    found = []
+            yield f"Loop {loop} {what} the loss: {change.text('+.4f')} nats per token."
     for loop in range(2, diagnosis.loop_count + 1):
         cosine = diagnosis.loops["update_cosine"].at(loop)
         if cosine.sign:
             back = f"partly takes back what loop {loop - 1} did (oscillation)"
             what = back if cosine.sign < 0 else f"continues in the direction of loop {loop - 1}"
-            found.append(f"Loop {loop} {what}: update cosine {cosine.text('+.2f')}.")
-    return found
+            yield f"Loop {loop} {what}: update cosine {cosine.text('+.2f')}."
+    if diagnosis.loop_count > 2:
+        shares = diagnosis.loops["peak_loop"].mean
+        loop = 2 + int(np.argmax(shares[2:]))
+        if not math.isnan(shares[loop]):
+            yield f"Predictions change most at loop {loop} for {100 * shares[loop]:.0f} % of the tokens."
 
 
-def _peak(diagnosis: Diagnosis) -> list[str]:
-    if diagnosis.loop_count < 3:
-        return []
-    shares = diagnosis.loops["peak_loop"].mean
-    loop = max(range(2, len(shares)), key=lambda index: float(shares[index]))
-    if math.isnan(shares[loop]):
-        return []
-    return [f"Predictions change most at loop {loop} for {100 * shares[loop]:.0f} % of the tokens."]
-
-
-def _cautions(diagnosis: Diagnosis, sequence_length: int, hidden_size: int) -> list[str]:
-    found = []
+def _cautions(diagnosis: Diagnosis, sequence_length: int, hidden_size: int) -> Iterator[str]:
     if diagnosis.sequences == 1:
-        found.append("A single sequence: no intervals, and nothing can be decided.")
+        yield "A single sequence: no intervals, and nothing can be decided."
     elif diagnosis.sequences < FEW_SEQUENCES:
-        found.append(f"{diagnosis.sequences} sequences are few for {LEVEL:.0%} intervals.")
+        yield f"{diagnosis.sequences} sequences are few for {LEVEL:.0%} intervals."
     if diagnosis.loop_count > 1:
-        found.append(
+        yield (
             f"These weights were trained for {diagnosis.loop_count} loops, on the loss of the last one unless "
             "training.loop_loss_weights said otherwise: a model trained for fewer loops would be a different one. The "
             "rule proposes; a sweep over loop counts decides."
         )
     if diagnosis.loops["effective_rank"].mean.max() > 0.9 * min(sequence_length, hidden_size):
-        found.append(
+        yield (
             f"The effective rank is near its bound, the smaller of sequence length ({sequence_length}) and hidden size "
             f"({hidden_size}): it can hardly rise."
         )
-    return found

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,7 @@ class Recording:
             handles.append(attention.o_proj.register_forward_pre_hook(self._keep_head_outputs))
             if attention.plt_gate is not None:
                 handles.append(attention.plt_gate.register_forward_hook(self._keep_gate))
-            handles.append(attention.register_forward_hook(self._attention_hook(index), with_kwargs=True))
+            handles.append(attention.register_forward_hook(partial(self._add_layer, index), with_kwargs=True))
         try:
             yield
         finally:
@@ -83,30 +84,25 @@ class Recording:
     def _keep_head_outputs(self, module: Any, args: tuple[Tensor]) -> None:
         self._head_outputs = args[0][0]  # [T, H * D]
 
-    def _attention_hook(self, layer: int) -> Any:
-        def hook(module: Any, args: tuple, kwargs: dict[str, Any], out: tuple) -> None:
-            hidden_states, _, shared_key, shared_value = args
-            state = kwargs["state"]
-            assert state.loop is not None and kwargs["cache"] is None
-            # The state of the last loop also serves one more loop: later loops have the same rules.
-            self._pass, self._shared[layer] = state, (shared_key, shared_value)
-            query = rotate(module._heads(module.q_proj(hidden_states), module.q_norm), state.cos, state.sin)
-            query = query[0].transpose(0, 1)
-            own_key = out[2]
-            key = own_key if shared_key is None else shared_key
-            self._add_attention("global", layer, state.loop + 1, Attention(query, key[0], module.scaling))
-            if self._gate is not None:
-                local = Attention(query, own_key[0], module.scaling, self._model.config.window_size)
-                self._add_attention("local", layer, state.loop + 1, local)
-                self.by_head["gate_mean"][state.loop + 1, layer] = self._gate.double().mean((0, 2)).cpu()
-            assert self._head_outputs is not None
-            outputs = self._head_outputs.unflatten(-1, (query.shape[0], -1))
-            rank, cosine = head_diversity(outputs)
-            self.by_layer["head_rank"][state.loop + 1, layer] = rank
-            self.by_layer["head_cosine"][state.loop + 1, layer] = cosine
-            self._gate = self._head_outputs = None
-
-        return hook
+    def _add_layer(self, layer: int, module: Any, args: tuple, kwargs: dict[str, Any], out: tuple) -> None:
+        hidden_states, _, shared_key, shared_value = args
+        state = kwargs["state"]
+        assert state.loop is not None and kwargs["cache"] is None and self._head_outputs is not None
+        # The state of the last loop also serves one more loop: later loops have the same rules.
+        self._pass, self._shared[layer] = state, (shared_key, shared_value)
+        query = rotate(module._heads(module.q_proj(hidden_states), module.q_norm), state.cos, state.sin)
+        query = query[0].transpose(0, 1)
+        own_key, loop = out[2], state.loop + 1
+        key = own_key if shared_key is None else shared_key
+        self._add_attention("global", layer, loop, Attention(query, key[0], module.scaling))
+        if self._gate is not None:
+            local = Attention(query, own_key[0], module.scaling, self._model.config.window_size)
+            self._add_attention("local", layer, loop, local)
+            self.by_head["gate_mean"][loop, layer] = self._gate.double().mean((0, 2)).cpu()
+        rank, cosine = head_diversity(self._head_outputs.unflatten(-1, (query.shape[0], -1)))
+        self.by_layer["head_rank"][loop, layer] = rank
+        self.by_layer["head_cosine"][loop, layer] = cosine
+        self._gate = self._head_outputs = None
 
     def _add_attention(self, kind: str, layer: int, loop: int, attention: Attention) -> None:
         previous = self._previous.get((layer, kind))
@@ -236,14 +232,14 @@ MEASURES = (
 )
 
 
-def measures_for(*, loop_count: int, cross_loop_parallel: bool, gated_window: bool) -> list[Measure]:
-    """Return the measures that a model with these settings has."""
+def measures_for(config: Any) -> list[Measure]:
+    """Return the measures that a model with this `PLTConfig` has."""
     return [
         measure
         for measure in MEASURES
-        if measure.first_loop <= loop_count
-        and (cross_loop_parallel or not measure.clp_only)
-        and (gated_window or not measure.window_only)
+        if measure.first_loop <= config.loop_count
+        and (config.cross_loop_parallel or not measure.clp_only)
+        and (config.gated_window or not measure.window_only)
     ]
 
 
@@ -296,7 +292,7 @@ def diagnose(
         progress: called with the number of sequences done and in total.
     """
     total = len(held_out.tokens)
-    wanted = _measures_of(model.config)
+    wanted = measures_for(model.config)
     rows: list[dict[str, np.ndarray]] = []
     for index in range(total):
         tokens = torch.from_numpy(held_out.tokens[index]).to(model.device)
@@ -314,14 +310,6 @@ def diagnose(
         if measure.name in DIFFERENCES:
             differences[measure.name] = bootstrap.intervals(np.diff(values, axis=1, prepend=math.nan))
     return Diagnosis(model.config.loop_count, wanted, loops, details, differences, total, model.config.gate_activation)
-
-
-def _measures_of(config: Any) -> list[Measure]:
-    return measures_for(
-        loop_count=config.loop_count,
-        cross_loop_parallel=config.cross_loop_parallel,
-        gated_window=config.gated_window,
-    )
 
 
 @torch.no_grad()

@@ -158,32 +158,24 @@ def _from_index(prefix: str, tokenizer: Tokenizer | None, length: int, count: in
 # ---------------------------------------------------------------- text
 
 
-class _Reader:
-    """Tokenizes the documents of files, and counts those that could not be used."""
-
-    def __init__(self, data: str, tokenizer: Tokenizer) -> None:
-        self.bad, self.reason, self._tokenizer = 0, "", tokenizer
-        self._readers = open_inputs([data], ReadOptions())
-
-    def documents(self) -> Iterator[np.ndarray]:
-        for reader in self._readers:
-            for document in Span(reader).documents():
-                if document.text is None:
-                    self.bad += 1
-                    self.reason = self.reason or f"{reader.path}, line {document.line}: {document.reason}"
-                    continue
-                ids, _ = self._tokenizer.encode_flat([document.text])
-                yield np.append(ids.astype(np.int64), self._tokenizer.eod)
+def _documents(data: str, tokenizer: Tokenizer, bad: list[str]) -> Iterator[np.ndarray]:
+    """Yield the ids of each document; add why to `bad` for each that is empty or cannot be read."""
+    for reader in open_inputs([data], ReadOptions()):
+        for document in Span(reader).documents():
+            if document.text is None:
+                bad.append(f"{reader.path}, line {document.line}: {document.reason}")
+            else:
+                ids, _ = tokenizer.encode_flat([document.text])
+                yield np.append(ids.astype(np.int64), tokenizer.eod)
 
 
 def _from_text(data: str, tokenizer: Tokenizer, length: int, count: int, seed: int) -> HeldOut:
     """Draw sequences by reservoir sampling: memory holds the sequences drawn and one document."""
-    reader = _Reader(data, tokenizer)
-    rng = random.Random(seed)
+    rng, bad = random.Random(seed), list[str]()
     kept: list[tuple[int, np.ndarray, np.ndarray]] = []
     tokens, starts = np.empty(0, np.int64), np.empty(0, bool)
     total = seen = 0
-    for ids in reader.documents():
+    for ids in _documents(data, tokenizer, bad):
         total += len(ids)
         tokens = np.concatenate((tokens, ids))
         starts = np.concatenate((starts, np.arange(len(ids)) == 0))
@@ -199,8 +191,8 @@ def _from_text(data: str, tokenizer: Tokenizer, length: int, count: int, seed: i
         if seen >= POOL * count:
             break
     if not total:
-        raise UserError(f"{data} holds no text" + (f" ({reader.reason})" if reader.reason else ""))
+        raise UserError(f"{data} holds no text" + (f" ({bad[0]})" if bad else ""))
     if not kept:
         raise _too_short(data, total, length)
     kept.sort(key=lambda item: item[0])
-    return HeldOut(np.stack([item[1] for item in kept]), np.stack([item[2] for item in kept]), seen, reader.bad)
+    return HeldOut(np.stack([item[1] for item in kept]), np.stack([item[2] for item in kept]), seen, len(bad))

@@ -230,7 +230,6 @@ def attention_statistics(
 
 
 def _seen(rows: slice, keys: slice, reach: int, documents: Tensor | None, device: torch.device) -> Tensor:
-    """Return bool [rows, keys]: whether a query sees a key."""
     i = torch.arange(rows.start, rows.stop, device=device)[:, None]
     j = torch.arange(keys.start, keys.stop, device=device)[None]
     seen = (j <= i) & (i - j < reach)

@@ -6,7 +6,7 @@ import pytest
 
 from plt_megatron.commands.check_coordinates import main
 from plt_megatron.config.loader import load_config
-from plt_megatron.experiments.coordinates import FLAT, Coordinates, Options, Result, check_coordinates, verdict
+from plt_megatron.experiments.coordinates import FLAT, Result, check_coordinates, verdict
 
 CONFIG = "configs/runs/plt2_demo.yaml"
 ADAM = "optimizer.name=adam"
@@ -55,12 +55,13 @@ def test_other_optimizers_are_refused(capsys):
 def test_each_part_of_recommended_is_needed(broken, axis):
     config = load_config(CONFIG, [ADAM, "model.loop_preset=recommended", *broken])
     sizes = {"loops": (1, 4), "depth": (2, 16)}[axis]
-    (result,) = check_coordinates(config, Options(axes={axis: sizes}))
+    (result,) = check_coordinates(config, {axis: sizes})
     assert not result.is_flat
 
 
 def test_the_worst_quantity_decides():
-    small, large = Coordinates(1.0, 1.0, 1.0, 1.0), Coordinates(1.0, 1.0, 1.0, FLAT + 0.1)
+    small = {"hidden": 1.0, "logits update": 1.0}
+    large = small | {"logits update": FLAT + 0.1}
     assert Result("loops", {1: small, 2: small}).is_flat
     result = Result("loops", {1: small, 2: large, 3: small})
     assert not result.is_flat

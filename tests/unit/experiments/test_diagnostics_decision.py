@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from plt_megatron.experiments.diagnostics.decision import decide
-from plt_megatron.experiments.diagnostics.diagnose import DIFFERENCES, Diagnosis, measures_for
+from plt_megatron.experiments.diagnostics.diagnose import DIFFERENCES, Diagnosis
 from plt_megatron.experiments.intervals import Intervals
 
 
@@ -35,8 +35,7 @@ def diagnosis(ranks, half=1.0, cosines=None, losses=None, peaks=None, sequences=
         "update_cosine": around(nothing if cosines is None else [math.nan] * 2 + cosines, half and half / 20),
         "peak_loop": around(nothing if peaks is None else [math.nan] * 2 + peaks, half),
     }
-    measures = measures_for(loop_count=loops, cross_loop_parallel=True, gated_window=True)
-    return Diagnosis(loops, measures, by_loop, {}, changes, sequences)
+    return Diagnosis(loops, [], by_loop, {}, changes, sequences)
 
 
 def rule(*arguments, **options):
@@ -54,20 +53,19 @@ def test_the_papers_model_of_four_loops_says_two():
     assert not any("Loop 4" in sign and "direction" in sign for sign in found.signs), "its interval has zero in it"
 
 
-def test_a_rank_that_rises_to_the_end_asks_for_another_loop():
-    found = rule([100.0, 120.0, 130.0])
-    assert (found.verdict, found.loops) == ("add", 3) and "try 4 loops" in found.answer
-
-
-def test_a_rank_that_falls_at_once_says_one_loop():
-    found = rule([100.0, 90.0, 120.0])
-    assert (found.verdict, found.loops) == ("stop", 1) and "stop at 1 loop." in found.answer
-
-
-def test_an_interval_with_zero_in_it_decides_nothing():
-    found = rule([100.0, 120.0, 120.5])
-    assert (found.verdict, found.loops) == ("undecided", 2)
-    assert "do not decide" in found.answer and "[-0.50, +1.50]" in found.answer
+@pytest.mark.parametrize(
+    ("ranks", "verdict", "loops", "said"),
+    [
+        ([100.0, 120.0, 130.0], "add", 3, ["try 4 loops"]),
+        ([100.0, 90.0, 120.0], "stop", 1, ["stop at 1 loop."]),
+        ([100.0, 120.0, 120.5], "undecided", 2, ["do not decide", "[-0.50, +1.50]"]),
+    ],
+    ids=["rises to the end", "falls at once", "an interval with zero in it"],
+)
+def test_the_rule(ranks, verdict, loops, said):
+    found = rule(ranks)
+    assert (found.verdict, found.loops) == (verdict, loops)
+    assert all(text in found.answer for text in said)
 
 
 def test_one_sequence_decides_nothing():
