@@ -19,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.planted_law import Luck, PlantedLaw, synthetic_study
 from plt_megatron.experiments.law import fit_law
-from plt_megatron.experiments.solver import Model
+from plt_megatron.experiments.solver import Run
 from plt_megatron.run_folder.text import format_table
 
 TARGET = (0.90, 0.99)
-FARTHER = Model("PLT", 0.0, 1e7, 2, 3e7)  # twice the largest size, three times the longest horizon
+FARTHER = Run("PLT", 0.0, 1e7, 2, 3e7)  # twice the largest size, three times the longest horizon
 
 
 def main() -> int:

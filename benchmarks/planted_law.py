@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from plt_megatron.experiments.solver import Model, Observation
+from plt_megatron.experiments.solver import Run
 
 SIZES = (0.3e6, 0.7e6, 1.5e6, 3e6, 5e6)
 HORIZONS = (2.5e6, 5e6, 1e7)
@@ -24,7 +24,7 @@ class PlantedLaw:
     beta: float = 0.4
     phis: dict[str, float] = field(default_factory=lambda: {"PLT": 0.5, "naive loop": 0.4})
 
-    def loss(self, model: Model) -> float:
+    def loss(self, model: Run) -> float:
         """Without luck."""
         phi = self.phis.get(model.variant, 0.0)
         size = model.once + model.loops**phi * model.looped
@@ -49,7 +49,7 @@ def synthetic_study(
     loops: Sequence[int] = (1, 2, 3),
     horizons: Sequence[float] = HORIZONS,
     seeds: Sequence[int] = (1,),
-) -> list[Observation]:
+) -> list[Run]:
     """What the runs of every combination would say; runs of one loop serve all variants. `number`: of the draw."""
     rng = np.random.default_rng(number)
     wirings = [("", 1)] if 1 in loops else []
@@ -61,8 +61,8 @@ def synthetic_study(
             for variant, count in wirings:
                 own = common + luck.trunk * rng.standard_normal()
                 for tokens in horizons:
-                    model = Model(variant, 0.0, size, count, tokens)
+                    model = Run(variant, 0.0, size, count, tokens)
                     loss = law.loss(model) + own + luck.run * rng.standard_normal()
                     block = f"{variant}-{size:g}-{count}-{seed}"
-                    observations.append(Observation(variant, 0.0, size, count, tokens, loss, block, seed))
+                    observations.append(Run(variant, 0.0, size, count, tokens, loss, block, seed))
     return observations

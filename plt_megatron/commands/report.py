@@ -40,7 +40,6 @@ def _report(arguments: argparse.Namespace) -> None:
     from plt_megatron.experiments.decode_time import DecodeProtocol
     from plt_megatron.experiments.pages import PAGE
     from plt_megatron.experiments.sweep_report import write_report
-    from plt_megatron.experiments.verdicts import by_question
 
     protocol = None
     if arguments.measure_decode:
@@ -48,10 +47,8 @@ def _report(arguments: argparse.Namespace) -> None:
     report = write_report(arguments.sweep, arguments.output, protocol)
     for problem in report.problems:
         print(f"note: {problem}")
-    for question, found in by_question(report.verdicts).items():
-        for verdict in found:
-            group = f"{verdict.group}, " if verdict.group else ""
-            print(f"{group}at equal {question}: {verdict.text}")
+    for verdict in report.verdicts:
+        print(f"{verdict.asked}: {verdict.text}")
     for answer in report.answers:
         group = f"{answer.group}, " if answer.group else ""
         print(f"{group}{answer.question}? {answer.text}")

@@ -53,13 +53,7 @@ def _study(arguments: argparse.Namespace) -> int:
     require("plt study", "jinja2", "scipy")
     from plt_megatron.experiments.study.rounds import StudyOptions, run_study
 
-    options = StudyOptions(
-        dry_run=arguments.dry_run,
-        submit=sweep.submit_options(arguments) if arguments.slurm else None,
-        jobs=arguments.jobs,
-        gpu=arguments.gpu,
-        retry_failed=arguments.retry_failed,
-        report_only=arguments.report,
-    )
+    own = {"retry_failed": arguments.retry_failed, "report_only": arguments.report}
+    options = StudyOptions(**sweep.run_options(arguments), **own)
     budget = [f"budget={arguments.budget}"] if arguments.budget else []
     return run_study(arguments.config, [*arguments.settings, *budget], options)

@@ -13,13 +13,10 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from plt_megatron.commands import CommandParser, submit
 from plt_megatron.errors import run_command
-
-if TYPE_CHECKING:
-    from plt_megatron.slurm.submission import Options
 
 
 def _parser() -> CommandParser:
@@ -79,18 +76,15 @@ def main(argv: Sequence[str]) -> int:
 def _sweep(arguments: argparse.Namespace) -> int:
     from plt_megatron.experiments.sweep import RunOptions, run_sweep
 
-    options = RunOptions(
-        dry_run=arguments.dry_run,
-        submit=submit_options(arguments) if arguments.slurm else None,
-        jobs=arguments.jobs,
-        gpu=arguments.gpu,
-    )
-    return run_sweep(arguments.config, arguments.settings, options)
+    return run_sweep(arguments.config, arguments.settings, RunOptions(**run_options(arguments)))
 
 
-def submit_options(arguments: argparse.Namespace) -> Options:
-    """Return the options of the jobs that `--slurm` submits."""
-    given = ["--cluster", arguments.cluster, *shlex.split(arguments.submit)]
-    if arguments.max_concurrent is not None:
-        given += ["--max-concurrent", str(arguments.max_concurrent)]
-    return submit.read_options(given)
+def run_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of `RunOptions`."""
+    options = {name: getattr(arguments, name) for name in ("dry_run", "jobs", "gpu")}
+    if arguments.slurm:
+        given = ["--cluster", arguments.cluster, *shlex.split(arguments.submit)]
+        if arguments.max_concurrent is not None:
+            given += ["--max-concurrent", str(arguments.max_concurrent)]
+        options["submit"] = submit.read_options(given)
+    return options

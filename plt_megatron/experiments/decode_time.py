@@ -70,7 +70,7 @@ def measure(results: SweepResults, protocol: DecodeProtocol) -> Measurement:
 
     rows = [row for row in make_rows(results) if row.losses]
     chosen = _choose(results, rows)
-    models = {name: _load(_export(result, results.plan.folder)) for name, result in chosen.items()}
+    models = {name: _load(result, _export_of(result, results)) for name, result in chosen.items()}
     with torch.inference_mode():
         slices, cache_bytes = _take_turns(models, protocol)
     timings = {}
@@ -96,9 +96,8 @@ def _choose(results: SweepResults, rows: Sequence[Row]) -> dict[str, RunResult]:
     chosen: dict[str, RunResult] = {}
     for row in rows:
         for result in row.results:
-            if result.status == "used" and (
-                _is_exported(result, results.plan.folder) or result.run.folder.latest_checkpoint(verify=False)
-            ):
+            is_exported = (_export_of(result, results) / "config.json").exists()
+            if result.status == "used" and (is_exported or result.run.folder.latest_checkpoint(verify=False)):
                 chosen.setdefault(row.name, result)
     without = [row.name for row in rows if row.name not in chosen]
     if without:
@@ -111,25 +110,19 @@ def _choose(results: SweepResults, rows: Sequence[Row]) -> dict[str, RunResult]:
     return chosen
 
 
-def _is_exported(result: RunResult, folder: Path) -> bool:
-    return (folder / EXPORTS / result.run.name / "config.json").exists()
+def _export_of(result: RunResult, results: SweepResults) -> Path:
+    return results.plan.folder / EXPORTS / result.run.name
 
 
-def _export(result: RunResult, folder: Path) -> Path:
-    """Export the run's last checkpoint as a Hugging Face folder; an existing export is reused."""
-    from plt_megatron.hf.exporting import ExportOptions, export
-
-    output = folder / EXPORTS / result.run.name
-    if not _is_exported(result, folder):
-        export(ExportOptions(checkpoint=result.run.folder.path, output=output))
-    return output
-
-
-def _load(folder: Path) -> Any:
+def _load(result: RunResult, folder: Path) -> Any:
+    """Load the run's last checkpoint from its export in `folder`, which is made unless it exists."""
     from transformers.utils import logging
 
+    from plt_megatron.hf.exporting import ExportOptions, export
     from plt_megatron.hf.modeling_plt import PLTForCausalLM
 
+    if not (folder / "config.json").exists():
+        export(ExportOptions(checkpoint=result.run.folder.path, output=folder))
     logging.disable_progress_bar()
     return PLTForCausalLM.from_pretrained(str(folder), dtype="auto").eval()
 

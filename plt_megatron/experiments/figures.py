@@ -6,9 +6,8 @@ import io
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +74,6 @@ class Panel:
         level, at: positions of a horizontal and a vertical line.
         limits, x_limits: ranges of y and x; None: as the curves require.
         ticks: labels by position along x.
-        shown: values of y to keep in view, where not all of the curves are, and margins below and above, as shares of
-            their span.
         legend: font size of the legend; `beside`: to the right of the panel, not on it.
     """
 
@@ -89,7 +86,6 @@ class Panel:
     level: float | None = None
     at: float | None = None
     at_label: str = ""
-    shown: tuple[Iterable[float], float, float] | None = None
     limits: tuple[float | None, float | None] | None = None
     x_limits: tuple[float, float] | None = None
     ticks: dict[float, str] | None = None
@@ -100,15 +96,11 @@ class Panel:
 
 @dataclass(frozen=True)
 class Named:
-    """A figure of a page, the stem of its file name and its caption.
-
-    `titles`: gid of an artist -> its tooltip.
-    """
+    """A figure of a page, the stem of its file name and its caption."""
 
     name: str
     caption: str
     figure: Figure
-    titles: dict[str, str] = field(default_factory=dict)
 
 
 def color(index: int) -> str:
@@ -116,37 +108,29 @@ def color(index: int) -> str:
     return COLORS[index % len(COLORS)]
 
 
-def drawn(name: str, caption: str, panels: Sequence[Panel], width: float, height: float, columns: int = 1) -> Named:
-    """Draw a page's figure of panels, each `width` x `height` inches."""
-    titles = {_gid(*place): curve.title for place, curve in _placed(panels) if curve.title}
-    return Named(name, caption, draw(panels, width, height, columns), titles)
+def line(index: int) -> Any:
+    """Return the line style of the row at `index`: another one each time that the colors begin again."""
+    return LINES[(index // len(COLORS)) % len(LINES)]
 
 
 def draw(panels: Sequence[Panel], width: float, height: float, columns: int = 1) -> Figure:
     """Draw a figure of panels, each `width` x `height` inches."""
     figure, plots = new_figure(width, height, len(panels), columns)
-    for place, curve in _placed(panels):
-        _draw(plots[place[0]], curve, _gid(*place))
     for axes, panel in zip(plots, panels, strict=True):
+        for curve in panel.curves:
+            _draw(axes, curve)
         _finish(axes, panel)
     return figure
 
 
-def _placed(panels: Sequence[Panel]) -> Iterator[tuple[tuple[int, int], Curve]]:
-    for place, panel in enumerate(panels):
-        yield from (((place, number), curve) for number, curve in enumerate(panel.curves))
-
-
-def _gid(panel: int, curve: int) -> str:
-    return f"curve{panel}-{curve}"
-
-
-def _draw(axes: Axes, curve: Curve, gid: str) -> None:
+def _draw(axes: Axes, curve: Curve) -> None:
     options = {"color": curve.shade, "linestyle": curve.line, "marker": curve.marker, "label": curve.label or None}
     if curve.bars is not None:
         axes.errorbar(curve.x, curve.y, yerr=curve.bars, **({"capsize": 3} | options | curve.look))
         return
-    axes.plot(curve.x, curve.y, gid=gid if curve.title else None, **({"linewidth": 1.5} | options | curve.look))
+    # matplotlib knows no tooltips: `svg` makes them of such ids.
+    gid = f"title:{curve.title}" if curve.title else None
+    axes.plot(curve.x, curve.y, gid=gid, **({"linewidth": 1.5} | options | curve.look))
     if curve.band is not None:
         axes.fill_between(curve.x, *curve.band, color=curve.shade, alpha=0.15, linewidth=0)
 
@@ -178,13 +162,16 @@ def _finish(axes: Axes, panel: Panel) -> None:
         axes.axvline(panel.at, color="#666666", linewidth=0.8, linestyle=":", label=panel.at_label or None)
     if panel.limits is not None:
         axes.set_ylim(*panel.limits)
-    if panel.shown is not None:
-        values, below, above = panel.shown
-        finite = [value for value in values if math.isfinite(value)]
-        if finite:
-            span = max(finite) - min(finite) or 0.1
-            axes.set_ylim(min(finite) - below * span, max(finite) + above * span)
     add_legend(axes, panel.legend, beside=panel.beside)
+
+
+def limits_around(values: Iterable[float], below: float, above: float) -> tuple[float, float] | None:
+    """Return limits that keep finite values in view, with margins as shares of their span; None without any."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return None
+    span = max(finite) - min(finite) or 0.1
+    return min(finite) - below * span, max(finite) + above * span
 
 
 def new_figure(width: float, height: float, count: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
@@ -252,12 +239,9 @@ def svg(named: Named) -> str:
     text = stream.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="title:([^"]*)">', r"<g><title>\1</title>", text)
     # Figures on one page must not share ids.
     text = re.sub(r'\bid="', f'id="{named.name}-', text)
     text = re.sub(r'(href="|url\()#', rf"\1#{named.name}-", text)
-    for gid, title in named.titles.items():
-        text = text.replace(
-            f'<g id="{named.name}-{gid}">', f'<g id="{named.name}-{gid}"><title>{escape(title)}</title>'
-        )
     # As wide as the page, but no wider than drawn: a small figure would have huge letters.
     return re.sub(r'width="([\d.]+pt)" height="[\d.]+pt"', r'style="max-width: \1"', text, count=1)

@@ -1,35 +1,6 @@
 """The YAML files of sweeps and studies: a base run, what varies, seeds, and what to hold equal or decide.
 
-A sweep's runs are all combinations of its axes:
-
-    base: ../runs/plt2_demo.yaml          # a run configuration, relative to this file
-    set: {training.micro_batch_size: 8}   # settings of every run
-    axes:
-      model.loop_count: [1, 2, 3, 4]      # a configuration key and its values
-      size:                               # or a name of your own, and named sets of settings
-        small: {model.num_layers: 2, model.hidden_size: 64}
-        large: {model.num_layers: 4, model.hidden_size: 128}
-    seeds: [1, 2, 3]
-    match_budget: tokens
-    questions:                            # pairs of the compared axis' values for the report to compare
-      does the second loop help: [2 loops, 1 loop]
-
-A study chooses its runs in rounds:
-
-    base: ../sweeps/base/demo_1m.yaml
-    variants:                             # how loops are wired; the first is the one the answer is about
-      PLT: {}
-      naive loop: {model.cross_loop_parallel: false, model.share_kv: false, model.gated_window: false}
-    sizes:
-      0.3M: {model.num_layers: 4, model.hidden_size: 80}
-      1M: {model.num_layers: 6, model.hidden_size: 128}
-      3M: {model.num_layers: 8, model.hidden_size: 176}
-    loops: [1, 2, 3]
-    horizons: [1.25e6, 2.5e6, 5e6]        # tokens; shorter ones are decay branches
-    seeds: [1, 2]
-    budget: 40h
-    decide: {training_flops: 1e20, latency_ms: 30}
-
+A sweep's runs are all combinations of its axes; a study chooses its runs in rounds. docs/sweeps.md has examples.
 Settings of runs are kept as YAML text and converted when the runs' configurations are loaded, so that a setting is
 read the same way in a run file, on the command line and here.
 """
@@ -38,7 +9,7 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -92,15 +63,24 @@ class SettingText(str):
         return cls(to_text(node))
 
 
-@dataclass(frozen=True)
-class Choice:
-    """One value of an axis: its label and the `key=value` overrides it stands for."""
+class Settings(tuple[str, ...]):
+    """`key=value` settings of runs."""
 
-    label: str
-    overrides: tuple[str, ...]
+    @classmethod
+    def from_node(cls, node: yaml.Node, key: str) -> Settings:
+        """Read a mapping of dotted keys; null is empty."""
+        return cls(() if is_null(node) else (f"{name}={to_text(value)}" for name, value, _ in items(node, key)))
 
     def keys(self) -> set[str]:
-        return {override.partition("=")[0] for override in self.overrides}
+        return {text.partition("=")[0].strip() for text in self}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One value of an axis: its label and the settings that it stands for."""
+
+    label: str
+    overrides: Settings
 
 
 @dataclass(frozen=True)
@@ -116,11 +96,10 @@ class Axis:
         name = key.partition(".")[2]
         if isinstance(node, yaml.SequenceNode):
             texts = [to_text(item) for item in node.value]
-            choices = [Choice(_value_label(name, text), (f"{name}={text}",)) for text in texts]
+            choices = [Choice(_value_label(name, text), Settings([f"{name}={text}"])) for text in texts]
         elif isinstance(node, yaml.MappingNode):
-            choices = [
-                Choice(label, tuple(_settings_of(value, f"{key}.{label}"))) for label, value, _ in items(node, key)
-            ]
+            named = items(node, key)
+            choices = [Choice(label, Settings.from_node(value, f"{key}.{label}")) for label, value, _ in named]
         else:
             raise UserError(f"{where(node)}: {key}: expected a list of values or a mapping of named settings")
         labels = [choice.label for choice in choices]
@@ -165,11 +144,21 @@ class FileOfRuns:
         return Path(self.output_dir) / self.name
 
     @property
-    def overrides(self) -> list[str]:
-        """`key=value` settings of every run."""
-        return [*(f"{key}={text}" for key, text in self.set.items()), *self.settings]
+    def overrides(self) -> Settings:
+        """Settings of every run."""
+        return Settings([*(f"{key}={text}" for key, text in self.set.items()), *self.settings])
 
-    def common_problems(self) -> Iterator[str]:
+    def common_problems(self, what: str, owned: Mapping[str, str], groups: Mapping[str, Set[str]]) -> Iterator[str]:
+        """Yield the problems of a file of any kind (`what`).
+
+        Args:
+            owned: settings that the file controls in every run -> its keys to use instead.
+            groups: keys that runs set, by their place in the file; without `set`.
+        """
+        for place, keys in {**groups, "set": self.overrides.keys()}.items():
+            for key in sorted(keys & owned.keys()):
+                at = f"set.{key}" if place == "set" else place
+                yield f"{at}: {key} is set by the {what}; use {owned[key]}"
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             yield "seeds: give at least one, each once"
         if Path(self.name).name != self.name or self.name == "..":
@@ -200,7 +189,7 @@ class SweepFile(FileOfRuns):
         if self.compare is not None:
             return self.axes[self.compare]
         axes = list(self.axes.values())
-        touching = [a for a in axes if any(choice.keys() & set(LOOP_SWITCHES) for choice in a.choices)]
+        touching = [a for a in axes if any(choice.overrides.keys() & set(LOOP_SWITCHES) for choice in a.choices)]
         return next(iter(touching or axes), None)
 
 
@@ -239,20 +228,12 @@ def _value_label(key: str, text: str) -> str:
     return f"{key.rpartition('.')[2]}={text}"
 
 
-def _settings_of(node: yaml.Node, key: str) -> list[str]:
-    """Return the `key=value` texts of a mapping of dotted keys; none if the node is null."""
-    return [] if is_null(node) else [f"{name}={to_text(value)}" for name, value, _ in items(node, key)]
-
-
 def _sweep_problems(sweep: SweepFile) -> Iterator[str]:
-    yield from sweep.common_problems()
-    for axis in sweep.axes.values():
-        for key in sorted(set().union(*(choice.keys() for choice in axis.choices)) & OWNED.keys()):
-            yield f"axes.{axis.name}: {key} is set by the sweep; use {OWNED[key]}"
-    for override in sweep.overrides:
-        key = override.partition("=")[0].strip()
-        if key in OWNED:
-            yield f"set.{key}: {key} is set by the sweep; use {OWNED[key]}"
+    axes = {
+        f"axes.{axis.name}": set[str]().union(*(choice.overrides.keys() for choice in axis.choices))
+        for axis in sweep.axes.values()
+    }
+    yield from sweep.common_problems("sweep", OWNED, axes)
     if sweep.compare is not None and sweep.compare not in sweep.axes:
         yield f"compare: there is no axis {sweep.compare!r}; the axes are {', '.join(sweep.axes) or 'none'}"
         return
@@ -273,17 +254,6 @@ def _sweep_problems(sweep: SweepFile) -> Iterator[str]:
 
 
 # ---------------------------------------------------------------- studies
-
-
-class Settings(tuple[str, ...]):
-    """`key=value` settings of a size or a variant."""
-
-    @classmethod
-    def from_node(cls, node: yaml.Node, key: str) -> Settings:
-        return cls(_settings_of(node, key))
-
-    def keys(self) -> set[str]:
-        return {text.partition("=")[0] for text in self}
 
 
 class Hours(float):
@@ -365,7 +335,9 @@ def read_study(path: str | Path, settings: Sequence[str] = ()) -> StudyFile:
 
 
 def _study_problems(study: StudyFile) -> Iterator[str]:
-    yield from study.common_problems()
+    groups = {f"sizes.{name}": own.keys() for name, own in study.sizes.items()}
+    groups |= {f"variants.{name}": own.keys() for name, own in study.variants.items()}
+    yield from study.common_problems("study", _OWN_SETTINGS, groups)
     if not study.loops or len(set(study.loops)) < len(study.loops):
         yield "loops: give at least one, each once"
     if 1 not in study.loops or len(study.loops) < 2:
@@ -379,9 +351,3 @@ def _study_problems(study: StudyFile) -> Iterator[str]:
         yield "horizons: give them ascending, each once"
     if study.decide.gpu not in card_names():
         yield f"decide.gpu: no card {study.decide.gpu!r} in the table; known: {', '.join(card_names())}"
-    groups = {f"sizes.{name}": own.keys() for name, own in study.sizes.items()}
-    groups |= {f"variants.{name}": own.keys() for name, own in study.variants.items()}
-    groups["set"] = {text.partition("=")[0].strip() for text in study.overrides}
-    for group, keys in groups.items():
-        for key in sorted(keys & _OWN_SETTINGS.keys()):
-            yield f"{group}: {key} is set by the study; use {_OWN_SETTINGS[key]}"

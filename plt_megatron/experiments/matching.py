@@ -67,7 +67,7 @@ def match_budget(
             "out, or hold training_flops or parameters"
         )
     held = {
-        "tokens": lambda: _match_tokens(config, reference),
+        "tokens": lambda: MatchedConfig(config, run_tokens(config) / run_tokens(reference) - 1),
         "training_flops": lambda: _match_flops(config, reference, vocab),
         "effective_depth": lambda: _match_depth(config, reference),
         "parameters": lambda: _match_parameters(config, reference, vocab),
@@ -80,10 +80,6 @@ def match_budget(
             "raise tolerance, or change the base run"
         )
     return held
-
-
-def _match_tokens(config: RunConfig, reference: RunConfig) -> MatchedConfig:
-    return MatchedConfig(config, run_tokens(config) / run_tokens(reference) - 1)
 
 
 def _match_flops(config: RunConfig, reference: RunConfig, vocab: int) -> MatchedConfig:

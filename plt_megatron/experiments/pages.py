@@ -204,8 +204,9 @@ def write_page(page: Page, folder: Path, *, markdown: str = "", tables: bool = T
         markdown: name of a file with the same content in Markdown; empty: none.
         tables: whether to write the tables as CSVs, too.
 
-    Raises `UserError` if they cannot be written.
+    Raises `UserError` if they cannot be written, or the extra `report` is missing.
     """
+    check_packages()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for part in page.parts:

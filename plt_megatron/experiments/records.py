@@ -10,7 +10,7 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,9 +20,10 @@ from plt_megatron.data.mix import fingerprint, fingerprint_differences, required
 from plt_megatron.data.tokenizer import load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.sweep_plan import PlannedRun, SweepPlan, load_plan, plan_differences
-from plt_megatron.run_folder.attempts import job_seconds
+from plt_megatron.run_folder import json_lines
+from plt_megatron.run_folder.attempts import job_seconds, last_attempt
 from plt_megatron.run_folder.checkpoints import latest_step, read_verified_progress
-from plt_megatron.run_folder.files import write_json
+from plt_megatron.run_folder.files import write_json, writing
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.metrics import RunMetrics
 from plt_megatron.run_folder.status import read_run_status
@@ -102,6 +103,22 @@ def note_finished(runs: Iterable[PlannedRun]) -> None:
             write_record(run.folder, record)
 
 
+def forget_failure(run: PlannedRun) -> None:
+    """Turn a failed run into an interrupted one, which is resumed. A job's reason is moved to where its next attempt
+    would put it."""
+    folder = run.folder
+    if folder.why_file.is_file():
+        with writing(folder.logs):
+            folder.logs.mkdir(exist_ok=True)
+            folder.why_file.replace(folder.logs / f"why-before-attempt-{last_attempt(folder.attempts()) + 1}.txt")
+    if folder.attempts_file.is_file():
+        json_lines.append(folder.attempts_file, {"event": "again"})
+    record = read_record(folder)
+    if record is not None and record.status == "failed":
+        record.status, record.reason = "interrupted", ""
+        write_record(folder, record)
+
+
 # ---------------------------------------------------------------- data
 
 
@@ -145,8 +162,8 @@ def check_same_data(todo: Iterable[PlannedRun], finished: Sequence[PlannedRun]) 
     for run in todo:
         first.setdefault(repr(run.config.data), run)
     for settings, run in first.items():
-        same = {r.name: recorded_fingerprint(r) for r in finished if repr(r.config.data) == settings}
-        name, before = next(((name, found) for name, found in same.items() if found), ("", None))
+        same = ((r.name, recorded_fingerprint(r)) for r in finished if repr(r.config.data) == settings)
+        name, before = next((found for found in same if found[1]), ("", None))
         words = data_differences(before, data_fingerprint(run)) if before else []
         if words:
             raise UserError(
@@ -172,11 +189,9 @@ def remaining_tokens(run: PlannedRun) -> int:
 
 def remaining_seconds(runs: Sequence[PlannedRun], rate: float, jobs: int = 1) -> float:
     """Return the seconds that the rest of `runs` takes at `rate` model FLOP/s per run, `jobs` at once."""
-    rest = [remaining_tokens(run) * run.flops_per_token / rate for run in runs]
     ends = [0.0] * max(1, jobs)
-    for seconds in rest:  # like the sweep: in order, each as soon as a slot is free
-        first = ends.index(min(ends))
-        ends[first] += seconds
+    for run in runs:  # like the sweep: in order, each as soon as a slot is free
+        ends[ends.index(min(ends))] += remaining_tokens(run) * run.flops_per_token / rate
     return max(ends)
 
 
@@ -192,7 +207,6 @@ class RunResult:
     Attributes:
         status: `used`, or why the run is left out of the means; `reason`: the same in words.
         curve: (tokens, validation loss) at the model's own loop count, in nats per token, ascending.
-        loss: last loss of the curve if the run is used, else None.
         validation: last validation record at the model's own loop count; empty if there is none.
         evaluation: last record of an evaluation by lm-evaluation-harness; empty if there is none.
         seconds: training time, here and in Slurm's jobs, if known.
@@ -203,7 +217,6 @@ class RunResult:
     status: Status
     reason: str = ""
     curve: list[tuple[int, float]] = field(default_factory=list)
-    loss: float | None = None
     validation: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     train_loss: float | None = None
@@ -211,6 +224,11 @@ class RunResult:
     tokens_per_second: float | None = None
     skipped: int = 0
     fingerprint: dict[str, Any] | None = None
+
+    @property
+    def loss(self) -> float | None:
+        """The last loss of the curve if the run is used, else None."""
+        return self.curve[-1][1] if self.status == "used" else None
 
 
 @dataclass
@@ -234,38 +252,39 @@ def load_results(folder: str | Path) -> SweepResults:
     """Read the sweep in `folder`. Raises `UserError` if there is none; runs with broken files are left out of the
     means."""
     plan = load_plan(folder)
-    runs = [_read_run(run) for run in plan.runs]
+    runs = []
+    for run in plan.runs:
+        try:
+            runs.append(_read_run(run))
+        except UserError as error:
+            runs.append(RunResult(run, "unreadable", str(error)))
     _set_other_data_aside(runs)
-    return SweepResults(plan, runs, _problems(plan, runs))
+    return SweepResults(plan, runs, list(_problems(plan, runs)))
 
 
 def _read_run(run: PlannedRun) -> RunResult:
-    try:
-        return _read_files(run)
-    except UserError as error:
-        return RunResult(run, "unreadable", str(error))
-
-
-def _read_files(run: PlannedRun) -> RunResult:
     metrics = run.folder.metrics()
-    result = RunResult(run, "used", fingerprint=recorded_fingerprint(run) if metrics.tokens else None)
     validations = metrics.validation_at(run.config.model.loop_count)
-    result.curve = [(r["tokens"], r["loss"]) for r in validations]
-    result.validation = validations[-1] if validations else {}
-    result.evaluation = metrics.evaluation[-1] if metrics.evaluation else {}
-    result.train_loss = metrics.train[-1]["loss"] if metrics.train else None
-    result.tokens_per_second = metrics.tokens_per_second()
-    result.skipped = run.folder.bad_steps()
+    curve = [(r["tokens"], r["loss"]) for r in validations]
+    status, reason = _status(run, curve, metrics)
     record = read_record(run.folder)
-    # The sweep's note covers only attempts on this machine.
-    result.seconds = (record.seconds if record else 0.0) + job_seconds(run.folder.attempts()) or None
-    result.status, result.reason = _status(run, result, metrics)
-    if result.status == "used":
-        result.loss = result.curve[-1][1]
-    return result
+    return RunResult(
+        run,
+        status,
+        reason,
+        curve=curve,
+        validation=validations[-1] if validations else {},
+        evaluation=metrics.evaluation[-1] if metrics.evaluation else {},
+        train_loss=metrics.train[-1]["loss"] if metrics.train else None,
+        # The sweep's note covers only attempts on this machine.
+        seconds=(record.seconds if record else 0.0) + job_seconds(run.folder.attempts()) or None,
+        tokens_per_second=metrics.tokens_per_second(),
+        skipped=run.folder.bad_steps(),
+        fingerprint=recorded_fingerprint(run) if metrics.tokens else None,
+    )
 
 
-def _status(run: PlannedRun, result: RunResult, metrics: RunMetrics) -> tuple[Status, str]:
+def _status(run: PlannedRun, curve: Sequence[tuple[int, float]], metrics: RunMetrics) -> tuple[Status, str]:
     differences = _other_settings(run)
     if differences:
         return "other settings", f"not run as planned: {differences}"
@@ -276,7 +295,7 @@ def _status(run: PlannedRun, result: RunResult, metrics: RunMetrics) -> tuple[St
         return "missing", "not begun"
     guessing = math.log(run.vocab)  # the loss of a model that knows nothing
     bad = [r["loss"] for r in (*metrics.train, *metrics.validation) if not math.isfinite(r["loss"])]
-    last = result.curve[-1][1] if result.curve else None
+    last = curve[-1][1] if curve else None
     if (last is not None and not last < guessing) or (bad and state != "finished"):
         return "diverged", f"the loss is {last if last is not None else bad[-1]:.4g} (guessing: {guessing:.2f})"
     if state == "interrupted":
@@ -305,36 +324,31 @@ def _set_other_data_aside(runs: Sequence[RunResult]) -> None:
     for result in runs:
         if id(result) in seen and seen[id(result)] != usual:
             words = data_differences(reference.fingerprint or {}, result.fingerprint or {})
-            result.status, result.loss = "other data", None
+            result.status = "other data"
             result.reason = f"read other data than {reference.run.name}: {', '.join(words)}"
 
 
-def _problems(plan: SweepPlan, runs: Sequence[RunResult]) -> list[str]:
-    """Describe the problems of a sweep, one line each; empty if every run counts."""
-    problems = []
+def _problems(plan: SweepPlan, runs: Sequence[RunResult]) -> Iterator[str]:
+    """Describe the problems of a sweep, one line each; none if every run counts."""
     used = [result for result in runs if result.status == "used"]
     if not used:
-        problems.append(f"no run of the sweep is finished and usable ({len(runs)} are planned): there is no result yet")
-    problems += [
-        f"{r.run.name} is left out of the means ({r.status}): {r.reason}"
-        for r in runs
-        if r.status not in ("used", "missing")
-    ]
+        yield f"no run of the sweep is finished and usable ({len(runs)} are planned): there is no result yet"
+    for r in runs:
+        if r.status not in ("used", "missing"):
+            yield f"{r.run.name} is left out of the means ({r.status}): {r.reason}"
     missing = [result.run.name for result in runs if result.status == "missing"]
     if missing:
-        problems.append(f"{plural(len(missing), 'run')} not started: {first_few(missing)}")
+        yield f"{plural(len(missing), 'run')} not started: {first_few(missing)}"
     seeds: dict[tuple[int, ...], list[str]] = {}
     for label in dict.fromkeys(result.run.row() for result in runs):
         own = tuple(sorted(result.run.seed for result in used if result.run.row() == label))
         seeds.setdefault(own, []).append(label)
     if len(seeds) > 1 and used:
         sets = "; ".join(f"{', '.join(map(str, own)) or 'none'}: {', '.join(rows)}" for own, rows in seeds.items())
-        problems.append(f"the rows have different seeds, so their means are not of the same runs ({sets})")
+        yield f"the rows have different seeds, so their means are not of the same runs ({sets})"
     if any(r.fingerprint is None for r in used):
-        problems.append("some runs recorded no data fingerprint: it is unknown whether all read the same data")
-    problems += [f"{r.run.name}: {plural(r.skipped, 'step')} skipped or rolled back" for r in runs if r.skipped]
-    off = [r.run for r in runs if abs(r.run.deviation) > 0.005]
-    rows = dict.fromkeys(f"{run.row()} {run.deviation:+.1%}" for run in off)
+        yield "some runs recorded no data fingerprint: it is unknown whether all read the same data"
+    yield from (f"{r.run.name}: {plural(r.skipped, 'step')} skipped or rolled back" for r in runs if r.skipped)
+    rows = dict.fromkeys(f"{r.run.row()} {r.run.deviation:+.1%}" for r in runs if abs(r.run.deviation) > 0.005)
     if rows:
-        problems.append(f"{plan.match_budget} is held only within: {', '.join(rows)}")
-    return problems
+        yield f"{plan.match_budget} is held only within: {', '.join(rows)}"

@@ -1,4 +1,4 @@
-"""Observations of a scaling law, and least squares for it by variable projection.
+"""The runs of a scaling law, and least squares for it by variable projection.
 
     L = E + A (N_once + r^phi N_loop)^-alpha + B D^-beta,   one phi for each variant
 
@@ -28,48 +28,50 @@ _STARTS = 3
 _TOLERANCE = 1e-9
 _SINGULAR = 1e-10  # relative to the largest diagonal entry of R
 
-Terms = tuple[bool, bool]  # whether a law has terms of N and of D
-
 
 @dataclass(frozen=True)
-class Model:
-    """A model and its training.
+class Shape:
+    """A model as the law sees it.
 
     Attributes:
         variant: how its loops are wired; irrelevant for a model of one loop.
         once, looped: parameters that a token passes once, and in each loop; without embeddings.
-        tokens: number of training tokens.
     """
 
     variant: str
     once: float
     looped: float
     loops: int
-    tokens: float
+
+    def trained(self, tokens: float, loss: float = 0.0, block: str = "", seed: int = 1) -> Run:
+        """Return a run of this model."""
+        return Run(self.variant, self.once, self.looped, self.loops, tokens, loss, block, seed)
 
 
 @dataclass(frozen=True)
-class Observation(Model):
-    """One finished run.
+class Run(Shape):
+    """A model with its training, finished or to be predicted.
 
     Attributes:
-        loss: final loss, in nats per token or bits per byte.
+        tokens: number of training tokens.
+        loss: final loss, in nats per token or bits per byte; 0 before training.
         block: runs of the same block share a part of their training (branches of one trunk), and thus their noise.
         seed: seed of weights and data order.
     """
 
-    loss: float
-    block: str
+    tokens: float
+    loss: float = 0.0
+    block: str = ""
     seed: int = 1
 
 
 @dataclass(frozen=True)
 class Arrays:
-    """Observations as arrays [n].
+    """Runs as arrays [n].
 
     Attributes:
         variants: names of the variants that have a run with several loops.
-        variant: index of each observation's variant; 0 for one loop, whatever its variant.
+        variant: index of each run's variant; 0 for one loop, whatever its variant.
         blocks, seeds: indices from 0.
     """
 
@@ -87,43 +89,49 @@ class Arrays:
     def n(self) -> int:
         return len(self.loss)
 
+    @property
+    def terms(self) -> tuple[bool, bool]:
+        """Whether their law has terms of N and of D: without variants only if N (or D) varies; the coefficient of an
+        absent term is 0."""
+        if self.variants:
+            return True, True
+        return len(np.unique(self.looped)) > 1, len(np.unique(self.tokens)) > 1
+
+    @property
+    def coefficients(self) -> int:
+        """Number of coefficients of their law."""
+        return 1 + 2 * sum(self.terms) + len(self.variants)
+
     def subset(self, rows: np.ndarray) -> Arrays:
-        """Return the observations `rows` (indices or a mask), with the same variants."""
-        arrays = {
-            name: getattr(self, name)[rows]
-            for name in ("variant", "once", "looped", "loops", "tokens", "loss", "blocks", "seeds")
-        }
+        """Return the runs `rows` (indices or a mask), with the same variants; blocks and seeds are renumbered."""
+        arrays = {name: values[rows] for name, values in vars(self).items() if name != "variants"}
+        for name in ("blocks", "seeds"):
+            arrays[name] = np.unique(arrays[name], return_inverse=True)[1]
         return Arrays(self.variants, **arrays)
 
 
-def looped_variants(observations: Sequence[Observation]) -> tuple[str, ...]:
-    """Return the variants that have an observation with several loops, in order of appearance."""
-    return tuple(dict.fromkeys(each.variant for each in observations if each.loops > 1))
+def looped_variants(runs: Sequence[Run]) -> tuple[str, ...]:
+    """Return the variants that have a run with several loops, in order of appearance."""
+    return tuple(dict.fromkeys(each.variant for each in runs if each.loops > 1))
 
 
-def models_to_arrays(models: Sequence[Model], variants: Sequence[str]) -> Arrays:
-    """Convert models without observations to arrays, with losses of 0."""
-    asked = [Observation(m.variant, m.once, m.looped, m.loops, m.tokens, 0.0, "") for m in models]
-    return to_arrays(asked, variants)
-
-
-def to_arrays(observations: Sequence[Observation], variants: Sequence[str]) -> Arrays:
-    """Convert observations to arrays. `variants`: names of all variants with several loops.
+def to_arrays(runs: Sequence[Run], variants: Sequence[str]) -> Arrays:
+    """Convert runs to arrays. `variants`: names of all variants with several loops.
 
     Raises:
         UserError: a loss is not a number, or a size is not positive.
     """
-    for each in observations:
+    for each in runs:
         sound = math.isfinite(each.loss) and each.once >= 0 and each.looped > 0 and each.tokens > 0 and each.loops >= 1
         if not sound:
             raise UserError(f"{each.block}: the law takes finite losses and positive sizes, got {each}")
     index = {name: place for place, name in enumerate(variants)}
     once, looped, loops, tokens, loss = (
-        np.array([float(getattr(each, name)) for each in observations])
+        np.array([float(getattr(each, name)) for each in runs])
         for name in ("once", "looped", "loops", "tokens", "loss")
     )
-    variant = np.array([index[each.variant] if each.loops > 1 else 0 for each in observations], dtype=int)
-    blocks, seeds = _indices([each.block for each in observations]), _indices([each.seed for each in observations])
+    variant = np.array([index[each.variant] if each.loops > 1 else 0 for each in runs], dtype=int)
+    blocks, seeds = _indices([each.block for each in runs]), _indices([each.seed for each in runs])
     return Arrays(tuple(variants), variant, once, looped, loops, tokens, loss, blocks, seeds)
 
 
@@ -137,83 +145,81 @@ def _indices(values: Sequence[object]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Solution:
-    """A minimum. `linear`: [3], E, A and B; `shape`: [2 + phis], alpha, beta, phis; `cost`: weighted squares / 2."""
+    """A minimum. `theta`: [5 + phis], E, A, B, then the shape: alpha, beta, phis; `cost`: weighted squares / 2."""
 
-    linear: np.ndarray
-    shape: np.ndarray
+    theta: np.ndarray
     cost: float
 
     @property
-    def theta(self) -> np.ndarray:
-        """[5 + phis]: E, A, B, alpha, beta, phis."""
-        return np.concatenate([self.linear, self.shape])
+    def shape(self) -> np.ndarray:
+        return self.theta[3:]
 
 
-def evaluate(theta: np.ndarray, data: Arrays, groups: np.ndarray) -> np.ndarray:
-    """Return losses [b, n] of the laws theta [b, 5 + phis]; `groups` [variants]: index of each variant's phi."""
-    worth = data.loops ** theta[:, 5:][:, groups[data.variant]] if len(groups) else np.ones((len(theta), data.n))
+def evaluate(theta: np.ndarray, data: Arrays) -> np.ndarray:
+    """Return losses [b, n] of the laws theta [b, 5 + phis]."""
+    worth = data.loops ** _phi_of_each(theta[:, 5:], data)
     log_n = np.log(data.once + worth * data.looped) - np.log(UNIT_N)
     log_d = np.log(data.tokens) - np.log(UNIT_D)
     size = theta[:, 1, None] * np.exp(-theta[:, 3, None] * log_n)
     return theta[:, 0, None] + size + theta[:, 2, None] * np.exp(-theta[:, 4, None] * log_d)
 
 
-def jacobian(theta: np.ndarray, data: Arrays, groups: np.ndarray) -> np.ndarray:
+def _phi_of_each(phis: np.ndarray, data: Arrays) -> np.ndarray:
+    """Return the phi [..., n] of each run; without variants all runs are of one loop, and any phi will do."""
+    return phis[..., data.variant] if data.variants else np.zeros(data.n)
+
+
+def jacobian(theta: np.ndarray, data: Arrays) -> np.ndarray:
     """Return derivatives [n, 5 + phis] of the losses of one law theta [5 + phis]."""
     _, a, b = theta[:3]
-    columns, slopes = _columns(theta[3:], data, groups)
+    columns, slopes = _columns(theta[3:], data)
     scaled = slopes * np.array([a, b, *[a] * (len(theta) - 5)])
     return np.concatenate([columns, scaled], axis=1)
 
 
 def solve(
     data: Arrays,
-    groups: np.ndarray,
     losses: np.ndarray,
     weights: np.ndarray,
     start: np.ndarray | None = None,
     fixed: dict[int, float] | None = None,
-    terms: Terms = (True, True),
 ) -> Solution:
     """Find the law with the smallest weighted squared error.
 
     Args:
-        groups: [variants], index of each variant's phi.
         losses, weights: [n].
         start: shape to start at; None: the best points of a grid.
         fixed: values of the shape that are not searched, by index.
-        terms: whether there are terms of N and of D; the coefficient of an absent term is 0.
     """
-    absent = {index: EXPONENTS[0] for index, has in enumerate(terms) if not has}
-    problem = _Problem(data, groups, losses, np.sqrt(weights), {**absent, **(fixed or {})}, np.array([True, *terms]))
+    absent = {index: EXPONENTS[0] for index, has in enumerate(data.terms) if not has}
+    problem = _Problem(data, losses, np.sqrt(weights), {**absent, **(fixed or {})})
     starts = problem.grid()[:_STARTS] if start is None else [start]
     return min((problem.descend(each) for each in starts), key=lambda found: found.cost)
 
 
-def _columns(shape: np.ndarray, data: Arrays, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _columns(shape: np.ndarray, data: Arrays) -> tuple[np.ndarray, np.ndarray]:
     """Return (the factors of E, A and B [n, 3], the derivatives of these columns by alpha, beta and the phis)."""
     alpha, beta, phis = shape[0], shape[1], shape[2:]
-    group = groups[data.variant] if len(groups) else data.variant
-    looped = data.loops ** phis[group] * data.looped if len(groups) else data.looped
+    looped = data.loops ** _phi_of_each(phis, data) * data.looped
     total = data.once + looped
     log_n, log_d = np.log(total / UNIT_N), np.log(data.tokens / UNIT_D)
     size, text = np.exp(-alpha * log_n), np.exp(-beta * log_d)
     by_phi = -alpha * size * looped / total * np.log(data.loops)
-    slopes = [-size * log_n, -text * log_d, *(np.where(group == index, by_phi, 0.0) for index in range(len(phis)))]
+    own = (np.where(data.variant == index, by_phi, 0.0) for index in range(len(phis)))
+    slopes = [-size * log_n, -text * log_d, *own]
     return np.stack([np.ones_like(size), size, text], axis=1), np.stack(slopes, axis=1)
 
 
 @dataclass
 class _Problem:
     data: Arrays
-    groups: np.ndarray
     losses: np.ndarray
     roots: np.ndarray  # of the weights
     fixed: dict[int, float]
-    kept: np.ndarray  # [3], which of E, A and B the law has
 
     def __post_init__(self) -> None:
-        count = 2 + (int(self.groups.max()) + 1 if len(self.groups) else 0)
+        count = 2 + len(self.data.variants)
+        self.kept = np.array([True, *self.data.terms])  # which of E, A and B the law has
         self.free = [index for index in range(count) if index not in self.fixed]
         self.count = count
         self.low = np.array([EXPONENTS[0]] * 2 + [PHIS[0]] * (count - 2))
@@ -237,8 +243,6 @@ class _Problem:
     def descend(self, start: np.ndarray) -> Solution:
         from scipy.optimize import least_squares
 
-        if not self.free:
-            return self._solution(np.empty(0))
         found = least_squares(
             lambda free: self._at(free.tobytes())[0],
             self.unbounded(start),
@@ -247,17 +251,14 @@ class _Problem:
             xtol=_TOLERANCE,
             ftol=_TOLERANCE,
         )
-        return self._solution(found.x)
-
-    def _solution(self, free: np.ndarray) -> Solution:
-        residuals, _, linear = self._project(free.tobytes())
-        return Solution(linear, self.shape(free), float(residuals @ residuals) / 2)
+        residuals, _, linear = self._project(found.x.tobytes())
+        return Solution(np.concatenate([linear, self.shape(found.x)]), float(residuals @ residuals) / 2)
 
     def _project(self, key: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return weighted residuals [n], their derivatives by the free part [n, free], and linear coefficients [3]."""
         free = np.frombuffer(key)
         shape = self.shape(free)
-        columns, slopes = _columns(shape, self.data, self.groups)
+        columns, slopes = _columns(shape, self.data)
         columns = self.roots[:, None] * self._kept(columns)
         linear, q = np.zeros(3), columns
         linear[self.kept], q = _linear(columns, self.target)
@@ -281,7 +282,7 @@ class _Problem:
         return columns if self.kept.all() else columns[:, self.kept]
 
     def _cost(self, shape: np.ndarray) -> float:
-        columns = self.roots[:, None] * self._kept(_columns(shape, self.data, self.groups)[0])
+        columns = self.roots[:, None] * self._kept(_columns(shape, self.data)[0])
         residuals = columns @ _non_negative(columns, self.target) - self.target
         return float(residuals @ residuals)
 

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO
 
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.validation import find_problems
@@ -51,7 +50,6 @@ from plt_megatron.experiments.sweep_plan import (
 from plt_megatron.installation import ROOT, python_path
 from plt_megatron.run_folder.attempts import ExitStatus, describe_exit
 from plt_megatron.run_folder.files import locked
-from plt_megatron.run_folder.folder import save_config
 from plt_megatron.run_folder.text import format_duration, format_table, plural
 from plt_megatron.runtime.local_processes import die_with_parent, local_gpus, signals_handled, usable_cores
 from plt_megatron.slurm import submission
@@ -98,7 +96,6 @@ def launch(plan: SweepPlan, todo: Sequence[PlannedRun], options: RunOptions) -> 
 class _Running:
     run: PlannedRun
     process: subprocess.Popen[bytes]
-    log: IO[bytes]
     started: float
     record: RunRecord
     gpu: str | None
@@ -137,7 +134,9 @@ class LocalSweep:
             try:
                 while self.running or (self.waiting and not self._signals):
                     self._start_some()
-                    self._collect()
+                    for item in [item for item in self.running if item.process.poll() is not None]:
+                        self.running.remove(item)
+                        self._note_end(item)
                     self._report()
                     if self._signals.count(signal.SIGINT) > 1:
                         break
@@ -157,24 +156,21 @@ class LocalSweep:
             record.attempts += 1
             record.fingerprint = data_fingerprint(run)
             write_record(run.folder, record)
-            log, gpu = run.folder.sweep_log.open("ab"), self._least_used_gpu()
+            # One GPU each if several run at a time; all of them for a single run.
+            gpu = min(self._gpus, key=[item.gpu for item in self.running].count, default=None)
             own = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-            process = subprocess.Popen(
-                [*TRAIN, str(config_path(self.plan, run))],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | self._threads() | own | {"PYTHONPATH": python_path()},
-                process_group=0,
-                preexec_fn=die_with_parent,
-            )
-            self.running.append(_Running(run, process, log, time.monotonic(), record, gpu))
+            with run.folder.sweep_log.open("ab") as log:
+                process = subprocess.Popen(
+                    [*TRAIN, str(config_path(self.plan, run))],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=os.environ | self._threads() | own | {"PYTHONPATH": python_path()},
+                    process_group=0,
+                    preexec_fn=die_with_parent,
+                )
+            self.running.append(_Running(run, process, time.monotonic(), record, gpu))
             print(f"{self._place(run)} {run.name}: started, {run.tokens:,} tokens", flush=True)
-
-    def _least_used_gpu(self) -> str | None:
-        """Return the GPU for the next run: one each if several run at a time, None (all of them) for a single run."""
-        used = [item.gpu for item in self.running]
-        return min(self._gpus, key=used.count, default=None)
 
     def _threads(self) -> dict[str, str]:
         """Return the setting of each run's share of the cores, unless the user has set the number of threads."""
@@ -182,13 +178,7 @@ class LocalSweep:
             return {}
         return {"OMP_NUM_THREADS": str(max(1, usable_cores() // self.jobs))}
 
-    def _collect(self) -> None:
-        for item in [item for item in self.running if item.process.poll() is not None]:
-            self.running.remove(item)
-            self._note_end(item)
-
     def _note_end(self, item: _Running) -> None:
-        item.log.close()
         run, record, status = item.run, item.record, item.process.returncode
         record.exit_status = status
         record.seconds += time.monotonic() - item.started
@@ -202,11 +192,9 @@ class LocalSweep:
         write_record(run.folder, record)
         self.outcome[run.name] = record.status
         detail = _final_loss(run) if record.status == "finished" else record.reason
-        print(
-            f"{self._place(run)} {run.name}: {record.status} after {format_duration(record.seconds)}"
-            f"{f', {detail}' if detail else ''}",
-            flush=True,
-        )
+        detail = f", {detail}" if detail else ""
+        taken = format_duration(record.seconds)
+        print(f"{self._place(run)} {run.name}: {record.status} after {taken}{detail}", flush=True)
 
     def _place(self, run: PlannedRun) -> str:
         return f"[{self._numbers[run.name]}/{len(self._numbers)}]"
@@ -216,15 +204,11 @@ class LocalSweep:
         if time.monotonic() - self._reported < _REPORT_SECONDS or not self.running:
             return
         self._reported = time.monotonic()
-        runs = [item.run for item in self.running]
-        parts = [_progress(run) for run in runs]
+        runs, left = [item.run for item in self.running], ""
         rate = measured_flops_rate(self.plan.runs)
-        left = (
-            f"; about {format_duration(remaining_seconds([*runs, *self.waiting], rate, self.jobs))} left"
-            if rate
-            else ""
-        )
-        print(f"      {', '.join(parts)}{left}", flush=True)
+        if rate:
+            left = f"; about {format_duration(remaining_seconds([*runs, *self.waiting], rate, self.jobs))} left"
+        print(f"      {', '.join(map(_progress, runs))}{left}", flush=True)
 
     # Being stopped.
 
@@ -275,7 +259,9 @@ def submit(plan: SweepPlan, runs: Sequence[PlannedRun], options: submission.Opti
 
     Raises `UserError` if the submission is refused or fails.
     """
-    _submit_list([config_path(plan, run) for run in runs], plan.folder, plan.name, options)
+    listing = plan.folder / LIST
+    listing.write_text("".join(f"{config_path(plan, run).resolve()}\n" for run in runs), encoding="utf-8")
+    submission.submit(dataclasses.replace(options, config=None, array=str(listing), name=plan.name), ROOT)
 
 
 def submit_dry(plan: SweepPlan, runs: Sequence[PlannedRun], options: submission.Options) -> None:
@@ -284,16 +270,9 @@ def submit_dry(plan: SweepPlan, runs: Sequence[PlannedRun], options: submission.
     Raises `UserError` if the submission is refused.
     """
     with tempfile.TemporaryDirectory(prefix="sweep-dry-run-") as folder:
-        paths = [Path(folder) / f"{run.name}.yaml" for run in runs]
-        for run, path in zip(runs, paths, strict=True):
-            save_config(run.config, path)
-        _submit_list(paths, Path(folder), plan.name, dataclasses.replace(options, dry_run=True))
-
-
-def _submit_list(configs: Sequence[Path], folder: Path, name: str, options: submission.Options) -> None:
-    listing = folder / LIST
-    listing.write_text("".join(f"{path.resolve()}\n" for path in configs), encoding="utf-8")
-    submission.submit(dataclasses.replace(options, config=None, array=str(listing), name=name), ROOT)
+        copy = dataclasses.replace(plan, folder=Path(folder), runs=list(runs))
+        save_plan(copy)
+        submit(copy, runs, dataclasses.replace(options, dry_run=True))
 
 
 # ---------------------------------------------------------------- the command
@@ -307,12 +286,7 @@ def run_sweep(path: str, settings: Sequence[str], options: RunOptions) -> int:
     """
     sweep = read_sweep(path, settings)
     check_unpacked(sweep.folder)
-    makes_data = sweep.demo_corpus is not None
-    plan = make_plan(
-        sweep,
-        sweep.demo_corpus.vocab_size if sweep.demo_corpus else None,
-        check_files=not options.dry_run and not makes_data,
-    )
+    plan = make_plan(sweep, check_files=not options.dry_run and sweep.demo_corpus is None)
     asked = [run.name for run in plan.runs]
     with locked(plan.folder, "sweep or study") if not options.dry_run else contextlib.nullcontext():
         plan = merge(plan)
@@ -332,21 +306,21 @@ def run_sweep(path: str, settings: Sequence[str], options: RunOptions) -> int:
         return _start(plan, todo, options)
 
 
+def run_file_problems(runs: Sequence[PlannedRun]) -> list[str]:
+    """List the problems that keep runs from starting on this machine, such as missing files, each once."""
+    return list(dict.fromkeys(problem for run in runs for problem in find_problems(run.config)))
+
+
 def check_run_files(runs: Sequence[PlannedRun]) -> None:
-    """Raise `UserError` for missing files, each named once. A sweep's own corpus is made after the plan."""
-    problems = _problems(runs)
+    """Raise `UserError` for `run_file_problems`. A sweep's own corpus is made after the plan."""
+    problems = run_file_problems(runs)
     if problems:
         raise UserError("\n".join(problems))
 
 
-def _problems(runs: Sequence[PlannedRun]) -> list[str]:
-    """List the problems that keep runs from starting on this machine, each once."""
-    return list(dict.fromkeys(problem for run in runs for problem in find_problems(run.config)))
-
-
 def _dry_run(plan: SweepPlan, todo: Sequence[PlannedRun], sweep: SweepFile, options: RunOptions) -> int:
     """After the plan, print what this machine lacks for a real run; if nothing, do the cluster's checks."""
-    problems = _problems(todo)
+    problems = run_file_problems(todo)
     for problem in problems if sweep.demo_corpus is None else []:
         print(f"note: {problem}")
     if options.submit is not None and todo:
@@ -379,8 +353,7 @@ def _start(plan: SweepPlan, todo: list[PlannedRun], options: RunOptions) -> int:
 def describe(plan: SweepPlan, states: dict[str, State]) -> str:
     """Format the plan as a table with one line for each row, its seeds together."""
     header = ["row", "runs", "done", "tokens", "training FLOPs", "parameters", "non-embedding"]
-    if plan.match_budget:
-        header.append(f"held: {plan.match_budget}")
+    header += [f"held: {plan.match_budget}"] if plan.match_budget else []
     table = []
     rows: dict[str, list[PlannedRun]] = {}
     for run in plan.runs:
@@ -389,9 +362,9 @@ def describe(plan: SweepPlan, states: dict[str, State]) -> str:
         first = runs[0]
         cells = [label, str(len(runs)), str(sum(states[run.name] == "finished" for run in runs))]
         cells += [f"{first.tokens:,}", f"{first.total_flops:.3g}", f"{first.parameters:,}"]
-        cells.append(f"{first.non_embedding_parameters:,}")
-        if plan.match_budget:
-            cells.append(f"{first.deviation:+.2%}" + (f" ({first.change})" if first.change else ""))
+        cells += [f"{first.non_embedding_parameters:,}"]
+        change = f" ({first.change})" if first.change else ""
+        cells += [f"{first.deviation:+.2%}{change}"] if plan.match_budget else []
         table.append(cells)
     return f"{plan.title or plan.name}: {plan.folder}\n{format_table(table, header=header)}"
 

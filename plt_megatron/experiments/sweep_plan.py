@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,7 @@ from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
 from plt_megatron.experiments import matching
-from plt_megatron.experiments.files import SweepFile
+from plt_megatron.experiments.files import FileOfRuns, SweepFile
 from plt_megatron.predict.parameters import count_parameters
 from plt_megatron.run_folder.archive import ARCHIVE, unpack_command, unpacked
 from plt_megatron.run_folder.files import write_text
@@ -115,35 +115,34 @@ class SweepPlan:
         return next(run for run in self.runs if run.name == name)
 
 
-def make_plan(sweep: SweepFile, tokenizer_vocab: int | None, check_files: bool = True) -> SweepPlan:
+def make_plan(sweep: SweepFile, check_files: bool = True) -> SweepPlan:
     """Plan every combination of the axes' values and the seeds, with the budget held equal.
 
-    `tokenizer_vocab`: vocabulary of a tokenizer that does not exist yet; None: read from the run's tokenizer.
     Raises `UserError`, one line per problem, if a run's settings are wrong or the target cannot be met.
     """
     compare = sweep.compared_axis()
     baseline = sweep.baseline or (compare.choices[0].label if compare else None)
-    rows: dict[tuple[str, ...], tuple[RunConfig, dict[str, str]]] = {}
+    rows: dict[tuple[str, ...], RunConfig] = {}
     for choices in itertools.product(*(axis.choices for axis in sweep.axes.values())):
         overrides = [*sweep.overrides, *(override for choice in choices for override in choice.overrides)]
         config = load_config(sweep.base, [*overrides, f"output_dir={sweep.folder}"])
-        labels = {axis.name: choice.label for axis, choice in zip(sweep.axes.values(), choices, strict=True)}
-        rows[tuple(labels.values())] = (config, labels)
+        rows[tuple(choice.label for choice in choices)] = config
     problems = _problems(rows, check_files)
     if problems:
         raise UserError("\n".join(problems))
     runs: list[PlannedRun] = []
-    for config, labels in rows.values():
+    for row, config in rows.items():
+        labels = dict(zip(sweep.axes, row, strict=True))
         held = matching.MatchedConfig(config, 0.0)
-        vocab = vocab_of(config, tokenizer_vocab)
+        vocab = vocab_of(config, sweep)
         if sweep.match_budget is not None and compare is not None:
-            reference = rows[tuple({**labels, compare.name: str(baseline)}.values())][0]
+            reference = rows[tuple({**labels, compare.name: str(baseline)}.values())]
             try:
                 held = matching.match_budget(
                     config, reference, sweep.match_budget, vocab, sweep.decode, sweep.tolerance
                 )
             except UserError as error:
-                problems.append(f"{', '.join(labels.values())}: {error}")
+                problems.append(f"{', '.join(row)}: {error}")
         runs += _seeded(held, labels, sweep.seeds, vocab)
     problems += [f"{run.name}: {p}" for run in runs for p in find_problems(run.config, check_files=False)]
     problems += name_clashes([(run.name, ", ".join(run.labels.values())) for run in runs])
@@ -163,20 +162,20 @@ def make_plan(sweep: SweepFile, tokenizer_vocab: int | None, check_files: bool =
     )
 
 
-def _problems(rows: dict[tuple[str, ...], tuple[RunConfig, dict[str, str]]], check_files: bool) -> list[str]:
+def _problems(rows: Mapping[tuple[str, ...], RunConfig], check_files: bool) -> list[str]:
     """List the problems of the rows' configurations before anything is held equal, each distinct problem once."""
     found: dict[str, list[str]] = {}
-    for labels, (config, _) in rows.items():
-        named = dataclasses.replace(config, name="run")
-        for problem in find_problems(named, check_files=check_files):
-            found.setdefault(problem, []).append(", ".join(labels))
-    everywhere = len(rows)
-    return [p if len(labels) == everywhere else f"{labels[0]}: {p}" for p, labels in found.items()]
+    for row, config in rows.items():
+        for problem in find_problems(dataclasses.replace(config, name="run"), check_files=check_files):
+            found.setdefault(problem, []).append(", ".join(row))
+    return [p if len(named) == len(rows) else f"{named[0]}: {p}" for p, named in found.items()]
 
 
-def vocab_of(config: RunConfig, tokenizer_vocab: int | None) -> int:
-    """Return the run's vocabulary size. `tokenizer_vocab`: that of a tokenizer not trained yet; None: read it."""
-    size = config.model.vocab_size or tokenizer_vocab
+def vocab_of(config: RunConfig, file: FileOfRuns) -> int:
+    """Return the run's vocabulary size; the tokenizer of the file's own corpus may not be trained yet."""
+    size = config.model.vocab_size
+    if size is None and file.demo_corpus is not None:
+        size = file.demo_corpus.vocab_size
     if size is None:
         from plt_megatron.data.tokenizer import load_tokenizer
 
@@ -195,7 +194,7 @@ def _seeded(
         yield PlannedRun(name, labels, seed, config, vocab, held.change, held.deviation)
 
 
-def name_clashes(runs: Sequence[tuple[str, str]]) -> list[str]:
+def name_clashes(runs: Iterable[tuple[str, str]]) -> list[str]:
     """Describe each pair of labels whose runs would share a folder, in one line. `runs`: name and labels of each."""
     found: dict[str, str] = {}
     clashes = []
@@ -252,13 +251,9 @@ def load_plan(folder: str | Path) -> SweepPlan:
             content["match_budget"] = content["hold_equal"]
         runs = [
             PlannedRun(
-                name=entry["name"],
-                labels=dict(entry["labels"]),
-                seed=entry["seed"],
                 config=_recorded_config(records, entry["name"]),
                 vocab=entry["vocab_size"],
-                change=entry["change"],
-                deviation=entry["deviation"],
+                **{name: entry[name] for name in ("name", "labels", "seed", "change", "deviation")},
             )
             for entry in content["runs"]
         ]
@@ -274,6 +269,11 @@ def load_plan(folder: str | Path) -> SweepPlan:
 def records_of(folder: Path) -> Path:
     """Return the folder of a sweep's plan and runs: its own or, if they are archived, a temporary copy to read from."""
     return unpacked(folder / ARCHIVE) if _is_archived(folder) else folder
+
+
+def has_plan(folder: Path) -> bool:
+    """Return whether there is a sweep or study in `folder`, archived or not."""
+    return (records_of(folder) / FILE_NAME).exists()
 
 
 def check_unpacked(folder: Path) -> None:
@@ -303,7 +303,7 @@ def merge(plan: SweepPlan) -> SweepPlan:
     More seeds or more values of an axis extend a sweep. Raises `UserError` if the two contradict each other: something
     else is held equal, or a run of the same name has other settings.
     """
-    if not (plan.folder / FILE_NAME).exists():
+    if not has_plan(plan.folder):
         return plan
     old = load_plan(plan.folder)
     problems = [

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from plt_megatron.experiments.decode_time import DecodeProtocol, measure, read_measurement
-from plt_megatron.experiments.figures import COLORS, FLOPS, LINES, MARKERS, TOKENS, Curve, Named, Panel, drawn
+from plt_megatron.experiments.figures import FLOPS, MARKERS, TOKENS, Curve, Named, Panel, draw, limits_around, line
 from plt_megatron.experiments.intervals import LEVEL, Interval
 from plt_megatron.experiments.pages import (
     Cell,
@@ -30,10 +29,10 @@ from plt_megatron.experiments.verdicts import (
     LoopLaw,
     Row,
     answer_questions,
-    by_question,
     fit_laws,
     groups,
     make_rows,
+    merged,
     verdicts,
 )
 
@@ -69,24 +68,20 @@ def write_report(sweep: str | Path, output: str | Path | None = None, decode: De
     folder = Path(output) if output is not None else Path(sweep) / FOLDER
     measurement = measure(results, decode) if decode is not None else read_measurement(records_of(Path(sweep)))
     rows = make_rows(results, measurement.rows if measurement else {})
-    found, answers, laws = verdicts(results, rows), answer_questions(results, rows), fit_laws(rows)
+    found, answers, laws = merged(verdicts(results, rows)), answer_questions(results, rows), fit_laws(rows)
     rows_table = main_table(results, rows, measurement.conditions if measurement else None)
     scores = scores_table(results.used())
     page = Page(
         title=results.plan.title or results.plan.name,
         about=_about(results),
-        answers=[
-            dataclasses.replace(verdict, text=verdict.text.replace("+-", "±"))
-            for own in by_question(found).values()
-            for verdict in own
-        ],
+        answers=found,
         problems=results.problems,
         parts=[
             *([Part("Questions", tables={"questions": questions_table(answers)})] if answers else []),
             Part("Results", tables={"rows": rows_table}, figures=make_figures(rows, laws)),
             Part("Scaling laws", tables={"laws": laws_table(laws)}),
             *([Part("Downstream", tables={"scores": scores})] if scores else []),
-            Part("Runs", tables={"runs": runs_table(results)}),
+            Part("Runs", tables={"runs": Table(_RUNS, results.runs, _ABOUT_RUNS)}),
         ],
     )
     write_page(page, folder, markdown=MARKDOWN)
@@ -94,7 +89,6 @@ def write_report(sweep: str | Path, output: str | Path | None = None, decode: De
 
 
 def _about(results: SweepResults) -> str:
-    """Describe in one line what was planned and how much of it counts."""
     plan = results.plan
     held = f"held equal: {plan.match_budget.replace('_', ' ')}" if plan.match_budget else "nothing held equal"
     used = f"{len(results.used())} of {len(results.runs)} runs are used"
@@ -141,6 +135,7 @@ _RUNS = (
     Column("data", "data", lambda result: (result.fingerprint or {}).get("sha256"), shown=8),
     Column("remark", "remark", lambda result: result.reason),
 )
+_ABOUT_RUNS = ("Only runs with status used are in the means. Data: hash of data and sample order.",)
 
 
 def _times(ratio: float) -> Cell:
@@ -168,13 +163,6 @@ def questions_table(answers: Sequence[Comparison]) -> Table:
         "each question by itself."
     )
     return Table([column for column in _QUESTIONS if has_groups or column.key != "group"], answers, (note,))
-
-
-def runs_table(results: SweepResults) -> Table:
-    """Return the table of all runs of the plan, used or not."""
-    return Table(
-        _RUNS, results.runs, ("Only runs with status used are in the means. Data: hash of data and sample order.",)
-    )
 
 
 def scores_table(runs: Sequence[RunResult]) -> Table | None:
@@ -265,7 +253,7 @@ def make_figures(rows: Sequence[Row], laws: Sequence[LoopLaw]) -> list[Named]:
 
 
 def _figure(name: str, caption: str, panel: Panel, height: float = 4.6) -> Named:
-    return drawn(name, caption, [panel], 8, height)
+    return Named(name, caption, draw([panel], 8, height))
 
 
 def _curves(group: Sequence[Row], scale: Callable[[Row], float], x: str) -> Panel:
@@ -278,11 +266,11 @@ def _curves(group: Sequence[Row], scale: Callable[[Row], float], x: str) -> Pane
         tokens, losses = zip(*row.curve, strict=True)
         xs, ends = [count * scale(row) for count in tokens], list(row.losses.values())
         label = row.label if row.loss is None else f"{row.label}: {row.loss.value:.3f}"
-        curves.append(Curve(xs, losses, index, LINES[(index // len(COLORS)) % len(LINES)], label=label))
+        curves.append(Curve(xs, losses, index, line(index), label=label))
         mark = MARKERS[index % len(MARKERS)]
         curves.append(Curve([xs[-1]] * len(ends), ends, index, "", mark, look={"markersize": 4.5, "alpha": 0.8}))
         shown += [*losses[len(losses) // 3 :], *ends]
-    return Panel(curves, x, _LOSS, shown=(shown, 0.06, 0.12))
+    return Panel(curves, x, _LOSS, limits=limits_around(shown, 0.06, 0.12))
 
 
 def _marks(rows: dict[str, list[tuple[float, Row]]]) -> list[Curve]:

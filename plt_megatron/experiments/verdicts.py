@@ -7,18 +7,20 @@ wins if the intervals of all other rows' paired differences (by seed) to it excl
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
+
+import numpy as np
 
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.intervals import LEVEL, Interval, estimate, paired_difference
 from plt_megatron.experiments.law import LawFit, fit_law
 from plt_megatron.experiments.pages import Verdict
 from plt_megatron.experiments.records import RunResult, SweepResults
-from plt_megatron.experiments.solver import Model, Observation
+from plt_megatron.experiments.solver import Run
 from plt_megatron.experiments.sweep_plan import PlannedRun
 from plt_megatron.predict.decode_cost import kv_cache_bytes, state_bytes
 from plt_megatron.run_folder.text import plural
@@ -42,19 +44,13 @@ class Row:
     Attributes:
         group: labels of all axes but the compared one; rows are compared within a group.
         label: label of its value of the compared axis.
-        losses: seed -> final validation loss of the runs that are used.
-        loss: mean of the losses; None without any.
         to_baseline, to_previous: paired differences of losses to the group's baseline and to the row above.
-        kv_bytes: K, V and state of one sequence of the training length while decoding, in bf16, by formula.
         decode: measured decoding time, if any.
     """
 
     group: tuple[str, ...]
     label: str
     results: list[RunResult]
-    losses: dict[int, float]
-    loss: Interval | None
-    kv_bytes: int
     to_baseline: Interval | None = None
     to_previous: Interval | None = None
     decode: Timing | None = None
@@ -72,6 +68,22 @@ class Row:
     def loop_count(self) -> int:
         return self.run.config.model.loop_count
 
+    @cached_property
+    def losses(self) -> dict[int, float]:
+        """Final validation loss of the used runs, by seed."""
+        return {result.run.seed: result.loss for result in self.results if result.loss is not None}
+
+    @cached_property
+    def loss(self) -> Interval | None:
+        """The mean of the losses; None without any."""
+        return estimate(list(self.losses.values()), LEVEL) if self.losses else None
+
+    @property
+    def kv_bytes(self) -> int:
+        """K, V and state of one sequence of the training length while decoding, in bf16, by formula."""
+        model, length = self.run.config.model, self.run.config.data.sequence_length
+        return kv_cache_bytes(model, length) + state_bytes(model, length)
+
     @property
     def curve(self) -> list[tuple[int, float]]:
         """(tokens, mean validation loss over the used runs) where all of them were validated."""
@@ -84,13 +96,8 @@ class Row:
         curve = self.curve
         if not curve or not curve[0][0] <= tokens <= curve[-1][0] * (1 + 1e-9):
             return None
-        places = [place for place, _ in curve]
-        right = min(bisect.bisect_left(places, tokens), len(curve) - 1)
-        (x0, y0), (x1, y1) = curve[max(0, right - 1)], curve[right]
-        if x0 == x1:
-            return y1
-        share = (math.log(tokens) - math.log(x0)) / (math.log(x1) - math.log(x0))
-        return y0 + min(1.0, share) * (y1 - y0)
+        places, losses = zip(*curve, strict=True)
+        return float(np.interp(math.log(tokens), np.log(places), losses))
 
 
 def make_rows(results: SweepResults, timings: Mapping[str, Timing] | None = None) -> list[Row]:
@@ -103,12 +110,16 @@ def make_rows(results: SweepResults, timings: Mapping[str, Timing] | None = None
         label = labels[compare] if compare is not None else "all"
         rows.setdefault((group, label), []).append(result)
     order = list(dict.fromkeys(group for group, _ in rows))
-    made = [_row(group, label, found) for (group, label), found in rows.items()]
+    made = [Row(group, label, found) for (group, label), found in rows.items()]
     made.sort(key=lambda row: order.index(row.group))  # stable: a group's rows stay in the plan's order
-    for row in made:
-        row.decode = (timings or {}).get(row.name)
     for compared in groups(made):
-        _compare(compared, results.plan.baseline)
+        reference = baseline_of(compared, results.plan.baseline)
+        for index, row in enumerate(compared):
+            row.decode = (timings or {}).get(row.name)
+            if row is not reference:
+                row.to_baseline = paired_difference(row.losses, reference.losses, LEVEL)
+            if index > 0:
+                row.to_previous = paired_difference(row.losses, compared[index - 1].losses, LEVEL)
     return made
 
 
@@ -123,29 +134,6 @@ def groups(rows: Sequence[Row]) -> list[list[Row]]:
 def baseline_of(group: Sequence[Row], baseline: str | None) -> Row:
     """Return the row that the others are measured against: the plan's, else the first."""
     return next((row for row in group if row.label == baseline), group[0])
-
-
-def _row(group: tuple[str, ...], label: str, results: list[RunResult]) -> Row:
-    losses = {r.run.seed: r.loss for r in results if r.status == "used" and r.loss is not None}
-    model = results[0].run.config.model
-    length = results[0].run.config.data.sequence_length
-    return Row(
-        group=group,
-        label=label,
-        results=results,
-        losses=losses,
-        loss=estimate(list(losses.values()), LEVEL) if losses else None,
-        kv_bytes=kv_cache_bytes(model, length) + state_bytes(model, length),
-    )
-
-
-def _compare(group: Sequence[Row], baseline: str | None) -> None:
-    reference = baseline_of(group, baseline)
-    for index, row in enumerate(group):
-        if row is not reference:
-            row.to_baseline = paired_difference(row.losses, reference.losses, LEVEL)
-        if index > 0:
-            row.to_previous = paired_difference(row.losses, group[index - 1].losses, LEVEL)
 
 
 # ---------------------------------------------------------------- scaling laws
@@ -165,10 +153,9 @@ def fit_laws(rows: Sequence[Row], bootstraps: int = 400) -> list[LoopLaw]:
     """Fit a law per label, over the sizes and budgets of all groups. N counts parameters without embeddings."""
     laws = []
     for label in dict.fromkeys(row.label for row in rows):
-        runs = [(r.run, r.loss) for row in rows if row.label == label for r in row.results if r.loss is not None]
+        used = [(r.run, r.loss) for row in rows if row.label == label for r in row.results if r.loss is not None]
         points = [
-            Observation("", 0.0, run.non_embedding_parameters, 1, run.tokens, loss, run.name, run.seed)
-            for run, loss in runs
+            Run("", 0.0, run.non_embedding_parameters, 1, run.tokens, loss, run.name, run.seed) for run, loss in used
         ]
         if not points:
             laws.append(LoopLaw(label, None, "no fit: no finished run"))
@@ -183,8 +170,8 @@ def fit_laws(rows: Sequence[Row], bootstraps: int = 400) -> list[LoopLaw]:
 
 def _farther(fit: LawFit) -> Interval:
     largest = fit.data.looped.max(), fit.data.tokens.max()
-    n, d = (value * (FARTHER if has else 1) for value, has in zip(largest, fit.terms, strict=True))
-    return fit.predict(Model("", 0.0, n, 1, d))
+    n, d = (value * (FARTHER if has else 1) for value, has in zip(largest, fit.data.terms, strict=True))
+    return fit.predict(Run("", 0.0, n, 1, d))
 
 
 # ---------------------------------------------------------------- the answer in words
@@ -197,27 +184,16 @@ def verdicts(results: SweepResults, rows: Sequence[Row]) -> list[Verdict]:
     """Return three answers for each group of compared rows."""
     found = []
     for group in groups(rows):
-        name = ", ".join(group[0].group)
-        if not results.has_one_data:
-            text = "not decided: the runs have read different data (see the problems above)"
-            found += [Verdict(text, False, question, name) for question in _QUESTIONS]
-            continue
         for question, answer in _QUESTIONS.items():
-            winner, text = answer(results, group)
-            found.append(Verdict(text, winner is not None, question, name, winner))
+            winner, text = None, "not decided: the runs have read different data (see the problems above)"
+            if results.has_one_data:
+                winner, text = answer(results, group)
+            found.append(Verdict(text, winner is not None, question, ", ".join(group[0].group), winner))
     return found
 
 
-def _at_equal_tokens(results: SweepResults, group: Sequence[Row]) -> tuple[str | None, str]:
-    return _equal_or_curves(results, group, "tokens", lambda row: row.run.tokens, "tokens")
-
-
-def _at_equal_flops(results: SweepResults, group: Sequence[Row]) -> tuple[str | None, str]:
-    return _equal_or_curves(results, group, "training FLOPs", lambda row: row.run.total_flops, "training_flops")
-
-
 def _equal_or_curves(
-    results: SweepResults, group: Sequence[Row], what: str, amount: Callable[[Row], float], hold: str
+    results: SweepResults, group: Sequence[Row], *, what: str, amount: Callable[[Row], float], hold: str
 ) -> tuple[str | None, str]:
     """Decide by final losses if every row has spent the same; else say what the curves show, which decides nothing."""
     amounts = [amount(row) for row in group]
@@ -247,22 +223,22 @@ def _at_equal_latency(results: SweepResults, group: Sequence[Row]) -> tuple[str 
     reference = baseline_of(timed, results.plan.baseline)
     ratios = {row.label: row.decode.relative for row in timed if row.decode is not None}
     equal = [row for row in timed if abs(ratios[row.label] - 1) <= SAME_LATENCY]
-    slower = ", ".join(f"{label} {ratio:.2f}x" for label, ratio in ratios.items() if label not in _labels(equal))
+    labels = [row.label for row in equal]
+    slower = ", ".join(f"{label} {ratio:.2f}x" for label, ratio in ratios.items() if label not in labels)
     others = f" The others take, against it, {slower}." if slower else ""
     if len(equal) < 2:
         text = f"not decided: no row decodes within {SAME_LATENCY:.0%} of {reference.label}'s time.{others}"
         return None, f"{text} match_budget=decode_latency decides this."
     winner, text = _best(equal)
-    return (
-        winner,
-        f"as fast as {reference.label}, within {SAME_LATENCY:.0%}: {', '.join(_labels(equal))}. {text[:1].upper()}"
-        f"{text[1:]}{others}",
-    )
+    as_fast = f"as fast as {reference.label}, within {SAME_LATENCY:.0%}: {', '.join(labels)}."
+    return winner, f"{as_fast} {text[:1].upper()}{text[1:]}{others}"
 
 
 _QUESTIONS: dict[str, Callable[[SweepResults, Sequence[Row]], tuple[str | None, str]]] = {
-    "tokens": _at_equal_tokens,
-    "training FLOPs": _at_equal_flops,
+    "tokens": partial(_equal_or_curves, what="tokens", amount=lambda row: row.run.tokens, hold="tokens"),
+    "training FLOPs": partial(
+        _equal_or_curves, what="training FLOPs", amount=lambda row: row.run.total_flops, hold="training_flops"
+    ),
     "decoding latency": _at_equal_latency,
 }
 
@@ -275,23 +251,17 @@ def _best(rows: Sequence[Row]) -> tuple[str | None, str]:
     if len(known) < 2:
         return None, f"not decided: {len(known)} of {len(rows)} rows have a usable run."
     best, loss = _lowest(known)
-    others = [row for row in known if row is not best]
-    level = 1 - (1 - LEVEL) / len(others)
-    open_rows: list[Row] = []
-    closed: list[Row] = []
-    for row in others:
-        difference = paired_difference(row.losses, best.losses, level)
-        is_worse = difference is not None and difference.sign > 0
-        (closed if is_worse else open_rows).append(row)
+    level = 1 - (1 - LEVEL) / (len(known) - 1)
+    gaps = {row.label: paired_difference(row.losses, best.losses, level) for row in known if row is not best}
+    rivals = [label for label, gap in gaps.items() if gap is None or gap.sign <= 0]
+    words = ", ".join(f"{label} {_signed(gaps[label])}" for label in rivals or gaps)
     lead = f"{_with_loops(best)} has the lowest loss, {loss}"
-    if open_rows:
-        reason = _why_open(best, open_rows, level)
-        rivals = ", ".join(_labels(open_rows))
-        return None, f"the data do not decide: {lead}, but cannot be told apart from {rivals} ({reason}).{without}"
-    gaps = ", ".join(f"{row.label} {_signed(paired_difference(row.losses, best.losses, level))}" for row in closed)
+    if rivals:
+        apart = f"cannot be told apart from {', '.join(rivals)} (against it: {words})"
+        return None, f"the data do not decide: {lead}, but {apart}.{without}"
     if unknown:
-        return None, f"not decided yet: {lead} and beats {', '.join(_labels(closed))} ({gaps}), but{without}"
-    return best.label, f"{_with_loops(best)} wins: loss {loss}; the others against it: {gaps}."
+        return None, f"not decided yet: {lead} and beats {', '.join(gaps)} ({words}), but{without}"
+    return best.label, f"{_with_loops(best)} wins: loss {loss}; the others against it: {words}."
 
 
 def _lowest(rows: Sequence[Row]) -> tuple[Row, str]:
@@ -312,23 +282,10 @@ def _lowest(rows: Sequence[Row]) -> tuple[Row, str]:
     return best, f"{means[best.name]:.4f}{where}"
 
 
-def _why_open(best: Row, rows: Sequence[Row], level: float) -> str:
-    differences = [(row, paired_difference(row.losses, best.losses, level)) for row in rows]
-    parts = []
-    for row, difference in differences:
-        is_known = difference is not None and difference.half is not None
-        parts.append(f"{row.label} {_signed(difference) if is_known else 'shares fewer than two seeds with it'}")
-    return f"against it: {', '.join(parts)}"
-
-
 def _signed(difference: Interval | None) -> str:
-    assert difference is not None
-    half = "" if difference.half is None else f" +- {difference.half:.4f}"
-    return f"{difference.value:+.4f}{half}"
-
-
-def _labels(rows: Sequence[Row]) -> list[str]:
-    return [row.label for row in rows]
+    if difference is None or difference.half is None:
+        return "shares fewer than two seeds with it"
+    return f"{difference.value:+.4f} ± {difference.half:.4f}"
 
 
 def _with_loops(row: Row) -> str:
@@ -336,15 +293,14 @@ def _with_loops(row: Row) -> str:
     return loops if row.label == loops else f"{row.label} ({loops})"
 
 
-def by_question(verdicts: Sequence[Verdict]) -> dict[str, list[Verdict]]:
-    """Group verdicts by question; a single verdict, of no group, if all groups have the same."""
-    found: dict[str, list[Verdict]] = {}
-    for verdict in verdicts:
-        found.setdefault(verdict.question, []).append(verdict)
-    return {
-        question: [dataclasses.replace(own[0], group="")] if len({verdict.text for verdict in own}) == 1 else own
-        for question, own in found.items()
-    }
+def merged(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """Sort verdicts by question, with a single one, of no group, where all groups have the same."""
+    found: list[Verdict] = []
+    for question in dict.fromkeys(verdict.question for verdict in verdicts):
+        own = [verdict for verdict in verdicts if verdict.question == question]
+        is_one = len({verdict.text for verdict in own}) == 1
+        found += [dataclasses.replace(own[0], group="")] if is_one else own
+    return found
 
 
 # ---------------------------------------------------------------- the sweep's own questions

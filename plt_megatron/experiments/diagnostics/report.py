@@ -19,7 +19,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.experiments.diagnostics.decision import RULE, Decision, decide
 from plt_megatron.experiments.diagnostics.diagnose import DIFFERENCES, MEASURES, Diagnosis, Measure, diagnose
 from plt_megatron.experiments.diagnostics.inputs import HeldOut, build_model, draw_sequences, open_model
-from plt_megatron.experiments.figures import MARKERS, Curve, Named, Panel, drawn
+from plt_megatron.experiments.figures import MARKERS, Curve, Named, Panel, draw
 from plt_megatron.experiments.intervals import LEVEL, RESAMPLES, Interval, Intervals
 from plt_megatron.experiments.pages import (
     Cell,
@@ -186,7 +186,6 @@ def _name(model: Path) -> str:
 
 
 def _summary(diagnosis: Diagnosis, decision: Decision, about: dict[str, Any]) -> str:
-    """Format the result for the terminal."""
     bad = about["data"]["unreadable_documents"]
     header = ["", "embeddings", *(f"loop {loop}" for loop in range(1, diagnosis.loop_count + 1))]
     rows = [
@@ -202,7 +201,6 @@ def _summary(diagnosis: Diagnosis, decision: Decision, about: dict[str, Any]) ->
 
 
 def _describe(about: dict[str, Any]) -> str:
-    """Describe the model and the text in one line."""
     model, data = about["model"], about["data"]
     step = f", step {model['step']:,}" if model.get("step") is not None else ""
     loops = plural(model["loop_count"], "loop")
@@ -334,7 +332,7 @@ def make_figures(diagnosis: Diagnosis) -> list[Named]:
 
     def panels(name: str, caption: str, names: Sequence[str], kind: Callable[..., Panel], columns: int) -> Named:
         found = [kind(diagnosis, each) for each in names if each in diagnosis.loops]
-        return drawn(name, caption, found, _WIDTH, _HEIGHT, columns)
+        return Named(name, caption, draw(found, _WIDTH, _HEIGHT, columns))
 
     bars = "95 % bootstrap intervals over sequences."
     moved = f"How far each loop moves the states, and where to. L2 norms. Bars: {bars}"

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from plt_megatron.errors import UserError
 from plt_megatron.experiments.files import DecideSettings
 from plt_megatron.experiments.intervals import Interval
 from plt_megatron.experiments.law import LawFit
 from plt_megatron.experiments.pages import Verdict
-from plt_megatron.experiments.solver import Model, jacobian, models_to_arrays
+from plt_megatron.experiments.solver import Run, Shape, jacobian, to_arrays
 from plt_megatron.run_folder.text import format_bytes, format_duration, plural
 
 _POINTS = 25  # points of a frontier's curve
@@ -28,8 +27,8 @@ _SPAN = 30.0  # factor by which it extends from the target in both directions
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A model that could be trained; see `Observation`.
+class Candidate(Shape):
+    """A model that could be trained.
 
     Attributes:
         flops, seconds: cost of training per token; seconds None: not measured.
@@ -37,10 +36,6 @@ class Candidate:
             batch.
     """
 
-    variant: str
-    loops: int
-    once: float
-    looped: float
     flops: float
     seconds: float | None
     latency_ms: float
@@ -61,26 +56,17 @@ class Curve:
 
 @dataclass(frozen=True)
 class Standing:
-    """A contender at the target, with its best shape, `model`.
+    """A contender at the target, with the training of its best shape, `run`.
 
     Attributes:
         behind: its loss minus the best contender's.
         share: share of the samples in which it is the best.
     """
 
-    model: Model
+    run: Run
     loss: Interval
     behind: Interval
     share: float
-
-    @property
-    def loops(self) -> int:
-        return self.model.loops
-
-    @property
-    def parameters(self) -> float:
-        """Parameters without embeddings."""
-        return self.model.once + self.model.looped
 
 
 @dataclass(frozen=True)
@@ -98,10 +84,6 @@ class LawVerdict(Verdict):
 
     standings: tuple[Standing, ...] = ()
     beyond: str = ""
-
-    @property
-    def best(self) -> Standing | None:
-        return self.standings[0] if self.standings else None
 
 
 @dataclass(frozen=True)
@@ -137,61 +119,47 @@ def headline(frontiers: Sequence[Frontier]) -> LawVerdict:
 
 @dataclass(frozen=True)
 class _Question:
-    """A quantity to hold equal: the tokens that a price buys, and the limit of a candidate. `unit`: of the loss."""
+    """A quantity to hold equal.
+
+    Attributes:
+        unit: unit of the loss.
+        name, axis, words: the quantity, short, as an axis and in a sentence.
+        quantity: attribute of candidates that is held equal.
+        target: its value, in total for a price of training.
+        budget: training FLOPs if the quantity is a limit; None: it is the price of a token.
+    """
 
     unit: str
     name: str
     axis: str
-    target: float
     words: str
-    tokens: Callable[[Candidate, float], float]  # training tokens at a value of the axis
-    measure: Callable[[Candidate], float] | None = None  # None: the axis is the price
+    quantity: str
+    target: float
+    budget: float | None = None
+
+    def measure(self, candidate: Candidate) -> float:
+        return float(getattr(candidate, self.quantity))
+
+    def tokens(self, candidate: Candidate, value: float) -> float:
+        """Return the training tokens at a value of the axis."""
+        return self.budget / candidate.flops if self.budget is not None else value / self.measure(candidate)
 
 
 def _questions(candidates: Sequence[Candidate], target: DecideSettings, unit: str) -> list[_Question]:
-    memory = 1e9 * target.memory_gb
-    price = f"{target.training_flops:.3g} training FLOPs"
-
-    def buys(candidate: Candidate, _: float) -> float:
-        return target.training_flops / candidate.flops
-
-    questions = [
-        _Question(
-            unit,
-            "decoding latency",
-            "milliseconds per decoded token",
-            target.latency_ms,
-            f"at {price} and {target.latency_ms:.3g} ms a token",
-            buys,
-            lambda candidate: candidate.latency_ms,
-        ),
-        _Question(
-            unit,
-            "memory",
-            "bytes of weights and KV cache",
-            memory,
-            f"at {price} and {format_bytes(memory)} of weights and KV cache",
-            buys,
-            lambda candidate: candidate.memory,
-        ),
-        _Question(
-            unit,
-            "training FLOPs",
-            "training FLOPs",
-            target.training_flops,
-            f"at {price}",
-            lambda c, value: value / c.flops,
-        ),
-    ]
+    budget, memory, latency = target.training_flops, 1e9 * target.memory_gb, target.latency_ms
+    price = f"at {budget:.3g} training FLOPs"
+    words = f"{price} and {latency:.3g} ms a token"
+    by_latency = _Question(
+        unit, "decoding latency", "milliseconds per decoded token", words, "latency_ms", latency, budget
+    )
+    words = f"{price} and {format_bytes(memory)} of weights and KV cache"
+    by_memory = _Question(unit, "memory", "bytes of weights and KV cache", words, "memory", memory, budget)
+    questions = [by_latency, by_memory, _Question(unit, "training FLOPs", "training FLOPs", price, "flops", budget)]
     if all(candidate.seconds is not None for candidate in candidates):
         single = [c.seconds / c.flops for c in candidates if c.loops == 1 and c.seconds is not None]
-        seconds = target.training_flops * float(np.median(single))
+        seconds = budget * float(np.median(single))
         words = f"at {format_duration(seconds)} of training, at the speed measured"
-        questions.append(
-            _Question(
-                unit, "step time", "seconds of training", seconds, words, lambda c, value: value / (c.seconds or 1.0)
-            )
-        )
+        questions.append(_Question(unit, "step time", "seconds of training", words, "seconds", seconds))
     return questions
 
 
@@ -215,26 +183,22 @@ def _contenders(fit: LawFit, candidates: Sequence[Candidate]) -> dict[tuple[str,
     found: dict[tuple[str, int], list[Candidate]] = {}
     for candidate in candidates:
         if candidate.loops == 1 or candidate.variant in fit.data.variants:
-            found.setdefault((candidate.variant if candidate.loops > 1 else "", candidate.loops), []).append(candidate)
-    if ("", 1) not in found:
-        raise UserError("no candidate has one loop: there is nothing to compare loops with")
+            found.setdefault((candidate.variant, candidate.loops), []).append(candidate)
     return found
 
 
-def _best(
-    fit: LawFit, own: Sequence[Candidate], question: _Question, value: float
-) -> tuple[Candidate, float, np.ndarray] | None:
-    """Return a contender's best candidate at a value of the axis, its tokens, and its loss [1 + b] by the fit and its
-    samples; None if no candidate is within the limit.
+def _best(fit: LawFit, own: Sequence[Candidate], question: _Question, value: float) -> tuple[Run, np.ndarray] | None:
+    """Return the training of a contender's best candidate at a value of the axis, and its loss [1 + b] by the fit and
+    its samples; None if no candidate is within the limit.
 
     The fit chooses the shape: samples evaluate that choice, not one made with hindsight.
     """
-    inside = _within(own, question.measure, value) if question.measure is not None else list(own)
+    inside = _within(own, question.measure, value) if question.budget is not None else list(own)
     if not inside:
         return None
-    models = [_model(candidate, question.tokens(candidate, value)) for candidate in inside]
-    place = int(np.argmin(fit.fitted(models)))
-    return inside[place], models[place].tokens, fit.drawn([models[place]])[:, 0]
+    runs = [candidate.trained(question.tokens(candidate, value)) for candidate in inside]
+    best = runs[int(np.argmin(fit.fitted(runs)))]
+    return best, fit.drawn([best])[:, 0]
 
 
 def _within(own: Sequence[Candidate], measure: Callable[[Candidate], float], limit: float) -> list[Candidate]:
@@ -250,26 +214,12 @@ def _within(own: Sequence[Candidate], measure: Callable[[Candidate], float], lim
 
 
 def _between(low: Candidate, high: Candidate, share: float) -> Candidate:
-    """Interpolate between two candidates, in logarithms."""
-
-    def at(name: str) -> float:
+    """Interpolate between two candidates of one contender, in logarithms."""
+    values = {}
+    for name in ("once", "looped", "flops", "seconds", "latency_ms", "memory"):
         first, last = getattr(low, name), getattr(high, name)
-        return first * (last / first) ** share if first else 0.0
-
-    return Candidate(
-        low.variant,
-        low.loops,
-        once=at("once"),
-        looped=at("looped"),
-        flops=at("flops"),
-        seconds=None if low.seconds is None or high.seconds is None else at("seconds"),
-        latency_ms=at("latency_ms"),
-        memory=at("memory"),
-    )
-
-
-def _model(candidate: Candidate, tokens: float) -> Model:
-    return Model(candidate.variant, candidate.once, candidate.looped, candidate.loops, tokens)
+        values[name] = first * (last / first) ** share if first else first
+    return dataclasses.replace(low, **values)
 
 
 def _curve(fit: LawFit, own: Sequence[Candidate], question: _Question, values: np.ndarray) -> Curve:
@@ -277,8 +227,8 @@ def _curve(fit: LawFit, own: Sequence[Candidate], question: _Question, values: n
     for place, value in enumerate(values):
         found = _best(fit, own, question, float(value))
         if found is not None:
-            rows[:, place] = found[2][0], *fit.bounds(found[2][1:])
-    return Curve(own[0].variant if own[0].loops > 1 else "", own[0].loops, values, *rows)
+            rows[:, place] = found[1][0], *fit.bounds(found[1][1:])
+    return Curve(own[0].variant, own[0].loops, values, *rows)
 
 
 def _verdict(
@@ -288,15 +238,15 @@ def _verdict(
         text = f"{question.words}: no run with several loops counts, so nothing is known about them. Not decided"
         return LawVerdict(text, False, question.name, variant)
     best = [_best(fit, own, question, question.target) for own in contenders]
-    inside = sorted((found for found in best if found is not None), key=lambda found: found[2][0])
+    inside = sorted((found for found in best if found is not None), key=lambda found: found[1][0])
     if not inside:
         text = f"{question.words}: no shape considered is within the limit"
         return LawVerdict(text, False, question.name, variant)
-    losses = np.stack([own for _, _, own in inside])  # [contenders, 1 + b]
+    losses = np.stack([own for _, own in inside])  # [contenders, 1 + b]
     wins = np.bincount(np.argmin(losses[:, 1:], axis=0), minlength=len(inside)) / (losses.shape[1] - 1)
     standings = tuple(
-        Standing(_model(candidate, tokens), fit.interval(own), fit.interval(own - losses[0]), float(share))
-        for (candidate, tokens, own), share in zip(inside, wins, strict=True)
+        Standing(run, fit.interval(own), fit.interval(own - losses[0]), float(share))
+        for (run, own), share in zip(inside, wins, strict=True)
     )
     return _in_words(fit, question, variant, standings, target)
 
@@ -305,15 +255,12 @@ def _in_words(
     fit: LawFit, question: _Question, variant: str, standings: tuple[Standing, ...], target: DecideSettings
 ) -> LawVerdict:
     best, others = standings[0], standings[1:]
-    text = f"{question.words}: {_loops(best.loops)}, {best.share:.0%}"
+    text = f"{question.words}: {_loops(best)}, {best.share:.0%}"
     if others:
         second = others[0]
-        text += (
-            f"; {_loops(second.loops)} {second.behind.value:+.4f} "
-            f"[{second.behind.low:+.4f}, {second.behind.high:+.4f}] {question.unit}, {second.share:.0%}"
-        )
+        text += f"; {_loops(second)} {second.behind.text('+.4f')} {question.unit}, {second.share:.0%}"
     near = [other for other in others if other.behind.high < target.indifference]
-    beyond = fit.beyond([standing.model for standing in standings])
+    beyond = fit.beyond([standing.run for standing in standings])
     doubts = list(_doubts(fit, standings, question.unit))
     if not doubts and best.share < target.confidence and len(near) < len(others):
         doubts = [(f"{target.confidence:.0%} is asked for", "further runs near it")]
@@ -321,17 +268,17 @@ def _in_words(
         reasons, needs = (" and ".join(words) for words in zip(*doubts, strict=True))
         text += f". Not decided: {reasons}; it takes {needs}"
     elif best.share < target.confidence:
-        text += f". The difference to {', '.join(_loops(other.loops) for other in near)} is too small to matter"
-    winner = None if doubts else _loops(best.loops)
+        text += f". The difference to {', '.join(map(_loops, near))} is too small to matter"
+    winner = None if doubts else _loops(best)
     return LawVerdict(text, not doubts, question.name, variant, winner, standings, beyond)
 
 
 def _doubts(fit: LawFit, standings: Sequence[Standing], unit: str) -> Iterator[tuple[str, str]]:
     """Yield the reasons why the law is not known to hold at the target, each with what would remove it."""
-    models = [standing.model for standing in standings]
-    beyond, floor = fit.beyond(models), float(fit.theta[0]) or standings[0].loss.value
+    runs = [standing.run for standing in standings]
+    beyond, floor = fit.beyond(runs), float(fit.theta[0]) or standings[0].loss.value
     if beyond:
-        yield f"this extrapolates the law far, {beyond}", fit.needed(models)
+        yield f"this extrapolates the law far, {beyond}", fit.needed(runs)
     width = max((standing.behind.high - standing.behind.low for standing in standings[1:2]), default=0.0)
     if width > floor:
         words = f"an interval of {width:.3g} {unit} is wider than the law's E, {floor:.3g}"
@@ -341,8 +288,9 @@ def _doubts(fit: LawFit, standings: Sequence[Standing], unit: str) -> Iterator[t
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
 
 
-def _loops(count: int) -> str:
-    """Write a number of loops in words: `two loops`."""
+def _loops(standing: Standing) -> str:
+    """Write its number of loops in words: `two loops`."""
+    count = standing.run.loops
     return plural(count, "loop").replace(str(count), _NUMBERS[count])
 
 
@@ -351,6 +299,5 @@ def contrast(fit: LawFit, verdict: LawVerdict) -> np.ndarray | None:
     there is only one."""
     if len(verdict.standings) < 2:
         return None
-    models = [standing.model for standing in verdict.standings[:2]]
-    rows = jacobian(fit.theta, models_to_arrays(models, fit.data.variants), fit.groups)
+    rows = jacobian(fit.theta, to_arrays([standing.run for standing in verdict.standings[:2]], fit.data.variants))
     return rows[:1] - rows[1:]

@@ -7,15 +7,16 @@ share their trunk's noise, which the information takes into account.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from plt_megatron.experiments.files import NoiseSettings
 from plt_megatron.experiments.law import LawFit
-from plt_megatron.experiments.solver import UNIT_D, UNIT_N, Model, jacobian, models_to_arrays
+from plt_megatron.experiments.solver import UNIT_D, UNIT_N, Shape, jacobian, to_arrays
 
 Z95 = 1.959964
 # A weak prior: standard deviations of E, A, B, alpha, beta and each phi before any run.
@@ -26,16 +27,12 @@ _SKELETON = 0.7  # share of the budget, at most, for the runs without which ther
 
 
 @dataclass(frozen=True)
-class Arm:
-    """A model with a seed; see `Observation`. `seconds_per_token`: training time."""
+class Arm(Shape):
+    """A model with a seed. `variant`: empty for one loop; `seconds_per_token`: training time, 0 if not known."""
 
-    variant: str
     size: str
-    loops: int
     seed: int
-    once: float
-    looped: float
-    seconds_per_token: float
+    seconds_per_token: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class Horizons:
         return total
 
 
-@dataclass
+@dataclass(frozen=True)
 class Design:
     """Chosen runs, and the precision expected from them.
 
@@ -73,7 +70,6 @@ class Design:
     seconds: float
     covariance: np.ndarray
     variants: tuple[str, ...]
-    before: np.ndarray = field(repr=False)
 
     def half_width(self, variant: str) -> float:
         """Return half of the 95 % interval of a variant's phi that is expected after the runs."""
@@ -113,7 +109,7 @@ def choose_runs(
     variants: Sequence[str],
     seconds: float,
     *,
-    noise: NoiseSettings | None = None,
+    noise: NoiseSettings,
     done: Mapping[int, Sequence[float]] | None = None,
     closed: Collection[int] = (),
     contrasts: np.ndarray | None = None,
@@ -129,7 +125,7 @@ def choose_runs(
         closed: indices of arms that are not trained any further.
         contrasts: [k, 5 + variants], gradients of further quantities to determine, such as differences of losses.
     """
-    planner = _Planner(arms, horizons, theta, tuple(variants), noise or NoiseSettings(), contrasts, frozenset(closed))
+    planner = _Planner(arms, horizons, theta, tuple(variants), noise, contrasts, closed)
     start = {index: tuple(sorted(tokens)) for index, tokens in (done or {}).items()}
     designs = [planner.spend(seconds, start, by_price) for by_price in (True, False)]
     return min(designs, key=lambda design: planner.criterion(np.linalg.inv(design.covariance)[None])[0])
@@ -146,35 +142,24 @@ class _Planner:
         variants: tuple[str, ...],
         noise: NoiseSettings,
         contrasts: np.ndarray | None,
-        closed: frozenset[int],
+        closed: Collection[int],
     ) -> None:
         self.arms, self.horizons, self.variants, self.noise, self.closed = arms, horizons, variants, noise, closed
         count = len(variants)
         self.prior = np.diag(1.0 / np.array([*_BELIEF, *[_BELIEF_PHI] * count]) ** 2)
         phis = np.eye(5 + count)[5:]
         self.interests = phis if contrasts is None else np.concatenate([phis, contrasts])
-        self.slopes = self._slopes(theta)
-        self._known: dict[tuple[int, tuple[float, ...]], np.ndarray] = {}
+        runs = to_arrays([arm.trained(tokens) for arm in arms for tokens in horizons.tokens], variants)
+        # Derivatives [arms, horizons, p] of the losses.
+        self.slopes = jacobian(theta, runs).reshape(len(arms), len(horizons.tokens), -1)
+        self.information = functools.cache(self._information)
 
-    def _slopes(self, theta: np.ndarray) -> np.ndarray:
-        """Return the derivatives [arms, horizons, p] of the losses."""
-        asked = [
-            Model(arm.variant, arm.once, arm.looped, arm.loops, tokens)
-            for arm in self.arms
-            for tokens in self.horizons.tokens
-        ]
-        data = models_to_arrays(asked, self.variants)
-        found = jacobian(theta, data, np.arange(len(self.variants)))
-        return found.reshape(len(self.arms), len(self.horizons.tokens), -1)
-
-    def information(self, arm: int, tokens: tuple[float, ...]) -> np.ndarray:
+    def _information(self, arm: int, tokens: tuple[float, ...]) -> np.ndarray:
         """Return the information [p, p] of an arm trained to these horizons."""
-        key = (arm, tokens)
-        if key not in self._known:
-            slopes = self.slopes[arm, [self.horizons.tokens.index(each) for each in tokens]]
-            covariance = self.noise.trunk**2 + self.noise.run**2 * np.eye(len(tokens))
-            self._known[key] = slopes.T @ np.linalg.solve(covariance, slopes)
-        return self._known[key]
+        slopes = self.slopes[arm, [self.horizons.tokens.index(each) for each in tokens]]
+        covariance = self.noise.trunk**2 + self.noise.run**2 * np.eye(len(tokens))
+        information: np.ndarray = slopes.T @ np.linalg.solve(covariance, slopes)
+        return information
 
     def criterion(self, informations: np.ndarray) -> np.ndarray:
         """Return the criterion [b] of informations [b, p, p]: the mean logarithm of the variances of the quantities of
@@ -188,23 +173,19 @@ class _Planner:
         """Choose runs one by one: the most informative for its price, or the most informative."""
         held: dict[int, tuple[float, ...]] = {arm: tokens for arm, tokens in start.items() if tokens}
         information = self.prior + sum((self.information(*item) for item in held.items()), np.zeros_like(self.prior))
-        design = Design([], 0.0, np.linalg.inv(information), self.variants, np.linalg.inv(information))
+        chosen: list[tuple[int, float]] = []
+        spent = 0.0
         first = [] if held else self._skeleton(_SKELETON * seconds)
         while True:
-            found = first.pop(0) if first else self._best(information, held, seconds - design.seconds, by_price)
+            found = first.pop(0) if first else self._best(information, held, seconds - spent, by_price)
             if found is None:
-                design.covariance = np.linalg.inv(information)
-                return design
+                return Design(chosen, spent, np.linalg.inv(information), self.variants)
             arm, tokens, price = found
             old = held.get(arm, ())
-            information = information + self._added(arm, tokens, old)
-            design.chosen += [(arm, each) for each in sorted(set(tokens) - set(old), reverse=True)]
-            design.seconds += price
+            information = information + (self.information(arm, tokens) - self.information(arm, old))
+            chosen += [(arm, each) for each in sorted(set(tokens) - set(old), reverse=True)]
+            spent += price
             held[arm] = tokens
-
-    def _added(self, arm: int, tokens: tuple[float, ...], old: tuple[float, ...]) -> np.ndarray:
-        """Return the information that further horizons of an arm add."""
-        return self.information(arm, tokens) - (self.information(arm, old) if old else 0.0)
 
     def _skeleton(self, seconds: float) -> list[tuple[int, tuple[float, ...], float]]:
         """Return the runs any law needs, with the largest size that `seconds` pay for; none if they do not suffice."""
@@ -229,7 +210,8 @@ class _Planner:
         options = [option for option in self._options(held) if option[2] <= left]
         if not options:
             return None
-        changed = information + np.stack([self._added(arm, tokens, held.get(arm, ())) for arm, tokens, _ in options])
+        added = [self.information(arm, tokens) - self.information(arm, held.get(arm, ())) for arm, tokens, _ in options]
+        changed = information + np.stack(added)
         gains = self.criterion(information[None])[0] - self.criterion(changed)
         prices = np.array([price for _, _, price in options])
         best = int(np.argmax(gains / prices if by_price else gains))

@@ -7,10 +7,10 @@ checkpoints that an earlier run of its arm has passed.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from plt_megatron.config import derived
 from plt_megatron.config.branching import first_decay_step, stages_problem
@@ -29,8 +29,8 @@ ONE_LOOP = "every"  # the variant of a run of one loop
 _PARTS = 4  # parts of the shortest horizon; all decays begin at a multiple of one, so that few checkpoints serve all
 
 
-@dataclass(frozen=True)
-class GridArm:
+@dataclass(frozen=True, kw_only=True)
+class GridArm(Arm):
     """An arm and its runs.
 
     Attributes:
@@ -38,7 +38,6 @@ class GridArm:
         lengths: for each horizon, the step after which the rate decays, and the number of steps of decay.
     """
 
-    arm: Arm
     config: RunConfig
     vocab: int
     lengths: tuple[tuple[int, int], ...]
@@ -46,9 +45,7 @@ class GridArm:
     @property
     def name(self) -> str:
         """Common part of its runs' names, without the horizon."""
-        arm = self.arm
-        variant = arm.variant if arm.loops > 1 else ONE_LOOP
-        return "-".join([slug(variant), slug(arm.size), f"{arm.loops}x", f"seed{arm.seed}"])
+        return "-".join([slug(self.variant or ONE_LOOP), slug(self.size), f"{self.loops}x", f"seed{self.seed}"])
 
 
 @dataclass(frozen=True)
@@ -77,45 +74,41 @@ class Grid:
         return runs
 
     def _planned(self, index: int, tokens: float, number: int, own: Sequence[PlannedRun]) -> PlannedRun:
-        grid_arm, name = self.arms[index], self.run_name(index, tokens)
-        arm, (step, decay) = grid_arm.arm, grid_arm.lengths[self.horizons.tokens.index(tokens)]
+        arm, name = self.arms[index], self.run_name(index, tokens)
+        step, decay = arm.lengths[self.horizons.tokens.index(tokens)]
         source = _source(own, step)
-        config = dataclasses.replace(
-            grid_arm.config,
+        load = None if source is None else str(source[0].folder.checkpoints / folder_name(source[1]))
+        config = replace(
+            arm.config,
             name=name,
-            training=dataclasses.replace(grid_arm.config.training, train_iters=step + decay),
-            optimizer=dataclasses.replace(
-                grid_arm.config.optimizer, lr_decay_iters=step + decay, lr_wsd_decay_iters=decay
-            ),
-            checkpoint=dataclasses.replace(
-                grid_arm.config.checkpoint,
-                load=None if source is None else str(source[0].folder.checkpoints / folder_name(source[1])),
-                allow_other_schedule=source is not None,
-            ),
+            training=replace(arm.config.training, train_iters=step + decay),
+            optimizer=replace(arm.config.optimizer, lr_decay_iters=step + decay, lr_wsd_decay_iters=decay),
+            checkpoint=replace(arm.config.checkpoint, load=load, allow_other_schedule=source is not None),
         )
         labels = {
-            "variant": arm.variant if arm.loops > 1 else ONE_LOOP,
+            "variant": arm.variant or ONE_LOOP,
             "size": arm.size,
             "loops": plural(arm.loops, "loop"),
             "horizon": f"{_short(tokens)} tokens",
             "round": str(number),
         }
         change = "" if source is None else f"branch of {source[0].name} at step {source[1]}"
-        return PlannedRun(name, labels, arm.seed, config, grid_arm.vocab, change)
+        return PlannedRun(name, labels, arm.seed, config, arm.vocab, change)
 
 
-def make_grid(study: StudyFile, tokenizer_vocab: int | None, check_files: bool = True) -> Grid:
-    """Build the grid of a study. `tokenizer_vocab`: see `sweep_plan.vocab_of`.
+def make_grid(study: StudyFile) -> Grid:
+    """Build the grid of a study, whose files need not exist yet.
 
     Raises `UserError`, one line per problem, if settings of runs are wrong.
     """
     wirings = [("", 1), *((variant, loops) for variant in study.variants for loops in study.loops if loops > 1)]
     width = load_config(study.base, study.overrides).model.hidden_size
-    arms, problems = [], []
+    arms: list[GridArm] = []
+    problems: list[str] = []
     for size in study.sizes:
         for variant, loops in wirings:
             config = _config(study, size, variant, loops, width)
-            found = find_problems(dataclasses.replace(config, name="run"), check_files=check_files)
+            found = find_problems(replace(config, name="run"), check_files=False)
             if config.validation.iters == 0:
                 found.append("validation.iters: a study compares validated losses; must be above 0")
             if study.measure == "bits_per_byte" and not config.validation.by_source:
@@ -124,24 +117,18 @@ def make_grid(study: StudyFile, tokenizer_vocab: int | None, check_files: bool =
                 found.append("model.loop_span: a study's law needs all layers to loop; leave it out")
             problems += [f"size {size}, {variant or ONE_LOOP}, {plural(loops, 'loop')}: {text}" for text in found]
             if not found:
-                arms += [_arm(study, size, variant, loops, seed, config, tokenizer_vocab) for seed in study.seeds]
+                arms += _arms(study, size, variant, loops, config)
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
     grid = Grid(study, tuple(arms), Horizons(tuple(study.horizons), study.decay_share))
-    _check_names(grid)
-    return grid
-
-
-def _check_names(grid: Grid) -> None:
-    """Raise `UserError` if two runs would share a folder."""
-    runs = [
-        (grid.run_name(index, tokens), f"{own.arm.variant or ONE_LOOP}, {own.arm.size}, {tokens:,.0f} tokens")
-        for index, own in enumerate(grid.arms)
+    clashes = name_clashes(
+        (grid.run_name(index, tokens), f"{arm.variant or ONE_LOOP}, {arm.size}, {tokens:,.0f} tokens")
+        for index, arm in enumerate(grid.arms)
         for tokens in grid.horizons.tokens
-    ]
-    clashes = name_clashes(runs)
+    )
     if clashes:
-        raise UserError(f"{grid.study.path}: {clashes[0]}")
+        raise UserError(f"{study.path}: {clashes[0]}")
+    return grid
 
 
 def trained_steps(run: PlannedRun) -> int:
@@ -149,16 +136,34 @@ def trained_steps(run: PlannedRun) -> int:
     return derived.train_iters(run.config) - start_step(run)
 
 
+def seconds_of(run: PlannedRun, arm: Arm) -> float:
+    """Return the training seconds of a run by the arm's price, without the trunk's part."""
+    return trained_steps(run) * derived.tokens_per_step(run.config) * arm.seconds_per_token
+
+
+def is_ready(run: PlannedRun) -> bool:
+    """Return whether a run can start or resume: it needs no checkpoint, or its own or its trunk's exists."""
+    checkpoint = start_checkpoint(run)
+    return checkpoint is None or run.folder.latest_checkpoint(verify=False) is not None or checkpoint.is_dir()
+
+
+def start_checkpoint(run: PlannedRun) -> Path | None:
+    """Return the checkpoint that a branch starts from, in the study's present folder: it may have been moved; None for
+    a run that starts from scratch."""
+    load = run.config.checkpoint.load
+    return None if load is None else run.folder.path.parent.joinpath(*Path(load).parts[-3:])
+
+
 def start_step(run: PlannedRun) -> int:
     """Return the step of the checkpoint that a branch starts from; 0 for a run that starts from scratch."""
-    load = run.config.checkpoint.load
-    return 0 if load is None else step_of(run.folder.checkpoints / load.rpartition("/")[2])
+    checkpoint = start_checkpoint(run)
+    return 0 if checkpoint is None else step_of(checkpoint)
 
 
 def source_of(run: PlannedRun) -> str | None:
     """Return the name of the run that a branch starts from; None if it starts from scratch."""
-    load = run.config.checkpoint.load
-    return None if load is None else load.split("/")[-3]
+    checkpoint = start_checkpoint(run)
+    return None if checkpoint is None else checkpoint.parts[-3]
 
 
 def _source(own: Sequence[PlannedRun], step: int) -> tuple[PlannedRun, int] | None:
@@ -170,12 +175,11 @@ def _source(own: Sequence[PlannedRun], step: int) -> tuple[PlannedRun, int] | No
 
 def _check_schedules(study: StudyFile, config: RunConfig) -> None:
     """Raise `UserError` for settings that would make the first steps of runs of different lengths differ."""
-    problem = None
+    problem = stages_problem(config)
     if config.training.batch_schedule:
         problem = "training.batch_schedule: a study's runs and branches have one batch size; leave it out"
     elif config.data.length_schedule:
         problem = "data.length_schedule: a study's runs and branches have one row length; leave it out"
-    problem = problem or stages_problem(config)
     if problem is not None:
         raise UserError(f"{study.path}: {problem}")
 
@@ -188,29 +192,26 @@ def _config(study: StudyFile, size: str, variant: str, loops: int, width: int) -
     factor = (width / config.model.hidden_size) ** study.lr_exponent_of_width
     if "optimizer.lr" in {text.partition("=")[0] for text in own}:
         factor = 1.0
-    rates = {"lr": factor * config.optimizer.lr, "min_lr": factor * config.optimizer.min_lr}
+    lr, min_lr = factor * config.optimizer.lr, factor * config.optimizer.min_lr
     lengths = _lengths(study, derived.tokens_per_step(config))
-    longest = sum(lengths[-1])
+    longest, decay = sum(lengths[-1]), lengths[-1][1]
     every = math.gcd(*(step for step, _ in lengths))
-    return dataclasses.replace(
+    return replace(
         config,
-        optimizer=dataclasses.replace(
-            config.optimizer, **rates, lr_decay_iters=longest, lr_wsd_decay_iters=lengths[-1][1]
-        ),
-        training=dataclasses.replace(config.training, train_iters=longest),
-        data=dataclasses.replace(config.data, order_samples=longest * config.training.global_batch_size),
-        checkpoint=dataclasses.replace(config.checkpoint, save_interval=every, keep_every=every),
+        optimizer=replace(config.optimizer, lr=lr, min_lr=min_lr, lr_decay_iters=longest, lr_wsd_decay_iters=decay),
+        training=replace(config.training, train_iters=longest),
+        data=replace(config.data, order_samples=longest * config.training.global_batch_size),
+        checkpoint=replace(config.checkpoint, save_interval=every, keep_every=every),
     )
 
 
-def _arm(
-    study: StudyFile, size: str, variant: str, loops: int, seed: int, config: RunConfig, tokenizer_vocab: int | None
-) -> GridArm:
-    vocab = vocab_of(config, tokenizer_vocab)
+def _arms(study: StudyFile, size: str, variant: str, loops: int, config: RunConfig) -> Iterator[GridArm]:
+    vocab = vocab_of(config, study)
     once, looped = loop_parameters(config, vocab)
-    seeded = dataclasses.replace(config, training=dataclasses.replace(config.training, seed=seed))
     lengths = _lengths(study, derived.tokens_per_step(config))
-    return GridArm(Arm(variant, size, loops, seed, once, looped, 0.0), seeded, vocab, lengths)
+    for seed in study.seeds:
+        seeded = replace(config, training=replace(config.training, seed=seed))
+        yield GridArm(variant, once, looped, loops, size, seed, config=seeded, vocab=vocab, lengths=lengths)
 
 
 def loop_parameters(config: RunConfig, vocab: int) -> tuple[float, float]:

@@ -16,11 +16,10 @@ from plt_megatron.experiments.files import DecideSettings
 from plt_megatron.experiments.law import LawFit, fit_law
 from plt_megatron.experiments.matching import flops_per_token
 from plt_megatron.experiments.records import RunResult, first_few, load_results, state_of
-from plt_megatron.experiments.solver import Observation
+from plt_megatron.experiments.solver import Run
 from plt_megatron.experiments.study.decision import Candidate, Frontier, LawVerdict, decide, headline
-from plt_megatron.experiments.study.design import Arm
-from plt_megatron.experiments.study.grid import Grid, loop_parameters, source_of, start_step, trained_steps
-from plt_megatron.experiments.sweep_plan import PlannedRun, SweepPlan
+from plt_megatron.experiments.study.grid import Grid, GridArm, is_ready, loop_parameters, source_of, start_step
+from plt_megatron.experiments.sweep_plan import SweepPlan
 from plt_megatron.predict.decode_cost import ELEMENT, decode_milliseconds, kv_cache_bytes, state_bytes
 from plt_megatron.predict.parameters import count_parameters
 from plt_megatron.predict.run_estimate import estimate_run
@@ -45,7 +44,7 @@ class Knowledge:
     Attributes:
         results: results of all planned runs, in order.
         measure: quantity that the law predicts: `loss` or `bits_per_byte`.
-        observations: observations from the runs that count.
+        observations: the runs that count, as the law sees them.
         fit: the law; None if there is none yet, for the reason `no_law`.
         frontiers: empty without a law.
         rates: model FLOP/s that each wiring's runs reached.
@@ -54,7 +53,7 @@ class Knowledge:
 
     measure: str
     results: tuple[RunResult, ...]
-    observations: tuple[Observation, ...]
+    observations: tuple[Run, ...]
     fit: LawFit | None
     no_law: str
     frontiers: tuple[Frontier, ...]
@@ -71,31 +70,25 @@ class Knowledge:
 
     def problems(self) -> list[str]:
         """Describe each planned run that does not count, with the reason, in one line."""
-        waiting = [r.run.name for r in self.results if r.status == "missing" and not _lost_its_trunk(r.run)]
-        lines = [
-            f"{r.run.name} does not count ({r.status}): {r.reason}"
-            for r in self.results
-            if r.status not in ("used", "missing")
-        ]
-        lines += [
-            f"{r.run.name} does not count (missing): its trunk {source_of(r.run)} has no checkpoint of step "
-            f"{start_step(r.run)}"
-            for r in self.results
-            if r.status == "missing" and _lost_its_trunk(r.run)
-        ]
-        lines += [
-            f"{r.run.name} does not count: it was validated without {self.measure.replace('_', ' ')}"
-            for r in self.results
-            if r.status == "used" and _value(r, self.measure) is None
-        ]
-        if waiting:
-            lines.append(f"not started: {first_few(waiting)}")
-        return lines
+        lines: list[str] = []
+        waiting: list[str] = []
+        for result in self.results:
+            run, status = result.run, result.status
+            if status == "missing" and (is_ready(run) or state_of(run) != "pending"):
+                waiting.append(run.name)
+            elif status == "missing":
+                reason = f"its trunk {source_of(run)} has no checkpoint of step {start_step(run)}"
+                lines.append(f"{run.name} does not count (missing): {reason}")
+            elif status != "used":
+                lines.append(f"{run.name} does not count ({status}): {result.reason}")
+            elif _value(result, self.measure) is None:
+                lines.append(f"{run.name} does not count: it was validated without {self.measure.replace('_', ' ')}")
+        return [*lines, f"not started: {first_few(waiting)}"] if waiting else lines
 
 
-def learn(grid: Grid, plan: SweepPlan | None, bootstraps: int = 400) -> Knowledge:
-    """Read the runs of a plan, fit the law, and decide. `plan` None: before the first round."""
-    results = tuple(load_results(plan.folder).runs if plan is not None else ())
+def learn(grid: Grid, plan: SweepPlan, bootstraps: int = 400) -> Knowledge:
+    """Read the runs of a plan, fit the law, and decide."""
+    results = tuple(load_results(plan.folder).runs) if plan.runs else ()
     rates, measure = _rates(grid, results), grid.study.measure
     observations = _observations(grid, results, measure)
     try:
@@ -114,24 +107,20 @@ def learn(grid: Grid, plan: SweepPlan | None, bootstraps: int = 400) -> Knowledg
     return Knowledge(measure, results, observations, fit, "", frontiers, rates, tuple(domains))
 
 
-def _observations(grid: Grid, results: Sequence[RunResult], measure: str) -> tuple[Observation, ...]:
-    """Return observations of the runs that count. `measure`: the study's, or a source's name for its bits per byte."""
-    places, observations = grid.places(), []
+def _observations(grid: Grid, results: Sequence[RunResult], measure: str) -> tuple[Run, ...]:
+    """Return the runs that count. `measure`: the study's, or a source's name for its bits per byte."""
+    places, runs = grid.places(), []
     for result in results:
         value = _value(result, measure)
         if value is not None:
-            own = grid.arms[places[result.run.name][0]]
-            arm = own.arm
-            seen = (arm.variant, arm.once, arm.looped, arm.loops, result.run.tokens, value)
-            observations.append(Observation(*seen, own.name, arm.seed))
-    return tuple(observations)
+            arm = grid.arms[places[result.run.name][0]]
+            runs.append(arm.trained(result.run.tokens, value, arm.name, arm.seed))
+    return tuple(runs)
 
 
 def _value(result: RunResult, measure: str) -> float | None:
     """Return a run's final value of the measure; None if the run does not count or was not measured."""
-    if result.status != "used":
-        return None
-    if measure == "loss":
+    if measure == "loss" or result.status != "used":
         return result.loss
     record = result.validation
     found = record.get(measure) if measure == "bits_per_byte" else record.get("source_bits_per_byte", {}).get(measure)
@@ -145,45 +134,23 @@ def _sources(results: Sequence[RunResult]) -> list[str]:
     return list(names) if len(names) > 1 else []
 
 
-def priced_arms(grid: Grid, rates: Mapping[Wiring, float], gpu: str | None) -> list[Arm]:
+def priced_arms(grid: Grid, rates: Mapping[Wiring, float], gpu: str | None) -> list[GridArm]:
     """Return the arms with their training seconds per token, as measured, else as estimated for `gpu` (None: one core
     of this machine's CPU)."""
     usual = statistics.median(rates.values()) if rates else None
-    priced: dict[tuple[str, str, int], float] = {}
-    for own in grid.arms:
-        arm, key = own.arm, (own.arm.variant, own.arm.size, own.arm.loops)
-        if key in priced:
-            continue
-        rate = rates.get((arm.variant if arm.loops > 1 else "", arm.loops), usual)
-        if rate is not None:
-            priced[key] = flops_per_token(own.config, own.vocab) / rate
-        else:
-            estimate = estimate_run(own.config, gpu=gpu or "cpu", vocab_size=own.vocab)
-            priced[key] = estimate.step_seconds / derived.tokens_per_step(own.config)
-    return [
-        dataclasses.replace(own.arm, seconds_per_token=priced[own.arm.variant, own.arm.size, own.arm.loops])
-        for own in grid.arms
-    ]
-
-
-def seconds_of(run: PlannedRun, arm: Arm) -> float:
-    """Return the training seconds of a run by the arm's price, without the trunk's part."""
-    return trained_steps(run) * derived.tokens_per_step(run.config) * arm.seconds_per_token
-
-
-def is_ready(run: PlannedRun) -> bool:
-    """Return whether a run can start or resume: it needs no checkpoint, or its own or its trunk's exists."""
-    load = run.config.checkpoint.load
-    return (
-        load is None
-        or run.folder.latest_checkpoint(verify=False) is not None
-        or run.folder.path.parent.joinpath(*load.split("/")[-3:]).is_dir()
-    )
-
-
-def _lost_its_trunk(run: PlannedRun) -> bool:
-    """Return whether a pending branch has no checkpoint to start from."""
-    return not is_ready(run) and state_of(run) == "pending"
+    prices: dict[tuple[str, str, int], float] = {}
+    priced = []
+    for arm in grid.arms:
+        model = (arm.variant, arm.size, arm.loops)  # the same for all seeds
+        if model not in prices:
+            rate = rates.get((arm.variant, arm.loops), usual)
+            if rate is not None:
+                prices[model] = flops_per_token(arm.config, arm.vocab) / rate
+            else:
+                estimate = estimate_run(arm.config, gpu=gpu or "cpu", vocab_size=arm.vocab)
+                prices[model] = estimate.step_seconds / derived.tokens_per_step(arm.config)
+        priced.append(dataclasses.replace(arm, seconds_per_token=prices[model]))
+    return priced
 
 
 def _rates(grid: Grid, results: Sequence[RunResult]) -> dict[Wiring, float]:
@@ -191,9 +158,9 @@ def _rates(grid: Grid, results: Sequence[RunResult]) -> dict[Wiring, float]:
     found: dict[Wiring, list[float]] = {}
     for result in results:
         if result.tokens_per_second:
-            arm = grid.arms[places[result.run.name][0]].arm
-            wiring = (arm.variant if arm.loops > 1 else "", arm.loops)
-            found.setdefault(wiring, []).append(result.tokens_per_second * result.run.flops_per_token)
+            arm = grid.arms[places[result.run.name][0]]
+            rate = result.tokens_per_second * result.run.flops_per_token
+            found.setdefault((arm.variant, arm.loops), []).append(rate)
     return {wiring: statistics.median(values) for wiring, values in found.items()}
 
 
@@ -204,22 +171,20 @@ _SMALLEST = 0.05  # smallest scale, relative to the study's largest size
 _MOST_PARAMETERS = 1e12
 
 
-def make_candidates(grid: Grid, rates: Mapping[tuple[str, int], float]) -> list[Candidate]:
+def make_candidates(grid: Grid, rates: Mapping[Wiring, float]) -> list[Candidate]:
     """Build the candidate shapes of every wiring: the study's largest, scaled down and up in the same proportions.
 
     Args:
-        rates: model FLOP/s that the runs of each (variant, loops) reached; the variant is "" for one loop.
+        rates: model FLOP/s that the runs of each wiring reached.
     """
-    largest = max(grid.arms, key=lambda each: each.arm.looped if each.arm.loops == 1 else 0.0)
-    size = largest.arm.size
-    wirings = {(a.arm.variant if a.arm.loops > 1 else "", a.arm.loops): a for a in grid.arms if a.arm.size == size}
-    candidates = []
-    for (variant, loops), own in wirings.items():
-        vocab = grid.study.decide.vocab_size or own.vocab
-        for config in _ladder(own.config):
-            rate = rates.get((variant, loops))
-            candidates.append(_candidate(variant, config, vocab, grid.study.decide, rate))
-    return candidates
+    largest = max(grid.arms, key=lambda arm: arm.looped if arm.loops == 1 else 0.0)
+    wirings = {(arm.variant, arm.loops): arm for arm in grid.arms if arm.size == largest.size}
+    decide = grid.study.decide
+    return [
+        _candidate(arm.variant, config, decide.vocab_size or arm.vocab, decide, rates.get(wiring))
+        for wiring, arm in wirings.items()
+        for config in _ladder(arm.config)
+    ]
 
 
 def _ladder(config: RunConfig) -> list[RunConfig]:
@@ -271,4 +236,4 @@ def _candidate(variant: str, config: RunConfig, vocab: int, settings: DecideSett
     memory = weights + batch * (kv_cache_bytes(model, context) + state_bytes(model, context))
     seconds = None if rate is None or not math.isfinite(rate) else flops / rate
     latency = decode_milliseconds(model, vocab, context, batch, settings.gpu)
-    return Candidate(variant, model.loop_count, once, looped, flops, seconds, latency, float(memory))
+    return Candidate(variant, once, looped, model.loop_count, flops, seconds, latency, float(memory))

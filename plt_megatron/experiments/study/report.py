@@ -10,19 +10,10 @@ from typing import Any
 import numpy as np
 
 from plt_megatron.errors import UserError
-from plt_megatron.experiments.figures import LINES, MARKERS, TOKENS, Curve, Named, Panel, drawn
+from plt_megatron.experiments.figures import LINES, MARKERS, TOKENS, Curve, Named, Panel, draw, limits_around
 from plt_megatron.experiments.intervals import LEVEL
-from plt_megatron.experiments.law import HeldOut, LawFit, Profile, equal_phis, hold_out_largest, profile
-from plt_megatron.experiments.pages import (
-    Column,
-    Page,
-    Part,
-    Table,
-    Verdict,
-    check_packages,
-    interval_columns,
-    write_page,
-)
+from plt_megatron.experiments.law import HeldOut, LawFit, equal_phis, hold_out_largest, profile
+from plt_megatron.experiments.pages import Column, Page, Part, Table, Verdict, interval_columns, write_page
 from plt_megatron.experiments.records import RunResult
 from plt_megatron.experiments.study.decision import Frontier
 from plt_megatron.experiments.study.grid import ONE_LOOP, Grid, source_of, start_step
@@ -44,12 +35,12 @@ _INTERVALS = f"Intervals: {LEVEL:.0%}, by a block bootstrap over trunks (with th
 _STANDINGS = (
     Column("question", "at equal", lambda row: row[0]),
     Column("variant", "variant", lambda row: row[1].group),
-    Column("loops", "loops", lambda row: row[2].loops, "d"),
+    Column("loops", "loops", lambda row: row[2].run.loops, "d"),
     Column("share", "best in", lambda row: row[2].share, ".0%"),
     Column("loss", "expected loss", lambda row: row[2].loss, ".3f"),
     Column("behind", "behind the best", lambda row: row[2].behind, "+.4f"),
-    Column("parameters", "w/o embeddings", lambda row: row[2].parameters, ".3g"),
-    Column("tokens", "tokens", lambda row: row[2].model.tokens, ".3g"),
+    Column("parameters", "w/o embeddings", lambda row: row[2].run.once + row[2].run.looped, ".3g"),
+    Column("tokens", "tokens", lambda row: row[2].run.tokens, ".3g"),
     Column("decided", "decided", lambda row: ("yes" if row[1].decided else "no") if row[3] else ""),
 )
 # Columns for (domain, whether it is the domain's first variant, variant, phi).
@@ -75,9 +66,8 @@ _RUNS = (
 def write_report(grid: Grid, plan: SweepPlan, known: Knowledge, ended: str) -> Path:
     """Write the report into the study's folder; return the path of its page.
 
-    Raises `UserError` if it cannot be written, or the extra `report` is missing.
+    Raises `UserError` like `write_page`.
     """
-    check_packages()
     answers = [Verdict(f"{f.verdicts[0].text}.", f.verdicts[0].decided) for f in known.frontiers[:1]]
     rounds = max(int(run.labels["round"]) for run in plan.runs)
     used = sum(result.status == "used" for result in known.results)
@@ -139,8 +129,8 @@ def _law(known: Knowledge, fit: LawFit) -> Part:
     ]
     if held is not None:
         text.append(
-            f"Predicted from the other sizes, {held.inside} of {len(held.rows)} runs of {held.what} lie within the "
-            f"law's interval; the largest miss is {abs(held.seen - held.said).max():.4f}."
+            f"Predicted from the other sizes, {held.inside} of {len(held.seen)} runs of the largest size lie within "
+            f"the law's interval; the largest miss is {abs(held.seen - held.said).max():.4f}."
         )
     table = Table(_intervals("coefficient", ".4g"), fit.coefficients.items(), (*fit.notes, _INTERVALS))
     return Part("Law", text, {"law": table}, [residual_figure(fit, known.counted(), held)])
@@ -155,16 +145,16 @@ def _held_out(fit: LawFit) -> HeldOut | None:
 def _phis(fit: LawFit) -> Part:
     """Report each phi, the first variant's against the others', and nested tests of whether they are equal."""
     first, *others = fit.data.variants
-    tests = [equal_phis(fit, [first, other]).text for other in others]
+    tests = [_are_equal(first, other, equal_phis(fit, [first, other])) for other in others]
     rows = [*fit.phis.items(), *((f"{first} less {other}", fit.difference(first, other)) for other in others)]
     notes = (f"Published: {PUBLISHED_PHI} [0.41, 0.53] (arXiv 2604.21106).", _INTERVALS)
-    profiles = [profile(fit, variant) for variant in fit.data.variants]
-    return Part(
-        "What a loop is worth",
-        [f"{text[:1].upper()}{text[1:]}." for text in tests],
-        {"phi": Table(_intervals("variant", ".3f"), rows, notes)},
-        [phi_figure(fit, profiles)],
-    )
+    table = Table(_intervals("variant", ".3f"), rows, notes)
+    return Part("What a loop is worth", tests, {"phi": table}, [phi_figure(fit)])
+
+
+def _are_equal(first: str, other: str, p: float) -> str:
+    value = "p < 0.01" if p < 0.01 else f"p = {p:.2f}"
+    return f"Phi of {first} and {other}: {'different' if p < 0.05 else 'not told apart'} ({value})."
 
 
 def _intervals(name: str, form: str) -> list[Column]:
@@ -202,7 +192,7 @@ def frontier_figure(frontier: Frontier, variants: Sequence[str], unit: str) -> N
     )
     caption = f"At equal {frontier.question}: the best shape of each. Dotted: the target of the answer."
     name = f"frontier_{frontier.question.replace(' ', '_').lower()}"
-    return drawn(name, f"{caption} Bands: 95 % of the law's bootstrap.", [panel], 8.2, 4.2)
+    return Named(name, f"{caption} Bands: 95 % of the law's bootstrap.", draw([panel], 8.2, 4.2))
 
 
 def _limits(frontier: Frontier, target: float) -> tuple[float, float] | None:
@@ -228,14 +218,15 @@ def _finite(rows: Sequence[np.ndarray]) -> np.ndarray:
     return values[np.isfinite(values)]
 
 
-def phi_figure(fit: LawFit, profiles: Sequence[Profile]) -> Named:
+def phi_figure(fit: LawFit) -> Named:
     """Plot how much worse the law fits if a phi is fixed elsewhere, with each phi's interval below."""
     curves = []
-    for place, found in enumerate(profiles):
-        phi, level = fit.phis[found.variant], -0.08 * (place + 1)
+    for place, (variant, phi) in enumerate(fit.phis.items()):
+        values, excess = profile(fit, variant)
+        level = -0.08 * (place + 1)
         thick = {"linewidth": 3, "solid_capstyle": "butt"}
         curves += [
-            Curve(found.phi, found.excess, place, label=f"{found.variant}: {phi.value:.2f}"),
+            Curve(values, excess, place, label=f"{variant}: {phi.value:.2f}"),
             Curve([phi.low, phi.high], [level, level], place, look=thick),
             Curve([phi.value], [level], place, "", MARKERS[place]),
         ]
@@ -245,10 +236,10 @@ def phi_figure(fit: LawFit, profiles: Sequence[Profile]) -> Named:
         "excess of squared residuals over the fit's",
         at=PUBLISHED_PHI,
         at_label=f"published: {PUBLISHED_PHI}",
-        limits=(-0.08 * (len(profiles) + 1.5), 1.0),
+        limits=(-0.08 * (len(fit.phis) + 1.5), 1.0),
     )
     caption = "Profile of each phi, and its 95 % interval below. Dotted: arXiv 2604.21106, other models and data."
-    return drawn("phi", caption, [panel], 6.4, 4.2)
+    return Named("phi", caption, draw([panel], 6.4, 4.2))
 
 
 def residual_figure(fit: LawFit, names: Sequence[str], held: HeldOut | None) -> Named:
@@ -261,12 +252,11 @@ def residual_figure(fit: LawFit, names: Sequence[str], held: HeldOut | None) -> 
     ]
     curves += [Curve(color=r - 1, line="", marker="o", label=plural(r, "loop")) for r in sorted(set(loops))]
     if held is not None:
-        look = {"markerfacecolor": "none", "markersize": 9}
-        label = f"{held.what}, predicted"
+        look, label = {"markerfacecolor": "none", "markersize": 9}, "the largest size, predicted"
         curves.append(Curve(held.said, held.seen - held.said, "#000000", "", "o", label, look=look))
     caption = "Residuals by run (hover for its name). Circles: runs of the largest size, predicted from the others."
     panel = Panel(curves, "the law's loss", "loss less the law's", level=0, legend=8)
-    return drawn("residuals", caption, [panel], 6.4, 4.2)
+    return Named("residuals", caption, draw([panel], 6.4, 4.2))
 
 
 def curves_figure(results: Sequence[RunResult]) -> Named:
@@ -285,9 +275,10 @@ def curves_figure(results: Sequence[RunResult]) -> Named:
             curves += [Curve(color=r - 1, marker=MARKERS[r - 1], label=plural(r, "loop")) for r in loops]
             legend = lines if len(lines) > 1 else {}
             curves += [Curve(color=_GREY, line=line, label=name) for name, line in legend.items()]
-        panels.append(Panel(curves, TOKENS, "loss (nats per token)", size, shown=(ends, 0.1, 0.15), legend=8))
+        limits = limits_around(ends, 0.1, 0.15)
+        panels.append(Panel(curves, TOKENS, "loss (nats per token)", size, limits=limits, legend=8))
     caption = "Validation loss of the runs (hover for a run's name); marks: where they end."
-    return drawn("curves", caption, panels, 4.6, 3.4, 3)
+    return Named("curves", caption, draw(panels, 4.6, 3.4, 3))
 
 
 def _learning(result: RunResult, lines: dict[str, Any]) -> list[Curve]:

@@ -53,7 +53,7 @@ def write_text_data(folder: Path) -> None:
 def plan_of(folder: Path, text: str = LOOPS, settings: tuple[str, ...] = ()) -> SweepPlan:
     """A plan, not saved, with its folder below `folder`."""
     sweep = read_sweep(write_sweep(folder, text), [f"output_dir={folder / 'sweeps'}", *settings])
-    return make_plan(sweep, None)
+    return make_plan(sweep)
 
 
 def saved_plan(folder: Path, text: str = LOOPS, settings: tuple[str, ...] = ()) -> SweepPlan:

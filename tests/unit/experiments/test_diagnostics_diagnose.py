@@ -34,10 +34,6 @@ def silenced(**changes):
     return model
 
 
-def measured(model, tokens, starts=None):
-    return measure_sequence(model, tokens, starts)
-
-
 # ---------------------------------------------------------------- against the equations
 
 
@@ -56,7 +52,7 @@ def test_states_are_those_of_the_equations(name):
 def test_the_lens_of_loop_r_is_the_loss_of_r_loops(name):
     """Validation loss of the same weights at every loop count, by the equations run with so many loops."""
     model, tokens = looped(name), make_tokens(24)
-    found = measured(model, tokens)["lens_loss"]
+    found = measure_sequence(model, tokens)["lens_loss"]
     for loops in range(1, model.config.loop_count + 1):
         logits, _ = Reference(model.config, model.state_dict(), loops).logits(tokens[:-1])
         assert found[loops] == pytest.approx(float(F.cross_entropy(logits, tokens[1:])), rel=1e-5), loops
@@ -101,7 +97,7 @@ def test_attention_is_what_the_model_reports(name):
 def test_layers_that_add_nothing_in_a_naive_loop():
     """h(r) = E for all r: no step, no change of attention or prediction, every state a fixed point."""
     model = silenced(cross_loop_parallel=False, share_kv=False, gated_window=False)
-    found = measured(model, make_tokens(20))
+    found = measure_sequence(model, make_tokens(20))
     for name in ("step_size", "relative_step", "fixed_point_gap", "loop_map_gap"):
         np.testing.assert_array_equal(found[name][1:], 0.0)
     np.testing.assert_array_equal(found["lens_kl"][2:], 0.0)
@@ -113,7 +109,7 @@ def test_layers_that_add_nothing_in_a_naive_loop():
 def test_layers_that_add_nothing_in_a_plt():
     """h(1) = E and h(2)_i = e_i + e_(i-1): the step is the mean norm of what is shifted in, the offset cost by hand."""
     model, tokens = silenced(), make_tokens(12)
-    found = measured(model, tokens)
+    found = measure_sequence(model, tokens)
     e = model.model.embed_tokens(tokens[:-1]).detach().double()
     shifted = torch.cat([torch.zeros_like(e[:1]), e[:-1]])
     assert found["step_size"][1] == 0 == found["fixed_point_gap"][1]
@@ -131,7 +127,7 @@ def test_gates_that_are_known(bias):
     for layer in model.model.layers:
         layer.self_attn.plt_gate.weight.data.zero_()
         layer.self_attn.plt_gate.bias.data = torch.full((4,), bias) * torch.tensor([0.0, 1.0, -1.0, 2.0])
-    found = measured(model, make_tokens(9))["gate_mean"]
+    found = measure_sequence(model, make_tokens(9))["gate_mean"]
     expected = [1 / (1 + math.exp(-bias * factor)) for factor in (0, 1, -1, 2)]
     np.testing.assert_allclose(found[2:], np.broadcast_to(expected, (2, 2, 4)), rtol=1e-6)
     assert np.isnan(found[:2]).all(), "the first loop has no gate"
@@ -162,7 +158,7 @@ def test_attention_without_queries_is_uniform():
     model = make_model(loop_count=2)
     for layer in model.model.layers:
         layer.self_attn.q_proj.weight.data.zero_()
-    found = measured(model, make_tokens(31))
+    found = measure_sequence(model, make_tokens(31))
     everything = np.mean([math.log(i + 1) for i in range(30)])
     window = np.mean([math.log(min(i + 1, 5)) for i in range(30)])
     np.testing.assert_allclose(found["entropy_global"][1:], everything, rtol=1e-5)
@@ -179,7 +175,7 @@ def test_copied_heads_are_one():
         gate = attention.plt_gate
         gate.weight.data.copy_(gate.weight.data[:1].repeat(4, 1))
         gate.bias.data.fill_(0.3)
-    found = measured(model, make_tokens(20))
+    found = measure_sequence(model, make_tokens(20))
     np.testing.assert_allclose(found["head_rank"][1:], 1.0, atol=1e-3)
     np.testing.assert_allclose(found["head_cosine"][1:], 1.0, atol=1e-5)
 
@@ -207,8 +203,8 @@ def test_labels_of_other_documents_do_not_count():
     model, tokens = looped("plt"), make_tokens(24)
     starts = torch.zeros(24, dtype=torch.bool)
     starts[[0, 10]] = True
-    found = measured(model, tokens, starts)
-    parts = [measured(model, part) for part in (tokens[:10], tokens[10:])]
+    found = measure_sequence(model, tokens, starts)
+    parts = [measure_sequence(model, part) for part in (tokens[:10], tokens[10:])]
     expected = (9 * parts[0]["lens_loss"] + 13 * parts[1]["lens_loss"]) / 22
     np.testing.assert_allclose(found["lens_loss"], expected, rtol=1e-5)
 
@@ -225,7 +221,7 @@ def test_a_diagnosis_is_the_mean_of_its_sequences():
     starts = np.zeros(tokens.shape, dtype=bool)
     steps = []
     found = diagnose(model, HeldOut(tokens, starts, 9), progress=lambda done, total: steps.append((done, total)))
-    rows = [measured(model, torch.from_numpy(row)) for row in tokens]
+    rows = [measure_sequence(model, torch.from_numpy(row)) for row in tokens]
     assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)] and found.sequences == 4
     for measure in found.measures:
         values = np.stack([row[measure.name] for row in rows])

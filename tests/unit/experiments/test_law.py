@@ -14,7 +14,7 @@ import pytest
 from benchmarks.planted_law import HORIZONS, SIZES, Luck, PlantedLaw, synthetic_study
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.law import LawFit, equal_phis, fit_law, hold_out_largest, profile
-from plt_megatron.experiments.solver import UNIT_D, UNIT_N, Model, Observation, evaluate, jacobian, solve, to_arrays
+from plt_megatron.experiments.solver import UNIT_D, UNIT_N, Run, evaluate, jacobian, solve, to_arrays
 
 LAW = PlantedLaw()
 NO_LUCK = Luck(0.0, 0.0)
@@ -24,7 +24,7 @@ def test_without_luck_the_planted_law_comes_back():
     fit = fit_law(synthetic_study(LAW, NO_LUCK, 0), bootstraps=0)
     assert fit.theta == pytest.approx([2.0, 0.9, 0.35, 0.35, 0.4, 0.5, 0.4], rel=1e-6)
     assert fit.rms_residual < 1e-9 and not fit.notes
-    asked = Model("naive loop", 0.0, 2e6, 3, 4e6)
+    asked = Run("naive loop", 0.0, 2e6, 3, 4e6)
     assert fit.fitted([asked])[0] == pytest.approx(LAW.loss(asked), abs=1e-9)
 
 
@@ -42,21 +42,18 @@ def test_parameters_that_do_not_loop_count_once():
 
 def test_a_fit_is_the_minimum_and_its_jacobian_right():
     data = to_arrays(synthetic_study(LAW, Luck(), 3), list(LAW.phis))
-    groups = np.arange(2)
-    found = solve(data, groups, data.loss, np.ones(data.n))
+    found = solve(data, data.loss, np.ones(data.n))
 
     def cost(theta):
-        return float(((evaluate(theta[None], data, groups)[0] - data.loss) ** 2).sum()) / 2
+        return float(((evaluate(theta[None], data)[0] - data.loss) ** 2).sum()) / 2
 
     assert found.cost == pytest.approx(cost(found.theta))
-    slopes = jacobian(found.theta, data, groups)
+    slopes = jacobian(found.theta, data)
     for index in range(7):
         step = np.zeros(7)
         step[index] = 1e-5
         assert cost(found.theta + 100 * step) > found.cost < cost(found.theta - 100 * step)
-        numeric = evaluate((found.theta + step)[None], data, groups) - evaluate(
-            (found.theta - step)[None], data, groups
-        )
+        numeric = evaluate((found.theta + step)[None], data) - evaluate((found.theta - step)[None], data)
         assert slopes[:, index] == pytest.approx(numeric[0] / 2e-5, rel=1e-4, abs=1e-7)
 
 
@@ -101,25 +98,24 @@ def test_one_run_that_went_wrong_does_not_decide():
 
 def test_are_the_phis_equal():
     different = fit_law(synthetic_study(LAW, Luck(), 2), bootstraps=20)
-    assert equal_phis(different, ["PLT", "naive loop"], draws=60).p < 0.05
+    assert equal_phis(different, ["PLT", "naive loop"], draws=60) < 0.05
     same = PlantedLaw(phis={"PLT": 0.45, "naive loop": 0.45, "+ CLP": 0.1})
     fit = fit_law(synthetic_study(same, Luck(), 2), bootstraps=20)
-    found = equal_phis(fit, ["PLT", "naive loop"], draws=60)
-    assert found.p > 0.05 and "not told apart" in found.text
+    assert equal_phis(fit, ["PLT", "naive loop"], draws=60) > 0.05
     with pytest.raises(UserError, match="no phi of PLT-9"):
         equal_phis(fit, ["PLT", "PLT-9"])
 
 
 def test_the_profile_has_its_minimum_at_the_fit():
     fit = fit_law(synthetic_study(LAW, Luck(), 4), bootstraps=30)
-    found = profile(fit, "PLT", points=9)
-    assert found.phi[4] == pytest.approx(fit.phis["PLT"].value) and abs(found.excess[4]) < 1e-6
-    assert (np.diff(found.excess[4:]) > 0).all() and (np.diff(found.excess[:5]) < 0).all()
+    phi, excess = profile(fit, "PLT", points=9)
+    assert phi[4] == pytest.approx(fit.phis["PLT"].value) and abs(excess[4]) < 1e-6
+    assert (np.diff(excess[4:]) > 0).all() and (np.diff(excess[:5]) < 0).all()
 
 
 def test_the_largest_size_is_predicted_from_the_others():
     found = hold_out_largest(fit_law(synthetic_study(LAW, Luck(), 6), bootstraps=5), bootstraps=40)
-    assert len(found.rows) == 15 and np.abs(found.seen - found.said).max() < 0.05
+    assert len(found.seen) == 15 and np.abs(found.seen - found.said).max() < 0.05
 
 
 def test_the_largest_size_is_held_out_with_the_variants_that_have_a_few_gates_more():
@@ -127,20 +123,20 @@ def test_the_largest_size_is_held_out_with_the_variants_that_have_a_few_gates_mo
     gated = [dataclasses.replace(o, looped=1.02 * o.looped) if o.variant == "PLT" else o for o in made]
     fit = fit_law(gated, bootstraps=2)
     found = hold_out_largest(fit, bootstraps=2)
-    assert (fit.data.looped[found.rows] >= SIZES[-1]).all() and len(found.rows) == 15
+    assert set(found.seen) == set(fit.data.loss[fit.data.looped >= SIZES[-1]]) and len(found.seen) == 15
 
 
 def test_far_from_its_runs_the_law_says_so():
     fit = fit_law(synthetic_study(LAW, Luck(), 0), bootstraps=20)
-    near = fit.predict(Model("PLT", 0.0, 2e7, 2, 5e7))
+    near = fit.predict(Run("PLT", 0.0, 2e7, 2, 5e7))
     assert near.low < near.value < near.high
-    far = Model("PLT", 0.0, 1e9, 2, 2e10)
+    far = Run("PLT", 0.0, 1e9, 2, 2e10)
     with pytest.raises(UserError, match="200 times more parameters than any run has and 2,000 times more tokens"):
         fit.predict(far)
     assert "200 times more parameters" in fit.beyond([far])
-    assert "4 loops where runs have at most 3" in fit.beyond([Model("PLT", 0.0, 1e6, 4, 5e6)])
+    assert "4 loops where runs have at most 3" in fit.beyond([Run("PLT", 0.0, 1e6, 4, 5e6)])
     with pytest.raises(UserError, match="no phi for PLT-9"):
-        fit.fitted([Model("PLT-9", 0.0, 1e6, 2, 5e6)])
+        fit.fitted([Run("PLT-9", 0.0, 1e6, 2, 5e6)])
 
 
 @pytest.mark.parametrize(
@@ -191,19 +187,15 @@ def planted(n: float, d: float) -> float:
     return CHINCHILLA["E"] + CHINCHILLA["A"] / n ** CHINCHILLA["alpha"] + CHINCHILLA["B"] / d ** CHINCHILLA["beta"]
 
 
-def point(n: float, d: float, loss: float) -> Observation:
-    return Observation("", 0.0, n, 1, d, loss, f"{n}-{d}")
-
-
-def at(n: float, d: float) -> Model:
-    return Model("", 0.0, n, 1, d)
+def point(n: float, d: float, loss: float) -> Run:
+    return Run("", 0.0, n, 1, d, loss, f"{n}-{d}")
 
 
 def predict(fit: LawFit, n: float, d: float):
-    return fit.predict(at(n, d))
+    return fit.predict(Run("", 0.0, n, 1, d))
 
 
-def points(sizes=WIDE_SIZES, budgets=BUDGETS, noise=0.0, seed=0) -> list[Observation]:
+def points(sizes=WIDE_SIZES, budgets=BUDGETS, noise=0.0, seed=0) -> list[Run]:
     rng = np.random.default_rng(seed)
     return [point(n, d, planted(n, d) + noise * rng.standard_normal()) for n in sizes for d in budgets]
 
@@ -303,12 +295,6 @@ def test_far_extrapolation_is_refused():
 def test_losses_that_follow_no_law_say_so():
     flat = [point(n, d, 3.0) for n in WIDE_SIZES for d in BUDGETS]
     fit = fit_curve(flat, bootstraps=20)
-    assert fit.fitted([at(1e8, 1e9)])[0] == pytest.approx(3.0, abs=0.02)
+    assert fit.fitted([Run("", 0.0, 1e8, 1, 1e9)])[0] == pytest.approx(3.0, abs=0.02)
     rising = [point(n, d, 2 + 0.1 * math.log(n)) for n in WIDE_SIZES for d in BUDGETS]
     assert fit_curve(rising, bootstraps=20).rms_residual > 0.05
-
-
-@pytest.mark.parametrize("bad", [point(1e7, 1e8, math.nan), point(0, 1e8, 3.0), point(1e7, -1, 3.0)])
-def test_points_that_are_no_numbers_are_refused(bad):
-    with pytest.raises(UserError, match="finite losses"):
-        fit_curve([*points(), bad])

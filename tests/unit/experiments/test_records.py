@@ -13,6 +13,7 @@ from sweep_helpers import FINGERPRINT, LOOPS, finish, saved_plan
 from plt_megatron.config.loader import load_config
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.records import RunRecord, load_results, write_record
+from plt_megatron.experiments.sweep_plan import SweepPlan
 from plt_megatron.experiments.sweep_report import main_table, write_report
 from plt_megatron.experiments.verdicts import make_rows, verdicts
 from plt_megatron.run_folder.folder import save_config
@@ -26,6 +27,14 @@ def finish_all(plan, without=(), **changes):
         if run.name not in without:
             loss = LOSS[run.row()] + 0.001 * run.seed
             finish(run, **{"loss": loss, **changes.get(run.name, {})})
+
+
+@pytest.fixture
+def finished(tmp_path) -> SweepPlan:
+    """A sweep all of whose runs are finished."""
+    plan = saved_plan(tmp_path)
+    finish_all(plan)
+    return plan
 
 
 def statuses(results):
@@ -42,10 +51,8 @@ def edit_metrics(run, change):
     path.write_text("".join(json.dumps(change(record)) + "\n" for record in records))
 
 
-def test_a_whole_sweep_has_no_problems_and_an_answer(tmp_path):
-    plan = saved_plan(tmp_path)
-    finish_all(plan)
-    results = load_results(plan.folder)
+def test_a_whole_sweep_has_no_problems_and_an_answer(finished):
+    results = load_results(finished.folder)
     assert results.problems == [] and len(results.used()) == 9
     assert answers(results)["tokens"].winner == "2 loops"
 
@@ -81,19 +88,17 @@ def test_unfinished_and_missing_runs_are_in_no_mean(tmp_path):
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, math.log(256) + 0.1], ids=["nan", "inf", "above guessing"])
-def test_a_diverged_run_is_named_and_in_no_mean(tmp_path, loss):
-    plan = saved_plan(tmp_path)
-    finish_all(plan)
-    run = plan.run("1_loop-seed2")
+def test_a_diverged_run_is_named_and_in_no_mean(finished, loss):
+    run = finished.run("1_loop-seed2")
     edit_metrics(run, lambda r: {**r, "loss": loss} if r["step"] == 100 else r)
-    results = load_results(plan.folder)
+    results = load_results(finished.folder)
     assert statuses(results) == {"1_loop-seed2": "diverged"}
     assert any(
         "1_loop-seed2 is left out of the means (diverged): the loss is" in problem for problem in results.problems
     )
     assert make_rows(results, {})[0].loss.value == pytest.approx(3.002)  # of seeds 1 and 3
     if math.isnan(loss):  # figures and tables of it can be made
-        assert write_report(plan.folder).folder.is_dir()
+        assert write_report(finished.folder).folder.is_dir()
 
 
 def test_a_failed_run_is_told_with_its_reason(tmp_path):
@@ -110,11 +115,9 @@ def test_a_failed_run_is_told_with_its_reason(tmp_path):
     assert "(failed): exit status 1: no luck today" in text and "(failed): rank 3 was killed by signal 9" in text
 
 
-def test_the_seconds_of_slurms_jobs_count(tmp_path):
+def test_the_seconds_of_slurms_jobs_count(finished):
     """Of two attempts, the second on another clock; and of one here and one there."""
-    plan = saved_plan(tmp_path)
-    finish_all(plan)
-    slurm, both, unknown = (plan.run(f"1_loop-seed{seed}") for seed in (1, 2, 3))
+    slurm, both, unknown = (finished.run(f"1_loop-seed{seed}") for seed in (1, 2, 3))
     times = [("start", 1, 100.0), ("end", 1, 160.0), ("start", 2, 200.0), ("end", 2, 190.0), ("stop", 2, 500.0)]
     for run in (slurm, both):
         run.folder.attempts_file.write_text(
@@ -122,7 +125,7 @@ def test_the_seconds_of_slurms_jobs_count(tmp_path):
         )
     write_record(slurm.folder, RunRecord(status="finished"))  # as the sweep notes a run that a job has finished
     write_record(both.folder, RunRecord(status="finished", attempts=1, seconds=5.0))
-    seconds = {result.run.name: result.seconds for result in load_results(plan.folder).runs}
+    seconds = {result.run.name: result.seconds for result in load_results(finished.folder).runs}
     assert [seconds[run.name] for run in (slurm, both, unknown)] == [60.0, 65.0, None]
 
 
@@ -139,21 +142,17 @@ def test_runs_on_other_data_are_set_aside_and_nothing_is_decided(tmp_path):
     assert all(verdict.winner is None and "different data" in verdict.text for verdict in found.values())
 
 
-def test_runs_whose_data_nobody_recorded_are_said_to_be_so(tmp_path):
-    plan = saved_plan(tmp_path)
-    finish_all(plan)
-    (progress,) = plan.run("1_loop-seed1").folder.path.glob("checkpoints/step_*/progress.json")
+def test_runs_whose_data_nobody_recorded_are_said_to_be_so(finished):
+    (progress,) = finished.run("1_loop-seed1").folder.path.glob("checkpoints/step_*/progress.json")
     progress.write_text(json.dumps({"format": 1, "step": 100}))
-    assert any("no data fingerprint" in problem for problem in load_results(plan.folder).problems)
+    assert any("no data fingerprint" in problem for problem in load_results(finished.folder).problems)
 
 
-def test_a_run_with_other_settings_than_planned_is_in_no_mean(tmp_path):
-    plan = saved_plan(tmp_path)
-    finish_all(plan)
-    run = plan.run("3_loops-seed1")
-    changed = load_config(plan.folder / "plan" / f"{run.name}.yaml", ["optimizer.lr=0.5", "logging.log_interval=3"])
+def test_a_run_with_other_settings_than_planned_is_in_no_mean(finished):
+    run = finished.run("3_loops-seed1")
+    changed = load_config(finished.folder / "plan" / f"{run.name}.yaml", ["optimizer.lr=0.5", "logging.log_interval=3"])
     save_config(changed, run.folder.config_file)
-    results = load_results(plan.folder)
+    results = load_results(finished.folder)
     assert statuses(results) == {"3_loops-seed1": "other settings"}
     (problem,) = [p for p in results.problems if "other settings" in p]
     assert "optimizer.lr was" in problem and "is 0.5" in problem and "log_interval" not in problem
@@ -167,22 +166,18 @@ def test_a_run_with_other_settings_than_planned_is_in_no_mean(tmp_path):
         ("[1, 2]\n", "line 1 is not a JSON object"),
     ],
 )
-def test_a_broken_file_costs_its_run_alone(tmp_path, text, said):
-    plan = saved_plan(tmp_path)
-    finish_all(plan)
-    plan.run("1_loop-seed1").folder.metrics_file.write_text(text)
-    results = load_results(plan.folder)
+def test_a_broken_file_costs_its_run_alone(finished, text, said):
+    finished.run("1_loop-seed1").folder.metrics_file.write_text(text)
+    results = load_results(finished.folder)
     assert statuses(results) == {"1_loop-seed1": "unreadable"}
     assert any(said in problem and "1_loop-seed1" in problem for problem in results.problems)
 
 
-def test_steps_that_were_skipped_are_told(tmp_path):
-    plan = saved_plan(tmp_path)
-    finish_all(plan)
-    incidents = plan.run("2_loops-seed2").folder.incidents
+def test_steps_that_were_skipped_are_told(finished):
+    incidents = finished.run("2_loops-seed2").folder.incidents
     incidents.mkdir()
     (incidents / "step_00000007.json").write_text("{}")
-    assert "2_loops-seed2: 1 step skipped or rolled back" in load_results(plan.folder).problems
+    assert "2_loops-seed2: 1 step skipped or rolled back" in load_results(finished.folder).problems
 
 
 def test_what_is_held_only_roughly_is_told(tmp_path):
@@ -193,17 +188,15 @@ def test_what_is_held_only_roughly_is_told(tmp_path):
     assert re.search(r"training_flops is held only within: .*loops [+-]\d\.\d%", problem)
 
 
-def test_a_copy_without_checkpoints_reports_the_same(tmp_path):
-    plan = saved_plan(tmp_path)
-    finish_all(plan)
-    for run in plan.runs:
+def test_a_copy_without_checkpoints_reports_the_same(finished):
+    for run in finished.runs:
         write_record(
             run.folder, RunRecord(status="finished", exit_status=0, fingerprint={**FINGERPRINT, "sha256": "x"})
         )
-    before = load_results(plan.folder)
+    before = load_results(finished.folder)
     table = main_table(before, make_rows(before, {}), None).csv()
-    for run in plan.runs:
+    for run in finished.runs:
         shutil.rmtree(run.folder.checkpoints)
-    after = load_results(plan.folder)
+    after = load_results(finished.folder)
     assert after.problems == before.problems == [] and len(after.used()) == 9
     assert main_table(after, make_rows(after, {}), None).csv() == table

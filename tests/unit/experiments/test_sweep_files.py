@@ -18,6 +18,7 @@ from tests.unit.experiments.study.study_helpers import STUDY, write_study
 
 ROOT = Path(__file__).resolve().parents[3]
 PRESETS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
+CORPUS = ["demo_corpus.vocab_size=2048"]  # of a tokenizer that does not exist
 
 
 def write(folder: Path, text: str) -> Path:
@@ -44,7 +45,7 @@ axes:
     none:
 """
     sweep = read_sweep(write(tmp_path, text))
-    assert sweep.overrides == ["optimizer.lr=1e-4", 'data.split="9,1,0"']
+    assert sweep.overrides == ("optimizer.lr=1e-4", 'data.split="9,1,0"')
     rates, data = sweep.axes.values()
     assert [choice.overrides for choice in rates.choices] == [("optimizer.min_lr=1e-5",), ("optimizer.min_lr=2_0e-6",)]
     assert [choice.label for choice in rates.choices] == ["min_lr=1e-5", "min_lr=2_0e-6"]
@@ -59,7 +60,7 @@ axes:
 def test_settings_change_the_sweep_or_every_run(tmp_path):
     path = write(tmp_path, "base: a.yaml\naxes: {model.loop_count: [1, 2], model.num_layers: [2, 4]}\nseeds: [1, 2]")
     sweep = read_sweep(path, ["seeds=[7]", "axes.model.loop_count=[3, 1]", "name=other", "model.hidden_size=64"])
-    assert (sweep.seeds, sweep.name, sweep.overrides) == ([7], "other", ["model.hidden_size=64"])
+    assert (sweep.seeds, sweep.name, sweep.overrides) == ([7], "other", ("model.hidden_size=64",))
     assert {axis.name: [c.label for c in axis.choices] for axis in sweep.axes.values()} == {
         "model.num_layers": ["num_layers=2", "num_layers=4"],
         "model.loop_count": ["3 loops", "1 loop"],
@@ -121,8 +122,8 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_presets_make_plans(path):
-    sweep = read_sweep(path)
-    plan = make_plan(sweep, 2048, check_files=False)
+    sweep = read_sweep(path, CORPUS)
+    plan = make_plan(sweep, check_files=False)
     rows = 1
     for axis in sweep.axes.values():
         rows *= len(axis.choices)
@@ -141,7 +142,7 @@ def test_the_ablation_has_the_documented_rows():
 
 
 def test_the_ablation_is_large_enough_to_mean_something():
-    plan = make_plan(read_sweep(ROOT / "configs/sweeps/paper_ablation.yaml"), 2048, check_files=False)
+    plan = make_plan(read_sweep(ROOT / "configs/sweeps/paper_ablation.yaml", CORPUS), check_files=False)
     assert all(run.non_embedding_parameters >= 1_000_000 and run.tokens >= 5_000_000 for run in plan.runs)
     assert len({run.seed for run in plan.runs}) == 3
 
@@ -158,7 +159,7 @@ def test_the_documentation_names_every_key_preset_and_status():
 def test_the_documented_sweep_is_one(tmp_path):
     text = (ROOT / "docs/sweeps.md").read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
     path = write(tmp_path, text.replace("../runs", str(ROOT / "configs/runs")))
-    plan = make_plan(read_sweep(path, ["tolerance=0.05"]), 2048, check_files=False)
+    plan = make_plan(read_sweep(path, [*CORPUS, "tolerance=0.05"]), check_files=False)
     assert len(plan.runs) == 3 * 2 * 3 and plan.questions
 
 
@@ -169,7 +170,7 @@ def test_a_file_and_the_command_line(tmp_path):
     study = read_study(write_study(tmp_path), ["budget=2d", "seeds=[3]", "optimizer.lr=1e-3"])
     assert study.name == "study" and str(study.folder) == "runs/studies/study"
     assert float(study.budget) == 48.0 and study.seeds == [3]
-    assert study.overrides == ["optimizer.lr_warmup_iters=4", "optimizer.lr=1e-3"]
+    assert study.overrides == ("optimizer.lr_warmup_iters=4", "optimizer.lr=1e-3")
     assert study.variants["naive loop"].keys() >= {"model.share_kv"} and study.variants["PLT"] == ()
     assert study.decide.latency_ms == 0.0006 and study.decide.batch_size == 1
 

@@ -25,7 +25,7 @@ def candidates(seconds: float | None = 1e-12) -> list[Candidate]:
             slow = loops if variant == "naive loop" else 1 + 0.02 * (loops - 1)
             flops = 6 * size * loops
             paid = None if seconds is None else flops * seconds
-            made.append(Candidate(variant, loops, 0.0, size, flops, paid, size * slow / 1e6, 2 * size * slow))
+            made.append(Candidate(variant, 0.0, size, loops, flops, paid, size * slow / 1e6, 2 * size * slow))
     return made
 
 
@@ -66,9 +66,9 @@ def test_losses_are_the_laws_best_within_the_limit(question, limits):
     assert [verdict.group for verdict in found.verdicts] == list(LAW.phis)
     for verdict in found.verdicts:
         expected = {1: by_hand("", 1, **limits)} | {r: by_hand(verdict.group, r, **limits) for r in (2, 3)}
-        assert {s.loops: s.loss.value for s in verdict.standings} == pytest.approx(expected, abs=1e-6)
-        assert verdict.best.loops == min(expected, key=lambda loops: expected[loops])
-        assert verdict.best.share == 1.0 and verdict.decided
+        assert {s.run.loops: s.loss.value for s in verdict.standings} == pytest.approx(expected, abs=1e-6)
+        assert verdict.standings[0].run.loops == min(expected, key=lambda loops: expected[loops])
+        assert verdict.standings[0].share == 1.0 and verdict.decided
         assert sum(s.share for s in verdict.standings) == pytest.approx(1.0)
     at = int(np.argmin(np.abs(np.log(found.curves[0].x / found.curves[0].x[12]))))
     assert found.curves[0].loss[at] == pytest.approx(by_hand("", 1, **limits), abs=1e-6)
@@ -78,11 +78,11 @@ def test_latency_is_where_plt_pays_and_the_naive_loop_does_not():
     """At equal latency a PLT's loops are free and the naive loop's are not; at equal FLOPs both are paid for."""
     found = decide(fit(), candidates(), dataclasses.replace(TARGET, latency_ms=0.5))
     answer = headline(found)
-    assert answer.question == "decoding latency" and answer.group == "PLT" and answer.best.loops > 1
+    assert answer.question == "decoding latency" and answer.group == "PLT" and answer.standings[0].run.loops > 1
     assert answer.text.startswith("PLT at 1.08e+14 training FLOPs and 0.5 ms a token: three loops, 100%")
     assert "] nats per token, 0%" in answer.text
     naive = next(verdict for verdict in found[0].verdicts if verdict.group == "naive loop")
-    assert naive.best.loops == 1
+    assert naive.standings[0].run.loops == 1
 
 
 def test_without_measured_speed_there_is_no_frontier_of_step_time():
@@ -102,10 +102,10 @@ def test_what_is_not_decided_says_so_and_what_nobody_pays_for_is():
     own = [c for c in candidates() if c.variant != "naive loop" and c.loops < 3]
     targets = [dataclasses.replace(TARGET, latency_ms=limit) for limit in np.geomspace(0.3, 3, 15)]
     answers = [headline(decide(noisy, own, target)) for target in targets]
-    assert answers[0].best.loops == 2 and answers[-1].best.loops == 1
-    place = min(range(15), key=lambda place: answers[place].best.share)
+    assert answers[0].standings[0].run.loops == 2 and answers[-1].standings[0].run.loops == 1
+    place = min(range(15), key=lambda place: answers[place].standings[0].share)
     verdict = answers[place]
-    assert not verdict.decided and "Not decided: 90%" in verdict.text and verdict.best.share < 0.9
+    assert not verdict.decided and "Not decided: 90%" in verdict.text and verdict.standings[0].share < 0.9
     verdict = headline(decide(noisy, own, dataclasses.replace(targets[place], indifference=1.0)))
     assert verdict.decided and "is too small to matter" in verdict.text
 
@@ -114,7 +114,7 @@ def test_no_other_variant_answers_where_the_first_has_no_run_that_counts():
     others = [o for o in synthetic_study(LAW, Luck(), 1) if o.loops == 1 or o.variant == "naive loop"]
     found = decide(fit_law(others, bootstraps=20), candidates(), TARGET)
     answer = headline(found)
-    assert answer.group == "PLT" and answer.best is None and not answer.decided
+    assert answer.group == "PLT" and not answer.standings and not answer.decided
     assert answer.text.startswith("PLT at 1.08e+14 training FLOPs and 2 ms a token: no run with several loops counts")
     (naive,) = [verdict for verdict in found[0].verdicts if verdict.group != "PLT"]
     assert naive.decided and naive.text.startswith("naive loop at 1.08e+14 training FLOPs")
@@ -127,7 +127,7 @@ def test_a_study_of_one_variant_does_not_name_it():
 
 def test_no_shape_within_the_limit():
     verdict = headline(decide(fit(), candidates(), dataclasses.replace(TARGET, latency_ms=1e-3)))
-    assert verdict.best is None and not verdict.decided and "no shape" in verdict.text
+    assert not verdict.standings and not verdict.decided and "no shape" in verdict.text
 
 
 def test_far_from_the_runs_nothing_is_decided():
@@ -138,7 +138,7 @@ def test_far_from_the_runs_nothing_is_decided():
     assert "more tokens than any run has" in verdict.beyond and verdict.beyond in verdict.text
     assert not verdict.decided and "Not decided" in verdict.text and "too small to matter" not in verdict.text
     (bound,) = re.findall(r"at least ([\d.e+]+) tokens", verdict.text)
-    most = max(standing.model.tokens for standing in verdict.standings)
+    most = max(standing.run.tokens for standing in verdict.standings)
     assert float(bound) == pytest.approx(most / 10, rel=0.01) and float(bound) > law.data.tokens.max()
 
 
@@ -161,8 +161,8 @@ def test_the_contrast_is_the_gradient_of_the_difference():
     first, second = verdict.standings[:2]
 
     def difference(theta):
-        size = lambda s: theta[1] * (s.loops ** theta[5] * s.parameters / 1e6) ** -theta[3]  # noqa: E731
-        text = lambda s: theta[2] * (s.model.tokens / 1e7) ** -theta[4]  # noqa: E731
+        size = lambda s: theta[1] * (s.run.loops ** theta[5] * s.run.looped / 1e6) ** -theta[3]  # noqa: E731
+        text = lambda s: theta[2] * (s.run.tokens / 1e7) ** -theta[4]  # noqa: E731
         return size(first) + text(first) - size(second) - text(second)
 
     for index in range(7):

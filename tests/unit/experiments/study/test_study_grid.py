@@ -19,7 +19,7 @@ from tests.unit.experiments.study.study_helpers import STUDY, write_study
 
 @pytest.fixture
 def grid(tmp_path) -> Grid:
-    return make_grid(read_study(write_study(tmp_path), [f"output_dir={tmp_path}"]), None)
+    return make_grid(read_study(write_study(tmp_path), [f"output_dir={tmp_path}"]))
 
 
 def test_arms_are_every_size_wiring_and_seed_and_one_loop_serves_all(grid):
@@ -28,9 +28,9 @@ def test_arms_are_every_size_wiring_and_seed_and_one_loop_serves_all(grid):
     assert "every-s-1x-seed1" in names and "naive_loop-l-3x-seed2" in names
     for own in grid.arms:
         counted = count_parameters(own.config.model, 256)
-        assert own.arm.once + own.arm.looped == counted.non_embedding
-        assert own.arm.once == counted.final_norm
-        assert own.config.model.loop_count == own.arm.loops and own.config.training.seed == own.arm.seed
+        assert own.once + own.looped == counted.non_embedding
+        assert own.once == counted.final_norm
+        assert own.config.model.loop_count == own.loops and own.config.training.seed == own.seed
 
 
 def test_runs_have_their_horizons_and_one_order_of_samples(grid):
@@ -64,41 +64,40 @@ def test_a_longer_horizon_of_a_later_round_goes_on_where_the_rate_began_to_fall(
     assert source_of(other) is None, "another seed's"
 
 
-def test_horizons_that_steps_cannot_tell_apart_are_refused(tmp_path):
-    study = read_study(write_study(tmp_path), ["horizons=[1280, 1300, 5120]"])
-    with pytest.raises(UserError, match="horizons are too close together for steps of 64 tokens"):
-        make_grid(study, None)
+STAGES = "{training.loop_schedule: [{until: 0.5, loop_count: 1}, {loop_count: 2}]}"
 
 
-def test_steps_of_several_batches_are_refused(tmp_path):
-    text = STUDY.replace("L: {", "L: {training.batch_schedule: [{until: 640, global_batch_size: 1}], ")
-    with pytest.raises(UserError, match="training.batch_schedule: a study's runs and branches have one batch size"):
-        make_grid(read_study(write_study(tmp_path, text)), None)
-
-
-def test_stages_of_loops_are_refused(tmp_path):
-    stages = "training.loop_schedule: [{until: 0.5, loop_count: 1}, {loop_count: 2}]"
-    text = STUDY.replace("variants:", "variants:\n  staged: {" + stages + "}", 1)
-    with pytest.raises(UserError, match="training.loop_schedule has 2 stages, which end at shares"):
-        make_grid(read_study(write_study(tmp_path, text)), None)
-
-
-def test_settings_that_do_not_fit_are_told_for_the_models_they_concern(tmp_path):
-    text = STUDY.replace("L: {model.hidden_size: 64", "L: {model.hidden_size: 66")
-    with pytest.raises(UserError, match="size L, every, 1 loop: .*66"):
-        make_grid(read_study(write_study(tmp_path, text)), None)
-
-
-def test_layers_that_run_once_are_not_the_laws(tmp_path):
-    study = read_study(write_study(tmp_path), ["model.loop_span=[0, 1]"])
-    with pytest.raises(UserError, match="model.loop_span: a study's law needs all layers to loop; leave it out"):
-        make_grid(study, None)
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("[1280, 2560, 5120]", "[1280, 1300, 5120]", "horizons are too close together for steps of 64 tokens"),
+        (
+            "L: {",
+            "L: {training.batch_schedule: [{until: 640, global_batch_size: 1}], ",
+            "training.batch_schedule: a study's runs and branches have one batch size",
+        ),
+        (
+            "variants:",
+            f"variants:\n  staged: {STAGES}",
+            "training.loop_schedule has 2 stages, which end at shares",
+        ),
+        ("L: {model.hidden_size: 64", "L: {model.hidden_size: 66", r"size L, every, 1 loop: .*66"),
+        ("set: {", "set: {model.loop_span: [0, 1], ", "model.loop_span: a study's law needs all layers to loop; leave"),
+        ("  M:", "  s:", "'every, S, 1,280 tokens' and 'every, s, 1,280 tokens' would both be every-s-1x-seed1-1.28k"),
+        ("  naive loop:", "  plt+:", "'PLT, S, 1,280 tokens' and 'plt+, S, 1,280 tokens' would both be plt-s-2x-seed1"),
+    ],
+    ids=["horizons", "batches", "stages of loops", "a size", "layers that run once", "case", "signs"],
+)
+def test_what_no_study_can_be_made_of_is_refused(tmp_path, old, new, said):
+    path = write_study(tmp_path, STUDY.replace(old, new, 1))
+    with pytest.raises(UserError, match=said.replace("plt+", r"plt\+")):
+        make_grid(read_study(path))
 
 
 def test_rates_follow_the_width_where_a_size_has_none_of_its_own(tmp_path):
     text = STUDY.replace("ffn_hidden_size: 128}", "ffn_hidden_size: 128, optimizer.lr: 7e-4}")
-    grid = make_grid(read_study(write_study(tmp_path, text), ["lr_exponent_of_width=0.5"]), None)
-    rates = {own.arm.size: own.config.optimizer.lr for own in grid.arms}
+    grid = make_grid(read_study(write_study(tmp_path, text), ["lr_exponent_of_width=0.5"]))
+    rates = {own.size: own.config.optimizer.lr for own in grid.arms}
     assert rates == pytest.approx({"S": 3e-4 * 2**0.5, "M": 3e-4, "L": 7e-4})
 
 
@@ -106,22 +105,9 @@ def test_rates_follow_the_width_where_a_size_has_none_of_its_own(tmp_path):
 def test_a_rate_of_every_run_is_the_one_that_follows_the_width(tmp_path, where):
     text = STUDY.replace("set: {", "set: {optimizer.lr: 1e-3, ") if where == "set" else STUDY
     more = ["optimizer.lr=1e-3"] if where == "command line" else []
-    grid = make_grid(read_study(write_study(tmp_path, text), ["lr_exponent_of_width=0.5", *more]), None)
-    rates = {own.arm.size: own.config.optimizer.lr for own in grid.arms}
+    grid = make_grid(read_study(write_study(tmp_path, text), ["lr_exponent_of_width=0.5", *more]))
+    rates = {own.size: own.config.optimizer.lr for own in grid.arms}
     assert rates == pytest.approx({"S": 1e-3 * 2**0.5, "M": 1e-3, "L": 1e-3 / 2**0.5})
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "said"),
-    [
-        ("  M:", "  s:", "'every, S, 1,280 tokens' and 'every, s, 1,280 tokens' would both be every-s-1x-seed1-1.28k"),
-        ("  naive loop:", "  plt+:", "'PLT, S, 1,280 tokens' and 'plt+, S, 1,280 tokens' would both be plt-s-2x-seed1"),
-    ],
-)
-def test_two_runs_of_one_name_are_refused(tmp_path, old, new, said):
-    with pytest.raises(UserError) as error:
-        make_grid(read_study(write_study(tmp_path, STUDY.replace(old, new))), None)
-    assert said in str(error.value) and "\n" not in str(error.value)
 
 
 def test_shapes_are_the_largest_sizes_at_its_proportions(grid):
@@ -131,9 +117,9 @@ def test_shapes_are_the_largest_sizes_at_its_proportions(grid):
     assert len(single) > 20 and len(naive) == len(single)
     sizes = [c.once + c.looped for c in single]
     assert sizes == sorted(sizes) and sizes[0] < 1e4 and sizes[-1] > 1e11
-    largest = next(own for own in grid.arms if own.arm.size == "L" and own.arm.loops == 1)
-    own = min(single, key=lambda c: abs(c.looped - largest.arm.looped))
-    assert own.looped == largest.arm.looped
+    largest = next(own for own in grid.arms if own.size == "L" and own.loops == 1)
+    own = min(single, key=lambda c: abs(c.looped - largest.looped))
+    assert own.looped == largest.looped
     assert all(c.seconds == c.flops / 1e9 for c in single) and all(c.seconds is None for c in naive)
     for one, looped in zip(single, naive, strict=True):
         assert looped.latency_ms > 1.3 * one.latency_ms or looped.looped < 1e5
@@ -143,5 +129,5 @@ def test_shapes_are_the_largest_sizes_at_its_proportions(grid):
 
 
 def test_a_grid_is_the_same_wherever_it_is_made(grid, tmp_path):
-    again = make_grid(read_study(tmp_path / "study.yaml", [f"output_dir={tmp_path}"]), None)
+    again = make_grid(read_study(tmp_path / "study.yaml", [f"output_dir={tmp_path}"]))
     assert [dataclasses.asdict(own.config) for own in again.arms] == [dataclasses.asdict(o.config) for o in grid.arms]

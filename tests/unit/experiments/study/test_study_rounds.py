@@ -58,7 +58,7 @@ ONE_ROUND = ("rounds=1", "budget=1h")
 def begin(folder: Path) -> tuple[Path, list[PlannedRun]]:
     """A study of one round of two trunks with a branch each, none of which has been trained: its file and its runs."""
     path = write_study(folder)
-    grid = make_grid(read_study(path, settings(folder, *ONE_ROUND)), None)
+    grid = make_grid(read_study(path, settings(folder, *ONE_ROUND)))
     runs = grid.planned([(0, 5120.0), (0, 1280.0), (1, 5120.0), (1, 1280.0)], 1, [])
     save_plan(SweepPlan("study", grid.study.folder, runs, "study"))
     return path, runs
@@ -124,7 +124,7 @@ def test_runs_that_went_wrong_are_named_and_never_averaged(tmp_path, training, r
     training.diverging = {"plt-s-3x-seed1-1.28k"}
     training.failing = {"every-m-1x-seed1-5.12k"}
     assert run_study(str(path), settings(tmp_path, "rounds=1", "budget=1h"), StudyOptions()) == 1
-    grid = make_grid(read_study(path, settings(tmp_path, "rounds=1", "budget=1h")), None)
+    grid = make_grid(read_study(path, settings(tmp_path, "rounds=1", "budget=1h")))
     plan = load_plan(tmp_path / "studies/study")
     known = learn(grid, plan, bootstraps=12)
     problems = "\n".join(known.problems())
@@ -310,7 +310,7 @@ def test_the_report_of_a_hundred_runs_takes_seconds(tmp_path, training, monkeypa
     monkeypatch.setattr(rounds, "write_report", lambda *_: "page")
     run_study(str(path), more, StudyOptions())
     monkeypatch.undo()
-    grid, plan = make_grid(read_study(path, more), None), load_plan(tmp_path / "studies/study")
+    grid, plan = make_grid(read_study(path, more)), load_plan(tmp_path / "studies/study")
     assert len(plan.runs) >= 100
     note_scores(plan.runs[0], {"reading/acc": 0.25})
     started = time.process_time()
