@@ -70,6 +70,7 @@ class PLTPass:
     position_ids: torch.Tensor | None = None  # packed documents, for flash attention
     real: torch.Tensor | None = None  # [B or 1, T, 1], False where a new token is padding; None: nowhere
     continues: torch.Tensor | None = None  # [B or 1, T, 1], whether a token follows one of its text; None: all do
+    records_past: bool = False  # the cache keeps what `crop` needs
 
     def once(self) -> "PLTPass":
         """Return the same pass for a layer that does not loop: like a first loop that nothing follows."""
@@ -81,12 +82,75 @@ class PLTPass:
         return replace(self, **{name: t.to(device, non_blocking=non_blocking) for name, t in tensors.items()})
 
 
+class PLTCarry:
+    """What a token hands on to the next in each of some loops, if they and `width` are above 0.
+
+    last: [B, loops, width], the last token's; zero before the first token and after padding.
+    past: while the past is recorded, the m last tokens' in each loop, [B, m, width].
+    """
+
+    def __init__(self, loops: int, width: int):
+        self.loops, self.width = loops, width
+        self.last: torch.Tensor | None = None
+        self.past: list[torch.Tensor] | None = None
+
+    def allocate(self, like: torch.Tensor) -> None:
+        if self.last is None and self.loops and self.width:
+            self.last = like.new_zeros(like.shape[0], self.loops, self.width)
+
+    def keep(self, states: torch.Tensor, loops: slice, state: PLTPass) -> None:
+        """Keep what m tokens hand on in these loops, states [B, m, l, width]."""
+        if state.real is not None:
+            states = states * state.real.unsqueeze(-1).to(states.dtype)
+        if not state.records_past:
+            self.past = None
+        else:
+            self.past = self.past or list(self.last.clone().split(1, 1))
+            for row, loop in enumerate(range(self.loops)[loops]):
+                self.past[loop] = torch.cat([self.past[loop], states[:, :, row]], 1)
+        self.last[:, loops] = states[:, -1]
+
+    def crop(self, removed: int) -> None:
+        """Remove the last tokens'."""
+        if self.last is None:
+            return
+        known = 1 if self.past is None else self.past[0].shape[1]
+        if known <= removed:
+            raise ValueError(NOT_RECORDED.format(removed))
+        if self.past is not None:
+            self.past = [past[:, known - removed - 1 : known - removed] for past in self.past]
+            self.last.copy_(torch.cat(self.past, 1))
+
+    def reset(self) -> None:
+        self.past = None
+        if self.last is not None:
+            self.last.zero_()
+
+    def map_batch(self, function: Callable[[torch.Tensor], torch.Tensor], static: bool) -> None:
+        if self.last is not None:
+            self.last = _replace(self.last, function(self.last), static)
+        if self.past is not None:
+            self.past = [function(past) for past in self.past]
+
+
+def shift(states: torch.Tensor, loop: int, state: PLTPass, carry: PLTCarry | None) -> torch.Tensor:
+    """Move states [B, T, width] of a loop one token to the right: the first token gets the carry, which keeps the last
+    one's. A token that starts a text gets zero."""
+    if carry is None:
+        shifted = F.pad(states[:, :-1], (0, 0, 1, 0))
+    else:
+        loops = slice(loop, loop + 1)
+        shifted = torch.cat([carry.last[:, loops], states[:, :-1]], 1)
+        carry.keep(states.unsqueeze(2), loops, state)
+    return shifted if state.continues is None else shifted * state.continues.to(shifted.dtype)
+
+
 class PLTCacheLayer:
     """Keys and values of one layer.
 
     keys, values: [B, S, K, capacity, D], S = 1 if shared with the first loop, otherwise one store per loop.
     window_keys, window_values: [B, W, K, w, D], the rings of loops 2..W+1; token t is in slot t % w.
-    carry: [B, C, P], what the next token's keys take from the last one's (`PLTKeyShift`) in loops 1..C; P = 0: nothing.
+    carry: what the next token's keys take from the last one's (`PLTKeyShift`).
     """
 
     supports_early_init = True
@@ -98,22 +162,21 @@ class PLTCacheLayer:
         value_stores: int,
         window_loops: int,
         window_size: int,
-        carries: tuple[int, int],
+        carry: PLTCarry,
         max_cache_len: int | None,
     ):
         self.key_stores = key_stores
         self.value_stores = value_stores
         self.window_loops = window_loops
-        self.carries = carries
+        self.carry = carry
         self.window_size = window_size
         self.static_length = max_cache_len
         self.is_compileable = max_cache_len is not None
         self.is_croppable = max_cache_len is None
         self.is_initialized = False
         self.record_past = False
-        self.keys = self.values = self.window_keys = self.window_values = self.carry = None
+        self.keys = self.values = self.window_keys = self.window_values = None
         self.past: list[tuple[torch.Tensor, torch.Tensor]] | None = None
-        self.past_carries: list[torch.Tensor] | None = None  # of each loop, [B, m, P]
 
     def lazy_initialization(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Allocate for tensors like key and value, [B, K, T, D]."""
@@ -125,17 +188,14 @@ class PLTCacheLayer:
         if self.window_loops:
             self.window_keys = key.new_zeros(batch, self.window_loops, heads, self.window_size, dim)
             self.window_values = value.new_zeros(batch, self.window_loops, heads, self.window_size, dim)
-        if self.carries[1]:
-            self.carry = key.new_zeros(batch, *self.carries)
-            if self.record_past:
-                self.past_carries = list(self.carry.clone().split(1, 1))
+        self.carry.allocate(key)
         if self.static_length is not None and not is_torchdynamo_compiling():
             for tensor in self.tensors():
                 torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
 
     def tensors(self) -> list[torch.Tensor]:
-        candidates = (self.keys, self.values, self.window_keys, self.window_values, self.carry)
+        candidates = (self.keys, self.values, self.window_keys, self.window_values, self.carry.last)
         return [tensor for tensor in candidates if tensor is not None]
 
     def write(self, key: torch.Tensor, value: torch.Tensor, loops: slice, state: PLTPass) -> None:
@@ -206,47 +266,14 @@ class PLTCacheLayer:
         keys = self.window_keys[:, loop].index_select(2, state.prefix_slots)
         return keys, self.window_values[:, loop].index_select(2, state.prefix_slots)
 
-    def shift(self, taken: torch.Tensor, loops: slice, state: PLTPass) -> torch.Tensor:
-        """Return what each row's keys take from the token before, [B, T, P], and keep the carry for the next pass.
-
-        taken: [B, T, P], what the keys of T tokens of one loop, or of T loops of one token, hand on.
-        """
-        before = self.carry[:, loops].clone()
-        real = taken if state.real is None else taken * state.real.to(taken.dtype)
-        if state.loop is None:
-            last = real
-        else:
-            before, last = torch.cat([before, taken[:, :-1]], 1), real[:, -1:]
-        if self.record_past:
-            for row, loop in enumerate(range(self.carries[0])[loops]):
-                new = real[:, row : row + 1] if state.loop is None else real
-                self.past_carries[loop] = torch.cat([self.past_carries[loop], new], 1)
-        else:
-            self.past_carries = None
-        self.carry[:, loops] = last
-        return before
-
     def start_recording(self, length: int) -> None:
         self.record_past = True
-        if self.carry is not None:
-            self.past_carries = list(self.carry.clone().split(1, 1))
         if not self.window_loops or not self.is_initialized:
             return
         first = max(length - self.window_size, 0)
         slots = torch.arange(first, length, device=self.window_keys.device) % self.window_size
         keys, values = self.window_keys.index_select(3, slots), self.window_values.index_select(3, slots)
         self.past = list(zip(keys.unbind(1), values.unbind(1), strict=True))
-
-    def crop_carry(self, removed: int) -> None:
-        """Remove the last tokens' carries."""
-        if self.carry is None:
-            return
-        if self.past_carries is None or self.past_carries[0].shape[1] <= removed:
-            raise ValueError(NOT_RECORDED.format(removed))
-        for loop, past in enumerate(self.past_carries):
-            end = past.shape[1] - removed
-            self.past_carries[loop] = past[:, end - 1 : end]
-            self.carry[:, loop : loop + 1] = past[:, end - 1 : end]
 
     def crop_window(self, removed: int, length: int) -> None:
         """Remove the last tokens, leaving `length`, and keep no more of the past than the windows need."""
@@ -264,14 +291,14 @@ class PLTCacheLayer:
 
     def map_batch(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Apply a function of the batch dimension to everything stored; static buffers keep their address."""
-        for name in ("keys", "values", "window_keys", "window_values", "carry"):
+        static = self.static_length is not None
+        for name in ("keys", "values", "window_keys", "window_values"):
             tensor = getattr(self, name)
             if tensor is not None:
-                setattr(self, name, _replace(tensor, function(tensor), static=self.static_length is not None))
+                setattr(self, name, _replace(tensor, function(tensor), static))
         if self.past:
             self.past = [(function(key), function(value)) for key, value in self.past]
-        if self.past_carries:
-            self.past_carries = [function(past) for past in self.past_carries]
+        self.carry.map_batch(function, static)
         if self.keys is not None:
             self.batch_size = self.keys.shape[0]
 
@@ -311,14 +338,11 @@ class PLTCache(Cache):
         for index in range(config.num_hidden_layers):
             loops = index in config.looped_layers
             kept = (key_stores, value_stores, windows) if loops else (1, 1, 0)
-            carries = (own if loops else 1, PLTKeyShift.width(config))
-            layers.append(PLTCacheLayer(*kept, config.window_size, carries, max_cache_len))
+            carry = PLTCarry(own if loops else 1, PLTKeyShift.width(config))
+            layers.append(PLTCacheLayer(*kept, config.window_size, carry, max_cache_len))
         super().__init__(layers=layers)
-        self.hidden_size = config.hidden_size
         self.static_length = max_cache_len
-        self.carries = later if config.cross_loop_parallel else 0
-        self.carry: torch.Tensor | None = None  # [B, L-1, d]
-        self.past_carries: torch.Tensor | None = None  # [B, m, L-1, d] while the past is recorded
+        self.carry = PLTCarry(later if config.cross_loop_parallel else 0, config.hidden_size)
         # A tensor if static, so that a captured graph advances it.
         self.length: Any = 0 if max_cache_len is None else torch.zeros((), dtype=torch.long)
 
@@ -326,23 +350,15 @@ class PLTCache(Cache):
         """Allocate the state outside the layers, for hidden states like [B, T, d]."""
         if self.static_length is not None and self.length.device != like.device:
             self.length = self.length.to(like.device)
-        if self.carries and self.carry is None:
-            self.carry = like.new_zeros(like.shape[0], self.carries, self.hidden_size)
-            if self.static_length is not None and not is_torchdynamo_compiling():
-                torch._dynamo.mark_static_address(self.carry)
+        if self.carry.last is None:
+            self.carry.allocate(like)
+            marks = self.static_length is not None and not is_torchdynamo_compiling()
+            if marks and self.carry.last is not None:
+                torch._dynamo.mark_static_address(self.carry.last)
                 torch._dynamo.mark_static_address(self.length)
-            if self.is_recording:
-                self.past_carries = self.carry[:, None]
 
-    def advance(self, tokens: int, states: list[torch.Tensor]) -> None:
-        """Count the new tokens and keep the carries from `states`, h(1..L-1) of shape [B, T, d]."""
-        if self.carries:
-            last = torch.stack([state[:, -1] for state in states], 1)
-            self.carry = _replace(self.carry, last, static=self.static_length is not None)
-            if self.is_recording:
-                self.past_carries = torch.cat([self.past_carries, torch.stack(states, 2)], 1)
-            else:
-                self.past_carries = None
+    def advance(self, tokens: int) -> None:
+        """Count the new tokens."""
         if self.static_length is None:
             self.length += tokens
         else:
@@ -358,8 +374,6 @@ class PLTCache(Cache):
             raise ValueError("a static PLT cache cannot record its past: use a dynamic one")
         for layer in self.layers:
             layer.start_recording(self.length)
-        if self.carry is not None:
-            self.past_carries = self.carry[:, None]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens (a negative number, as in transformers)."""
@@ -374,20 +388,11 @@ class PLTCache(Cache):
         length = self.length - removed
         if length < 0:
             raise ValueError(f"cannot remove {removed} of {self.length} tokens")
-        self._crop_carry(removed, length)
+        self.carry.crop(removed)
         for layer in self.layers:
-            layer.crop_carry(removed)
+            layer.carry.crop(removed)
             layer.crop_window(removed, length)
         self.length = length
-
-    def _crop_carry(self, removed: int, length: int) -> None:
-        if self.carry is None:
-            return
-        if self.past_carries is None or self.past_carries.shape[1] <= removed:
-            raise ValueError(NOT_RECORDED.format(removed))
-        end = self.past_carries.shape[1] - removed
-        self.past_carries = self.past_carries[:, end - 1 : end]
-        self.carry = self.past_carries[:, 0]
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         return self.length
@@ -408,21 +413,15 @@ class PLTCache(Cache):
     def reset(self) -> None:
         """Forget everything; the buffers stay."""
         for layer in self.layers:
-            layer.record_past, layer.past, layer.past_carries = False, None, None
-            if layer.carry is not None:
-                layer.carry.zero_()
-        self.past_carries = None
-        if self.carry is not None:
-            self.carry.zero_()
+            layer.record_past, layer.past = False, None
+            layer.carry.reset()
+        self.carry.reset()
         self.length = 0 if self.static_length is None else self.length.zero_()
 
     def _map_batch(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         for layer in self.layers:
             layer.map_batch(function)
-        if self.carry is not None:
-            self.carry = _replace(self.carry, function(self.carry), static=self.static_length is not None)
-        if self.past_carries is not None:
-            self.past_carries = function(self.past_carries)
+        self.carry.map_batch(function, self.static_length is not None)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._map_batch(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
@@ -435,7 +434,7 @@ class PLTCache(Cache):
 
     def memory_bytes(self, allocated: bool = False) -> int:
         """Return the bytes of state: of the tokens held (rings are always whole), or of everything allocated."""
-        total = 0 if self.carry is None else self.carry.nbytes
+        total = 0 if self.carry.last is None else self.carry.last.nbytes
         for layer in self.layers:
             for tensor in layer.tensors():
                 by_token = tensor is layer.keys or tensor is layer.values
@@ -681,18 +680,18 @@ class PLTAttention(nn.Module):
 
     def _before(self, key: torch.Tensor, value: torch.Tensor, state: PLTPass, cache: PLTCache | None) -> torch.Tensor:
         """Return what the tokens before hand on to key and value [B, T, K, D], as [B, T, P]."""
-        taken = self.key_shift.taken(key, value)
-        if cache is None:
-            before = F.pad(taken[:, :-1], (0, 0, 1, 0))
-        else:
-            layer, first = cache.layers[self.layer_idx], state.loop or 0
+        taken, carry = self.key_shift.taken(key, value), None
+        if cache is not None:
+            layer = cache.layers[self.layer_idx]
+            carry = layer.carry
             if not layer.is_initialized:
                 layer.lazy_initialization(key.transpose(1, 2), value.transpose(1, 2))
-            rows = key.shape[1] if state.loop is None else 1
-            before = layer.shift(taken, slice(first, first + rows), state)
-        if state.continues is None or state.loop is None:
-            return before
-        return before * state.continues.to(before.dtype)
+        if state.loop is not None:
+            return shift(taken, state.loop, state, carry)
+        loops = slice(0, taken.shape[1])
+        before = carry.last[:, loops].clone()
+        carry.keep(taken.unsqueeze(1), loops, state)
+        return before
 
     def _kv_input(self, hidden_states: torch.Tensor, state: PLTPass) -> torch.Tensor | None:
         """Return the rows whose own keys and values are attended to: without a window, only the first loop's."""
@@ -723,16 +722,7 @@ class PLTAttention(nn.Module):
         """query [B, T, H, D], key and value [B, K, T, D]; returns [B, T, H, D]."""
         loop = state.loop
         keys, values = self._global_kv(key, value, shared, query.shape[1], state, cache)
-        y, weights = self._interface()(
-            self,
-            query.transpose(1, 2),
-            keys,
-            values,
-            state.global_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            position_ids=state.position_ids,
-        )
+        y, weights = self._attend(query, keys, values, state.global_mask, state)
         if loop == 0 or not self.config.gated_window:
             return y, weights
         prefix = None
@@ -742,8 +732,26 @@ class PLTAttention(nn.Module):
             layer.write_window(key.unsqueeze(1), value.unsqueeze(1), slice(loop - 1, loop), state)
         if prefix is not None:
             key, value = torch.cat([prefix[0], key], 2), torch.cat([prefix[1], value], 2)
-        window = self._flash_window if _is_flash(self.config) else self._blocked_window
-        return self._blend(query, residual, window(query, key, value, state), y), weights
+        if _is_flash(self.config):
+            width = self.config.window_size
+            y_local, _ = self._attend(query, key, value, state.window_mask, state, sliding_window=width)
+        else:
+            y_local = self._blocked_window(query, key, value, state)
+        return self._blend(query, residual, y_local, y), weights
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        state: PLTPass,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """query [B, T, H, D] against key and value [B, K, N, D], causal unless masked; returns [B, T, H, D]."""
+        dropout = self.attention_dropout if self.training else 0.0
+        kwargs |= {"dropout": dropout, "scaling": self.scaling, "position_ids": state.position_ids}
+        return self._interface()(self, query.transpose(1, 2), key, value, mask, **kwargs)
 
     def _global_kv(
         self,
@@ -765,22 +773,6 @@ class PLTAttention(nn.Module):
             layer.write(key.unsqueeze(1), value.unsqueeze(1), loops, state)
         keys, values = layer.read(loops, state, tokens)
         return keys[:, 0], values[:, 0]
-
-    def _flash_window(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: PLTPass
-    ) -> torch.Tensor:
-        y, _ = self._interface()(
-            self,
-            query.transpose(1, 2),
-            key,
-            value,
-            state.window_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.config.window_size,
-            position_ids=state.position_ids,
-        )
-        return y
 
     def _blocked_window(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: PLTPass
@@ -824,10 +816,9 @@ class PLTAttention(nn.Module):
         """
         layer = cache.layers[self.layer_idx]
         first, rows = state.loop or 0, query.shape[1]
-        if key is not None:
-            key, value = key.unsqueeze(3), value.unsqueeze(3)
         loops = slice(first, first + rows)
         if key is not None:
+            key, value = key.unsqueeze(3), value.unsqueeze(3)
             layer.write(key, value, loops, state)
         keys, values = layer.read(loops, state, 1)
         if self.config.shares_values:
@@ -1096,11 +1087,7 @@ class PLTPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, PLTGate):
-            # Half and half at the start, like LoopCoder-v2.
-            for parameter in module.parameters(recurse=False):
-                init.zeros_(parameter)
-        if isinstance(module, PLTKeyShift):
+        if isinstance(module, (PLTGate, PLTKeyShift)):  # gates start half and half, like LoopCoder-v2's
             for parameter in module.parameters(recurse=False):
                 init.zeros_(parameter)
         if isinstance(module, PLTRouter):
@@ -1276,13 +1263,14 @@ class PLTModel(PLTPreTrainedModel):
             sin=sin,
             start=layout.start,
             position_ids=position_ids if documents is not None else None,
+            records_past=cache is not None and cache.is_recording,
         )
         layout.fill(state, loops, parallel, step)
         embeds = self._once(range(self.config.looped_layers.start), embeds, state, cache)
         if self.config.loop_order == "layer":
             return self._layer_by_layer(embeds, state, cache)
         run = self._parallel_step if parallel else self._loop_by_loop
-        return run(embeds, state, cache, layout)
+        return run(embeds, state, cache)
 
     def _once(self, layers: range, hidden_states: torch.Tensor, state: PLTPass, cache: PLTCache | None) -> torch.Tensor:
         """Run new tokens [B, T, d] through layers that do not loop."""
@@ -1296,9 +1284,9 @@ class PLTModel(PLTPreTrainedModel):
         coda = range(self.config.looped_layers.stop, len(self.layers))
         return self.norm(self._once(coda, hidden_states, state, cache))
 
-    def _parallel_step(self, embeds: torch.Tensor, state: PLTPass, cache: PLTCache, layout: "_Layout") -> torch.Tensor:
+    def _parallel_step(self, embeds: torch.Tensor, state: PLTPass, cache: PLTCache) -> torch.Tensor:
         """Run every loop of one token at once: row 1 is e_i, row l is e_i plus the carried h(l-1) of position i-1."""
-        later = self.loop_input(embeds, cache.carry)
+        later = self.loop_input(embeds, cache.carry.last)
         hidden_states = torch.cat([embeds, later], 1)
         for index in self.config.looped_layers:
             hidden_states = self.layers[index](hidden_states, state=state, cache=cache)[0]
@@ -1307,18 +1295,17 @@ class PLTModel(PLTPreTrainedModel):
         last = self._close(last, state, cache)
         if self.config.norm_between_loops:
             carries = self.norm(carries)
-        cache.advance(1, list(layout.real(carries).split(1, 1)))
+        cache.carry.keep(carries.unsqueeze(1), slice(None), state)
+        cache.advance(1)
         return last
 
-    def _loop_by_loop(
-        self, embeds: torch.Tensor, state: PLTPass, cache: PLTCache | None, layout: "_Layout"
-    ) -> torch.Tensor:
+    def _loop_by_loop(self, embeds: torch.Tensor, state: PLTPass, cache: PLTCache | None) -> torch.Tensor:
         """Run new tokens [B, T, d] one loop after the other; return the normed output of the last."""
         shared: list[tuple[Any, Any]] = [(None, None)] * len(self.layers)
-        hidden_states, states = embeds, []
+        hidden_states = embeds
         for loop in range(state.loop_count):
             if loop:
-                hidden_states = self._next_input(embeds, hidden_states, cache, loop, layout)
+                hidden_states = self._next_input(embeds, hidden_states, loop, state, cache)
             state = replace(state, loop=loop)
             for index in self.config.looped_layers:
                 hidden_states, key, value = self.layers[index](hidden_states, *shared[index], state=state, cache=cache)
@@ -1330,9 +1317,8 @@ class PLTModel(PLTPreTrainedModel):
                 break
             if self.config.norm_between_loops:
                 hidden_states = self.norm(hidden_states)
-            states.append(hidden_states)
         if cache is not None:
-            cache.advance(embeds.shape[1], [layout.real(h) for h in states])
+            cache.advance(embeds.shape[1])
         return hidden_states
 
     def _layer_by_layer(self, hidden_states: torch.Tensor, state: PLTPass, cache: PLTCache | None) -> torch.Tensor:
@@ -1346,25 +1332,17 @@ class PLTModel(PLTPreTrainedModel):
                 if loop == 0 and cache is None and self.config.share_kv:
                     shared = (key, value)
         if cache is not None:
-            cache.advance(hidden_states.shape[1], [])
+            cache.advance(hidden_states.shape[1])
         return self._close(hidden_states.to(device), state, cache)
 
     def _next_input(
-        self,
-        embeds: torch.Tensor,
-        hidden_states: torch.Tensor,
-        cache: PLTCache | None,
-        loop: int,
-        layout: "_Layout",
+        self, embeds: torch.Tensor, hidden_states: torch.Tensor, loop: int, state: PLTPass, cache: PLTCache | None
     ) -> torch.Tensor:
         """Return the input of loop `loop` (from 0): `PLTLoopInput` of E and shift(h) or h, or h itself."""
-        if not self.config.cross_loop_parallel:
-            return self.loop_input(embeds, hidden_states) if self.config.input_injection else hidden_states
-        if cache is None:
-            shifted = F.pad(hidden_states[:, :-1], (0, 0, 1, 0))
-        else:
-            shifted = torch.cat([cache.carry[:, loop - 1 : loop], hidden_states[:, :-1]], 1)
-        return self.loop_input(embeds, layout.continued(shifted))
+        if self.config.cross_loop_parallel:
+            carry = None if cache is None else cache.carry
+            return self.loop_input(embeds, shift(hidden_states, loop - 1, state, carry))
+        return self.loop_input(embeds, hidden_states) if self.config.input_injection else hidden_states
 
 
 def _documents(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -1408,7 +1386,6 @@ class _Layout:
         self.new_segments = None  # [B or 1, T]
         if self.segments is not None:
             self.new_segments = self.segments[:, self.slots] if self.static else self.segments[:, -self.tokens :]
-        self.is_real, self.continues = self._rows()
 
     def _rows(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Return which new tokens are not padding, and which follow a token of their text: [B or 1, T, 1] each, None if
@@ -1453,17 +1430,9 @@ class _Layout:
         counted = (self.segments >= 0).cumsum(-1) - 1
         return counted.clamp(min=0).index_select(1, self.slots)
 
-    def real(self, states: torch.Tensor) -> torch.Tensor:
-        """Set states of padding to zero: what follows it starts afresh."""
-        return states if self.is_real is None else states * self.is_real.to(states.dtype)
-
-    def continued(self, shifted: torch.Tensor) -> torch.Tensor:
-        """Set shifted states [B, T, d] to zero where a token does not continue its document."""
-        return shifted if self.continues is None else shifted * self.continues.to(shifted.dtype)
-
     def fill(self, state: PLTPass, loops: int, parallel: bool, step: bool) -> None:
         """Fill in the masks and slots of the pass."""
-        state.real, state.continues = self.is_real, self.continues
+        state.real, state.continues = self._rows()
         state.slots = self.slots if self.cache is not None else None
         windowed = self.config.gated_window and loops > 1
         if windowed and self.cache is not None:

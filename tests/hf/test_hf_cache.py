@@ -180,18 +180,18 @@ def test_buffers_of_a_static_cache_never_move():
     cache = model.new_cache(32)
     step(model, cache, make_tokens(2, 5))
     before = [t.data_ptr() for layer in cache.layers for t in layer.tensors()]
-    before += [cache.carry.data_ptr(), cache.length.data_ptr()]
+    before += [cache.carry.last.data_ptr(), cache.length.data_ptr()]
     decode(model, make_tokens(2, 10), 0, cache)
     cache.reorder_cache(torch.tensor([1, 0]))
     after = [t.data_ptr() for layer in cache.layers for t in layer.tensors()]
-    assert before == [*after, cache.carry.data_ptr(), cache.length.data_ptr()]
+    assert before == [*after, cache.carry.last.data_ptr(), cache.length.data_ptr()]
 
 
 def test_early_initialization_allocates_everything():
     model = make_model()
     cache = model.new_cache(16)
     cache.early_initialization(batch_size=2, num_heads=2, head_dim=16, dtype=torch.float32, device="cpu")
-    assert cache.is_initialized and cache.is_compileable and cache.carry.shape == (2, 1, 64)
+    assert cache.is_initialized and cache.is_compileable and cache.carry.last.shape == (2, 1, 64)
     rows = [make_tokens(12), make_tokens(7, seed=2)]
     tokens, mask = left_pad(rows)
     logits = decode(model, tokens, 8, cache, mask)
