@@ -12,8 +12,16 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 4)
 from transformers.configuration_utils import PreTrainedConfig
 
 MAX_LOOPS = 8
-GATE_INPUTS = ("query", "hidden")
-KEY_SHIFTS = ("none", "heads", "channels", "learned")
+CHOICES = {
+    "norm_placement": ("pre", "post"),
+    "key_shift": ("none", "heads", "channels", "learned"),
+    "scoring_func": ("softmax", "sigmoid"),
+    "loop_order": ("stack", "layer"),
+    "gate_input": ("query", "hidden"),
+    "gate_side": ("local", "global"),
+    "gate_activation": ("sigmoid", "tanh"),
+    "learned_hidden_scale": ("none", "model", "channel"),
+}
 
 
 class PLTConfig(PreTrainedConfig):
@@ -38,7 +46,7 @@ class PLTConfig(PreTrainedConfig):
         gated_window (`bool`): loops >= 2 blend that attention with a sliding window over their own keys and
             values, by one gate per head. Needs `share_kv`.
         window_size (`int`): keys that a query sees in the window, its own included.
-        gate_input (`str`): what the gate reads, one of `GATE_INPUTS`; see `PLTGate`.
+        gate_input (`str`): what the gate reads, "query" or "hidden"; see `PLTGate`.
         gate_side (`str`): the attention that the gate multiplies, "local" or "global"; the other gets
             1 - gate.
         gate_activation (`str`): activation of the gate's logit, "sigmoid" or "tanh".
@@ -52,7 +60,7 @@ class PLTConfig(PreTrainedConfig):
             is "post").
         ffn_output_norm (`bool`): RMSNorm on the MLP's output before the residual is added.
         norm_placement (`str`): "pre" (Llama) or "post" (OLMo-2: norms on the outputs of attention and MLP).
-        key_shift (`str`): which keys come from the previous token, one of `KEY_SHIFTS`; see `PLTKeyShift`.
+        key_shift (`str`): which keys come from the previous token, one of `CHOICES`; see `PLTKeyShift`.
         attention_bias (`bool`): biases on the q, k, v and o projections (Llama).
         qkv_bias (`bool`): biases on the q, k and v projections only (Qwen2).
         num_experts (`int`): experts in place of a layer's MLP; None: a dense model. The keys are Qwen3-MoE's.
@@ -147,30 +155,20 @@ class PLTConfig(PreTrainedConfig):
 
     def check(self) -> None:
         """Raise a one-line `ValueError` if the keys do not describe a model."""
+        for name, values in CHOICES.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} must be one of {', '.join(values)}, not {getattr(self, name)!r}")
         self._check_shapes()
         self._check_experts()
         self._check_loops()
-        if self.norm_placement not in ("pre", "post"):
-            raise ValueError(f'norm_placement must be "pre" or "post", not {self.norm_placement!r}')
         if self.norm_placement == "post" and self.ffn_output_norm:
             raise ValueError('norm_placement "post" already norms the MLP output: leave ffn_output_norm false')
         if self.attention_bias and self.qkv_bias:
             raise ValueError("attention_bias (q, k, v, o) and qkv_bias (q, k, v) are mutually exclusive")
 
     def _check_shapes(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "window_size",
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, not {value!r}")
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "window_size")
+        self._check_positive(*sizes, "num_attention_heads", "num_key_value_heads", "head_dim")
         assert self.num_key_value_heads is not None and self.head_dim is not None
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -179,20 +177,22 @@ class PLTConfig(PreTrainedConfig):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for RoPE, not {self.head_dim}")
-        if self.key_shift not in KEY_SHIFTS:
-            raise ValueError(f"key_shift must be one of {', '.join(KEY_SHIFTS)}, not {self.key_shift!r}")
         if self.key_shift == "channels" and self.head_dim % 4:
             raise ValueError(f'key_shift "channels" needs a head_dim divisible by 4, not {self.head_dim}')
         if self.key_shift == "heads" and self.num_key_value_heads < 2:
             raise ValueError('key_shift "heads" needs num_key_value_heads to be 2 or more')
 
+    def _check_positive(self, *names: str, where: str = "") -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer{where}, not {value!r}")
+
     def _check_experts(self) -> None:
         if self.num_experts is None:
             return
-        for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer in a mixture of experts, not {value!r}")
+        sizes = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+        self._check_positive(*sizes, where=" in a mixture of experts")
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.num_experts}")
         dense = self.first_k_dense_replace
@@ -203,8 +203,6 @@ class PLTConfig(PreTrainedConfig):
             )
         if self.mlp_bias:
             raise ValueError("mlp_bias is not supported with experts: leave it false")
-        if self.scoring_func not in ("softmax", "sigmoid"):
-            raise ValueError(f'scoring_func must be "softmax" or "sigmoid", not {self.scoring_func!r}')
         if self.use_routing_bias and self.scoring_func != "sigmoid":
             raise ValueError('use_routing_bias needs scoring_func "sigmoid", whose scores do not depend on one another')
 
@@ -216,8 +214,6 @@ class PLTConfig(PreTrainedConfig):
                 raise ValueError(
                     f"loop_span must be [first, last) of num_hidden_layers {self.num_hidden_layers}, not {span!r}"
                 )
-        if self.loop_order not in ("stack", "layer"):
-            raise ValueError(f'loop_order must be "stack" or "layer", not {self.loop_order!r}')
         whole = self.cross_loop_parallel or self.input_injection or self.norm_between_loops
         if self.loop_order == "layer" and self.loop_count > 1 and whole:
             raise ValueError(
@@ -239,16 +235,6 @@ class PLTConfig(PreTrainedConfig):
             raise ValueError("gated_window needs share_kv: its gate blends the window with the first loop's K and V")
         if not self.share_values and not self.share_kv:
             raise ValueError("share_values false needs share_kv: the loops share keys alone, or nothing")
-        if self.gate_input not in GATE_INPUTS:
-            raise ValueError(f"gate_input must be one of {', '.join(GATE_INPUTS)}, not {self.gate_input!r}")
-        if self.gate_side not in ("local", "global"):
-            raise ValueError(f'gate_side must be "local" or "global", not {self.gate_side!r}')
-        if self.gate_activation not in ("sigmoid", "tanh"):
-            raise ValueError(f'gate_activation must be "sigmoid" or "tanh", not {self.gate_activation!r}')
-        if self.learned_hidden_scale not in ("none", "model", "channel"):
-            raise ValueError(
-                f"learned_hidden_scale must be one of none, model, channel, not {self.learned_hidden_scale!r}"
-            )
         scales = (self.embedding_scale, self.hidden_scale, self.hidden_norm, self.learned_hidden_scale)
         if not (self.cross_loop_parallel or self.input_injection) and scales != (1.0, 1.0, False, "none"):
             raise ValueError(

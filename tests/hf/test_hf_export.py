@@ -188,7 +188,7 @@ def test_older_transformers_is_refused(version, monkeypatch):
 @pytest.mark.parametrize("version", ["5.4.0.dev0", "5.4.0", "5.30.0.dev0", "6.0.0rc1"])
 def test_newer_transformers_is_not(version, monkeypatch):
     monkeypatch.setattr("transformers.__version__", version)
-    assert runpy.run_path(configuration_plt.__file__)["GATE_INPUTS"] == configuration_plt.GATE_INPUTS
+    assert runpy.run_path(configuration_plt.__file__)["CHOICES"] == configuration_plt.CHOICES
 
 
 def test_card_and_package_name_the_same_transformers():
@@ -222,13 +222,13 @@ def test_shipped_files_import_torch_and_transformers_only():
         ({"loop_span": [1, 3]}, r"loop_span must be \[first, last\) of num_hidden_layers 2, not \[1, 3\]"),
         ({"loop_span": [1.0, 2]}, r"loop_span must be \[first, last\) of num_hidden_layers 2, not \[1.0, 2\]"),
         ({"loop_span": 2}, r"loop_span must be \[first, last\) of num_hidden_layers 2, not 2"),
-        ({"loop_order": "token"}, 'loop_order must be "stack" or "layer", not \'token\''),
+        ({"loop_order": "token"}, "loop_order must be one of stack, layer, not 'token'"),
         ({"loop_order": "layer"}, 'loop_order "layer" needs cross_loop_parallel, input_injection and'),
         ({"share_kv": False}, "gated_window needs share_kv"),
         ({"share_kv": False, "share_values": False, "gated_window": False}, "share_values false needs share_kv"),
         ({"gate_input": "key"}, "gate_input must be one of query, hidden"),
-        ({"gate_side": "left"}, 'gate_side must be "local" or "global"'),
-        ({"gate_activation": "relu"}, 'gate_activation must be "sigmoid" or "tanh"'),
+        ({"gate_side": "left"}, "gate_side must be one of local, global"),
+        ({"gate_activation": "relu"}, "gate_activation must be one of sigmoid, tanh"),
         ({"window_size": 0}, "window_size must be a positive integer, not 0"),
         ({"head_dim": 15}, "head_dim must be even for RoPE, not 15"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
@@ -236,7 +236,7 @@ def test_shipped_files_import_torch_and_transformers_only():
             {"head_dim": None, "num_attention_heads": 6},
             "hidden_size 64 is not a multiple of num_attention_heads 6",
         ),
-        ({"norm_placement": "both"}, 'norm_placement must be "pre" or "post"'),
+        ({"norm_placement": "both"}, "norm_placement must be one of pre, post"),
         ({"norm_placement": "post", "ffn_output_norm": True}, "leave ffn_output_norm false"),
         ({"attention_bias": True, "qkv_bias": True}, "mutually exclusive"),
         ({"cross_loop_parallel": False, "hidden_scale": 0.5}, "need cross_loop_parallel"),
