@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from plt_megatron.config.schema import ModelConfig
-from plt_megatron.hf.tensor_mapping import MAPPINGS, NegatedMapping, TensorMapping
 from plt_megatron.model.parameters import EXPERT, LAYER, Parameter, Sizes, tensors_of
 
 # "loopcoder": the gate multiplies the global attention, whatever its side in the model.
@@ -29,49 +29,52 @@ class ParamMapping:
     Attributes:
         name, shape: our name and shape in the whole model, without the vocabulary's padding.
         hf: their names and shapes.
-        parameter: its row of the table.
+        parameter: its row of the table, whose `form` says how the two differ.
+        negated: whether theirs is the gate of the other side, 1 - sigmoid(x) = sigmoid(-x).
     """
 
     name: str
     shape: tuple[int, ...]
     hf: tuple[tuple[str, tuple[int, ...]], ...]
     parameter: Parameter
-    form: TensorMapping
     sizes: Sizes
+    negated: bool
 
     def to_hf(self, ours: Tensor) -> list[Tensor]:
         """Return their tensors, in the order of `hf`, as views where possible."""
-        return self.form.to_hf(ours, self.sizes)
+        if self.parameter.form == "qkv":  # rows by query group: the group's queries, its key, its value
+            queries = self.sizes.heads // self.sizes.groups
+            grouped = ours.unflatten(0, (self.sizes.groups, queries + 2, self.sizes.head_dim))
+            return [part.flatten(0, 2) for part in grouped.split([queries, 1, 1], dim=1)]
+        if self.parameter.form == "gate_up":  # SwiGLU's gate rows, then its up rows
+            return list(ours.chunk(2))
+        return [-ours if self.negated else ours]
 
     def to_megatron(self, theirs: Sequence[Tensor]) -> Tensor:
         """Return our tensor from theirs, in the order of `hf`."""
-        return self.form.to_megatron(theirs, self.sizes)
-
-    def shard(self, whole: Tensor, rank: int, size: int) -> Tensor:
-        """Return the part of our tensor that one of `size` tensor-parallel ranks holds."""
-        return self.parameter.part_of_rank(whole, rank, size)
+        if self.parameter.form == "qkv":
+            grouped = [part.unflatten(0, (self.sizes.groups, -1, self.sizes.head_dim)) for part in theirs]
+            return torch.cat(grouped, dim=1).flatten(0, 2)
+        if self.parameter.form == "gate_up":
+            return torch.cat(list(theirs))
+        return -theirs[0] if self.negated else theirs[0]
 
 
 def mappings_for(model: ModelConfig, vocab_size: int, style: Style = "plt") -> list[ParamMapping]:
     """Return the mappings of every tensor of `model`, in the order in which exports store them: layer by layer."""
     sizes = Sizes.of(model, vocab_size)
+    other_side = style == "loopcoder" and model.gate_side == "local"
     mappings = []
     for per_layer, group in groupby(tensors_of(model), key=lambda parameter: parameter.per_layer):
         parameters = list(group)
         for layer in range(model.num_layers if per_layer else 1):
             for parameter in (each for each in parameters if layer in each.layers(model)):
                 for expert in range(sizes.experts if parameter.per_expert else 1):
-                    mappings.append(_bind(parameter, layer, expert, sizes, _form(parameter, model, style)))
+                    mappings.append(_bind(parameter, layer, expert, sizes, other_side and parameter.gate_logit))
     return mappings
 
 
-def _form(parameter: Parameter, model: ModelConfig, style: Style) -> TensorMapping:
-    if parameter.gate_logit and style == "loopcoder" and model.gate_side == "local":
-        return NegatedMapping()
-    return MAPPINGS[parameter.form]
-
-
-def _bind(parameter: Parameter, layer: int, expert: int, sizes: Sizes, form: TensorMapping) -> ParamMapping:
+def _bind(parameter: Parameter, layer: int, expert: int, sizes: Sizes, negated: bool) -> ParamMapping:
     def named(name: str) -> str:
         return name.replace(LAYER, str(layer)).replace(EXPERT, str(expert))
 
@@ -81,6 +84,6 @@ def _bind(parameter: Parameter, layer: int, expert: int, sizes: Sizes, form: Ten
         shape=sizes.shape(parameter.dims),
         hf=tuple(zip(map(named, parameter.hf), shapes, strict=True)),
         parameter=parameter,
-        form=form,
         sizes=sizes,
+        negated=negated,
     )

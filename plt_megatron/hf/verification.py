@@ -121,7 +121,7 @@ def fill_model(stage: Any, weights: Iterator[tuple[str, Tensor]], mappings: list
             continue
         if name in PADDED:
             whole = with_rows(whole, stage.padded_vocab_size)
-        part = by_name[name].shard(whole, group.rank(), group.size())
+        part = by_name[name].parameter.part_of_rank(whole, group.rank(), group.size())
         if part.shape != parameter.shape:
             raise UserError(f"{name} has shape {tuple(part.shape)}, the model's {tuple(parameter.shape)}")
         with torch.no_grad():
