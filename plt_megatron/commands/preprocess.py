@@ -76,7 +76,8 @@ def _parser() -> CommandParser:
     index.add_argument(
         "--build-index",
         metavar="CONFIG",
-        help="build the sample index that a run of this configuration needs, instead of tokenizing",
+        help="build the sample index that a run of this configuration needs, instead of tokenizing; with --cluster: as "
+        "a job after it",
     )
     return parser
 
@@ -107,7 +108,8 @@ def _tokenize(arguments: argparse.Namespace) -> None:
 
 
 def _submit(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
-    """Submit this command as an array of its shards, and a job that joins them."""
+    """Submit this command as an array of its shards, a job that joins them, and one for the sample index if asked."""
+    from plt_megatron.data.build_index import check_reads
     from plt_megatron.data.joining import check_output
     from plt_megatron.data.preprocess import check_options, shard_prefix
     from plt_megatron.slurm.preprocessing import submit_preprocessing
@@ -118,24 +120,31 @@ def _submit(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
         raise UserError(f"--nodes {nodes}: expected a number from 1 to {_MOST_SHARDS}")
     check_output(prefix, overwrite=arguments.overwrite)
     parts = [shard_prefix(prefix, number, nodes) for number in range(1, nodes + 1)]
-    jobs = submit_preprocessing(
-        _without(argv, "--cluster", "--nodes", "--time", "--workers"),
-        ["--join", *parts, "--output-prefix", prefix, "--overwrite"],
+    following = {"join": ["--join", *parts, "--output-prefix", prefix, "--overwrite"]}
+    if arguments.build_index:
+        check_reads(arguments.build_index, arguments.overrides, prefix)
+        following["index"] = ["--build-index", arguments.build_index, *arguments.overrides]
+    options = _without(argv, "--cluster", "--nodes", "--time", "--workers", "--build-index")
+    ids, folder = submit_preprocessing(
+        [option for option in options if option not in arguments.overrides],
+        following,
         prefix,
         cluster=arguments.cluster,
         nodes=nodes,
         time=arguments.time,
         workers=arguments.workers,
     )
-    print(f"submitted job {jobs.array}, {plural(nodes, 'shard')}, and job {jobs.join}, which joins them: {jobs.folder}")
+    works = (plural(nodes, "shard"), "which joins them", "which builds the sample index")
+    jobs = "; ".join(f"job {number}, {work}" for number, work in zip(ids, works, strict=False))
+    print(f"submitted {jobs}: {folder}")
 
 
 def _without(argv: Sequence[str], *options: str) -> list[str]:
-    """Return the arguments without the given options and their values."""
+    """Return the arguments without the given options, which may be abbreviated, and their values."""
     left, kept = iter(argv), []
     for argument in left:
         name, equals, _ = argument.partition("=")
-        if name not in options:
+        if len(name) <= 2 or not any(option.startswith(name) for option in options):
             kept.append(argument)
         elif not equals:
             next(left)
@@ -169,8 +178,8 @@ def _build_index(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str]) -> int:
     parser = _parser()
-    arguments = parser.parse_args(argv)
-    if arguments.build_index:
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.build_index and not arguments.cluster:
         return run_command(lambda: _build_index(arguments))
     if arguments.join:
         if arguments.input or arguments.shard:
@@ -185,7 +194,7 @@ def main(argv: Sequence[str]) -> int:
     }
     if missing := [name for name, value in needed.items() if not value]:
         parser.error(f"missing {', '.join(missing)}")
-    if arguments.overrides:
+    if arguments.overrides and not arguments.build_index:
         parser.error(f"unexpected argument {arguments.overrides[0]!r}")
     for name in ("workers", "shard_mb", "max_document_bytes"):
         value = getattr(arguments, name)

@@ -1,11 +1,11 @@
-"""Tokenizing on a cluster: an array of `plt preprocess --shard` jobs, and a job that joins their shards."""
+"""Tokenizing on a cluster: an array of `plt preprocess --shard` jobs, then jobs that join and index their output."""
 
 from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from plt_megatron.errors import UserError
@@ -20,34 +20,27 @@ from plt_megatron.slurm.run_files import working_directory
 from plt_megatron.slurm.script import Array, Script
 
 _TEMPLATE = Path(__file__).with_name("preprocess.sbatch")
-_JOIN_SECONDS = 4 * 3600  # joining reads the index, 20 bytes per document, and no tokens
+_FOLLOWING_SECONDS = 4 * 3600  # joining and the sample index read the index, 20 bytes per document, and no tokens
 SUFFIX = ".slurm"  # suffix of the folder with scripts and logs
-
-
-@dataclass(frozen=True)
-class Jobs:
-    """Ids of the submitted array and of the job that joins its shards, and the folder with scripts and logs."""
-
-    array: str
-    join: str
-    folder: Path
 
 
 def submit_preprocessing(
     arguments: Sequence[str],
-    join: Sequence[str],
+    following: Mapping[str, Sequence[str]],
     output_prefix: str,
     *,
     cluster: str,
     nodes: int,
     time: str | None = None,
     workers: int | None = None,
-) -> Jobs:
-    """Submit both jobs. A killed node loses only the shards it was working on: Slurm restarts its array member.
+) -> tuple[list[str], Path]:
+    """Submit the jobs; return their ids, and the folder of their scripts and logs.
+
+    A killed node loses only the shards it was working on: Slurm restarts its array member.
 
     Args:
         arguments: arguments of `plt preprocess`, without `--shard` and `--workers`.
-        join: arguments of the final `plt preprocess` that joins the shards.
+        following: arguments of each `plt preprocess` that follows, one after another, by the names of their scripts.
         output_prefix: prefix of the source's files.
         cluster: name of the profile.
         nodes: number of array members, each on its own node.
@@ -71,14 +64,12 @@ def submit_preprocessing(
         Array(folder, settings.job_name, nodes),
         command=f'{shlex.join(shard)} --shard "$SLURM_ARRAY_TASK_ID/{nodes}"',
     )
-    shorter = min(settings.time_limit_seconds, _JOIN_SECONDS)
-    last = replace(
-        array,
-        settings=replace(settings, cpus_per_process=1, time_limit_seconds=shorter),
-        array=None,
-        command=shlex.join([*plt, *join]),
-    )
-    return _submit(folder, array, last)
+    shorter = min(settings.time_limit_seconds, _FOLLOWING_SECONDS)
+    alone = replace(array, settings=replace(settings, cpus_per_process=1, time_limit_seconds=shorter), array=None)
+    scripts = {"shard": array}
+    for name, words in following.items():
+        scripts[name] = replace(alone, command=shlex.join([*plt, *words]))
+    return _submit(folder, scripts), folder
 
 
 def _settings(profile: ClusterProfile, name: str, seconds: int) -> JobSettings:
@@ -98,15 +89,16 @@ def _settings(profile: ClusterProfile, name: str, seconds: int) -> JobSettings:
     )
 
 
-def _submit(folder: Path, array: Script, last: Script) -> Jobs:
-    """Write and submit both scripts; `last` starts once all members of the array have succeeded."""
-    scripts = [folder / "shard.sbatch", folder / "join.sbatch"]
+def _submit(folder: Path, scripts: Mapping[str, Script]) -> list[str]:
+    """Write and submit the scripts; each starts once the one before, with all members of an array, has succeeded."""
     template = _TEMPLATE.read_text(encoding="utf-8")
     with writing(folder):
         RunFolder(folder).logs.mkdir(parents=True, exist_ok=True)
-        for path, script in zip(scripts, (array, last), strict=True):
-            write_text(path, script.render(template))
-    number = client.submit(scripts[0])
-    # If a member fails, the join job is cancelled; running the same command again continues both.
-    after = [f"--dependency=afterok:{number}", "--kill-on-invalid-dep=yes"]
-    return Jobs(number, client.submit(scripts[1], *after), folder)
+        for name, script in scripts.items():
+            write_text(folder / f"{name}.sbatch", script.render(template))
+    ids: list[str] = []
+    for name in scripts:
+        # If a job fails, those after it are cancelled; running the same command again continues all.
+        after = [f"--dependency=afterok:{ids[-1]}", "--kill-on-invalid-dep=yes"] if ids else []
+        ids.append(client.submit(folder / f"{name}.sbatch", *after))
+    return ids
