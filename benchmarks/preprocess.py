@@ -118,13 +118,15 @@ def batch_encode(texts: list[str], model: Path, workers: int) -> float:
 
 def breakdown(corpus: Path, model: Path, folder: Path) -> dict[str, float]:
     """CPU seconds of the phases in one process."""
+    from plt_megatron.data.encoders import TextEncoder
     from plt_megatron.data.formats import ReadOptions, Span, open_inputs
     from plt_megatron.data.indexed import concatenate
-    from plt_megatron.data.shards import Settings, Shard, encode_shard
+    from plt_megatron.data.shards import PreprocessOptions, Shard, encode_shard
     from plt_megatron.data.tokenizer import load_tokenizer
 
     span = Span(open_inputs([str(corpus)], ReadOptions())[0])
-    settings = Settings(str(model), None, True, False)
+    options = PreprocessOptions([str(corpus)], "", str(model))
+    counters = multiprocessing.Array("q", 3)
     seconds = {}
 
     def phase(name: str, work: Callable[[], Any]) -> Any:
@@ -139,7 +141,8 @@ def breakdown(corpus: Path, model: Path, folder: Path) -> dict[str, float]:
     phase("encode, empty cache", lambda: tokenizer.encode_flat(texts))
     phase("encode, full cache", lambda: tokenizer.encode_flat(texts))
     shard = Shard("0", (span,), (0,))
-    phase("a shard, all in all", lambda: encode_shard(shard, settings, load_tokenizer(model), folder))
+    encoder = TextEncoder(load_tokenizer(model), append_eod=True)
+    phase("a shard, all in all", lambda: encode_shard(shard, options, encoder, folder, counters))
     phase("merge", lambda: concatenate([folder / "0.bin"], folder / "merged"))
     return seconds
 
@@ -240,7 +243,7 @@ def main() -> int:
 
 def measure(folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any], list[tuple[str, str, str, bool]]]:
     """All figures, and the bars: name, value, bar, met."""
-    from plt_megatron.data.tokenizer_training import TrainingOptions, describe, train_tokenizer
+    from plt_megatron.data.tokenizer_training import TrainingOptions, train_tokenizer
 
     corpus = folder / "corpus.jsonl"
     size = write_corpus(corpus, arguments.mb * 1_000_000)
@@ -248,7 +251,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any]
         [str(corpus)], str(folder), arguments.vocab_size, arguments.model_type, max_sample_bytes=32 << 20
     )
     result = train_tokenizer(options)
-    print(f"corpus: {size / 1e6:.1f} MB of Python sources; {describe(result)}")
+    print(f"corpus: {size / 1e6:.1f} MB of Python sources; {result.summary}")
     figures: dict[str, Any] = {"workers": arguments.workers, "model_type": arguments.model_type, "corpus_bytes": size}
     rates = speed(folder, arguments, result.model, corpus)
     figures |= rates

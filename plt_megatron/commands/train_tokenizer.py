@@ -54,7 +54,7 @@ def _parser() -> CommandParser:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from plt_megatron.data.tokenizer_training import TrainingOptions, describe, train_tokenizer
+    from plt_megatron.data.tokenizer_training import TrainingOptions, train_tokenizer
 
     result = train_tokenizer(
         TrainingOptions(
@@ -74,7 +74,7 @@ def _train(arguments: argparse.Namespace) -> None:
             overwrite=arguments.overwrite,
         )
     )
-    print(describe(result))
+    print(result.summary)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -18,7 +18,7 @@ def build_index(config_path: str, overrides: Sequence[str] = ()) -> None:
     config = load_config(config_path, overrides)
     validate(config)
     samples = required_samples(config)
-    print(describe_mix(config.data, 0, mix_shares(config.data, samples)), flush=True)
+    print(describe_mix(config.data, mix_shares(config.data, samples)), flush=True)
     from plt_megatron.data.datasets import build_datasets
 
     build_datasets(

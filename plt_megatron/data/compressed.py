@@ -7,7 +7,7 @@ import importlib
 import io
 import zlib
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from plt_megatron.errors import UserError
 from plt_megatron.extras import require
@@ -33,26 +33,23 @@ def open_stream(path: str | Path) -> io.BufferedReader:
 
 
 class _Decompressing(io.RawIOBase):
-    """A readable stream over a compressed file. `compressed_offset()` is the read position in that file."""
+    """A readable stream over a compressed file."""
 
-    def __init__(self, raw: IO[bytes]) -> None:
-        self._raw = raw
+    def __init__(self, compressed: IO[bytes]) -> None:
+        self.compressed = compressed
 
     def readable(self) -> bool:
         return True
 
-    def compressed_offset(self) -> int:
-        return self._raw.tell()
-
     def close(self) -> None:
-        self._raw.close()
+        self.compressed.close()
         super().close()
 
 
 class _Gzip(_Decompressing):
-    def __init__(self, raw: IO[bytes]) -> None:
-        super().__init__(raw)
-        self._file = gzip.GzipFile(fileobj=raw, mode="rb")
+    def __init__(self, compressed: IO[bytes]) -> None:
+        super().__init__(compressed)
+        self._file = gzip.GzipFile(fileobj=compressed, mode="rb")
 
     def readinto(self, buffer: Any) -> int:
         try:
@@ -66,8 +63,8 @@ class _Gzip(_Decompressing):
 class _Zstandard(_Decompressing):
     """zstandard's own stream reader accepts truncated files, so frames are tracked here."""
 
-    def __init__(self, raw: IO[bytes]) -> None:
-        super().__init__(raw)
+    def __init__(self, compressed: IO[bytes]) -> None:
+        super().__init__(compressed)
         require("reading .zst files", "zstandard")
         self._module = importlib.import_module("zstandard")
         self._frame: Any = None  # the decompressor of the frame being read
@@ -76,7 +73,7 @@ class _Zstandard(_Decompressing):
 
     def readinto(self, buffer: Any) -> int:
         while not self._output:
-            chunk = self._pending or self._raw.read(_READ // 8)
+            chunk = self._pending or self.compressed.read(_READ // 8)
             self._pending = b""
             if not chunk:
                 if self._frame is not None:
@@ -100,8 +97,6 @@ COMPRESSIONS: dict[str, type[_Gzip | _Zstandard]] = {".gz": _Gzip, ".zst": _Zsta
 
 
 def compressed_offset(stream: io.BufferedReader) -> int:
-    """Return how many bytes of the file on disk have been read."""
-    raw = stream.raw
-    if isinstance(raw, _Decompressing):
-        return raw.compressed_offset()
-    return cast(int, stream.tell())
+    """Return how many bytes of the compressed file behind a stream of `open_stream` have been read."""
+    assert isinstance(stream.raw, _Decompressing)
+    return stream.raw.compressed.tell()

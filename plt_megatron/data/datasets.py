@@ -215,27 +215,13 @@ class Samples(Dataset):
         return 0, self._dataset.parts(index)
 
 
-Parts = tuple[Samples | None, Samples | None, Samples | None]
-
-
-@dataclass(frozen=True)
-class SampleIndex:
-    """The sample index and data facts that rank 0 broadcasts to all ranks.
-
-    Attributes:
-        folder: folder of the index.
-        fingerprint: identifies the data and the order of the training samples (`mix.fingerprint`).
-        shares: contribution of each source.
-    """
-
-    folder: str
-    fingerprint: dict[str, Any]
-    shares: list[SourceShare]
-
-
 @dataclass(frozen=True)
 class Datasets:
-    """The samples of a run; a part without requested samples is None. `fingerprint`, `shares`: see `SampleIndex`."""
+    """The samples of a run; a part without requested samples is None.
+
+    `fingerprint` identifies the data and the order of the training samples (`mix.fingerprint`); `shares` are the
+    sources' contributions.
+    """
 
     train: Samples | None
     validation: Samples | None
@@ -259,32 +245,34 @@ def build_datasets(
     missing or damaged, was made with another tokenizer, or cannot provide the samples.
     """
     folder = Path(cache_dir).absolute()
-    outcome: list[Any] = [None]
+    outcome: list[Any] = [None, None]  # what rank 0 built, and why it could not
     failure: Exception | None = None
-    group = _waiting_group(INDEX_TIMEOUT_MINUTES)
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    is_alone = not dist.is_initialized() or dist.get_world_size() == 1
+    waiting = None if is_alone else dist.new_group(backend="gloo", timeout=timedelta(minutes=INDEX_TIMEOUT_MINUTES))
+    if is_alone or dist.get_rank() == 0:
         try:
-            outcome = [("built", _build_index(data, num_samples, seed, folder, tokenizer))]
-        except (UserError, OSError) as error:
-            failure = error if isinstance(error, UserError) else UserError(_index_failure(folder, error))
-            outcome = [("failed", str(failure))]
+            outcome[0] = _build_index(data, num_samples, seed, folder, tokenizer)
+        except OSError as error:
+            failure = UserError(_index_failure(folder, error))
         except Exception as error:  # of any kind: the other ranks must not be left waiting
             failure = error
-            outcome = [("failed", f"rank 0 could not build the sample index: {error!r}")]
-    if group is not None:
-        _broadcast(outcome, group, INDEX_TIMEOUT_MINUTES)
+        if failure is not None:
+            is_known = isinstance(failure, UserError)
+            outcome[1] = str(failure) if is_known else f"rank 0 could not build the sample index: {failure!r}"
+    if waiting is not None:
+        _broadcast(outcome, waiting)
     if failure is not None:
         raise failure
-    state, index = outcome[0]
-    if state == "failed":
-        raise UserError(index)
-    if not os.path.isdir(index.folder):
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    index, key, shares = outcome[0]
+    if not os.path.isdir(index):
         raise UserError(
-            f"the sample index {index.folder} that rank 0 built is not visible to rank {dist.get_rank()}: set "
+            f"the sample index {index} that rank 0 built is not visible to rank {dist.get_rank()}: set "
             "data.index_cache to a folder that all machines share"
         )
-    parts = _load(data, num_samples, seed, index.folder, tokenizer)
-    return Datasets(*parts, fingerprint=index.fingerprint, shares=index.shares)
+    train, validation, test = _load(data, num_samples, seed, index, tokenizer)
+    return Datasets(train, validation, test, key, shares)
 
 
 def _index_failure(folder: Path, error: OSError) -> str:
@@ -294,30 +282,22 @@ def _index_failure(folder: Path, error: OSError) -> str:
     return f"the sample index cannot be built: {where} cannot be read: {why}"
 
 
-def _waiting_group(minutes: float) -> Any:
-    """Create a group of all ranks, with its own timeout, for waiting on rank 0; None if there is only one rank."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return None
-    return dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
-
-
-def _broadcast(outcome: list[Any], group: Any, minutes: float) -> None:
+def _broadcast(outcome: list[Any], group: Any) -> None:
     """Replace `outcome` with rank 0's on all ranks."""
     try:
         dist.broadcast_object_list(outcome, src=0, group=group, device=torch.device("cpu"))
     except RuntimeError as error:
         raise UserError(
-            f"rank {dist.get_rank()} waited {minutes:g} minutes for rank 0 to build the sample index: build it "
-            "ahead of time with plt preprocess --build-index "
-            f"({str(error).splitlines()[0]})"
+            f"rank {dist.get_rank()} waited {INDEX_TIMEOUT_MINUTES:g} minutes for rank 0 to build the sample index: "
+            f"build it ahead of time with plt preprocess --build-index ({str(error).splitlines()[0]})"
         ) from error
     dist.destroy_process_group(group)
 
 
 def _build_index(
     data: DataConfig, num_samples: tuple[int, int, int], seed: int, folder: Path, tokenizer: Tokenizer | None
-) -> SampleIndex:
-    """Check the data and build the index if it is missing."""
+) -> tuple[str, dict[str, Any], list[SourceShare]]:
+    """Check the data and build the index if it is missing; return its folder and the rest of `Datasets`."""
     shares = mix_shares(data, num_samples)
     if tokenizer is not None:
         check_tokenizer(data, tokenizer)
@@ -341,7 +321,7 @@ def _build_index(
     if not target.is_dir():
         _build_in(target, data, num_samples, seed, tokenizer)
     train = fingerprint(data, tokenizer, hashes, seed=seed, num_samples=num_samples[0])
-    return SampleIndex(str(target), train, shares)
+    return str(target), train, shares
 
 
 def _build_in(
@@ -367,7 +347,7 @@ def _build_in(
 
 def _load(
     data: DataConfig, num_samples: tuple[int, int, int], seed: int, cache: str, tokenizer: Tokenizer | None
-) -> Parts:
+) -> list[Samples | None]:
     config = _DatasetConfig(
         random_seed=seed,
         sequence_length=data.sequence_length,
@@ -390,11 +370,10 @@ def _load(
     staged = _take_staged(builder, data, num_samples[0], cache) if data.stages and num_samples[0] else None
     built = builder.build()
     names = [[derived.source_name(source) for source in part] for part in sample_sources(data)]
-    train, validation, test = (
+    return [
         None if dataset is None or not size else Samples(dataset, name, size)
         for dataset, name, size in zip([staged or built[0], *built[1:]], names, num_samples, strict=True)
-    )
-    return train, validation, test
+    ]
 
 
 def _take_staged(builder: Builder, data: DataConfig, samples: int, cache: str) -> StagedDataset:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
-import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from plt_megatron.errors import UserError, run_command
+from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import write_bytes
-from plt_megatron.run_folder.text import format_bytes, plural
 
 # Neither prose nor code worth continuing: tests, generated tables, and what pip installed.
 _SKIPPED_FOLDERS = {
@@ -30,51 +26,41 @@ _SKIPPED_FOLDERS = {
 _HELD_OUT = 16  # one document in this many is for validation
 
 
-@dataclass(frozen=True)
-class DemoCorpus:
-    """The two JSONL files (field `text`) and their size."""
+def write_demo_corpus(folder: Path) -> tuple[int, int]:
+    """Write `train.jsonl` and `validation.jsonl` to `folder`, in an order that only Python's version decides.
 
-    train: Path
-    validation: Path
-    documents: int
-    bytes: int
-
-
-def write_demo_corpus(folder: str | Path, max_bytes: int = 1 << 40) -> DemoCorpus:
-    """Write `train.jsonl` and `validation.jsonl` to `folder`, at most `max_bytes` of text altogether.
-
-    The same Python gives the same files in the same order: a hash of a file's name decides its place and part.
-    Existing files with the right content are not touched.
+    Returns the number of documents and the bytes of their text.
     """
-    parts: dict[str, list[tuple[str, str]]] = {"train": [], "validation": []}
-    left = {"train": max_bytes - max_bytes // _HELD_OUT, "validation": max_bytes // _HELD_OUT}
-    documents = size = 0
-    for name, text in _documents(Path(sysconfig.get_path("stdlib"))):
-        length = len(text.encode("utf-8"))
-        part = "validation" if is_held_out(name) else "train"
-        if length > left[part]:
-            continue
-        left[part] -= length
-        parts[part].append((name, text))
-        documents, size = documents + 1, size + length
-    if not all(parts.values()):
-        raise UserError(f"no text for the demo corpus in {sysconfig.get_path('stdlib')} (limit: {max_bytes} bytes)")
-    folder = Path(folder)
-    paths = {part: folder / f"{part}.jsonl" for part in parts}
-    for part, found in parts.items():
-        write_part(paths[part], found)
-    return DemoCorpus(paths["train"], paths["validation"], documents, size)
+    library = Path(sysconfig.get_path("stdlib"))
+    files = {part: folder / f"{part}.jsonl" for part in ("train", "validation")}
+    return write_parts(_documents(library), files, f"no text for the demo corpus in {library}")
 
 
-def is_held_out(name: str) -> bool:
-    """Return whether the document of this name belongs to the validation part."""
-    return int(_hash(name)[:8], 16) % _HELD_OUT == 0
+def write_parts(documents: Iterable[tuple[str, str]], files: Mapping[str, Path], missing: str) -> tuple[int, int]:
+    """Write documents, (name, text), as the JSONL files (fields `text`, `source`) of the parts train and validation.
 
+    One document in 16 is held out for validation, by the hash of its name. A file that already has the right content
+    is not touched. Returns the number of documents and the bytes of their text.
 
-def write_part(path: Path, documents: Sequence[tuple[str, str]]) -> None:
-    """Write documents, (name, text), as JSONL. A file that already has this content is not touched."""
-    lines = (json.dumps({"text": text, "source": name}, ensure_ascii=False) + "\n" for name, text in documents)
-    _write(path, "".join(lines).encode("utf-8"))
+    Raises:
+        UserError: `missing`, if a part has no document, or a file cannot be written.
+    """
+    lines: dict[str, list[str]] = {"train": [], "validation": []}
+    size = 0
+    for name, text in documents:
+        part = "validation" if int(_hash(name)[:8], 16) % _HELD_OUT == 0 else "train"
+        lines[part].append(json.dumps({"text": text, "source": name}, ensure_ascii=False) + "\n")
+        size += len(text.encode("utf-8"))
+    if not all(lines.values()):
+        raise UserError(missing)
+    for part, path in files.items():
+        content = "".join(lines[part]).encode("utf-8")
+        try:
+            if not path.is_file() or path.read_bytes() != content:
+                write_bytes(path, content)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    return sum(map(len, lines.values())), size
 
 
 def _hash(name: str) -> str:
@@ -95,27 +81,3 @@ def _documents(root: Path) -> Iterator[tuple[str, str]]:
             continue
         if text.strip():
             yield name, text
-
-
-def _write(path: Path, content: bytes) -> None:
-    try:
-        if path.is_file() and path.read_bytes() == content:
-            return
-        write_bytes(path, content)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
-
-
-def _main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m plt_megatron.data.demo_corpus", description=__doc__)
-    parser.add_argument("--output", required=True, metavar="FOLDER")
-    parser.add_argument("--max-mb", type=float, default=1e6, help="at most this much text, in MB (default: all)")
-    arguments = parser.parse_args()
-    corpus = write_demo_corpus(arguments.output, int(arguments.max_mb * 1e6))
-    print(
-        f"{corpus.train.parent}: {plural(corpus.documents, 'document')}, {format_bytes(corpus.bytes)} of Python sources"
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(_main))

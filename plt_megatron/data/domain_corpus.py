@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from plt_megatron.data.demo_corpus import is_held_out, write_part
+from plt_megatron.data.demo_corpus import write_parts
 from plt_megatron.errors import UserError
 
 DOMAINS = {"prose": ("numpy", "matplotlib"), "mathematics": ("sympy", "mpmath")}
@@ -28,18 +28,9 @@ def domain_files(folder: Path, domain: str) -> dict[str, Path]:
 
 
 def write_domain(folder: Path, domain: str) -> None:
-    """Write the domain's JSONL files (fields `text`, `source`). One document in 16 is held out by the hash of its name.
-
-    Raises:
-        UserError: a package is not installed, or there is no documentation.
-    """
-    parts: dict[str, list[tuple[str, str]]] = {"train": [], "validation": []}
-    for name, text in sorted(_documents(domain)):
-        parts["validation" if is_held_out(name) else "train"].append((name, text))
-    if not all(parts.values()):
-        raise UserError(f"no text of {domain} in the documentation of {', '.join(DOMAINS[domain])}")
-    for part, path in domain_files(folder, domain).items():
-        write_part(path, parts[part])
+    """Write the domain's files by `write_parts`. Raises `UserError` if a package is not installed."""
+    missing = f"no text of {domain} in the documentation of {', '.join(DOMAINS[domain])}"
+    write_parts(sorted(_documents(domain)), domain_files(folder, domain), missing)
 
 
 def _documents(domain: str) -> Iterator[tuple[str, str]]:

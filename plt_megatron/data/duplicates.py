@@ -88,10 +88,8 @@ def find_duplicates(
         listed: maximum number of pairs, and of spans, to list.
 
     Raises:
-        UserError: the span is too short, there are no validation documents, or a source is damaged.
+        UserError: there are no validation documents, or a source is damaged.
     """
-    if span_tokens < 8:
-        raise UserError(f"a shared span of {span_tokens} tokens is too short to mean anything: use at least 8")
     held = _Held(validation, (span_tokens + 1) // 2)
     if not held.places:
         raise UserError("the run reads no validation documents to search for: set validation.iters above 0")

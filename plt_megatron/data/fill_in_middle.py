@@ -13,17 +13,18 @@ that each pass over a document cuts it differently. There is no random generator
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from plt_megatron.config import derived
+from plt_megatron.config.data_stages import training_sources
 from plt_megatron.config.schema import DataConfig
 from plt_megatron.data.indexed import document_starts, flat_tokens, open_index
-from plt_megatron.data.rolling_hash import scramble, scramble_number
+from plt_megatron.data.rolling_hash import scramble
 from plt_megatron.data.tokenizer import Tokenizer
 from plt_megatron.errors import UserError
 
@@ -40,35 +41,30 @@ _CHOICE, _FIRST_CUT, _SECOND_CUT, _ORDER = range(4)  # streams of random numbers
 _CHECKED = 64  # documents per source whose last token is checked
 
 
-class FimTokens(NamedTuple):
-    """Ids of the three tokens."""
-
-    prefix: int
-    middle: int
-    suffix: int
-
-
 @dataclass(frozen=True)
 class FillInMiddle:
-    """Settings of a run. `rates`: share of documents to rearrange, by absolute path prefix of the training source."""
+    """Settings of a run.
+
+    `rates`: share of documents to rearrange, by absolute path prefix of the training source; `tokens`: ids of the
+    prefix, middle and suffix tokens.
+    """
 
     rates: dict[str, float]
     spm_rate: float
-    tokens: FimTokens
+    tokens: tuple[int, ...]
     seed: int
 
 
 def settings_of(data: DataConfig, tokenizer: Tokenizer | None, seed: int) -> FillInMiddle | None:
     """Return a run's settings; None if nothing is rearranged. Raises `UserError` if the tokenizer lacks the tokens."""
-    sources = data.sources or data.train_sources
-    rates = {os.path.abspath(source.path): derived.fim_rate(data, source) for source in sources}
+    rates = {os.path.abspath(source.path): derived.fim_rate(data, source) for source in training_sources(data)}
     if not any(rates.values()):
         return None
     return FillInMiddle(rates, derived.fim(data).spm_rate, find_tokens(data, tokenizer), seed)
 
 
-def find_tokens(data: DataConfig, tokenizer: Tokenizer | None) -> FimTokens:
-    """Return the tokens that the settings name, else the first of `KNOWN_TOKENS` that the tokenizer has.
+def find_tokens(data: DataConfig, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """Return the ids of the tokens that the settings name, else the first of `KNOWN_TOKENS` that the tokenizer has.
 
     Raises `UserError` if the tokenizer lacks them.
     """
@@ -76,26 +72,22 @@ def find_tokens(data: DataConfig, tokenizer: Tokenizer | None) -> FimTokens:
         raise UserError("data.fim.rate needs data.tokenizer, which has the tokens that mark prefix, middle and suffix")
     named = derived.fim(data).tokens
     for names in [tuple(named)] if named else KNOWN_TOKENS:
-        ids = [tokenizer.token_id(name) for name in names]
-        if None not in ids:
-            return _distinct(tokenizer, names, [index for index in ids if index is not None])
+        ids = [index for index in map(tokenizer.token_id, names) if index is not None]
+        if len(ids) == len(names):
+            if len({*ids, tokenizer.eod}) < len(ids) + 1:
+                raise UserError(
+                    f"data.fim.tokens: {', '.join(names)} and the end-of-document token must be four different tokens "
+                    f"of {tokenizer.path}"
+                )
+            return tuple(ids)
         if named:
-            missing = names[ids.index(None)]
+            missing = next(name for name in names if tokenizer.token_id(name) is None)
             raise UserError(f"{tokenizer.path} has no token {missing!r}, which data.fim.tokens names")
     looked = ", ".join(names[0] for names in KNOWN_TOKENS)
     raise UserError(
         f"data.fim.rate: {tokenizer.path} has no fill-in-the-middle tokens (looked for {looked} and so on): name them "
         "in data.fim.tokens, or train a tokenizer with --special-token"
     )
-
-
-def _distinct(tokenizer: Tokenizer, names: Sequence[str], ids: Sequence[int]) -> FimTokens:
-    if len({*ids, tokenizer.eod}) < len(ids) + 1:
-        raise UserError(
-            f"data.fim.tokens: {', '.join(names)} and the end-of-document token must be four different tokens of "
-            f"{tokenizer.path}"
-        )
-    return FimTokens(*ids)
 
 
 def check_ends(setting: str, path: str, first: int, last: int, eod: int) -> None:
@@ -128,7 +120,8 @@ class RearrangedDocuments:
         lengths = np.array(self._dataset.sequence_lengths, np.int32)
         for first in range(0, len(lengths), 1 << 20):
             part = lengths[first : first + (1 << 20)]
-            part += ADDED_TOKENS * self._chosen(np.arange(first, first + len(part)), part).astype(np.int32)
+            drawn = self._draw(_CHOICE, np.arange(first, first + len(part), dtype=np.uint64), 0)
+            part += ADDED_TOKENS * ((drawn < self._rate) & (part > 1)).astype(np.int32)
         return lengths
 
     def length(self, document: int) -> int:
@@ -148,15 +141,12 @@ class RearrangedDocuments:
         at = 0  # where the piece begins
         for begin, end in self._pieces(document, place):
             low, high = max(first, at), min(first + length, at + end - begin)
-            if low < high:
-                pieces.append(self._piece(document, begin + low - at, begin + high - at))
+            if low < high and begin < 0:
+                pieces.append(np.array([-begin - 1]))
+            elif low < high:
+                pieces.append(self._dataset.get(document, offset=begin + low - at, length=high - low))
             at += end - begin
         return np.concatenate(pieces, dtype=np.int64) if pieces else np.empty(0, np.int64)
-
-    def _piece(self, document: int, begin: int, end: int) -> np.ndarray:
-        if begin < 0:  # an added token, as -id - 1
-            return np.array([-begin - 1], np.int64)
-        return self._dataset.get(document, offset=begin, length=end - begin)
 
     def _pieces(self, document: int, place: int) -> Iterator[tuple[int, int]]:
         """Yield ranges of the document's tokens in reading order; (-id - 1, -id) stands for the added token `id`."""
@@ -178,25 +168,19 @@ class RearrangedDocuments:
     def _is_chosen(self, document: int, raw: int) -> bool:
         return raw > 1 and self._draw(_CHOICE, document, 0) < self._rate
 
-    def _chosen(self, documents: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        return (uniform(self._settings.seed, _CHOICE, documents) < self._rate) & (lengths > 1)
-
-    def _draw(self, stream: int, document: int, place: int) -> float:
-        return uniform_number(self._settings.seed, stream, document, place)
+    def _draw(self, stream: int, documents: Any, place: int) -> Any:
+        return uniform(self._settings.seed, stream, documents, place)
 
 
-def uniform(seed: int, stream: int, numbers: np.ndarray) -> np.ndarray:
-    """Return `uniform_number` of each number at place 0, float64 of the shape of `numbers`."""
-    key = np.uint64(scramble_number(_key(seed, stream)))
-    return (scramble(scramble(numbers.astype(np.uint64)) ^ key) >> np.uint64(11)) * 2.0**-53
+def uniform(seed: int, stream: int, numbers: Any, place: int = 0) -> Any:
+    """Return values in [0, 1) that look random and depend only on the arguments.
 
-
-def uniform_number(seed: int, stream: int, number: int, place: int) -> float:
-    """Return a value in [0, 1) that looks random and depends only on the arguments."""
-    key = scramble_number(_key(seed, stream) ^ place)
-    return (scramble_number(scramble_number(number) ^ key) >> 11) * 2.0**-53
+    `numbers` is an int, for a float, or a uint64 array, for float64 of its shape.
+    """
+    key = scramble(_key(seed, stream) ^ place)
+    return (scramble(scramble(numbers) ^ key) >> 11) * 2.0**-53
 
 
 @lru_cache
 def _key(seed: int, stream: int) -> int:
-    return scramble_number(scramble_number(seed) ^ stream)
+    return scramble(scramble(seed) ^ stream)

@@ -7,6 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import sentencepiece
+import tokenizers
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
 from plt_megatron.data.segments import COARSE, crosses_no_piece
 from plt_megatron.data.tokenizer import Tokenizer
 from plt_megatron.errors import UserError
@@ -23,8 +28,6 @@ def build_tokenizer_json(model: Path) -> dict[str, str]:
     Control tokens are part of the vocabulary and not "added tokens": as in sentencepiece, their names in a text
     are just text. The configuration tells transformers the same (`split_special_tokens`).
     """
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
-
     proto = ModelProto()
     proto.ParseFromString(model.read_bytes())
     normalizer = proto.normalizer_spec
@@ -32,96 +35,50 @@ def build_tokenizer_json(model: Path) -> dict[str, str]:
         raise UserError(f"{model}: only models without normalization can be written as tokenizer.json")
     kind = proto.SentencePiece
     splittable = crosses_no_piece(COARSE, [piece.piece for piece in proto.pieces if piece.type == kind.NORMAL])
-    return {
-        "tokenizer.json": json.dumps(_tokenizer(proto, splittable), ensure_ascii=False, indent=1) + "\n",
-        "tokenizer_config.json": json.dumps(_config(proto), ensure_ascii=False, indent=1) + "\n",
-    }
+    files = {"tokenizer.json": json.loads(_tokenizer(proto, splittable)), "tokenizer_config.json": _config(proto)}
+    return {name: json.dumps(content, ensure_ascii=False, indent=1) + "\n" for name, content in files.items()}
 
 
-def _tokenizer(proto: Any, splittable: bool) -> dict[str, Any]:
-    kind = proto.SentencePiece
+def _tokenizer(proto: Any, splittable: bool) -> str:
     bpe = proto.trainer_spec.model_type == proto.trainer_spec.BPE
-    user_defined = [(i, piece.piece) for i, piece in enumerate(proto.pieces) if piece.type == kind.USER_DEFINED]
-    split = {
-        "type": "Split",
-        "pattern": {"Regex": rf"\n|{_SPACE}+[^{_SPACE}\n]*|[^{_SPACE}\n]+"},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {
-                "id": index,
-                "content": text,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": False,
-            }
-            for index, text in user_defined
-        ],
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
-        # Changes no id, but lets the library cache words.
-        "pre_tokenizer": split if splittable else None,
-        "post_processor": None,
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-            ],
-        },
-        "model": _bpe(proto) if bpe else _unigram(proto),
-    }
+    built = tokenizers.Tokenizer(_bpe(proto) if bpe else _unigram(proto))
+    built.normalizer = normalizers.Replace(" ", _SPACE)
+    if splittable:  # changes no id, but lets the library cache words
+        words = tokenizers.Regex(rf"\n|{_SPACE}+[^{_SPACE}\n]*|[^{_SPACE}\n]+")
+        built.pre_tokenizer = pre_tokenizers.Split(words, "isolated")
+    built.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    user_defined = [piece.piece for piece in proto.pieces if piece.type == proto.SentencePiece.USER_DEFINED]
+    built.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in user_defined])
+    return built.to_str()
 
 
-def _bpe(proto: Any) -> dict[str, Any]:
+def _bpe(proto: Any) -> models.BPE:
     """Return the BPE model. Sentencepiece merges the neighbors whose joint piece has the best score, so every split of
     a piece into two pieces is a merge, ordered by score."""
-    kind = proto.SentencePiece
-    rank = {piece.piece: index for index, piece in enumerate(proto.pieces) if piece.type == kind.NORMAL}
+    normal = proto.SentencePiece.NORMAL
+    rank = {piece.piece: index for index, piece in enumerate(proto.pieces) if piece.type == normal}
     merges = []
     for piece in proto.pieces:
         text = piece.piece
-        if piece.type == kind.NORMAL:
+        if piece.type == normal:
             pairs = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
             known = [pair for pair in pairs if pair[0] in rank and pair[1] in rank]
             known.sort(key=lambda pair: (rank[pair[0]], rank[pair[1]]))
             merges += [(-piece.score, pair) for pair in known]
     merges.sort(key=lambda merge: merge[0])
-    return {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": proto.pieces[proto.trainer_spec.unk_id].piece,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": True,
-        "byte_fallback": True,
-        "ignore_merges": False,
-        "vocab": {piece.piece: index for index, piece in enumerate(proto.pieces)},
-        "merges": [list(pair) for _, pair in merges],
-    }
+    vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
+    unknown = proto.pieces[proto.trainer_spec.unk_id].piece
+    return models.BPE(vocab, [pair for _, pair in merges], unk_token=unknown, fuse_unk=True, byte_fallback=True)
 
 
-def _unigram(proto: Any) -> dict[str, Any]:
-    kind = proto.SentencePiece
-    vocab = [[piece.piece, piece.score if piece.type == kind.NORMAL else _NEVER] for piece in proto.pieces]
-    return {"type": "Unigram", "unk_id": proto.trainer_spec.unk_id, "byte_fallback": True, "vocab": vocab}
+def _unigram(proto: Any) -> models.Unigram:
+    normal = proto.SentencePiece.NORMAL
+    vocab = [(piece.piece, piece.score if piece.type == normal else _NEVER) for piece in proto.pieces]
+    return models.Unigram(vocab, proto.trainer_spec.unk_id, byte_fallback=True)
 
 
 def _config(proto: Any) -> dict[str, Any]:
-    spec = proto.trainer_spec
-    ids = {
-        "unk_token": spec.unk_id,
-        "bos_token": spec.bos_id,
-        "eos_token": spec.eos_id,
-        "pad_token": spec.pad_id,
-    }
+    ids = {f"{name}_token": getattr(proto.trainer_spec, f"{name}_id") for name in ("unk", "bos", "eos", "pad")}
     named = {name: proto.pieces[index].piece for name, index in ids.items() if index >= 0}
     control = [piece.piece for piece in proto.pieces if piece.type == proto.SentencePiece.CONTROL]
     return {
@@ -137,9 +94,6 @@ def _config(proto: Any) -> dict[str, Any]:
 def first_difference(tokenizer: Tokenizer, model: bytes, tokenizer_json: str, texts: Sequence[str]) -> str | None:
     """Describe the first text for which `tokenizer`, sentencepiece itself and the `tokenizers` library give different
     ids, or whose ids do not decode to it; None if there is none."""
-    import sentencepiece
-    import tokenizers
-
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     fast = tokenizers.Tokenizer.from_str(tokenizer_json)
     for start in range(0, len(texts), 256):

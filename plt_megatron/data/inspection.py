@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from plt_megatron.config import derived
 from plt_megatron.config.batch_schedule import BatchSchedule, with_global_batch_size
 from plt_megatron.config.length_schedule import LengthSchedule, with_sequence_length
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.data.datasets import Samples, build_datasets
+from plt_megatron.data.datasets import Part, Samples, build_datasets
 from plt_megatron.data.duplicates import Duplicates, find_duplicates
 from plt_megatron.data.mix import PARTS, index_folder, required_samples, sample_sources
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
@@ -19,13 +19,12 @@ from plt_megatron.errors import UserError
 
 @dataclass(frozen=True)
 class Run:
-    """Consecutive tokens of one kind.
+    """`tokens` consecutive tokens of one kind.
 
     Attributes:
         text: text of the tokens; names of control tokens; ids if there is no tokenizer.
         predicted: whether these tokens count in the loss as labels. A sample's first token never does.
         control: whether they are control tokens, which stand for no text.
-        tokens: number of tokens.
     """
 
     text: str
@@ -35,26 +34,11 @@ class Run:
 
 
 @dataclass(frozen=True)
-class ShownPart:
-    """A part of a document, with its origin and its tokens.
+class ShownPart(Part):
+    """A part of a document with its tokens. `resets`: whether attention and positions restart at it."""
 
-    Attributes:
-        document: number of the document in the source, from 0.
-        first, total: the part begins at token `first` (from 0) of the document's `total` tokens.
-        resets: whether attention and positions restart at this part.
-        fill_in_middle: see `datasets.Part`.
-    """
-
-    document: int
-    first: int
-    total: int
     resets: bool
-    fill_in_middle: str | None
     runs: list[Run]
-
-    @property
-    def tokens(self) -> int:
-        return sum(run.tokens for run in self.runs)
 
 
 @dataclass(frozen=True)
@@ -159,8 +143,8 @@ class Inspector:
                 packed = starts is not None and begin < len(starts) and bool(starts[begin])
                 resets = packed or 0 < begin < len(tokens) - 1 and begin % row_length == 0
                 runs = list(_runs(tokens[begin:end], asked[begin:end], self._tokenizer))
-                first = piece.first + begin - at
-                parts.append(ShownPart(piece.document, first, piece.total, resets, piece.fill_in_middle, runs))
+                part_of = replace(piece, first=piece.first + begin - at, length=end - begin)
+                parts.append(ShownPart(**vars(part_of), resets=resets, runs=runs))
             at += piece.length
         source = self._sources[part][which]
         return ShownSample(index, derived.source_name(source), source.path, sum(asked), len(tokens) - 1, parts)

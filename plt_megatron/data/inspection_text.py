@@ -29,7 +29,7 @@ def describe_batch(batch: ShownBatch, width: int | None = None) -> str:
 
 def describe_part(part: ShownPart) -> str:
     """Describe a part, as in `document 12, tokens 1-80 of 240; attention and positions restart`."""
-    last = part.first + part.tokens
+    last = part.first + part.length
     note = "; attention and positions restart" if part.resets else ""
     note += f"; fill-in-the-middle, {part.fill_in_middle}" if part.fill_in_middle else ""
     return f"document {part.document:,}, tokens {part.first + 1:,}-{last:,} of {part.total:,}{note}"

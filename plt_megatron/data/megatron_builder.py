@@ -62,20 +62,18 @@ class Builder(BlendedMegatronDatasetBuilder):
         return cls(*args)
 
     def build_each(self, prefixes: list[str], split: list[Any], sizes: list[list[int]]) -> list[list[Any]]:
-        """Build the unblended datasets of several sources; return them by part, then by source.
+        """Build the unblended datasets of several sources; return them by part, then by source. megatron-core uses it.
 
         Args:
             split: where each part begins and ends in each source; None: do not build it.
             sizes: samples to draw, by source and part.
         """
-        return self._build_megatron_datasets_parallel(prefixes, split, sizes)
 
-    def _build_megatron_datasets_parallel(
-        self, prefixes: list[str], split: list[Any], sizes_per_dataset: list[list[int]]
-    ) -> list[list[Any]]:
-        def build(prefix: str, sizes: list[int]) -> list[Any]:
-            return self._build_megatron_dataset_splits(prefix, split, sizes, synchronize_ranks=False)
+        def build(prefix: str, own: list[int]) -> list[Any]:
+            return self._build_megatron_dataset_splits(prefix, split, own, synchronize_ranks=False)
 
         with ThreadPoolExecutor(self.config.num_dataset_builder_threads) as pool:
-            per_source = list(pool.map(build, prefixes, sizes_per_dataset))
+            per_source = list(pool.map(build, prefixes, sizes))
         return [list(part) for part in zip(*per_source, strict=True)]
+
+    _build_megatron_datasets_parallel = build_each

@@ -6,6 +6,7 @@ Shares are computed from the indices alone. Imports neither torch nor megatron-c
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -102,8 +103,7 @@ def mix_shares(data: DataConfig, num_samples: Sequence[int]) -> list[SourceShare
 
     Raises `UserError` if a file is missing or damaged, a part has no text, or `max_epochs` is exceeded.
     """
-    matrix = split_matrix(data)
-    indices: dict[str, IndexedFile] = {}
+    matrix, index_of = split_matrix(data), functools.cache(read_index)
     shares: list[SourceShare] = []
     for part, sources, bounds, samples in zip(PARTS, part_sources(data), matrix, num_samples, strict=True):
         if not samples:
@@ -111,31 +111,18 @@ def mix_shares(data: DataConfig, num_samples: Sequence[int]) -> list[SourceShare
         if not sources or bounds is None:
             raise UserError(f"the data has no {part} part: give it a share in data.split, or set data.{part}_sources")
         found: list[SourceShare] = []
-        for mix, among in _mixes(data, part, sources, samples):
+        stages = zip(stage_sources(data), stage_samples(data, samples), strict=True)
+        for mix, among in stages if part == "train" else [(sources, range(samples))]:
             for source in mix if among else ():
-                if source.path not in indices:
-                    indices[source.path] = read_index(source.path)
-                share = _share(data, part, source, mix, indices[source.path], bounds, len(among))
+                share = _share(data, part, source, mix, index_of(source.path), bounds, len(among))
                 if part == "train" and data.stages:
-                    before = sum(earlier.epochs for earlier in found if _same(earlier.path, share.path))
+                    path = os.path.abspath(share.path)
+                    before = sum(earlier.epochs for earlier in found if os.path.abspath(earlier.path) == path)
                     share = dataclasses.replace(share, stage_samples=among, epochs_before=before)
                 _check_share(share, data)
                 found.append(share)
         shares += found
     return shares
-
-
-def _mixes(
-    data: DataConfig, part: str, sources: list[DataSource], samples: int
-) -> Iterable[tuple[list[DataSource], range]]:
-    """Return the sources of a part and the numbers of its samples, as one pair, or one per stage of the train part."""
-    if part != "train":
-        return [(sources, range(samples))]
-    return zip(stage_sources(data), stage_samples(data, samples), strict=True)
-
-
-def _same(path: str, other: str) -> bool:
-    return os.path.abspath(path) == os.path.abspath(other)
 
 
 def _share(
@@ -147,8 +134,6 @@ def _share(
     bounds: tuple[float, float],
     samples: int,
 ) -> SourceShare:
-    if not source.weight > 0:
-        raise UserError(f"data source {source.path}: weight {source.weight} must be above 0, or remove the source")
     weight = source.weight / sum(other.weight for other in sources)
     first, last = (int(round(bound * float(index.documents))) for bound in bounds)
     tokens = int(index.lengths[first:last].sum(dtype=np.int64))
@@ -185,17 +170,16 @@ def _check_share(share: SourceShare, data: DataConfig) -> None:
         )
 
 
-def describe_mix(data: DataConfig, train_tokens: int, shares: Sequence[SourceShare] | None = None) -> str:
-    """Format a table of the sources, with their tokens, weights and epochs.
+def describe_mix(data: DataConfig, shares: Sequence[SourceShare]) -> str:
+    """Format a table of `mix_shares`, with tokens, weights and epochs.
 
-    By default it covers the train part for `train_tokens`; with `shares` (from `mix_shares`), those instead. With
-    `data.stages`, a source has a row for each stage it is in, with its epochs at the end of that stage.
+    With `data.stages`, a source has a row for each stage it is in, with its epochs at the end of that stage.
     """
-    if shares is None:
-        shares = mix_shares(data, (max(1, train_tokens // data.sequence_length), 0, 0))
     rows = [
         (
-            share.part if share.stage_samples is None else _stage(share.stage_samples, data.sequence_length),
+            f"train, to {share.stage_samples.stop * data.sequence_length:,} tokens"
+            if share.stage_samples is not None
+            else share.part,
             share.name,
             f"{share.documents:,}",
             f"{share.tokens:,}",
@@ -206,11 +190,6 @@ def describe_mix(data: DataConfig, train_tokens: int, shares: Sequence[SourceSha
         for share in shares
     ]
     return format_table(rows, header=("part", "source", "documents", "tokens", "weight", "to draw", "epochs"))
-
-
-def _stage(samples: range, length: int) -> str:
-    """Name a stage, as in `train, to 2,048 tokens`."""
-    return f"train, to {samples.stop * length:,} tokens"
 
 
 def consumed_epochs(shares: Sequence[SourceShare], consumed_samples: int, num_samples: int) -> dict[str, float]:
@@ -228,7 +207,7 @@ def consumed_epochs(shares: Sequence[SourceShare], consumed_samples: int, num_sa
 
 def check_tokenizer(data: DataConfig, tokenizer: Tokenizer) -> None:
     """Raise `UserError` if a source was made with another tokenizer, by its manifest or by ids out of range."""
-    for path in dict.fromkeys(source.path for _, source in all_sources(data)):
+    for path in _paths(data):
         made_with = read_manifest(path).get("tokenizer", {})
         if made_with and made_with["sha256"] != tokenizer.fingerprint:
             raise UserError(
@@ -236,7 +215,9 @@ def check_tokenizer(data: DataConfig, tokenizer: Tokenizer) -> None:
                 "set data.tokenizer"
             )
         index = read_index(path)
-        largest = max((int(block.max()) for block in _token_blocks(index) if block.size), default=0)
+        tokens, size = flat_tokens(index), _BLOCK // index.dtype.itemsize
+        blocks = (tokens[start : start + size] for start in _starts(len(tokens), size))
+        largest = max((int(block.max()) for block in blocks), default=0)
         if largest >= tokenizer.vocab_size:
             raise UserError(
                 f"{path} contains token {largest}, but {tokenizer.path} has {tokenizer.vocab_size} tokens: it was "
@@ -247,16 +228,10 @@ def check_tokenizer(data: DataConfig, tokenizer: Tokenizer) -> None:
 def check_masks(data: DataConfig) -> None:
     """Raise `UserError` if a source's loss mask has the wrong size or bytes other than 0 and 1, counts no token, or is
     missing although its manifest records it."""
-    for path in dict.fromkeys(source.path for _, source in all_sources(data)):
+    for path in _paths(data):
         tokens = read_index(path).tokens
         loss_mask.check_mask(path, tokens, read_manifest(path))
         loss_mask.check_values(path, tokens)
-
-
-def _token_blocks(index: IndexedFile) -> list[np.ndarray]:
-    tokens = flat_tokens(index)
-    size = _BLOCK // index.dtype.itemsize
-    return [tokens[start : start + size] for start in _starts(len(tokens), size)]
 
 
 def _starts(length: int, size: int) -> list[int]:
@@ -283,8 +258,11 @@ def content_hash(prefix: str) -> str:
 
 def content_hashes(data: DataConfig) -> dict[str, str]:
     """Return the content hash of each source, by its path."""
-    paths = dict.fromkeys(source.path for _, source in all_sources(data))
-    return {path: content_hash(path) for path in paths}
+    return {path: content_hash(path) for path in _paths(data)}
+
+
+def _paths(data: DataConfig) -> Iterable[str]:
+    return dict.fromkeys(source.path for _, source in all_sources(data))
 
 
 def fingerprint(
@@ -312,9 +290,10 @@ def fingerprint(
     }
     value |= _rearranged(data, tokenizer)
     if data.stages:
-        mixes = [[[hashes[source.path], source.weight] for source in stage.sources] for stage in data.stages]
-        ends = [stage.until // data.sequence_length for stage in data.stages]
-        value["stages"] = [[end, mix] for end, mix in zip(ends, mixes, strict=True)]
+        value["stages"] = [
+            [stage.until // data.sequence_length, [[hashes[source.path], source.weight] for source in stage.sources]]
+            for stage in data.stages
+        ]
     digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
     return {**value, "sha256": digest}
 

@@ -9,8 +9,8 @@ shards. The output comes with `<output prefix>.manifest.json` (what it was made 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -20,52 +20,29 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from plt_megatron.data.encoders import ChatEncoder
-from plt_megatron.data.formats import Reader, ReadOptions, open_inputs
+from plt_megatron.data.formats import Reader, open_inputs
 from plt_megatron.data.indexed import concatenate, write_index
 from plt_megatron.data.loss_mask import mask_path
 from plt_megatron.data.plan import Plan
 from plt_megatron.data.progress import ProgressBar
-from plt_megatron.data.shards import (
-    FatalBadLine,
-    Settings,
-    Shard,
-    publish_json,
-    run_in_worker,
-    start_worker,
-)
+from plt_megatron.data.shards import FatalBadLine, PreprocessOptions, Shard, publish_json, run_in_worker, start_worker
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
-from plt_megatron.run_folder.files import publish
+from plt_megatron.run_folder.files import LOCK, locked, publish
 from plt_megatron.run_folder.text import plural
+
+__all__ = ["PreprocessOptions", "check_options", "preprocess", "shard_prefix"]
 
 _VERSION = 1
 _BAD_LINES_SHOWN = 10
 _LARGEST_DOCUMENT = 1 << 30  # bytes; a document's tokens are counted in an int32
-
-
-@dataclass(frozen=True)
-class PreprocessOptions:
-    """Options of a preprocessing job. See `plt preprocess --help`."""
-
-    inputs: Sequence[str]
-    output_prefix: str
-    tokenizer: str
-    workers: int = 1
-    format: str | None = None
-    eod_token: str | None = None
-    append_eod: bool = True
-    fail_on_bad_line: bool = False
-    overwrite: bool = False
-    shard_bytes: int = 64 << 20
-    shard: tuple[int, int] | None = None  # (number from 1, total): this machine's portion of the input
-    read: ReadOptions = field(default_factory=ReadOptions)
 
 
 def shard_prefix(prefix: str, number: int, of: int) -> str:
@@ -131,7 +108,7 @@ class _Job:
             "version": _VERSION,
             "tokenizer_sha256": self.tokenizer.fingerprint,
             "eod": self.tokenizer.eod if self.options.append_eod else None,
-            "read": _without_none(asdict(self.options.read)),
+            "read": {key: value for key, value in asdict(self.options.read).items() if value is not None},
             "fail_on_bad_line": self.options.fail_on_bad_line,
             "shard_bytes": self.options.shard_bytes,
             "sources": [_stamp(source) for source in self.sources],
@@ -176,20 +153,15 @@ class _Job:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Create and lock the work folder for this job; delete what a job with another identity left in it."""
-        self.work.mkdir(parents=True, exist_ok=True)
-        with open(self.work / "lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"{self.work}: another process is writing this output") from error
+        with locked(self.work, "plt preprocess"):
             if _read_json(self.work / "plan.json") != self.identity:
-                stale = [path for path in self.work.iterdir() if path.name != "lock"]
+                stale = [path for path in self.work.iterdir() if path.name != LOCK]
                 if stale:
                     _say("the inputs or settings changed since the interrupted run: starting over")
                 for path in stale:
                     path.unlink()
                 publish_json(self.work / "plan.json", self.identity)
-            for leftover in [*self.work.glob(".*"), *self.work.glob("*.spool")]:
+            for leftover in [*self.work.glob(".*.*"), *self.work.glob("*.spool")]:
                 leftover.unlink()
             yield
 
@@ -197,20 +169,13 @@ class _Job:
         """Encode all shards that are not done yet."""
         context = multiprocessing.get_context("spawn")
         counters = context.Array("q", 3)
-        settings = Settings(
-            str(self.tokenizer.path),
-            self.options.eod_token,
-            self.options.append_eod,
-            bool(self.options.read.chat),
-            self.options.fail_on_bad_line,
-        )
         done = self._bytes_done()
         total = self.plan.bytes()
         if done:
             _say(f"resuming: {done / max(total, 1):.1%} of the input is already encoded")
         progress = ProgressBar(total, done)
         others = set(multiprocessing.active_children())
-        pool = ProcessPoolExecutor(self.options.workers, context, start_worker, (settings, str(self.work), counters))
+        pool = ProcessPoolExecutor(self.options.workers, context, start_worker, (self.options, self.work, counters))
         hasher = ThreadPoolExecutor(1)
         hashing = hasher.submit(self._hash_sources)
         try:
@@ -227,16 +192,13 @@ class _Job:
             hasher.shutdown(wait=False, cancel_futures=True)
 
     def _run_shards(self, pool: ProcessPoolExecutor, progress: ProgressBar, counters: Any) -> None:
-        running: dict[Future[str], Shard] = {}
+        running: dict[Future[None], Shard] = {}
         shards = self.plan.shards()
-        exhausted = False
-        while running or not exhausted:
-            while not exhausted and len(running) < self.options.workers + 2:
-                shard = next(shards, None)
-                if shard is None:
-                    exhausted = True
-                else:
-                    running[pool.submit(run_in_worker, shard)] = shard
+        while True:
+            for shard in itertools.islice(shards, self.options.workers + 2 - len(running)):
+                running[pool.submit(run_in_worker, shard)] = shard
+            if not running:
+                return
             finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
             text_bytes, tokens, disk_bytes = counters[:]
             progress.update(disk_bytes, text_bytes, tokens)
@@ -268,9 +230,9 @@ class _Job:
             if _stamp(source) != stamp:
                 raise UserError(f"{source.path} changed while it was being read: run the command again")
         reports = self._reports()
-        totals = _totals(self.sources, reports)
+        totals = self._totals(reports)
         if not totals["documents"] and self.options.shard is None:
-            _write_bad_lines(self.prefix, self.sources, reports, self.plan.first())
+            self._write_bad_lines(reports)
             left_out = f", {totals['left_out']:,} left out for their quality" if totals["left_out"] else ""
             raise UserError(
                 f"no usable document in {len(self.sources)} input files ({_count_bad(totals['bad_lines'])}{left_out})"
@@ -298,7 +260,7 @@ class _Job:
             **totals,
             "identity": self.identity,
         }
-        _write_bad_lines(self.prefix, self.sources, reports, self.plan.first())
+        self._write_bad_lines(reports)
         self._publish_mask(shards, reports, manifest)
         publish(self.work / "out", f"{self.prefix}.bin")
         publish(self.work / "out.index", f"{self.prefix}.idx")
@@ -331,6 +293,50 @@ class _Job:
             reports += shard
         return reports
 
+    def _totals(self, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Sum up documents, tokens and bad lines, for each source and for all."""
+        keys = ("documents", "tokens", "text_bytes", "lines", "left_out")
+        entries: list[dict[str, Any]] = [
+            {"path": source.path, "bytes": source.size, **dict.fromkeys(keys, 0), "bad_lines": Counter()}
+            for source in self.sources
+        ]
+        for report in reports:
+            entry = entries[report["file"]]
+            for key in keys:
+                entry[key] += report.get(key, 0)  # shards of earlier versions have no `left_out`
+            entry["bad_lines"].update(report["bad"])
+        bad: Counter[str] = sum((entry["bad_lines"] for entry in entries), Counter())
+        totals = {key: sum(entry[key] for entry in entries) for key in keys}
+        return {**totals, "bad_lines": bad, "sources": entries}
+
+    def _bad_lines(self, reports: Sequence[dict[str, Any]]) -> Iterator[tuple[str, int, str]]:
+        """Yield file, line (Parquet: row) and reason of the bad lines kept."""
+        before: Counter[int] = Counter()
+        file, start = self.plan.first()
+        if start and any(report["bad_lines"] for report in reports if report["file"] == file):
+            before[file] = self.sources[file].lines_before(start)
+        for report in reports:
+            for line, reason in report["bad_lines"]:
+                yield self.sources[report["file"]].path, before[report["file"]] + line, reason
+            before[report["file"]] += report["lines"]
+
+    def _write_bad_lines(self, reports: Sequence[dict[str, Any]]) -> None:
+        """List the bad lines in `prefix`.bad_lines.jsonl (no file if there are none) and show the first few."""
+        path = Path(f"{self.prefix}.bad_lines.jsonl")
+        path.unlink(missing_ok=True)
+        lines = list(self._bad_lines(reports))
+        if not lines:
+            return
+        with open(path, "w", encoding="utf-8") as file:
+            for source, line, reason in lines:
+                file.write(json.dumps({"file": source, "line": line, "reason": reason}) + "\n")
+        for source, line, reason in lines[:_BAD_LINES_SHOWN]:
+            _say(f"bad line {source}:{line}: {reason}")
+        total = sum(sum(report["bad"].values()) for report in reports)
+        if total > _BAD_LINES_SHOWN:
+            listed = "all" if total == len(lines) else f"the first of each shard, {len(lines):,} of {total:,},"
+            _say(f"... {listed} are in {path}")
+
     def _bytes_done(self) -> int:
         """Return the bytes of the input whose shards an earlier run finished."""
         done = [_read_json(path) for path in self.work.glob("[0-9]*.json")]
@@ -352,62 +358,6 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-
-
-def _without_none(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if value is not None}
-
-
-def _totals(sources: Sequence[Reader], reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Sum up documents, tokens and bad lines, for each source and for all."""
-    keys = ("documents", "tokens", "text_bytes", "lines", "left_out")
-    entries: list[dict[str, Any]] = [
-        {"path": source.path, "bytes": source.size, **dict.fromkeys(keys, 0), "bad_lines": Counter()}
-        for source in sources
-    ]
-    for report in reports:
-        entry = entries[report["file"]]
-        for key in keys:
-            entry[key] += report.get(key, 0)  # shards of earlier versions have no `left_out`
-        entry["bad_lines"].update(report["bad"])
-    bad: Counter[str] = sum((entry["bad_lines"] for entry in entries), Counter())
-    return {key: sum(entry[key] for entry in entries) for key in keys} | {
-        "bad_lines": bad,
-        "sources": entries,
-    }
-
-
-def _bad_lines(
-    sources: Sequence[Reader], reports: Sequence[dict[str, Any]], first: tuple[int, int]
-) -> Iterator[tuple[str, int, str]]:
-    """Yield file, line (Parquet: row) and reason of the bad lines kept. `first`: file and place where reading began."""
-    before: Counter[int] = Counter()
-    if first[1] and any(report["bad_lines"] for report in reports if report["file"] == first[0]):
-        before[first[0]] = sources[first[0]].lines_before(first[1])
-    for report in reports:
-        for line, reason in report["bad_lines"]:
-            yield sources[report["file"]].path, before[report["file"]] + line, reason
-        before[report["file"]] += report["lines"]
-
-
-def _write_bad_lines(
-    prefix: Path, sources: Sequence[Reader], reports: Sequence[dict[str, Any]], first: tuple[int, int]
-) -> None:
-    """List the bad lines in `prefix`.bad_lines.jsonl (no file if there are none) and show the first few."""
-    path = Path(f"{prefix}.bad_lines.jsonl")
-    path.unlink(missing_ok=True)
-    lines = list(_bad_lines(sources, reports, first))
-    if not lines:
-        return
-    with open(path, "w", encoding="utf-8") as file:
-        for source, line, reason in lines:
-            file.write(json.dumps({"file": source, "line": line, "reason": reason}) + "\n")
-    for source, line, reason in lines[:_BAD_LINES_SHOWN]:
-        _say(f"bad line {source}:{line}: {reason}")
-    total = sum(sum(report["bad"].values()) for report in reports)
-    if total > _BAD_LINES_SHOWN:
-        listed = "all" if total == len(lines) else f"the first of each shard, {len(lines):,} of {total:,},"
-        _say(f"... {listed} are in {path}")
 
 
 def _count_bad(bad: Counter[str]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TextIO
 
 from plt_megatron.run_folder.text import format_bytes, format_duration
 
@@ -15,40 +14,34 @@ class ProgressBar:
     `done` bytes were done before this run; they count as done but not in the rates.
     """
 
-    def __init__(self, total: int, done: int = 0, stream: TextIO | None = None, log_interval: float = 10.0) -> None:
+    def __init__(self, total: int, done: int = 0) -> None:
         self._total = max(total, 1)
         self._before = done
-        self._stream = stream or sys.stderr
-        self._terminal = self._stream.isatty()
-        self._interval = 0.2 if self._terminal else log_interval
-        self._start = time.monotonic()
-        self._shown = self._start
+        self._terminal = sys.stderr.isatty()
+        self._start = self._shown = time.monotonic()
         self._width = 0
 
     def update(self, disk_bytes: int, text_bytes: int, tokens: int) -> None:
         """Show the progress if due: input consumed, text encoded and tokens written in this run."""
         now = time.monotonic()
-        if now - self._shown < self._interval:
+        if now - self._shown < (0.2 if self._terminal else 10.0):
             return
         self._shown = now
         elapsed = max(now - self._start, 1e-9)
         done = min(self._before + disk_bytes, self._total)
-        left = (self._total - done) * elapsed / disk_bytes if disk_bytes else None
-        self._show(
+        left = format_duration((self._total - done) * elapsed / disk_bytes) if disk_bytes else "?"
+        line = (
             f"{done / self._total:6.1%} of {format_bytes(self._total)}  {format_bytes(text_bytes / elapsed)}/s  "
             f"{tokens / elapsed / 1e6:.2f}M tokens/s  {tokens:,} tokens  "
-            f"{format_duration(elapsed)} elapsed, {format_duration(left) if left is not None else '?'} left"
+            f"{format_duration(elapsed)} elapsed, {left} left"
         )
-
-    def _show(self, line: str) -> None:
-        end = "" if self._terminal else "\n"
-        start = "\r" if self._terminal else ""
-        self._stream.write(start + line.ljust(self._width) + end)
-        self._stream.flush()
-        self._width = len(line) if self._terminal else 0
+        if self._terminal:
+            print(f"\r{line.ljust(self._width)}", end="", file=sys.stderr, flush=True)
+            self._width = len(line)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """End the line on a terminal."""
-        if self._terminal and self._width:
-            self._stream.write("\n")
-            self._stream.flush()
+        if self._width:
+            print(file=sys.stderr, flush=True)

@@ -8,10 +8,10 @@ asked for: a longer run draws in another order, which `mix.fingerprint` with `nu
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -53,10 +53,6 @@ def micro_batch_indices(
         ValueError: a global batch does not divide into microbatches over the ranks.
     """
     per_step = micro_batch_size * data_parallel_size
-    if not 0 <= data_parallel_rank < data_parallel_size:
-        raise ValueError(f"data parallel rank {data_parallel_rank} of {data_parallel_size}")
-    if consumed_samples < 0 or length < 1:
-        raise ValueError(f"cannot start at sample {consumed_samples} of {length}")
     start = consumed_samples
     for size in global_batch_sizes:
         if micro_batch_size < 1 or size < 1 or size % per_step:
@@ -85,37 +81,12 @@ def batches(dataset: SampleSource, indices: Iterator[list[int]], prefetch: int =
 
 def _ahead(items: Iterator[dict[str, Tensor]], depth: int) -> Generator[dict[str, Tensor]]:
     """Yield `items`, prepared by a thread up to `depth` ahead; raise the thread's exception in place of an item."""
-    ready: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
-    closed = threading.Event()
-
-    def put(entry: tuple[str, Any]) -> bool:
-        while not closed.is_set():
-            try:
-                ready.put(entry, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def produce() -> None:
-        try:
-            for item in items:
-                if not put(("item", item)):
-                    return
-            put(("end", None))
-        except Exception as error:  # handed to the consumer
-            put(("error", error))
-
-    thread = threading.Thread(target=produce, daemon=True, name="batches")
-    thread.start()
+    pool = ThreadPoolExecutor(1, "batches")
     try:
-        while True:
-            kind, value = ready.get()
-            if kind == "end":
-                return
-            if kind == "error":
-                raise value
-            yield value
+        ready = deque(pool.submit(next, items, None) for _ in range(depth))
+        while (item := ready.popleft().result()) is not None:
+            ready.append(pool.submit(next, items, None))
+            yield item
     finally:
-        closed.set()
-        thread.join()  # a thread still inside torch when the interpreter exits would abort the process
+        # A thread still inside torch when the interpreter exits would abort the process.
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from plt_megatron.data.compressed import BrokenStream
-from plt_megatron.data.encoders import ChatEncoder, Encoder, TextEncoder
-from plt_megatron.data.formats import LEFT_OUT, Document, Span
+from plt_megatron.data.encoders import ChatEncoder, Encoded, Encoder, TextEncoder
+from plt_megatron.data.formats import LEFT_OUT, Document, ReadOptions, Span
 from plt_megatron.data.tokenizer import load_tokenizer
 from plt_megatron.run_folder.files import replacing, write_bytes, write_text
 
@@ -32,14 +32,21 @@ _BAD_LINES_KEPT = 1000  # per shard, with file, line and reason; all are counted
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Settings that the tokens depend on, besides the input."""
+class PreprocessOptions:
+    """Options of a preprocessing job. See `plt preprocess --help`."""
 
+    inputs: Sequence[str]
+    output_prefix: str
     tokenizer: str
-    eod_token: str | None
-    append_eod: bool
-    chat: bool
-    fail_on_bad_line: bool
+    workers: int = 1
+    format: str | None = None
+    eod_token: str | None = None
+    append_eod: bool = True
+    fail_on_bad_line: bool = False
+    overwrite: bool = False
+    shard_bytes: int = 64 << 20
+    shard: tuple[int, int] | None = None  # (number from 1, total): this machine's portion of the input
+    read: ReadOptions = field(default_factory=ReadOptions)
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,18 @@ class SpanReport:
     bad: Counter[str] = field(default_factory=Counter)
     bad_lines: list[tuple[int, str]] = field(default_factory=list)  # (line within the span, reason)
 
+    def add(self, documents: Sequence[Document], encoded: Encoded, bad: Sequence[tuple[int, str, str]]) -> None:
+        """Count a batch of documents. `bad`: line, kind and reason of each bad one."""
+        self.lines += len(documents)
+        self.left_out += sum(document.kind == LEFT_OUT for document in documents)
+        self.text_bytes += sum(document.size for document in documents)
+        self.documents += len(encoded.lengths)
+        self.tokens += encoded.flat.size
+        self.counted += int(encoded.mask.sum())
+        self.bad.update(kind for _, kind, _ in bad)
+        kept = bad[: _BAD_LINES_KEPT - len(self.bad_lines)]
+        self.bad_lines += [(line, reason) for line, _, reason in kept]
+
 
 class FatalBadLine(Exception):
     """Raised for a bad line where bad lines are fatal: (span's index in the shard, line in the span, reason)."""
@@ -80,7 +99,7 @@ class FatalBadLine(Exception):
 _worker: dict[str, Any] = {}
 
 
-def start_worker(settings: Settings, work: str, counters: Any) -> None:
+def start_worker(options: PreprocessOptions, work: Path, counters: Any) -> None:
     """Set up a worker process. It exits when its parent is gone, however that happened."""
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -92,58 +111,61 @@ def start_worker(settings: Settings, work: str, counters: Any) -> None:
     threading.Thread(target=watch, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this process is one of the parallel ones
-    tokenizer = load_tokenizer(settings.tokenizer, settings.eod_token)
-    kind = ChatEncoder if settings.chat else TextEncoder
-    encoder = kind(tokenizer, append_eod=settings.append_eod)
-    _worker.update(settings=settings, work=Path(work), counters=counters, encoder=encoder)
+    tokenizer = load_tokenizer(options.tokenizer, options.eod_token)
+    encoder = (ChatEncoder if options.read.chat else TextEncoder)(tokenizer, append_eod=options.append_eod)
+    _worker.update(options=options, encoder=encoder, work=work, counters=counters)
 
 
-def run_in_worker(shard: Shard) -> str:
-    """Encode a shard in a process set up by `start_worker`; return its key."""
-    encode_shard(shard, _worker["settings"], _worker["encoder"], _worker["work"], _worker["counters"])
-    return shard.key
+def run_in_worker(shard: Shard) -> None:
+    """Encode a shard in a process set up by `start_worker`."""
+    encode_shard(shard, **_worker)
 
 
-def encode_shard(shard: Shard, settings: Settings, encoder: Encoder, work: Path, counters: Any = None) -> None:
-    """Read, encode and publish a shard. `counters` [3] int64: text bytes, tokens and disk bytes so far."""
+def encode_shard(shard: Shard, options: PreprocessOptions, encoder: Encoder, work: Path, counters: Any) -> None:
+    """Read, encode and publish a shard.
+
+    `counters`, a shared array [3] of int64, is increased by the text bytes, tokens and disk bytes of each batch.
+    """
     target = work / shard.key
-    lengths: list[np.ndarray] = []
-    masks: list[np.ndarray] = []
-    reports = []
+    lengths, masks = [np.empty(0, np.int32)], [np.empty(0, np.uint8)]
+    reports: list[SpanReport] = []
     with replacing(target.with_suffix(".bin"), "wb") as output:
         for place, span in enumerate(shard.spans):
-            report = SpanReport(shard.files[place])
-            writer = _SpanWriter(report, settings, encoder, output, lengths, masks)
-            try:
-                _read_into(writer, span, shard.broken, counters)
-            except FatalBadLine as error:
-                raise FatalBadLine(place, *error.args) from None
+            report = SpanReport(shard.files[place], disk_bytes=span.disk_bytes)
+            left = span.disk_bytes
+            for documents in _batches(_with_breakage(span.documents(), shard.broken)):
+                encoded, bad = _encode(documents, encoder)
+                if bad and options.fail_on_bad_line:
+                    raise FatalBadLine(place, bad[0][0], bad[0][2])
+                report.add(documents, encoded, bad)
+                output.write(encoded.flat.tobytes())
+                lengths.append(encoded.lengths.astype(np.int32))
+                masks.append(encoded.mask)
+                # Documents have the size of their text, which in a compressed file exceeds the bytes on disk.
+                size = sum(document.size for document in documents)
+                _count(counters, size, encoded.flat.size, min(left, size))
+                left -= min(left, size)
+            _count(counters, 0, 0, left)
             reports.append(report)
-    write_bytes(target.with_suffix(".len"), np.concatenate([np.empty(0, np.int32), *lengths]).tobytes())
-    if settings.chat:
-        write_bytes(target.with_suffix(".mask"), np.concatenate([np.empty(0, np.uint8), *masks]).tobytes())
+    write_bytes(target.with_suffix(".len"), np.concatenate(lengths).tobytes())
+    if options.read.chat:
+        write_bytes(target.with_suffix(".mask"), np.concatenate(masks).tobytes())
     publish_json(target.with_suffix(".json"), [vars(report) for report in reports])
     if shard.spool_start is not None:
         os.unlink(shard.spans[0].reader.path)
 
 
+def _encode(documents: Sequence[Document], encoder: Encoder) -> tuple[Encoded, list[tuple[int, str, str]]]:
+    """Encode the documents that are not bad; return line, kind and reason of those that are."""
+    bad = [(each.line, each.kind, each.reason) for each in documents if each.text is None and each.kind != LEFT_OUT]
+    good = [(each.line, each.text) for each in documents if each.text is not None]
+    encoded = encoder([text for _, text in good])
+    return encoded, bad + [(good[place][0], *why) for place, why in encoded.bad.items()]
+
+
 def publish_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically, in ASCII: file names in it need not be UTF-8."""
     write_text(path, json.dumps(value, indent=1) + "\n")
-
-
-def _read_into(writer: _SpanWriter, span: Span, broken: str, counters: Any) -> None:
-    """Feed a span to a writer, in batches, counting as it goes."""
-    report = writer.report
-    report.disk_bytes = left = span.disk_bytes
-    for documents in _batches(_with_breakage(span.documents(), broken)):
-        before = report.text_bytes, report.tokens
-        writer.write(documents)
-        # Documents have the size of their text, which in a compressed file exceeds the bytes on disk.
-        read = min(left, sum(document.size for document in documents))
-        left -= read
-        _count(counters, report.text_bytes - before[0], report.tokens - before[1], read)
-    _count(counters, 0, 0, left)
 
 
 def _with_breakage(documents: Iterator[Document], broken: str) -> Iterator[Document]:
@@ -173,54 +195,6 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 def _count(counters: Any, *amounts: int) -> None:
-    if counters is not None:
-        with counters.get_lock():
-            for place, amount in enumerate(amounts):
-                counters[place] += amount
-
-
-class _SpanWriter:
-    """Encodes a span's documents to an open file and keeps its report."""
-
-    def __init__(
-        self,
-        report: SpanReport,
-        settings: Settings,
-        encoder: Encoder,
-        output: Any,
-        lengths: list[np.ndarray],
-        masks: list[np.ndarray],
-    ) -> None:
-        self.report = report
-        self._settings = settings
-        self._encoder = encoder
-        self._output = output
-        self._lengths = lengths
-        self._masks = masks
-
-    def write(self, documents: list[Document]) -> None:
-        self.report.lines += len(documents)
-        for document in documents:
-            if document.kind == LEFT_OUT:
-                self.report.left_out += 1
-            elif document.text is None:
-                self._bad(document.line, document.kind, document.reason)
-        good = [document for document in documents if document.text is not None]
-        texts = [document.text for document in good if document.text is not None]
-        flat, lengths, mask, bad = self._encoder(texts)
-        for place, (kind, reason) in bad.items():
-            self._bad(good[place].line, kind, reason)
-        self._output.write(flat.tobytes())
-        self._lengths.append(lengths.astype(np.int32))
-        self._masks.append(mask)
-        self.report.documents += len(lengths)
-        self.report.tokens += flat.size
-        self.report.counted += int(mask.sum())
-        self.report.text_bytes += sum(document.size for document in documents)
-
-    def _bad(self, line: int, kind: str, reason: str) -> None:
-        if self._settings.fail_on_bad_line:
-            raise FatalBadLine(line, reason)
-        self.report.bad[kind] += 1
-        if len(self.report.bad_lines) < _BAD_LINES_KEPT:
-            self.report.bad_lines.append((line, reason))
+    with counters.get_lock():
+        for place, amount in enumerate(amounts):
+            counters[place] += amount

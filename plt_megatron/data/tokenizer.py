@@ -96,9 +96,12 @@ class Tokenizer(ABC):
         Raises `UserError` if the tokenizer's file does not tell.
         """
 
-    def _require_eod(self, candidate: int | None, name: str | None) -> int:
-        if candidate is not None and 0 <= candidate < self.vocab_size:
-            return candidate
+    def _find_eod(self, name: str | None, own: str | None) -> int:
+        """Return the id of the token `name`; by default of `own`, the tokenizer's end token, or of `EOD_NAMES`."""
+        for candidate in [name] if name is not None else filter(None, (own, *EOD_NAMES)):
+            index = self.token_id(candidate)
+            if index is not None:
+                return index
         if name is not None:
             raise UserError(f"{self.path}: the tokenizer has no token {name!r} to end documents with")
         raise UserError(
@@ -128,15 +131,17 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos, self.eos, self.pad = (
             index if index >= 0 else None for index in (processor.bos_id(), processor.eos_id(), processor.pad_id())
         )
-        self.eod = self._require_eod(self._find_eod(eod_token), eod_token)
-        self._segments = self._segment_encoder(proto)
-        self._exact_chunks = self._segments is None and self._is_exact_unigram(proto)
-
-    def _find_eod(self, name: str | None) -> int | None:
-        if name is None and self.eos is not None:
-            return self.eos
-        found = map(self.token_id, EOD_NAMES if name is None else (name,))
-        return next((index for index in found if index is not None), None)
+        self.eod = self._find_eod(eod_token, None if self.eos is None else self.token_name(self.eos))
+        self._segments: SegmentEncoder | None = None
+        self._exact_chunks = False
+        if self._splits_exactly(proto):
+            symbols, kind = self._user_defined(proto), proto.trainer_spec.model_type
+            if kind == proto.trainer_spec.BPE:
+                pattern = word_pattern(self._pieces(proto)) or COARSE
+                self._segments = SegmentEncoder(self._encode_segment, pattern, symbols)
+            elif kind == proto.trainer_spec.UNIGRAM and not symbols:
+                # Cutting long texts then changes nothing but the rounding of long sums of scores.
+                self._exact_chunks = not any(piece.score % UNIGRAM_SCORE_STEP for piece in proto.pieces)
 
     def token_id(self, name: str) -> int | None:
         index = self._processor.piece_to_id(name)
@@ -164,19 +169,6 @@ class SentencePieceTokenizer(Tokenizer):
             COARSE, self._pieces(proto)
         )
 
-    def _segment_encoder(self, proto: Any) -> SegmentEncoder | None:
-        if proto.trainer_spec.model_type != proto.trainer_spec.BPE or not self._splits_exactly(proto):
-            return None
-        pattern = word_pattern(self._pieces(proto)) or COARSE
-        return SegmentEncoder(self._encode_segment, pattern, self._user_defined(proto))
-
-    def _is_exact_unigram(self, proto: Any) -> bool:
-        """Return whether cutting long texts changes nothing but the rounding of long sums of scores."""
-        if proto.trainer_spec.model_type != proto.trainer_spec.UNIGRAM or self._user_defined(proto):
-            return False
-        scores = np.array([piece.score for piece in proto.pieces])
-        return not np.any(scores % UNIGRAM_SCORE_STEP) and self._splits_exactly(proto)
-
     @staticmethod
     def _user_defined(proto: Any) -> list[str]:
         return [piece.piece for piece in proto.pieces if piece.type == proto.SentencePiece.USER_DEFINED]
@@ -195,14 +187,11 @@ class SentencePieceTokenizer(Tokenizer):
             item = np.dtype(self.dtype).itemsize
             lengths = np.fromiter(map(len, encoded), np.int64, len(encoded)) // item
             return np.frombuffer(b"".join(encoded), self.dtype), lengths
-        if self._exact_chunks:
-            parts = [list(chunks(text, _UNIGRAM_CHUNK)) for text in texts]
-            arrays = self._processor.encode(list(chain.from_iterable(parts)), out_type="numpy", num_threads=1)
-            ends = np.cumsum([0, *map(len, parts)])
-            sizes = np.cumsum([0, *map(len, arrays)])
-            return _concatenate(arrays, self.dtype), np.diff(sizes[ends])
-        arrays = self._processor.encode(list(texts), out_type="numpy", num_threads=1)
-        return _concatenate(arrays, self.dtype), np.fromiter(map(len, arrays), np.int64, len(arrays))
+        parts = [list(chunks(text, _UNIGRAM_CHUNK)) if self._exact_chunks else [text] for text in texts]
+        arrays = self._processor.encode(list(chain.from_iterable(parts)), out_type="numpy", num_threads=1)
+        sizes = np.cumsum([0, *map(len, arrays)])
+        flat = np.concatenate([np.empty(0, self.dtype), *arrays], dtype=self.dtype, casting="unsafe")
+        return flat, np.diff(sizes[np.cumsum([0, *map(len, parts)])])
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(index) for index in ids])
@@ -237,9 +226,7 @@ class HuggingFaceTokenizer(Tokenizer):
         names, self._control_names = _token_names(path.with_name("tokenizer_config.json"))
         named = [names.get(key) for key in ("bos_token", "eos_token", "pad_token")]
         self.bos, self.eos, self.pad = (None if name is None else self.token_id(name) for name in named)
-        candidates = filter(None, [eod_token] if eod_token else [names.get("eos_token"), *EOD_NAMES])
-        found = [index for index in map(self.token_id, candidates) if index is not None]
-        self.eod = self._require_eod(found[0] if found else None, eod_token)
+        self.eod = self._find_eod(eod_token, names.get("eos_token"))
 
     def token_id(self, name: str) -> int | None:
         return self._tokenizer.token_to_id(name)
@@ -289,10 +276,6 @@ def _types(decoder: dict[str, Any] | None) -> set[str]:
     if decoder is None:
         return set()
     return {decoder["type"]}.union(*(_types(part) for part in decoder.get("decoders", [])))
-
-
-def _concatenate(arrays: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
-    return np.concatenate(arrays, dtype=dtype, casting="unsafe") if len(arrays) else np.empty(0, dtype)
 
 
 def _token_names(config: Path) -> tuple[dict[str, str], set[str]]:

@@ -20,14 +20,13 @@ from plt_megatron.data.formats import LEFT_OUT, Reader, ReadOptions, Span, open_
 from plt_megatron.data.hf_tokenizer import build_tokenizer_json, first_difference
 from plt_megatron.data.tokenizer import UNIGRAM_SCORE_STEP, load_tokenizer
 from plt_megatron.errors import UserError
-from plt_megatron.run_folder.files import LOCK, locked, publish, write_text
+from plt_megatron.run_folder.files import LOCK, locked, publish, write_text, writing
 from plt_megatron.run_folder.text import format_bytes, plural
 
 _SPAN = 1 << 20  # bytes read at one place of a file when sampling
 _LINE = 4000  # sentencepiece silently drops longer sentences (4192 bytes), counted in UTF-8 bytes
 _COMPRESSION = 4  # assumed expansion of compressed text
 _CHECKED = 8 << 20  # characters of the sample on which both tokenizers are compared
-_MODEL_TYPES = ("bpe", "unigram")
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class TrainingOptions:
     inputs: Sequence[str]
     output_dir: str
     vocab_size: int
-    model_type: str = "bpe"
+    model_type: str = "bpe"  # or "unigram"
     control_symbols: Sequence[str] = ()
     user_defined_symbols: Sequence[str] = ()
     character_coverage: float = 0.9995
@@ -52,15 +51,10 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """The files written, and statistics of the text they were trained on."""
+    """The sentencepiece model, and a line about it and the text it was trained on."""
 
     model: Path
-    tokenizer_json: Path
-    vocab_size: int
-    sample_bytes: int
-    documents: int
-    bad_lines: int
-    documents_compared: int
+    summary: str
 
 
 def train_tokenizer(options: TrainingOptions) -> TrainingResult:
@@ -68,8 +62,6 @@ def train_tokenizer(options: TrainingOptions) -> TrainingResult:
 
     Both are compared on the sample and on hostile strings before anything is written. Raises `UserError`.
     """
-    if options.model_type not in _MODEL_TYPES:
-        raise UserError(f"model type {options.model_type!r} is unknown: use {' or '.join(_MODEL_TYPES)}")
     _check_symbols((*options.control_symbols, *options.user_defined_symbols))
     folder = Path(options.output_dir)
     _check_new(folder, options)
@@ -78,21 +70,17 @@ def train_tokenizer(options: TrainingOptions) -> TrainingResult:
         _check_new(folder, options)  # another training may just have ended
         temporary = folder / f".tokenizer.{os.getpid()}.model"
         try:
-            temporary.touch()  # detect an unwritable folder before the work
-            compared = _train_and_publish(sample, options, folder, temporary)
-        except OSError as error:
-            raise _unwritable(folder, error) from error
+            with writing(folder):
+                temporary.touch()  # detect an unwritable folder before the work
+                compared = _train_and_publish(sample, options, folder, temporary)
         finally:
             temporary.unlink(missing_ok=True)
-    vocab_size = load_tokenizer(folder / "tokenizer.model").vocab_size
+    model = folder / "tokenizer.model"
     return TrainingResult(
-        folder / "tokenizer.model",
-        folder / "tokenizer.json",
-        vocab_size,
-        sample.bytes,
-        sample.documents,
-        sample.bad_lines,
-        compared,
+        model,
+        f"{model}: {load_tokenizer(model).vocab_size:,} pieces from {plural(sample.documents, 'document')} "
+        f"({format_bytes(sample.bytes)}, {sample.bad_lines:,} bad lines skipped); tokenizer.json encodes identically "
+        f"on {compared:,} texts",
     )
 
 
@@ -140,10 +128,6 @@ def _train_and_publish(sample: Sample, options: TrainingOptions, folder: Path, t
     return len(texts)
 
 
-def _unwritable(folder: Path, error: OSError) -> UserError:
-    return UserError(f"{error.filename or folder}: cannot be written ({error.strerror})")
-
-
 def _train(sample: Sample, options: TrainingOptions) -> bytes:
     import sentencepiece
 
@@ -173,9 +157,8 @@ def _train(sample: Sample, options: TrainingOptions) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        if not sample.bytes:
-            raise UserError("the input has no usable text to train a tokenizer on") from error
-        raise UserError(_explain(str(error), options)) from error
+        if sample.bytes:
+            raise UserError(_explain(str(error), options)) from error
     if not sample.bytes:
         raise UserError("the input has no usable text to train a tokenizer on")
     content = model.getvalue()
@@ -285,12 +268,3 @@ def hostile_strings(symbols: Sequence[str] = ()) -> list[str]:
     alphabet = "ab \n\u2581<>/s0x1=-\t\u00e9\u65e5\U0001f600"
     noise = ["".join(rng.choices(alphabet, k=rng.randrange(1, 120))) for _ in range(1000)]
     return fixed + around + noise
-
-
-def describe(result: TrainingResult) -> str:
-    """Describe the result in one line."""
-    return (
-        f"{result.model}: {result.vocab_size:,} pieces from {plural(result.documents, 'document')} "
-        f"({format_bytes(result.sample_bytes)}, {result.bad_lines:,} bad lines skipped); {result.tokenizer_json.name} "
-        f"encodes identically on {result.documents_compared:,} texts"
-    )

@@ -114,8 +114,8 @@ def data_steps(
 
 
 def write_corpus(folder: Path) -> None:
-    made = write_demo_corpus(folder)
-    print(f"      {made.documents:,} files, {format_bytes(made.bytes)}", flush=True)
+    documents, size = write_demo_corpus(folder)
+    print(f"      {documents:,} files, {format_bytes(size)}", flush=True)
 
 
 def _versions(domain: str) -> str:
@@ -124,10 +124,10 @@ def _versions(domain: str) -> str:
 
 
 def make_tokenizer(texts: Sequence[Path], folder: Path, vocab_size: int) -> None:
-    from plt_megatron.data.tokenizer_training import TrainingOptions, describe, train_tokenizer
+    from plt_megatron.data.tokenizer_training import TrainingOptions, train_tokenizer
 
     options = TrainingOptions([str(text) for text in texts], str(folder), vocab_size, overwrite=True)
-    print(describe(train_tokenizer(options)), flush=True)
+    print(train_tokenizer(options).summary, flush=True)
 
 
 def tokenize_text(text: Path, prefix: Path, tokenizer: Path) -> None:

@@ -89,7 +89,7 @@ class RunData:
 
     def describe(self) -> str:
         """Return a table of the sources."""
-        return describe_mix(self._config.data, derived.run_tokens(self._config), self._shares)
+        return describe_mix(self._config.data, self._shares)
 
     def epochs(self, consumed_samples: int) -> dict[str, float]:
         """Return the passes over each training source so far, by source name."""

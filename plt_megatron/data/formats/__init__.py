@@ -42,12 +42,9 @@ def open_inputs(patterns: Sequence[str], options: ReadOptions, format: str | Non
         found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         files = [path for path in found if os.path.isfile(path)]
         if not files:
-            what = "matches no file"
-            if found:
-                is_folder = any(os.path.isdir(path) for path in found)
-                what = "is neither a file nor a link to one"
-                if is_folder:
-                    what = "is a folder: name its files, as in folder/*.jsonl"
+            what = "is neither a file nor a link to one" if found else "matches no file"
+            if any(map(os.path.isdir, found)):
+                what = "is a folder: name its files, as in folder/*.jsonl"
             raise UserError(f"input {pattern!r} {what}")
         paths.update(dict.fromkeys(files))
     by_suffix = {suffix: reader for reader in READERS.values() for suffix in reader.suffixes}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from plt_megatron.data.documents import Document, check_text, conversation_problem, not_utf8
 from plt_megatron.data.formats.lines import LineReader
@@ -35,25 +34,15 @@ class JsonLines(LineReader):
         key = self.options.json_key
         if key not in value:
             return Document(number, size, None, "missing field", f"missing field {key!r}")
-        if self.options.chat:
-            return _conversation(number, size, value, key)
         text = value[key]
+        if self.options.chat:
+            problem = conversation_problem(text)
+            if problem:
+                return Document(number, size, None, "no conversation", f"field {key!r} {problem}")
+            text = json.dumps({"messages": text, "tools": value.get("tools")}, ensure_ascii=False)
         if isinstance(text, str) and b"\\u" in line:
             try:
                 text.encode("utf-8")
             except UnicodeEncodeError:
                 return Document(number, size, None, "not UTF-8", f"not UTF-8 (lone surrogate in field {key!r})")
         return check_text(number, size, text, key)
-
-
-def _conversation(number: int, size: int, value: dict[str, Any], key: str) -> Document:
-    """Return the document of a conversation whose messages are at `key`, with its tools."""
-    problem = conversation_problem(value[key])
-    if problem:
-        return Document(number, size, None, "no conversation", f"field {key!r} {problem}")
-    text = json.dumps({"messages": value[key], "tools": value.get("tools")}, ensure_ascii=False)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return Document(number, size, None, "not UTF-8", f"not UTF-8 (lone surrogate in field {key!r})")
-    return Document(number, size, text)

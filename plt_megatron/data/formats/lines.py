@@ -38,7 +38,12 @@ class LineReader(Reader):
             yield from self._lines(stream, start, math.inf if end is None else end)
 
     def lines_before(self, start: int) -> int:
-        return _lines_before(self.path, start)
+        lines, left = min(start, 1), start - 1
+        with open_stream(self.path) as stream:
+            while left > 0 and (block := stream.read(min(left, 1 << 20))):
+                lines += block.count(b"\n")
+                left -= len(block)
+        return lines
 
     def _lines(self, stream: io.BufferedReader, position: int, end: float) -> Iterator[Document]:
         limit = self.options.max_document_bytes
@@ -67,13 +72,3 @@ def _rest_of_line(stream: io.BufferedReader) -> int:
         if part.endswith(b"\n"):
             break
     return size
-
-
-def _lines_before(path: str, place: int) -> int:
-    """Count the lines that begin before byte `place` of the (decompressed) file."""
-    lines, left = min(place, 1), place - 1
-    with open_stream(path) as stream:
-        while left > 0 and (block := stream.read(min(left, 1 << 20))):
-            lines += block.count(b"\n")
-            left -= len(block)
-    return lines

@@ -35,7 +35,7 @@ class Parquet(Reader):
         row = 0
         try:
             for row, (value, number) in enumerate(self._values(start, end), 1):
-                yield read_value(row, value, number, self.options)
+                yield _read_value(row, value, number, self.options)
         except (OSError, pyarrow.ArrowException) as error:
             where = f"after row {row}, counted from row group {start}"
             raise UserError(f"{self.path}: damaged Parquet file {where} ({_first_line(error)})") from error
@@ -75,43 +75,33 @@ class Parquet(Reader):
         """Return the text column's bytes on disk in each row group. Raises `UserError` if a column is unusable."""
         with self._open() as file:
             column = self.options.json_key
-            check_column(self.path, file.schema_arrow, column)
+            _check_column(self.path, file.schema_arrow, column, "strings")
             if self.options.quality:
-                check_number_column(self.path, file.schema_arrow, self.options.quality.key)
+                _check_column(self.path, file.schema_arrow, self.options.quality.key, "numbers")
             metadata = file.metadata
             position = [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(column)
             groups = map(metadata.row_group, range(metadata.num_row_groups))
             return [group.column(position).total_compressed_size for group in groups]
 
 
-def _column_type(path: str, schema: Any, column: str) -> Any:
+def _check_column(path: str, schema: Any, column: str, wanted: str) -> None:
+    """Raise `UserError` unless an Arrow schema has a column of this name that holds `wanted`, strings or numbers."""
+    from pyarrow import types
+
     index = schema.get_field_index(column)
     if index < 0:
         raise UserError(f"{path}: no column {column!r}; it has {', '.join(schema.names)}")
-    return schema.field(index).type
+    kind = schema.field(index).type
+    if wanted == "numbers":
+        fits = types.is_integer(kind) or types.is_floating(kind)
+    else:
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        fits = types.is_string(kind) or types.is_large_string(kind)
+    if not fits:
+        raise UserError(f"{path}: column {column!r} holds {kind}, not {wanted}")
 
 
-def check_column(path: str, schema: Any, column: str) -> None:
-    """Raise `UserError` unless an Arrow schema has a string column of this name."""
-    from pyarrow import types
-
-    kind = _column_type(path, schema, column)
-    if types.is_dictionary(kind):
-        kind = kind.value_type
-    if not (types.is_string(kind) or types.is_large_string(kind)):
-        raise UserError(f"{path}: column {column!r} holds {kind}, not strings")
-
-
-def check_number_column(path: str, schema: Any, column: str) -> None:
-    """Raise `UserError` unless an Arrow schema has a numeric column of this name."""
-    from pyarrow import types
-
-    kind = _column_type(path, schema, column)
-    if not (types.is_integer(kind) or types.is_floating(kind)):
-        raise UserError(f"{path}: column {column!r} holds {kind}, not numbers")
-
-
-def read_value(row: int, value: Any, number: Any, options: ReadOptions) -> Document:
+def _read_value(row: int, value: Any, number: Any, options: ReadOptions) -> Document:
     """Return the document of an Arrow scalar. `number`: the scalar of its quality, read only if it is filtered by."""
     judged = options.quality and options.quality.judge(row, 0, number.as_py())
     if judged:

@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import sentencepiece
 
+from plt_megatron.config.schema import DataConfig
+from plt_megatron.data.indexed import write_index
 from plt_megatron.data.preprocess import PreprocessOptions, preprocess
+from plt_megatron.data.tokenizer import Tokenizer
 from plt_megatron.data.tokenizer_training import TrainingOptions, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -65,6 +69,28 @@ def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
 def train(corpus: Path, folder: Path, **settings: object) -> Path:
     options = TrainingOptions([str(corpus)], str(folder), 560, threads=1, **settings)  # type: ignore[arg-type]
     return train_tokenizer(options).model
+
+
+def build(
+    data: DataConfig, counts: tuple[int, int, int], cache: Path, tokenizer: Tokenizer | None = None, seed: int = 1
+) -> Any:
+    """`build_datasets`, with parts that are there."""
+    from plt_megatron.data.datasets import build_datasets  # slow to import
+
+    return build_datasets(data, num_samples=counts, seed=seed, cache_dir=str(cache), tokenizer=tokenizer)
+
+
+def write_source(prefix: Path, tokens: Any, lengths: Any) -> str:
+    """A tokenized source without a manifest; its prefix."""
+    np.asarray(tokens, np.uint16).tofile(f"{prefix}.bin")
+    write_index(Path(f"{prefix}.idx"), np.uint16, lambda: [np.asarray(lengths, np.int32)])
+    return str(prefix)
+
+
+def write_parquet(path: Path, columns: dict[str, Any], row_group_size: int | None = None) -> Path:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pytest.importorskip("pyarrow").table(columns), path, row_group_size=row_group_size)
+    return path
 
 
 def tool_environment() -> dict[str, str]:

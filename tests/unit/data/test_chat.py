@@ -11,14 +11,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_helpers import ASK, CHATML, MARKED_CHATML, chat_tokenizer, documents, make_text, run_preprocess
+from data_helpers import (
+    ASK,
+    CHATML,
+    MARKED_CHATML,
+    build,
+    chat_tokenizer,
+    documents,
+    make_text,
+    run_preprocess,
+    write_source,
+)
 
 from plt_megatron.config.schema import DataConfig, DataSource, DataStage, FimConfig
 from plt_megatron.data import loss_mask
-from plt_megatron.data.datasets import build_datasets
 from plt_megatron.data.encoders import ChatEncoder
 from plt_megatron.data.formats import ReadOptions
-from plt_megatron.data.indexed import write_index
 from plt_megatron.data.mix import fingerprint
 from plt_megatron.data.tokenizer import load_tokenizer
 from plt_megatron.errors import UserError
@@ -198,16 +206,11 @@ def test_what_has_no_template_is_refused(bpe_model: Path, tmp_path: Path) -> Non
 def masked_source(prefix: Path, seed: int, odd: bool = True) -> DataSource:
     """Documents of random tokens, of which the odd (even) ones count."""
     rng = np.random.default_rng(seed)
-    lengths = rng.integers(1, 60, 80).astype(np.int32)
-    tokens = rng.integers(0, 400, int(lengths.sum())).astype(np.uint16)
-    tokens.tofile(f"{prefix}.bin")
-    write_index(Path(f"{prefix}.idx"), np.uint16, lambda: [lengths])
+    lengths = rng.integers(1, 60, 80)
+    tokens = rng.integers(0, 400, int(lengths.sum()))
+    write_source(prefix, tokens, lengths)
     (tokens % 2 == odd).astype(np.uint8).tofile(loss_mask.mask_path(prefix))
     return DataSource(str(prefix))
-
-
-def train_samples(data: DataConfig, cache: Path, counts: tuple[int, int, int] = (80, 0, 0)) -> Any:
-    return build_datasets(data, num_samples=counts, seed=4, cache_dir=str(cache), tokenizer=None)
 
 
 @pytest.mark.parametrize("reset", [False, True])
@@ -222,7 +225,7 @@ def test_samples_count_what_the_mask_says(kind: str, reset: bool, tmp_path: Path
     data = DataConfig(
         sources=sources, sequence_length=16, split="90,10,0", stages=stages, reset_at_document_boundaries=reset
     )
-    built = train_samples(data, tmp_path / "cache", (80, 8, 0))
+    built = build(data, (80, 8, 0), tmp_path / "cache", seed=4)
     seen = set()
     for samples in (built.train, built.validation):
         for index in range(len(samples)):
@@ -244,14 +247,14 @@ def test_a_mask_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     for content, named in ((whole[:-1], "bytes"), (bytes(len(whole)), "largest byte is 0"), (b"\x02" + whole[1:], "2")):
         path.write_bytes(content)
         with pytest.raises(UserError, match=rf"{re.escape(str(path))}.*{named}"):
-            train_samples(data, tmp_path / "cache")
+            build(data, (80, 0, 0), tmp_path / "cache", seed=4)
     path.unlink()
     assert fingerprint(data, None)["sha256"] != before
     manifest.write_text(json.dumps({"loss_mask_tokens": 5}))
     with pytest.raises(UserError, match=re.escape(str(path))):
-        train_samples(data, tmp_path / "cache")
+        build(data, (80, 0, 0), tmp_path / "cache", seed=4)
     manifest.unlink()
-    assert train_samples(data, tmp_path / "cache").train[0]["loss_mask"].sum() == 16
+    assert build(data, (80, 0, 0), tmp_path / "cache", seed=4).train[0]["loss_mask"].sum() == 16
 
 
 def test_documents_with_a_mask_are_not_rearranged(chatml: Path, tmp_path: Path) -> None:
@@ -260,4 +263,4 @@ def test_documents_with_a_mask_are_not_rearranged(chatml: Path, tmp_path: Path) 
     fim = FimConfig(rate=0.5, tokens=["<|endoftext|>", "<|im_start|>", "0"])
     data = DataConfig(sources=[source], sequence_length=16, split="100,0,0", fim=fim)
     with pytest.raises(UserError, match="fim.*loss_mask"):
-        build_datasets(data, num_samples=(8, 0, 0), seed=1, cache_dir=str(tmp_path / "cache"), tokenizer=tokenizer)
+        build(data, (8, 0, 0), tmp_path / "cache", tokenizer)

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_helpers import ROOT, tool_environment
+from data_helpers import ROOT, build, make_texts, tool_environment, write_jsonl
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from plt_megatron.config.schema import DataConfig, DataSource, RunConfig
 from plt_megatron.data import mix
-from plt_megatron.data.datasets import Samples, build_datasets, make_sample
+from plt_megatron.data.datasets import Samples, make_sample
 from plt_megatron.data.preprocess import PreprocessOptions, preprocess
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
@@ -45,13 +45,6 @@ def copy(prefix: str, tmp_path: Path) -> str:
     return str(tmp_path / "a")
 
 
-def build(
-    data: DataConfig, counts: tuple[int, int, int], cache: Path, tokenizer: Tokenizer | None, seed: int = 1
-) -> tuple[Samples | None, Samples | None, Samples | None]:
-    built = build_datasets(data, num_samples=counts, seed=seed, cache_dir=str(cache), tokenizer=tokenizer)
-    return built.train, built.validation, built.test
-
-
 def config(*paths: str, **settings: Any) -> DataConfig:
     return DataConfig(sources=[DataSource(path) for path in paths], sequence_length=LENGTH, **settings)
 
@@ -64,9 +57,9 @@ def texts_of(samples: Samples) -> list[list[int]]:
 
 
 def test_items(prefix: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    train, validation, test = build(config(prefix), (50, 7, 0), tmp_path, tokenizer)
-    assert train is not None and validation is not None and test is None
-    assert (len(train), len(validation)) == (50, 7)
+    built = build(config(prefix), (50, 7, 0), tmp_path, tokenizer)
+    train = built.train
+    assert (len(train), len(built.validation), built.test) == (50, 7, None)
     item = train[3]
     assert {name: (value.dtype, tuple(value.shape)) for name, value in item.items()} == {
         "tokens": (torch.int64, (LENGTH,)),
@@ -85,8 +78,7 @@ def test_an_epoch_is_every_document_once(prefix: str, tokenizer: Tokenizer, tmp_
     """Put the samples back in the order they were cut in: the train documents, each once, end to end."""
     part = [tuple(document.tolist()) for document in IndexedDataset(prefix)][:285]
     total = sum(map(len, part))
-    train, _, _ = build(config(prefix), ((total - 1) // LENGTH, 0, 0), tmp_path, tokenizer)
-    assert train is not None
+    train = build(config(prefix), ((total - 1) // LENGTH, 0, 0), tmp_path, tokenizer).train
     samples = texts_of(train)
     order = np.argsort(np.asarray(train._dataset.shuffle_index)[: len(train)])
     stream = [token for index in order for token in samples[index][:-1]] + [samples[order[-1]][-1]]
@@ -105,8 +97,7 @@ def test_an_epoch_is_every_document_once(prefix: str, tokenizer: Tokenizer, tmp_
 def test_split_keeps_parts_apart(prefix: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     parts = build(config(prefix, split="80,10,10"), (400, 100, 100), tmp_path, tokenizer)
     seen = []
-    for samples in parts:
-        assert samples is not None
+    for samples in (parts.train, parts.validation, parts.test):
         seen.append({document for index in range(len(samples)) for document in samples.documents(index)[1]})
     assert seen[0] <= set(range(240)) and seen[1] <= set(range(240, 270)) and seen[2] <= set(range(270, 300))
     assert all(len(documents) > 5 for documents in seen)
@@ -115,8 +106,7 @@ def test_split_keeps_parts_apart(prefix: str, tokenizer: Tokenizer, tmp_path: Pa
 def test_documents_of_a_sample(prefix: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     """The named documents, and no others, are what the sample is cut from."""
     documents = [document.tolist() for document in IndexedDataset(prefix)]
-    train, _, _ = build(config(prefix), (100, 0, 0), tmp_path, tokenizer)
-    assert train is not None
+    train = build(config(prefix), (100, 0, 0), tmp_path, tokenizer).train
     for index, text in enumerate(texts_of(train)):
         name, numbers = train.documents(index)
         joined = sum((documents[number] for number in numbers), [])
@@ -126,9 +116,8 @@ def test_documents_of_a_sample(prefix: str, tokenizer: Tokenizer, tmp_path: Path
 def test_resetting_at_boundaries(prefix: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     """By the rule in words, token by token: what follows an end-of-document token is a new document."""
     data = config(prefix, reset_at_document_boundaries=True)
-    train, _, _ = build(data, (1500, 0, 0), tmp_path, tokenizer)
-    plain, _, _ = build(config(prefix), (1500, 0, 0), tmp_path, tokenizer)
-    assert train is not None and plain is not None
+    train = build(data, (1500, 0, 0), tmp_path, tokenizer).train
+    plain = build(config(prefix), (1500, 0, 0), tmp_path, tokenizer).train
     crossings = last = 0
     for index in range(len(train)):
         item = train[index]
@@ -163,8 +152,9 @@ def test_blend(by_file: bool, prefix: str, copy: str, tokenizer: Tokenizer, tmp_
         if by_file
         else DataConfig(sources=sources, split="9,1,0", sequence_length=LENGTH)
     )
-    train, validation, test = build(data, (800, 10, 0), tmp_path / "cache", tokenizer)
-    assert train is not None and validation is not None and test is None
+    built = build(data, (800, 10, 0), tmp_path / "cache", tokenizer)
+    train = built.train
+    assert len(built.validation) == 10 and built.test is None
     counts = Counter(train.documents(index)[0] for index in range(len(train)))
     assert counts == {"large": 560, "small": 240}
     early = Counter(train.documents(index)[0] for index in range(100))
@@ -174,8 +164,7 @@ def test_blend(by_file: bool, prefix: str, copy: str, tokenizer: Tokenizer, tmp_
 
 def test_order_depends_on_the_seed_alone(prefix: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     def tokens(seed: int, cache: str) -> list[list[int]]:
-        train, _, _ = build(config(prefix), (60, 0, 0), tmp_path / cache, tokenizer, seed)
-        assert train is not None
+        train = build(config(prefix), (60, 0, 0), tmp_path / cache, tokenizer, seed).train
         return texts_of(train)
 
     state = torch.get_rng_state()
@@ -212,19 +201,16 @@ def test_a_killed_build_leaves_no_index(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(np, "save", save)
         build(config(prefix), (60, 0, 0), tmp_path, tokenizer)
-    train, _, _ = build(config(prefix), (60, 0, 0), tmp_path, tokenizer)
-    assert train is not None and len(texts_of(train)) == 60
+    train = build(config(prefix), (60, 0, 0), tmp_path, tokenizer).train
+    assert len(texts_of(train)) == 60
 
 
 def test_new_data_at_an_old_path(copy: str, tokenizer: Tokenizer, bpe_model: Path, tmp_path: Path) -> None:
     """megatron-core's own cache goes by the path and would give the old documents' order, and read past the end."""
-    from data_helpers import make_texts, write_jsonl
-
     build(config(copy), (60, 0, 0), tmp_path / "cache", tokenizer)
     new = write_jsonl(tmp_path / "new.jsonl", make_texts(40, seed=8))
     preprocess(PreprocessOptions([str(new)], copy, str(bpe_model), overwrite=True))
-    train, _, _ = build(config(copy), (60, 0, 0), tmp_path / "cache", tokenizer)
-    assert train is not None
+    train = build(config(copy), (60, 0, 0), tmp_path / "cache", tokenizer).train
     documents = [document.tolist() for document in IndexedDataset(copy)]
     for index, text in enumerate(texts_of(train)):
         joined = sum((documents[number] for number in train.documents(index)[1]), [])
@@ -271,14 +257,13 @@ def test_unusable_data(
         ({"split": "1,0,0"}, (10, 5, 0), "the data has no validation part: give it a share in data.split"),
         ({"split": "99999,1,0"}, (10, 5, 0), r"a has no text for the validation part \(0 documents "),
         ({"split": "many"}, (10, 0, 0), "data.split must be three numbers"),
-        ({"weight": 0.0}, (10, 0, 0), "weight 0.0 must be above 0, or remove the source"),
         ({"max_epochs": 2}, (100_000, 0, 0), r"100,000 train samples of 32 tokens are .* over max_epochs 2"),
     ],
 )  # fmt: skip
 def test_unusable_mixes(
     data: dict[str, Any], counts: tuple[int, int, int], message: str, prefix: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    source = DataSource(prefix, data.pop("weight", 1.0), None, data.pop("max_epochs", None))
+    source = DataSource(prefix, max_epochs=data.pop("max_epochs", None))
     with pytest.raises(UserError, match=message):
         build(DataConfig(sources=[source], sequence_length=LENGTH, **data), counts, tmp_path, tokenizer)
 
@@ -290,9 +275,7 @@ def test_unwritable_cache(prefix: str, tokenizer: Tokenizer) -> None:
 
 def test_without_a_tokenizer(prefix: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     data = config(prefix, reset_at_document_boundaries=True)
-    with_one, _, _ = build(data, (20, 0, 0), tmp_path, tokenizer)
-    without, _, _ = build(data, (20, 0, 0), tmp_path, None)
-    assert with_one is not None and without is not None
+    with_one, without = (build(data, (20, 0, 0), tmp_path, used).train for used in (tokenizer, None))
     assert all(torch.equal(with_one[3][name], without[3][name]) for name in with_one[3])
 
 
@@ -343,8 +326,7 @@ def test_two_ranks(prefix: str, tokenizer: Tokenizer, tmp_path: Path, warm_pytho
     results = [rank.communicate(timeout=300) for rank in ranks]
     first, second = (output.splitlines() for output, _ in results)
     assert len(second) == 4, results
-    alone, _, _ = build(config(prefix), (40, 4, 0), tmp_path / "other", None)
-    assert alone is not None
+    alone = build(config(prefix), (40, 4, 0), tmp_path / "other", None).train
     expected = [int(alone[index]["tokens"].sum()) for index in range(40)]
     assert json.loads(first[0]) == json.loads(second[0]) == expected
     assert first[1] == second[1] == "UserError rank 0 says why"
@@ -359,7 +341,7 @@ def test_the_data_are_hashed_once_for_index_and_checkpoints(
     hashed: list[str] = []
     hash_of = mix.content_hash
     monkeypatch.setattr(mix, "content_hash", lambda path: hashed.append(path) or hash_of(path))
-    built = build_datasets(config(prefix), num_samples=(60, 5, 0), seed=3, cache_dir=str(tmp_path), tokenizer=tokenizer)
+    built = build(config(prefix), (60, 5, 0), tmp_path, tokenizer, seed=3)
     assert hashed == [prefix]
     assert built.fingerprint == mix.fingerprint(config(prefix), tokenizer, seed=3, num_samples=60)
     assert built.shares == mix.mix_shares(config(prefix), (60, 5, 0))

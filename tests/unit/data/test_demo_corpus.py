@@ -1,13 +1,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
-from data_helpers import ROOT, tool_environment
 
 from plt_megatron.data import demo_corpus
 from plt_megatron.data.demo_corpus import write_demo_corpus
@@ -18,24 +15,21 @@ def read(path: Path) -> dict[str, str]:
     return {entry["source"]: entry["text"] for entry in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
 
 
-def test_the_standard_library(tmp_path: Path) -> None:
-    corpus = write_demo_corpus(tmp_path, 1_000_000)
-    train, validation = read(corpus.train), read(corpus.validation)
+def test_the_standard_library_twice(tmp_path: Path) -> None:
+    """The second time, nothing is touched."""
+    made = write_demo_corpus(tmp_path)
+    files = [tmp_path / "train.jsonl", tmp_path / "validation.jsonl"]
+    train, validation = map(read, files)
     assert train and validation and not set(train) & set(validation)
-    assert corpus.documents == len(train) + len(validation)
-    size = sum(len(text.encode()) for text in [*train.values(), *validation.values()])
-    assert size == corpus.bytes and 900_000 < size <= 1_000_000
+    texts = [*train.values(), *validation.values()]
+    assert made == (len(texts), sum(len(text.encode()) for text in texts)) and made[1] > 1_000_000
     root = Path(sysconfig.get_path("stdlib"))
     for name, text in list(train.items())[:20]:
         assert text == (root / name).read_text(encoding="utf-8")
     assert not any("test" in Path(name).parts or "site-packages" in name for name in train)
-
-
-def test_again_is_the_same_and_touches_nothing(tmp_path: Path) -> None:
-    first = write_demo_corpus(tmp_path, 300_000)
-    stamps = [path.stat().st_mtime_ns for path in (first.train, first.validation)]
-    assert write_demo_corpus(tmp_path, 300_000) == first
-    assert stamps == [path.stat().st_mtime_ns for path in (first.train, first.validation)]
+    stamps = [path.stat().st_mtime_ns for path in files]
+    assert write_demo_corpus(tmp_path) == made
+    assert stamps == [path.stat().st_mtime_ns for path in files]
 
 
 def test_odd_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,23 +41,9 @@ def test_odd_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (root / "empty.py").write_text("\n")
     (root / "test" / "test_a.py").write_text("assert True\n")
     monkeypatch.setattr(demo_corpus.sysconfig, "get_path", lambda _: str(root))
-    corpus = write_demo_corpus(tmp_path / "out")
-    assert set(read(corpus.train)) | set(read(corpus.validation)) == {f"m{number}.py" for number in range(64)}
+    write_demo_corpus(tmp_path / "out")
+    found = [read(tmp_path / f"out/{part}.jsonl") for part in ("train", "validation")]
+    assert set().union(*found) == {f"m{number}.py" for number in range(64)}
+    monkeypatch.setattr(demo_corpus, "_HELD_OUT", 10**30)
     with pytest.raises(UserError, match="no text for the demo corpus"):
-        write_demo_corpus(tmp_path / "out", 3)
-
-
-def test_command(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "plt_megatron.data.demo_corpus",
-        "--output",
-        str(tmp_path / "c"),
-        "--max-mb",
-        "0.3",
-    ]
-    environment = {**tool_environment(), "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    assert " kB of Python sources" in result.stdout
-    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["train.jsonl", "validation.jsonl"]
+        write_demo_corpus(tmp_path / "out")

@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_helpers import train, write_jsonl
+from data_helpers import build, train, write_source
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from plt_megatron.config.schema import DataConfig, DataSource, FimConfig, RunConfig
 from plt_megatron.config.validation import find_problems
-from plt_megatron.data.datasets import Datasets, Samples, build_datasets, make_sample
-from plt_megatron.data.fill_in_middle import find_tokens, uniform, uniform_number
-from plt_megatron.data.indexed import write_index
+from plt_megatron.data.datasets import Samples, make_sample
+from plt_megatron.data.fill_in_middle import find_tokens, uniform
 from plt_megatron.data.mix import fingerprint, fingerprint_differences, mix_shares
 from plt_megatron.data.preprocess import PreprocessOptions, preprocess
 from plt_megatron.data.sampling import batches, micro_batch_indices
@@ -44,10 +43,6 @@ def prefix(corpus: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) 
     target = tmp_path_factory.mktemp("data") / "a"
     preprocess(PreprocessOptions([str(corpus)], str(target), str(model)))
     return str(target)
-
-
-def build(data: DataConfig, counts: tuple[int, int], cache: Path, tokenizer: Tokenizer | None, seed: int = 1) -> Any:
-    return build_datasets(data, num_samples=(*counts, 0), seed=seed, cache_dir=str(cache), tokenizer=tokenizer)
 
 
 def config(path: str, **settings: Any) -> DataConfig:
@@ -98,7 +93,7 @@ def test_documents_taken_apart(prefix: str, tokenizer: Tokenizer, tmp_path: Path
     """Over three passes: every document is whole, its tokens and three more, each pass cut anew, at the rates."""
     data = config(prefix, fim_rate=0.5, fim_spm_rate=0.25)
     documents = [document.tolist() for document in IndexedDataset(prefix)][:285]
-    samples = build(data, (3 * sum(map(len, documents)) // LENGTH, 0), tmp_path, tokenizer).train
+    samples = build(data, (3 * sum(map(len, documents)) // LENGTH, 0, 0), tmp_path, tokenizer).train
     tokens, origins = stream(samples)
     special = tuple(tokenizer.token_id(name) for name in NAMES)
     whole: dict[int, list[int]] = {}
@@ -125,20 +120,20 @@ def test_documents_taken_apart(prefix: str, tokenizer: Tokenizer, tmp_path: Path
 
 def test_cuts_are_uniform() -> None:
     streams = ((1, 0), (2, 0), (1, 5), (3, 0))
-    draws = np.array([[uniform_number(7, stream, n, place) for n in range(40_000)] for stream, place in streams])
+    draws = np.array([[uniform(7, stream, n, place) for n in range(40_000)] for stream, place in streams])
     assert (draws >= 0).all() and (draws < 1).all()
     assert np.abs(np.corrcoef(draws) - np.eye(4)).max() < 0.02
     counts = np.stack([np.histogram(row, 50, (0, 1))[0] for row in draws])
     assert np.abs(counts / 800 - 1).max() < 0.15
-    assert np.array_equal(draws[0], uniform(7, 1, np.arange(40_000)))
-    assert not np.array_equal(draws[0], uniform(8, 1, np.arange(40_000)))
+    assert np.array_equal(draws[0], uniform(7, 1, np.arange(40_000, dtype=np.uint64)))
+    assert not np.array_equal(draws[0], uniform(8, 1, np.arange(40_000, dtype=np.uint64)))
 
 
 @pytest.mark.parametrize("reset", [False, True])
 def test_masks_and_positions(reset: bool, prefix: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     """As without it: what follows an end-of-document token is a new document, whatever the order inside."""
     data = config(prefix, fim_rate=1.0, reset_at_document_boundaries=reset, eod_mask_loss=not reset)
-    samples = build(data, (300, 0), tmp_path, tokenizer).train
+    samples = build(data, (300, 0, 0), tmp_path, tokenizer).train
     position = 0
     for index in range(len(samples)):
         item = samples[index]
@@ -154,12 +149,11 @@ def test_masks_and_positions(reset: bool, prefix: str, tokenizer: Tokenizer, tmp
 
 
 def test_validation_is_never_rearranged(prefix: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    built: list[Datasets] = [
-        build(config(prefix, fim_rate=rate, split="8,2,0"), (60, 60), tmp_path, tokenizer) for rate in (0.0, 1.0)
+    built = [
+        build(config(prefix, fim_rate=rate, split="8,2,0"), (60, 60, 0), tmp_path, tokenizer) for rate in (0.0, 1.0)
     ]
-    pairs = zip(*(map(part.validation.__getitem__, range(60)) for part in built if part.validation), strict=True)
+    pairs = zip(*(map(part.validation.__getitem__, range(60)) for part in built), strict=True)
     assert all((plain[name] == other[name]).all() for plain, other in pairs for name in plain)
-    assert built[0].train is not None and built[1].train is not None
     special = set(map(tokenizer.token_id, NAMES))
     assert not special & {int(token) for i in range(60) for token in built[0].train[i]["tokens"]}
     assert special <= {int(token) for i in range(60) for token in built[1].train[i]["tokens"]}
@@ -170,7 +164,7 @@ def test_resumed_and_on_other_ranks(prefix: str, tokenizer: Tokenizer, tmp_path:
     data = config(prefix, fim_rate=0.7, reset_at_document_boundaries=True)
 
     def read(cache: str, ranks: int, consumed: int) -> dict[int, list[int]]:
-        samples = build(data, (64, 0), tmp_path / cache, tokenizer, seed=3).train
+        samples = build(data, (64, 0, 0), tmp_path / cache, tokenizer, seed=3).train
         found = {}
         for rank in range(ranks):
             indices = micro_batch_indices(
@@ -187,7 +181,7 @@ def test_resumed_and_on_other_ranks(prefix: str, tokenizer: Tokenizer, tmp_path:
 
     whole, resumed = read("a", 1, 0), read("b", 2, 24)
     assert sorted(whole) == list(range(64)) and resumed == {number: whole[number] for number in range(24, 64)}
-    other = build(data, (64, 0), tmp_path / "a", tokenizer, seed=4).train
+    other = build(data, (64, 0, 0), tmp_path / "a", tokenizer, seed=4).train
     assert [other[index]["tokens"].tolist() for index in range(64)] != list(whole.values())
 
 
@@ -196,7 +190,7 @@ def test_rates_of_sources(prefix: str, tokenizer: Tokenizer, tmp_path: Path) -> 
     for suffix in (".bin", ".idx", ".manifest.json"):
         (tmp_path / f"b{suffix}").write_bytes(Path(prefix + suffix).read_bytes())
     sources = [DataSource(prefix, fim_rate=1.0), DataSource(str(tmp_path / "b"), 2.0)]
-    samples = build(DataConfig(train_sources=sources, sequence_length=LENGTH), (300, 0), tmp_path, tokenizer).train
+    samples = build(DataConfig(train_sources=sources, sequence_length=LENGTH), (300, 0, 0), tmp_path, tokenizer).train
     special, seen = set(map(tokenizer.token_id, NAMES)), Counter[tuple[int, bool]]()
     for index in range(300):
         seen[samples.parts(index)[0], bool(special & set(samples[index]["tokens"].tolist()))] += 1
@@ -265,11 +259,9 @@ def test_unusable_data(
     if tokens and tokens != "none":
         settings["fim_tokens"] = list(tokens)
     if ends is not None or tokens == "none":
-        np.tile(np.array([9, 8, ends or EOD], np.uint16), 100).tofile(tmp_path / "x.bin")
-        write_index(tmp_path / "x.idx", np.uint16, lambda: [np.full(100, 3, np.int32)])
-        prefix = str(tmp_path / "x")
+        prefix = write_source(tmp_path / "x", np.tile([9, 8, ends or EOD], 100), np.full(100, 3))
     with pytest.raises(UserError, match=message) as error:
-        build(config(prefix, **{"fim_rate": 0.5, **settings}), (5, 0), tmp_path / "cache", used)
+        build(config(prefix, **{"fim_rate": 0.5, **settings}), (5, 0, 0), tmp_path / "cache", used)
     assert "\n" not in str(error.value)
 
 
@@ -307,12 +299,9 @@ def test_refused_settings(changes: dict[str, Any], message: str) -> None:
 def test_tiny_documents(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """An end-of-document token alone stays; one token of text is rearranged; documents may be empty."""
     documents = [[EOD], [9, EOD], [], [8, 7, EOD]] * 5
-    np.array(sum(documents, []), np.uint16).tofile(tmp_path / "x.bin")
-    lengths = np.array([len(document) for document in documents], np.int32)
-    write_index(tmp_path / "x.idx", np.uint16, lambda: [lengths])
-    path = write_jsonl(tmp_path / "unused.jsonl", []).with_name("x")
-    data = DataConfig(train_sources=[DataSource(str(path))], sequence_length=4, fim=FimConfig(1.0))
-    samples = build(data, (14, 0), tmp_path / "cache", tokenizer).train
+    path = write_source(tmp_path / "x", sum(documents, []), list(map(len, documents)))
+    data = DataConfig(train_sources=[DataSource(path)], sequence_length=4, fim=FimConfig(1.0))
+    samples = build(data, (14, 0, 0), tmp_path / "cache", tokenizer).train
     order = np.argsort(np.asarray(samples._dataset.shuffle_index))
     tokens = [token for index in order.tolist() for token in samples._dataset[index]["tokens"].tolist()]
     special = tuple(tokenizer.token_id(name) for name in NAMES)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from data_helpers import make_texts, write_jsonl
+from data_helpers import make_texts, write_jsonl, write_parquet
 
 from plt_megatron.data.compressed import BrokenStream, open_stream
 from plt_megatron.data.formats import LEFT_OUT, READERS, Document, Quality, Reader, ReadOptions, Span, open_inputs
@@ -136,12 +136,9 @@ def test_text_files(tmp_path: Path) -> None:
 
 
 def test_parquet(tmp_path: Path) -> None:
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-
     texts = [*make_texts(1200), "", None, "x" * 500_001]
-    path = tmp_path / "a.parquet"
-    table = pyarrow.table({"id": list(range(len(texts))), "text": texts})
-    parquet.write_table(table, path, row_group_size=100)
+    columns = {"id": list(range(len(texts))), "text": texts}
+    path = write_parquet(tmp_path / "a.parquet", columns, row_group_size=100)
     options = ReadOptions(max_document_bytes=500_000)
     documents = read(path, options)
     assert [document.text for document in documents] == [*texts[:-3], None, None, None]
@@ -156,10 +153,8 @@ def test_parquet(tmp_path: Path) -> None:
 
 
 def test_parquet_rows_of_a_quality(tmp_path: Path) -> None:
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    path = tmp_path / "a.parquet"
     columns = {"score": [1, 5, None, 9], "text": ["a", "b", "c", "d"], "word": ["x"] * 4}
-    parquet.write_table(pyarrow.table(columns), path)
+    path = write_parquet(tmp_path / "a.parquet", columns)
     documents = read(path, ReadOptions(quality=Quality("score", 5, 9)))
     assert [(document.line, document.text, document.kind) for document in documents] == [
         (1, None, LEFT_OUT), (2, "b", ""), (3, None, "no quality"), (4, None, LEFT_OUT),
@@ -175,11 +170,9 @@ def test_parquet_rows_of_a_quality(tmp_path: Path) -> None:
 
 
 def test_parquet_that_is_not_utf8(tmp_path: Path) -> None:
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-
+    pyarrow = pytest.importorskip("pyarrow")
     values = pyarrow.array([b"good", b"caf\xe9"]).view(pyarrow.string())
-    path = tmp_path / "a.parquet"
-    parquet.write_table(pyarrow.table({"text": values}), path)
+    path = write_parquet(tmp_path / "a.parquet", {"text": values})
     good, bad = read(path)
     assert good.text == "good"
     assert (bad.line, bad.kind, bad.reason) == (2, "not UTF-8", "not UTF-8 (byte 0xe9 at offset 3)")
@@ -190,10 +183,7 @@ def test_parquet_that_is_not_utf8(tmp_path: Path) -> None:
     [({"id": [1]}, "no column 'text'; it has id"), ({"text": [1, 2]}, "column 'text' holds int64, not strings")],
 )
 def test_parquet_without_the_column(tmp_path: Path, columns: dict[str, list[int]], message: str) -> None:
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-
-    path = tmp_path / "a.parquet"
-    parquet.write_table(pyarrow.table(columns), path)
+    path = write_parquet(tmp_path / "a.parquet", columns)
     with pytest.raises(UserError, match=message):
         open_inputs([str(path)], ReadOptions())
     path.write_bytes(path.read_bytes()[:-9])
@@ -233,15 +223,10 @@ def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 # ---------------------------------------------------------------- what holds for every format
 
 
-def write_parquet(path: Path, texts: list[str]) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pytest.importorskip("pyarrow").table({"text": texts}), path, row_group_size=7)
-
-
 # How a file of each format is written; a new format adds its own.
 WRITERS: dict[str, Callable[[Path, list[str]], object]] = {
     "jsonl": write_jsonl,
-    "parquet": write_parquet,
+    "parquet": lambda path, texts: write_parquet(path, {"text": texts}, row_group_size=7),
     "text": lambda path, texts: path.write_text("\n".join(texts), encoding="utf-8"),
 }
 

@@ -74,7 +74,7 @@ def test_samples_are_the_runs(part: str, run: Path) -> None:
     for shown in batch.samples:
         item = samples[shown.number]
         documents = IndexedDataset(shown.path)
-        tokens = [documents[p.document].tolist()[p.first : p.first + p.tokens] for p in shown.parts]
+        tokens = [documents[p.document].tolist()[p.first : p.first + p.length] for p in shown.parts]
         assert sum(tokens, []) == [*item["tokens"].tolist(), int(item["labels"][-1])]
         predicted = [run.predicted for p in shown.parts for run in p.runs for _ in range(run.tokens)]
         assert predicted == [False, *(item["loss_mask"] > 0).tolist()] and shown.predicted == sum(predicted)
@@ -108,7 +108,7 @@ def test_samples_of_stages_are_shown_with_their_sources(run: Path) -> None:
     for shown in batches[0].samples:
         assert Path(shown.path).name == shown.source
         documents = IndexedDataset(shown.path)
-        tokens = [documents[p.document].tolist()[p.first : p.first + p.tokens] for p in shown.parts]
+        tokens = [documents[p.document].tolist()[p.first : p.first + p.length] for p in shown.parts]
         item = inspector.samples("train")[shown.number]
         assert sum(tokens, []) == [*item["tokens"].tolist(), int(item["labels"][-1])]
     only = [stages, f"data.train_sources=[{two}]", "training.train_iters=5"]

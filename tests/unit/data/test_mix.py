@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import Tool
+from data_helpers import Tool, build, write_source
 
 from plt_megatron.config.schema import DataConfig, DataSource
 from plt_megatron.data.indexed import write_index
@@ -16,10 +16,7 @@ from plt_megatron.data.tokenizer import load_tokenizer
 
 def source(folder: Path, name: str, lengths: list[int]) -> str:
     rng = np.random.default_rng(sum(lengths))
-    tokens = rng.integers(4, 500, sum(lengths), dtype=np.uint16)
-    tokens.tofile(folder / f"{name}.bin")
-    write_index(folder / f"{name}.idx", np.uint16, lambda: [np.array(lengths[:3]), np.array(lengths[3:])])
-    return str(folder / name)
+    return write_source(folder / name, rng.integers(4, 500, sum(lengths)), lengths)
 
 
 def test_shares(tmp_path: Path) -> None:
@@ -37,7 +34,7 @@ def test_shares(tmp_path: Path) -> None:
     ]
     assert shares[0].epochs == 7501 / 1600 and shares[1].epochs == 2501 / 400
     assert consumed_epochs(shares, 500, 1000) == {"first": 7501 / 3200, "b": 2501 / 800}
-    assert describe_mix(data, 10_000).splitlines() == [
+    assert describe_mix(data, shares[:2]).splitlines() == [
         "part   source  documents  tokens  weight  to draw  epochs",
         "---------------------------------------------------------",
         "train  first          16   1,600    0.75    7,500    4.69",
@@ -81,7 +78,6 @@ def test_fingerprint(tmp_path: Path, bpe_model: Path, unigram_model: Path) -> No
 def test_building_the_index_ahead(tmp_path: Path, run_tool: Tool, capsys: pytest.CaptureFixture[str]) -> None:
     from plt_megatron.commands import preprocess
     from plt_megatron.config.loader import load_config
-    from plt_megatron.data.datasets import build_datasets
     from plt_megatron.data.mix import index_folder, required_samples
 
     path = source(tmp_path, "a", [100] * 200)
@@ -95,9 +91,7 @@ def test_building_the_index_ahead(tmp_path: Path, run_tool: Tool, capsys: pytest
     stamp = folder.stat().st_mtime_ns
     config = load_config(file, ["training.train_iters=3"])
     counts = required_samples(config)
-    build_datasets(
-        config.data, num_samples=counts, seed=config.training.seed, cache_dir=index_folder(config), tokenizer=None
-    )
+    build(config.data, counts, Path(index_folder(config)), seed=config.training.seed)
     assert [folder] == list((tmp_path / "cache").iterdir()) and folder.stat().st_mtime_ns == stamp
     assert preprocess.main(["--build-index", str(file), "training.train_iters=3000"]) == 2
     assert (
@@ -114,6 +108,7 @@ def test_indices_are_written_in_parts(tmp_path: Path) -> None:
 
     lengths = [3, 1, 4, 1, 5, 9, 2, 6]
     path = source(tmp_path, "a", lengths)
+    write_index(Path(f"{path}.idx"), np.uint16, lambda: [np.array(lengths[:3]), np.array(lengths[3:])])
     dataset = IndexedDataset(path)
     assert [len(document) for document in dataset] == lengths
     assert np.array_equal(np.concatenate(list(dataset)), np.fromfile(f"{path}.bin", np.uint16))

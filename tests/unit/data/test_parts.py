@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_helpers import ROOT, Tool, digest, run_preprocess, write_jsonl
+from data_helpers import ROOT, Tool, build, digest, run_preprocess, write_jsonl, write_parquet
 
 from plt_megatron.config.schema import DataConfig, DataSource
-from plt_megatron.data.datasets import Datasets, build_datasets
 from plt_megatron.data.indexed import flat_tokens, read_index
 from plt_megatron.data.joining import join
 from plt_megatron.data.loss_mask import mask_path
@@ -87,11 +86,9 @@ def test_a_machine_may_have_nothing_to_do(texts, bpe_model, tmp_path):
     assert np.array_equal(flat_tokens(read_index(tmp_path / "text")), flat_tokens(read_index(tmp_path / "one")))
 
 
-def samples(prefix: Path, cache: Path, tokenizer: Path, **settings: Any) -> Datasets:
+def samples(prefix: Path, cache: Path, tokenizer: Path, **settings: Any) -> Any:
     data = DataConfig(sources=[DataSource(str(prefix))], sequence_length=32, split="80,20,0", **settings)
-    return build_datasets(
-        data, num_samples=(200, 20, 0), seed=3, cache_dir=str(cache), tokenizer=load_tokenizer(tokenizer)
-    )
+    return build(data, (200, 20, 0), cache, load_tokenizer(tokenizer), seed=3)
 
 
 @pytest.mark.parametrize("settings", [{}, {"reset_at_document_boundaries": True, "eod_mask_loss": True}])
@@ -102,7 +99,7 @@ def test_samples_and_fingerprint_are_those_of_one_file(settings, whole, joined, 
     )
     assert several.fingerprint == one.fingerprint
     for ours, theirs in ((several.train, one.train), (several.validation, one.validation)):
-        assert ours is not None and theirs is not None and len(ours) == len(theirs) >= 20
+        assert len(ours) == len(theirs) >= 20
         for number in range(len(theirs)):
             mine, expected = ours[number], theirs[number]
             assert mine.keys() == expected.keys()
@@ -123,7 +120,7 @@ def test_a_source_in_parts_has_a_loss_mask_in_parts(whole, joined, bpe_model, tm
         start += size
     join([f"{prefixes[1]}.shard-*"], str(prefixes[1]), overwrite=True)
     one, several = (samples(prefix, prefix.parent / "cache", bpe_model) for prefix in prefixes)
-    assert several.fingerprint == one.fingerprint and one.train is not None and several.train is not None
+    assert several.fingerprint == one.fingerprint
     assert all(torch.equal(several.train[row]["loss_mask"], one.train[row]["loss_mask"]) for row in range(200))
     assert 0 < float(one.train[0]["loss_mask"].sum()) < 32
 
@@ -142,10 +139,8 @@ def test_bad_lines_have_the_numbers_that_they_have_in_the_file(bpe_model, tmp_pa
 
 
 def test_bad_rows_of_a_table_have_the_numbers_that_they_have_in_the_file(bpe_model, tmp_path):
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = [None if number in (7, 33, 58) else f"row {number} " * 40 for number in range(60)]
-    table = tmp_path / "text.parquet"
-    parquet.write_table(pyarrow.table({"text": rows}), table, row_group_size=10)
+    table = write_parquet(tmp_path / "text.parquet", {"text": rows}, row_group_size=10)
     shards = [Path(shard_prefix(str(tmp_path / "text"), number, 2)) for number in (1, 2)]
     for number in (1, 2):
         run_preprocess([table], tmp_path / "text", bpe_model, shard_bytes=100, shard=(number, 2))
@@ -189,8 +184,7 @@ def test_what_datatrove_has_written_is_a_source(tmp_path):
     assert flat_tokens(index)[:].tolist() == [token for tokens in expected for token in tokens]
     assert (made["documents"], made["tokens"], len(made["parts"])) == (24, sum(map(len, expected)), 2)
     data = DataConfig(sources=[DataSource(str(tmp_path / "text"))], sequence_length=16)
-    built = build_datasets(data, num_samples=(8, 0, 0), seed=1, cache_dir=str(tmp_path / "cache"), tokenizer=None)
-    assert built.train is not None and built.train[7]["tokens"].shape == (16,)
+    assert build(data, (8, 0, 0), tmp_path / "cache").train[7]["tokens"].shape == (16,)
 
 
 @pytest.fixture

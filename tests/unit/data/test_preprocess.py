@@ -21,6 +21,7 @@ from data_helpers import (
     run_preprocess,
     tool_environment,
     write_jsonl,
+    write_parquet,
 )
 
 from plt_megatron.data import preprocess as module
@@ -54,14 +55,12 @@ def test_upstream_reads_what_the_command_writes(
 
 def test_all_formats_together(texts: list[str], bpe_model: Path, tmp_path: Path) -> None:
     """Files of every kind, divided into shards in every way: spooled, in groups, in ranges, by row groups."""
-    zstandard, pyarrow = pytest.importorskip("zstandard"), pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
+    zstandard = pytest.importorskip("zstandard")
     plain = write_jsonl(tmp_path / "a.jsonl", texts[:80])
     packed, tiny = tmp_path / "b.jsonl.gz", tmp_path / "c.jsonl.zst"
     packed.write_bytes(gzip.compress(write_jsonl(tmp_path / "b.txt", texts[80:200]).read_bytes()))
     tiny.write_bytes(zstandard.compress(write_jsonl(tmp_path / "c.txt", texts[200:203]).read_bytes()))
-    table = tmp_path / "d.parquet"
-    parquet.write_table(pyarrow.table({"text": texts[203:280]}), table, row_group_size=10)
+    table = write_parquet(tmp_path / "d.parquet", {"text": texts[203:280]}, row_group_size=10)
     singles = []
     for number, text in enumerate(texts[280:]):
         singles.append(tmp_path / f"e{number:03d}.txt")
@@ -139,8 +138,7 @@ def test_where_a_fatal_line_is(suffix: str, texts: list[str], bpe_model: Path, t
     if suffix == ".gz":
         path.write_bytes(gzip.compress(write_jsonl(tmp_path / "plain", lines).read_bytes()))
     else:
-        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-        parquet.write_table(pyarrow.table({"text": lines}), path, row_group_size=20)
+        write_parquet(path, {"text": lines}, row_group_size=20)
     with pytest.raises(UserError) as error:
         run_preprocess([path], tmp_path / "x", bpe_model, shard_bytes=5000, fail_on_bad_line=True)
     place = f"{path}:151" if suffix == ".gz" else f"{path}:row 151"
@@ -187,12 +185,9 @@ def test_nothing_usable(bpe_model: Path, tmp_path: Path, run_tool: Tool) -> None
     ("arguments", "message"),
     [
         (["--input", "none.jsonl"], "error: input 'none.jsonl' matches no file"),
-        (
-            ["--tokenizer", "none.model"],
-            "error: none.model: no such tokenizer; train one with plt train-tokenizer",
-        ),
+        (["--tokenizer", "none.model"], "error: none.model: no such tokenizer; train one with plt train-tokenizer"),
         (["--eod-token", "<end>"], "the tokenizer has no token '<end>' to end documents with"),
-        (["--output-prefix", "/dev/null/x"], "error: /dev/null/x.partial: Not a directory"),
+        (["--output-prefix", "/dev/null/x"], "/dev/null/x.partial: Not a directory"),
         (["--workers", "0"], "error: --workers must be"),
         (["--on-bad-line", "ignore"], "invalid choice: 'ignore'"),
         (["surplus"], "error: unexpected argument 'surplus'"),

@@ -134,7 +134,7 @@ def test_a_shard_lost_on_disk(
 
 def test_two_at_once(corpus: Path, bpe_model: Path, tmp_path: Path) -> None:
     job = module._Job(PreprocessOptions([str(corpus)], str(tmp_path / "x"), str(bpe_model)))
-    with job.locked(), pytest.raises(UserError, match=r"x\.partial: another process is writing this output"):
+    with job.locked(), pytest.raises(UserError, match=r"x\.partial: another plt preprocess is running there"):
         run_preprocess([corpus], tmp_path / "x", bpe_model)
 
 

@@ -7,14 +7,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import data_helpers
 import numpy as np
 import pytest
+from data_helpers import write_source
 
 from plt_megatron.config.data_stages import stage_samples
 from plt_megatron.config.schema import DataConfig, DataSource, DataStage, FimConfig, RunConfig
 from plt_megatron.config.validation import find_problems
-from plt_megatron.data.datasets import Datasets, build_datasets
-from plt_megatron.data.indexed import write_index
 from plt_megatron.data.mix import consumed_epochs, describe_mix, fingerprint, fingerprint_differences, mix_shares
 from plt_megatron.errors import UserError
 
@@ -26,9 +26,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Three sources of 100 documents of 40 tokens, each token a number of its own but for the sources' own 64 ends."""
     folder = tmp_path_factory.mktemp("stages")
     for number, name in enumerate("abc"):
-        tokens = np.arange(4000, dtype=np.uint16) + 10_000 * number
-        tokens.tofile(folder / f"{name}.bin")
-        write_index(folder / f"{name}.idx", np.uint16, lambda: [np.full(100, 40)])
+        write_source(folder / name, np.arange(4000) + 10_000 * number, np.full(100, 40))
     return {name: str(folder / name) for name in "abc"}
 
 
@@ -45,13 +43,12 @@ def mixes(paths: dict[str, str], last: dict[str, float], stages: list[tuple[int,
     )
 
 
-def build(data: DataConfig, cache: Path, samples: int = 300, validation: int = 0) -> Datasets:
-    return build_datasets(data, num_samples=(samples, validation, 0), seed=3, cache_dir=str(cache), tokenizer=None)
+def build(data: DataConfig, cache: Path, samples: int = 300, validation: int = 0) -> Any:
+    return data_helpers.build(data, (samples, validation, 0), cache, seed=3)
 
 
-def read(built: Datasets) -> list[tuple[str, tuple[int, ...]]]:
+def read(built: Any) -> list[tuple[str, tuple[int, ...]]]:
     """Source and tokens of each training sample."""
-    assert built.train is not None
     texts = [tuple(item["tokens"].tolist()) for item in (built.train[index] for index in range(len(built.train)))]
     return [("abc"[text[0] // 10_000], text) for text in texts]
 
@@ -92,7 +89,6 @@ def test_documents_and_the_rest_of_the_data_are_as_without_stages(paths, tmp_pat
         build(mixes(paths, last, stages, split="80,20,0"), tmp_path / str(len(stages)), 250, 30)
         for stages in (STAGES, [])
     )
-    assert staged.train is not None and staged.validation is not None and plain.validation is not None
     for index in range(30):
         assert staged.validation[index]["tokens"].tolist() == plain.validation[index]["tokens"].tolist()
         assert staged.validation.documents(index) == plain.validation.documents(index)
@@ -124,7 +120,7 @@ def test_sources_of_their_own_for_each_part(paths, tmp_path):
     by_part = dataclasses.replace(data, sources=[], train_sources=data.sources, validation_sources=data.sources[:1])
     built = build(by_part, tmp_path / "parts", 300, 20)
     assert read(built) == read(build(data, tmp_path / "split"))
-    assert built.validation is not None and built.validation.documents(0)[0] == "b"
+    assert built.validation.documents(0)[0] == "b"
 
 
 def test_shares_and_epochs_are_counted_over_stages(paths, tmp_path):
@@ -139,7 +135,7 @@ def test_shares_and_epochs_are_counted_over_stages(paths, tmp_path):
     assert half == pytest.approx({"a": 100 / epoch, "b": 25 / epoch, "c": 25 / epoch}, abs=0.001)
     whole = consumed_epochs(shares, 300, 300)
     assert whole == pytest.approx({"a": 125 / epoch, "b": 92 / epoch, "c": 84 / epoch}, abs=0.001)
-    assert [" ".join(line.split()) for line in describe_mix(data, 2400, shares).splitlines()[2:]] == [
+    assert [" ".join(line.split()) for line in describe_mix(data, shares).splitlines()[2:]] == [
         "train, to 800 tokens a 100 4,000 0.75 600 0.15",
         "train, to 800 tokens b 100 4,000 0.25 200 0.05",
         "train, to 1,600 tokens c 100 4,000 0.5 400 0.10",

@@ -125,17 +125,7 @@ def test_words_are_cut_as_finely_as_the_vocabulary_allows() -> None:
 
 def test_vocabularies_that_mix_kinds_of_characters(tmp_path: Path) -> None:
     """Pieces with accents, tabs and symbols beside ASCII: still cut into words, and still exact."""
-    words = [
-        "ci\u00f3n",
-        "\u00f7'x",
-        "\u00e9t\u00e9",
-        "\t#a",
-        "\u0641'\u064b'",
-        "_a_b",
-        "\u00b0),",
-        "co\u0308op",
-        "\u2014'",
-    ]
+    words = "ci\u00f3n|\u00f7'x|\u00e9t\u00e9|\t#a|\u0641'\u064b'|_a_b|\u00b0),|co\u0308op|\u2014'".split("|")
     rng = random.Random(5)
     lines = [" ".join(rng.choices(words, k=12)) for _ in range(300)]
     settings = {
@@ -181,20 +171,11 @@ def test_hugging_face_file(model: Path, texts: list[str]) -> None:
 
 def test_hugging_face_file_of_others(tmp_path: Path) -> None:
     """Truncation is undone, special tokens in a text stay text, ids may have holes, the end token is found."""
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     value = {
         "version": "1.0",
         "truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0},
-        "added_tokens": [
-            {
-                "id": 9,
-                "content": "<|endoftext|>",
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-        ],  # fmt: skip
+        "added_tokens": [{"id": 9, "content": "<|endoftext|>", "special": True, **plain}],
         "model": {
             "type": "BPE",
             "unk_token": "x",

@@ -8,6 +8,7 @@ import sentencepiece
 from data_helpers import Tool, make_texts, train, write_jsonl
 from tokenizers import Tokenizer as FastTokenizer
 
+from plt_megatron.commands.train_tokenizer import main
 from plt_megatron.data import tokenizer_training
 from plt_megatron.data.formats import ReadOptions, open_inputs
 from plt_megatron.data.hf_tokenizer import first_difference
@@ -116,35 +117,24 @@ def test_bad_settings(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import runpy
-    import sys
-
-    tool = Path(__file__).resolve().parents[3] / "tools" / "train_tokenizer.py"
     defaults = ["--input", str(corpus), "--output", str(tmp_path / "t"), "--vocab-size", "400", "--threads", "1"]
-    monkeypatch.setattr(sys, "argv", [str(tool), *defaults, *arguments])
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as status:
-        runpy.run_path(str(tool), run_name="__main__")
-    assert status.value.code == 2
+    assert main([*defaults, *arguments]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and message in error
     assert not (tmp_path / "t" / "tokenizer.model").exists()
 
 
-def test_large_corpora_are_sampled_evenly(tmp_path: Path) -> None:
+def test_large_corpora_are_sampled_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten times more text than wanted: about as much as wanted is read, from all parts of all files."""
     for number in range(2):
         lines = [f"file{number} place{place:05d} " + "x" * 400 for place in range(12_000)]
         write_jsonl(tmp_path / f"{number}.jsonl", lines)
     sources = open_inputs([str(tmp_path / "*.jsonl")], ReadOptions())
     size = sum(source.size for source in sources)
-    tokenizer_training_span = tokenizer_training._SPAN
-    try:
-        tokenizer_training._SPAN = 1 << 14
-        sample = Sample(sources, TrainingOptions([], "", 0, max_sample_bytes=size // 10))
-        lines = list(sample.lines())
-    finally:
-        tokenizer_training._SPAN = tokenizer_training_span
+    monkeypatch.setattr(tokenizer_training, "_SPAN", 1 << 14)
+    sample = Sample(sources, TrainingOptions([], "", 0, max_sample_bytes=size // 10))
+    lines = list(sample.lines())
     assert 0.8 * size / 10 < sample.bytes < 1.1 * size / 10
     for number in range(2):
         places = sorted(int(line.split()[1][5:]) for line in lines if line.startswith(f"file{number}"))
