@@ -60,12 +60,9 @@ def micro_batch_indices(
         if wrap_to is None and start + size > length:
             return
         for first in range(start + data_parallel_rank * micro_batch_size, start + size, per_step):
-            yield [_wrapped(index, length, wrap_to or 0) for index in range(first, first + micro_batch_size)]
+            part, to = range(first, first + micro_batch_size), wrap_to or 0
+            yield [index if index < length else to + (index - length) % (length - to) for index in part]
         start += size
-
-
-def _wrapped(index: int, length: int, to: int) -> int:
-    return index if index < length else to + (index - length) % (length - to)
 
 
 def batches(dataset: SampleSource, indices: Iterator[list[int]], prefetch: int = 0) -> Generator[dict[str, Tensor]]:
