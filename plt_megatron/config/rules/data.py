@@ -32,11 +32,11 @@ def _check_parts(config: RunConfig) -> Iterator[str]:
     by_part = data.train_sources or data.validation_sources or data.test_sources
     for index, (part, need) in enumerate(needs.items()):
         key = f"{part}_sources" if by_part else "sources"
-        if not getattr(data, key):
-            yield f"data.{key} is empty: {need}"
-            return
-        if not by_part and shares is not None and shares[index] == 0:
-            yield f"data.split {data.split} keeps nothing for this: {need}"
+        if getattr(data, key) and (by_part or shares is None or shares[index] > 0):
+            continue
+        where = f"data.split {data.split} keeps nothing for this" if getattr(data, key) else f"data.{key} is empty"
+        yield f"{where}: {need}"
+        return
 
 
 def _check_fill_in_middle(data: DataConfig) -> Iterator[str]:
