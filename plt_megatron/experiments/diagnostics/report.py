@@ -42,8 +42,8 @@ JSON, CSV = "diagnostics.json", "diagnostics.csv"
 LONGEST_DEFAULT = 2048
 _SWITCHES = (
     *("cross_loop_parallel", "share_kv", "share_values", "gated_window", "window_size", "gate_input", "gate_side"),
-    *("gate_activation", "norm_between_loops", "embedding_scale", "hidden_scale"),
-    *("input_injection", "hidden_norm", "learned_hidden_scale", "residual_scale", "key_shift"),
+    *("gate_activation", "loop_norm", "embedding_scale", "hidden_scale"),
+    *("input_injection", "learned_hidden_scale", "residual_scale", "key_shift"),
 )
 
 
