@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, LoadPlan
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from plt_megatron.errors import UserError
@@ -149,6 +148,3 @@ class _Into(DefaultLoadPlanner):
 
     def lookup_tensor(self, index: object) -> Tensor:
         return self.target
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        return self.transform_tensor(read_item, self.target)
