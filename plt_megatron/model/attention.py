@@ -10,7 +10,6 @@ after RoPE. In the first loop it is plain causal attention and publishes K and V
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -141,8 +140,11 @@ class GatedSlidingWindowAttention(MegatronModule):
         self.layer_number = layer_number
         self.loops = self.plt.loop_count > 1 and layer_number - 1 in derived.looped_layers(self.plt)
         self.head_dim = config.kv_channels
-        kwargs = {"config": config, "layer_number": layer_number, "softmax_scale": softmax_scale}
-        build = partial(self.kernel, **kwargs, pg_collection=pg_collection)
+
+        def build(window_size: int | None) -> TorchAttention | TEAttention:
+            kwargs: dict[str, Any] = {"layer_number": layer_number, "softmax_scale": softmax_scale}
+            return self.kernel(window_size, config=config, pg_collection=pg_collection, **kwargs)
+
         self.global_attention = build(None)
         self.local_attention: nn.Module | None = None
         self.plt_gate: nn.Module | None = None
