@@ -1,8 +1,8 @@
 """Safetensors files, sharded, read and written one tensor at a time.
 
-A file consists of the length of its header (8 bytes, little endian), the header (JSON: each tensor's dtype, shape and
-offsets) and the tensors' bytes. Names, shapes and dtype of an export are known before its first tensor, so headers are
-written first and tensors in any order: nothing is kept in memory.
+The library writes whole files from memory; this writer does not. A file consists of the length of its header (8 bytes,
+little endian), the header (JSON: each tensor's dtype, shape and offsets) and the tensors' bytes. Names, shapes and
+dtype of an export are known before its first tensor, so headers are written first and tensors in any order.
 """
 
 from __future__ import annotations
@@ -126,12 +126,12 @@ class SafetensorsFolder:
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
-        self._places: dict[str, tuple[Path, int]] = {}
+        self._files: dict[str, tuple[Path, Any]] = {}  # by tensor name
         indexed = self._read_index()
         for path in sorted({folder / name for name in indexed.values()}) if indexed else [folder / SINGLE]:
-            self._read_header(path)
+            self._open(path)
         for name, file_name in indexed.items():
-            if name not in self._places or self._places[name][0].name != file_name:
+            if name not in self._files or self._files[name][0].name != file_name:
                 raise UserError(f"{folder / INDEX}: {name} is not in {file_name}")
 
     def _read_index(self) -> dict[str, str]:
@@ -153,37 +153,21 @@ class SafetensorsFolder:
             raise UserError(f"{self.folder}: {missing[0]}{more} is missing, which {INDEX} names")
         return weight_map
 
-    def _read_header(self, path: Path) -> None:
-        size = path.stat().st_size
+    def _open(self, path: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
         try:
-            with path.open("rb") as stream:
-                length = int.from_bytes(stream.read(8), "little")
-                if length > size:
-                    raise ValueError("the header is longer than the file")
-                header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            ends = [0]
-            for name, entry in header.items():
-                if name in self._places:
-                    raise UserError(f"{path}: {name} is in {self._places[name][0].name} as well")
-                begin, end = entry["data_offsets"]
-                self.shapes[name], self.dtypes[name] = tuple(entry["shape"]), entry["dtype"]
-                self._places[name] = (path, 8 + length + begin)
-                ends.append(end)
-        except UserError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: not a safetensors file, or a damaged one") from error
-        if size != 8 + length + max(ends):
-            raise UserError(f"{path}: damaged, {size} bytes instead of {8 + length + max(ends)}")
+            file = safe_open(path, "pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not a safetensors file, or a damaged one ({error})") from error
+        for name in file.keys():
+            if name in self._files:
+                raise UserError(f"{path}: {name} is in {self._files[name][0].name} as well")
+            described = file.get_slice(name)
+            self.shapes[name], self.dtypes[name] = tuple(described.get_shape()), described.get_dtype()
+            self._files[name] = (path, file)
 
     def read(self, name: str) -> Tensor:
         """Read a tensor in its own dtype, one of `DTYPES`."""
-        path, place = self._places[name]
-        shape, dtype = self.shapes[name], DTYPES[self.dtypes[name]]
-        buffer = bytearray(math.prod(shape) * dtype.itemsize)
-        with path.open("rb") as stream:
-            stream.seek(place)
-            if stream.readinto(buffer) != len(buffer):
-                raise UserError(f"{path}: damaged, it ends within {name}")
-        return torch.frombuffer(buffer, dtype=dtype).view(shape)
+        tensor: Tensor = self._files[name][1].get_tensor(name)
+        return tensor

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from convert_helpers import make_model, random_weights, save_run
+from safetensors.torch import load_file, save_file
 
 from plt_megatron.commands import generate as generate_command
 from plt_megatron.errors import UserError
@@ -92,63 +93,32 @@ def truncate(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
 
-def truncate_header(folder: Path) -> None:
-    first_shard(folder).write_bytes(first_shard(folder).read_bytes()[:20])
-
-
-def garble_header(folder: Path) -> None:
-    path = first_shard(folder)
-    path.write_bytes(path.read_bytes().replace(b'"shape"', b'"shapf"', 1))
-
-
 def name_other_shapes(folder: Path) -> None:
-    path = first_shard(folder)
-    content = path.read_bytes()
-    assert content.count(b'"shape":[400,') == 1
-    path.write_bytes(content.replace(b'"shape":[400,', b'"shape":[200,'))
+    path, name = first_shard(folder), "model.embed_tokens.weight"
+    tensors = load_file(path)
+    save_file({**tensors, name: tensors[name][:200].clone()}, path)
 
 
 def first_shard(folder: Path) -> Path:
     return min(folder.glob("*.safetensors"))
 
 
-def edit_index(folder: Path, edit) -> None:
-    path = folder / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    edit(index["weight_map"])
-    path.write_text(json.dumps(index))
+def drop_file(folder: Path) -> None:
+    """The first shard goes, and the index does not know it: transformers would make its tensors up."""
+    index, gone = folder / "model.safetensors.index.json", first_shard(folder)
+    gone.unlink()
+    content = json.loads(index.read_text())
+    content["weight_map"] = {name: file for name, file in content["weight_map"].items() if file != gone.name}
+    index.write_text(json.dumps(content))
 
 
 DAMAGES = {
-    "truncated": (truncate, r"model-00001-of-\d+\.safetensors: damaged, \d+ bytes instead of \d+"),
-    "truncated header": (truncate_header, r"model-00001-of-\d+\.safetensors: not a safetensors file, or a damaged one"),
-    "wrong header": (garble_header, r"model-00001-of-\d+\.safetensors: not a safetensors file, or a damaged one"),
-    "empty": (lambda folder: first_shard(folder).write_bytes(b""), "not a safetensors file, or a damaged one"),
+    "truncated": (truncate, r"model-00001-of-\d+\.safetensors: not a safetensors file, or a damaged one"),
     "wrong shape": (name_other_shapes, r"model\.embed_tokens\.weight"),
-    "missing shard": (lambda folder: first_shard(folder).unlink(), r"model-00001-of-\d+\.safetensors is missing"),
-    "index names a missing tensor": (
-        lambda folder: edit_index(folder, lambda names: names.update({"model.none": first_shard(folder).name})),
-        r"index\.json: model\.none is not in model-00001",
-    ),
-    "index is no index": (
-        lambda folder: (folder / "model.safetensors.index.json").write_text("[]"),
-        r"index\.json: not a safetensors index",
-    ),
-    "a tensor is nowhere": (
-        lambda folder: edit_index(folder, lambda names: drop_file(folder, names)),
-        r"lacks tensor",
-    ),
+    "a tensor is nowhere": (drop_file, r"lacks tensor"),
     "broken configuration": (lambda folder: (folder / "config.json").write_text("{"), r"config\.json"),
     "no tokenizer": (lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "has no tokenizer"),
 }
-
-
-def drop_file(folder: Path, names: dict[str, str]) -> None:
-    """The first shard goes, and the index does not know it: transformers would make its tensors up."""
-    gone = first_shard(folder)
-    gone.unlink()
-    for name in [name for name, file in names.items() if file == gone.name]:
-        del names[name]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

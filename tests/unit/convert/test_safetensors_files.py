@@ -71,32 +71,46 @@ def test_what_the_library_wrote(tmp_path):
     assert all(torch.equal(files.read(name), mixed[name]) for name in mixed)
 
 
-def test_broken_folders_are_named(tmp_path):
+def truncate(shard, other):
+    shard.write_bytes(shard.read_bytes()[:-4])
+
+
+def garble(shard, other):
+    shard.write_bytes(shard.read_bytes().replace(b'"shape"', b'"shapf"', 1))
+
+
+BROKEN = {
+    "shorter": (truncate, r"model-00002-.*: not a safetensors file, or a damaged one"),
+    "header cut": (lambda shard, other: shard.write_bytes(shard.read_bytes()[:20]), "model-00002-.*: not a safetens"),
+    "header garbled": (garble, "model-00002-.*: not a safetensors file"),
+    "empty": (lambda shard, other: shard.write_bytes(b""), "model-00002-.*: not a safetensors file"),
+    "another kind": (lambda shard, other: shard.write_bytes(b"not safetensors at all"), "model-00002-.*: not a safet"),
+    "twice": (
+        lambda shard, other: shard.write_bytes(other.read_bytes()),
+        "model-00002-.*: .* is in model-00001-.* as ",
+    ),
+    "other tensors": (lambda shard, other: save_file({"other": torch.zeros(2)}, shard), "is not in model-00002-"),
+    "gone": (lambda shard, other: shard.unlink(), f"model-00002-.* is missing, which {INDEX} names"),
+    "index": (lambda shard, other: shard.with_name(INDEX).write_text("[]"), f"{INDEX}: not a safetensors index"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_folders_are_named(tmp_path, name):
+    write(tmp_path, max_shard_size=150)
+    other, shard = sorted(tmp_path.glob("model-*"))[:2]
+    harm, message = BROKEN[name]
+    harm(shard, other)
+    with pytest.raises(UserError, match=message) as refused:
+        SafetensorsFolder(tmp_path)
+    assert str(tmp_path) in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_folder_without_safetensors_is_named(tmp_path):
     with pytest.raises(UserError, match=f"has neither {SINGLE} nor {INDEX}$"):
         SafetensorsFolder(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(UserError, match=r"only pytorch_model\.bin: save the model as safetensors"):
-        SafetensorsFolder(tmp_path)
-    write(tmp_path, max_shard_size=150)
-    shards = sorted(tmp_path.glob("model-*"))
-    whole = shards[1].read_bytes()
-    shards[1].write_bytes(whole[:-4])
-    with pytest.raises(UserError, match=rf"{shards[1].name}: damaged, \d+ bytes instead of {len(whole)}"):
-        SafetensorsFolder(tmp_path)
-    shards[1].write_bytes(b"not safetensors at all")
-    with pytest.raises(UserError, match=f"{shards[1].name}: not a safetensors file"):
-        SafetensorsFolder(tmp_path)
-    shards[1].write_bytes(shards[0].read_bytes())
-    with pytest.raises(UserError, match=f"{shards[1].name}: .* is in {shards[0].name} as well"):
-        SafetensorsFolder(tmp_path)
-    save_file({"other": torch.zeros(2)}, shards[1])
-    with pytest.raises(UserError, match=f"is not in {shards[1].name}"):
-        SafetensorsFolder(tmp_path)
-    shards[1].unlink()
-    with pytest.raises(UserError, match=f"{shards[1].name} is missing, which {INDEX} names"):
-        SafetensorsFolder(tmp_path)
-    (tmp_path / INDEX).write_text("[]")
-    with pytest.raises(UserError, match="not a safetensors index"):
         SafetensorsFolder(tmp_path)
 
 
