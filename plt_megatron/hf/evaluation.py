@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.errors import UserError
-from plt_megatron.hf.arguments import check_device, check_export
 from plt_megatron.run_folder.files import write_text
 from plt_megatron.run_folder.metrics import write_scores
 from plt_megatron.run_folder.text import plural
@@ -42,12 +41,11 @@ def evaluate(
         Scores by `task/metric`, including standard errors.
 
     Raises:
-        UserError: no such export, tokenizer, chat template, task, device or folder of tasks, or a task's data is not on
-            this machine.
+        UserError: no such tokenizer, chat template, task or device, or a task's data is not on this machine.
     """
     # The packages read these when they are imported.
     os.environ |= dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "01"[not download])
-    _check(folder, device)
+    _check_device(device)
     harness, known = _harness(tasks, include_path)
     _load_data(known, tasks, download)
     found = harness.simple_evaluate(
@@ -81,10 +79,8 @@ def _model(folder: Path, device: str, chat: bool) -> Any:
         logger.disabled = False
 
 
-def _check(folder: Path, device: str) -> None:
+def _check_device(device: str) -> None:
     """Raise `UserError` where lm-evaluation-harness would end with a traceback."""
-    check_export(folder)
-    check_device(device)
     if device != "cpu":
         import torch
 
