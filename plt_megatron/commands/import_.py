@@ -15,6 +15,7 @@ from pathlib import Path
 from plt_megatron.commands import CommandParser
 from plt_megatron.config.presets import LOOP_PRESETS
 from plt_megatron.errors import UserError
+from plt_megatron.hf.switches import IMPORT_OPTIONS
 from plt_megatron.run_folder.text import plural
 
 
@@ -41,25 +42,13 @@ def _parser() -> CommandParser:
         help="loops (default: the model's own, 1 for a dense one); new gates start at zero",
     )
     parser.add_argument(
-        "--loop-span",
-        nargs=2,
-        type=int,
-        metavar=("FIRST", "LAST"),
-        help="layers of a one-loop model that will loop: FIRST (counted from 0) up to, but not including, LAST; the "
-        "others run once (default: all loop)",
-    )
-    parser.add_argument(
         "--preset",
         choices=LOOP_PRESETS,
         help="parameterisation of the new loops of a one-loop model; recommended keeps its logits until training "
         "(default: as in the paper, which changes them)",
     )
-    parser.add_argument(
-        "--key-shift",
-        action="store_true",
-        help="let each layer learn to take a share of its keys and values from the previous token (model.key_shift: "
-        "learned); it starts at zero, so the initial logits do not change",
-    )
+    for name, option in IMPORT_OPTIONS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", **option.argument)
     parser.add_argument(
         "--dtype",
         dest="precision",
@@ -81,16 +70,17 @@ def _import(arguments: argparse.Namespace) -> None:
         require("reading a GGUF file", "gguf", "safetensors")
         if not arguments.model.is_file():
             raise UserError(f"{arguments.model}: no such file")
-    elif not (arguments.model / checks.CONFIG).is_file():
-        what = f"has no {checks.CONFIG}" if arguments.model.is_dir() else "no such folder"
-        raise UserError(f"{arguments.model}: {what}")
+    else:
+        checks.check_hf_folder(arguments.model)
     from plt_megatron.hf.importing import MODEL_YAML, ImportOptions, import_model
 
-    result = import_model(ImportOptions(**vars(arguments)))
+    given = vars(arguments)
+    switches = {name: given.pop(name) for name in IMPORT_OPTIONS}
+    result = import_model(ImportOptions(**given, switches=switches))
     loops = plural(result.model.loop_count, "loop")
     print(f"{result.checkpoint}: {result.family}, {loops}, {result.tensors} tensors in {result.precision}")
     if result.fresh:
-        print(f"{result.fresh} of them are new gates, scales or key shifts, initialized as in a new model")
+        print(f"{result.fresh} of them are new, such as gates and scales, initialized as in a new model")
     if result.new_loops and derived.starts_as_one_loop(result.model):
         print("its initial logits are the model's own: later loops change nothing until they are trained")
     elif result.new_loops:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 from plt_megatron.errors import UserError
-from plt_megatron.hf.publishing import check_target
 from plt_megatron.run_folder.checkpoints import candidates
 
 CONFIG = "config.json"  # of a Hugging Face folder
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
-__all__ = ["CONFIG", "check_device", "check_export", "check_file", "check_model", "check_target", "parse_size"]
+
+def check_target(target: Path) -> None:
+    """Raise `UserError` if the target exists."""
+    if os.path.lexists(target):
+        raise UserError(f"{target} exists: remove it, or choose another --output")
 
 
 def check_model(path: Path) -> None:
@@ -23,6 +27,12 @@ def check_model(path: Path) -> None:
         raise UserError(f"{path}: no such run or checkpoint")
     if not path.is_dir() or not candidates(path):
         raise UserError(f"{path}: no complete checkpoint there")
+
+
+def check_hf_folder(folder: Path) -> None:
+    """Raise `UserError` if a folder does not exist, or has no config.json."""
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} has no {CONFIG}" if folder.is_dir() else f"{folder}: no such folder")
 
 
 def check_export(folder: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plt_megatron.errors import UserError
-from plt_megatron.hf.publishing import check_target
+from plt_megatron.hf.arguments import check_target
 from plt_megatron.run_folder import checkpoints
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.text import plural

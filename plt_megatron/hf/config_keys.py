@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -12,13 +13,25 @@ from plt_megatron.config import derived
 from plt_megatron.config.fields import MAX_LOOP_COUNT
 from plt_megatron.config.schema import ModelConfig, MoeConfig
 from plt_megatron.errors import UserError
+from plt_megatron.hf import switches
+from plt_megatron.hf.arguments import CONFIG, check_hf_folder
 from plt_megatron.hf.param_mapping import Style
 from plt_megatron.hf.rope_keys import rope_keys, rope_scaling, scaling_keys
+from plt_megatron.hf.switches import SWITCHES
 
-CONFIG = "config.json"
 LOOPCODER_TYPE, LOOPCODER_ARCHITECTURE = "iquestpltcoder", "IQuestPLTCoderForCausalLM"
 _BIAS_UPDATE_RATE = 1e-3  # megatron-core's default; config.json has no key for it
 _LOOPCODER_GATES = {"query": False, "hidden": True}  # model.gate_input: plt_gate_use_hidden_states
+# Settings that Llama's keys state as they are, and those keys.
+_LLAMA = {
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "init_method_std": "initializer_range",
+    "layernorm_epsilon": "rms_norm_eps",
+    "share_embeddings_and_output_weights": "tie_word_embeddings",
+}
 AUTO_MAP = {
     "AutoConfig": "configuration_plt.PLTConfig",
     "AutoModel": "modeling_plt.PLTModel",
@@ -55,35 +68,12 @@ def plt_keys(
     """Return the config.json of an export that includes configuration_plt.py and modeling_plt.py."""
     from plt_megatron.hf.configuration_plt import PLTConfig
 
-    adds = derived.adds_embeddings(model)
     config = PLTConfig(
         **_llama_keys(model, vocab_size, max_position_embeddings),
         **tokens,
         rope_parameters=rope_keys(model),
-        qk_norm=model.qk_layernorm,
-        qkv_bias=model.qkv_bias,
-        ffn_output_norm=model.norm_placement == "pre_ffn_output",
-        norm_placement="post" if model.norm_placement == "post" else "pre",
-        key_shift=model.key_shift,
         **_expert_keys(model),
-        loop_count=model.loop_count,
-        loop_span=model.loop_span,
-        loop_order=model.loop_order,
-        cross_loop_parallel=model.cross_loop_parallel,
-        share_kv=model.share_kv,
-        # A one-loop model does not use these, and may have settings that are rejected with several loops.
-        share_values=model.share_values or not model.share_kv,
-        gated_window=model.gated_window and model.share_kv,
-        window_size=model.window_size,
-        gate_input=model.gate_input,
-        gate_side=model.gate_side,
-        gate_activation=model.gate_activation,
-        norm_between_loops=model.loop_norm == "final",
-        input_injection=model.input_injection,
-        embedding_scale=model.embedding_scale if adds else 1.0,
-        hidden_scale=model.hidden_scale if adds else 1.0,
-        hidden_norm=model.loop_norm == "rms" and adds,
-        learned_hidden_scale=model.learned_hidden_scale if adds else "none",
+        **switches.stated(model),
         residual_scale=derived.residual_factor(model),
     )
     keys: dict[str, Any] = json.loads(config.to_json_string())
@@ -124,23 +114,9 @@ def loopcoder_keys(
 
 def _beyond_loopcoder(model: ModelConfig) -> Iterator[str]:
     """Yield what `model` has and LoopCoder-v2 lacks."""
-    wanted = {
-        "loop_span": None,
-        "cross_loop_parallel": True,
-        "share_kv": True,
-        "share_values": True,
-        "gated_window": True,
-        "gate_activation": "sigmoid",
-        "qk_layernorm": False,
-        "qkv_bias": False,
-        "norm_placement": "pre",
-        "key_shift": "none",
-        "moe": None,
-        "learned_hidden_scale": "none",
-        "residual_scaling": "none",
-    }
-    for name, value in wanted.items():
-        if getattr(model, name) != value:
+    plain = ModelConfig()
+    for name in (*(each.setting for each in SWITCHES if not each.in_loopcoder), "moe", "residual_scaling"):
+        if getattr(model, name) != getattr(plain, name):
             yield f"model.{name} is {getattr(model, name)}"
     if model.loop_norm == "rms":
         yield "model.loop_norm is rms"
@@ -175,40 +151,27 @@ def _expert_keys(model: ModelConfig) -> dict[str, Any]:
 def _llama_keys(model: ModelConfig, vocab_size: int, max_position_embeddings: int) -> dict[str, Any]:
     return {
         "vocab_size": vocab_size,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
+        **{key: getattr(model, setting) for setting, key in _LLAMA.items()},
         "num_key_value_heads": derived.num_query_groups(model),
         "head_dim": derived.head_dim(model),
         "max_position_embeddings": max_position_embeddings,
-        "initializer_range": model.init_method_std,
-        "rms_norm_eps": model.layernorm_epsilon,
-        "tie_word_embeddings": model.share_embeddings_and_output_weights,
     }
 
 
 # ---------------------------------------------------------------- theirs to ours
 
 
-def read_config(folder: Path, loop_count: int | None = None) -> HFModelConfig:
+def read_config(folder: Path) -> HFModelConfig:
     """Read a Hugging Face folder's config.json.
-
-    Args:
-        loop_count: loops to run instead of the model's own. A dense model becomes the start of a PLT with the paper's
-            settings.
 
     Raises:
         UserError: no such file, or an architecture or part of one that is not supported.
     """
     path = folder / CONFIG
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
+    check_hf_folder(folder)
     try:
         keys = json.loads(path.read_text(encoding="utf-8"))
         assert isinstance(keys, dict)
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} has no {CONFIG}") from error
     except (ValueError, AssertionError) as error:
         raise UserError(f"{path}: not a JSON object") from error
     family = keys.get("model_type")
@@ -218,46 +181,19 @@ def read_config(folder: Path, loop_count: int | None = None) -> HFModelConfig:
     try:
         if keys.get("quantization_config"):
             raise UserError("the weights are quantized (quantization_config); convert the original model")
-        described = _FAMILIES[family](keys)
+        return _FAMILIES[family](keys)
     except Exception as error:  # the configuration classes' checks raise types of their own
         reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise UserError(f"{path}: {reason}") from error
-    if loop_count is not None:
-        if not 1 <= loop_count <= MAX_LOOP_COUNT:
-            raise UserError(f"--loop-count must be from 1 to {MAX_LOOP_COUNT}, not {loop_count}")
-        described.model.loop_count = loop_count
-    return described
 
 
 def _from_plt(keys: dict[str, Any]) -> HFModelConfig:
     from plt_megatron.hf.configuration_plt import PLTConfig
 
     config = PLTConfig.from_dict(_without_code(keys))
-    _refuse(config, attention_bias=False, mlp_bias=False, hidden_act="silu")
+    _refuse(config, attention_bias=False, mlp_bias=False)
     return _described(
-        config,
-        qkv_bias=config.qkv_bias,
-        qk_layernorm=config.qk_norm,
-        norm_placement="pre_ffn_output" if config.ffn_output_norm else config.norm_placement,
-        key_shift=config.key_shift,
-        moe=_experts(config, config.first_k_dense_replace),
-        loop_count=config.loop_count,
-        loop_span=config.loop_span,
-        loop_order=config.loop_order,
-        cross_loop_parallel=config.cross_loop_parallel,
-        share_kv=config.share_kv,
-        share_values=config.share_values,
-        gated_window=config.gated_window,
-        window_size=config.window_size,
-        gate_input=config.gate_input,
-        gate_side=config.gate_side,
-        gate_activation=config.gate_activation,
-        loop_norm="final" if config.norm_between_loops else "rms" if config.hidden_norm else "none",
-        input_injection=config.input_injection,
-        embedding_scale=config.embedding_scale,
-        hidden_scale=config.hidden_scale,
-        learned_hidden_scale=config.learned_hidden_scale,
-        **derived.residual_settings(config.residual_scale, config.num_hidden_layers),
+        config, **switches.read(config), **derived.residual_settings(config.residual_scale, config.num_hidden_layers)
     )
 
 
@@ -269,73 +205,71 @@ def _from_loopcoder(keys: dict[str, Any]) -> HFModelConfig:
     llama = {key: value for key, value in _without_code(keys).items() if key not in loops and key != "model_type"}
     defaults = {"bos_token_id": 1, "rope_theta": 500000.0, "max_position_embeddings": 131072, "loop_count": 1}
     config = PLTConfig.from_dict({**defaults, **llama})
-    _refuse(config, attention_bias=False, mlp_bias=False, hidden_act="silu")
-    described = _described(config)
+    _refuse(config, attention_bias=False, mlp_bias=False)
     left, right = loops.get("plt_window_size") or (64, 0)
     if right != 0:
         raise UserError(f"plt_window_size [{left}, {right}] looks ahead: only [n, 0] is supported")
-    model = described.model
-    model.loop_count = loops.get("plt_num_loops", 2)
-    if not isinstance(model.loop_count, int) or not 1 <= model.loop_count <= MAX_LOOP_COUNT:
-        raise UserError(f"plt_num_loops must be from 1 to {MAX_LOOP_COUNT}, not {model.loop_count!r}")
-    model.window_size = left + 1  # ours counts the query itself
-    model.gate_input = "hidden" if loops.get("plt_gate_use_hidden_states", False) else "query"
-    model.gate_side = "global"
-    model.loop_norm = "final" if loops.get("plt_normalize_per_loop", True) else "none"
-    model.embedding_scale = _or_one(loops.get("plt_emb_scale"))
-    model.hidden_scale = _or_one(loops.get("plt_hidden_scale"))
-    described.family, described.style = LOOPCODER_TYPE, "loopcoder"
-    return described
+    loop_count = loops.get("plt_num_loops", 2)
+    if not isinstance(loop_count, int) or not 1 <= loop_count <= MAX_LOOP_COUNT:
+        raise UserError(f"plt_num_loops must be from 1 to {MAX_LOOP_COUNT}, not {loop_count!r}")
+    scales = [loops.get(key) for key in ("plt_emb_scale", "plt_hidden_scale")]
+    described = _described(
+        config,
+        loop_count=loop_count,
+        window_size=left + 1,  # ours counts the query itself
+        gate_input="hidden" if loops.get("plt_gate_use_hidden_states", False) else "query",
+        gate_side="global",
+        loop_norm="final" if loops.get("plt_normalize_per_loop", True) else "none",
+        embedding_scale=1.0 if scales[0] is None else float(scales[0]),
+        hidden_scale=1.0 if scales[1] is None else float(scales[1]),
+    )
+    return dataclasses.replace(described, family=LOOPCODER_TYPE, style="loopcoder")
 
 
-def _or_one(scale: float | None) -> float:
-    return 1.0 if scale is None else float(scale)
+# Families of transformers: keys that must have these values, and what they mean in our settings.
+_PUBLIC: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "llama": ({"attention_bias": False, "mlp_bias": False}, {}),
+    "mistral": ({"sliding_window": None}, {}),
+    "qwen2": ({"use_sliding_window": False}, {"qkv_bias": True}),
+    "qwen3": ({"use_sliding_window": False, "attention_bias": False}, {"qk_layernorm": True}),
+    "qwen3_moe": (
+        {"use_sliding_window": False, "attention_bias": False, "decoder_sparse_step": 1},
+        {"qk_layernorm": True},
+    ),
+    "olmo2": ({"attention_bias": False}, {"qk_layernorm": True, "norm_placement": "post"}),
+}
 
 
-def _from_llama(keys: dict[str, Any]) -> HFModelConfig:
-    config = _transformers_config("llama", keys)
-    _refuse(config, attention_bias=False, mlp_bias=False, hidden_act="silu")
-    return _described(config)
+def _from_transformers(keys: dict[str, Any]) -> HFModelConfig:
+    """Read with transformers' own class, which fills in defaults and accepts older spellings."""
+    from transformers import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[keys["model_type"]].from_dict(_without_code(keys))
+    understood, settings = _PUBLIC[config.model_type]
+    _refuse(config, **understood)
+    return _described(config, **settings)
 
 
-def _from_mistral(keys: dict[str, Any]) -> HFModelConfig:
-    config = _transformers_config("mistral", keys)
-    _refuse(config, sliding_window=None, hidden_act="silu")
-    return _described(config)
+_FAMILIES: dict[str, Callable[[dict[str, Any]], HFModelConfig]] = {
+    "plt": _from_plt,
+    LOOPCODER_TYPE: _from_loopcoder,
+    **dict.fromkeys(_PUBLIC, _from_transformers),
+}
 
 
-def _from_qwen2(keys: dict[str, Any]) -> HFModelConfig:
-    config = _transformers_config("qwen2", keys)
-    _refuse(config, use_sliding_window=False, hidden_act="silu")
-    return _described(config, qkv_bias=True)
-
-
-def _from_qwen3(keys: dict[str, Any]) -> HFModelConfig:
-    config = _transformers_config("qwen3", keys)
-    _refuse(config, use_sliding_window=False, attention_bias=False, hidden_act="silu")
-    return _described(config, qk_layernorm=True)
-
-
-def _from_qwen3_moe(keys: dict[str, Any]) -> HFModelConfig:
-    config = _transformers_config("qwen3_moe", keys)
-    _refuse(config, use_sliding_window=False, attention_bias=False, hidden_act="silu")
-    dense = list(config.mlp_only_layers or [])
-    _refuse(config, decoder_sparse_step=1)
+def _experts(config: Any) -> MoeConfig | None:
+    """Return the experts of a configuration, or None if it has none."""
+    if not getattr(config, "num_experts", None):
+        return None
+    dense = list(getattr(config, "mlp_only_layers", None) or range(getattr(config, "first_k_dense_replace", 0)))
     if sorted(dense) != list(range(len(dense))):
         raise UserError(f"mlp_only_layers {dense} is not supported, only the first layers, as in {[0, 1]}")
-    return _described(config, qk_layernorm=True, moe=_experts(config, len(dense)))
-
-
-def _experts(config: Any, first_dense: int) -> MoeConfig | None:
-    """Return the experts of a configuration whose first `first_dense` layers are dense, or None without experts."""
-    if not config.num_experts:
-        return None
     sigmoid = getattr(config, "scoring_func", "softmax") == "sigmoid"
     if sigmoid:
         _refuse(config, norm_topk_prob=config.num_experts_per_tok > 1)
     return MoeConfig(
         num_experts=config.num_experts,
-        first_k_dense_replace=first_dense,
+        first_k_dense_replace=len(dense),
         router_topk=config.num_experts_per_tok,
         ffn_hidden_size=config.moe_intermediate_size,
         shared_expert_intermediate_size=getattr(config, "shared_expert_intermediate_size", None),
@@ -343,31 +277,6 @@ def _experts(config: Any, first_dense: int) -> MoeConfig | None:
         router_bias_update_rate=_BIAS_UPDATE_RATE if getattr(config, "use_routing_bias", False) else None,
         aux_loss_coeff=config.router_aux_loss_coef,
     )
-
-
-def _from_olmo2(keys: dict[str, Any]) -> HFModelConfig:
-    config = _transformers_config("olmo2", keys)
-    _refuse(config, attention_bias=False, hidden_act="silu")
-    return _described(config, qk_layernorm=True, norm_placement="post")
-
-
-_FAMILIES: dict[str, Callable[[dict[str, Any]], HFModelConfig]] = {
-    "plt": _from_plt,
-    LOOPCODER_TYPE: _from_loopcoder,
-    "llama": _from_llama,
-    "mistral": _from_mistral,
-    "qwen2": _from_qwen2,
-    "qwen3": _from_qwen3,
-    "qwen3_moe": _from_qwen3_moe,
-    "olmo2": _from_olmo2,
-}
-
-
-def _transformers_config(family: str, keys: dict[str, Any]) -> Any:
-    """Parse with transformers' own class, which fills in defaults and accepts older spellings."""
-    from transformers import CONFIG_MAPPING
-
-    return CONFIG_MAPPING[family].from_dict(_without_code(keys))
 
 
 def _without_code(keys: dict[str, Any]) -> dict[str, Any]:
@@ -382,21 +291,17 @@ def _refuse(config: Any, **understood: Any) -> None:
 
 def _described(config: Any, **settings: Any) -> HFModelConfig:
     """Return the settings common to all families, plus `settings`. A dense model is one loop with the paper's."""
+    _refuse(config, hidden_act="silu")
     rope = dict(config.rope_parameters or {})
     heads = config.num_attention_heads
     model = ModelConfig(
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        ffn_hidden_size=config.intermediate_size,
-        num_attention_heads=heads,
+        **{setting: getattr(config, key) for setting, key in _LLAMA.items()},
         num_query_groups=config.num_key_value_heads or heads,
         kv_channels=getattr(config, "head_dim", None) or config.hidden_size // heads,
         vocab_size=config.vocab_size,
-        share_embeddings_and_output_weights=config.tie_word_embeddings,
         rotary_base=float(rope["rope_theta"]),
         rope_scaling=rope_scaling(rope),
-        layernorm_epsilon=config.rms_norm_eps,
-        init_method_std=config.initializer_range,
+        moe=_experts(config),
         **{"loop_count": 1, **settings},
     )
     if heads % derived.num_query_groups(model):

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from plt_megatron.errors import UserError
-from plt_megatron.hf.arguments import parse_size
-from plt_megatron.hf.config_keys import CONFIG, loopcoder_keys, plt_keys
+from plt_megatron.hf.arguments import CONFIG, check_target, parse_size
+from plt_megatron.hf.config_keys import loopcoder_keys, plt_keys
 from plt_megatron.hf.conversion import to_hf
 from plt_megatron.hf.model_card import model_card
 from plt_megatron.hf.param_mapping import ParamMapping, Style, mappings_for
-from plt_megatron.hf.publishing import check_target, published_folder
+from plt_megatron.hf.publishing import published_folder
 from plt_megatron.hf.safetensors_files import SafetensorsWriter
 from plt_megatron.hf.sources import PRECISIONS, ModelSource, open_source
 from plt_megatron.hf.tokenizer_files import GENERATION_CONFIG, check_vocabulary, write_tokenizer
 from plt_megatron.hf.verification import TOLERANCE, largest_difference
 from plt_megatron.model.parameters import is_buffer
+from plt_megatron.run_folder.files import write_json
 
 MODEL_FILES = ("configuration_plt.py", "modeling_plt.py")
 _DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -76,7 +75,8 @@ def export(options: ExportOptions, say: Callable[[str], None] = print) -> Export
     mappings = mappings_for(source.model, source.vocab_size, options.style)
     precision = options.precision or source.precision
     if source.tokenizer is not None:
-        check_vocabulary(source.tokenizer, source.vocab_size, _trained_with(source))
+        fingerprint = source.progress.get("data_fingerprint") or {}
+        check_vocabulary(source.tokenizer, source.vocab_size, fingerprint.get("tokenizer"))
     else:
         say("no tokenizer: this model was trained on token ids alone")
     rows = source.progress["config"]["data"]["sequence_length"] if source.progress else source.max_position_embeddings
@@ -108,11 +108,6 @@ def export(options: ExportOptions, say: Callable[[str], None] = print) -> Export
     return ExportResult(options.output, source.path, tensors, total_bytes, files, difference, tokens)
 
 
-def _trained_with(source: ModelSource) -> str | None:
-    fingerprint: dict[str, Any] = source.progress.get("data_fingerprint") or {}
-    return fingerprint.get("tokenizer")
-
-
 def _write_weights(
     source: ModelSource, mappings: list[ParamMapping], folder: Path, precision: str, shard_size: int
 ) -> tuple[int, int]:
@@ -128,17 +123,13 @@ def _write_weights(
 def _write_configs(source: ModelSource, folder: Path, style: Style, dtype: str) -> None:
     keys_of = loopcoder_keys if style == "loopcoder" else plt_keys
     keys = keys_of(source.model, source.vocab_size, source.max_position_embeddings, source.tokens, dtype)
-    _write_json(folder / CONFIG, keys)
+    write_json(folder / CONFIG, keys, indent=2)
     generation = {**source.tokens, **source.generation, "transformers_version": version("transformers")}
     if "eos_token_id" in generation and "pad_token_id" not in generation:
         # A pad token allows batches of prompts of different lengths.
         ends = generation["eos_token_id"]
         generation["pad_token_id"] = ends[0] if isinstance(ends, list) else ends
-    _write_json(folder / GENERATION_CONFIG, generation)
+    write_json(folder / GENERATION_CONFIG, generation, indent=2)
     if style == "plt":
         for name in MODEL_FILES:
             shutil.copyfile(Path(__file__).with_name(name), folder / name)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from plt_megatron.config import derived, yaml_nodes
+from plt_megatron.config.fields import MAX_LOOP_COUNT
 from plt_megatron.config.presets import LOOP_PRESETS
 from plt_megatron.config.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from plt_megatron.errors import UserError
 from plt_megatron.hf import gguf
+from plt_megatron.hf.arguments import check_target
 from plt_megatron.hf.checkpoint_writer import LazyTensor, padded, write_checkpoint
-from plt_megatron.hf.config_keys import HFModelConfig, read_config
+from plt_megatron.hf.config_keys import read_config
 from plt_megatron.hf.lineage import read_lineage
 from plt_megatron.hf.param_mapping import ParamMapping, mappings_for
-from plt_megatron.hf.publishing import check_target, published_folder
+from plt_megatron.hf.publishing import published_folder
 from plt_megatron.hf.safetensors_files import SafetensorsFolder
 from plt_megatron.hf.sources import PRECISIONS, check_hf_tensors, hf_precision
+from plt_megatron.hf.switches import IMPORT_OPTIONS
 from plt_megatron.hf.tokenizer_files import copy_tokenizer
 
 MODEL_YAML = "model.yaml"
@@ -38,8 +41,7 @@ class ImportOptions:
         loop_count: number of loops; None: the model's own, 1 for a dense model.
         preset: how the loops added to a one-loop model are parameterized (config/presets.py), keeping its logits at
             first; None: as in the paper, which changes them.
-        loop_span: (first, last), the layers of a one-loop model that will loop; None: all.
-        key_shift: keys and values get a learned share of the previous token's, initially zero.
+        switches: values of `IMPORT_OPTIONS`; None: as without the option.
         precision: fp32 or bf16; None: the files', or fp32 if that is fp16 (which bf16 would round).
     """
 
@@ -47,8 +49,7 @@ class ImportOptions:
     output: Path
     loop_count: int | None = None
     preset: str | None = None
-    loop_span: Sequence[int] | None = None
-    key_shift: bool = False
+    switches: Mapping[str, Any] = field(default_factory=dict)
     precision: str | None = None
 
 
@@ -89,44 +90,57 @@ def import_model(options: ImportOptions) -> ImportResult:
             folder = Path(place) / options.model.stem
             gguf.unpack(options.model, folder)
             return import_model(dataclasses.replace(options, model=folder))
-    described = read_config(options.model)
-    target = read_config(options.model, options.loop_count)
-    if options.loop_span is not None:
-        target.model = _with_span(target.model, described.model, list(options.loop_span))
-    if options.preset is not None:
-        target.model = _with_preset(target.model, described.model, options.preset)
-    if options.key_shift:
-        target.model = _with_key_shift(target.model)
+    source = read_config(options.model)
+    model = _model(options, source.model)
     files = SafetensorsFolder(options.model)
-    source_mappings = mappings_for(described.model, described.vocab_size, described.style)
-    check_hf_tensors(files, source_mappings, described.model)
+    theirs = {each.name: each for each in mappings_for(source.model, source.vocab_size, source.style)}
+    check_hf_tensors(files, list(theirs.values()), source.model)
     precision = _precision(options, files)
-    mappings = mappings_for(target.model, target.vocab_size)
-    tensors, fresh = _tensors(files, source_mappings, mappings, target)
-    names = {mapping.name for mapping in mappings}
+    ours = {each.name: each for each in mappings_for(model, source.vocab_size)}
+    rows = derived.padded_vocab_size(model, source.vocab_size)
+    tensors = [padded(_tensor(mapping, theirs.get(name), files, model), rows) for name, mapping in ours.items()]
     with published_folder(options.output) as folder:
-        tokenizer = copy_tokenizer(options.model, folder / "tokenizer", target.family, target.vocab_size, target.tokens)
+        tokenizer = copy_tokenizer(options.model, folder / "tokenizer", source.family, source.vocab_size, source.tokens)
         # Absolute: a run may start from any folder.
         published = options.output.absolute() / tokenizer.relative_to(folder) if tokenizer else None
-        config = _run_config(options, target, precision, published)
-        origin = f"{options.model.resolve().name} ({target.family})"
-        progress = {"imported_from": origin, "special_tokens": target.tokens, **read_lineage(options.model)}
+        data = DataConfig(sequence_length=source.max_position_embeddings)
+        if published is not None:
+            data.tokenizer = str(published)
+        config = _run_config(options.output, model, data, precision)
+        origin = f"{options.model.resolve().name} ({source.family})"
+        progress = {"imported_from": origin, "special_tokens": source.tokens, **read_lineage(options.model)}
         checkpoint = write_checkpoint(
-            folder / "checkpoints", tensors, config, target.vocab_size, PRECISIONS[precision], progress
+            folder / "checkpoints", tensors, config, source.vocab_size, PRECISIONS[precision], progress
         )
         (folder / MODEL_YAML).write_text(_model_yaml(config, options.output.absolute()), encoding="utf-8")
     return ImportResult(
         output=options.output,
         checkpoint=options.output / checkpoint.relative_to(folder),
-        family=target.family,
-        model=target.model,
-        new_loops=described.model.loop_count == 1 < target.model.loop_count,
+        family=source.family,
+        model=model,
+        new_loops=source.model.loop_count == 1 < model.loop_count,
         precision=precision,
-        tensors=len(mappings),
-        fresh=fresh,
-        dropped=sum(mapping.name not in names for mapping in source_mappings),
+        tensors=len(ours),
+        fresh=len(ours.keys() - theirs.keys()),
+        dropped=len(theirs.keys() - ours.keys()),
         tokenizer=published,
     )
+
+
+def _model(options: ImportOptions, source: ModelConfig) -> ModelConfig:
+    """Return the files' model with what the options change. Raises `UserError` if it cannot be."""
+    model = dataclasses.replace(source)
+    if options.loop_count is not None:
+        if not 1 <= options.loop_count <= MAX_LOOP_COUNT:
+            raise UserError(f"--loop-count must be from 1 to {MAX_LOOP_COUNT}, not {options.loop_count}")
+        model.loop_count = options.loop_count
+    for name, value in options.switches.items():
+        if value is not None:
+            problem = IMPORT_OPTIONS[name].problem(value, source, model)
+            if problem is not None:
+                raise UserError(f"--{name.replace('_', '-')} {problem}")
+            model = dataclasses.replace(model, **{name: value})
+    return model if options.preset is None else _with_preset(model, source, options.preset)
 
 
 def _with_preset(model: ModelConfig, source: ModelConfig, preset: str) -> ModelConfig:
@@ -152,33 +166,6 @@ def _with_preset(model: ModelConfig, source: ModelConfig, preset: str) -> ModelC
     return model
 
 
-def _with_span(model: ModelConfig, source: ModelConfig, span: list[int]) -> ModelConfig:
-    """Return the model with new loops over some of the source's layers.
-
-    Raises:
-        UserError: there are no new loops, or no such layers.
-    """
-    if source.loop_count > 1:
-        raise UserError(f"--loop-span is for one-loop models; this model's {source.loop_count} loops have their layers")
-    if model.loop_count == 1:
-        raise UserError("--loop-span says which layers loop: also give --loop-count 2 or more")
-    if not 0 <= span[0] < span[1] <= model.num_layers:
-        first, last = span
-        raise UserError(f"--loop-span {first} {last}: give 0 <= FIRST < LAST <= {model.num_layers}, the model's layers")
-    return dataclasses.replace(model, loop_span=span)
-
-
-def _with_key_shift(model: ModelConfig) -> ModelConfig:
-    """Return the model with learned shares of the previous token's keys and values, initially zero.
-
-    Raises:
-        UserError: the model has shifted keys already.
-    """
-    if model.key_shift != "none":
-        raise UserError(f"--key-shift: the model has key_shift {model.key_shift} already; leave it out")
-    return dataclasses.replace(model, key_shift="learned")
-
-
 def _precision(options: ImportOptions, files: SafetensorsFolder) -> str:
     found = hf_precision(files)
     if options.precision is None:
@@ -188,45 +175,24 @@ def _precision(options: ImportOptions, files: SafetensorsFolder) -> str:
     return options.precision
 
 
-def _tensors(
-    files: SafetensorsFolder, source_mappings: list[ParamMapping], mappings: list[ParamMapping], target: HFModelConfig
-) -> tuple[list[LazyTensor], int]:
-    """Return the checkpoint's tensors, and how many of them the files lack."""
-    by_name = {mapping.name: mapping for mapping in source_mappings}
-    rows = derived.padded_vocab_size(target.model, target.vocab_size)
-    tensors, fresh = [], 0
-    for mapping in mappings:
-        make: Callable[[], Tensor]
-        if mapping.name in by_name:
-            make = partial(_convert, files, by_name[mapping.name])
-        else:
-            make = partial(_fresh, mapping, target.model)
-            fresh += 1
-        tensors.append(padded(LazyTensor(mapping.name, mapping.shape, make), rows))
-    return tensors, fresh
+def _tensor(
+    mapping: ParamMapping, theirs: ParamMapping | None, files: SafetensorsFolder, model: ModelConfig
+) -> LazyTensor:
+    """Return a tensor of the checkpoint: the files' or, where they have none, a new model's."""
+
+    def make() -> Tensor:
+        if theirs is not None:
+            return theirs.to_megatron([files.read(name) for name, _ in theirs.hf])
+        value = mapping.parameter.constant(model)
+        assert value is not None, mapping.name
+        return torch.full(mapping.shape, value)
+
+    return LazyTensor(mapping.name, mapping.shape, make)
 
 
-def _convert(files: SafetensorsFolder, mapping: ParamMapping) -> Tensor:
-    return mapping.to_megatron([files.read(name) for name, _ in mapping.hf])
-
-
-def _fresh(mapping: ParamMapping, model: ModelConfig) -> Tensor:
-    """Return the initial values that a new model has."""
-    value = mapping.parameter.constant(model)
-    assert value is not None, mapping.name
-    return torch.full(mapping.shape, value)
-
-
-def _run_config(options: ImportOptions, target: HFModelConfig, precision: str, tokenizer: Path | None) -> RunConfig:
-    return RunConfig(
-        name=options.output.name,
-        output_dir=str(options.output.parent),
-        model=target.model,
-        data=DataConfig(
-            tokenizer=None if tokenizer is None else str(tokenizer), sequence_length=target.max_position_embeddings
-        ),
-        training=TrainingConfig(precision="bf16" if precision == "bf16" else "fp32"),
-    )
+def _run_config(output: Path, model: ModelConfig, data: DataConfig, precision: str) -> RunConfig:
+    training = TrainingConfig(precision="bf16" if precision == "bf16" else "fp32")
+    return RunConfig(name=output.name, output_dir=str(output.parent), model=model, data=data, training=training)
 
 
 def _model_yaml(config: RunConfig, output: Path) -> str:

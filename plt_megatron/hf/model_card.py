@@ -11,6 +11,7 @@ from plt_megatron.config import derived
 from plt_megatron.config.optimizers import OPTIMIZERS
 from plt_megatron.config.schema import ModelConfig
 from plt_megatron.errors import UserError
+from plt_megatron.hf import switches
 from plt_megatron.hf.lineage import front_matter
 from plt_megatron.hf.param_mapping import ParamMapping
 from plt_megatron.hf.sources import ModelSource
@@ -87,11 +88,9 @@ def _introduction(source: ModelSource) -> str:
 
 def _loops(model: ModelConfig) -> str:
     text = _PARALLEL_LOOPS if model.cross_loop_parallel else _SERIAL_LOOPS
-    return text.format(layers=_looped(model), loops=model.loop_count)
-
-
-def _looped(model: ModelConfig) -> str:
-    return "The layers" if model.loop_span is None else f"The {len(derived.looped_layers(model))} layers that loop"
+    looped = len(derived.looped_layers(model))
+    layers = "The layers" if looped == model.num_layers else f"The {looped} layers that loop"
+    return text.format(layers=layers, loops=model.loop_count)
 
 
 def _table(facts: Iterator[tuple[str, Any]]) -> str:
@@ -116,27 +115,19 @@ def _model_facts(source: ModelSource, mappings: list[ParamMapping]) -> Iterator[
         yield "router", f"{model.moe.router_score_function} scores{bias}"
     heads, groups = model.num_attention_heads, derived.num_query_groups(model)
     yield "attention heads", f"{heads} query, {groups} key/value, of {derived.head_dim(model)} channels"
-    if model.key_shift != "none":
-        forms = {
-            "heads": "half of the key/value heads",
-            "channels": "half of each key's channels",
-            "learned": "learned shares",
-        }
-        yield "keys of the previous token", forms[model.key_shift]
+    yield from _rows(switches.OF_LAYERS, model)
     yield "vocabulary", f"{source.vocab_size:,}"
     yield "embeddings", "tied" if model.share_embeddings_and_output_weights else "untied"
     yield "context", f"{source.max_position_embeddings:,} tokens"
     yield "loops", model.loop_count
-    if model.loop_span is not None:
-        first, last = model.loop_span
-        yield "layers that loop", f"{first} to {last - 1} (counted from 0); those before and after them run once"
     if model.loop_count > 1:
-        yield "order of loops", "by stack" if model.loop_order == "stack" else "by layer: 1, 1, 2, 2"
-        yield "cross-loop parallelism", "yes" if model.cross_loop_parallel else "no"
-        shared = "yes" if model.share_values else "keys only"
-        yield "first-loop key/value sharing", shared if model.share_kv else "no"
-        gate = f"{model.gate_activation} gate reads the {model.gate_input}, multiplies the {model.gate_side} part"
-        yield "gated sliding window", f"{model.window_size} keys, {gate}" if model.gated_window else "no"
+        yield from _rows(switches.OF_LOOPS, model)
+
+
+def _rows(described: Sequence[switches.Switch], model: ModelConfig) -> Iterator[tuple[str, str]]:
+    for switch in described:
+        if (said := switch.said(model)) is not None:
+            yield switch.title, said
 
 
 def _training_facts(source: ModelSource) -> Iterator[tuple[str, Any]]:

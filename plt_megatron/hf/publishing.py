@@ -9,12 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from plt_megatron.errors import UserError
-
-
-def check_target(target: Path) -> None:
-    """Raise `UserError` if the target exists."""
-    if os.path.lexists(target):
-        raise UserError(f"{target} exists: remove it, or choose another --output")
+from plt_megatron.hf.arguments import check_target
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from plt_megatron.config.schema import ModelConfig
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.hf import conversion
-from plt_megatron.hf.config_keys import CONFIG, read_config
+from plt_megatron.hf.arguments import CONFIG, check_model
+from plt_megatron.hf.config_keys import read_config
 from plt_megatron.hf.lineage import read_license
 from plt_megatron.hf.param_mapping import DERIVED_BUFFERS, ParamMapping, mappings_for
 from plt_megatron.hf.safetensors_files import DTYPES, SafetensorsFolder
@@ -94,8 +95,7 @@ def open_source(path: Path, tokenizer: Path | None = None, *, ema: bool = False)
 
 
 def _open_checkpoint(path: Path, tokenizer: Path | None, ema: bool) -> ModelSource:
-    if not path.exists():
-        raise UserError(f"{path}: no such run or checkpoint")
+    check_model(path)
     found = latest_checkpoint(path)
     if found is None:
         raise UserError(f"{path}: no complete checkpoint there")

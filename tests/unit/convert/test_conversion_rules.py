@@ -1,14 +1,20 @@
-"""The table of rules, against index arithmetic written out here."""
+"""The tables of tensors, against index arithmetic written out here, and of switches, against both configurations."""
 
 from __future__ import annotations
+
+import dataclasses
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from convert_helpers import LOOPCODER, VARIANTS, VOCAB, make_model, random_weights
 
+from plt_megatron.config.schema import ModelConfig
 from plt_megatron.errors import UserError
+from plt_megatron.hf.configuration_plt import PLTConfig
 from plt_megatron.hf.conversion import check_tensors, to_hf, to_megatron
 from plt_megatron.hf.param_mapping import mappings_for
+from plt_megatron.hf.switches import SWITCHES
 
 
 def test_qkv_rows_lie_by_query_group():
@@ -102,3 +108,25 @@ def test_checking_tells_what_is_wrong():
         check_tensors({**right, "model.layers.2.extra": (1,)}, rules, "here")
     with pytest.raises(UserError, match=r"model\.norm\.weight has shape \(41,\), config\.json says \(40,\)"):
         check_tensors({**right, "model.norm.weight": (41,)}, rules, "here")
+
+
+def test_every_setting_with_a_key_of_its_name_is_a_switch_with_one_default():
+    """A key that is missing from a file means what the setting's default does."""
+    ours, theirs = ({field.name: field.default for field in dataclasses.fields(k)} for k in (ModelConfig, PLTConfig))
+    sizes = {"hidden_size", "num_attention_heads", "vocab_size"}
+    named = {each.setting for each in SWITCHES if each.setting in each.keys}
+    assert named == (ours.keys() & theirs) - sizes - {"residual_scale"}
+    assert all(each.write(ours[each.setting]) == tuple(theirs[key] for key in each.keys) for each in SWITCHES)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        (name, value)
+        for name in ("norm_placement", "loop_norm")
+        for value in get_args(get_type_hints(ModelConfig)[name])
+    ],
+)
+def test_a_switch_of_two_keys_comes_back(setting, value):
+    switch = next(each for each in SWITCHES if each.setting == setting)
+    assert len(switch.keys) == 2 and switch.read(*switch.write(value)) == value

@@ -59,6 +59,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+MOE = {"head_dim": 20, "num_experts_per_tok": 2, "moe_intermediate_size": 28, "norm_topk_prob": True}
 YARN_ROPE = {
     "rope_type": "yarn",
     "rope_theta": 100.0,
@@ -75,27 +76,8 @@ DENSE = {
     "mistral": ("MistralConfig", {"sliding_window": None}),
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", {"head_dim": 20}),
-    "qwen3 moe": (
-        "Qwen3MoeConfig",
-        {
-            "head_dim": 20,
-            "num_experts": 6,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 28,
-            "norm_topk_prob": True,
-        },
-    ),
-    "qwen3 moe, dense first": (
-        "Qwen3MoeConfig",
-        {
-            "head_dim": 20,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 28,
-            "norm_topk_prob": True,
-            "mlp_only_layers": [0],
-        },
-    ),
+    "qwen3 moe": ("Qwen3MoeConfig", {**MOE, "num_experts": 6}),
+    "qwen3 moe, dense first": ("Qwen3MoeConfig", {**MOE, "num_experts": 4, "mlp_only_layers": [0]}),
     "olmo2": ("Olmo2Config", {}),
 }
 
@@ -148,7 +130,7 @@ def test_and_are_the_start_of_a_plt_with_fresh_gates(tmp_path, name):
 def test_with_a_preset_the_first_logits_are_the_sources(tmp_path, name, span):
     """At any loop count, in a text longer than the window, trained or exported."""
     source, _ = save_dense(tmp_path / "hf", name)
-    options = {"loop_count": 3, "preset": "recommended", "loop_span": span}
+    options = {"loop_count": 3, "preset": "recommended", "switches": {"loop_span": span}}
     result, weights = imported(tmp_path / "hf", tmp_path / "run", **options)
     assert sum(".plt_gate.weight" in key for key in weights) == (1 if span else 2)
     tokens = make_tokens(2, 80)
@@ -175,6 +157,21 @@ def test_what_is_new_is_learned_from_the_first_step(tmp_path):
     opened = {name: tensor + 0.1 if name in new else tensor for name, tensor in weights.items()}
     one, two = (megatron_logits(result.model, opened, make_tokens(), loop_count=loops) for loops in (1, 2))
     assert (one - two).abs().max() > 0.01
+
+
+def test_learned_shares_of_the_previous_token_are_added_once(tmp_path):
+    """To a model of any loop count."""
+    model, learned = make_model(), {"switches": {"key_shift": "learned"}}
+    weights = random_weights(model)
+    quiet((save_run(tmp_path / "run", model, weights), tmp_path / "out"))
+    result, shifted = imported(tmp_path / "out", tmp_path / "shifted", **learned)
+    assert result.fresh == 4 and load_config(tmp_path / "shifted" / "model.yaml").model.key_shift == "learned"
+    expected = megatron_logits(model, weights, make_tokens())
+    assert (megatron_logits(result.model, shifted, make_tokens()) - expected).abs().max() < 1e-5
+    quiet((tmp_path / "shifted", tmp_path / "again"))
+    assert "| keys of the previous token | learned shares |" in (tmp_path / "again" / "README.md").read_text()
+    with pytest.raises(UserError, match="--key-shift .* key_shift learned"):
+        import_model(ImportOptions(tmp_path / "again", tmp_path / "fails", **learned))
 
 
 def test_the_layers_stay_the_sources(tmp_path):
@@ -223,17 +220,11 @@ def test_a_schedule_switches_the_new_loop_on_without_a_jump(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"loop_count": 2, "preset": "paper"},
-            r"--preset paper: later loops would read 1 E \+ 1 h instead of E, .*use --pre",
-        ),
-        (
-            {"loop_count": 2, "preset": "loopcoder"},
-            r"--preset loopcoder: later loops would read 0\.707 E \+ 0\.053 h inste",
-        ),
-        ({"loop_span": [0, 1]}, "--loop-span says which layers loop: also give --loop-count 2 or more"),
-        ({"loop_count": 2, "loop_span": [1, 3]}, r"--loop-span 1 3: give 0 <= FIRST < LAST <= 2, the model's layers"),
-        ({"loop_count": 2, "loop_span": [1, 1]}, r"--loop-span 1 1: give 0 <= FIRST < LAST <= 2, the model's layers"),
+        ({"loop_count": 2, "preset": "paper"}, r"--preset paper: .* read 1 E \+ 1 h instead of E, .*use --preset rec"),
+        ({"loop_count": 2, "preset": "loopcoder"}, r"--preset loopcoder: .* read 0\.707 E \+ 0\.053 h instead of E"),
+        ({"switches": {"loop_span": [0, 1]}}, "--loop-span says which layers loop: also give --loop-count 2 or more"),
+        ({"loop_count": 2, "switches": {"loop_span": [1, 3]}}, "--loop-span 1 3: give 0 <= FIRST < LAST <= 2, the mod"),
+        ({"loop_count": 2, "switches": {"loop_span": [1, 1]}}, "--loop-span 1 1: give 0 <= FIRST < LAST <= 2, the mod"),
         ({"preset": "recommended"}, "--preset says how later loops are .*: also give --loop-count 2 or more"),
     ],
 )
@@ -275,6 +266,8 @@ def test_other_loop_counts_keep_or_drop_the_gates(tmp_path):
     quiet((save_run(tmp_path / "run", model, weights), tmp_path / "out"))
     with pytest.raises(UserError, match="--preset is for one-loop models; this model's 2 loops have settings"):
         import_model(ImportOptions(tmp_path / "out", tmp_path / "fails", 3, "recommended"))
+    with pytest.raises(UserError, match="--loop-span is for one-loop models; this model's 2 loops"):
+        import_model(ImportOptions(tmp_path / "out", tmp_path / "fails", switches={"loop_span": [0, 1]}))
     result, three = imported(tmp_path / "out", tmp_path / "three", loop_count=3)
     assert result.fresh == 0 and all(torch.equal(three[key], weights[key]) for key in weights)
     result, one = imported(tmp_path / "out", tmp_path / "one", loop_count=1)
@@ -370,14 +363,18 @@ def test_a_models_name_on_the_hub(tmp_path):
     assert read_lineage(folder)["license"] == "mit"
 
 
-@pytest.mark.parametrize("given", ["run", "../there/run"])
-def test_the_model_yaml_works_from_any_folder(tmp_path, tokenizer_model, monkeypatch, given):
+def save_llama(folder, tokenizer_model, **changes):
+    """A Llama with a tokenizer of 400 ids."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = tmp_path / "hf"
-    LlamaForCausalLM(LlamaConfig(**{**TINY, "vocab_size": 400})).save_pretrained(folder)
-    for path in tokenizer_model.parent.iterdir():
-        shutil.copyfile(path, folder / path.name)
+    LlamaForCausalLM(LlamaConfig(**{**TINY, "vocab_size": 400, **changes})).save_pretrained(folder)
+    shutil.copytree(tokenizer_model.parent, folder, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.mark.parametrize("given", ["run", "../there/run"])
+def test_the_model_yaml_works_from_any_folder(tmp_path, tokenizer_model, monkeypatch, given):
+    folder = save_llama(tmp_path / "hf", tokenizer_model)
     (tmp_path / "there").mkdir()
     monkeypatch.chdir(tmp_path / "there")
     result = import_model(ImportOptions(folder, Path(given)))
@@ -388,12 +385,9 @@ def test_the_model_yaml_works_from_any_folder(tmp_path, tokenizer_model, monkeyp
 
 
 def test_the_tokenizer_comes_along(tmp_path, tokenizer_model):
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer
 
-    folder = tmp_path / "hf"
-    LlamaForCausalLM(LlamaConfig(**{**TINY, "vocab_size": 400, "eos_token_id": [2, 5]})).save_pretrained(folder)
-    for path in tokenizer_model.parent.iterdir():
-        shutil.copyfile(path, folder / path.name)
+    folder = save_llama(tmp_path / "hf", tokenizer_model, eos_token_id=[2, 5])
     generation = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps({**generation, "temperature": 0.6, "do_sample": True}))
     result, _ = imported(folder, tmp_path / "run")
@@ -408,10 +402,7 @@ def test_the_tokenizer_comes_along(tmp_path, tokenizer_model):
     assert settings["eos_token_id"] == [2, 5] and settings["temperature"] == 0.6
     (folder / "tokenizer_config.json").unlink()  # config.json alone says where a text ends
     assert open_source(folder).tokenizer.eod == 2
-    small = tmp_path / "small"
-    LlamaForCausalLM(LlamaConfig(**TINY)).save_pretrained(small)
-    for path in tokenizer_model.parent.iterdir():
-        shutil.copyfile(path, small / path.name)
+    small = save_llama(tmp_path / "small", tokenizer_model, vocab_size=VOCAB)
     with pytest.raises(UserError, match="has 400 ids, the model's vocabulary 117: it belongs to another model"):
         import_model(ImportOptions(small, tmp_path / "fails"))
     assert not (tmp_path / "fails").exists()
@@ -443,11 +434,7 @@ def test_dtypes(tmp_path):
         ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported, only 'silu'"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}, "rope_type 'linear'"),
         ("llama, yarn", {"rope_parameters": {**YARN_ROPE, "mscale": 0.7}}, "yarn with mscale 0.7 is not supported"),
-        (
-            "llama, yarn",
-            {"rope_parameters": {**YARN_ROPE, "attention_factor": 1.0}},
-            "with attention_factor 1.0 is not",
-        ),
+        ("llama, yarn", {"rope_parameters": {**YARN_ROPE, "attention_factor": 1.0}}, "with attention_factor 1.0 is"),
         ("llama, yarn", {"rope_parameters": {**YARN_ROPE, "factor": "long"}}, "config.json: "),
         ("llama 3.1", {"rope_parameters": {**LLAMA3_ROPE, "low_freq_factor": 2.0}}, "llama3 with low_freq_factor 2.0"),
         ("llama", {"num_key_value_heads": 3}, "num_attention_heads 4 is not divisible by num_key_value_heads 3"),
@@ -525,7 +512,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     arguments = ["--model", str(tmp_path / "hf"), "--output", str(tmp_path / "run"), "--loop-count", "2"]
     assert command.main(arguments) == 0
     out = capsys.readouterr().out
-    assert "step_00000000: llama, 2 loops, 19 tensors in fp32" in out and "4 of them are new gates" in out
+    assert "step_00000000: llama, 2 loops, 19 tensors in fp32" in out and "4 of them are new, such as gates" in out
     assert "its initial logits are not the model's own; with --preset recommended they are" in out
     assert open_source(tmp_path / "run").model.loop_count == 2
     assert command.main(arguments) == 2

@@ -20,6 +20,7 @@ from convert_helpers import (
 from safetensors.torch import load_file, save_file
 
 from plt_megatron.errors import UserError
+from plt_megatron.hf.configuration_plt import PLTConfig
 from plt_megatron.hf.importing import ImportOptions, import_model
 from tests.hf.reference import Reference
 
@@ -90,23 +91,15 @@ def save_loopcoder(folder, **changes):
     return tensors
 
 
-class Published:
-    """LoopCoder-v2's model in the reference's terms, from what its report and its config say."""
-
-    def __init__(self, **changes):
-        self.num_hidden_layers, self.num_attention_heads, self.head_dim = 2, 4, 16
-        self.rms_norm_eps, self.rope_parameters = 1e-5, {"rope_theta": 500000.0}
-        self.norm_placement, self.qk_norm, self.ffn_output_norm = "pre", False, False
-        self.tie_word_embeddings, self.share_kv, self.gated_window, self.cross_loop_parallel = False, True, True, True
-        self.window_size, self.gate_input, self.gate_side, self.norm_between_loops = 65, "hidden", "global", True
-        self.gate_activation, self.share_values, self.key_shift = "sigmoid", True, "none"
-        self.embedding_scale, self.hidden_scale, self.loop_count = 0.707, 0.053, 2
-        self.hidden_norm, self.learned_hidden_scale, self.residual_scale = False, "none", 1.0
-        vars(self).update(changes)
+def published(**changes):
+    """LoopCoder-v2's model in our terms, from what its report and its config say."""
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16, "rope_theta": 500000.0}
+    gates = {"window_size": 65, "gate_input": "hidden", "gate_side": "global", "norm_between_loops": True}
+    return PLTConfig(**{**sizes, **gates, "embedding_scale": 0.707, "hidden_scale": 0.053, "loop_count": 2, **changes})
 
 
 @pytest.mark.parametrize(
-    ("keys", "published"),
+    ("keys", "changes"),
     [
         ({}, {}),
         ({"plt_num_loops": 3, "plt_window_size": [2, 0]}, {"loop_count": 3, "window_size": 3}),
@@ -117,12 +110,12 @@ class Published:
         ({"plt_normalize_per_loop": False}, {"norm_between_loops": False}),
     ],
 )
-def test_loopcoder_runs_in_our_code_and_goes_back(tmp_path, keys, published):
+def test_loopcoder_runs_in_our_code_and_goes_back(tmp_path, keys, changes):
     tensors = save_loopcoder(tmp_path / "v2", **keys)
     result, weights = imported(tmp_path / "v2", tmp_path / "run")
     assert result.precision == "bf16" and result.fresh == result.dropped == 0
     tokens = make_tokens(1, 80)  # longer than the window
-    reference = Reference(Published(**published), tensors)
+    reference = Reference(published(**changes), tensors)
     expected = reference.logits(tokens[0])[0]
     # Straight into our code, by way of a training checkpoint, and in training.
     quiet((tmp_path / "v2", tmp_path / "straight", "fp32"))
