@@ -1,7 +1,8 @@
-"""What every test shares. Set before torch is imported anywhere: one thread per process, no plots on a screen."""
+"""Settings and fixtures of all tests. Before torch is imported anywhere: one thread a process, plots in files."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
@@ -56,7 +57,7 @@ _FIRST = [
 
 
 def _scope(nodeid: str) -> str:
-    """What stays with one worker."""
+    """Name the group of tests that stays with one worker."""
     return next((name for folder, name in _TOGETHER.items() if nodeid.startswith(folder)), nodeid.split("::")[0])
 
 
@@ -68,7 +69,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """What stays together as a whole, in the order of collection."""
+    """Give each group to one worker, in the order of collection."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
@@ -92,12 +93,11 @@ def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def run_distributed(warm_python: str) -> Iterator[Callable[..., Any]]:
-    """Run a function on several ranks, which the session's pool keeps: `tests.distributed.pool.runner`."""
-    from tests.distributed.pool import WorkerPool, runner
+    """Run a function on several ranks, which the session's pool keeps."""
+    from tests.distributed.pool import WorkerPool
 
-    pool = WorkerPool(python=warm_python)
-    yield runner(pool)
-    pool.close()
+    with contextlib.closing(WorkerPool(python=warm_python)) as pool:
+        yield pool
 
 
 @pytest.fixture
@@ -112,16 +112,14 @@ def one_thread() -> Iterator[None]:
 
 
 def pytest_collection_finish() -> None:
-    """What collection has imported, a million objects, is not looked through by every later garbage collection."""
+    """Keep later garbage collections from looking through what collection has imported, a million objects."""
     gc.collect()
     gc.freeze()
     gc.enable()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print what was compared: layouts with one process, estimated with measured memory."""
-    from tests.distributed.memory_table import write_memory_table
-    from tests.distributed.parity_table import write_parity_table
+    """Print what was compared."""
+    from tests.distributed.tables import write_tables
 
-    write_memory_table(terminalreporter)
-    write_parity_table(terminalreporter)
+    write_tables(terminalreporter)

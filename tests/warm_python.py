@@ -230,7 +230,7 @@ def _open_streams() -> None:
 
 
 def _forget_exit_functions() -> None:
-    """What imports have registered for the interpreter's end, of which a fork does only what its own command needs.
+    """Drop what imports have registered for the interpreter's end: a fork does only what its own command needs.
 
     The finalizers of objects that are never freed, and torch.compile's report, would copy 50 MB of the server's memory.
     """

@@ -1,7 +1,8 @@
-"""What the parity tests train and compare. Without torch: workers import `parity`, the tests themselves need not."""
+"""Cases, layouts and outcomes of the parity tests. Without torch: workers import `parity`, the tests need not."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -34,7 +35,8 @@ EXPERTS: dict[str, Any] = {
     "moe.z_loss_coeff": 1e-3,
 }
 
-LOSSES = (("loop_loss_weights", (0.5, 0.25)),)  # of three loops, as a case's `training`
+LOSSES = {"loop_loss_weights": (0.5, 0.25)}  # of three loops, as a case's `training`
+Z_LOSS = {"z_loss_coeff": 0.02}  # as a case's `training`
 
 # The first step moves each bias by a good part of what scores differ in, so that the second routes otherwise.
 BIASES = {
@@ -43,10 +45,24 @@ BIASES = {
 }
 
 # As a case's `optimizer`: each kind of parameter has rates of its own.
-FACTORS = (
-    ("lr_mult", RateFactors(embedding=4.0, hidden=0.5, gates=2.0, norms=3.0)),
-    ("wd_mult", DecayFactors(embedding=3.0, gates=2.0, norms=0.5)),
-)
+FACTORS = {
+    "lr_mult": RateFactors(embedding=4.0, hidden=0.5, gates=2.0, norms=3.0),
+    "wd_mult": DecayFactors(embedding=3.0, gates=2.0, norms=0.5),
+}
+# As a case's `parallel`: embedding and head count as layers where a pipeline's layers are divided.
+ENDS = {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}
+SPAN = {"loop_span": [1, 3]}  # of four layers
+# Models that change several things at once.
+NAIVE = {"cross_loop_parallel": False, "share_kv": False, "gated_window": False}
+LOOPCODER = {
+    "window_size": 4,
+    "gate_input": "hidden",
+    "gate_side": "global",
+    "loop_norm": "final",
+    "embedding_scale": 0.707,
+    "hidden_scale": 0.053,
+    "share_embeddings_and_output_weights": False,
+}
 
 
 @dataclass(frozen=True)
@@ -60,9 +76,26 @@ class Layout:
     cp: int = 1
     ep: int = 1
 
+    @classmethod
+    def of(cls, words: str) -> Layout:
+        """Read a layout as in "TP2 SP PP2"; a dimension that is not named has one rank."""
+        named = words.split()
+        return cls(sp="SP" in named, **{word[:2].lower(): int(word[2:]) for word in named if word != "SP"})
+
     @property
     def world_size(self) -> int:
         return self.tp * self.pp * self.dp * self.cp
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of `ParallelConfig`, without the data-parallel size: it is what the others leave."""
+        return {
+            "tensor_model_parallel_size": self.tp,
+            "sequence_parallel": self.sp,
+            "pipeline_model_parallel_size": self.pp,
+            "context_parallel_size": self.cp,
+            "expert_model_parallel_size": self.ep,
+        }
 
     def __str__(self) -> str:
         context = f" CP{self.cp}" if self.cp > 1 else ""
@@ -70,36 +103,47 @@ class Layout:
         return f"TP{self.tp}{' SP' if self.sp else ''} PP{self.pp}{context} DP{self.dp}{experts}"
 
 
+class Settings(dict[str, Any]):
+    """Settings that can be a key: references are trained once for each case."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(str(sorted(self.items())))
+
+
 @dataclass(frozen=True)
 class Case:
-    """What is trained, and how the work is done in a layout."""
+    """A model and its training, and how the work is done in a layout."""
 
     loops: int = 2
     recompute: str = "none"
     overlap: bool = False
     packed: bool = False
-    model: tuple[tuple[str, Any], ...] = ()  # settings other than MODEL's
+    model: Mapping[str, Any] = field(default_factory=dict)  # settings other than MODEL's
     zero_gates: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
-    parallel: tuple[tuple[str, Any], ...] = ()  # how ranks communicate, beside the layout
-    training: tuple[tuple[str, Any], ...] = ()
-    optimizer: tuple[tuple[str, Any], ...] = ()
+    parallel: Mapping[str, Any] = field(default_factory=dict)  # how ranks communicate, beside the layout
+    training: Mapping[str, Any] = field(default_factory=dict)
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
     step_loops: tuple[int, ...] = ()  # loops of each step, for a model of `loops`; empty: `loops` in each of `STEPS`
+
+    def __post_init__(self) -> None:
+        for name in ("model", "parallel", "training", "optimizer"):
+            object.__setattr__(self, name, Settings(getattr(self, name)))
 
     @property
     def reference(self) -> Case:
         """The same numbers, asked of one process."""
-        return replace(self, recompute="none", overlap=False, parallel=())
+        return replace(self, recompute="none", overlap=False, parallel={})
 
 
 @dataclass
 class Outcome:
-    """What must not depend on the layout, and how the gradients were reduced.
+    """The numbers that must not depend on the layout, and how the gradients were reduced.
 
     Attributes:
         numbers: losses and gradient norms by name.
         initial, final: every parameter and buffer of the whole model by name, unsharded, without vocabulary padding.
-        dispatched: of each rank and step, how many bucket groups were on their way before backward ended, and all.
+        dispatched: for each rank and step, bucket groups that were on their way before backward ended, and all.
     """
 
     numbers: dict[str, float] = field(default_factory=dict)

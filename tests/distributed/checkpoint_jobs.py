@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,16 @@ from tests.settings import make
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB, LENGTH, BATCH = 117, 16, 8
 ROWS = 2  # of a microbatch
+# Settings of `run_config`.
+SCALES = {"loop_norm": "rms", "learned_hidden_scale": "channel"}
+EXPERTS = {
+    "moe.num_experts": 4,
+    "moe.ffn_hidden_size": 24,
+    "moe.z_loss_coeff": 1e-3,
+    "moe.router_score_function": "sigmoid",
+    "moe.router_bias_update_rate": 0.02,
+    "moe.first_k_dense_replace": 1,
+}
 
 
 def run_config(
@@ -176,6 +189,34 @@ def error_of_load(path: Path, config: RunConfig, vocab_size: int = VOCAB) -> str
     except UserError as error:
         return str(error)
     return "no error"
+
+
+def edit_progress(checkpoint: Path, edit: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    """Edit what a checkpoint says of its run; its manifest knows nothing of that file then."""
+    progress, manifest = (json.loads((checkpoint / f"{name}.json").read_text()) for name in ("progress", "manifest"))
+    edit(progress)
+    del manifest["files"]["progress.json"]
+    for name, content in (("progress", progress), ("manifest", manifest)):
+        (checkpoint / f"{name}.json").write_text(json.dumps(content))
+    return progress
+
+
+def stored_tensors(directory: Path, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint, or of a folder's last one, whose key has the prefix, as torch reads them."""
+    from torch.distributed.checkpoint import FileSystemReader, load
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    from plt_megatron.run_folder.checkpoints import latest_checkpoint
+
+    reader = FileSystemReader(directory if (directory / ".metadata").exists() else latest_checkpoint(directory))
+    tensors = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata) and key.startswith(prefix)
+    }
+    with warnings.catch_warnings(action="ignore"):
+        load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
 
 
 def main_parameters(path: Path, config: RunConfig) -> str:

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tests.distributed.cases import VOCAB_SIZE, Case, Layout
+from tests.distributed.cases import VOCAB_SIZE, Case, Layout, Outcome
 from tests.distributed.heard import heard
 
 STEPS = 3
-Numbers = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -65,34 +64,20 @@ def with_engine(config: Any, zero: Zero) -> Any:
 # ---------------------------------------------------------------- parity
 
 
-def train_cases(layout: Layout, cases: list[tuple[Case, Zero]]) -> list[Numbers]:
-    """Train each case for three steps: losses, gradient norms, and validation losses at other loop counts."""
+def train_cases(layout: Layout, cases: list[tuple[Case, Zero]]) -> list[Outcome]:
+    """Train each case for three steps: the numbers of `parity.train_case`, and the learning rate that comes next."""
     from plt_megatron.runtime.process_groups import init_process_groups
-    from tests.distributed import parity
-
-    init_process_groups(parity._parallel(layout, Case()))
-    return [_train(layout, case, zero) for case, zero in cases]
-
-
-def _train(layout: Layout, case: Case, zero: Zero) -> Numbers:
     from plt_megatron.train.build_engine import build_engine
     from tests.distributed import parity
 
-    with parity._randomized(case.zero_gates):
-        engine = build_engine(with_engine(parity._config(layout, case), zero), VOCAB_SIZE)
-    numbers = {}
-    for step, step_loops in enumerate(case.step_loops or (case.loops,) * STEPS):
-        result = engine.train_step(parity._batches(step, layout, case), loop_count=step_loops)
-        assert result.updated
-        numbers[f"loss {step}"], numbers[f"gradient norm {step}"] = result.loss, result.grad_norm
-        numbers[f"learning rate {step}"] = result.lr
-        if result.head_z_loss is not None:
-            numbers[f"z-loss {step}"] = result.head_z_loss
-        if step == 1:
-            for loops in parity._evaluated_loops(case):
-                loss, tokens = engine.evaluate(parity._batches(100, layout, case), loops)
-                numbers[f"validation loss at {loops}"] = loss / tokens
-    return numbers
+    init_process_groups(parity._parallel(layout, Case()))
+    outcomes = []
+    for case, zero in cases:
+        with parity._randomized(case.zero_gates):
+            engine = build_engine(with_engine(parity._config(layout, case), zero), VOCAB_SIZE)
+        numbers = parity.train_case(engine, layout, case, STEPS)
+        outcomes.append(Outcome({**numbers, "learning rate": engine.scheduler.lr}))
+    return outcomes
 
 
 def refuse_steps(layout: Layout, stages: list[int]) -> list[list[Any]]:
@@ -156,20 +141,19 @@ class Place:
     tp: int = 1
     pp: int = 1
     precision: Literal["fp32", "bf16"] = "fp32"
-    model: tuple[tuple[str, Any], ...] = ()
+    loops: int = 2
     loop_schedule: bool = False
 
     def __str__(self) -> str:
         engine = "megatron" if self.zero == MEGATRON else str(self.zero)
         pipeline = f" PP{self.pp}" if self.pp > 1 else ""
-        loops = f" L{dict(self.model)['loop_count']}" if "loop_count" in dict(self.model) else ""
+        loops = " loops in turn" if self.loop_schedule else f" L{self.loops}" if self.loops != 2 else ""
         return f"{engine} TP{self.tp}{pipeline}{loops}{' bf16' if self.precision == 'bf16' else ''}"
 
     @property
     def layout(self) -> dict[str, Any]:
-        """Of `ParallelConfig`."""
-        sizes = {"tensor_model_parallel_size": self.tp, "pipeline_model_parallel_size": self.pp}
-        return {**sizes, "sequence_parallel": self.tp > 1}
+        """Settings of `ParallelConfig`."""
+        return Layout(self.tp, self.tp > 1, self.pp).settings
 
 
 @dataclass
@@ -202,7 +186,7 @@ def _build(place: Place) -> Any:
     from plt_megatron.train.build_engine import build_engine
     from tests.distributed import checkpoint_jobs as jobs
 
-    config = with_engine(jobs.run_config(place.layout, place.precision, **dict(place.model)), place.zero)
+    config = with_engine(jobs.run_config(place.layout, place.precision, loop_count=place.loops), place.zero)
     if place.loop_schedule:
         config.training.loop_schedule = [LoopStage(loop_shares=[0.5, 0.5])]
         # No group has the general settings, so that the later loops' is the first.
@@ -269,7 +253,7 @@ def save_from(folder: Path, places: list[Place]) -> list[float]:
 
 
 def save_copies_that_differ(folder: Path, place: Place) -> str:
-    """What saving ends with once rank 1 holds another final norm."""
+    """Save although rank 1 holds another final norm; return the error."""
     import torch.distributed as dist
 
     from plt_megatron.errors import UserError

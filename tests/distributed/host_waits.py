@@ -73,7 +73,7 @@ class HostWaits(TorchDispatchMode):
 
 
 def _is_masked(args: Any) -> bool:
-    """Whether elements are chosen by a mask; a single value is put to them without knowing how many there are."""
+    """Tell whether a mask chooses the elements; a single value is put to them without knowing how many there are."""
     masked = any(index is not None and index.dtype == torch.bool for index in args[1])
     return masked and (len(args) < 3 or args[2].numel() > 1)
 

@@ -6,9 +6,10 @@ are zero and norms one, which would hide most mistakes in them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -65,42 +66,49 @@ def _train(layout: Layout, case: Case) -> Outcome:
         engine = MegatronEngine(_config(layout, case), VOCAB_SIZE)
     dispatched = _observe_reduction(engine)
     outcome.initial = _gather(engine.stage)
-    for step, loops in enumerate(case.step_loops or (case.loops,) * STEPS):
-        result = engine.train_step(_batches(step, layout, case), loop_count=loops)
-        outcome.numbers[f"loss {step}"] = result.loss
-        outcome.numbers[f"gradient norm {step}"] = result.grad_norm
-        if result.head_z_loss is not None:
-            outcome.numbers[f"z-loss {step}"] = result.head_z_loss
-        if step == 0:
-            for evaluated in _evaluated_loops(case):
-                loss, tokens = engine.evaluate(_batches(100, layout, case), evaluated)
-                outcome.numbers[f"validation loss at {evaluated}"] = loss / tokens
+    outcome.numbers = train_case(engine, layout, case, STEPS)
     engine.gather_parameters()
     outcome.final = _gather(engine.stage)
     outcome.dispatched = _gather_objects(dispatched)
     return outcome
 
 
-def _evaluated_loops(case: Case) -> list[int]:
-    return [1] if case.loops == 1 else sorted({1, case.loops - 1, case.loops + 1})
+def train_case(engine: Any, layout: Layout, case: Case, count: int) -> dict[str, float]:
+    """The numbers of `count` steps, or of as many as the case has."""
+    loops = case.step_loops or (case.loops,) * count
+    steps = ((_batches(step, layout, case), loops[step]) for step in range(len(loops)))
+    return train_steps(engine, steps, _batches(100, layout, case), case.loops)
+
+
+def train_steps(
+    engine: Any, steps: Iterable[tuple[list[MicroBatch], int | None]], validation: list[MicroBatch], loops: int
+) -> dict[str, float]:
+    """Losses and gradient norms of steps, given by their microbatches and loops; and after the first step validation
+    losses at one loop, and at one less and one more than `loops`."""
+    numbers = {}
+    for step, (batches, loop_count) in enumerate(steps):
+        result = engine.train_step(batches, loop_count=loop_count)
+        numbers[f"loss {step}"], numbers[f"gradient norm {step}"] = result.loss, result.grad_norm
+        if result.head_z_loss is not None:
+            numbers[f"z-loss {step}"] = result.head_z_loss
+        for other in sorted({1, loops - 1, min(loops + 1, 8)} if loops > 1 else {1}) if step == 0 else ():
+            loss, tokens = engine.evaluate(validation, other)
+            numbers[f"validation loss at {other}"] = loss / tokens
+    return numbers
 
 
 def _parallel(layout: Layout, case: Case) -> ParallelConfig:
     return ParallelConfig(
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        context_parallel_size=layout.cp,
-        expert_model_parallel_size=layout.ep,
-        sequence_parallel=layout.sp,
+        **layout.settings,
         overlap_grad_reduce=case.overlap,
-        recompute_granularity=case.recompute,  # type: ignore[arg-type]
-        **dict(case.parallel),
+        recompute_granularity=case.recompute,
+        **case.parallel,
     )
 
 
 def _config(layout: Layout, case: Case) -> RunConfig:
     return RunConfig(
-        model=make(ModelConfig, {**MODEL, "loop_count": case.loops, **dict(case.model)}),
+        model=make(ModelConfig, {**MODEL, "loop_count": case.loops, **case.model}),
         parallel=_parallel(layout, case),
         data=DataConfig(sequence_length=SEQUENCE_LENGTH, reset_at_document_boundaries=case.packed),
         training=changed(
@@ -111,10 +119,10 @@ def _config(layout: Layout, case: Case) -> RunConfig:
                 precision=case.precision,
                 loop_schedule=[LoopStage(loop_shares=[1 / case.loops] * case.loops)] if case.step_loops else [],
             ),
-            dict(case.training),
+            case.training,
         ),
         # With Adam's usual epsilon, an element whose gradient is rounding error moves as far as any other.
-        optimizer=OptimizerConfig(**{"lr": 1e-3, "min_lr": 1e-4, "adam_eps": 1e-4, **dict(case.optimizer)}),
+        optimizer=OptimizerConfig(**{"lr": 1e-3, "min_lr": 1e-4, "adam_eps": 1e-4, **case.optimizer}),
     )
 
 
@@ -125,28 +133,34 @@ def _micro_batch_size(layout: Layout) -> int:
 
 
 def _batches(seed: int, layout: Layout, case: Case) -> list[MicroBatch]:
-    """This rank's share of a global batch that depends on `seed` alone; a fifth of the tokens does not count."""
+    return draw_batches(_config(layout, case), seed, GLOBAL_BATCH_SIZE, SEQUENCE_LENGTH, VOCAB_SIZE)
+
+
+def draw_batches(config: RunConfig, seed: int, samples: int, length: int, vocab_size: int) -> list[MicroBatch]:
+    """This rank's share of a global batch of `samples`, read as rows of `length`, that depends on `seed` alone; a fifth
+    of the tokens does not count."""
+    each = config.data.sequence_length // length
+    rows, size = samples * each, config.training.micro_batch_size * each
     generator = torch.Generator().manual_seed(seed)
-    shape = (GLOBAL_BATCH_SIZE, SEQUENCE_LENGTH)
-    tokens = torch.randint(0, VOCAB_SIZE, (shape[0], shape[1] + 1), generator=generator)
-    mask = (torch.rand(shape, generator=generator) > 0.2).float()
-    starts = torch.rand(shape, generator=generator) < 0.3
-    size, share = _micro_batch_size(layout), GLOBAL_BATCH_SIZE // layout.dp
+    tokens = torch.randint(0, vocab_size, (rows, length + 1), generator=generator)
+    mask = (torch.rand(rows, length, generator=generator) > 0.2).float()
+    starts = torch.rand(rows, length, generator=generator) < 0.3
+    share = rows // parallel_state.get_data_parallel_world_size()
     first = parallel_state.get_data_parallel_rank() * share
+    packed = config.data.reset_at_document_boundaries
     return [
         MicroBatch(
             tokens=tokens[row : row + size, :-1].contiguous(),
             labels=tokens[row : row + size, 1:].contiguous(),
             loss_mask=mask[row : row + size],
-            document_starts=starts[row : row + size] if case.packed else None,
-            position_ids=Documents(starts[row : row + size]).position_ids if case.packed else None,
+            document_starts=starts[row : row + size] if packed else None,
+            position_ids=Documents(starts[row : row + size]).position_ids if packed else None,
         )
         for row in range(first, first + share, size)
     ]
 
 
-@contextmanager
-def _randomized(zero_gates: bool) -> Iterator[None]:
+def _randomized(zero_gates: bool) -> AbstractContextManager[Any]:
     """Have the engine start from random gates and norms, drawn by their names in the whole model."""
 
     def initialize_all(stage: LoopedGPT, seed: int) -> None:
@@ -154,26 +168,17 @@ def _randomized(zero_gates: bool) -> Iterator[None]:
         randomize_gates_and_norms(stage, zero_gates)
         randomize_biases(stage)
 
-    build.initialize = initialize_all
-    try:
-        yield
-    finally:
-        build.initialize = initialize
+    return mock.patch.object(build, "initialize", initialize_all)
 
 
-@contextmanager
-def _small_buckets() -> Iterator[None]:
+def _small_buckets() -> AbstractContextManager[Any]:
     """Several gradient buckets, although the model is tiny."""
     stock = LayerWiseDistributedOptimizer.compute_full_param_layout
 
     def small(params: Any, bucket_size: int | None, *args: Any, **kwargs: Any) -> Any:
         return stock(params, None if bucket_size is None else 2000, *args, **kwargs)
 
-    LayerWiseDistributedOptimizer.compute_full_param_layout = small
-    try:
-        yield
-    finally:
-        LayerWiseDistributedOptimizer.compute_full_param_layout = stock
+    return mock.patch.object(LayerWiseDistributedOptimizer, "compute_full_param_layout", small)
 
 
 def _observe_reduction(engine: MegatronEngine) -> list[tuple[int, int]]:

@@ -5,6 +5,7 @@ the workers. `run` runs a function in `world_size` of them, as the ranks of one 
 
     pool = WorkerPool()
     results = pool.run(function, 4, *args, **kwargs)  # what the function returned on each rank
+    result = pool(function, 4, *args, **kwargs)  # on rank 0
 
 The function and its arguments are pickled: the function lives at the top level of a module. The first failure, death or
 overrun of a rank ends the job, every worker with it, and raises `DistributedFailure`; the next job gets new workers. So
@@ -89,6 +90,11 @@ class WorkerPool:
             raise DistributedFailure(f"{failure}\n{self._log_tail(log_start)}")
         return [pickle.loads(result) for result in results]
 
+    def __call__(self, function: Callable, world_size: int, *args: Any, all_ranks: bool = False, **kwargs: Any) -> Any:
+        """`run` it; return rank 0's result or, with `all_ranks`, every rank's."""
+        results = self.run(function, world_size, *args, **kwargs)
+        return results if all_ranks else results[0]
+
     def close(self) -> None:
         """End the server and its workers."""
         if self._server is None:
@@ -138,20 +144,6 @@ class WorkerPool:
         start = max(start, self._log_size() - limit)
         text = os.pread(self._log.fileno(), limit, start).decode(errors="replace").strip()
         return f"--- the workers' output ---\n{text}" if text else ""
-
-
-def runner(pool: WorkerPool) -> Callable[..., Any]:
-    """`run(function, world_size, *args, **kwargs)`: run it as a job of gloo processes.
-
-    Returns rank 0's result, or every rank's in a list with `all_ranks=True`. `timeout_s` bounds the job (120 s).
-    The function lives at the top level of a module and finds the default process group and RANK, WORLD_SIZE set.
-    """
-
-    def run(function: Callable, world_size: int, *args: Any, all_ranks: bool = False, **kwargs: Any) -> Any:
-        results = pool.run(function, world_size, *args, **kwargs)
-        return results if all_ranks else results[0]
-
-    return run
 
 
 def _environment() -> dict[str, str]:

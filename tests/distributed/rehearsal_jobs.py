@@ -29,6 +29,7 @@ from plt_megatron.config.schema import (
     RunConfig,
     TrainingConfig,
 )
+from tests.distributed.cases import ENDS, Layout
 
 if TYPE_CHECKING:
     from plt_megatron.predict.rehearsal.record import Log
@@ -43,82 +44,54 @@ _EXPERTS = MoeConfig(
     router_bias_update_rate=1e-3,
     first_k_dense_replace=1,  # of two layers: with PP2 a stage has no experts
 )
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "TP2 PP2 DP2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "data_parallel_size": 2},
-    "TP2 SP CP2 DP2": {
-        "tensor_model_parallel_size": 2,
-        "sequence_parallel": True,
-        "context_parallel_size": 2,
-        "data_parallel_size": 2,
-    },
-    "PP4 DP2 overlap": {"pipeline_model_parallel_size": 4, "data_parallel_size": 2, "overlap_grad_reduce": True},
-    "TP2 SP DP2 EP2": {
-        "tensor_model_parallel_size": 2,
-        "sequence_parallel": True,
-        "data_parallel_size": 2,
-        "expert_model_parallel_size": 2,
-    },
-    "PP2 DP4 EP4 allgather": {
-        "pipeline_model_parallel_size": 2,
-        "data_parallel_size": 4,
-        "expert_model_parallel_size": 4,
-        "moe_token_dispatcher_type": "allgather",
-    },
-    "TP2 PP2 DP2 Muon": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "data_parallel_size": 2},
-    "PP2 DP2 uneven": {
-        "pipeline_model_parallel_size": 2,
-        "data_parallel_size": 2,
-        "num_layers_in_first_pipeline_stage": 1,
-    },
-    "PP4 ends": {
-        "pipeline_model_parallel_size": 4,
-        "account_for_embedding_in_pipeline_split": True,
-        "account_for_loss_in_pipeline_split": True,
-    },
-    "TP2 PP2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
-    "TP4 SP DP2": {"tensor_model_parallel_size": 4, "sequence_parallel": True, "data_parallel_size": 2},
-    "TP2 DP2": {"tensor_model_parallel_size": 2, "data_parallel_size": 2},
-    "PP2": {"pipeline_model_parallel_size": 2},
-    "TP2": {"tensor_model_parallel_size": 2},
+# Words that may follow a layout -> settings of `ParallelConfig`.
+WAYS: dict[str, dict[str, Any]] = {
+    "overlap": {"overlap_grad_reduce": True},
+    "allgather": {"moe_token_dispatcher_type": "allgather"},
+    "uneven": {"num_layers_in_first_pipeline_stage": 1},
+    "ends": ENDS,
 }
 
 
-def run_config(layout: str) -> RunConfig:
-    """A small model in one of `LAYOUTS`, tied embeddings included; with experts where they are shared out. A name that
-    ends in `average` has a moving average of its weights; in `span`, layers that run once; in `losses`, one for each
-    loop; in `batches`, larger batches first."""
-    span = layout.endswith(" span")
-    plain = re.sub(" (average|span|losses|batches)$", "", layout)
-    parallel = ParallelConfig(**LAYOUTS[plain])
-    optimizer = OptimizerConfig(name="muon" if "Muon" in layout else "adam")
-    pipeline = parallel.pipeline_model_parallel_size
-    batch = (pipeline if pipeline > 1 else 8) * (parallel.data_parallel_size or 1)
+def run_config(case: str) -> RunConfig:
+    """A small model, tied embeddings included, in a layout as in "TP2 SP DP2 EP2 overlap"; with experts if it has EP.
+
+    Further words: `Muon`; `average`, a moving average of the weights; `span`, layers that run once; `losses`, one for
+    each loop; `batches`, larger ones first.
+    """
+    words = case.split()
+    layout = Layout.of(" ".join(word for word in words if re.fullmatch(r"SP|[A-Z]{2}\d", word)))
+    parallel = layout.settings | {"data_parallel_size": layout.dp}
+    for word in words:
+        parallel |= WAYS.get(word, {})
+    batch = (layout.pp if layout.pp > 1 else 8) * layout.dp
+    layers = 4 if {"span", "uneven"}.intersection(words) else 2 if "ends" in words else max(2, layout.pp)
     return RunConfig(
         model=ModelConfig(
-            num_layers=4 if span else {"PP2 DP2 uneven": 4, "PP4 ends": 2}.get(layout, max(2, pipeline)),
-            loop_count=3 if span else 2,
-            loop_span=[1, 3] if span else None,
-            gate_input="hidden" if span else "query",
-            hidden_size=128 if "TP4" in layout else 64,  # padding of the smaller one would be 1 %
+            num_layers=layers,
+            loop_count=3 if "span" in words else 2,
+            loop_span=[1, 3] if "span" in words else None,
+            gate_input="hidden" if "span" in words else "query",
+            hidden_size=128 if layout.tp == 4 else 64,  # padding of the smaller one would be 1 %
             ffn_hidden_size=128,
             num_attention_heads=4,
             num_query_groups=2,
             window_size=8,
             vocab_size=VOCAB_SIZE,
             backend="torch",
-            moe=_EXPERTS if parallel.expert_model_parallel_size > 1 else None,
+            moe=_EXPERTS if layout.ep > 1 else None,
         ),
         data=DataConfig(sources=[DataSource(path="unread")], sequence_length=32),
         training=TrainingConfig(
             micro_batch_size=1,
             global_batch_size=batch,
             train_iters=10,
-            batch_schedule=[BatchStage(128 * batch, 2 * batch)] if layout.endswith(" batches") else [],
-            loop_loss_weights=[0.5] if layout.endswith(" losses") else [],
-            ema_decay=0.9 if layout.endswith(" average") else None,
+            batch_schedule=[BatchStage(128 * batch, 2 * batch)] if "batches" in words else [],
+            loop_loss_weights=[0.5] if "losses" in words else [],
+            ema_decay=0.9 if "average" in words else None,
         ),
-        parallel=parallel,
-        optimizer=optimizer,
+        parallel=ParallelConfig(**parallel),
+        optimizer=OptimizerConfig(name="muon" if "Muon" in words else "adam"),
     )
 
 
@@ -142,8 +115,8 @@ def recorded() -> Iterator[Log]:
 
 
 def record_real(config: RunConfig, folder: Path) -> dict[str, list[list[Any]]]:
-    """What this gloo rank communicates in a training step and a validation, as `essence` has it, and what it writes of
-    a checkpoint: key, offset and shape."""
+    """Record what this gloo rank communicates in a training step and a validation, as `essence` has it, and what it
+    writes of a checkpoint: key, offset and shape."""
     import torch
 
     from plt_megatron.model.looped_gpt import MicroBatch

@@ -1,10 +1,11 @@
-"""What a rank holds and reads while a checkpoint is saved and loaded. These functions run in the pool's workers."""
+"""Measure what a rank holds and reads while a checkpoint is saved and loaded, in the pool's workers."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
@@ -24,7 +25,7 @@ class SaveAndLoad:
         saving: the most that saving held at once beside what training holds; planned, and written.
         written: by this rank.
         loading: the most that loading held beside what training holds.
-        read: from the checkpoint's files by this rank, without checksums.
+        read: of the checkpoint's files by this rank, whole stored tensors, of which it may need a part; no checksums.
     """
 
     parameters: int
@@ -47,27 +48,15 @@ def save_and_load(directory: Path, config: RunConfig, staged: bool = False) -> S
         saving = counter.peak - before
         del save
         before = counter.peak = counter.held
-        with _BytesRead() as read:
+        read: list[int] = []
+        stock = FileSystemReader._slice_file
+
+        def counting(reader: Any, file: Any, info: Any) -> Any:
+            read.append(info.length)
+            return stock(reader, file, info)
+
+        with mock.patch.object(FileSystemReader, "_slice_file", counting):
             load_checkpoint(engine, path)
         loading = counter.peak - before
     parameters = sum(parameter.numel() for parameter in engine.stage.parameters())
-    return SaveAndLoad(parameters, saving, written, loading, read.total)
-
-
-class _BytesRead:
-    """Counts what torch reads of a checkpoint's files: whole stored tensors, of which it may need a part."""
-
-    total = 0
-
-    def __enter__(self) -> _BytesRead:
-        self._stock = FileSystemReader._slice_file
-
-        def counting(reader: Any, file: Any, info: Any) -> Any:
-            self.total += info.length
-            return self._stock(reader, file, info)
-
-        FileSystemReader._slice_file = counting  # type: ignore[method-assign]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        FileSystemReader._slice_file = self._stock  # type: ignore[method-assign]
+    return SaveAndLoad(parameters, saving, written, loading, sum(read))

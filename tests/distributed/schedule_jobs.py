@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-import shutil
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from unittest import mock
 
 import torch
 
 from plt_megatron.config.schema import RunConfig
 from tests.distributed.training_jobs import train
-from tests.distributed.whole_runs import folder
-
-
-def as_after_step(config: RunConfig, step: int, last: int, name: str, output_dir: Path, **parallel: Any) -> RunConfig:
-    """A copy of a run as it was after `step` of its `last` steps, each of which it saved, perhaps in another layout."""
-    other = dataclasses.replace(
-        config, name=name, output_dir=str(output_dir), parallel=dataclasses.replace(config.parallel, **parallel)
-    )
-    shutil.copytree(folder(config), folder(other))
-    for later in range(step + 1, last + 1):
-        shutil.rmtree(folder(other) / "checkpoints" / f"step_{later:08d}")
-    (folder(other) / "checkpoints" / "latest").write_text(f"step_{step:08d}\n")
-    return other
 
 
 @dataclass
 class Trained:
-    """What a job did.
-
-    Attributes:
-        result: of `train`.
-        steps: the samples of each step in their order, of all ranks together.
-    """
+    """The end of a job, as `train` returns it, and the samples of each step in their order, all ranks' together."""
 
     result: bool | str
     steps: list[list[int]] = field(default_factory=list)
@@ -59,11 +38,8 @@ def train_and_tell(config: RunConfig, bad_step: int = 0) -> Trained:
         told.append([sample for parts in zip(*ranks, strict=True) for part in parts for sample in part])
         return step
 
-    Trainer._next_step = tell  # type: ignore[method-assign,assignment]
-    try:
+    with mock.patch.object(Trainer, "_next_step", tell):
         return Trained(train(config, bad_step), told)
-    finally:
-        Trainer._next_step = next_step  # type: ignore[method-assign]
 
 
 def loss_of_rows(config: RunConfig, length: int) -> float:

@@ -7,6 +7,7 @@ import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from plt_megatron.config.schema import RunConfig
 from tests.distributed.training_jobs import train
@@ -44,20 +45,20 @@ class _Profiler:
 
 
 def train_with_slow_gpus(config: RunConfig, slower: Sequence[tuple[int, float]]) -> bool | str:
-    """As `train`; `slower`: for each look a rank and how much longer its kernels take."""
+    """Train. `slower`: for each look a rank and how much longer its kernels take."""
     import torch.distributed as dist
 
     from plt_megatron.train.callbacks import stragglers
 
-    own = stragglers._has_gpu
     binding = types.SimpleNamespace(CuptiProfiler=lambda **_: _Profiler(dist.get_rank(), slower))
-    sys.path.insert(0, str(NVRX))
-    sys.modules["nvrx_cupti_module"] = binding  # type: ignore[assignment]
-    stragglers._has_gpu = lambda: True
-    try:
-        return train(config)
-    finally:
-        stragglers._has_gpu = own
-        sys.path.remove(str(NVRX))
-        for name in [name for name in sys.modules if name.startswith(("nvidia_resiliency_ext", "nvrx_cupti_module"))]:
-            del sys.modules[name]
+    with (
+        mock.patch.object(sys, "path", [str(NVRX), *sys.path]),
+        mock.patch.object(stragglers, "_has_gpu", lambda: True),
+    ):
+        sys.modules["nvrx_cupti_module"] = binding  # type: ignore[assignment]
+        try:
+            return train(config)
+        finally:
+            made_up = ("nvidia_resiliency_ext", "nvrx_cupti_module")
+            for name in [name for name in sys.modules if name.startswith(made_up)]:
+                del sys.modules[name]

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemReader, load
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from plt_megatron.config.schema import DataConfig, ExportsConfig, RunConfig
+from plt_megatron.config.schema import ExportsConfig, RunConfig
 from plt_megatron.hf.exporting import ExportOptions, export
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.train.callbacks.base import Callback, TrainingFailed
-from tests.distributed.training_jobs import make_data, run_config, train
-from tests.distributed.whole_runs import folder, numbers
+from tests.distributed.checkpoint_jobs import stored_tensors
+from tests.distributed.params import slow
+from tests.distributed.training_jobs import run_config, train
+from tests.distributed.whole_runs import as_after_step, folder, numbers
 
 TP_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    return make_data(tmp_path_factory.mktemp("callback_data"))
 
 
 class Average(Callback):
@@ -95,24 +90,13 @@ def train_with(config: RunConfig, *added: type[Callback], bad_step: int = 0) -> 
     """A run with callbacks before the others: whether it finished, and what `Spy` has noted."""
     from plt_megatron.train import trainer
 
-    own = trainer.CALLBACKS
-    trainer.CALLBACKS = (*added, *own)
-    try:
+    with mock.patch.object(trainer, "CALLBACKS", (*added, *trainer.CALLBACKS)):
         return train(config, bad_step), Spy.asked
-    finally:
-        trainer.CALLBACKS = own
 
 
 def kept_tensors(config: RunConfig, step: int) -> dict[str, torch.Tensor]:
-    """What a checkpoint holds of the average."""
-    reader = FileSystemReader(folder(config) / "checkpoints" / f"step_{step:08d}")
-    tensors = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata) and key.startswith("kept.average.")
-    }
-    load(tensors, storage_reader=reader, no_dist=True)
-    return tensors
+    """The average in a checkpoint."""
+    return stored_tensors(folder(config) / "checkpoints" / f"step_{step:08d}", "kept.average.")
 
 
 @pytest.fixture(scope="module")
@@ -125,27 +109,19 @@ def averaged(data, tmp_path_factory, run_distributed) -> RunConfig:
     return config
 
 
-def go_on(config: RunConfig, name: str, output_dir: Path, **changes: Any) -> RunConfig:
-    """A run that has another's checkpoint of step 4, and nothing later."""
-    other = run_config(name, output_dir, config.data, training={"precision": "bf16"}, **changes)
-    shutil.copytree(folder(config), folder(other))
-    shutil.rmtree(folder(other) / "checkpoints" / "step_00000006")
-    (folder(other) / "checkpoints" / "latest").write_text("step_00000004\n")
-    return other
-
-
 def test_what_a_callback_keeps_goes_on_bit_for_bit(averaged, tmp_path, run_distributed):
-    config = go_on(averaged, "resumed", tmp_path, parallel=TP_SP, checkpoint={"async_save": True})
+    config = as_after_step(averaged, 4, "resumed", tmp_path, checkpoint={"async_save": True})
     assert run_distributed(train_with, 2, config, Average)[0] is True
     assert numbers(config) == numbers(averaged)
-    assert [record["average_updates"] for record in numbers(config) if record["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [record["average_updates"] for record in numbers(config, "train")] == [1, 2, 3, 4, 5, 6]
     ours, theirs = kept_tensors(config, 6), kept_tensors(averaged, 6)
     assert ours.keys() == theirs.keys() and len(ours) >= 10
     assert all(torch.equal(ours[key], theirs[key]) and ours[key].dtype == torch.float32 for key in ours)
 
 
 def test_what_a_callback_keeps_is_loaded_in_another_layout(averaged, tmp_path, run_distributed):
-    config = go_on(averaged, "alone", tmp_path)
+    one_process = {"tensor_model_parallel_size": 1, "sequence_parallel": False}
+    config = as_after_step(averaged, 4, "alone", tmp_path, parallel=one_process)
     assert run_distributed(train_with, 1, config, Average)[0] is True
     ours, theirs = kept_tensors(config, 6), kept_tensors(averaged, 6)
     for key, tensor in theirs.items():
@@ -156,7 +132,7 @@ def test_what_a_callback_keeps_is_loaded_in_another_layout(averaged, tmp_path, r
 def test_a_run_goes_on_without_a_callback_whose_state_it_has_and_with_one_whose_state_it_lacks(
     averaged, tmp_path, run_distributed
 ):
-    without = go_on(averaged, "without", tmp_path, parallel=TP_SP)
+    without = as_after_step(averaged, 4, "without", tmp_path)
     assert run_distributed(train, 2, without) is True
     losses = [[record["loss"] for record in numbers(config)] for config in (without, averaged)]
     assert losses[0] == losses[1]
@@ -205,7 +181,7 @@ def test_a_callback_is_asked_at_every_turn_of_a_run(data, tmp_path, run_distribu
     ]
 
 
-@pytest.mark.parametrize("async_save", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("async_save", [slow(False), True])
 def test_a_crash_after_a_rollback_does_not_bring_the_bad_data_back(data, tmp_path, run_distributed, async_save):
     changes: dict[str, Any] = {"training": {"on_nonfinite": "rollback"}, "checkpoint": {"async_save": async_save}}
     whole, crashed = (run_config(name, tmp_path, data, **changes) for name in ("whole", "crashed"))
@@ -220,7 +196,7 @@ def test_a_callback_may_choose_the_loops_of_a_step(data, tmp_path, run_distribut
     for layout in ({}, {"pipeline_model_parallel_size": 2}):
         config = run_config(f"loops{len(runs)}", tmp_path, data, parallel=layout, training={"micro_batch_size": 1})
         assert run_distributed(train_with, 1 + bool(layout), config, FewerLoopsAtFirst)[0] is True
-        runs.append([record for record in numbers(config) if record["kind"] == "train"])
+        runs.append(numbers(config, "train"))
     assert [len(record["gate_mean"]) for record in runs[0]] == [1, 1, 1, 2, 2, 2]
     for one, other in zip(*runs, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
@@ -228,7 +204,7 @@ def test_a_callback_may_choose_the_loops_of_a_step(data, tmp_path, run_distribut
 
 
 def test_a_run_exports_as_it_goes(data, tmp_path, run_distributed):
-    """What plt export makes of its last checkpoint, which is uploaded too."""
+    """Its last export, which is uploaded too, is what plt export makes of the checkpoint."""
     checkpoint = {"save_interval": 2, "exports": ExportsConfig(4, f"file://{tmp_path}/there")}
     config = run_config("exporting", tmp_path, data, training={"train_iters": 4}, checkpoint=checkpoint)
     RunFolder.of(config).path.mkdir(parents=True)

@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -113,29 +114,25 @@ def test_a_rank_killed_while_writing_leaves_the_last_checkpoint_and_rubbish_the_
 
 
 def _save_with_fault(engine, directory, fault=None):
-    """What saving step 3 ends with, `fault` on one rank being where it cannot write."""
+    """Save step 3 with a fault, which says where a rank cannot write; return the error."""
     from plt_megatron.errors import UserError
     from plt_megatron.train.checkpoint import publishing, save_checkpoint
 
     rank = int(os.environ["RANK"])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    whole = publishing.write_json
+    write_json = publishing.write_json
     if fault == "writer" and rank == 1:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     if fault == "publisher" and rank == 0:
-
-        def full(path, value):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
-        publishing.write_json = full
+        write_json = mock.Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     try:
-        save_checkpoint(engine, directory, {"step": 3}, keep_last=1)
+        with mock.patch.object(publishing, "write_json", write_json):
+            save_checkpoint(engine, directory, {"step": 3}, keep_last=1)
     except UserError as error:
         return str(error)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        publishing.write_json = whole
     return "saved"
 
 
@@ -188,15 +185,12 @@ def _children_after_saving(directory, config):
 
 def test_saving_starts_no_process(run_distributed, tmp_path):
     """One would outlive a killed rank and keep its connections open, so that the others wait instead of failing."""
-    assert run_distributed(_children_after_saving, 2, tmp_path, jobs.run_config(PP2), all_ranks=True) == [
-        [],
-        [],
-    ]
+    children = run_distributed(_children_after_saving, 2, tmp_path, jobs.run_config(PP2), all_ranks=True)
+    assert children == [[], []]
 
 
 def _save_copies_that_differ(directory, config, name, main):
-    """What saving ends with after a step in which rank 1 has come to hold another value, in a weight or in the
-    optimizer's copy of it; of each rank."""
+    """Save after rank 1 has come to hold another value, in a weight or in the optimizer's copy; return the error."""
     import torch
 
     from plt_megatron.train.checkpoint import save_checkpoint

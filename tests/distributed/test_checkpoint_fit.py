@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import re
 import shutil
 
 import pytest
@@ -201,7 +201,7 @@ def in_two_stages(run_distributed, tmp_path_factory):
     ],
 )
 def test_a_checkpoint_of_stages_whose_embeddings_drifted_apart_is_told(in_two_stages, change, doubted):
-    """Of a version that did not compare them, if the last stage's copy of the embedding missed a factor."""
+    """A version that did not compare them wrote it, and the last stage's copy of the embedding missed a factor."""
     progress = read_progress(in_two_stages)
     sections = {name: progress["config"][name] | part for name, part in change.items() if name in progress["config"]}
     if change.get("optimizer") == {}:
@@ -216,12 +216,7 @@ def test_a_checkpoint_of_stages_whose_embeddings_drifted_apart_is_told(in_two_st
 def test_loading_and_exporting_one_that_is_in_doubt_say_so_in_a_line(run_distributed, in_two_stages, tmp_path, caplog):
     path = tmp_path / in_two_stages.name
     shutil.copytree(in_two_stages, path)
-    progress = json.loads((path / "progress.json").read_text())
-    del progress["replicas_compared"]
-    (path / "progress.json").write_text(json.dumps(progress))
-    manifest = json.loads((path / "manifest.json").read_text())
-    del manifest["files"]["progress.json"]
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    progress = jobs.edit_progress(path, lambda progress: progress.pop("replicas_compared"))
     config = jobs.run_config(TP2)
     lines = {}
     for which in (in_two_stages, path):
@@ -231,3 +226,36 @@ def test_loading_and_exporting_one_that_is_in_doubt_say_so_in_a_line(run_distrib
         lines[which] = [*ranks[0]["log"], *ranks[1]["log"], *(record.getMessage() for record in caplog.records)]
     assert not lines[in_two_stages]
     assert len(lines[path]) == 2 and lines[path][0] == lines[path][1] == doubt(path, progress)
+
+
+def _errors_of_loading(folders):
+    """Load each one's checkpoint into the other's engine, and then its weights alone; return the errors."""
+    from plt_megatron.errors import UserError
+    from plt_megatron.train.checkpoint import load_checkpoint, load_weights, save_checkpoint
+
+    engines = {name: jobs.build(jobs.run_config(optimizer=name)) for name in folders}
+    errors = []
+    for name, folder in folders.items():
+        jobs.train(engines[name], 1, 1)
+        save_checkpoint(engines[name], folder, {"step": 1})
+    for name, other in (("sgd", "adam"), ("adam", "sgd"), ("muon", "adam"), ("adam", "muon")):
+        for allow in (False, True):
+            try:
+                load_checkpoint(engines[name], folders[other], allow_other_schedule=allow)
+            except UserError as error:
+                errors.append(str(error))
+        load_weights(engines[name], folders[other])
+        jobs.train(engines[name], 1, 1)
+    return errors
+
+
+def test_an_optimizer_does_not_go_on_from_anothers_state(run_distributed, tmp_path):
+    folders = {name: tmp_path / name for name in ("adam", "sgd", "muon")}
+    errors = run_distributed(_errors_of_loading, 1, folders)
+    assert [re.search(r"optimizer\.name (\w+ \(now \w+\))", error)[1] for error in errors] == [
+        *["adam (now sgd)"] * 2,
+        *["sgd (now adam)"] * 2,
+        *["adam (now muon)"] * 2,
+        *["muon (now adam)"] * 2,
+    ]
+    assert all("checkpoint.weights_only=true" in error and "\n" not in error for error in errors)

@@ -1,4 +1,4 @@
-"""What saving holds beside training, and what loading reads: a rank's share, not the model."""
+"""Saving holds and loading reads a rank's share, not the model."""
 
 from __future__ import annotations
 

@@ -2,114 +2,113 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
-import warnings
-from functools import partial
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tests.distributed import checkpoint_jobs as jobs
+from tests.distributed.cases import ENDS, SPAN, Layout
+from tests.distributed.params import slow
 
-run_config = partial(jobs.run_config, loop_norm="rms", learned_hidden_scale="channel")
-TP2_PP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2}
-PP4 = {"pipeline_model_parallel_size": 4}
-PP2 = {"pipeline_model_parallel_size": 2}
-TP2 = {"tensor_model_parallel_size": 2}
+KINDS: dict[str, dict[str, Any]] = {
+    "PLT": jobs.SCALES,
+    "one key/value head": {**jobs.SCALES, "num_query_groups": 1},
+    "layers that run once": {**jobs.SCALES, **SPAN},
+    "experts": jobs.EXPERTS,
+    "Muon": {"optimizer": "muon"},
+    "SGD": {"optimizer": "sgd"},
+}
+
+
+def config_of(kind: str, words: str) -> Any:
+    """The run of a kind of model in a layout, as in "TP2 DP2"."""
+    layout, overlap = Layout.of(words), "optimizer" not in KINDS[kind]
+    settings = {**layout.settings, "overlap_grad_reduce": overlap and layout.dp > 1}
+    return jobs.run_config(settings, **KINDS[kind])
 
 
 @pytest.fixture(scope="module")
-def reference(run_distributed, tmp_path_factory):
-    """Six steps of one process, saved after the third."""
-    directory = tmp_path_factory.mktemp("one")
-    outcome = run_distributed(jobs.train_and_save, 1, directory, run_config(), then=3)
-    return outcome, directory
+def saved(run_distributed, tmp_path_factory) -> Callable[[str, str], tuple[dict[str, Any], Path]]:
+    """Six steps of a kind of model in a layout, saved after the third: what they gave, and the folder."""
 
+    @functools.cache
+    def saved(kind: str, words: str) -> tuple[dict[str, Any], Path]:
+        folder = tmp_path_factory.mktemp("saved")
+        ranks = Layout.of(words).world_size
+        return run_distributed(jobs.train_and_save, ranks, folder, config_of(kind, words), then=3), folder
 
-@pytest.fixture(scope="module")
-def saved(run_distributed, tmp_path_factory):
-    """Three steps at TP2 x PP2 with tied embeddings, saved."""
-    directory = tmp_path_factory.mktemp("tp2pp2")
-    run_distributed(jobs.train_and_save, 4, directory, run_config(TP2_PP2))
-    return directory
+    return saved
 
 
 @pytest.mark.parametrize(
-    ("layout", "world_size"),
+    ("kind", "start", "end"),
     [
-        pytest.param({}, 1, id="1 process"),
-        pytest.param(PP4, 4, id="PP4"),
-        pytest.param({**PP2, "num_layers_in_last_pipeline_stage": 3}, 2, id="PP2 of 1 + 3", marks=pytest.mark.slow),
-        pytest.param({"overlap_grad_reduce": True}, 4, id="DP4", marks=pytest.mark.slow),
-        pytest.param(TP2, 4, id="TP2xDP2"),
-        pytest.param({"context_parallel_size": 2, "overlap_grad_reduce": True}, 4, id="CP2xDP2"),
+        *(("PLT", "TP2 SP PP2", end) for end in ("TP1", "PP4", "TP2 DP2", "CP2 DP2")),
+        slow("PLT", "TP2 SP PP2", "DP4"),
+        *(slow("one key/value head", start, "TP2") for start in ("TP1", "TP4")),
+        *(slow("one key/value head", "TP2", end) for end in ("TP1", "TP4")),
+        ("experts", "DP2 EP2", "TP1"),
+        *(slow("experts", "TP1", end) for end in ("TP2 SP EP2", "PP2 DP2 EP2", "DP4 EP4")),
+        ("layers that run once", "TP1", "TP2 SP"),
+        slow("layers that run once", "TP1", "CP2 DP2"),
+        *(slow("Muon", "TP2 SP DP2", end) for end in ("PP2", "DP4", "TP1", "TP2 DP2", "PP4")),
+        slow("SGD", "TP2 SP PP2", "DP2"),
     ],
 )
-def test_reshard_goes_on_with_the_same_numbers(run_distributed, reference, saved, layout, world_size):
-    resumed = run_distributed(jobs.load_and_train, world_size, saved, run_config(layout))
-    _assert_same_numbers(resumed["after"], reference[0]["after"])
-    assert not any("in the checkpoint" in line for line in resumed["log"])
+def test_a_run_goes_on_in_another_layout(run_distributed, saved, kind, start, end):
+    stayed, folder = saved(kind, start)
+    moved = run_distributed(jobs.load_and_train, Layout.of(end).world_size, folder, config_of(kind, end))
+    np.testing.assert_allclose(moved["after"], stayed["after"], rtol=1e-5)
+    assert not any("in the checkpoint" in line for line in moved["log"])
+    momentum = {"Muon": {"optimizer.muon_momentum": 0.95}, "SGD": {"optimizer.sgd_momentum": 0.9}}
+    assert moved["progress"]["schedule"].items() >= momentum.get(kind, {}).items()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "layers"),
     [
-        ({**PP2, "num_layers_in_first_pipeline_stage": 3}, 4),
-        ({**PP4, "num_layers_in_first_pipeline_stage": 2}, 5),
-        (
-            {**PP4, "account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True},
-            2,
-        ),
+        ({"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 3}, 4),
+        ({"pipeline_model_parallel_size": 2, "num_layers_in_last_pipeline_stage": 3}, 4),
+        ({"pipeline_model_parallel_size": 4, "num_layers_in_first_pipeline_stage": 2}, 5),
+        ({"pipeline_model_parallel_size": 4, **ENDS}, 2),
     ],
-    ids=["3 + 1", "2 + 1 + 1 + 1", "0 + 1 + 1 + 0"],
+    ids=["3 + 1", "1 + 3", "2 + 1 + 1 + 1", "0 + 1 + 1 + 0"],
 )
 def test_uneven_stages_are_written_as_one_process_writes(run_distributed, tmp_path, layout, layers):
-    """And go on bit for bit where they are, or in one process with the same numbers."""
-    alone = run_distributed(jobs.train_and_save, 1, tmp_path / "one", run_config(num_layers=layers), then=2)
-    config = run_config(layout, num_layers=layers)
-    world_size = layout["pipeline_model_parallel_size"]
-    stayed = run_distributed(jobs.train_and_save, world_size, tmp_path / "uneven", config, then=2)
-    resumed = run_distributed(jobs.load_and_train, world_size, tmp_path / "uneven", config)
-    assert resumed["after"][:2] == stayed["after"]
-    moved = run_distributed(jobs.load_and_train, 1, tmp_path / "uneven", run_config(num_layers=layers))
-    _assert_same_numbers(moved["after"][:2], alone["after"])
-    assert _tensors(tmp_path / "uneven").keys() == _tensors(tmp_path / "one").keys()
+    """They go on bit for bit where they are, and with the same numbers to and from one process."""
+    one, uneven = (jobs.run_config(parallel, num_layers=layers, **jobs.SCALES) for parallel in ({}, layout))
+    stages = layout["pipeline_model_parallel_size"]
+    alone = run_distributed(jobs.train_and_save, 1, tmp_path / "one", one, then=3)
+    stayed = run_distributed(jobs.train_and_save, stages, tmp_path / "uneven", uneven, then=3)
+    assert run_distributed(jobs.load_and_train, stages, tmp_path / "uneven", uneven)["after"] == stayed["after"]
+    for ranks, start, config in ((1, "uneven", one), (stages, "one", uneven)):
+        moved = run_distributed(jobs.load_and_train, ranks, tmp_path / start, config)
+        np.testing.assert_allclose(moved["after"], alone["after"], rtol=1e-5)
+    assert jobs.stored_tensors(tmp_path / "uneven").keys() == jobs.stored_tensors(tmp_path / "one").keys()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("there", "here"), [(2, 1), (1, 2), (4, 2), (2, 4)])
-def test_ranks_that_share_a_key_value_head_read_each_others(run_distributed, tmp_path, there, here):
-    one_head = partial(run_config, num_query_groups=1)
-    alone = run_distributed(jobs.train_and_save, 1, tmp_path / "one", one_head(), then=3)
-    layouts = ({"tensor_model_parallel_size": ranks} for ranks in (there, here))
-    saving, reading = (one_head(layout) for layout in layouts)
-    run_distributed(jobs.train_and_save, there, tmp_path / "there", saving)
-    resumed = run_distributed(jobs.load_and_train, here, tmp_path / "there", reading)
-    _assert_same_numbers(resumed["after"], alone["after"])
-
-
-def test_replicas_share_the_writing(run_distributed, reference, tmp_path):
-    """Of PP2 x DP2 with tied embeddings, every rank writes something, and nothing is written twice."""
-    run_distributed(jobs.train_and_save, 4, tmp_path, run_config({**PP2, "overlap_grad_reduce": True}))
+def test_replicas_share_the_writing(run_distributed, saved, tmp_path):
+    """With PP2 x DP2 and tied embeddings every rank writes something, and nothing is written twice."""
+    stayed, alone = saved("PLT", "TP1")
+    run_distributed(jobs.train_and_save, 4, tmp_path, config_of("PLT", "PP2 DP2"))
     sizes = {path.name: path.stat().st_size for path in tmp_path.glob("step_*/*.distcp")}
     assert sorted(sizes) == [f"__{rank}_0.distcp" for rank in range(4)]
-    single = sum(path.stat().st_size for path in reference[1].glob("step_*/*.distcp"))
-    assert sum(sizes.values()) < 1.2 * single
-    resumed = run_distributed(jobs.load_and_train, 1, tmp_path, run_config())
-    _assert_same_numbers(resumed["after"], reference[0]["after"])
+    assert sum(sizes.values()) < 1.2 * sum(path.stat().st_size for path in alone.glob("step_*/*.distcp"))
+    moved = run_distributed(jobs.load_and_train, 1, tmp_path, config_of("PLT", "TP1"))
+    np.testing.assert_allclose(moved["after"], stayed["after"], rtol=1e-5)
 
 
-def _assert_same_numbers(ours, expected):
-    for (loss, norm), (expected_loss, expected_norm) in zip(ours, expected, strict=True):
-        assert loss == pytest.approx(expected_loss, rel=1e-5)
-        assert norm == pytest.approx(expected_norm, rel=1e-5)
-
-
-def test_every_tensor_of_the_optimizer_is_the_single_process_one(reference, saved):
+def test_every_tensor_of_the_optimizer_is_the_single_process_one(saved):
     """Main parameters and moments agree to rounding, whichever bucket held them, and padding does not matter."""
-    ours, theirs = (_tensors(directory) for directory in (saved, reference[1]))
+    ours, theirs = (jobs.stored_tensors(saved("PLT", words)[1]) for words in ("TP2 SP PP2", "TP1"))
     assert ours.keys() == theirs.keys() and sum("exp_avg_sq" in key for key in ours) >= 10
     for key, tensor in ours.items():
         other = theirs[key]
@@ -120,44 +119,26 @@ def test_every_tensor_of_the_optimizer_is_the_single_process_one(reference, save
         torch.testing.assert_close(tensor, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()), msg=key)
 
 
-def _tensors(directory):
-    from torch.distributed.checkpoint import FileSystemReader, load
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    from plt_megatron.run_folder.checkpoints import latest_checkpoint
-
-    path = latest_checkpoint(directory)
-    entries = FileSystemReader(path).read_metadata().state_dict_metadata
-    tensors = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in entries.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        load(tensors, storage_reader=FileSystemReader(path), no_dist=True)
-    return tensors
-
-
 def test_read_weights_needs_no_megatron(saved):
     program = (
         "import sys; from plt_megatron.train.checkpoint import read_weights\n"
         "names = [name for name, _ in read_weights(sys.argv[1])]\n"
         "print(len(names), any(name.startswith('megatron') for name in sys.modules))\n"
     )
-    command = [sys.executable, "-W", "ignore", "-c", program, str(saved)]
+    command = [sys.executable, "-W", "ignore", "-c", program, str(saved("PLT", "TP2 SP PP2")[1])]
     done = subprocess.run(command, capture_output=True, text=True, cwd=jobs.ROOT, timeout=120)
     assert done.stdout.split() == ["35", "False"], done.stderr
 
 
-def test_read_weights_needs_no_processes_and_gives_whole_tensors(reference, saved):
+def test_read_weights_needs_no_processes_and_gives_whole_tensors(saved):
     from plt_megatron.run_folder.checkpoints import read_progress
     from plt_megatron.train.checkpoint import read_weights
 
-    progress = read_progress(saved)
+    folder, alone = (saved("PLT", words)[1] for words in ("TP2 SP PP2", "TP1"))
+    progress = read_progress(folder)
     assert progress["step"] == 3 and progress["layout"]["pipeline_model_parallel_size"] == 2
     assert progress["config"]["model"]["hidden_size"] == 40 and progress["vocab_size"] == jobs.VOCAB
-    ours, theirs = dict(read_weights(saved)), dict(read_weights(reference[1]))
+    ours, theirs = dict(read_weights(folder)), dict(read_weights(alone))
     assert not torch.distributed.is_initialized()
     assert ours.keys() == theirs.keys()
     assert ours["embedding.word_embeddings.weight"].shape == (jobs.VOCAB, 40)
@@ -165,3 +146,22 @@ def test_read_weights_needs_no_processes_and_gives_whole_tensors(reference, save
     assert "decoder.layers.0.self_attention.core_attention.plt_gate.bias" in ours
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_experts_weights_are_read_one_by_one(saved):
+    from plt_megatron.train.checkpoint import read_weights
+    from plt_megatron.train.checkpoint.reading import Weights
+
+    (stayed, alone), (_, shared_out) = (saved("experts", words) for words in ("TP1", "DP2 EP2"))
+    weights, others = dict(read_weights(alone)), dict(read_weights(shared_out))
+    assert weights.keys() == others.keys()
+    names = [name for name in weights if ".mlp.experts." in name]
+    assert len(names) == 3 * 4 * 2 and "decoder.layers.0.mlp.linear_fc1.weight" in weights
+    assert weights["decoder.layers.3.mlp.experts.2.linear_fc1.weight"].shape == (2 * 24, 40)
+    biases = [weights[f"decoder.layers.{layer}.mlp.router.expert_bias"] for layer in range(1, 4)]
+    assert all(bias.shape == (4,) and 0.01 < bias.abs().max() < 0.07 for bias in biases), "three steps of 0.02"
+    main = Weights(stayed["path"], "main weights")
+    assert set(main.names) == weights.keys(), "biases, which no optimizer has, go with any"
+    assert torch.equal(main.read("decoder.layers.1.mlp.router.expert_bias"), biases[1])
+    for name in names + [name for name in weights if name.endswith("expert_bias")]:
+        assert (weights[name] - others[name]).abs().max() < 1e-5 * weights[name].abs().max(), name

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from tests.distributed import checkpoint_jobs as jobs
+from tests.distributed.params import slow
 
 PP2 = {"pipeline_model_parallel_size": 2}
 
@@ -71,7 +73,7 @@ def test_other_data_only_when_asked_explicitly(run_distributed, tmp_path):
     assert run_distributed(_run, 2, tmp_path, config, 2, "b")[0] == 2
 
 
-@pytest.mark.parametrize("weights_only", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("weights_only", [slow(False), True])
 def test_a_new_run_starts_from_another_and_then_goes_on_with_its_own(run_distributed, tmp_path, weights_only):
     run_distributed(_run, 2, tmp_path / "old" / "checkpoints", _config(), 2)
     config = _config(load=str(tmp_path / "old"), weights_only=weights_only)
@@ -91,7 +93,7 @@ def _loaded(directory, config):
     return progress["step"] if progress else 0, jobs.digest(engine) if progress else jobs.evaluate(engine, 2)
 
 
-@pytest.mark.parametrize("weights_only", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("weights_only", [False, slow(True)])
 def test_a_run_that_saves_nothing_starts_from_another_all_the_same(run_distributed, tmp_path, weights_only):
     run_distributed(_run, 1, tmp_path / "old" / "checkpoints", _config({}), 2)
     outcomes = [
@@ -114,8 +116,7 @@ def _save_in_background(directory, config):
             time.sleep(0.01)
         write(self)
 
-    PendingSave.write = held
-    try:
+    with mock.patch.object(PendingSave, "write", held):
         store, engine = _store(directory, config), jobs.build(config)
         jobs.train(engine, 1, 2)
         saved = jobs.digest(engine)
@@ -129,16 +130,13 @@ def _save_in_background(directory, config):
             time.sleep(0.01)
             if published:
                 break
-    finally:
-        PendingSave.write = write
     later = jobs.digest(engine)
     store.load(engine)  # back to what was saved
     return saved, later, early, published, jobs.digest(engine)
 
 
 @pytest.mark.parametrize(
-    ("layout", "precision"),
-    [pytest.param(PP2, "fp32", marks=pytest.mark.slow, id="PP2 fp32"), pytest.param({}, "bf16", id="DP2 bf16")],
+    ("layout", "precision"), [slow(PP2, "fp32", id="PP2 fp32"), pytest.param({}, "bf16", id="DP2 bf16")]
 )
 def test_saving_in_the_background_saves_the_step_it_was_asked_at(run_distributed, tmp_path, layout, precision):
     config = _config(layout, async_save=True)
@@ -154,7 +152,7 @@ def _background_fault(directory, config, fault):
     from plt_megatron.errors import UserError
     from plt_megatron.train.checkpoint import saving
 
-    write, release = saving.PendingSave.write, directory / "release"
+    release = directory / "release"
 
     def stuck(self):
         while not release.exists():
@@ -163,17 +161,16 @@ def _background_fault(directory, config, fault):
     def broken(self):
         self.error = saving.describe(OSError(28, "No space left on device", "somewhere"))
 
-    saving.PendingSave.write = {"stuck": stuck, "broken": broken}[fault]
     store, engine = _store(directory, config), jobs.build(config)
     jobs.train(engine, 1, 1)
-    try:
-        store.save(engine, {"step": 1})
-        store.close()
-    except UserError as error:
-        return str(error), store.close()
-    finally:
-        release.touch()
-        saving.PendingSave.write = write
+    with mock.patch.object(saving.PendingSave, "write", {"stuck": stuck, "broken": broken}[fault]):
+        try:
+            store.save(engine, {"step": 1})
+            store.close()
+        except UserError as error:
+            return str(error), store.close()
+        finally:
+            release.touch()
     return "saved", None
 
 

@@ -80,7 +80,8 @@ def compare_shift(context_ranks: int, length: int) -> list[Pairs]:
             [rows.select(whole, 0)], lambda x: shift(x, starts, rows), [whole], lambda x: shift(x, starts), rows
         )
 
-    return [compare(None), compare(_starts(length, 2 * context_ranks))]
+    # Without context parallelism a document begins where a slice does.
+    return [compare(None), compare(_starts(length, 2 * context_ranks if context_ranks > 1 else rows.size))]
 
 
 def compare_attention(length: int, windows: list[int | None]) -> list[Pairs]:
@@ -131,21 +132,14 @@ def _assert_equal(ranks: list[list[Pairs]], tolerance: float) -> None:
 @pytest.mark.parametrize(
     ("ranks", "context_ranks", "length"),
     [
-        (2, 2, 4),
-        (2, 2, 24),
-        (3, 3, 18),
-        (4, 4, 8),
-        (4, 4, 40),
-        (4, 2, 4),
-        (4, 2, 16),
-        (6, 2, 12),
-        (8, 4, 8),
-        (8, 4, 48),
+        *((1, 1, 4), (2, 1, 2), (2, 1, 8), (4, 1, 4), (4, 1, 8)),
+        *((2, 2, 4), (2, 2, 24), (3, 3, 18), (4, 4, 8), (4, 4, 40)),
+        *((4, 2, 4), (4, 2, 16), (6, 2, 12), (8, 4, 8), (8, 4, 48)),
     ],
-    ids=lambda value: str(value),
+    ids=str,
 )
 def test_shift(run_distributed, ranks, context_ranks, length):
-    """Context-parallel ranks alone, and with two or three sequence-parallel ones, whose rows may span both chunks."""
+    """Sequence-parallel ranks, context-parallel ones, and both: then a rank's rows may span both chunks."""
     _assert_equal(run_distributed(compare_shift, ranks, context_ranks, length, all_ranks=True), tolerance=0)
 
 
@@ -172,7 +166,7 @@ def _sent(calls: list[Any]) -> list[tuple[str, int]]:
 
 
 def traffic(window: int, loops: int, length: int) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """What a rank sends in the forward and in the backward pass of a one-layer model over one row."""
+    """Record what a rank sends in the forward and in the backward pass of a one-layer model over one row."""
     import torch
     import torch.distributed as dist
     from megatron.core import tensor_parallel
@@ -205,7 +199,7 @@ def traffic(window: int, loops: int, length: int) -> tuple[list[tuple[str, int]]
 
 
 def test_only_boundary_rows_travel_but_for_one_gather_of_k_and_v(run_distributed):
-    """Of 64 rows on 4 ranks each holds 16, in two chunks (the last rank's are one run). A row of K and V is 2 x 2 x 4
+    """Each of 4 ranks holds 16 of 64 rows, in two chunks (the last rank's are one run). A row of K and V is 2 x 2 x 4
     elements; each border between ranks' chunks is crossed by `window - 1` of them and by one hidden state of 16."""
     window, loops, row, own = 4, 3, 16, 16
     ranks = run_distributed(traffic, 4, window, loops, 64, all_ranks=True)

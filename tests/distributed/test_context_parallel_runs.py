@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from typing import Any
 
 import pytest
 
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.run_folder.checkpoints import read_progress
-from tests.distributed.training_jobs import make_data, run_config, train, train_with_bad_step
-from tests.distributed.whole_runs import folder, numbers
+from tests.distributed.params import slow
+from tests.distributed.training_jobs import run_config, train
+from tests.distributed.whole_runs import as_after_step, folder, numbers
 
 CP = {"context_parallel_size": 2}
 STEPS = {"train_iters": 4}
 
 
 @pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def make(data, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A configuration of packed documents by name and layout."""
-    data = dataclasses.replace(make_data(tmp_path_factory.mktemp("data")), reset_at_document_boundaries=True)
+    data = dataclasses.replace(data, reset_at_document_boundaries=True)
     runs = tmp_path_factory.mktemp("runs")
 
     def make(name: str, parallel: dict[str, Any], **changes: Any) -> RunConfig:
@@ -67,9 +67,7 @@ def test_metrics_are_those_of_one_process(single, shared):
 @pytest.mark.parametrize(
     ("layout", "ranks"),
     [
-        pytest.param(
-            {"tensor_model_parallel_size": 2, "sequence_parallel": True}, 4, id="TP2 SP CP2", marks=pytest.mark.slow
-        ),
+        slow({"tensor_model_parallel_size": 2, "sequence_parallel": True}, 4, id="TP2 SP CP2"),
         pytest.param({"pipeline_model_parallel_size": 2, "recompute_granularity": "full"}, 4, id="PP2 CP2"),
     ],
 )
@@ -80,29 +78,18 @@ def test_other_parallelism_beside_it(single, make, run_distributed, request, lay
         assert one["loss"] == pytest.approx(other["loss"], rel=2e-5)
 
 
-@pytest.mark.parametrize(
-    "to_one_process",
-    [
-        pytest.param(True, id="CP2 to one process", marks=pytest.mark.slow),
-        pytest.param(False, id="one process to CP2"),
-    ],
-)
-def test_a_run_goes_on_with_more_or_fewer_ranks_to_a_sequence(
-    single, shared, make, run_distributed, request, to_one_process
-):
-    config = make(request.node.callspec.id, {} if to_one_process else CP)
-    shutil.copytree(folder(shared if to_one_process else single), folder(config))
-    shutil.rmtree(folder(config) / "checkpoints" / "step_00000004")
-    (folder(config) / "checkpoints" / "latest").write_text("step_00000002\n")
-    assert run_distributed(train, 1 if to_one_process else 2, config) is True
+@pytest.mark.parametrize("ranks", [slow(1, id="CP2 to one process"), pytest.param(2, id="one process to CP2")])
+def test_a_run_goes_on_with_more_or_fewer_ranks_to_a_sequence(single, shared, tmp_path, run_distributed, ranks):
+    start, layout = shared if ranks == 1 else single, {"context_parallel_size": ranks}
+    config = as_after_step(start, 2, "other ranks", tmp_path, parallel=layout)
+    assert run_distributed(train, ranks, config) is True
     assert_same_run(config, single)
-    layout = read_progress(folder(config))["layout"]
-    assert layout["context_parallel_size"] == (1 if to_one_process else 2) and layout["data_parallel_size"] == 1
+    assert read_progress(folder(config))["layout"].items() >= {**layout, "data_parallel_size": 1}.items()
 
 
 def test_an_incident_names_each_sequence_once_with_all_its_tokens(single, make, run_distributed):
     config = make("bad step", CP)
-    assert run_distributed(train_with_bad_step, 2, config, bad_step=1) is True
+    assert run_distributed(train, 2, config, bad_step=1) is True
     (path,) = (folder(config) / "incidents").glob("step_00000001_*.json")
     report = json.loads(path.read_text())
     first = numbers(single)[0]

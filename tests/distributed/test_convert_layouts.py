@@ -7,35 +7,23 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
-from tests.distributed.cases import VOCAB_SIZE, Case, Layout, train_cases
-from tests.distributed.parity_checks import differences
+from tests.distributed.cases import LOOPCODER, VOCAB_SIZE, Case, Layout
+from tests.distributed.params import layouts, slow
 
-LOOPCODER: dict[str, Any] = {
-    "window_size": 4,
-    "gate_input": "hidden",
-    "gate_side": "global",
-    "loop_norm": "final",
-    "embedding_scale": 0.707,
-    "hidden_scale": 0.053,
-    "share_embeddings_and_output_weights": False,
-}
 # A norm of an output that starts small would amplify rounding: hence its epsilon.
 POST_NORM = {"norm_placement": "post", "qk_layernorm": True, "layernorm_epsilon": 1e-2}
 
 
-def _case(loops: int = 2, **model: Any) -> Case:
-    return Case(loops, model=tuple(sorted(model.items())))
-
-
 CASES = {
-    "PLT-3, paper's norms": _case(3, qk_layernorm=True, norm_placement="pre_ffn_output"),
-    "LoopCoder-v2": _case(2, **LOOPCODER),
-    "biases, one key/value head": _case(2, qkv_bias=True, num_query_groups=1),
-    "post-norm": _case(2, **POST_NORM),
+    "PLT-3, paper's norms": Case(3, model={"qk_layernorm": True, "norm_placement": "pre_ffn_output"}),
+    "LoopCoder-v2": Case(2, model=LOOPCODER),
+    "biases, one key/value head": Case(2, model={"qkv_bias": True, "num_query_groups": 1}),
+    "post-norm": Case(2, model=POST_NORM),
 }
 
 
@@ -98,17 +86,14 @@ def _everyones(value: Any) -> list[Any]:
 def _record_losses(engine_module: Any, run: Any) -> list[np.ndarray]:
     """Losses of tokens, microbatch by microbatch, that this rank's last stage saw while `run` ran."""
     recorded = []
-    original = engine_module._loss
+    stock = engine_module._loss
 
     def recording(loss_mask: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
         recorded.append(output.detach().float().numpy().copy())
-        return original(loss_mask, output, *args, **kwargs)
+        return stock(loss_mask, output, *args, **kwargs)
 
-    engine_module._loss = recording
-    try:
+    with mock.patch.object(engine_module, "_loss", recording):
         run()
-    finally:
-        engine_module._loss = original
     return recorded
 
 
@@ -118,11 +103,8 @@ QUICK = ("PLT-3, paper's norms", "LoopCoder-v2")
 @pytest.mark.parametrize(
     ("layout", "names"),
     [
-        pytest.param(Layout(tp=2, sp=True, pp=2), QUICK, id="two models"),
-        *(
-            pytest.param(layout, tuple(CASES), id=str(layout), marks=pytest.mark.slow)
-            for layout in (Layout(2, True, 2), Layout(dp=2), Layout(tp=2, sp=True), Layout(pp=2))
-        ),
+        pytest.param("TP2 SP PP2", QUICK, id="two models"),
+        *(slow(layout, tuple(CASES), id=layout) for layout in ("TP2 SP PP2", "DP2", "TP2 SP", "PP2")),
     ],
 )
 def test_exports_are_the_training_model_of_every_layout(run_distributed, tmp_path, layout, names):
@@ -133,7 +115,7 @@ def test_exports_are_the_training_model_of_every_layout(run_distributed, tmp_pat
     from plt_megatron.hf.exporting import ExportOptions, export
     from plt_megatron.hf.sources import open_source
 
-    cases = [CASES[name] for name in names]
+    layout, cases = Layout.of(layout), [CASES[name] for name in names]
     outcomes = run_distributed(
         train_save_and_evaluate, layout.world_size, layout, cases, tmp_path / "runs", timeout_s=240
     )
@@ -151,19 +133,7 @@ def test_exports_are_the_training_model_of_every_layout(run_distributed, tmp_pat
         assert np.abs(losses.numpy() - outcome["losses"]).max() < 2e-5, names[number]
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        pytest.param(Layout(tp=2), marks=pytest.mark.slow),
-        Layout(tp=2, sp=True),
-        pytest.param(Layout(tp=2, sp=True, pp=2), marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
-def test_post_norm_trains_alike_in_every_layout(run_distributed, layout):
-    cases = [_case(1, **POST_NORM), _case(2, **{**POST_NORM, "gate_input": "hidden"})]
-    expected = run_distributed(train_cases, 1, Layout(), cases)
-    outcomes = run_distributed(train_cases, layout.world_size, layout, cases, timeout_s=240)
-    for outcome, reference in zip(outcomes, expected, strict=True):
-        wrong = differences(outcome, reference)
-        assert max(wrong.values()) <= 1e-5, {name: value for name, value in wrong.items() if value > 1e-5}
+@layouts("TP2 SP", slow="TP2, TP2 SP PP2")
+def test_post_norm_trains_alike_in_every_layout(check, layout):
+    cases = [Case(1, model=POST_NORM), Case(2, model={**POST_NORM, "gate_input": "hidden"})]
+    check(layout, cases, "norms on outputs", ["PLT-1", "PLT-2, hidden gate"])

@@ -8,7 +8,6 @@ recompute is `slow`.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
 from collections.abc import Callable
@@ -17,16 +16,12 @@ from typing import Any
 import pytest
 
 from plt_megatron.config.schema import DecayFactors, RateFactors
-from tests.distributed.cases import LOSSES, Case, Layout
+from tests.distributed.cases import LOOPCODER, LOSSES, Z_LOSS, Case, Layout, Outcome
 from tests.distributed.covering import covering_design, pairs
 from tests.distributed.deepspeed_jobs import MEGATRON, STEPS, Zero, refuse_steps, train_cases
-from tests.distributed.parity_checks import reference_of
+from tests.distributed.params import layouts, slow
+from tests.distributed.parity_checks import TOLERANCE, compare, differences, reference_of
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed (the extra `deepspeed`)"
-)
-
-TOLERANCE = 1e-5
 LAYOUTS = [Layout(tp, sp, 1, dp) for (tp, sp), dp in itertools.product([(1, False), (2, False), (2, True)], (1, 2))]
 Setting = tuple[Layout, int, int, str]  # layout, ZeRO stage, loops, recompute
 EVERYTHING: list[Setting] = list(itertools.product(LAYOUTS, (1, 2, 3), (1, 2, 3), ("none", "selective", "full")))
@@ -42,8 +37,8 @@ COVERING = covering_design(EVERYTHING, _settings)
 
 
 @pytest.fixture(scope="module")
-def reference(run_deepspeed) -> Callable[[Case], dict[str, float]]:
-    """A case's numbers from the megatron engine on one process."""
+def reference(run_deepspeed) -> Callable[[Case], Outcome]:
+    """A case's outcome from the megatron engine on one process."""
     return reference_of(lambda case: run_deepspeed(train_cases, 1, Layout(), [(case, MEGATRON)])[0])
 
 
@@ -52,27 +47,12 @@ def check(run_deepspeed, reference, record_property) -> Callable[..., None]:
     """Train the cases in the layout and compare; what was found goes into the table."""
 
     def check(layout: Layout, cases: list[tuple[Case, Zero]], names: list[str] | None = None) -> None:
-        failures = []
         outcomes = run_deepspeed(train_cases, layout.world_size, layout, cases, timeout_s=280)
-        for index, ((case, zero), numbers) in enumerate(zip(cases, outcomes, strict=True)):
-            wrong = differences(numbers, reference(case))
-            worst = max(wrong, key=lambda name: wrong[name] if wrong[name] == wrong[name] else math.inf)
-            name = f"L{case.loops}" if names is None else f"{names[index]},"
-            record_property("parity", ["DeepSpeed", f"{name} {layout} {zero}", case.recompute, wrong[worst], TOLERANCE])
-            if not wrong[worst] <= TOLERANCE:
-                failures.append(f"{layout}, {case}, {zero}: {worst} is off by {wrong[worst]:.1e}")
-        assert not failures, "\n".join(failures)
+        names = [f"{name}," for name in names] if names else [f"L{case.loops}" for case, _ in cases]
+        rows = [f"{name} {layout} {zero}" for name, (_, zero) in zip(names, cases, strict=True)]
+        compare(record_property, "DeepSpeed", [case for case, _ in cases], outcomes, reference, rows)
 
     return check
-
-
-def differences(numbers: dict[str, float], expected: dict[str, float]) -> dict[str, float]:
-    """Relative differences by name."""
-    assert numbers.keys() == expected.keys()
-    return {
-        name: abs(numbers[name] - value) / abs(value) if value else abs(numbers[name])
-        for name, value in expected.items()
-    }
 
 
 def _cases(settings: list[Setting], layout: Layout) -> list[tuple[Case, Zero]]:
@@ -84,10 +64,7 @@ QUICK = {Layout(dp=2)}  # `make test` runs these, `make test-all` the whole desi
 
 @pytest.mark.parametrize(
     "layout",
-    [
-        pytest.param(layout, marks=[] if layout in QUICK else pytest.mark.slow)
-        for layout in sorted({layout for layout, *_ in COVERING}, key=LAYOUTS.index)
-    ],
+    [layout if layout in QUICK else slow(layout) for layout in sorted({how[0] for how in COVERING}, key=LAYOUTS.index)],
     ids=str,
 )
 def test_every_pair_of_settings(check, layout):
@@ -95,57 +72,60 @@ def test_every_pair_of_settings(check, layout):
 
 
 def test_rates_and_decay_by_kind_of_parameter(check):
-    factors = (("lr_mult", RateFactors(embedding=0.5, gates=3.0)), ("wd_mult", DecayFactors(norms=1.0, hidden=2.0)))
-    check(Layout(dp=2), [(Case(optimizer=factors, model=_model(mup_base_hidden_size=8)), Zero(2))])
+    factors = {"lr_mult": RateFactors(embedding=0.5, gates=3.0), "wd_mult": DecayFactors(norms=1.0, hidden=2.0)}
+    check(Layout(dp=2), [(Case(optimizer=factors, model={"mup_base_hidden_size": 8}), Zero(2))])
 
 
 @pytest.mark.slow
 def test_several_ranks_share_a_key_value_head(check):
-    check(Layout(tp=2, sp=True, dp=2), [(Case(3, "full", model=(("num_query_groups", 1),)), Zero(3))])
+    check(Layout(tp=2, sp=True, dp=2), [(Case(3, "full", model={"num_query_groups": 1}), Zero(3))])
 
 
-@pytest.mark.parametrize(
-    ("layout", "zero"),
-    [(Layout(dp=2), Zero(2)), pytest.param(Layout(tp=2, sp=True, dp=2), Zero(3), marks=pytest.mark.slow)],
-    ids=str,
-)
+@pytest.mark.parametrize(("layout", "zero"), [("DP2", Zero(2)), slow("TP2 SP DP2", Zero(3))], ids=str)
 def test_learned_key_shift(check, layout, zero):
     """Without a window later loops use neither their keys nor, where those are shared, their values."""
-    shared = _model(key_shift="learned", gated_window=False)
-    own_values = _model(key_shift="learned", gated_window=False, share_values=False)
-    check(layout, [(Case(3, "full", model=model), zero) for model in (shared, own_values)])
+    shared = {"key_shift": "learned", "gated_window": False}
+    own_values = {**shared, "share_values": False}
+    check(Layout.of(layout), [(Case(3, "full", model=model), zero) for model in (shared, own_values)])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", [Layout(dp=2), Layout(tp=2, sp=True)], ids=str)
+@layouts("", slow="DP2, TP2 SP")
 def test_the_z_loss_of_the_head(check, reference, layout):
-    case = Case(training=(("z_loss_coeff", 0.02),))
+    case = Case(training=Z_LOSS)
     check(layout, [(case, Zero(2)), (case, Zero(3))])
-    without = reference(Case())["gradient norm 0"]
-    assert abs(reference(case)["gradient norm 0"] - without) > 100 * TOLERANCE * without
+    norms = [reference(each).numbers["gradient norm 0"] for each in (case, Case())]
+    assert abs(norms[0] - norms[1]) > 100 * TOLERANCE * norms[1]
 
 
 @pytest.mark.parametrize(
     ("layout", "cases"),
     [
-        (Layout(dp=2), [("none", {}, Zero(2)), ("full", {"loop_norm": "final"}, Zero(3))]),
-        pytest.param(
-            Layout(tp=2, sp=True),
-            [("selective", {}, Zero(1)), ("full", {"share_embeddings_and_output_weights": False}, Zero(3))],
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            Layout(tp=2, dp=2),
-            [("full", {}, Zero(3, "cpu", "cpu")), ("none", {}, Zero(2, "cpu"))],
-            marks=pytest.mark.slow,
-        ),
+        ("DP2", [("none", {}, Zero(2)), ("full", {"loop_norm": "final"}, Zero(3))]),
+        slow("TP2 SP", [("selective", {}, Zero(1)), ("full", {"share_embeddings_and_output_weights": False}, Zero(3))]),
+        slow("TP2 DP2", [("full", {}, Zero(3, "cpu", "cpu")), ("none", {}, Zero(2, "cpu"))]),
     ],
     ids=str,
 )
 def test_losses_of_every_loop(check, reference, layout, cases):
-    check(layout, [(Case(3, how, training=LOSSES, model=_model(**model)), zero) for how, model, zero in cases])
-    without = reference(Case(3))["gradient norm 0"]
-    assert abs(reference(Case(3, training=LOSSES))["gradient norm 0"] - without) > 100 * TOLERANCE * without
+    check(Layout.of(layout), [(Case(3, how, training=LOSSES, model=model), zero) for how, model, zero in cases])
+    off = differences(reference(Case(3, training=LOSSES)), reference(Case(3)))
+    assert off["gradient norm 0"] > 100 * TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "zeros", "recompute"),
+    [
+        ("DP2", [Zero(1), Zero(3)], "none"),
+        ("DP2", [Zero(2, "cpu")], "none"),
+        ("TP2 SP DP2", [Zero(2), Zero(3, "cpu", "cpu")], "full"),
+        ("DP2", [Zero(1, "cpu"), Zero(3)], "selective"),
+    ],
+    ids=str,
+)
+def test_steps_of_changing_loop_counts(check, layout, zeros, recompute):
+    case = Case(3, recompute, step_loops=(2, 1, 3, 1, 2), training=LOSSES)
+    check(Layout.of(layout), [(case, zero) for zero in zeros])
 
 
 def test_the_covering_design_has_every_pair():
@@ -160,41 +140,17 @@ def test_every_combination(check, layout, stage):
     check(layout, _cases([setting for setting in EVERYTHING if setting[1] == stage], layout))
 
 
-def _model(**model: Any) -> tuple[tuple[str, Any], ...]:
-    return tuple(sorted(model.items()))
-
-
-LOOPCODER = _model(
-    window_size=4,
-    gate_input="hidden",
-    gate_side="global",
-    loop_norm="final",
-    embedding_scale=0.707,
-    hidden_scale=0.053,
-    share_embeddings_and_output_weights=False,
-)
-
-
 # A small bucket: several reductions are made. A small persistence threshold: no parameter stays whole.
 SMALL_BUCKET = (("reduce_bucket_size", 2000),)
 NOTHING_STAYS = (("stage3_param_persistence_threshold", 0), ("stage3_prefetch_bucket_size", 100))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cases",
     [
-        pytest.param(
-            [(Case(2, "full"), Zero(3, "cpu", "cpu", raw=SMALL_BUCKET)), (Case(2), Zero(3, raw=NOTHING_STAYS))],
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            [
-                (Case(2, "full"), Zero(1, "cpu")),
-                (Case(3), Zero(2, "cpu", raw=SMALL_BUCKET)),
-                (Case(2), Zero(3, "cpu")),
-            ],
-            marks=pytest.mark.slow,
-        ),
+        [(Case(2, "full"), Zero(3, "cpu", "cpu", raw=SMALL_BUCKET)), (Case(2), Zero(3, raw=NOTHING_STAYS))],
+        [(Case(2, "full"), Zero(1, "cpu")), (Case(3), Zero(2, "cpu", raw=SMALL_BUCKET)), (Case(2), Zero(3, "cpu"))],
     ],
     ids=["everything", "states"],
 )
@@ -207,34 +163,38 @@ def test_offloaded_states_and_parameters(check, cases):
 VARIANTS = {
     "LoopCoder-v2": (Case(2, "full", model=LOOPCODER), Zero(2)),
     "LoopCoder-v2, learned scale, packed": (
-        Case(2, "selective", packed=True, model=(*LOOPCODER, ("learned_hidden_scale", "model"))),
+        Case(2, "selective", packed=True, model={**LOOPCODER, "learned_hidden_scale": "model"}),
         Zero(3),
     ),
     "+ KV sharing, QK norms, scales": (
         Case(
             3,
             "full",
-            model=_model(
-                gated_window=False,
-                qk_layernorm=True,
-                loop_norm="rms",
-                learned_hidden_scale="channel",
-                residual_scaling="layers",
-            ),
+            model={
+                "gated_window": False,
+                "qk_layernorm": True,
+                "loop_norm": "rms",
+                "learned_hidden_scale": "channel",
+                "residual_scaling": "layers",
+            },
         ),
         Zero(2),
     ),
     "post-norm": (
-        Case(2, "full", model=_model(norm_placement="post", qk_layernorm=True, qkv_bias=True, layernorm_epsilon=1e-2)),
+        Case(
+            2,
+            "full",
+            model={"norm_placement": "post", "qk_layernorm": True, "qkv_bias": True, "layernorm_epsilon": 1e-2},
+        ),
         Zero(2),
     ),
     "steps of one loop of gates that read the residual stream": (
-        Case(2, "full", model=_model(gate_input="hidden"), step_loops=(2, 1, 2)),
+        Case(2, "full", model={"gate_input": "hidden"}, step_loops=(2, 1, 2)),
         Zero(1),
     ),
-    "recomputed FFN": (Case(3, "selective", parallel=(("recompute_modules", ["mlp"]),)), Zero(3)),
+    "recomputed FFN": (Case(3, "selective", parallel={"recompute_modules": ["mlp"]}), Zero(3)),
     "recomputed attention and FFN": (
-        Case(3, "selective", parallel=(("recompute_modules", ["core_attn", "mlp"]),)),
+        Case(3, "selective", parallel={"recompute_modules": ["core_attn", "mlp"]}),
         Zero(2),
     ),
 }
@@ -243,28 +203,26 @@ VARIANTS = {
 @pytest.mark.parametrize(
     ("layout", "names"),
     [
-        pytest.param(
-            Layout(tp=2, sp=True), ["LoopCoder-v2, learned scale, packed", "post-norm"], marks=pytest.mark.slow
-        ),
-        pytest.param(Layout(tp=2, sp=True), ["LoopCoder-v2", "+ KV sharing, QK norms, scales"], marks=pytest.mark.slow),
-        pytest.param(Layout(tp=2, sp=True), list(VARIANTS)[-3:], marks=pytest.mark.slow),
-        (Layout(dp=2), list(VARIANTS)[-3:]),
+        slow("TP2 SP", ["LoopCoder-v2, learned scale, packed", "post-norm"]),
+        slow("TP2 SP", ["LoopCoder-v2", "+ KV sharing, QK norms, scales"]),
+        slow("TP2 SP", list(VARIANTS)[-3:]),
+        ("DP2", list(VARIANTS)[-3:]),
     ],
-    ids=lambda value: ", ".join(value) if isinstance(value, list) else str(value),
+    ids=lambda value: ", ".join(value) if isinstance(value, list) else value,
 )
 def test_variants_and_packed_documents(check, layout, names):
-    check(layout, [VARIANTS[name] for name in names], names)
+    check(Layout.of(layout), [VARIANTS[name] for name in names], names)
 
 
 @pytest.mark.slow
 def test_bfloat16_is_close(run_deepspeed, reference):
     case = Case(2, "full", precision="bf16")
-    for numbers in run_deepspeed(train_cases, 2, Layout(dp=2), [(case, Zero(stage)) for stage in (1, 3)]):
-        wrong = differences(numbers, reference(case))
+    for outcome in run_deepspeed(train_cases, 2, Layout(dp=2), [(case, Zero(stage)) for stage in (1, 3)]):
+        wrong = differences(outcome, reference(case))
         assert max(wrong.values()) < 0.03, wrong
 
 
-@pytest.mark.parametrize("stages", [[3], pytest.param([1, 2], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stages", [[3], slow([1, 2])])
 def test_a_step_that_is_refused_changes_nothing(run_deepspeed, stages):
     """Nor does one whose loss is no number; and each step is judged once, with the numbers that are reported."""
     megatron, *others = run_deepspeed(refuse_steps, 2, Layout(dp=2), [0, *stages])
@@ -280,7 +238,8 @@ def test_a_step_that_is_refused_changes_nothing(run_deepspeed, stages):
 
 def test_the_comparison_would_notice_a_lost_loop(reference):
     """One loop less, or another model, is seen in every step."""
-    base = reference(Case(3))
-    for other in (reference(Case(2)), reference(Case(3, model=_model(gated_window=False)))):
-        wrong = {name: abs(base[f"gradient norm {name}"] / other[f"gradient norm {name}"] - 1) for name in range(STEPS)}
-        assert min(wrong.values()) > 100 * TOLERANCE
+    norms = [f"gradient norm {step}" for step in range(STEPS)]
+    base = reference(Case(3)).numbers
+    for case in (Case(2), Case(3, model={"gated_window": False})):
+        other = reference(case).numbers
+        assert min(abs(base[name] / other[name] - 1) for name in norms) > 100 * TOLERANCE

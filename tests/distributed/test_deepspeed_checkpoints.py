@@ -7,7 +7,6 @@ tensor-parallel size. On two processes: TP 1 x DP 2, TP 2 with sequence parallel
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,12 @@ from tests.distributed.deepspeed_jobs import (
     set_out,
     weights_then_all,
 )
+from tests.distributed.params import slow
+from tests.distributed.parity_checks import TOLERANCE, judge
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed (the extra `deepspeed`)"
-)
-
-TOLERANCE = 1e-5
 ENGINES = [MEGATRON, Zero(1), Zero(2), Zero(3)]
 PLACES = [Place(zero, tp) for zero in ENGINES for tp in (1, 2)]
+SCHEDULED = Place(Zero(1), loop_schedule=True)  # every other step has one loop
 OFFLOADED = [Place(Zero(1, "cpu")), Place(Zero(3, "cpu", "cpu"), 2)]
 
 
@@ -70,10 +67,8 @@ def go_on(travel, record_property, tensors):
         assert all("in the checkpoint" not in line for log in journey.logs for line in log)
         failures = []
         for end, moved in zip(ends, journey.moved, strict=True):
-            worst = difference(moved, journey.stayed)
-            record_property("parity", ["DeepSpeed checkpoints, saved at", str(end), str(start), worst, TOLERANCE])
-            if not worst <= TOLERANCE:
-                failures.append(f"from {start} to {end}: off by {worst:.1e}")
+            wrong = {f"from {start}": difference(moved, journey.stayed)}
+            failures += judge(record_property, wrong, "DeepSpeed checkpoints, saved at", str(end), str(start))
         assert not failures, "\n".join(failures)
         return journey
 
@@ -97,21 +92,11 @@ def difference(numbers: list[tuple[float, float]], expected: list[tuple[float, f
 @pytest.mark.parametrize(
     ("start", "ends"),
     [
-        pytest.param(
-            Place(MEGATRON, 1),
-            [Place(Zero(1), 2), Place(Zero(2), 1), Place(Zero(3), 2)],
-            marks=pytest.mark.slow,
-        ),
-        # Whatever the start, the checkpoint is the same: one or two ways on are enough.
-        pytest.param(Place(MEGATRON, pp=2), [Place(Zero(3), 1)], marks=pytest.mark.slow),
+        # Whatever the start, the checkpoint is the same: one way on is enough.
         (Place(Zero(1), 2), [Place(Zero(3), 1)]),
-        pytest.param(Place(Zero(1), 2), [Place(MEGATRON, pp=2)], marks=pytest.mark.slow),
-        pytest.param(
-            Place(Zero(2), 1),
-            [Place(MEGATRON, 2), Place(Zero(1), 1), Place(Zero(3), 2)],
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(Place(Zero(3), 1), [Place(MEGATRON, 1), Place(Zero(2), 2)], marks=pytest.mark.slow),
+        slow(Place(Zero(1), 2), [Place(MEGATRON, pp=2)]),
+        slow(Place(MEGATRON, pp=2), [Place(Zero(3), 1)]),
+        slow(SCHEDULED, [Place(MEGATRON, loop_schedule=True)]),
     ],
     ids=lambda value: str(value) if isinstance(value, Place) else "on",
 )
@@ -133,15 +118,16 @@ def test_a_run_moves_from_everywhere_to_everywhere(go_on, start):
     "place",
     [
         Place(Zero(1), 1, precision="bf16"),
-        pytest.param(Place(Zero(3, "cpu", "cpu"), 2, precision="bf16"), marks=pytest.mark.slow),
-        pytest.param(Place(Zero(3), 1), marks=pytest.mark.slow),
-        pytest.param(Place(Zero(2), 2), marks=pytest.mark.slow),
-        pytest.param(Place(Zero(1), 2), marks=pytest.mark.slow),
-        pytest.param(Place(Zero(1, "cpu"), 1), marks=pytest.mark.slow),
-        pytest.param(Place(Zero(2, "cpu"), 1, precision="bf16"), marks=pytest.mark.slow),
-        pytest.param(Place(Zero(2), 1), marks=pytest.mark.slow),
-        pytest.param(Place(Zero(3), 2), marks=pytest.mark.slow),
-        pytest.param(Place(Zero(3), 1, precision="bf16"), marks=pytest.mark.slow),
+        slow(Place(Zero(3, "cpu", "cpu"), 2, precision="bf16")),
+        slow(Place(Zero(3), 1)),
+        slow(Place(Zero(2), 2)),
+        slow(Place(Zero(1), 2)),
+        slow(Place(Zero(1, "cpu"), 1)),
+        slow(Place(Zero(2, "cpu"), 1, precision="bf16")),
+        slow(Place(Zero(2), 1)),
+        slow(Place(Zero(3), 2)),
+        slow(Place(Zero(3), 1, precision="bf16")),
+        slow(SCHEDULED),
     ],
     ids=str,
 )
@@ -153,9 +139,8 @@ def test_a_run_that_was_saved_goes_on_bit_for_bit(travel, place):
     assert journey.digests == [journey.digest] and len(journey.digest) == 2
 
 
-@pytest.mark.parametrize("zero", [Zero(3), pytest.param(Zero(1), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("zero", [Zero(3), slow(Zero(1))], ids=str)
 def test_copies_that_differ_are_not_written(run_deepspeed, tmp_path, zero):
-    """Of what each tensor-parallel rank has whole."""
     error = run_deepspeed(save_copies_that_differ, 2, tmp_path, Place(zero, 2))
     assert "ranks 0 and 1 hold different copies of " in error and "final_layernorm.weight" in error
     assert not list(tmp_path.iterdir())
@@ -164,18 +149,14 @@ def test_copies_that_differ_are_not_written(run_deepspeed, tmp_path, zero):
 # ---------------------------------------------------------------- other models, weights alone, exports
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("before", "now", "zero", "tp"),
-    [
-        pytest.param(1, 2, Zero(3), 1, marks=pytest.mark.slow),
-        pytest.param(2, 1, Zero(1), 2, marks=pytest.mark.slow),
-    ],
-    ids=["1 to 2 loops", "2 to 1 loops"],
+    ("before", "now", "zero", "tp"), [(1, 2, Zero(3), 1), (2, 1, Zero(1), 2)], ids=["1 to 2 loops", "2 to 1 loops"]
 )
 def test_the_number_of_loops_changes_as_on_the_megatron_engine(travel, before, now, zero, tp):
     """New gates start as they are built, with zero moments; unused ones are dropped; the log says so."""
-    start = Place(MEGATRON, model=(("loop_count", before),))
-    ends = [Place(engine, size, model=(("loop_count", now),)) for engine, size in ((MEGATRON, 1), (zero, tp))]
+    start = Place(MEGATRON, loops=before)
+    ends = [Place(engine, size, loops=now) for engine, size in ((MEGATRON, 1), (zero, tp))]
     journey = travel(start, ends)
     megatron, moved = journey.moved
     assert difference(megatron, journey.stayed) > 100 * TOLERANCE
@@ -197,11 +178,7 @@ def test_weights_alone_and_all_of_it_into_an_engine_that_has_trained(run_deepspe
 
 @pytest.mark.parametrize(
     "places",
-    [
-        [Place(Zero(3), 1)],
-        pytest.param([Place(Zero(1), 2)], marks=pytest.mark.slow),
-        pytest.param([Place(Zero(2), 1), Place(Zero(3, "cpu", "cpu"), 2)], marks=pytest.mark.slow),
-    ],
+    [[Place(Zero(3), 1)], slow([Place(Zero(1), 2)]), slow([Place(Zero(2), 1), Place(Zero(3, "cpu", "cpu"), 2)])],
     ids=lambda places: ", ".join(map(str, places)),
 )
 def test_exports_do_not_know_the_engine(run_deepspeed, tmp_path, places):

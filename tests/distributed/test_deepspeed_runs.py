@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import re
 import signal
@@ -11,24 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from plt_megatron.config.schema import DataConfig, DeepSpeedConfig, RunConfig
+from plt_megatron.config.schema import DeepSpeedConfig, RunConfig
 from plt_megatron.run_folder.checkpoints import read_progress
 from plt_megatron.run_folder.folder import RunFolder
-from tests.distributed.training_jobs import make_data, run_config, train, train_with_bad_step
+from tests.distributed.params import slow
+from tests.distributed.training_jobs import diverging_config, run_config, train
 from tests.distributed.whole_runs import LocalRun, folder, last_step, numbers
-
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed (the extra `deepspeed`)"
-)
 
 TP_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 DP_RECOMPUTE = {"data_parallel_size": 2, "recompute_granularity": "full"}
 OFFLOAD = DeepSpeedConfig(3, "cpu", "cpu")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    return make_data(tmp_path_factory.mktemp("deepspeed_data"))
 
 
 def on_deepspeed(config: RunConfig, zero: DeepSpeedConfig) -> RunConfig:
@@ -43,9 +34,7 @@ def undisturbed(data, tmp_path_factory, run_deepspeed) -> RunConfig:
     return config
 
 
-@pytest.mark.parametrize(
-    "zero", [pytest.param(DeepSpeedConfig(1), marks=pytest.mark.slow), OFFLOAD], ids=["stage 1", "stage 3"]
-)
+@pytest.mark.parametrize("zero", [slow(DeepSpeedConfig(1)), OFFLOAD], ids=["stage 1", "stage 3"])
 def test_the_records_are_the_megatron_engines(undisturbed, data, tmp_path, run_deepspeed, zero):
     """The same kinds, steps, fields and numbers, loop statistics and validation at each loop count included."""
     config = on_deepspeed(run_config("deepspeed", tmp_path, data, parallel=DP_RECOMPUTE), zero)
@@ -75,7 +64,7 @@ def test_a_bad_step_is_rolled_back_as_on_the_megatron_engine(data, tmp_path, run
     megatron, ours = (run_config(name, tmp_path, data, parallel=TP_SP, training=rollback) for name in ("one", "other"))
     ours = on_deepspeed(ours, DeepSpeedConfig(3))
     for config in (megatron, ours):
-        assert run_deepspeed(train_with_bad_step, 2, config, bad_step=4) is True
+        assert run_deepspeed(train, 2, config, bad_step=4) is True
         (report,) = (folder(config) / "incidents").glob("step_*.json")
         assert (
             report.name == "step_00000004_sample_0000000024.json"
@@ -86,16 +75,9 @@ def test_a_bad_step_is_rolled_back_as_on_the_megatron_engine(data, tmp_path, run
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", [slow(1), 3])
 def test_steps_that_are_not_finite_are_skipped_reported_and_limited(data, tmp_path, run_deepspeed, stage):
-    config = run_config(
-        "diverging",
-        tmp_path,
-        data,
-        optimizer={"lr": 1e25, "min_lr": 1e25, "lr_warmup_iters": 0, "clip_grad": 0.0},
-        training={"max_skipped_steps": 1},
-        parallel={"data_parallel_size": 2},
-    )
+    config = diverging_config(tmp_path, data)
     message = run_deepspeed(train, 2, on_deepspeed(config, DeepSpeedConfig(stage)))
     assert isinstance(message, str) and "not finite" in message and "checkpoint" in message
     first, second = (json.loads(path.read_text()) for path in sorted((folder(config) / "incidents").glob("*.json")))

@@ -1,4 +1,4 @@
-"""What an earlier version wrote is read: its run goes on where it stopped, its export loads."""
+"""Files of an earlier version are read: its run goes on where it stopped, its export loads."""
 
 from __future__ import annotations
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from plt_megatron.config import derived
-from plt_megatron.config.schema import DataConfig
-from plt_megatron.run_folder.folder import RunFolder
-from tests.distributed.training_jobs import make_data, run_config, train
+from tests.distributed.params import slow
+from tests.distributed.training_jobs import run_config, train
+from tests.distributed.whole_runs import folder, numbers
 
 EXPERTS = {
     "moe.num_experts": 4,
@@ -43,20 +42,15 @@ FIELDS = (
 )
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    return make_data(tmp_path_factory.mktemp("data"))
-
-
 def records(run_distributed, world_size: int, config) -> list[dict]:
     assert run_distributed(train, world_size, config) is True
-    return [record for record in RunFolder(derived.run_folder(config)).records() if record["kind"] == "train"]
+    return numbers(config, "train")
 
 
 @pytest.fixture(scope="module")
 def one_process(data, tmp_path_factory, run_distributed) -> list[dict]:
-    folder = tmp_path_factory.mktemp("one")
-    config = run_config("one", folder, data, model=EXPERTS, training={**SHORT, "micro_batch_size": 8})
+    runs = tmp_path_factory.mktemp("one")
+    config = run_config("one", runs, data, model=EXPERTS, training={**SHORT, "micro_batch_size": 8})
     return records(run_distributed, 1, config)
 
 
@@ -73,7 +67,7 @@ def test_each_loop_is_told_apart(one_process):
         assert record["dropped_tokens"] == [0, 0] and record["dropped_share"] == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("name", [pytest.param("EP2", marks=pytest.mark.slow), "TP2 EP2, full recomputation"])
+@pytest.mark.parametrize("name", [slow("EP2"), "TP2 EP2, full recomputation"])
 def test_no_layout_changes_what_is_reported(one_process, data, tmp_path, run_distributed, name):
     world_size, parallel, training = LAYOUTS[name]
     config = run_config(name, tmp_path, data, model=EXPERTS, parallel=parallel, training=training)
@@ -95,7 +89,7 @@ def test_a_run_that_shares_out_experts_exports(data, tmp_path, run_distributed):
     parallel = {"expert_model_parallel_size": 2}
     config = run_config("shared", tmp_path, data, model=EXPERTS, parallel=parallel, training=SHORT)
     records(run_distributed, 2, config)
-    options = ExportOptions(derived.run_folder(config), tmp_path / "exported", verify=True)
+    options = ExportOptions(folder(config), tmp_path / "exported", verify=True)
     result = export(options, say=lambda line: None)
     assert result.difference is not None and result.difference < 1e-4
 
@@ -107,7 +101,7 @@ def test_a_run_goes_on_where_half_of_the_ranks_hold_an_expert(data, tmp_path, ru
     settings = {"model": EXPERTS, "parallel": parallel, "training": training}
     whole = run_config("whole", tmp_path, data, **settings, checkpoint={"save_interval": 2})
     expected = records(run_distributed, 4, whole)
-    load = str(RunFolder(derived.run_folder(whole)).checkpoints / "step_00000002")
+    load = str(folder(whole) / "checkpoints" / "step_00000002")
     branch = run_config("branch", tmp_path, data, **settings, checkpoint={"load": load})
     (record,) = records(run_distributed, 4, branch)
     assert [record[name] for name in FIELDS] == [expected[-1][name] for name in FIELDS]

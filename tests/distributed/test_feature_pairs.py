@@ -1,4 +1,4 @@
-"""What was added after the parity matrix was drawn up, in pairs: each feature with each other one, in small layouts.
+"""Features that came after the parity matrix, in pairs: each with each other one, in small layouts.
 
 Topologies (layers that run once, loops by layer, uneven stages, a head as a stage), YaRN, z-loss, Muon, rates by kind,
 loops that change from step to step, experts with a loss or with biases after a dense layer, packed documents and
@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.cases import BIASES, EXPERTS, FACTORS, YARN, Case, Layout, train_cases
+from tests.distributed.cases import BIASES, ENDS, EXPERTS, FACTORS, YARN, Z_LOSS, Case, Layout
 from tests.distributed.covering import covering_design, pairs
-from tests.distributed.parity_checks import TOLERANCE, differences
 
 FOUR = {"num_layers": 4}
 TOPOLOGIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings of the model, and of the layout
@@ -23,10 +22,9 @@ TOPOLOGIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings of 
     "by layer": ({**FOUR, "loop_order": "layer", "cross_loop_parallel": False}, {}),
     "by layer in a span": ({**FOUR, "loop_order": "layer", "cross_loop_parallel": False, "loop_span": [0, 2]}, {}),
     "uneven": (FOUR, {"num_layers_in_first_pipeline_stage": 1}),
-    "ends": ({"num_layers": 2}, {"account_for_embedding_in_pipeline_split": True,
-                                 "account_for_loss_in_pipeline_split": True}),
-}  # fmt: skip
-LAYOUTS = [Layout(dp=2), Layout(tp=2, sp=True), Layout(cp=2), Layout(pp=2), Layout(tp=2, sp=True, pp=2), Layout(pp=4)]
+    "ends": ({"num_layers": 2}, ENDS),
+}
+LAYOUTS = [Layout.of(words) for words in ("DP2", "TP2 SP", "CP2", "PP2", "TP2 SP PP2", "PP4")]
 FFNS: dict[str, dict[str, Any]] = {
     "dense": {},
     "experts": EXPERTS,
@@ -75,10 +73,10 @@ def _case(setting: Setting) -> Case:
         loops=3 if layout.pp == 1 else 2,
         recompute=recompute,
         packed=packed,
-        model=tuple(model.items()),
-        parallel=tuple(parallel.items()),
-        training=(("z_loss_coeff", 0.02),) if z_loss else (),
-        optimizer=(("name", optimizer), *(FACTORS if factors else ())),
+        model=model,
+        parallel=parallel,
+        training=Z_LOSS if z_loss else {},
+        optimizer={"name": optimizer, **(FACTORS if factors else {})},
         step_loops=(1, 2, 1, 2) if changing else (),
     )
 
@@ -89,14 +87,6 @@ def test_every_pair_is_covered():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_pairs_of_features_give_one_processs_numbers(run_distributed, layout):
+def test_pairs_of_features_give_one_processs_numbers(check, layout):
     cases = [_case(setting) for setting in COVERING if setting[0] == layout]
-    outcomes = run_distributed(train_cases, layout.world_size, layout, cases, timeout_s=500)
-    references = run_distributed(train_cases, 1, Layout(), [case.reference for case in cases], timeout_s=500)
-    failures = []
-    for case, outcome, reference in zip(cases, outcomes, references, strict=True):
-        wrong = differences(outcome, reference)
-        worst = max(wrong, key=lambda name: wrong[name])
-        if not wrong[worst] <= TOLERANCE:
-            failures.append(f"{case}: {worst} is off by {wrong[worst]:.1e}")
-    assert not failures, "\n".join(failures)
+    check(layout, cases, "pairs of features", [f"pair {number}" for number in range(len(cases))], timeout_s=500)

@@ -5,7 +5,6 @@ The end of the test run prints the table. How it is measured: memory_jobs.py.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +21,9 @@ from plt_megatron.config.schema import (
 from plt_megatron.predict.layout import estimate_layout, passes
 from plt_megatron.predict.memory import checkpoint_bytes, estimate_memory
 from plt_megatron.predict.step import Step
+from tests.distributed.cases import ENDS, Layout
 from tests.distributed.memory_jobs import allocator_peak, checkpoint_size, measure_all, megatron_schedule
+from tests.distributed.params import slow
 from tests.settings import make
 
 TOLERANCE = 0.10
@@ -30,12 +31,7 @@ VOCAB_SIZE = 500
 
 
 def run_config(
-    tp: int = 1,
-    pp: int = 1,
-    dp: int = 1,
-    cp: int = 1,
-    ep: int = 1,
-    sp: bool = False,
+    words: str = "TP1",
     loops: int = 2,
     recompute: str = "none",
     precision: str = "fp32",
@@ -45,11 +41,12 @@ def run_config(
     stages: dict[str, Any] | None = None,
     **model: Any,
 ) -> RunConfig:
-    """A model of 0.8M parameters whose activations take about twice what its training state takes.
+    """A model of 0.8M parameters, whose activations take about twice what its training state takes, in a layout.
 
     `zero`: DeepSpeed's stage; 0: megatron-core's engine. `losses`: weights of the earlier loops'. `stages`: settings of
     an uneven pipeline. Further settings are the model's.
     """
+    layout = Layout.of(words)
     sizes: dict[str, Any] = {
         "num_layers": 4,
         "hidden_size": 128,
@@ -65,18 +62,14 @@ def run_config(
         data=DataConfig(sequence_length=128, reset_at_document_boundaries=packed),
         training=TrainingConfig(
             micro_batch_size=2,
-            global_batch_size=4 * pp * dp,
+            global_batch_size=4 * layout.pp * layout.dp,
             train_iters=10,
             precision=precision,  # type: ignore[arg-type]
             loop_loss_weights=losses or [],
         ),
         parallel=ParallelConfig(
-            tensor_model_parallel_size=tp,
-            pipeline_model_parallel_size=pp,
-            data_parallel_size=dp,
-            context_parallel_size=cp,
-            expert_model_parallel_size=ep,
-            sequence_parallel=sp,
+            **layout.settings,
+            data_parallel_size=layout.dp,
             recompute_granularity=recompute,  # type: ignore[arg-type]
             **(stages or {}),
         ),
@@ -86,22 +79,22 @@ def run_config(
     )
 
 
-ENDS = {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}
 EXPERTS = {"moe.num_experts": 4, "moe.ffn_hidden_size": 176}
+ONE_GROUP = {"num_query_groups": 1}
+UNEVEN = {"stages": {"num_layers_in_first_pipeline_stage": 3}}
 DENSE_FIRST = {**EXPERTS, "moe.first_k_dense_replace": 1, "moe.shared_expert_intermediate_size": 96}
-SLOW = pytest.mark.slow
-# Layout, what is run in it, and marks.
-CASES: list[tuple[dict[str, Any], list[dict[str, Any]], *tuple[pytest.MarkDecorator, ...]]] = [
+# Layout, and what is run in it.
+CASES: list[Any] = [
     (
-        {},
+        "TP1",
         [
             {"recompute": "full"},
             {"precision": "bf16", "gate_input": "hidden", "qk_layernorm": True, "norm_placement": "pre_ffn_output"},
             {"num_layers": 1, "loops": 3, "loop_norm": "rms", "learned_hidden_scale": "channel"},
         ],
     ),
-    (
-        {},
+    slow(
+        "TP1",
         [
             {"loops": 1},
             {},
@@ -111,10 +104,9 @@ CASES: list[tuple[dict[str, Any], list[dict[str, Any]], *tuple[pytest.MarkDecora
             {"precision": "bf16", "recompute": "full", "packed": True},
             {"gated_window": False, "share_kv": False, "share_embeddings_and_output_weights": False},
         ],
-        SLOW,
     ),
-    (
-        {},
+    slow(
+        "TP1",
         [
             {"loop_span": [1, 3], "loops": 3, "key_shift": "channels"},
             {"key_shift": "learned"},
@@ -127,56 +119,51 @@ CASES: list[tuple[dict[str, Any], list[dict[str, Any]], *tuple[pytest.MarkDecora
             {"cross_loop_parallel": False, "loop_order": "layer", "loops": 3},
             {"cross_loop_parallel": False, "loop_order": "layer", "loop_span": [1, 4], "recompute": "full"},
         ],
-        SLOW,
     ),
-    ({"tp": 2}, [{}], SLOW),
-    ({"tp": 2, "sp": True}, [{"recompute": "none"}], SLOW),
-    ({"tp": 2, "sp": True}, [{"recompute": "full", "loops": 3}], SLOW),
-    ({"tp": 2, "sp": True, "num_query_groups": 1}, [{}, {"recompute": "full", "precision": "bf16"}], SLOW),
-    ({"tp": 4, "sp": True}, [{}, {"share_kv": False, "gated_window": False}], SLOW),
-    ({"pp": 2}, [{}, {"loops": 3, "recompute": "full"}], SLOW),
-    ({"pp": 2}, [{"loops": 1}], SLOW),
-    ({"pp": 2}, [{"losses": [0.5]}, {"losses": [0.5, 0.5], "loops": 3, "recompute": "full"}], SLOW),
-    ({"pp": 4}, [{"losses": [0.5], "precision": "bf16"}], SLOW),
-    ({"dp": 2, "zero": 2}, [{"losses": [0.5]}], SLOW),
-    ({"pp": 2, "stages": {"num_layers_in_first_pipeline_stage": 3}}, [{}, {"recompute": "full"}], SLOW),
-    ({"pp": 4, "stages": ENDS, "num_layers": 2}, [{}], SLOW),
-    ({"dp": 2}, [{"precision": "bf16"}], SLOW),
-    ({"dp": 2, "zero": 1}, [{"precision": "bf16"}]),
-    ({"dp": 2, "zero": 2}, [{"recompute": "full", "precision": "bf16"}], SLOW),
-    ({"dp": 2, "zero": 3}, [{}], SLOW),
-    ({"dp": 2, "zero": 3}, [{"precision": "bf16"}], SLOW),
-    ({"cp": 2}, [{"precision": "bf16", "recompute": "selective"}]),
-    ({"cp": 2}, [{}], SLOW),
-    ({"tp": 2, "sp": True, "pp": 2}, [{}], SLOW),
-    ({}, [EXPERTS]),
-    ({}, [{**EXPERTS, "loops": 3, "recompute": "full"}, {**EXPERTS, "precision": "bf16"}], SLOW),
-    ({"dp": 2, "ep": 2}, [EXPERTS], SLOW),
-    ({}, [DENSE_FIRST, {**DENSE_FIRST, "recompute": "full", "loops": 3}], SLOW),
-    ({"pp": 2}, [{**DENSE_FIRST, "moe.first_k_dense_replace": 2}], SLOW),
+    slow("TP2", [{}]),
+    slow("TP2 SP", [{}]),
+    slow("TP2 SP", [{"recompute": "full", "loops": 3}]),
+    slow("TP2 SP", [ONE_GROUP, {**ONE_GROUP, "recompute": "full", "precision": "bf16"}]),
+    slow("TP4 SP", [{}, {"share_kv": False, "gated_window": False}]),
+    slow("PP2", [{}, {"loops": 3, "recompute": "full"}]),
+    slow("PP2", [{"loops": 1}]),
+    slow("PP2", [{"losses": [0.5]}, {"losses": [0.5, 0.5], "loops": 3, "recompute": "full"}]),
+    slow("PP4", [{"losses": [0.5], "precision": "bf16"}]),
+    slow("DP2", [{"zero": 2, "losses": [0.5]}]),
+    slow("PP2", [UNEVEN, {**UNEVEN, "recompute": "full"}]),
+    slow("PP4", [{"stages": ENDS, "num_layers": 2}]),
+    slow("DP2", [{"precision": "bf16"}]),
+    ("DP2", [{"zero": 1, "precision": "bf16"}]),
+    slow("DP2", [{"zero": 2, "recompute": "full", "precision": "bf16"}]),
+    slow("DP2", [{"zero": 3}]),
+    slow("DP2", [{"zero": 3, "precision": "bf16"}]),
+    ("CP2", [{"precision": "bf16", "recompute": "selective"}]),
+    slow("CP2", [{}]),
+    slow("TP2 SP PP2", [{}]),
+    ("TP1", [EXPERTS]),
+    slow("TP1", [{**EXPERTS, "loops": 3, "recompute": "full"}, {**EXPERTS, "precision": "bf16"}]),
+    slow("DP2 EP2", [EXPERTS]),
+    slow("TP1", [DENSE_FIRST, {**DENSE_FIRST, "recompute": "full", "loops": 3}]),
+    slow("PP2", [{**DENSE_FIRST, "moe.first_k_dense_replace": 2}]),
 ]
 
 
 def name_of(changes: dict[str, Any]) -> str:
-    """As in `L2 full bf16`."""
+    """Name a case, as in `L2 full bf16`."""
     words = [f"L{changes.get('loops', 2)}", changes.get("recompute", "none"), changes.get("precision", "fp32")]
-    model = set(changes) - {"loops", "recompute", "precision", "packed", "losses", *EXPERTS}
+    words += [f"ZeRO {changes.get('zero')}"] * ("zero" in changes)
+    model = set(changes) - {"loops", "recompute", "precision", "packed", "losses", "zero", "stages", *EXPERTS}
     words += ["experts"] * ("moe.num_experts" in changes) + ["losses"] * ("losses" in changes)
     return " ".join(words + ["packed"] * changes.get("packed", False) + ["model variant"] * bool(model))
 
 
 @pytest.mark.parametrize(
-    ("layout", "cases"),
-    [
-        pytest.param(layout, cases, marks=marks, id=f"{layout} {'; '.join(map(name_of, cases))}")
-        for layout, cases, *marks in CASES
-    ],
+    ("layout", "cases"), CASES, ids=lambda value: value if isinstance(value, str) else "; ".join(map(name_of, value))
 )
 def test_memory_is_within_a_tenth_of_what_is_measured(request, record_property, layout, cases):
-    if "zero" in layout and importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("DeepSpeed is not installed (the `deepspeed` extra)")
-    run_distributed = request.getfixturevalue("run_deepspeed" if "zero" in layout else "run_distributed")
-    configs = [run_config(**layout, **changes) for changes in cases]
+    deepspeed = any("zero" in changes for changes in cases)
+    run_distributed = request.getfixturevalue("run_deepspeed" if deepspeed else "run_distributed")
+    configs = [run_config(layout, **changes) for changes in cases]
     sizes = estimate_layout(configs[0], on_cpu=True)
     by_rank = run_distributed(measure_all, sizes.world_size, configs, VOCAB_SIZE, all_ranks=True)
     wrong = []

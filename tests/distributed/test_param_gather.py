@@ -4,10 +4,10 @@ reads weights that are not there yet. The parity tests (with overlap) compare lo
 from __future__ import annotations
 
 from typing import Any
-
-import pytest
+from unittest import mock
 
 from tests.distributed.cases import Case, Layout
+from tests.distributed.params import layouts
 
 
 def gathered(layout: Layout, case: Case) -> dict[str, Any]:
@@ -29,9 +29,8 @@ def gathered(layout: Layout, case: Case) -> dict[str, Any]:
         started.append(self)
         stock(self, force_sync)
 
-    Group.start_param_sync = start
     found: dict[str, Any] = {"groups": len(engine._bucket_groups)}
-    try:
+    with mock.patch.object(Group, "start_param_sync", start):
         for step in range(2):
             engine.train_step(parity._batches(step, layout, case))
             found[f"train {step}"] = len(started), len(set(started))
@@ -51,12 +50,10 @@ def gathered(layout: Layout, case: Case) -> dict[str, Any]:
         engine.gather_parameters()
         found["awaited"] = all(group.param_gather_handle is None for group in engine._bucket_groups)
         found["digest"] = [float(parameter.double().sum()) for parameter in engine.stage.parameters()]
-    finally:
-        Group.start_param_sync = stock
     return found
 
 
-@pytest.mark.parametrize("layout", [Layout(dp=2), Layout(pp=2, dp=2)], ids=str)
+@layouts("DP2, PP2 DP2")
 def test_each_bucket_is_gathered_once_a_step(run_distributed, layout):
     ranks = run_distributed(gathered, layout.world_size, layout, Case(3, "full", overlap=True), all_ranks=True)
     assert ranks[0]["groups"] > 3 * layout.pp or layout.pp > 1
@@ -70,6 +67,6 @@ def test_each_bucket_is_gathered_once_a_step(run_distributed, layout):
 
 
 def test_without_it_weights_are_complete_after_a_step(run_distributed):
-    case = Case(2, overlap=True, parallel=(("overlap_param_gather", False),))
+    case = Case(2, overlap=True, parallel={"overlap_param_gather": False})
     found = run_distributed(gathered, 2, Layout(dp=2), case)
     assert found["stale"] == found["after"] == 0

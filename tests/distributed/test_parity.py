@@ -21,8 +21,24 @@ import numpy as np
 import pytest
 
 from plt_megatron.config.schema import RateFactors
-from tests.distributed.cases import BIASES, EXPERTS, FACTORS, STEPS, YARN, Case, Layout, Outcome, train_cases
+from tests.distributed.cases import (
+    BIASES,
+    ENDS,
+    EXPERTS,
+    FACTORS,
+    LOOPCODER,
+    LOSSES,
+    NAIVE,
+    STEPS,
+    YARN,
+    Z_LOSS,
+    Case,
+    Layout,
+    Outcome,
+    train_cases,
+)
 from tests.distributed.covering import covering_design, pairs
+from tests.distributed.params import layouts, slow
 from tests.distributed.parity_checks import TOLERANCE, differences
 from tests.reference.gates import GATES
 
@@ -49,20 +65,11 @@ def _settings(setting: Setting) -> list[tuple[Any, Any]]:
 
 # The model's settings, and `training.loop_loss_weights`.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "vanilla loop": {"cross_loop_parallel": False, "share_kv": False, "gated_window": False},
+    "vanilla loop": NAIVE,
     "+ CLP": {"share_kv": False, "gated_window": False},
     "+ KV sharing": {"gated_window": False},
     **GATES,
-    "LoopCoder-v2": {
-        "window_size": 4,
-        "gate_input": "hidden",
-        "gate_side": "global",
-        "loop_norm": "final",
-        "embedding_scale": 0.707,
-        "hidden_scale": 0.053,
-        "share_embeddings_and_output_weights": False,
-        "loop_loss_weights": (0.5, 0.25),
-    },
+    "LoopCoder-v2": {**LOOPCODER, **LOSSES},
     # With the cases' own std some FFN output is nearly zero in three loops, whose norm amplifies rounding to 9e-5.
     "the paper's dense, keys shifted by channels": {
         "key_shift": "channels",
@@ -127,8 +134,8 @@ def _case(
     loop_loss_weights: tuple[float, ...] = (),
     **model: Any,
 ) -> Case:
-    training = (("loop_loss_weights", loop_loss_weights[: loops - 1]),) if loop_loss_weights else ()
-    return Case(loops, recompute, overlap, packed, tuple(sorted(model.items())), training=training)
+    training = {"loop_loss_weights": loop_loss_weights[: loops - 1]} if loop_loss_weights else {}
+    return Case(loops, recompute, overlap, packed, model, training=training)
 
 
 # ---------------------------------------------------------------- the matrix
@@ -140,7 +147,7 @@ def _designs() -> Iterator[Any]:
             yield pytest.param(design, layout, id=f"{which}, {layout}", marks=marks)
 
 
-@pytest.mark.parametrize(("design", "layout"), _designs())
+@pytest.mark.parametrize(("design", "layout"), list(_designs()))
 def test_every_pair_of_settings(check, design, layout):
     chosen = [how for other, *how in design if other == layout]
     names = [f"{variant} L{loops}{' packed' if packed else ''}" for loops, _, _, packed, variant in chosen]
@@ -162,20 +169,7 @@ def test_two_loops_in_every_combination(check, layout):
 # ---------------------------------------------------------------- packed documents and variants
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "layout",
-    [
-        Layout(tp=2),
-        Layout(tp=2, sp=True),
-        Layout(pp=2),
-        Layout(dp=2),
-        Layout(2, True, 2, 2),
-        Layout(cp=4),
-        Layout(tp=2, sp=True, cp=2),
-    ],
-    ids=str,
-)
+@layouts("", slow="TP2, TP2 SP, PP2, DP2, TP2 SP PP2 DP2, CP4, TP2 SP CP2")
 def test_packed_documents(check, layout):
     cases = [
         _case(3, "full", packed=True),
@@ -201,9 +195,7 @@ def test_variants(check, layout, recompute, overlap):
     check(layout, cases, "variants", list(VARIANTS))
 
 
-@pytest.mark.parametrize(
-    "layout", [Layout(tp=2, sp=True, pp=2), pytest.param(Layout(pp=2, dp=2), marks=pytest.mark.slow)], ids=str
-)
+@layouts("TP2 SP PP2", slow="PP2 DP2")
 def test_bfloat16_runs_in_layouts_and_is_close(run_distributed, reference, layout):
     case = Case(2, "full", overlap=True, precision="bf16")
     outcome = run_distributed(train_cases, layout.world_size, layout, [case])[0]
@@ -215,24 +207,22 @@ def test_bfloat16_runs_in_layouts_and_is_close(run_distributed, reference, layou
 # ---------------------------------------------------------------- stages with unequally many layers
 
 FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
-ENDS = (("account_for_embedding_in_pipeline_split", True), ("account_for_loss_in_pipeline_split", True))
-UNEVEN: dict[str, tuple[Layout, dict[str, Any], tuple[tuple[str, Any], ...]]] = {
-    "3 + 1": (Layout(pp=2), {}, ((FIRST, 3),)),
-    "1 + 3": (Layout(tp=2, sp=True, pp=2), {}, ((LAST, 3),)),
-    "2 + 1 + 1 + 1": (Layout(pp=4), {"num_layers": 5}, ((FIRST, 2),)),
-    "1 + 2 + 2 + 1": (Layout(pp=4), {"num_layers": 6}, ENDS),
-    "3 + 2 + 2 + 1": (Layout(pp=4, dp=2), {"num_layers": 8}, ((FIRST, 3), (LAST, 1))),
-    "0 + 1 + 1 + 0": (Layout(pp=4), {"num_layers": 2}, ENDS),  # embedding and head alone
-    "0 + 3": (Layout(pp=2, dp=2), {"num_layers": 3}, ENDS[:1]),
-    "2 + 1, context": (Layout(pp=2, cp=2), {"num_layers": 3}, ENDS[1:]),
+EMBEDDING, HEAD = ({name: value} for name, value in ENDS.items())
+UNEVEN: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "3 + 1": ("PP2", {}, {FIRST: 3}),
+    "1 + 3": ("TP2 SP PP2", {}, {LAST: 3}),
+    "2 + 1 + 1 + 1": ("PP4", {"num_layers": 5}, {FIRST: 2}),
+    "1 + 2 + 2 + 1": ("PP4", {"num_layers": 6}, ENDS),
+    "3 + 2 + 2 + 1": ("PP4 DP2", {"num_layers": 8}, {FIRST: 3, LAST: 1}),
+    "0 + 1 + 1 + 0": ("PP4", {"num_layers": 2}, ENDS),  # embedding and head alone
+    "0 + 3": ("PP2 DP2", {"num_layers": 3}, EMBEDDING),
+    "2 + 1, context": ("PP2 CP2", {"num_layers": 3}, HEAD),
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "of_each"), [("3 + 1", 1), *(pytest.param(name, 3, marks=pytest.mark.slow) for name in UNEVEN)]
-)
+@pytest.mark.parametrize(("name", "of_each"), [("3 + 1", 1), *(slow(name, 3) for name in UNEVEN)])
 def test_uneven_stages(check, name, of_each):
-    """Of two and three loops, tied and untied; with a naive loop a stage without layers passes on what it gets."""
+    """Two and three loops, tied and untied; with a naive loop a stage without layers passes on what it gets."""
     layout, model, parallel = UNEVEN[name]
     cases = [
         replace(_case(2, "full", overlap=True, **model), parallel=parallel),
@@ -240,31 +230,23 @@ def test_uneven_stages(check, name, of_each):
         replace(_case(2, **model, **VARIANTS["vanilla loop"]), parallel=parallel),
     ]
     kinds = ("PLT-2", "LoopCoder-v2, 3 loops", "naive")
-    check(layout, cases[:of_each], "uneven stages", [f"{name}, {kind}" for kind in kinds])
+    check(Layout.of(layout), cases[:of_each], "uneven stages", [f"{name}, {kind}" for kind in kinds[:of_each]])
 
 
 @pytest.mark.slow
 def test_uneven_stages_of_experts_and_with_muon(check):
-    experts = replace(_expert_case(2, overlap=True), parallel=((FIRST, 3),))
-    muon = replace(_case(2, overlap=True), parallel=((FIRST, 3),), optimizer=(("name", "muon"),))
+    experts = replace(_expert_case(2, overlap=True), parallel={FIRST: 3})
+    muon = Case(overlap=True, parallel={FIRST: 3}, optimizer={"name": "muon"})
     check(Layout(pp=2, dp=2, ep=2), [experts], "uneven stages", ["experts, 3 + 1"])
     check(Layout(pp=2, dp=2), [muon], "uneven stages", ["Muon, 3 + 1"])
-    alone = replace(muon, parallel=ENDS, model=(("num_layers", 2),))
+    alone = replace(muon, parallel=ENDS, model={"num_layers": 2})
     check(Layout(pp=4), [alone], "uneven stages", ["Muon, 0 + 1 + 1 + 0"])
 
 
 # ---------------------------------------------------------------- keys of the previous token
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        Layout(tp=4),
-        *(pytest.param(layout, marks=pytest.mark.slow) for layout in (Layout(4, True), Layout(2, True, 1, 1, 2))),
-        *(pytest.param(layout, marks=pytest.mark.slow) for layout in (Layout(cp=4), Layout(pp=2, dp=2))),
-    ],
-    ids=str,
-)
+@layouts("TP4", slow="TP4 SP, TP2 SP CP2, CP4, PP2 DP2")
 def test_shifted_keys(check, layout):
     """On four tensor-parallel ranks two share each key/value group."""
     cases = [
@@ -277,26 +259,11 @@ def test_shifted_keys(check, layout):
 
 # ---------------------------------------------------------------- z-loss of the head
 
-Z_LOSS = (("z_loss_coeff", 0.02),)
 
-
-@pytest.mark.parametrize(
-    "layout",
-    [
-        Layout(tp=2, sp=True),
-        *(
-            pytest.param(layout, marks=pytest.mark.slow)
-            for layout in (
-                *(Layout(2, True, 2), Layout(tp=2), Layout(dp=2), Layout(pp=4)),
-                *(Layout(cp=2, dp=2), Layout(2, True, 1, 1, 2)),
-            )
-        ),
-    ],
-    ids=str,
-)
+@layouts("TP2 SP", slow="TP2 SP PP2, TP2, DP2, PP4, CP2 DP2, TP2 SP CP2")
 def test_z_loss(check, reference, layout):
     """Tied, and untied with a vocabulary that is padded by a quarter."""
-    untied = (("make_vocab_size_divisible_by", 32), ("share_embeddings_and_output_weights", False))
+    untied = {"make_vocab_size_divisible_by": 32, "share_embeddings_and_output_weights": False}
     cases = [Case(2, "full", overlap=True, training=Z_LOSS), Case(3, packed=True, model=untied, training=Z_LOSS)]
     check(layout, cases, "z-loss", ["PLT-2", "PLT-3, packed, untied"])
     with_loss, without = reference(cases[0]).numbers, reference(_case(2)).numbers
@@ -312,32 +279,13 @@ def _expert_case(
     loops: int, recompute: str = "none", overlap: bool = False, way: str = "alltoall", **model: Any
 ) -> Case:
     case = _case(loops, recompute, overlap, **EXPERTS, **model)
-    return replace(case, parallel=(("moe_token_dispatcher_type", way),))
+    return replace(case, parallel={"moe_token_dispatcher_type": way})
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        Layout(dp=2, ep=2),
-        *(
-            pytest.param(layout, marks=pytest.mark.slow)
-            for layout in (
-                Layout(),
-                Layout(tp=2, sp=True, ep=2),
-                Layout(pp=2, dp=2, ep=2),
-                Layout(dp=2),
-                Layout(pp=2),
-                Layout(tp=2, sp=True),
-                Layout(tp=2, sp=True, pp=2, ep=2),
-                Layout(tp=2, sp=True, dp=2, ep=2),
-                Layout(tp=2, sp=True, dp=2, ep=4),
-                Layout(tp=2, sp=True, pp=2, dp=2, ep=2),
-                Layout(cp=2, ep=2),
-                Layout(pp=4, dp=2, ep=2),
-            )
-        ),
-    ],
-    ids=str,
+@layouts(
+    "DP2 EP2",
+    slow="TP1, TP2 SP EP2, PP2 DP2 EP2, DP2, PP2, TP2 SP, TP2 SP PP2 EP2, TP2 SP DP2 EP2, TP2 SP DP2 EP4, "
+    "TP2 SP PP2 DP2 EP2, CP2 EP2, PP4 DP2 EP2",
 )
 def test_experts(check, layout):
     """The second has biases too, a shared expert, and a dense first layer."""
@@ -347,20 +295,9 @@ def test_experts(check, layout):
     check(layout, cases, "mixture of experts", ["PLT-3, losses of loops", "PLT-2, biases, dense first"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "layout",
-    [
-        Layout(tp=2, sp=True, pp=2, ep=2),
-        Layout(pp=2, dp=2, ep=2),
-        Layout(dp=2, ep=2),
-        Layout(cp=2, ep=2),
-        Layout(tp=2, sp=True, dp=2, ep=4),
-        Layout(tp=2, sp=True, cp=2, ep=2),
-        Layout(tp=2, sp=True, pp=2, dp=2, ep=2),
-        Layout(pp=4, dp=2),
-    ],
-    ids=str,
+@layouts(
+    "",
+    slow="TP2 SP PP2 EP2, PP2 DP2 EP2, DP2 EP2, CP2 EP2, TP2 SP DP2 EP4, TP2 SP CP2 EP2, TP2 SP PP2 DP2 EP2, PP4 DP2",
 )
 def test_biases_of_experts(check, reference, layout):
     """In layers 2 to 4, of which a pipeline's first stage has one or none."""
@@ -371,31 +308,20 @@ def test_biases_of_experts(check, reference, layout):
     assert len(moved) == 3 and np.isclose(np.abs(moved), 0.2).any(), "two steps, some of them one way"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "layout",
-    [
-        Layout(pp=2, dp=2, ep=2),
-        Layout(tp=2, sp=True, dp=2, ep=2),
-        Layout(cp=2, ep=2),
-        Layout(pp=4, dp=2, ep=2),
-        Layout(dp=2),
-    ],
-    ids=str,
-)
+@layouts("", slow="PP2 DP2 EP2, TP2 SP DP2 EP2, CP2 EP2, PP4 DP2 EP2, DP2")
 def test_dense_layers_before_experts(check, layout):
     """Half of the layers: a pipeline's first stages have no experts. Recomputed dense FFNs, and uneven stages."""
     half = {"moe.first_k_dense_replace": 2, "moe.shared_expert_intermediate_size": 8}
     cases = [_expert_case(3, "full", overlap=True, **half), _expert_case(2, "selective", **half)]
-    modules = (("recompute_modules", ["core_attn", "mlp"]),)
-    cases[1] = replace(cases[1], parallel=modules + (((FIRST, 3),) if layout.pp == 2 else ()))
+    uneven = {FIRST: 3} if layout.pp == 2 else {}
+    cases[1] = replace(cases[1], parallel={"recompute_modules": ["core_attn", "mlp"], **uneven})
     check(layout, cases, "dense layers before experts", ["PLT-3", "PLT-2"])
 
 
 @pytest.mark.slow
 def test_dense_layers_before_experts_with_muon_and_in_a_prelude(check):
     half = {"moe.first_k_dense_replace": 2, **BIASES}
-    muon = replace(_expert_case(2, overlap=True, **half), optimizer=(("name", "muon"),))
+    muon = replace(_expert_case(2, overlap=True, **half), optimizer={"name": "muon"})
     span = _expert_case(3, **half, loop_span=(2, 4))
     check(Layout(dp=2, ep=2), [muon, span], "dense layers before experts", ["PLT-2, Muon", "PLT-3, prelude"])
 
@@ -414,17 +340,7 @@ def test_biases_act_from_the_second_step_on(reference):
         assert (abs(one - other) > 10 * TOLERANCE * one) is differs, name
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        Layout(tp=2, sp=True),
-        *(
-            pytest.param(layout, marks=pytest.mark.slow)
-            for layout in (Layout(tp=4), Layout(tp=4, sp=True), Layout(tp=2, pp=2), Layout(tp=2, sp=True, cp=2, dp=2))
-        ),
-    ],
-    ids=str,
-)
+@layouts("TP2 SP", slow="TP4, TP4 SP, TP2 PP2, TP2 SP CP2 DP2")
 def test_several_ranks_share_a_key_value_head(check, layout):
     one_head, half = {"num_query_groups": 1}, {"num_query_groups": layout.tp // 2}
     cases = [
@@ -440,27 +356,16 @@ def test_several_ranks_share_a_key_value_head(check, layout):
 MUP = {"mup_base_hidden_size": 8}
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        Layout(pp=2),
-        *(
-            pytest.param(layout, marks=pytest.mark.slow)
-            for layout in (Layout(tp=2, sp=True, pp=2), Layout(pp=2, dp=2), Layout(pp=4), Layout(pp=2, cp=2))
-        ),
-    ],
-    ids=str,
-)
+@layouts("PP2", slow="TP2 SP PP2, PP2 DP2, PP4, PP2 CP2")
 def test_the_last_stages_copy_of_the_embedding_has_its_factors(check, layout):
-    """Of every optimizer, muP's rates and moving biases among them; untied, the last stage has a head of its own."""
-    adam, sgd = FACTORS, (*FACTORS, ("name", "sgd"), ("lr", 0.05))
-    head = (*FACTORS[1:], ("lr_mult", RateFactors(embedding=4.0, head=0.25)))
-    biases = replace(_expert_case(2, **BIASES), optimizer=adam)
+    """With every optimizer, muP's rates and moving biases; untied, the last stage has a head of its own."""
+    head = {**FACTORS, "lr_mult": RateFactors(embedding=4.0, head=0.25)}
+    biases = replace(_expert_case(2, **BIASES), optimizer=FACTORS)
     cases = [
-        replace(_case(2, overlap=True, **MUP), optimizer=(*FACTORS, ("name", "muon"))),
-        replace(_case(2), optimizer=adam, step_loops=(1, 2)),
-        replace(_case(2), optimizer=sgd),
-        replace(_case(2, **MUP, share_embeddings_and_output_weights=False), optimizer=head),
+        Case(overlap=True, model=MUP, optimizer={**FACTORS, "name": "muon"}),
+        Case(optimizer=FACTORS, step_loops=(1, 2)),
+        Case(optimizer={**FACTORS, "name": "sgd", "lr": 0.05}),
+        Case(model={**MUP, "share_embeddings_and_output_weights": False}, optimizer=head),
         *([biases] if layout.tp == 1 or layout.sp else []),
     ]
     names = ["Muon, muP", "AdamW, loops change", "SGD", "AdamW, muP, untied", "AdamW, experts"]
@@ -468,14 +373,12 @@ def test_the_last_stages_copy_of_the_embedding_has_its_factors(check, layout):
 
 
 def test_factors_change_the_numbers(reference):
-    wrong = differences(reference(replace(_case(2), optimizer=FACTORS)), reference(_case(2)))
+    wrong = differences(reference(Case(optimizer=FACTORS)), reference(Case()))
     assert wrong["embedding.word_embeddings.weight"] > 100 * TOLERANCE
     assert wrong["loss 0"] == 0 and wrong["loss 1"] > 5 * TOLERANCE
 
 
-@pytest.mark.parametrize(
-    "layout", [Layout(pp=2), pytest.param(Layout(tp=2, sp=True, pp=2), marks=pytest.mark.slow)], ids=str
-)
+@layouts("PP2", slow="TP2 SP PP2")
 def test_keys_of_later_loops_that_nothing_reads(check, layout):
     """Without a window, a later loop's stage computes and norms keys, and attends to the first loop's."""
     sharing = {"gated_window": False, "qk_layernorm": True}

@@ -8,11 +8,11 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
 from tests.distributed.pool import DistributedFailure, WorkerPool
+from tests.running import is_gone, run, wait_until_gone
 
 
 @pytest.fixture(scope="module")
@@ -82,18 +82,6 @@ def _child() -> int:
     return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"]).pid
 
 
-def _is_alive(pid: int) -> bool:
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
-
-
-def _gone_within(pids: list[int], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while any(map(_is_alive, pids)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return not any(map(_is_alive, pids))
-
-
 @pytest.mark.parametrize("world_size", [1, 2, 4, 1])
 def test_every_rank_of_any_world_size_answers(pool, world_size):
     total = sum(range(world_size)) + 7
@@ -113,7 +101,7 @@ def test_workers_with_many_threads_are_replaced(pool):
     few = pool.run(_leave_threads_behind, 2, 20)
     many = pool.run(_leave_threads_behind, 2, 300)
     assert few == many
-    assert _gone_within(many, 60)
+    wait_until_gone(*many)
     assert not set(pool.run(_leave_threads_behind, 2, 0)) & set(many)
 
 
@@ -156,9 +144,10 @@ def test_closing_ends_every_process_and_what_they_started():
     children = pool.run(_child, 2)
     workers = [pid for _, _, pid, _ in pool.run(_state, 2)]
     server = pool._server.pid
-    assert all(map(_is_alive, [server, *workers, *children]))
+    processes = [server, *workers, *children]
+    assert not any(map(is_gone, processes))
     pool.close()
-    assert _gone_within([server, *workers, *children], 60)
+    wait_until_gone(*processes)
 
 
 @pytest.mark.slow
@@ -169,8 +158,7 @@ def test_processes_end_when_the_tests_are_killed():
         "print(pool._server or [state[2] for state in pool.run(test_pool._state, 2)], pool._server.pid, flush=True)\n"
         "import os, signal; os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    done = run([sys.executable, "-c", script], status=-signal.SIGKILL)
     pids = [int(word) for word in done.stdout.replace("[", "").replace("]", "").replace(",", "").split()]
-    assert len(pids) == 3 and _gone_within(pids, 60)
+    assert len(pids) == 3
+    wait_until_gone(*pids)

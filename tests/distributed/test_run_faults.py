@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -16,44 +14,26 @@ import pytest
 
 from plt_megatron.config.schema import DataConfig, RunConfig
 from plt_megatron.run_folder.checkpoints import checkpoint_folders
-from tests.distributed.pool import DistributedFailure
-from tests.distributed.training_jobs import make_data, run_config, train
-from tests.distributed.whole_runs import LocalRun, folder, last_step, numbers
+from plt_megatron.run_folder.folder import RunFolder
+from tests.distributed.training_jobs import run_config, train
+from tests.distributed.whole_runs import ROOT, LocalRun, folder, last_step, numbers
 
 HARMED = str(Path(__file__).with_name("harmed_run.py"))
 PP2 = {"pipeline_model_parallel_size": 2}
 TP_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
-QUICK = {"distributed_timeout_seconds_after_init": 2.0}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    return make_data(tmp_path_factory.mktemp("fault_data"))
 
 
 # ---------------------------------------------------------------- a rank is killed
 
 
-def steps_config(name: str, output_dir: Path, data: DataConfig, steps: int, **parallel) -> RunConfig:
-    return run_config(
-        name,
-        output_dir,
-        data,
-        parallel=PP2 | parallel,
-        training={"train_iters": steps},
-        validation={"interval": 5},
-        checkpoint={"save_interval": 2, "keep_last": 3},
-    )
-
-
-def train_until_killed(config: RunConfig, rank: int, seconds: float) -> None:
-    """As `train`, but that rank is killed after so many seconds."""
-    if rank == int(os.environ["RANK"]):
-        timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
-        timer.daemon = True
-        timer.start()
-    train(config)
-    threading.Event().wait()  # it dies, however fast it was
+# A run that saves every second step, and one that only a fault ends.
+SAVING = {"parallel": PP2, "validation": {"interval": 5}, "checkpoint": {"save_interval": 2, "keep_last": 3}}
+ENDLESS = {
+    "parallel": {**TP_SP, "distributed_timeout_seconds_after_init": 2.0},
+    "training": {"train_iters": 100_000},
+    "validation": {"interval": 0},
+    "checkpoint": {"save_interval": 0},
+}
 
 
 def load_each(config: RunConfig) -> list[int]:
@@ -82,27 +62,13 @@ def check_what_is_left(config: RunConfig, undisturbed: list[dict], run_distribut
 
 
 @pytest.mark.slow
-def test_a_run_killed_three_times_has_the_metrics_of_one_left_alone(run_distributed, data, tmp_path):
-    started = time.monotonic()
-    whole = steps_config("whole", tmp_path, data, 10)
-    assert run_distributed(train, 2, whole) is True
-    duration, draw = time.monotonic() - started, random.Random(3)
-    config = steps_config("killed", tmp_path, data, 10)
-    for _ in range(3):
-        with pytest.raises(DistributedFailure, match="died|gloo|lost|closed"):
-            run_distributed(train_until_killed, 2, config, draw.randrange(2), draw.uniform(0.2, 0.8) * duration)
-        check_what_is_left(config, numbers(whole), run_distributed)
-    assert run_distributed(train, 2, config) is True
-    assert numbers(config) == numbers(whole)
-
-
-@pytest.mark.slow
 def test_a_command_killed_twenty_times_has_the_metrics_of_one_left_alone(run_distributed, data, tmp_path):
     """Real commands; the moment is drawn in steps, then to the fraction of one: saves, every second step, included."""
-    whole = steps_config("whole", tmp_path, data, 60)
+    whole = run_config("whole", tmp_path, data, SAVING, training={"train_iters": 60})
     run = LocalRun(whole)
     assert run.finish() == 0, run.err
-    config, draw, kills = steps_config("killed", tmp_path, data, 60), random.Random(4), 0
+    config = run_config("killed", tmp_path, data, SAVING, training={"train_iters": 60})
+    draw, kills = random.Random(4), 0
     while kills < 20:
         config.checkpoint.async_save = kills % 2 == 1
         run = LocalRun(config)
@@ -128,23 +94,10 @@ def test_a_command_killed_twenty_times_has_the_metrics_of_one_left_alone(run_dis
 # ---------------------------------------------------------------- a rank hangs
 
 
-def endless(name: str, tmp_path: Path, data: DataConfig, **parallel) -> RunConfig:
-    """A run that only a fault ends."""
-    return run_config(
-        name,
-        tmp_path,
-        data,
-        parallel=TP_SP | QUICK | parallel,
-        training={"train_iters": 100_000},
-        validation={"interval": 0},
-        checkpoint={"save_interval": 0},
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_process_ends_the_job_and_is_named(data, tmp_path, rank):
-    config = endless("stopped", tmp_path, data)
+    config = run_config("stopped", tmp_path, data, ENDLESS)
     run = LocalRun(config)
     run.until(lambda: last_step(config) >= 3)
     run.signal(rank, signal.SIGSTOP)
@@ -157,7 +110,7 @@ def test_a_stopped_process_ends_the_job_and_is_named(data, tmp_path, rank):
 
 
 def test_a_rank_that_is_stuck_is_named_with_where_it_stands(data, tmp_path, warm_python):
-    config = endless("stuck", tmp_path, data)
+    config = run_config("stuck", tmp_path, data, ENDLESS)
     config.parallel.distributed_timeout_seconds_after_init = 3.0
     run = LocalRun(config, [warm_python, HARMED, "stuck"])
     assert run.finish() == 1, run.err
@@ -183,7 +136,7 @@ def small_disk(tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(run_distributed, data, small_disk, warm_python):
-    config = steps_config("full", small_disk, data, 40)
+    config = run_config("full", small_disk, data, SAVING, training={"train_iters": 40})
     run = LocalRun(config, python=warm_python)
     checkpoints = folder(config) / "checkpoints"
     run.until(lambda: (checkpoints / "latest").exists())
@@ -202,11 +155,11 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(run_dist
     assert "Traceback" not in run.err
     filler.unlink()
     assert run_distributed(train, 2, config) is True
-    assert [record["step"] for record in numbers(config) if record["kind"] == "train"] == list(range(1, 41))
+    assert [record["step"] for record in numbers(config, "train")] == list(range(1, 41))
 
 
 def test_an_error_of_one_ranks_disk_is_said_with_its_rank(data, tmp_path, warm_python):
-    config = endless("unreadable", tmp_path, data)
+    config = run_config("unreadable", tmp_path, data, ENDLESS)
     run = LocalRun(config, [warm_python, HARMED, "unreadable"])
     assert run.finish() == 1
     assert "error: rank 1: [Errno 5] Input/output error: 'corpus.bin'. There is no checkpoint yet" in run.err
@@ -221,13 +174,8 @@ def test_a_clock_that_jumps_changes_nothing(run_distributed, data, tmp_path, war
     run = LocalRun(config, [warm_python, HARMED, "clock"])
     assert run.finish() == 0, run.err
     assert numbers(config) == numbers(whole)
-    assert all(0 < seconds < 1000 for record in _train_records(config) for seconds in record["step_seconds"].values())
-
-
-def _train_records(config: RunConfig) -> list[dict]:
-    from plt_megatron.run_folder.folder import RunFolder
-
-    return [record for record in RunFolder(folder(config)).records() if record["kind"] == "train"]
+    steps = [record for record in RunFolder(folder(config)).records() if record["kind"] == "train"]
+    assert all(0 < seconds < 1000 for record in steps for seconds in record["step_seconds"].values())
 
 
 def test_a_data_file_that_vanished_is_one_line_before_anything_starts(data, tmp_path):
@@ -245,18 +193,7 @@ def test_a_data_file_that_vanished_is_one_line_before_anything_starts(data, tmp_
 def test_a_run_folder_that_cannot_be_written_is_one_line(data, tmp_path):
     config = run_config("inside", tmp_path / "file", data)
     (tmp_path / "file").write_text("in the way")
-    run = LocalRunIn(config, tmp_path)
+    config.output_dir = str(tmp_path)  # where its configuration lies
+    run = LocalRun(config, [sys.executable, str(ROOT / "launch/train.py"), f"output_dir={tmp_path}/file"])
     assert run.finish() == 2
     assert run.err.startswith("error: ") and str(tmp_path / "file") in run.err and run.err.count("\n") == 1, run.err
-
-
-class LocalRunIn(LocalRun):
-    """A run whose configuration lies elsewhere than its output."""
-
-    def __init__(self, config: RunConfig, where: Path) -> None:
-        output = config.output_dir
-        config.output_dir = str(where)
-        super().__init__(config, [sys.executable, str(_LOCAL), f"output_dir={output}"])
-
-
-_LOCAL = Path(__file__).resolve().parents[2] / "launch/train.py"

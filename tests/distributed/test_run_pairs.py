@@ -1,4 +1,4 @@
-"""What a run does besides its steps, in pairs: a run that was stopped, and stopped again, is the undisturbed one.
+"""A run that was stopped, and stopped again, is the undisturbed one, whatever it does besides its steps; in pairs.
 
 Schedules of loops, batches, lengths and data, losses of loops, packed documents, fill-in-the-middle, validation by
 source, averages, optimizers, bad steps and saving in the background, each with each other one, in small layouts.
@@ -21,10 +21,10 @@ from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.train.checkpoint import read_weights
 from tests.distributed.cases import Layout
 from tests.distributed.covering import covering_design, pairs
-from tests.distributed.training_jobs import make_data, run_config, train_with_bad_step
+from tests.distributed.training_jobs import make_data, run_config, train
 from tests.distributed.whole_runs import folder, numbers
 
-LAYOUTS = [Layout(dp=2), Layout(tp=2, sp=True), Layout(pp=2), Layout(cp=2)]
+LAYOUTS = [Layout.of(words) for words in ("DP2", "TP2 SP", "PP2", "CP2")]
 Settings = dict[str, dict[str, Any]]
 STEPS_OF_LOOPS = {
     "fixed": [],
@@ -90,12 +90,7 @@ def _config(row: Row, name: str, output: Path, data: DataConfig, other: DataConf
     for axis, value in zip(AXES, row.values, strict=True):
         for section, fields in AXES[axis][value].items():
             sections.setdefault(section, {}).update(fields)
-    sections["parallel"] = {
-        "tensor_model_parallel_size": row.layout.tp,
-        "sequence_parallel": row.layout.sp,
-        "pipeline_model_parallel_size": row.layout.pp,
-        "context_parallel_size": row.layout.cp,
-    }
+    sections["parallel"] = row.layout.settings
     ours = [DataSource(path=source.sources[0].path, name=name) for name, source in (("one", data), ("two", other))]
     fields = sections.pop("data", {})
     if fields.pop("stages", False):
@@ -142,7 +137,7 @@ def _train(run_distributed, config: RunConfig, bad_step: int, stops: int) -> Non
     for turn in range(stops + 1):
         if turn < stops:
             stop.touch()
-        assert run_distributed(train_with_bad_step, 2, config, max(0, bad_step - turn)) is (turn == stops)
+        assert run_distributed(train, 2, config, max(0, bad_step - turn)) is (turn == stops)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import pytest
 
+from plt_megatron.config.schema import RunConfig
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.slurm.follow import _step_line
 from tests.distributed.pool import DistributedFailure
 from tests.distributed.straggler_jobs import NVRX, train_with_slow_gpus
-from tests.distributed.training_jobs import make_data, run_config, train
+from tests.distributed.training_jobs import run_config, train
 from tests.distributed.whole_runs import folder
 
 
-def _config(tmp_path, **training):
+@pytest.fixture
+def config(data, tmp_path) -> RunConfig:
     return run_config(
         "watched",
         tmp_path,
-        make_data(tmp_path / "data"),
-        training={"on_nonfinite": "skip", **training},
+        data,
+        training={"on_nonfinite": "skip"},
         validation={"iters": 0},
         checkpoint={"enabled": False},
         logging={"straggler.interval": 2},
@@ -25,9 +27,8 @@ def _config(tmp_path, **training):
 
 
 @pytest.mark.skipif(not NVRX.is_dir(), reason="nvidia-resiliency-ext's Python is not here (`make te` installs it)")
-def test_a_slow_gpu_is_named_with_its_rank_and_node(tmp_path, run_distributed):
+def test_a_slow_gpu_is_named_with_its_rank_and_node(config, run_distributed):
     """The second of two ranks, then none, then the first, which was faster before."""
-    config = _config(tmp_path)
     assert run_distributed(train_with_slow_gpus, 2, config, [(1, 2.0), (0, 1.0), (0, 1.6)]) is True
     records = [record for record in RunFolder(folder(config)).records() if record["kind"] == "stragglers"]
     assert [record["step"] for record in records] == [2, 4, 6]
@@ -37,6 +38,6 @@ def test_a_slow_gpu_is_named_with_its_rank_and_node(tmp_path, run_distributed):
     assert _step_line(records[0], 6) == "step 2/6: GPUs, the slowest at 50% of the fastest; slow: rank 1 50%"
 
 
-def test_without_a_gpu_it_is_refused(tmp_path, run_distributed):
+def test_without_a_gpu_it_is_refused(config, run_distributed):
     with pytest.raises(DistributedFailure, match=r"logging\.straggler times the kernels of NVIDIA GPUs"):
-        run_distributed(train, 1, _config(tmp_path))
+        run_distributed(train, 1, config)

@@ -3,53 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from plt_megatron.config import derived
-from plt_megatron.config.schema import DataConfig, RunConfig
+from plt_megatron.config.schema import RunConfig
 from plt_megatron.run_folder.status import read_run_status
 from tests.distributed.schedule_jobs import train_and_tell
-from tests.distributed.training_jobs import make_data, run_config, train
-from tests.distributed.whole_runs import folder, numbers
+from tests.distributed.training_jobs import run_config, train
+from tests.distributed.whole_runs import as_after_step, folder, numbers
 
-TOKENS = 6 * 256  # six steps of eight samples
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    return make_data(tmp_path_factory.mktemp("clock_data"))
+# Six steps of eight samples.
+BY_TOKENS = {"training": {"train_iters": None, "train_tokens": 6 * 256}, "validation": {"interval": 0}}
 
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory, run_distributed) -> RunConfig:
     """A run of so many tokens, left alone."""
-    config = token_config("whole", tmp_path_factory.mktemp("runs"), data)
+    config = run_config("whole", tmp_path_factory.mktemp("runs"), data, BY_TOKENS)
     assert run_distributed(train, 1, config) is True
     return config
-
-
-def token_config(name: str, output_dir: Path, data: DataConfig, **changes: Any) -> RunConfig:
-    training = {"train_iters": None, "train_tokens": TOKENS} | changes.pop("training", {})
-    return run_config(name, output_dir, data, training=training, validation={"interval": 0}, **changes)
-
-
-def from_step_4(config: RunConfig, name: str, output_dir: Path, **training: Any) -> RunConfig:
-    """The run as it was after its checkpoint of step 4, with other settings."""
-    other = dataclasses.replace(
-        config, name=name, output_dir=str(output_dir), training=dataclasses.replace(config.training, **training)
-    )
-    shutil.copytree(folder(config), folder(other))
-    shutil.rmtree(folder(other) / "checkpoints" / "step_00000006")
-    (folder(other) / "checkpoints" / "latest").write_text("step_00000004\n")
-    return other
-
-
-def trained(config: RunConfig) -> list[dict[str, Any]]:
-    return [record for record in numbers(config) if record["kind"] == "train"]
 
 
 @pytest.mark.parametrize(
@@ -60,9 +33,9 @@ def trained(config: RunConfig) -> list[dict[str, Any]]:
 def test_with_another_batch_a_run_takes_the_tokens_it_was_given(
     whole, tmp_path, run_distributed, batch, tokens, halves
 ):
-    config = from_step_4(whole, "other", tmp_path, global_batch_size=batch)
+    config = as_after_step(whole, 4, "other", tmp_path, training={"global_batch_size": batch})
     assert run_distributed(train, 1, config) is True
-    undisturbed, ours = trained(whole), trained(config)
+    undisturbed, ours = numbers(whole, "train"), numbers(config, "train")
     assert ours[:4] == undisturbed[:4]
     assert [record["tokens"] for record in ours[4:]] == tokens
     # Rates by tokens: the schedule goes on in steps of eight samples, of which these positions are twice.
@@ -78,14 +51,16 @@ def test_with_another_batch_a_run_takes_the_tokens_it_was_given(
 def test_of_an_uploaded_checkpoint_it_reads_on_in_the_order_too(whole, tmp_path, run_distributed):
     """Ten samples a step, of which a run of its own would draw 40 in all, not 48."""
     load = {"load": f"file://{folder(whole)}/checkpoints/step_00000004"}
-    config = token_config("elsewhere", tmp_path, whole.data, training={"global_batch_size": 10}, checkpoint=load)
+    changes = {"training": {"global_batch_size": 10}, "checkpoint": load}
+    config = run_config("elsewhere", tmp_path, whole.data, BY_TOKENS, **changes)
     assert derived.order_samples(config) == 40
     done = run_distributed(train_and_tell, 1, config)
     assert done.result is True and done.steps == [list(range(32, 42))]
 
 
 def test_after_a_change_of_batch_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, run_distributed):
-    one, other = (from_step_4(whole, name, tmp_path, global_batch_size=4) for name in ("one", "other"))
+    smaller = {"global_batch_size": 4}
+    one, other = (as_after_step(whole, 4, name, tmp_path, training=smaller) for name in ("one", "other"))
     assert run_distributed(train, 1, one) is True
     for finished in (False, True):
         if not finished:
@@ -97,7 +72,7 @@ def test_after_a_change_of_batch_a_stopped_run_goes_on_bit_for_bit(whole, tmp_pa
 def test_a_runs_status_counts_its_tokens(whole, tmp_path, run_distributed):
     from plt_megatron.run_folder.folder import save_config
 
-    config = from_step_4(whole, "looked at", tmp_path, global_batch_size=16)
+    config = as_after_step(whole, 4, "looked at", tmp_path, training={"global_batch_size": 16})
     save_config(config, folder(config) / "config.yaml")
     records = (folder(config) / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder(config) / "metrics.jsonl").write_text("".join(records[:4]))
@@ -111,8 +86,8 @@ def test_tokens_are_counted_where_steps_decide(data, tmp_path, run_distributed):
     """A run of six steps, the last two of them with twice as many samples."""
     first = run_config("first", tmp_path, data, validation={"interval": 0})
     assert run_distributed(train, 1, first) is True
-    config = from_step_4(first, "second", tmp_path, global_batch_size=16)
+    config = as_after_step(first, 4, "second", tmp_path, training={"global_batch_size": 16})
     config.checkpoint = dataclasses.replace(config.checkpoint, allow_other_data=True)
     assert run_distributed(train, 1, config) is True
-    assert [record["tokens"] for record in trained(config)] == [256, 512, 768, 1024, 1536, 2048]
-    assert [record["lr"] for record in trained(config)] == [record["lr"] for record in trained(first)]
+    assert [record["tokens"] for record in numbers(config, "train")] == [256, 512, 768, 1024, 1536, 2048]
+    assert [record["lr"] for record in numbers(config, "train")] == [record["lr"] for record in numbers(first, "train")]

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from plt_megatron.config.schema import DataConfig, RunConfig
+from plt_megatron.config.schema import RunConfig
 from plt_megatron.hf.exporting import ExportOptions, export
 from plt_megatron.model.trainable import is_trained
 from plt_megatron.train.checkpoint import read_weights
-from tests.distributed.training_jobs import make_data, run_config, train
-from tests.distributed.whole_runs import folder, go_back, numbers
-from tests.settings import changed
+from tests.distributed.training_jobs import run_config, train
+from tests.distributed.whole_runs import as_after_step, folder, numbers
 
 TRAINABLE = ["layers.1", "plt_gate"]
 ONE_STEP = {"train_iters": 1}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    return make_data(tmp_path_factory.mktemp("trainable_data"))
 
 
 def weights(config: RunConfig, step: int, part: Any = "weights") -> dict[str, torch.Tensor]:
@@ -61,16 +53,8 @@ def shared_out(data, tmp_path_factory, run_distributed) -> RunConfig:
     return config
 
 
-def go_on(config: RunConfig, name: str, output_dir: Path, **parallel: Any) -> RunConfig:
-    other = dataclasses.replace(
-        config, name=name, output_dir=str(output_dir), parallel=changed(config.parallel, parallel)
-    )
-    go_back(config, other)
-    return other
-
-
 def test_it_goes_on_bit_for_bit(shared_out, tmp_path, run_distributed):
-    config = go_on(shared_out, "again", tmp_path)
+    config = as_after_step(shared_out, 4, "again", tmp_path)
     assert run_distributed(train, 2, config) is True
     assert numbers(config) == numbers(shared_out)
     for part in ("weights", "main weights", "ema"):
@@ -81,7 +65,7 @@ def test_it_goes_on_bit_for_bit(shared_out, tmp_path, run_distributed):
 @pytest.mark.slow
 def test_it_goes_on_in_another_layout(shared_out, tmp_path, run_distributed):
     layout = {"pipeline_model_parallel_size": 1, "overlap_grad_reduce": True}
-    config = go_on(shared_out, "moved", tmp_path, **layout)
+    config = as_after_step(shared_out, 4, "moved", tmp_path, parallel=layout)
     assert run_distributed(train, 2, config) is True
     ours, theirs = ([record["loss"] for record in numbers(run)] for run in (config, shared_out))
     assert ours == pytest.approx(theirs, rel=2e-3)  # bf16

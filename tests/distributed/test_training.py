@@ -11,23 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from plt_megatron.config.schema import DataConfig, DataSource, ExportsConfig, RunConfig, SpikeConfig
+from plt_megatron.config.schema import DataSource, ExportsConfig, RunConfig, SpikeConfig
 from plt_megatron.hf.exporting import ExportOptions, export
 from plt_megatron.run_folder.checkpoints import read_progress
 from plt_megatron.run_folder.folder import RunFolder, save_config
 from plt_megatron.run_folder.resuming import branch_config
 from plt_megatron.train.checkpoint import read_weights
+from tests.distributed.params import slow
 from tests.distributed.pool import DistributedFailure
-from tests.distributed.training_jobs import make_data, run_config, train, train_beside_an_export, train_with_bad_step
-from tests.distributed.whole_runs import folder, numbers
+from tests.distributed.training_jobs import diverging_config, make_data, run_config, train, train_beside_an_export
+from tests.distributed.whole_runs import as_after_step, folder, numbers
 
 ROOT = Path(__file__).resolve().parents[2]
 TP_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    return make_data(tmp_path_factory.mktemp("training_data"))
 
 
 @pytest.fixture(scope="module")
@@ -108,14 +104,9 @@ def test_a_run_with_a_z_loss_says_so_and_is_not_gone_on_without(finished, data, 
         run_distributed(train, 2, without)
 
 
-def test_metrics_beyond_the_checkpoint_are_written_once(finished, data, tmp_path, run_distributed):
+def test_metrics_beyond_the_checkpoint_are_written_once(finished, tmp_path, run_distributed):
     """A run killed after step 6's metrics but before its checkpoint repeats the steps since the last one."""
-    import shutil
-
-    config = run_config("killed", tmp_path, data, parallel=TP_SP)
-    shutil.copytree(folder(finished), folder(config))
-    shutil.rmtree(folder(config) / "checkpoints" / "step_00000006")
-    (folder(config) / "checkpoints" / "latest").write_text("step_00000004\n")
+    config = as_after_step(finished, 4, "killed", tmp_path)
     assert run_distributed(train, 2, config) is True
     assert numbers(config) == numbers(finished)
 
@@ -123,11 +114,8 @@ def test_metrics_beyond_the_checkpoint_are_written_once(finished, data, tmp_path
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({"parallel": TP_SP}, marks=pytest.mark.slow),
-        pytest.param(
-            {"parallel": {"pipeline_model_parallel_size": 2}, "training": {"precision": "bf16"}},
-            marks=pytest.mark.slow,
-        ),
+        slow({"parallel": TP_SP}),
+        slow({"parallel": {"pipeline_model_parallel_size": 2}, "training": {"precision": "bf16"}}),
         {"parallel": {"data_parallel_size": 2, "overlap_grad_reduce": True, "recompute_granularity": "full"}},
     ],
     ids=["tp2", "pp2-bf16", "dp2-overlap-recompute"],
@@ -185,14 +173,7 @@ def test_the_layout_does_not_change_the_run(finished, data, tmp_path, run_distri
 
 
 def test_steps_that_are_not_finite_are_skipped_reported_and_limited(data, tmp_path, run_distributed):
-    config = run_config(
-        "diverging",
-        tmp_path,
-        data,
-        optimizer={"lr": 1e25, "min_lr": 1e25, "lr_warmup_iters": 0, "clip_grad": 0.0},
-        training={"max_skipped_steps": 1},
-        parallel={"data_parallel_size": 2},
-    )
+    config = diverging_config(tmp_path, data)
     message = run_distributed(train, 2, config)
     assert isinstance(message, str) and "not finite" in message and "checkpoint" in message
     reports = sorted((folder(config) / "incidents").glob("step_*.json"))
@@ -207,9 +188,9 @@ def test_steps_that_are_not_finite_are_skipped_reported_and_limited(data, tmp_pa
 def test_a_rollback_goes_back_in_weights_and_on_in_data(finished, data, tmp_path, run_distributed):
     """The fourth step is bad: back to step 2's checkpoint, on with the samples after the bad step's."""
     config = run_config("rolled", tmp_path, data, parallel=TP_SP, training={"on_nonfinite": "rollback"})
-    assert run_distributed(train_with_bad_step, 2, config, bad_step=4) is True
-    trained = [record for record in numbers(config) if record["kind"] == "train"]
-    undisturbed = [record for record in numbers(finished) if record["kind"] == "train"]
+    assert run_distributed(train, 2, config, bad_step=4) is True
+    trained = numbers(config, "train")
+    undisturbed = numbers(finished, "train")
     assert [record["step"] for record in trained] == [1, 2, 3, 4, 5, 6]
     assert trained[:2] == undisturbed[:2]
     assert all(one["loss"] != other["loss"] for one, other in zip(trained[2:], undisturbed[2:], strict=True))
@@ -225,32 +206,24 @@ def test_a_step_that_stays_bad_has_a_report_of_each_try_and_ends_the_run(data, t
     config = run_config("stuck", tmp_path, data, training=settings, validation={"interval": 0})
     run, tries = RunFolder.of(config), [f"step_00000004_sample_{sample:010d}.json" for sample in (24, 40, 56)]
     for bad_steps in ((4, 6, 8), (2,)):
-        message = run_distributed(train_with_bad_step, 1, config, bad_step=bad_steps)
+        message = run_distributed(train, 1, config, bad_step=bad_steps)
         assert isinstance(message, str) and "step 4: not finite" in message
         assert all(name in message for name in ("training.max_skipped_steps 2", "counts anew", str(run.checkpoints)))
         reports = sorted(run.incidents.iterdir())
         assert [path.name for path in reports] == tries and run.bad_steps() == 3
         assert [json.loads(path.read_text())["action"] for path in reports] == ["rollback", "rollback", "fail"]
     config.training.spikes = SpikeConfig("skip")
-    assert run_distributed(train_with_bad_step, 1, config, bad_step=2) is True
+    assert run_distributed(train, 1, config, bad_step=2) is True
     assert json.loads((run.incidents / tries[-1]).read_text())["action"] == "rollback"
 
 
 def test_a_decay_branch_is_a_run_of_its_own_length(data, tmp_path, run_distributed):
     """Bit for bit: a run of five steps, and the branch of one of eight from its third step."""
-    order = {**dataclasses.asdict(data), "order_samples": 64, "sources": data.sources}
-    shared = {"validation": {"interval": 0}}
-    wsd = {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 2}
-    trunk = run_config(
-        "trunk",
-        tmp_path,
-        DataConfig(**order),
-        training={"train_iters": 8},
-        optimizer=wsd,
-        checkpoint={"save_interval": 3, "keep_every": 3},
-        **shared,
-    )
-    alone = run_config("alone", tmp_path, DataConfig(**order), training={"train_iters": 5}, optimizer=wsd, **shared)
+    data = dataclasses.replace(data, order_samples=64)
+    shared = {"optimizer": {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 2}, "validation": {"interval": 0}}
+    saving = {"save_interval": 3, "keep_every": 3}
+    trunk = run_config("trunk", tmp_path, data, training={"train_iters": 8}, checkpoint=saving, **shared)
+    alone = run_config("alone", tmp_path, data, training={"train_iters": 5}, **shared)
     for config in (trunk, alone):
         RunFolder.of(config).save_config(config)
         assert run_distributed(train, 1, config) is True
@@ -289,7 +262,7 @@ def test_a_run_goes_on_with_longer_texts(finished, data, tmp_path, run_distribut
 
 
 def test_losses_of_sources_add_up(data, tmp_path, run_distributed):
-    """Of two sources with other texts each: the total is their sum over tokens, as of the mix, and so are bits."""
+    """The total over two sources with other texts each is their sum over tokens, and so are bits."""
     other = make_data(tmp_path / "other", seed=8, tokenizer=data.tokenizer)
     sources = [DataSource(data.sources[0].path, name="one"), DataSource(other.sources[0].path, name="two")]
     parts = dataclasses.replace(data, sources=sources, split="60,40,0")

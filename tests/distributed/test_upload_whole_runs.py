@@ -8,13 +8,13 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from unittest import mock
 
 import pytest
 
 from plt_megatron.config.schema import DataConfig, ExportsConfig, RunConfig, UploadsConfig
 from plt_megatron.run_folder.folder import RunFolder
-from tests.distributed.training_jobs import make_data, run_config, train
+from tests.distributed.training_jobs import run_config, train
 from tests.distributed.whole_runs import numbers
 from tests.unit.storage.test_upload_copies import a_checkpoint, content
 
@@ -22,30 +22,17 @@ TP = {"tensor_model_parallel_size": 2}
 FOUR = {"train_iters": 4}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    return make_data(tmp_path_factory.mktemp("upload_data"))
-
-
 def check_and_train(config: RunConfig, environment: dict[str, str] | None = None) -> bool | str:
-    """As training's main program does. `environment`: of the processes beside it too."""
+    """Check and train as the main program does. `environment`: the processes beside it have it too."""
     from plt_megatron.errors import UserError
     from plt_megatron.train.callbacks.uploads import check_destinations
 
-    before = dict(os.environ)
-    os.environ.update(environment or {})
-    try:
-        check_destinations(config)
-        return train(config)
-    except UserError as error:
-        return str(error)
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-def steps_of(config: RunConfig, kind: str) -> list[dict[str, Any]]:
-    return [record for record in numbers(config) if record["kind"] == kind]
+    with mock.patch.dict(os.environ, environment or {}):
+        try:
+            check_destinations(config)
+            return train(config)
+        except UserError as error:
+            return str(error)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +52,7 @@ def test_a_runs_last_checkpoints_are_uploaded(uploaded):
     assert sorted(path.name for path in there.iterdir()) == ["latest", "step_00000002", "step_00000004"]
     assert (there / "latest").read_text() == "step_00000004\n"
     assert content(there / "step_00000004") == content(run.checkpoints / "step_00000004")
-    records = steps_of(uploaded, "upload")
+    records = numbers(uploaded, "upload")
     assert records[-1].items() >= {"what": "checkpoint", "of_step": 4, "step": 4}.items()
     assert not any("error" in record for record in records)
     assert [path.name for path in run.uploading.rglob("step_*")] == []
@@ -78,7 +65,7 @@ def test_a_run_starts_from_an_uploaded_checkpoint_bit_for_bit(uploaded, tmp_path
     checkpoint = {"save_interval": 4, "load": url}
     config = run_config("again", tmp_path, uploaded.data, training=FOUR, parallel=TP, checkpoint=checkpoint)
     assert run_distributed(train, 2, config) is True
-    ours, theirs = (steps_of(of, "train") for of in (config, uploaded))
+    ours, theirs = (numbers(of, "train") for of in (config, uploaded))
     assert [record["step"] for record in ours] == [3, 4] and ours == theirs[2:]
     assert not RunFolder.of(config).loaded.exists(), "the run has a checkpoint of its own"
 
@@ -102,7 +89,7 @@ def test_a_damaged_upload_is_named_on_all_ranks(uploaded, tmp_path, run_distribu
 
 
 def fetch(url: str, folder: Path) -> tuple[str, int]:
-    """What fetching says or returns on this rank, and how often it has given a sign of life."""
+    """Fetch; return the path or the error on this rank, and how often it has given a sign of life."""
     from plt_megatron.errors import UserError
     from plt_megatron.train.checkpoint.store import fetch_checkpoint
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed.checkpoint import FileSystemReader, load
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from plt_megatron.config.schema import DataConfig, ParallelConfig, RunConfig
+from plt_megatron.config.schema import ParallelConfig, RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.hf.averaging import AverageOptions, average
 from plt_megatron.hf.exporting import ExportOptions, export
@@ -24,9 +22,9 @@ from plt_megatron.hf.param_mapping import mappings_for
 from plt_megatron.train.callbacks.base import Callback
 from plt_megatron.train.checkpoint import read_weights
 from plt_megatron.train.checkpoint.reading import Weights, stored_at
-from tests.distributed.training_jobs import make_data, run_config, train
-from tests.distributed.whole_runs import folder, go_back, numbers
-from tests.settings import changed
+from tests.distributed.checkpoint_jobs import edit_progress, stored_tensors
+from tests.distributed.training_jobs import run_config, train
+from tests.distributed.whole_runs import as_after_step, folder, numbers
 
 DECAY = 0.75
 TP_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -34,11 +32,6 @@ PP = {"pipeline_model_parallel_size": 2}
 DP = {"overlap_grad_reduce": True}  # and gathers weights during the next forward pass
 EP = {"expert_model_parallel_size": 2}
 ONE_ROW = {"micro_batch_size": 1, "ema_decay": DECAY}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    return make_data(tmp_path_factory.mktemp("average_data"))
 
 
 class Reference(Callback):
@@ -69,14 +62,14 @@ def train_beside_reference(config: RunConfig, bad_step: int) -> tuple[dict[str, 
     """torch's average at the end of a run, and the validation loss of a model that has it, by loop count."""
     from plt_megatron.train import trainer
 
-    own, runs = trainer.CALLBACKS, []
-    trainer.CALLBACKS = (*own, Reference)
-    made = Reference.__init__
-    Reference.__init__ = lambda self, run: (made(self, run), runs.append(self))[0]  # type: ignore[method-assign]
-    try:
+    runs: list[Reference] = []
+
+    def kept(run: Any) -> Reference:
+        runs.append(Reference(run))
+        return runs[-1]
+
+    with mock.patch.object(trainer, "CALLBACKS", (*trainer.CALLBACKS, kept)):
         assert train(config, bad_step) is True
-    finally:
-        trainer.CALLBACKS, Reference.__init__ = own, made  # type: ignore[method-assign]
     (reference,) = runs
     average = dict(zip(reference.names, (p.detach() for p in reference.average.module), strict=True))
     return average, _losses_with(reference.run, average, config)
@@ -107,19 +100,6 @@ def average_of(config: RunConfig, step: int) -> dict[str, torch.Tensor]:
     return dict(read_weights(folder(config) / "checkpoints" / f"step_{step:08d}", part="ema"))
 
 
-def go_on(config: RunConfig, name: str, output_dir: Path, **changes: Any) -> RunConfig:
-    """A run that has another's checkpoint of step 4, and nothing later."""
-    other = dataclasses.replace(config, name=name, output_dir=str(output_dir))
-    for section, fields in changes.items():
-        setattr(other, section, changed(getattr(config, section), fields))
-    go_back(config, other)
-    return other
-
-
-def records(config: RunConfig, kind: str) -> list[dict]:
-    return [record for record in numbers(config) if record["kind"] == kind]
-
-
 def test_the_average_is_torchs(alone):
     config, (expected, _) = alone
     assert_is_torchs(config, expected, updates=5)  # not of the bad step
@@ -147,7 +127,7 @@ def assert_is_torchs(config: RunConfig, expected: dict[str, torch.Tensor], updat
 
 def test_the_average_is_validated_beside_the_weights(alone):
     config, (_, losses) = alone
-    last = [record for record in records(config, "validation") if record["step"] == 6]
+    last = [record for record in numbers(config, "validation") if record["step"] == 6]
     for record in last:
         assert record["ema_loss"] == pytest.approx(losses[str(record["loop_count"])], rel=1e-6)
         assert record["ema_loss"] != record["loss"]
@@ -158,7 +138,7 @@ def test_the_average_is_validated_beside_the_weights(alone):
 def test_a_run_without_the_average_has_the_same_weights(alone, tmp_path, run_distributed):
     """Nor does the average stay: a run that takes it up again begins anew."""
     config, _ = alone
-    other = go_on(config, "without", tmp_path, training={"ema_decay": None})
+    other = as_after_step(config, 4, "without", tmp_path, training={"ema_decay": None})
     assert run_distributed(train, 1, other) is True
     assert [record["loss"] for record in numbers(other)] == [record["loss"] for record in numbers(config)]
     assert all(
@@ -178,7 +158,7 @@ def shared_out(data, tmp_path_factory, run_distributed) -> RunConfig:
 
 
 def test_it_goes_on_bit_for_bit(shared_out, tmp_path, run_distributed):
-    config = go_on(shared_out, "resumed", tmp_path, checkpoint={"async_save": True})
+    config = as_after_step(shared_out, 4, "resumed", tmp_path, checkpoint={"async_save": True})
     assert run_distributed(train, 2, config) is True
     assert numbers(config) == numbers(shared_out)
     ours, theirs = average_of(config, 6), average_of(shared_out, 6)
@@ -189,7 +169,7 @@ def test_it_goes_on_bit_for_bit(shared_out, tmp_path, run_distributed):
 @pytest.fixture(scope="module")
 def moved(alone, tmp_path_factory, run_distributed) -> RunConfig:
     """The run of one process, gone on from step 4 on two data-parallel ranks."""
-    config = go_on(alone[0], "moved", tmp_path_factory.mktemp("runs"), parallel=DP)
+    config = as_after_step(alone[0], 4, "moved", tmp_path_factory.mktemp("runs"), parallel=DP)
     assert run_distributed(train, 2, config) is True
     return config
 
@@ -210,7 +190,7 @@ def test_it_goes_on_in_another_layout(alone, moved):
 )
 def test_it_goes_on_in_any_layout(alone, tmp_path, run_distributed, parallel, world_size, changes):
     config, _ = alone
-    other = go_on(config, "moved", tmp_path, parallel=parallel, training=changes)
+    other = as_after_step(config, 4, "moved", tmp_path, parallel=parallel, training=changes)
     assert run_distributed(train, world_size, other) is True
     assert_same_average(other, config)
 
@@ -220,7 +200,7 @@ def assert_same_average(other: RunConfig, config: RunConfig) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5 * float(tensor.abs().max()), msg=name)
-    for one, another in zip(records(other, "validation"), records(config, "validation"), strict=True):
+    for one, another in zip(numbers(other, "validation"), numbers(config, "validation"), strict=True):
         assert one["ema_loss"] == pytest.approx(another["ema_loss"], rel=1e-5)
 
 
@@ -239,10 +219,9 @@ def test_experts_have_averages_too(data, tmp_path, run_distributed):
     ]
     for config, size in zip(runs, (1, 4), strict=True):
         assert run_distributed(train, size, config) is True
-    theirs, ours = (average_of(config, 6) for config in runs)
-    assert any(".experts.3." in name for name in ours) and ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5 * float(tensor.abs().max()), msg=name)
+    assert_same_average(runs[1], runs[0])
+    ours = average_of(runs[1], 6)
+    assert any(".experts.3." in name for name in ours)
     bias = "decoder.layers.1.mlp.router.expert_bias"
     assert torch.equal(ours[bias], dict(read_weights(folder(runs[1])))[bias]) and ours[bias].any()
     export(ExportOptions(folder(runs[0]), tmp_path / "ema", ema=True, verify=True), say=lambda line: None)
@@ -258,20 +237,15 @@ def test_the_average_is_exported(alone, tmp_path):
         assert torch.equal(ours, expected[mapping.name][: len(ours)]), mapping.name
     card = (tmp_path / "ema" / "README.md").read_text()
     assert "a moving average over 5 updates, decay 0.75" in card
-    last = records(config, "validation")[-1]
+    last = numbers(config, "validation")[-1]
     assert f"| loss with 2 loops | {last['ema_loss']:.4f} |" in card
 
 
 def test_what_has_no_average_is_not_exported_as_one(alone, tmp_path):
     config, _ = alone
-    other = go_on(config, "plain", tmp_path)
+    other = as_after_step(config, 4, "plain", tmp_path)
     path = folder(other) / "checkpoints" / "step_00000004"
-    progress = json.loads((path / "progress.json").read_text())
-    progress["ema"] = {"updates": 0}
-    (path / "progress.json").write_text(json.dumps(progress))
-    manifest = json.loads((path / "manifest.json").read_text())
-    del manifest["files"]["progress.json"]
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    edit_progress(path, lambda progress: progress.update(ema={"updates": 0}))
     with pytest.raises(UserError, match=r"step_00000004 has no moving average of its weights: .*ema_decay"):
         export(ExportOptions(path, tmp_path / "out", ema=True), say=lambda line: None)
     export(ExportOptions(folder(config), tmp_path / "hf"), say=lambda line: None)
@@ -284,16 +258,8 @@ def test_what_has_no_average_is_not_exported_as_one(alone, tmp_path):
 
 def raw_main_weights(config: RunConfig, step: int) -> dict[str, torch.Tensor]:
     """The optimizer's, as torch reads them."""
-    reader = FileSystemReader(folder(config) / "checkpoints" / f"step_{step:08d}")
     prefix = "optimizer.state.param."
-    tensors = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata) and key.startswith(prefix)
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        load(tensors, storage_reader=reader, no_dist=True)
+    tensors = stored_tensors(folder(config) / "checkpoints" / f"step_{step:08d}", prefix)
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
 
 

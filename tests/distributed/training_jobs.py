@@ -6,9 +6,10 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from plt_megatron.config.schema import (
     CheckpointConfig,
@@ -46,8 +47,11 @@ def make_data(folder: Path, seed: int = 7, tokenizer: str | None = None, special
     )
 
 
-def run_config(name: str, output_dir: Path, data: DataConfig, **changes: Any) -> RunConfig:
-    """A run of six steps; `changes` replace fields of sections, as in `training={"train_iters": 3}`."""
+def run_config(
+    name: str, output_dir: Path, data: DataConfig, kind: Mapping[str, Any] | None = None, **changes: Any
+) -> RunConfig:
+    """A run of six steps; `changes` replace settings of sections, as in `training={"train_iters": 3}`; so does `kind`
+    before them."""
     sections: dict[str, Any] = {
         "model": ModelConfig(num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, window_size=8),
         "parallel": ParallelConfig(),
@@ -57,18 +61,20 @@ def run_config(name: str, output_dir: Path, data: DataConfig, **changes: Any) ->
         "checkpoint": CheckpointConfig(save_interval=2),
         "logging": LoggingConfig(log_interval=1, tensorboard=False, peak_tflops=0.1),
     }
-    for section, fields in changes.items():
-        sections[section] = changed(sections[section], fields)
+    for section, settings in [*(kind or {}).items(), *changes.items()]:
+        sections[section] = changed(sections[section], settings)
     return RunConfig(name=name, output_dir=str(output_dir), data=data, **sections)
 
 
-def train_with_bad_step(config: RunConfig, bad_step: int | Sequence[int]) -> bool | str:
-    """As `train`; the `bad_step`-th step run, or each of those, has a loss that is no number."""
-    return train(config, bad_step)
+def diverging_config(output_dir: Path, data: DataConfig) -> RunConfig:
+    """A run on two data-parallel ranks whose weights overflow in the first steps."""
+    optimizer = {"lr": 1e25, "min_lr": 1e25, "lr_warmup_iters": 0, "clip_grad": 0.0}
+    parallel, training = {"data_parallel_size": 2}, {"max_skipped_steps": 1}
+    return run_config("diverging", output_dir, data, optimizer=optimizer, training=training, parallel=parallel)
 
 
 def train_with_other_loss(config: RunConfig, first_sample: int) -> bool | str:
-    """As `train`, with losses about 2, and about 9 from the step on that begins with this sample."""
+    """Train with losses about 2, and about 9 from the step on that begins with this sample."""
 
     def loss(trainer: Any, _: float) -> float:
         return (9.0 if trainer.clock.samples >= first_sample else 2.0) + 0.01 * (trainer.clock.step % 3)
@@ -77,7 +83,7 @@ def train_with_other_loss(config: RunConfig, first_sample: int) -> bool | str:
 
 
 def train_beside_an_export(config: RunConfig, ends: bool) -> bool | str:
-    """As `train`, with a stand-in for exports that ends at once, or else never and asks the run to stop."""
+    """Train with a stand-in for exports that ends at once, or else never and asks the run to stop."""
     from plt_megatron.run_folder.folder import RunFolder
     from plt_megatron.train.callbacks import exports
 
@@ -92,18 +98,18 @@ def train_beside_an_export(config: RunConfig, ends: bool) -> bool | str:
 
         def end(self) -> None: ...
 
-    own, exports.BesideProcess = exports.BesideProcess, Export  # type: ignore
-    try:
+    with mock.patch.object(exports, "BesideProcess", Export):
         return train(config)
-    finally:
-        exports.BesideProcess = own  # type: ignore
 
 
 def train(
     config: RunConfig, bad_step: int | Sequence[int] = 0, judged: Callable[[Any, float], float] | None = None
 ) -> bool | str:
-    """Run a trainer to its end on this rank: whether it finished, or the message it failed with. `judged`: the loss
-    that the guard is told, by the trainer and the step's own."""
+    """Run a trainer to its end on this rank: whether it finished, or the message it failed with.
+
+    The `bad_step`-th step run, or each of those, has a loss that is no number. `judged`: the loss that the guard is
+    told, by the trainer and the step's own.
+    """
     from megatron.core import parallel_state
 
     from plt_megatron.runtime.process_groups import init_process_groups

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import signal
@@ -11,9 +12,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from plt_megatron.config.schema import RunConfig
+from plt_megatron.run_folder.checkpoints import step_of
 from plt_megatron.run_folder.folder import RunFolder, save_config
+from tests.settings import changed
 
 # Fields that depend on clock and machine: identical runs differ only in these.
 MACHINE_FIELDS = ("tokens_per_second", "model_tflops", "mfu", "peak_memory_bytes", "step_seconds")
@@ -25,19 +29,26 @@ def folder(config: RunConfig) -> Path:
     return Path(config.output_dir) / config.name
 
 
-def numbers(config: RunConfig) -> list[dict]:
-    """The records of a run without what a clock decides."""
+def numbers(config: RunConfig, kind: str | None = None) -> list[dict[str, Any]]:
+    """The records of a run, or those of a kind, without what a clock decides."""
     return [
         {name: value for name, value in record.items() if name not in MACHINE_FIELDS}
         for record in RunFolder(folder(config)).records()
+        if kind in (None, record["kind"])
     ]
 
 
-def go_back(config: RunConfig, other: RunConfig) -> None:
-    """Make `other` a run that has what the run of six steps had at its checkpoint of step 4, and nothing later."""
+def as_after_step(config: RunConfig, step: int, name: str, output_dir: Path, **changes: dict[str, Any]) -> RunConfig:
+    """A copy of a run as it was at its checkpoint of `step`, perhaps with other settings of some sections."""
+    other = dataclasses.replace(config, name=name, output_dir=str(output_dir))
+    for section, settings in changes.items():
+        setattr(other, section, changed(getattr(config, section), settings))
     shutil.copytree(folder(config), folder(other))
-    shutil.rmtree(folder(other) / "checkpoints" / "step_00000006")
-    (folder(other) / "checkpoints" / "latest").write_text("step_00000004\n")
+    for path in (folder(other) / "checkpoints").glob("step_*"):
+        if step_of(path) > step:
+            shutil.rmtree(path)
+    (folder(other) / "checkpoints" / "latest").write_text(f"step_{step:08d}\n")
+    return other
 
 
 def last_step(config: RunConfig) -> int:

@@ -18,7 +18,7 @@ from collections import Counter
 import yaml
 
 from tests.fuzz import data, draw, search
-from tests.fuzz.kinds import KINDS, Pools, missing
+from tests.fuzz.kinds import KINDS, Pools, make, missing
 
 
 def main() -> int:
@@ -75,7 +75,7 @@ def _kinds(names: list[str], pools: Pools) -> dict[str, search.Kind]:
     for name, why in lacks.items():
         if why is not None:
             print(f"no cases of {name}: {why}", file=sys.stderr)
-    return {name: KINDS[name](pools) for name in names if lacks[name] is None}
+    return {name: make(name, pools) for name in names if lacks[name] is None}
 
 
 def _turns(arguments: argparse.Namespace, kinds: dict[str, search.Kind]) -> itertools.chain[str]:
@@ -93,7 +93,7 @@ def _given(settings: list[str]) -> draw.Settings:
 
 
 def command(name: str, kind: search.Kind, found: search.Finding) -> str:
-    """What shows the finding again."""
+    """The command that shows the finding again."""
     told = {key: value for key, value in found.shortest.items() if key not in kind.fixed}
     given = [shlex.quote(setting) for setting in draw.overrides(told)]
     return " ".join(["python -m tests.fuzz --kinds", name, *given])

@@ -178,13 +178,13 @@ def leaves(cls: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def reason_not_drawn(key: str) -> str | None:
-    """Of the setting, or of the section that it lies in; None: it is drawn."""
+    """Look it up for the setting, or for the section that it lies in; None: it is drawn."""
     parts = key.split(".")
     return next(filter(None, (NOT_DRAWN.get(".".join(parts[:end])) for end in range(1, len(parts) + 1))), None)
 
 
 def values(key: str, hint: Any, default: Any) -> list[Any]:
-    """What is drawn of a setting: values other than `default`."""
+    """List the values, other than `default`, that are drawn for a setting."""
     scaled = SCALED.get(key) or SCALED.get(key.rpartition(".")[0])
     found = list(scaled) if scaled is not None else _values_of_type(hint, default)
     if plain_type(hint)[2] and scaled is None:
@@ -232,7 +232,7 @@ def _section(cls: type, pick: int) -> dict[str, Any]:
 
 
 def overrides(settings: Mapping[str, Any]) -> list[str]:
-    """As arguments of `plt train`."""
+    """Write settings as arguments of `plt train`."""
     return [f"{key}={_text(value)}" for key, value in settings.items()]
 
 
@@ -245,7 +245,7 @@ def _text(value: Any) -> str:
 
 
 def is_drawn(settings: Mapping[str, Any]) -> bool:
-    """Whether a tiny model can have them, in a layout of as many ranks as are drawn."""
+    """Tell whether a tiny model can have them, in a layout of as many ranks as are drawn."""
     every = dict(leaves())
     return all(
         key in SIZES or value in values(key, every[key], None) or value == value_of(tiny(), key)
@@ -318,7 +318,7 @@ def _one(rng: random.Random, key: str, hint: Any) -> Settings:
 
 
 def _turned_on(rng: random.Random, section: str, settings: Settings, every: Mapping[str, Any]) -> Settings:
-    """What a section needs to be on, besides `settings`; nothing if one that it lies in is off."""
+    """Draw what a section needs to be on, besides `settings`; nothing if one that it lies in is off."""
     key = optional_sections()[section]
     if key in settings or key not in every or reason_not_drawn(key) is not None:
         return {}
@@ -418,5 +418,5 @@ def _named(problem: str, known: Iterable[str]) -> list[str]:
 
 
 def words(problem: str) -> list[str]:
-    """What may be names of settings in it."""
+    """Words of a problem that may be names of settings."""
     return re.findall(r"[a-z_0-9]{2,}", problem)

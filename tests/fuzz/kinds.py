@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from tests.distributed.pool import WorkerPool, runner
+from tests.distributed.pool import WorkerPool
 from tests.fuzz.parity import Parity
 from tests.fuzz.refusals import Refusals
 from tests.fuzz.resume import Resume
 from tests.fuzz.round_trip import RoundTrip
 from tests.fuzz.search import Kind
-from tests.fuzz.transformer_engine import Fp8, TransformerEngine
+from tests.fuzz.te_layers import Fp8, TransformerEngine
 from tests.te import emulation
 
 
@@ -18,24 +16,23 @@ class Pools:
     """Pools of workers, which start when they are first used."""
 
     def __init__(self) -> None:
-        self._pools = [WorkerPool(), WorkerPool("tests.te.emulation:enter")]
-        self.cpu, self.te = map(runner, self._pools)
+        self.cpu, self.te = WorkerPool(), WorkerPool("tests.te.emulation:enter")
 
     def close(self) -> None:
-        for pool in self._pools:
-            pool.close()
+        self.cpu.close()
+        self.te.close()
+
+
+KINDS: dict[str, type[Kind]] = {
+    kind.name: kind for kind in (Parity, Refusals, Resume, RoundTrip, TransformerEngine, Fp8)
+}
 
 
 def missing(name: str) -> str | None:
-    """What the kind needs that is not there; None: nothing."""
-    return emulation.find() if name in ("te", "fp8") else None
+    """Say what the kind needs that is not there; None: nothing."""
+    return emulation.find() if issubclass(KINDS[name], TransformerEngine) else None
 
 
-KINDS: dict[str, Callable[[Pools], Kind]] = {
-    "parity": lambda pools: Parity(pools.cpu),
-    "refusals": lambda pools: Refusals(pools.cpu),
-    "resume": lambda pools: Resume(pools.cpu),
-    "round_trip": lambda pools: RoundTrip(pools.cpu),
-    "te": lambda pools: TransformerEngine(pools.te),
-    "fp8": lambda pools: Fp8(pools.te),
-}
+def make(name: str, pools: Pools) -> Kind:
+    """The kind, with the pool that it needs."""
+    return KINDS[name](pools.te if issubclass(KINDS[name], TransformerEngine) else pools.cpu)

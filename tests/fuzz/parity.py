@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,9 @@ import numpy as np
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.schema import MoeConfig, ParallelConfig, RunConfig
 from tests.distributed.cases import Outcome
+from tests.distributed.parity_checks import differences
 from tests.fuzz import draw
+from tests.fuzz.search import Kind
 
 TOLERANCE = 2e-5
 CHAOS = 1e-2  # what rounding alone moves by so much says nothing of a layout, nor does anything after it
@@ -29,23 +30,19 @@ _BY_STEP = re.compile(r"(?:loss|gradient norm|z-loss) (\d+)")
 
 
 def find_problems(config: RunConfig) -> Iterator[str]:
-    """What cannot be compared, one line each."""
+    """Say what cannot be compared, one line each."""
     layout = layout_of(config)
     capacity = None if config.model.moe is None else config.model.moe.expert_capacity_factor
     if capacity is not None and layout.tensor * layout.context > 1:
         yield "model.moe.expert_capacity_factor is of the tokens of a rank, whose number the layout decides"
 
 
-class Parity:
+class Parity(Kind):
     """Cases of fp32."""
 
     name = "parity"
     often = 8
-    fixed: Mapping[str, Any] = {"training.precision": "fp32"}
-
-    def __init__(self, run: Callable[..., Any]) -> None:
-        self.run = run
-        self.notes: dict[str, int] = {}
+    fixed = {"training.precision": "fp32"}
 
     def draw(self, seed: int, number: int) -> draw.Settings:
         for turn in itertools.count():
@@ -55,14 +52,9 @@ class Parity:
         return settings
 
     def find_problems(self, config: RunConfig) -> Iterator[str]:
-        """What is no case of this kind, one line each."""
         return find_problems(config)
 
-    def accepts(self, settings: draw.Settings) -> bool:
-        return not draw.refusals(settings, self.find_problems)
-
     def check(self, settings: draw.Settings) -> str | None:
-        """What is wrong; None: nothing."""
         config = draw.load(settings)
         reference = self.reference(config)
         outcome, expected = self.outcome(config), self.outcome(reference)
@@ -96,17 +88,12 @@ class Parity:
         return f"is not one process's: {worst} is off by {wrong[worst]:.1e}"
 
     def reference(self, config: RunConfig) -> RunConfig:
-        """What a layout is compared with."""
+        """The run with which a layout is compared."""
         return alone(config)
 
     def outcome(self, config: RunConfig, **options: Any) -> Outcome:
-        """What `parity_job` makes of a configuration."""
+        """Have `parity_job` train a configuration."""
         return self.run(train, layout_of(config).world_size, config, timeout_s=300, **options)
-
-    def note(self, what: str, which: str) -> None:
-        """Count something that is no finding."""
-        print(f"{what}: {which}, in", file=sys.stderr, end=" ")
-        self.notes[what] = self.notes.get(what, 0) + 1
 
 
 def train(config: RunConfig, rounded: int = 0) -> Outcome:
@@ -126,14 +113,6 @@ def alone(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, parallel=ParallelConfig(data_parallel_size=1), training=training)
 
 
-def differences(outcome: Outcome, expected: Outcome) -> dict[str, float]:
-    """Relative differences by name; infinite where one is not a number."""
-    assert outcome.numbers.keys() == expected.numbers.keys() and outcome.final.keys() == expected.final.keys()
-    pairs = {name: (outcome.numbers[name], value) for name, value in expected.numbers.items()}
-    pairs |= {name: (outcome.final[name], value) for name, value in expected.final.items()}
-    return {name: _relative(*(np.asarray(part, dtype=np.float64) for part in pair)) for name, pair in pairs.items()}
-
-
 def before_chaos(rounding: Mapping[str, float]) -> list[str]:
     """The numbers of the steps before the first one that rounding alone moves by `CHAOS`, or all numbers and weights.
 
@@ -144,10 +123,3 @@ def before_chaos(rounding: Mapping[str, float]) -> list[str]:
     if end is None:
         return list(rounding)
     return [name for name, step in steps.items() if step < end or (step == 0 and rounding[name] <= CHAOS)]
-
-
-def _relative(value: np.ndarray, expected: np.ndarray) -> float:
-    if np.array_equal(value, expected, equal_nan=True):
-        return 0.0
-    off = float(np.abs(value - expected).max() / max(np.abs(expected).max(), 1e-12))
-    return off if np.isfinite(off) else np.inf

@@ -6,10 +6,11 @@ As tests/distributed/parity.py, with the batches, row lengths and loops that the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest import mock
 
 import torch
-from megatron.core import parallel_state
 
 from plt_megatron.config.batch_schedule import BatchSchedule
 from plt_megatron.config.length_schedule import LengthSchedule
@@ -17,7 +18,6 @@ from plt_megatron.config.loop_schedule import LoopSchedule
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.model import build
 from plt_megatron.model.initialization import global_tensors
-from plt_megatron.model.loop_context import Documents
 from plt_megatron.model.looped_gpt import LoopedGPT, MicroBatch
 from plt_megatron.runtime.process_groups import init_process_groups
 from plt_megatron.train.megatron_engine import MegatronEngine
@@ -36,58 +36,24 @@ def train(config: RunConfig, rounded: int = 0) -> Outcome:
     vocab_size = config.model.vocab_size or VOCAB_SIZE
     with parity._randomized(False), _rounded(rounded, config.training.precision), parity._small_buckets():
         engine = MegatronEngine(config, vocab_size)
-    outcome, tokens = Outcome(initial=parity._gather(engine.stage, vocab_size)), 0
-    loops, batches, lengths = LoopSchedule(config), BatchSchedule(config), LengthSchedule(config)
-    for step in range(STEPS):
-        shape = batches.global_batch_size(tokens), lengths.sequence_length(tokens)
-        result = engine.train_step(
-            _batches(config, step, *shape, vocab_size), loop_count=loops.loop_count(step, tokens)
-        )
-        tokens += batches.step_tokens(tokens)
-        outcome.numbers[f"loss {step}"] = result.loss
-        outcome.numbers[f"gradient norm {step}"] = result.grad_norm
-        if result.head_z_loss is not None:
-            outcome.numbers[f"z-loss {step}"] = result.head_z_loss
-        if step == 0:
-            for count in _evaluated_loops(config.model.loop_count):
-                whole = config.training.global_batch_size, config.data.sequence_length
-                loss, counted = engine.evaluate(_batches(config, 100, *whole, vocab_size), count)
-                outcome.numbers[f"validation loss at {count}"] = loss / counted
+    outcome = Outcome(initial=parity._gather(engine.stage, vocab_size))
+    whole = parity.draw_batches(config, 100, config.training.global_batch_size, config.data.sequence_length, vocab_size)
+    outcome.numbers = parity.train_steps(engine, _steps(config, vocab_size), whole, config.model.loop_count)
     engine.gather_parameters()
     outcome.final = parity._gather(engine.stage, vocab_size)
     return outcome
 
 
-def _evaluated_loops(loops: int) -> list[int]:
-    return [1] if loops == 1 else sorted({1, loops - 1, min(loops + 1, 8)})
+def _steps(config: RunConfig, vocab_size: int) -> Iterator[tuple[list[MicroBatch], int | None]]:
+    """The microbatches and loops of each step."""
+    loops, batches, lengths, tokens = LoopSchedule(config), BatchSchedule(config), LengthSchedule(config), 0
+    for step in range(STEPS):
+        shape = batches.global_batch_size(tokens), lengths.sequence_length(tokens)
+        yield parity.draw_batches(config, step, *shape, vocab_size), loops.loop_count(step, tokens)
+        tokens += batches.step_tokens(tokens)
 
 
-def _batches(config: RunConfig, seed: int, samples: int, length: int, vocab_size: int) -> list[MicroBatch]:
-    """This rank's share of a global batch of `samples`, read as rows of `length`, that depends on `seed` alone; a fifth
-    of the tokens does not count."""
-    each = config.data.sequence_length // length
-    rows, size = samples * each, config.training.micro_batch_size * each
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, vocab_size, (rows, length + 1), generator=generator)
-    mask = (torch.rand(rows, length, generator=generator) > 0.2).float()
-    starts = torch.rand(rows, length, generator=generator) < 0.3
-    share = rows // parallel_state.get_data_parallel_world_size()
-    first = parallel_state.get_data_parallel_rank() * share
-    packed = config.data.reset_at_document_boundaries
-    return [
-        MicroBatch(
-            tokens=tokens[row : row + size, :-1].contiguous(),
-            labels=tokens[row : row + size, 1:].contiguous(),
-            loss_mask=mask[row : row + size],
-            document_starts=starts[row : row + size] if packed else None,
-            position_ids=Documents(starts[row : row + size]).position_ids if packed else None,
-        )
-        for row in range(first, first + share, size)
-    ]
-
-
-@contextmanager
-def _rounded(way: int, precision: str) -> Iterator[None]:
+def _rounded(way: int, precision: str) -> AbstractContextManager[Any]:
     """Have the engine start from weights that are off by about one unit of the last place."""
     own = build.initialize
 
@@ -97,8 +63,4 @@ def _rounded(way: int, precision: str) -> Iterator[None]:
             generator = draw_by_name(f"{name} {way}" if way > 1 else name)
             tensor.mul_(1 + _LAST_PLACE[precision] * torch.randn(tensor.shape, generator=generator))
 
-    build.initialize = torch.no_grad()(initialize) if way else own
-    try:
-        yield
-    finally:
-        build.initialize = own
+    return mock.patch.object(build, "initialize", torch.no_grad()(initialize) if way else own)

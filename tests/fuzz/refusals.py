@@ -9,9 +9,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from plt_megatron.commands.train import describe
 from plt_megatron.config.layout import layout_of
@@ -22,23 +20,19 @@ from plt_megatron.predict.run_estimate import estimate_run
 from plt_megatron.run_folder.folder import save_config
 from tests.distributed.training_jobs import train
 from tests.fuzz import data, draw
+from tests.fuzz.search import Kind
 
 _VOCAB_SIZE = 380  # the tokenizer's
 _WILD = 50  # configurations of a case that are checked only
 _SECTIONS = ("model", "parallel", "data", "training", "optimizer", "validation", "checkpoint", "logging")
 
 
-class Refusals:
+class Refusals(Kind):
     """See the module's docstring."""
 
     name = "refusals"
     often = 3
-    fixed: Mapping[str, Any] = {}
-
-    def __init__(self, run: Callable[..., Any]) -> None:
-        self.run = run
-        self.notes: dict[str, int] = {}
-        self._names = {key.rpartition(".")[2] for key, _ in draw.leaves()}
+    names = {key.rpartition(".")[2] for key, _ in draw.leaves()}
 
     def draw(self, seed: int, number: int) -> draw.Settings:
         words = f"{seed} {self.name}"
@@ -56,7 +50,6 @@ class Refusals:
         return True
 
     def check(self, settings: draw.Settings) -> str | None:
-        """What is wrong; None: nothing. An error that is none of the user's passes through."""
         wrong = self.refusal(settings)
         if wrong is not None:
             return wrong or None  # an empty line is no problem
@@ -72,13 +65,15 @@ class Refusals:
             shutil.rmtree(folder)
 
     def refusal(self, settings: draw.Settings) -> str | None:
-        """What is wrong with how it is refused, or an empty string; None: it is not refused. What is said of one that
-        is not (`plt train --dry-run`, `plt estimate`, a run's config.yaml) must not fail either."""
+        """Say what is wrong with how it is refused; an empty string: nothing; None: it is not refused.
+
+        What describes one that is not (`plt train --dry-run`, `plt estimate`, its config.yaml) must not fail either.
+        """
         try:
             config = draw.load(settings)
             validate(config, check_files=False)
         except UserError as error:
-            unclear = [line for line in str(error).splitlines() if not self._names & set(draw.words(line))]
+            unclear = [line for line in str(error).splitlines() if not self.names & set(draw.words(line))]
             return f"is refused without the name of a setting: {unclear[0]}" if unclear else ""
         ranks = layout_of(config).world_size
         describe(config, ranks, 0, {}, [])

@@ -12,9 +12,8 @@ import math
 import random
 import re
 import shutil
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from tests.distributed.pool import DistributedFailure
 from tests.distributed.whole_runs import folder, numbers
 from tests.fuzz import data, draw
 from tests.fuzz.parity import find_problems as parity_problems
+from tests.fuzz.search import Kind
 
 STEPS = 8
 TOLERANCE = 2e-4  # of another layout, after so many steps
@@ -49,7 +49,7 @@ _HOW = ("stop", "stop", "kill", "kill while saving", "kill after saving")
 
 
 class Case(NamedTuple):
-    """Of the settings of a case: the configuration's, its legs, and what its losses are.
+    """The parts of a case's settings: the configuration's, its legs, and what its losses are.
 
     `bad`: `nonfinite` and `spikes` are the samples whose steps are bad; `planned`: only the run's schedules move its
     other losses, and none of those steps may be refused.
@@ -68,7 +68,7 @@ def parts(settings: draw.Settings) -> Case:
 
 
 def find_problems(config: RunConfig) -> Iterator[str]:
-    """What is no case of this kind."""
+    """Say what is no case of this kind, one line each."""
     yield from parity_problems(config)
     if not config.checkpoint.enabled:
         yield "checkpoint.enabled=false: nothing resumes"
@@ -76,16 +76,10 @@ def find_problems(config: RunConfig) -> Iterator[str]:
         yield " and ".join(sorted(draw.SIZES)) + ": too many processes"
 
 
-class Resume:
+class Resume(Kind):
     """See the module's docstring."""
 
     name = "resume"
-    often = 1
-    fixed: Mapping[str, Any] = {}
-
-    def __init__(self, run: Callable[..., Any]) -> None:
-        self.run = run
-        self.notes: dict[str, int] = {}
 
     def draw(self, seed: int, number: int) -> draw.Settings:
         for turn in itertools.count():
@@ -111,7 +105,6 @@ class Resume:
         return not _rolls_back(config, case) or all(_stops_at_a_save(config, leg) for leg in case.legs)
 
     def check(self, settings: draw.Settings) -> str | None:
-        """What is wrong; None: nothing."""
         case = parts(settings)
         place = Path(tempfile.mkdtemp(dir=data.FOLDER))
         try:
@@ -128,9 +121,7 @@ class Resume:
             wrong = _difference(disturbed, whole, 0.0 if exact else TOLERANCE)
             if wrong is None or exact or self._differs_by_layout(whole, case) is None:
                 return wrong
-            what = "the layout of a leg alone moves it"
-            print(f"{what}: {wrong}, in", file=sys.stderr, end=" ")
-            self.notes[what] = self.notes.get(what, 0) + 1
+            self.note("the layout of a leg alone moves it", wrong)
             return None
         finally:
             shutil.rmtree(place)
@@ -222,7 +213,7 @@ def _stops_at_a_save(config: RunConfig, leg: Mapping[str, Any]) -> bool:
 
 
 def _of_a_whole_run(config: RunConfig, ended: bool | str, refused: int) -> str | None:
-    """What an undisturbed run must have, whatever it is compared with."""
+    """Say what an undisturbed run lacks, whatever it is compared with."""
     found = RunFolder(folder(config))
     if found.bad_steps() != refused:
         return f"{refused} steps were not accepted: {found.bad_steps()} reports"
@@ -251,13 +242,12 @@ def _same_end(ended: bool | str, expected: bool | str, exact: bool) -> bool:
 def _difference(config: RunConfig, whole: RunConfig, tolerance: float) -> str | None:
     """Where two runs differ by more; None: nowhere."""
     exact = tolerance == 0
-    wrong = _first_difference(_records(config, exact), _records(whole, exact), tolerance, "records")
-    if wrong is None:
-        wrong = _first_difference(_incidents(config, exact), _incidents(whole, exact), tolerance, "incidents")
-    if wrong is None:
-        wrong = _other_tensors(config, whole, tolerance)
-    if wrong is None:
-        wrong = _first_difference(_exports(config), _exports(whole), tolerance, "exports")
+    wrong = (
+        _first_difference(_records(config, exact), _records(whole, exact), tolerance, "records")
+        or _first_difference(_incidents(config, exact), _incidents(whole, exact), tolerance, "incidents")
+        or _other_tensors(config, whole, tolerance)
+        or _first_difference(_exports(config), _exports(whole), tolerance, "exports")
+    )
     return wrong and f"is not the undisturbed run: {wrong}"
 
 
@@ -285,8 +275,10 @@ def _exports(config: RunConfig) -> list[str]:
 
 
 def _other_tensors(config: RunConfig, whole: RunConfig, tolerance: float) -> str | None:
-    """Of the undisturbed run's last checkpoint: weights, the optimizer's and the moving average. A run that fails may
-    have saved a later one where it was stopped, and keeps so many."""
+    """Compare the undisturbed run's last checkpoint: weights, the optimizer's and the moving average.
+
+    A run that fails may have saved a later one where it was stopped, and keeps so many.
+    """
     from plt_megatron.train.checkpoint import read_weights
 
     theirs_at, ours_at = (RunFolder(folder(run)).latest_checkpoint(verify=False) for run in (whole, config))
@@ -319,11 +311,7 @@ def _first_difference(ours: Any, theirs: Any, tolerance: float, at: str) -> str 
         pairs = [(index, *pair) for index, pair in enumerate(zip(ours, theirs, strict=True))]
     elif isinstance(ours, float) and isinstance(theirs, float):
         close = math.isclose(ours, theirs, rel_tol=tolerance, abs_tol=tolerance * 1e-2)
-        return (
-            None
-            if close or ours == theirs or (ours != ours and theirs != theirs)
-            else f"{at}: {ours}, undisturbed {theirs}"
-        )
+        return None if close or (ours != ours and theirs != theirs) else f"{at}: {ours}, undisturbed {theirs}"
     else:
         return None if ours == theirs else f"{at}: {ours}, undisturbed {theirs}"
     return next(filter(None, (_first_difference(*pair, tolerance, f"{at}[{name}]") for name, *pair in pairs)), None)

@@ -8,42 +8,32 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from plt_megatron.config.schema import ModelConfig, RunConfig
 from tests.fuzz import data, draw
+from tests.fuzz.search import Kind
 
 TOLERANCE = 1e-4  # of the largest logit
 LENGTH, PREFILL = 26, 6
 
 
-def find_problems(config: RunConfig) -> Iterator[str]:
-    """What an export is not, one line each."""
-    if config.model.moe is not None and config.model.moe.expert_capacity_factor is not None:
-        yield "model.moe.expert_capacity_factor drops tokens in training, an export none"
-
-
-class RoundTrip:
+class RoundTrip(Kind):
     """See the module's docstring."""
 
     name = "round_trip"
     often = 2
-    fixed: Mapping[str, Any] = {}
 
-    def __init__(self, run: Callable[..., Any]) -> None:
-        self.run = run
-        self.notes: dict[str, int] = {}
+    def find_problems(self, config: RunConfig) -> Iterator[str]:
+        if config.model.moe is not None and config.model.moe.expert_capacity_factor is not None:
+            yield "model.moe.expert_capacity_factor drops tokens in training, an export none"
 
     def draw(self, seed: int, number: int) -> draw.Settings:
-        return draw.draw(f"{seed} {self.name}", number, self.fixed, find_problems, sections=("model",), layout=False)
-
-    def accepts(self, settings: draw.Settings) -> bool:
-        return not draw.refusals(settings, find_problems)
+        title = f"{seed} {self.name}"
+        return draw.draw(title, number, self.fixed, self.find_problems, sections=("model",), layout=False)
 
     def check(self, settings: draw.Settings) -> str | None:
-        """What is wrong; None: nothing."""
         place = Path(tempfile.mkdtemp(dir=data.FOLDER))
         try:
             return self.run(there_and_back, 1, draw.load(settings).model, place.resolve(), timeout_s=300)
@@ -52,7 +42,7 @@ class RoundTrip:
 
 
 def there_and_back(model: ModelConfig, place: Path) -> str | None:
-    """What is wrong with a model's export, its decoding and its import; None: nothing. Run by the pool."""
+    """Export, decode and import a model; say what is wrong, or None. Run by the pool."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any
 
+from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
 from tests.distributed.pool import DistributedFailure
 from tests.fuzz import draw
 
 
-class Kind(Protocol):
-    """A kind of case.
+class Kind:
+    """A kind of case; `run` runs a function in a pool's processes.
 
     Attributes:
         fixed: settings that all its cases have.
@@ -25,24 +27,38 @@ class Kind(Protocol):
     """
 
     name: str
-    fixed: Mapping[str, object]
-    notes: dict[str, int]
-    often: int
+    fixed: Mapping[str, object] = {}
+    often = 1
 
-    def draw(self, seed: int, number: int) -> draw.Settings: ...
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self.run = run
+        self.notes: dict[str, int] = {}
+
+    def draw(self, seed: int, number: int) -> draw.Settings:
+        """The settings of a case."""
+        raise NotImplementedError
+
+    def find_problems(self, config: RunConfig) -> Iterable[str]:
+        """Say what is no case of this kind, one line each."""
+        return ()
 
     def accepts(self, settings: draw.Settings) -> bool:
-        """Whether `check` can be asked about them."""
-        ...
+        """Tell whether `check` can be asked about them."""
+        return not draw.refusals(settings, self.find_problems)
 
     def check(self, settings: draw.Settings) -> str | None:
-        """What is wrong; None: nothing. It raises what the code under test does."""
-        ...
+        """Say what is wrong; None: nothing. Raises what the code under test does."""
+        raise NotImplementedError
+
+    def note(self, what: str, which: str) -> None:
+        """Count something that is no finding."""
+        print(f"{what}: {which}, in", file=sys.stderr, end=" ")
+        self.notes[what] = self.notes.get(what, 0) + 1
 
 
 @dataclass
 class Finding:
-    """What is wrong with a configuration, and the shortest of those that show the same."""
+    """A problem of a configuration, and the shortest of those that show the same."""
 
     case: str
     problem: str
@@ -51,7 +67,7 @@ class Finding:
 
 
 def check(kind: Kind, settings: draw.Settings) -> str | None:
-    """What is wrong, errors included."""
+    """Check a case; errors are problems, too."""
     try:
         return kind.check(settings)
     except DistributedFailure as failure:
@@ -70,7 +86,7 @@ def _why(failure: str) -> str:
 
 
 def symptom(problem: str) -> str:
-    """What two findings of one cause have in common: of an error its text, without paths and numbers."""
+    """Reduce a problem to what findings of one cause have in common: an error's text without paths and numbers."""
     kind, _, text = problem.splitlines()[0].partition(": ")
     return kind + re.sub(r"\S*/\S*|[\d.]+|'[^']*'", "", text) if kind == "failed" else kind
 

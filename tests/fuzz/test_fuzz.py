@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import subprocess
 import sys
-from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
@@ -17,8 +15,7 @@ from tests.fuzz import draw, search
 from tests.fuzz.parity import Parity, before_chaos
 from tests.fuzz.refusals import Refusals
 from tests.fuzz.sections import value_of
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.running import ROOT, run
 
 
 def test_every_setting_is_drawn_or_left_out_for_a_reason():
@@ -55,13 +52,7 @@ def test_a_setting_added_tomorrow_is_drawn_by_its_type():
 def test_a_case_is_the_same_in_every_process_and_is_not_refused():
     code = "from tests.fuzz import draw; print(draw.draw('5 parity', 3, {}, lambda config: ()))"
     seen = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}).stdout
         for seed in ("1", "2")
     }
     settings = draw.draw("5 parity", 3, {}, lambda config: ())
@@ -83,8 +74,8 @@ def test_a_finding_is_shortened_to_what_it_needs(needed):
 
 
 def test_an_error_of_the_code_is_a_finding():
-    class Broken:
-        name, fixed, often, notes = "broken", {"model.loop_count": 3}, 1, {}
+    class Broken(search.Kind):
+        fixed = {"model.loop_count": 3}
 
         def accepts(self, settings):
             return True
@@ -94,7 +85,7 @@ def test_an_error_of_the_code_is_a_finding():
                 raise ZeroDivisionError(f"in case {len(settings)}")
 
     drawn = {"model.loop_count": 3, "model.window_size": 1, "model.qk_layernorm": True, "model.qkv_bias": True}
-    found = search.find(Broken(), drawn, "case 7")
+    found = search.find(Broken(None), drawn, "case 7")
     assert found is not None and "ZeroDivisionError" in found.problem and found.case == "case 7"
     assert found.shortest.keys() == {"model.loop_count", "model.window_size", "model.qkv_bias"}
 
@@ -102,8 +93,7 @@ def test_an_error_of_the_code_is_a_finding():
 @pytest.mark.slow
 def test_one_case_of_each_kind():
     search = [sys.executable, "-m", "tests.fuzz", "--seed", "1", "--cases", "1", "--no-shrink"]
-    done = subprocess.run(search, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
+    done = run(search, timeout=3600)
     assert "1 parity, 1 refusals, 1 resume, 1 round_trip" in done.stdout and "nothing found" in done.stdout
 
 

@@ -104,5 +104,5 @@ def randomize_biases(stage: LoopedGPT) -> None:
 
 
 def draw_by_name(name: str) -> torch.Generator:
-    """What a tensor's random values are drawn with, by its name in the whole model."""
+    """Seed a generator by a tensor's name in the whole model."""
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little"))

@@ -100,7 +100,7 @@ class PlainPLT:
         return config.embedding_scale * embeddings + scale * hidden
 
     def auxiliary_loss(self) -> Tensor | float:
-        """Of what has run since the model was made: all layers' in all loops, with their coefficients."""
+        """Add up the losses, with their coefficients, of all layers and loops that have run so far."""
         moe = self.config.moe
         if moe is None:
             return 0.0

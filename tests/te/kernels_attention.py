@@ -63,7 +63,7 @@ class _Problem:
 def _problems(
     layout: Format, mask: Mask, q: Tensor, cu_q: Tensor, cu_k: Tensor, padded_q: Any, padded_k: Any, k: Tensor
 ) -> Iterator[_Problem]:
-    """What attends among itself in tensors [s, b, .., d] (packed: [t, 1, .., d])."""
+    """Find the sequences in tensors [s, b, .., d] (packed: [t, 1, .., d])."""
     if layout == Format.NVTE_THD:
         starts_q, starts_k = (cu if padded is None else padded for cu, padded in ((cu_q, padded_q), (cu_k, padded_k)))
         for index in range(len(cu_q) - 1):
@@ -108,7 +108,7 @@ def _seen(n: int, m: int, mask: Mask, window: tuple[int, int], bottom_right: boo
 
 
 def _round_trip(values: Tensor, quantizer: Any) -> Tensor:
-    """What is left of values inside the kernel after FP8; delayed scaling notes their largest."""
+    """Round values to FP8 and back, as inside the kernel; delayed scaling notes their largest."""
     if quantizer is None:
         return values
     scale = torch.ones(1)

@@ -252,7 +252,7 @@ def dequantize(tensor: Any, otype: Any) -> Tensor:
 
 
 def operand(tensor: Any, columnwise: bool) -> Tensor:
-    """What a matrix product multiplies: float32 of a tensor or, of a quantized one, of the copy the product reads.
+    """Decode an operand of a matrix product: float32 of a tensor or, if it is quantized, of the copy the product reads.
 
     Args:
         columnwise: the copy whose blocks run along the leading dimensions. Per-tensor scales have one copy's values.

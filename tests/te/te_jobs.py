@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tests.distributed.cases import Case, Layout, Outcome
 
@@ -30,8 +31,7 @@ UNFUSED = {"cross_entropy_loss_fusion": False}
 
 def on_te(case: Case) -> Case:
     """The case on Transformer Engine's layers."""
-    model, parallel = {**dict(case.model), "backend": "te"}, {**UNFUSED, **dict(case.parallel)}
-    return replace(case, model=tuple(sorted(model.items())), parallel=tuple(sorted(parallel.items())))
+    return replace(case, model={**case.model, "backend": "te"}, parallel={**UNFUSED, **case.parallel})
 
 
 def fp8_case(
@@ -39,26 +39,30 @@ def fp8_case(
 ) -> Case:
     """A bf16 case with FP8 linear layers; `recipe` None: without FP8."""
     fp8 = {} if recipe is None else {"fp8.format": "hybrid", "fp8.recipe": recipe, "fp8.attention": attention}
-    settings = tuple(sorted({**FP8_MODEL, **model}.items()))
-    parallel = tuple(UNFUSED.items())
-    return Case(loops, recompute, model=settings, precision="bf16", parallel=parallel, training=tuple(fp8.items()))
+    return Case(loops, recompute, model={**FP8_MODEL, **model}, precision="bf16", parallel=UNFUSED, training=fp8)
 
 
 def _forget_fp8_state() -> None:
-    """Of the jobs that ran in this process before: their amax buffers would be reduced with this job's."""
+    """Reset it after the jobs before in this process: their amax buffers would be reduced with this job's."""
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
     FP8GlobalStateManager.reset()
+
+
+def fresh(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a job without the FP8 state of those before it."""
+    _forget_fp8_state()
+    return function(*args, **kwargs)
 
 
 def train_fresh(layout: Layout, cases: list[Case]) -> list[Outcome]:
     """`train_cases`, with FP8 state of its own for each case."""
     from tests.distributed import parity
 
-    outcomes = []
-    for case in cases:
+    outcomes = parity.train_all(layout, cases[:1])
+    for case in cases[1:]:
         _forget_fp8_state()
-        outcomes += parity.train_all(layout, [case]) if not outcomes else [parity._train(layout, case)]
+        outcomes.append(parity._train(layout, case))
     return outcomes
 
 
@@ -67,7 +71,7 @@ def train_fresh(layout: Layout, cases: list[Case]) -> list[Outcome]:
 
 @dataclass
 class Counts:
-    """What happened in each call of the engine, `train` or `evaluate`.
+    """Counts of a call of the engine, `train` or `evaluate`.
 
     Attributes:
         weights: how often each parameter was quantized, by name.
@@ -84,7 +88,6 @@ def count(layout: Layout, case: Case, generation: int = 9) -> tuple[list[Counts]
     from tests.distributed import parity
     from tests.te import emulation
 
-    _forget_fp8_state()
     calls: list[Counts] = []
     with emulation.card(generation), _counting(calls):
         (outcome,) = parity.train_all(layout, [case])
@@ -97,7 +100,6 @@ def _counting(calls: list[Counts]) -> Iterator[None]:
 
     extension = sys.modules["transformer_engine_torch"]
     quantize, attend = extension.quantize, extension.fused_attn_fwd
-    train_step, evaluate = MegatronEngine.train_step, MegatronEngine.evaluate
     names: dict[int, str] = {}
     weights: Counter[str] = Counter()
     attentions: Counter[tuple[bool, tuple[int, int]]] = Counter()
@@ -122,14 +124,12 @@ def _counting(calls: list[Counts]) -> Iterator[None]:
 
         return run
 
-    extension.quantize, extension.fused_attn_fwd = counted_quantize, counted_attention
-    MegatronEngine.train_step = counted("train", train_step)
-    MegatronEngine.evaluate = counted("evaluate", evaluate)
-    try:
+    with (
+        mock.patch.multiple(extension, quantize=counted_quantize, fused_attn_fwd=counted_attention),
+        mock.patch.object(MegatronEngine, "train_step", counted("train", MegatronEngine.train_step)),
+        mock.patch.object(MegatronEngine, "evaluate", counted("evaluate", MegatronEngine.evaluate)),
+    ):
         yield
-    finally:
-        extension.quantize, extension.fused_attn_fwd = quantize, attend
-        MegatronEngine.train_step, MegatronEngine.evaluate = train_step, evaluate
 
 
 def train_without_cache(layout: Layout, case: Case) -> Outcome:
@@ -138,10 +138,6 @@ def train_without_cache(layout: Layout, case: Case) -> Outcome:
 
     from tests.distributed import parity
 
-    _forget_fp8_state()
-    kinds = (layers.TELinear, layers.TELayerNormColumnParallelLinear)
-    stock = [kind.forward for kind in kinds]
-
     def always(forward: Any) -> Any:
         def run(self: Any, *args: Any, **kwargs: Any) -> Any:
             self.disable_parameter_transpose_cache = True
@@ -149,13 +145,10 @@ def train_without_cache(layout: Layout, case: Case) -> Outcome:
 
         return run
 
-    for kind, forward in zip(kinds, stock, strict=True):
-        kind.forward = always(forward)
-    try:
+    with contextlib.ExitStack() as patched:
+        for kind in (layers.TELinear, layers.TELayerNormColumnParallelLinear):
+            patched.enter_context(mock.patch.object(kind, "forward", always(kind.forward)))
         return parity.train_all(layout, [case])[0]
-    finally:
-        for kind, forward in zip(kinds, stock, strict=True):
-            kind.forward = forward
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -180,7 +173,6 @@ def save_then_go_on(directory: Path, config: Any, steps: int = 2, then: int = 2)
     from plt_megatron.train.checkpoint import save_checkpoint
     from tests.distributed import checkpoint_jobs as jobs
 
-    _forget_fp8_state()
     engine = jobs.build(config)
     jobs.train(engine, 1, steps)
     save_checkpoint(engine, directory, {"step": steps})
@@ -193,7 +185,6 @@ def load_then_go_on(directory: Path, config: Any, then: int = 2) -> dict[str, An
     from plt_megatron.train.checkpoint import load_checkpoint
     from tests.distributed import checkpoint_jobs as jobs
 
-    _forget_fp8_state()
     engine = jobs.build(config)
     step = load_checkpoint(engine, directory)["step"]
     state = fp8_state(engine)
@@ -222,7 +213,6 @@ def state_around(config: Any, between: str) -> tuple[dict[str, Any], dict[str, A
     `skipped`), and the numbers of a step after that."""
     from tests.distributed import checkpoint_jobs as jobs
 
-    _forget_fp8_state()
     engine = jobs.build(config)
     jobs.train(engine, 1, 2)
     before = fp8_state(engine)
@@ -234,25 +224,17 @@ def state_around(config: Any, between: str) -> tuple[dict[str, Any], dict[str, A
     return before, fp8_state(engine), jobs.train(engine, 3, 3)
 
 
-def run_whole(config: Any) -> bool | str:
-    """A whole run through the trainer."""
-    from tests.distributed import training_jobs
-
-    _forget_fp8_state()
-    return training_jobs.train(config)
-
-
 # ---------------------------------------------------------------- what a step costs besides its kernels
 
 
 @dataclass
 class Overhead:
-    """Of a step over packed documents, or over rows of one text.
+    """Costs of a step over packed documents, or over rows of one text.
 
     Attributes:
-        waits: of the host for the device, by place (`host_waits`).
+        waits: the host's for the device, by place (`host_waits`).
         selections: how often the kernels of an attention were chosen.
-        read: of each attention in its order, its window and where its Q, K and V lie.
+        read: each attention's window, and where its Q, K and V lie, in order.
     """
 
     waits: dict[str, int]
@@ -267,14 +249,10 @@ def overhead_of_a_step(packed: bool, **model: Any) -> Overhead:
     from tests.distributed import checkpoint_jobs as jobs
     from tests.distributed.host_waits import HostWaits, packed_batches
 
-    _forget_fp8_state()
     config = jobs.run_config(UNFUSED, "bf16", **{**FP8_MODEL, "num_layers": 2, **model})
     config.data.reset_at_document_boundaries = packed
-    engine, extension, utils = (
-        jobs.build(config),
-        sys.modules["transformer_engine_torch"],
-        dot_product_attention.dpa_utils,
-    )
+    engine, extension = jobs.build(config), sys.modules["transformer_engine_torch"]
+    utils = dot_product_attention.dpa_utils
     choose, attend = utils.get_attention_backend, extension.fused_attn_fwd
     batches = [packed_batches(2) if packed else jobs.batches_of(1)[:2] for _ in range(2)]
     found = Overhead({}, 0, [])
@@ -288,12 +266,12 @@ def overhead_of_a_step(packed: bool, **model: Any) -> Overhead:
         return attend(*args)
 
     engine.train_step(batches[0])
-    utils.get_attention_backend, extension.fused_attn_fwd = counted_choice, watched_attention
-    try:
-        with HostWaits() as waits:
-            engine.train_step(batches[1])
-    finally:
-        utils.get_attention_backend, extension.fused_attn_fwd = choose, attend
+    with (
+        mock.patch.object(utils, "get_attention_backend", counted_choice),
+        mock.patch.object(extension, "fused_attn_fwd", watched_attention),
+        HostWaits() as waits,
+    ):
+        engine.train_step(batches[1])
     found.waits = dict(waits.places)
     return found
 
@@ -316,10 +294,7 @@ def exchanged_and_estimated(layout: Layout, case: Case) -> tuple[float, float]:
         return exchange(output, rows, *args, **kwargs)
 
     engine = MegatronEngine(config, parity.VOCAB_SIZE)
-    dist.all_to_all_single = counted
-    try:
+    with mock.patch.object(dist, "all_to_all_single", counted):
         engine.train_step(parity._batches(0, layout, case))
-    finally:
-        dist.all_to_all_single = exchange
     estimate = estimate_run(config, world_size=layout.world_size, vocab_size=parity.VOCAB_SIZE)
     return sum(sent), estimate.communication["context parallel"]

@@ -63,7 +63,7 @@ def test_enumerations_have_the_extensions_values(source, enumerations, ours):
 
 
 def _arguments(text: str) -> list[str]:
-    """Of the call or declaration whose opening parenthesis is the first character, at its own depth."""
+    """Split the call or declaration whose opening parenthesis is the first character, at its own depth."""
     depth, parts = 0, [""]
     for character in text:
         depth += character in "([{<"

@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
-import numpy as np
 import pytest
 
-from tests.distributed.cases import LOSSES, MODEL, STEPS, Case, Layout, train_cases
+from tests.distributed.cases import LOSSES, MODEL, STEPS, Z_LOSS, Case, Layout, train_cases
+from tests.distributed.parity_checks import TOLERANCE, differences
 from tests.settings import make
 from tests.te import te_jobs as jobs
 from tests.te.te_jobs import fp8_case, on_te
 
-TOLERANCE = 1e-5
 BF16_TOLERANCE = 5e-3  # one sum in fp32 instead of rounded loop by loop; cos and sin not rounded
 OFF = {"gradient_accumulation_fusion": False, "apply_rope_fusion": False, "cross_entropy_loss_fusion": False}
 MICROBATCHES, LAYERS = 2, 4
@@ -27,8 +27,7 @@ MICROBATCHES, LAYERS = 2, 4
 
 def fused(case: Case, *names: str) -> Case:
     """The case on Transformer Engine with these fusions and no others."""
-    settings = {**dict(case.parallel), **OFF, **dict.fromkeys(names, True)}
-    return on_te(replace(case, parallel=tuple(sorted(settings.items()))))
+    return on_te(replace(case, parallel={**case.parallel, **OFF, **dict.fromkeys(names, True)}))
 
 
 @pytest.fixture
@@ -39,11 +38,8 @@ def same(run_te) -> Callable[..., None]:
         both = [fused(case, *which) for case in cases for which in ((), names)]
         outcomes = run_te(train_cases, layout.world_size, layout, both, timeout_s=240)
         for case, plain, other in zip(cases, outcomes[::2], outcomes[1::2], strict=True):
-            assert plain.numbers.keys() == other.numbers.keys()
-            for name, value in plain.numbers.items():
-                assert other.numbers[name] == pytest.approx(value, rel=tolerance), (case, name)
-            for name, value in plain.final.items() if tolerance == TOLERANCE else ():
-                assert np.abs(other.final[name] - value).max() <= tolerance * np.abs(value).max(), (case, name)
+            wrong = differences(other, plain, final=tolerance == TOLERANCE)
+            assert max(wrong.values()) <= tolerance, (case, wrong)
 
     return check
 
@@ -66,7 +62,7 @@ def test_in_bf16(same):
 
 
 def accumulated(layout: Layout, case: Case) -> list[bool]:
-    """Of each product that went into a buffer in the last step: whether it was added to what was there."""
+    """Tell for each product that went into a buffer in the last step whether it was added to what was there."""
     import sys
 
     from tests.distributed import parity
@@ -83,12 +79,9 @@ def accumulated(layout: Layout, case: Case) -> list[bool]:
         before[step] = len(seen)
         return stock_batches(step, *args)
 
-    stock_batches, parity._batches = parity._batches, batches
-    extension.generic_gemm = noted
-    try:
+    stock_batches = parity._batches
+    with mock.patch.object(parity, "_batches", batches), mock.patch.object(extension, "generic_gemm", noted):
         parity.train_all(layout, [case])
-    finally:
-        extension.generic_gemm, parity._batches = stock, stock_batches
     return seen[before[STEPS - 1] :]
 
 
@@ -118,11 +111,8 @@ def seen_by_autograd(layout: Layout, case: Case) -> list[int]:
     def count(gradient: Any) -> None:
         seen[-1] += gradient is not None
 
-    megatron_engine.zero_gradients = noted
-    try:
+    with mock.patch.object(megatron_engine, "zero_gradients", noted):
         parity.train_all(layout, [case])
-    finally:
-        megatron_engine.zero_gradients = stock
     return seen
 
 
@@ -138,21 +128,16 @@ def test_autograd_keeps_no_copy_of_the_gradients_of_loops(run_te):
 def flagged(layout: Layout, case: Case) -> list[Any]:
     """Outcomes as they are, and with the first call of each step flagged as megatron-core's schedule does."""
     from plt_megatron.train import megatron_engine
+    from tests.distributed import parity
 
     right = jobs.train_fresh(layout, [case])
-    stock = megatron_engine.renew_weight_copies
-    megatron_engine.renew_weight_copies = lambda stage: stage.set_is_first_microbatch()
-    try:
-        from tests.distributed import parity
-
-        jobs._forget_fp8_state()
+    jobs._forget_fp8_state()
+    with mock.patch.object(megatron_engine, "renew_weight_copies", lambda stage: stage.set_is_first_microbatch()):
         return [*right, parity._train(layout, case)]
-    finally:
-        megatron_engine.renew_weight_copies = stock
 
 
 def test_the_flag_of_a_first_microbatch_would_lose_the_other_loops(run_te):
-    """What the function that is left out here is for. A plain transformer does not need it."""
+    """This is what `renew_weight_copies` is for. A plain transformer does not need it."""
     right, wrong = run_te(flagged, 1, Layout(), fused(Case(3), "gradient_accumulation_fusion"))
     name = "gradient norm 0"
     assert abs(wrong.numbers[name] / right.numbers[name] - 1) > 0.1
@@ -168,7 +153,7 @@ def test_fp8_with_fused_accumulation_is_fp8_without(run_te):
 
 def test_experts(same):
     experts = {"moe.num_experts": 4, "moe.ffn_hidden_size": 12, "moe.shared_expert_intermediate_size": 8}
-    same(Layout(dp=2, ep=2), [Case(2, model=tuple(sorted(experts.items())))], "gradient_accumulation_fusion")
+    same(Layout(dp=2, ep=2), [Case(2, model=experts)], "gradient_accumulation_fusion")
 
 
 # ---------------------------------------------------------------- RoPE and cross-entropy
@@ -176,12 +161,12 @@ def test_experts(same):
 
 def test_rope(same):
     """Also where queries carry a channel that is not turned: the `hidden` gate's logit."""
-    hidden = Case(2, model=(("gate_input", "hidden"),))
+    hidden = Case(2, model={"gate_input": "hidden"})
     same(Layout(), [Case(2), Case(3, "full"), hidden], "apply_rope_fusion")
 
 
 def test_rope_on_ranks_that_share_a_sequence(same):
-    same(Layout(cp=2), [Case(2, parallel=(("cp_comm_type", "a2a"),))], "apply_rope_fusion")
+    same(Layout(cp=2), [Case(2, parallel={"cp_comm_type": "a2a"})], "apply_rope_fusion")
 
 
 def test_cross_entropy(same):
@@ -190,15 +175,13 @@ def test_cross_entropy(same):
     same(Layout(tp=2, sp=True), [Case(2)], "cross_entropy_loss_fusion")
 
 
-@pytest.mark.slow
 def test_cross_entropy_with_a_z_loss(same):
-    """Whose gradient makes that of each token's cross-entropy another."""
-    case = Case(2, training=(("z_loss_coeff", 0.02),))
+    """The z-loss changes the gradient of each token's cross-entropy."""
+    case = Case(2, training=Z_LOSS)
     same(Layout(), [case], "cross_entropy_loss_fusion")
     same(Layout(tp=2, sp=True), [case], "cross_entropy_loss_fusion")
 
 
-@pytest.mark.slow
 def test_cross_entropy_of_every_loop(same):
     """In a pipeline the last stage has several in flight."""
     case = Case(3, "full", overlap=True, training=LOSSES)
@@ -214,20 +197,17 @@ def test_cross_entropy_in_bf16(same):
 
 
 def choice(backend: str, vocab_size: int = 50, oldest: str | None = None, **parallel: Any) -> str:
-    """What is fused, or why not."""
+    """Say what is fused, or why not."""
     from plt_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
     from plt_megatron.errors import UserError
     from plt_megatron.runtime import kernels
 
-    stock = kernels.OLDEST_CROSS_ENTROPY
-    kernels.OLDEST_CROSS_ENTROPY = oldest or stock
     config = RunConfig(model=make(ModelConfig, {**MODEL, "backend": backend}), parallel=ParallelConfig(**parallel))
-    try:
-        return str(kernels.choose_fusions(config, backend, vocab_size))
-    except UserError as error:
-        return str(error)
-    finally:
-        kernels.OLDEST_CROSS_ENTROPY = stock
+    with mock.patch.object(kernels, "OLDEST_CROSS_ENTROPY", oldest or kernels.OLDEST_CROSS_ENTROPY):
+        try:
+            return str(kernels.choose_fusions(config, backend, vocab_size))
+        except UserError as error:
+            return str(error)
 
 
 def test_what_is_on_where_nothing_is_set(run_te):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -73,16 +74,16 @@ def run_graphs() -> tuple[list[int], int, dict[str, float]]:
     captures: list[None] = []
     random_states: list[dict[str, Any]] = []
     init_process_groups(ParallelConfig())
-    stock = cuda_graphs.CudaGraphManager, cuda_graphs.create_cudagraphs, gpu.is_cpu
-    seed = tensor_parallel.model_parallel_cuda_manual_seed
-    cuda_graphs.CudaGraphManager, cuda_graphs.create_cudagraphs = Manager, lambda: captures.append(None)
-    gpu.is_cpu = lambda: False
-    tensor_parallel.model_parallel_cuda_manual_seed = lambda _, *, force_reset_rng, **how: random_states.append(how)
-    try:
+
+    def seed(_: int, *, force_reset_rng: bool, **how: Any) -> None:
+        random_states.append(how)
+
+    with (
+        mock.patch.multiple(cuda_graphs, CudaGraphManager=Manager, create_cudagraphs=lambda: captures.append(None)),
+        mock.patch.object(gpu, "is_cpu", lambda: False),
+        mock.patch.object(tensor_parallel, "model_parallel_cuda_manual_seed", seed),
+    ):
         figures = gpu_graphs.measure("te bf16", dry=True)
-    finally:
-        cuda_graphs.CudaGraphManager, cuda_graphs.create_cudagraphs, gpu.is_cpu = stock
-        tensor_parallel.model_parallel_cuda_manual_seed = seed
     return called, len(captures), figures
 
 

@@ -1,4 +1,4 @@
-"""What a step costs besides its kernels: waits of the host, choices of kernels, copies of Q, K and V."""
+"""Costs of a step besides its kernels: waits of the host, choices of kernels, copies of Q, K and V."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_one_wait_few_choices_and_no_copy_that_a_kernel_does_not_need(run_te, pa
     ids=["PLT", "KV sharing", "own V", "none"],
 )
 def test_what_ranks_of_packed_rows_exchange_is_what_the_estimate_says(run_te, model, recompute):
-    how = (("cp_comm_type", "a2a"), ("window_cp_comm_type", "a2a"))
-    case = Case(3, recompute, packed=True, parallel=how, model=tuple(sorted(model.items())))
+    how = {"cp_comm_type": "a2a", "window_cp_comm_type": "a2a"}
+    case = Case(3, recompute, packed=True, parallel=how, model=model)
     sent, estimated = run_te(jobs.exchanged_and_estimated, 2, Layout(cp=2), jobs.on_te(case))
     assert sent == estimated

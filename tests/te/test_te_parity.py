@@ -9,29 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 
-from tests.distributed.cases import STEPS, Case, Layout, train_cases
-from tests.distributed.parity_checks import reference_of
+from tests.distributed.cases import EXPERTS, LOOPCODER, NAIVE, STEPS, Case, Layout, train_cases
+from tests.distributed.params import layouts
+from tests.distributed.parity_checks import TOLERANCE, compare, differences, reference_of
 from tests.te.te_jobs import on_te
 
-TOLERANCE = 1e-5
 LOOPS = [Case(1), Case(2), Case(3)]
-A2A = (("cp_comm_type", "a2a"), ("window_cp_comm_type", "a2a"))
-ALL_GATHER = (("cp_comm_type", "all_gather"), ("window_cp_comm_type", "all_gather"))
-P2P = (("cp_comm_type", "p2p"), ("window_cp_comm_type", "a2a"))
+A2A = {"cp_comm_type": "a2a", "window_cp_comm_type": "a2a"}
+ALL_GATHER = {"cp_comm_type": "all_gather", "window_cp_comm_type": "all_gather"}
+P2P = {**A2A, "cp_comm_type": "p2p"}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "vanilla loop": {"cross_loop_parallel": False, "share_kv": False, "gated_window": False},
-    "LoopCoder-v2": {
-        "window_size": 4,
-        "gate_input": "hidden",
-        "gate_side": "global",
-        "loop_norm": "final",
-        "embedding_scale": 0.707,
-        "hidden_scale": 0.053,
-        "share_embeddings_and_output_weights": False,
-    },
+    "vanilla loop": NAIVE,
+    "LoopCoder-v2": LOOPCODER,
     "the paper's dense, keys shifted by channels": {
         "key_shift": "channels",
         "qk_layernorm": True,
@@ -62,77 +53,46 @@ def check(run_te, reference, record_property) -> Callable[..., None]:
 
     def check(layout: Layout, cases: list[Case], names: list[str] | None = None) -> None:
         outcomes = run_te(train_cases, layout.world_size, layout, [on_te(case) for case in cases], timeout_s=240)
-        failures = []
-        for index, (case, outcome) in enumerate(zip(cases, outcomes, strict=True)):
-            wrong = _differences(outcome, reference(case))
-            worst = max(wrong, key=lambda name: np.nan_to_num(wrong[name], nan=np.inf))
-            how = f" {dict(case.parallel)['cp_comm_type']}" if case.parallel else ""
-            row = f"{names[index] if names else f'L{case.loops}'}, {layout}{how}"
-            record_property("parity", ["Transformer Engine's layers", row, case.recompute, wrong[worst], TOLERANCE])
-            if not wrong[worst] <= TOLERANCE:
-                failures.append(f"{layout}, {case}: {worst} is off by {wrong[worst]:.1e}")
-        assert not failures, "\n".join(failures)
+        names = names or [f"L{case.loops}" for case in cases]
+        how = [f" {case.parallel['cp_comm_type']}" if case.parallel else "" for case in cases]
+        rows = [f"{name}, {layout}{way}" for name, way in zip(names, how, strict=True)]
+        compare(record_property, "Transformer Engine's layers", cases, outcomes, reference, rows)
 
     return check
 
 
-def _differences(outcome: Any, expected: Any) -> dict[str, float]:
-    assert outcome.numbers.keys() == expected.numbers.keys() and outcome.final.keys() == expected.final.keys()
-    wrong = {name: abs(outcome.numbers[name] - value) / abs(value) for name, value in expected.numbers.items()}
-    for name, value in expected.final.items():
-        wrong[name] = float(np.abs(outcome.final[name] - value).max() / np.abs(value).max())
-    return wrong
-
-
-@pytest.mark.parametrize(
-    "layout",
-    [
-        Layout(),
-        pytest.param(Layout(tp=2), marks=pytest.mark.slow),
-        pytest.param(Layout(tp=2, sp=True), marks=pytest.mark.slow),
-        pytest.param(Layout(pp=2), marks=pytest.mark.slow),
-        pytest.param(Layout(tp=2, sp=True, pp=2), marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
+@layouts("TP1, TP2, TP2 SP, PP2, TP2 SP PP2")
 def test_every_loop_count(check, layout):
     check(layout, LOOPS)
 
 
-@pytest.mark.parametrize(
-    "how",
-    [A2A, pytest.param(ALL_GATHER, marks=pytest.mark.slow), pytest.param(P2P, marks=pytest.mark.slow)],
-    ids=["a2a", "all_gather", "p2p"],
-)
+@pytest.mark.parametrize("how", [A2A, ALL_GATHER, P2P], ids=["a2a", "all_gather", "p2p"])
 def test_context_parallelism(check, how):
     check(Layout(cp=2), [Case(loops, parallel=how) for loops in (1, 2, 3)])
 
 
-@pytest.mark.parametrize("loops", [2, *(pytest.param(loops, marks=pytest.mark.slow) for loops in (1, 3))])
+@pytest.mark.parametrize("loops", [1, 2, 3])
 def test_packed_documents_under_context_parallelism(check, loops):
     check(Layout(cp=2), [Case(loops, packed=True, parallel=A2A)])
 
 
-@pytest.mark.slow
 def test_packed_documents_under_context_parallelism_in_every_way(check):
     recomputed = [Case(3, how, packed=True, parallel=A2A) for how in ("selective", "full")]
     models = ("vanilla loop", "LoopCoder-v2", "own V", "prelude and coda")
-    variants = [Case(2, packed=True, parallel=A2A, model=tuple(sorted(VARIANTS[name].items()))) for name in models]
+    variants = [Case(2, packed=True, parallel=A2A, model=VARIANTS[name]) for name in models]
     check(Layout(cp=2, dp=2), recomputed + variants)
-    wide = (("num_query_groups", 4),)
+    wide = {"num_query_groups": 4}
     check(Layout(tp=2, sp=True, cp=2), [Case(2, "full", packed=True, parallel=A2A, model=wide)])
     check(Layout(cp=4), [Case(2, packed=True, parallel=A2A, model=wide)])
     check(Layout(pp=2, cp=2), [Case(3, packed=True, parallel=A2A)])
 
 
-@pytest.mark.slow
 def test_context_and_sequence_parallelism(check):
     check(Layout(tp=2, sp=True, cp=2), [Case(2, "full", parallel=ALL_GATHER)])
 
 
-@pytest.mark.slow
 def test_several_ranks_share_a_key_value_head(check):
-    model = (("num_query_groups", 1),)
+    model = {"num_query_groups": 1}
     check(Layout(tp=2, sp=True), [Case(2, model=model), Case(3, "full", packed=True, model=model)])
 
 
@@ -142,7 +102,7 @@ def test_recomputation(check):
 
 
 def test_variants(check):
-    check(Layout(), [Case(2, model=tuple(sorted(model.items()))) for model in VARIANTS.values()], list(VARIANTS))
+    check(Layout(), [Case(2, model=model) for model in VARIANTS.values()], list(VARIANTS))
 
 
 def test_packed_documents(check):
@@ -150,23 +110,21 @@ def test_packed_documents(check):
     check(Layout(tp=2, sp=True), [Case(2, packed=True)], ["packed"])
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(dp=2, ep=2), Layout(tp=2, sp=True, ep=2)], ids=str)
+@layouts("TP1, DP2 EP2, TP2 SP EP2")
 def test_experts_as_one_grouped_product(check, layout):
     """The reference has them one after another."""
-    model = {"moe.num_experts": 4, "moe.ffn_hidden_size": 12, "moe.aux_loss_coeff": 0.05, "moe.z_loss_coeff": 1e-3}
     shared = {
-        **model,
+        **EXPERTS,
         "moe.shared_expert_intermediate_size": 8,
         "moe.first_k_dense_replace": 1,
         "moe.router_score_function": "sigmoid",
         "moe.router_bias_update_rate": 1e-3,
     }
-    kinds = ((2, "none", model), (3, "full", model), (2, "selective", shared))
-    cases = [Case(loops, how, model=tuple(sorted(settings.items()))) for loops, how, settings in kinds]
+    cases = [Case(2, model=EXPERTS), Case(3, "full", model=EXPERTS), Case(2, "selective", model=shared)]
     check(layout, cases, ["experts", "experts, recomputed", "experts and a shared one"])
 
 
 def test_the_comparison_would_notice_another_window(reference):
     """The reference itself moves by more than is tolerated."""
-    one, other = reference(Case(2)), reference(Case(2, model=(("window_size", 4),)))
-    assert min(_differences(one, other)[f"gradient norm {step}"] for step in range(STEPS)) > 100 * TOLERANCE
+    one, other = reference(Case(2)), reference(Case(2, model={"window_size": 4}))
+    assert min(differences(one, other)[f"gradient norm {step}"] for step in range(STEPS)) > 100 * TOLERANCE

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 
 from plt_megatron.config.schema import BatchStage
-from tests.distributed.training_jobs import make_data, run_config
-from tests.distributed.whole_runs import folder, numbers
+from tests.distributed.training_jobs import make_data, run_config, train
+from tests.distributed.whole_runs import as_after_step, numbers
 from tests.te import te_jobs as jobs
 
 MODEL = {"num_layers": 2, **jobs.FP8_MODEL, "kv_channels": 128}
@@ -38,38 +36,31 @@ def make(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(make, run_te):
     config = make("whole")
-    assert run_te(jobs.run_whole, 1, config, timeout_s=240) is True
+    assert run_te(train, 1, config, timeout_s=240) is True
     return config
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(whole, make, run_te):
-    config = make("resumed")
-    shutil.copytree(folder(whole), folder(config))
-    shutil.rmtree(folder(config) / "checkpoints" / "step_00000004")
-    (folder(config) / "checkpoints" / "latest").write_text("step_00000002\n")
-    assert run_te(jobs.run_whole, 1, config, timeout_s=240) is True
+def test_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, run_te):
+    config = as_after_step(whole, 2, "resumed", tmp_path)
+    assert run_te(train, 1, config, timeout_s=240) is True
     assert numbers(config) == numbers(whole)
     assert {"loss", "grad_norm", "gate_mean", "hidden_norm", "step_size"} <= numbers(whole)[0].keys()
 
 
-@pytest.mark.slow
-def test_over_a_switch_of_the_batch_a_stopped_run_goes_on_bit_for_bit(make, run_te):
+def test_over_a_switch_of_the_batch_a_stopped_run_goes_on_bit_for_bit(make, tmp_path, run_te):
     """Histories of scales go on although a step has twice as many microbatches from the third on."""
     ramp = {**TRAINING, "batch_schedule": [BatchStage(2 * 4 * 32, 4)]}
-    whole, resumed = make("ramped", ramp), make("ramped and resumed", ramp)
-    assert run_te(jobs.run_whole, 1, whole, timeout_s=240) is True
-    assert [record["global_batch_size"] for record in numbers(whole) if record["kind"] == "train"] == [4, 4, 8, 8]
-    shutil.copytree(folder(whole), folder(resumed))
-    shutil.rmtree(folder(resumed) / "checkpoints" / "step_00000004")
-    (folder(resumed) / "checkpoints" / "latest").write_text("step_00000002\n")
-    assert run_te(jobs.run_whole, 1, resumed, timeout_s=240) is True
+    whole = make("ramped", ramp)
+    assert run_te(train, 1, whole, timeout_s=240) is True
+    assert [record["global_batch_size"] for record in numbers(whole, "train")] == [4, 4, 8, 8]
+    resumed = as_after_step(whole, 2, "resumed", tmp_path)
+    assert run_te(train, 1, resumed, timeout_s=240) is True
     assert numbers(resumed) == numbers(whole)
 
 
-@pytest.mark.slow
 def test_the_average_is_validated_in_fp8_and_changes_no_step(whole, make, run_te):
     config = make("without", TRAINING)
-    assert run_te(jobs.run_whole, 1, config, timeout_s=240) is True
+    assert run_te(train, 1, config, timeout_s=240) is True
     theirs = numbers(whole)
     averages = [record.pop("ema_loss") for record in theirs if record["kind"] == "validation"]
     assert theirs == numbers(config)
@@ -77,10 +68,9 @@ def test_the_average_is_validated_in_fp8_and_changes_no_step(whole, make, run_te
     assert averages == pytest.approx(losses, rel=0.05) and averages != losses
 
 
-@pytest.mark.slow
 def test_tensor_and_sequence_parallel_ranks_are_close(whole, make, run_te):
     config = make("two ranks", tensor_model_parallel_size=2, sequence_parallel=True)
-    assert run_te(jobs.run_whole, 2, config, timeout_s=240) is True
+    assert run_te(train, 2, config, timeout_s=240) is True
     steps = [[record for record in numbers(run) if "grad_norm" in record] for run in (config, whole)]
     for record, expected in zip(*steps, strict=True):
         assert record["loss"] == pytest.approx(expected["loss"], rel=0.02)

@@ -1,14 +1,13 @@
-"""What a layer recomputes and which layers are in FP8: parts chosen by name, with loops."""
+"""Recomputation of parts of a layer and FP8 in some layers, both chosen by name, with loops."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
-import numpy as np
 import pytest
 
 from tests.distributed.cases import Case, Layout, train_cases
+from tests.distributed.parity_checks import TOLERANCE, differences
 from tests.te import te_jobs as jobs
 from tests.te.te_jobs import fp8_case, on_te
 
@@ -16,37 +15,33 @@ LAYERS = 4
 
 
 def recomputing(case: Case, *modules: str) -> Case:
-    parallel = {**dict(case.parallel), "recompute_modules": modules}
-    return replace(case, recompute="selective", parallel=tuple(sorted(parallel.items())))
+    return replace(case, recompute="selective", parallel={**case.parallel, "recompute_modules": modules})
 
 
 def test_a_recomputed_mlp_gives_the_same_numbers(run_te):
     cases = [on_te(Case(3)), recomputing(on_te(Case(3)), "mlp"), recomputing(on_te(Case(3)), "core_attn", "mlp")]
     plain, *others = run_te(train_cases, 1, Layout(), cases)
     for other in others:
-        assert other.numbers == pytest.approx(plain.numbers, rel=1e-5)
-        assert all(np.allclose(other.final[name], value, rtol=1e-5, atol=1e-6) for name, value in plain.final.items())
+        assert max(differences(other, plain).values()) <= TOLERANCE
 
 
 def test_a_recomputed_shared_expert_gives_the_same_numbers(run_te):
     model = {"moe.num_experts": 4, "moe.ffn_hidden_size": 12, "moe.shared_expert_intermediate_size": 8}
-    case = on_te(Case(2, model=tuple(model.items())))
+    case = on_te(Case(2, model=model))
     plain, other = run_te(train_cases, 1, Layout(), [case, recomputing(case, "shared_experts")])
-    assert other.numbers == pytest.approx(plain.numbers, rel=1e-5)
+    assert max(differences(other, plain).values()) <= TOLERANCE
 
 
-def test_a_recomputed_mlp_in_fp8_gives_the_same_gradient(run_te):
-    """With scales of the tensors themselves; with delayed scaling it is refused (`config/fp8_rules.py`)."""
+def test_a_recomputed_mlp_in_fp8_gives_the_same_gradient(same_gradient):
+    """With scales of the tensors themselves; with delayed scaling it is refused (`config/rules/fp8.py`)."""
     plain = fp8_case(3, "tensorwise")
-    plain, again = run_te(jobs.train_fresh, 1, Layout(), [plain, recomputing(plain, "mlp")])
-    assert again.numbers["gradient norm 0"] == pytest.approx(plain.numbers["gradient norm 0"], rel=1e-5)
+    same_gradient(plain, recomputing(plain, "mlp"))
 
 
 def with_ends(loops: int, start: int, end: int) -> Case:
     case = fp8_case(loops, "tensorwise")
-    ends: dict[str, Any] = {"first_last_layers_bf16": True}
-    ends |= {"num_layers_at_start_in_bf16": start, "num_layers_at_end_in_bf16": end}
-    return replace(case, training=(*case.training, *ends.items()))
+    ends = {"num_layers_at_start_in_bf16": start, "num_layers_at_end_in_bf16": end}
+    return replace(case, training={**case.training, "first_last_layers_bf16": True, **ends})
 
 
 @pytest.mark.parametrize(

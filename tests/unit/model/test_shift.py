@@ -1,4 +1,4 @@
-"""The cross-loop shift on one process; tests/distributed/test_shift_sequence_parallel.py has the others."""
+"""The cross-loop shift on one process; tests/distributed/test_context_parallel.py has the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs of the tests of Muon and of rates by kind of parameter."""
+"""Jobs that compare the engine's optimizers, and rates by kind of parameter, with plain ones."""
 
 from __future__ import annotations
 
@@ -61,6 +61,8 @@ def _kind(name: str) -> str:
 
 def _plain(name: str, weight: Tensor, config: RunConfig) -> Any:
     settings, model = config.optimizer, config.model
+    if settings.name == "sgd":
+        return _PlainSGD(weight, settings.sgd_momentum)
     if settings.name == "adam" or not name.endswith(HIDDEN):
         return _PlainAdam(weight, settings.adam_beta1, settings.adam_beta2, settings.adam_eps)
     rows = torch.arange(len(weight))
@@ -81,6 +83,15 @@ def _plain(name: str, weight: Tensor, config: RunConfig) -> Any:
         scale=settings.muon_extra_scale_factor,
         rows=parts,
     )
+
+
+class _PlainSGD:
+    def __init__(self, weight: Tensor, momentum: float) -> None:
+        self.weight, self.momentum, self.moving = weight, momentum, torch.zeros_like(weight)
+
+    def step(self, gradient: Tensor, rate: float, decay: float) -> None:
+        self.moving = self.momentum * self.moving + gradient + decay * self.weight
+        self.weight = self.weight - rate * self.moving
 
 
 class _PlainAdam:

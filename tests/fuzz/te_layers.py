@@ -6,15 +6,17 @@ Layers of Transformer Engine in any layout give one process's numbers on torch's
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.rules import fp8 as fp8_rules
 from plt_megatron.config.schema import RunConfig
 from tests.distributed.cases import Outcome
+from tests.distributed.parity_checks import differences
 from tests.fuzz import draw, parity
-from tests.fuzz.parity import OTHERWISE, Parity, alone, before_chaos, differences
+from tests.fuzz.parity import OTHERWISE, Parity, alone, before_chaos
+from tests.te import te_jobs
 
 HOPPER = (9, 0)
 # tests/te/test_te_fp8.py has them: FP8 has 3 bits of mantissa (gradients: 2).
@@ -31,10 +33,8 @@ _UNFUSED = {"parallel.cross_entropy_loss_fusion": False}
 def train(config: RunConfig, rounded: int = 0) -> Outcome:
     """`parity_job.train` without the FP8 state of the jobs before."""
     from tests.fuzz import parity_job
-    from tests.te.te_jobs import _forget_fp8_state
 
-    _forget_fp8_state()
-    return parity_job.train(config, rounded)
+    return te_jobs.fresh(parity_job.train, config, rounded)
 
 
 class TransformerEngine(Parity):
@@ -42,7 +42,7 @@ class TransformerEngine(Parity):
 
     name = "te"
     often = 1
-    fixed: Mapping[str, Any] = {"model.backend": "te", "training.precision": "fp32", **_UNFUSED}
+    fixed = {"model.backend": "te", "training.precision": "fp32", **_UNFUSED}
 
     def reference(self, config: RunConfig) -> RunConfig:
         one = alone(config)
@@ -56,7 +56,7 @@ class Fp8(TransformerEngine):
     """FP8, or none of it, in bf16."""
 
     name = "fp8"
-    fixed: Mapping[str, Any] = {
+    fixed = {
         "model.backend": "te",
         "model.hidden_size": 64,  # sizes that Hopper's kernels take on two tensor-parallel ranks
         "model.ffn_hidden_size": 64,
@@ -65,9 +65,6 @@ class Fp8(TransformerEngine):
         "training.precision": "bf16",
         **_UNFUSED,
     }
-
-    def __init__(self, run: Callable[..., Any]) -> None:
-        super().__init__(run)
 
     def draw(self, seed: int, number: int) -> draw.Settings:
         settings = super().draw(seed, number)
@@ -116,7 +113,7 @@ def _worst(off: Mapping[str, float], expected: Outcome) -> dict[str, float]:
 
 
 def _kind(name: str) -> str:
-    """What `BOUNDS` calls the number."""
+    """The key of `BOUNDS` for a number."""
     return first if (first := name.split()[0]) in BOUNDS else "gradient"
 
 
