@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests.running import ROOT, run
 
 
 def test_the_bubble_benchmark_measures_real_schedules(tmp_path, warm_python):
     """Two stages, short sleeps: whether the bar holds is for a quiet machine, that the bubble shrinks is not."""
     command = [warm_python, str(ROOT / "benchmarks/bubble.py"), "--stages", "2", "--microbatches", "2"]
     command += ["--loops", "1", "3", "--milliseconds", "60", "--json", str(tmp_path / "b.json")]
-    result = subprocess.run([*command, "--plot", str(tmp_path / "b.png")], capture_output=True, text=True, timeout=240)
+    result = run([*command, "--plot", str(tmp_path / "b.png")], status=None)
     assert result.returncode in (0, 1) and "(P-1)/(LM)" in result.stdout, result.stdout + result.stderr
     figures = json.loads((tmp_path / "b.json").read_text())
     assert figures["1"]["predicted"] == 0.5 and figures["3"]["predicted"] == pytest.approx(1 / 6)
@@ -26,8 +24,7 @@ def test_the_bubble_benchmark_measures_real_schedules(tmp_path, warm_python):
 
 def test_the_training_benchmark_runs_and_explains_itself(tmp_path, warm_python):
     command = [warm_python, str(ROOT / "benchmarks/train.py"), "--quick", "--json", str(tmp_path / "figures.json")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stdout + result.stderr
+    result = run(command)
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert set(figures) == {"fp32", "bf16"}
     assert all(value > 0 for seconds in figures.values() for value in seconds.values())
@@ -37,8 +34,7 @@ def test_the_training_benchmark_runs_and_explains_itself(tmp_path, warm_python):
 def test_the_gpu_benchmark_runs_without_a_gpu_when_told_to(tmp_path, warm_python):
     """With Transformer Engine's layers and FP8: tests/te/test_te_gpu_benchmark.py."""
     command = [warm_python, str(ROOT / "benchmarks/gpu.py"), "--output", str(tmp_path / "gpu")]
-    result = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stdout + result.stderr
+    result = run([*command, "--dry-run"])
     results = json.loads((tmp_path / "gpu.json").read_text())
     assert {"rates", "correctness", "training", "speed", "decode"} <= results.keys()
     assert results["correctness"]["torch bf16"]["median gradient"] == pytest.approx(4e-3, rel=0.9)
@@ -48,5 +44,4 @@ def test_the_gpu_benchmark_runs_without_a_gpu_when_told_to(tmp_path, warm_python
 def test_the_gpu_benchmark_says_that_it_needs_a_gpu(tmp_path, warm_python):
     command = [warm_python, str(ROOT / "benchmarks/gpu.py"), "--output", str(tmp_path / "gpu")]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    assert result.returncode == 2 and "no GPU here" in result.stderr
+    assert "no GPU here" in run(command, status=2, env=environment).stderr

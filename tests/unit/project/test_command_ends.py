@@ -1,17 +1,17 @@
-"""How `run_command` ends a command: what of it needs no command."""
+"""How `run_command` ends a command, also one whose output nobody reads to the end."""
 
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from plt_megatron.errors import UserError, run_command
+from tests.running import ROOT, run
 
-ROOT = Path(__file__).resolve().parents[3]
 # Ctrl-C in the middle of an object's end, where Python would only report it.
 IN_A_FINALIZER = """
 import os, signal, time
@@ -67,5 +67,26 @@ def test_an_interrupted_command_says_how_to_go_on(capsys):
 
 def test_ctrl_c_is_heard_while_an_object_is_freed():
     command = [sys.executable, "-c", IN_A_FINALIZER]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=59)
-    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+    assert run(command, status=130, timeout=59).stderr == "interrupted\n"
+
+
+ESTIMATE = [sys.executable, "tools/estimate.py", "configs/runs/plt2_tiny.yaml", "model.vocab_size=99"]
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_command_whose_reader_has_left_ends_without_a_traceback(unbuffered):
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(ESTIMATE, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (141, b"")
+
+
+def test_any_other_broken_pipe_is_an_error():
+    def lose_a_connection() -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        run_command(lose_a_connection)

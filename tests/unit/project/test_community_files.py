@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
 import plt_megatron
+from tests.running import ROOT, run
 
-ROOT = Path(__file__).resolve().parents[3]
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 NOTES = ROOT / "tools/release_notes.sh"
@@ -33,9 +32,8 @@ def test_workflows_run_what_exists(workflow):
         words = words[words[0] == "sudo" :]
         assert words[0] != "make" or set(words[1:]) <= TARGETS, command
         for word in words:
-            assert not re.match(r"\.?[a-z]+/[\w/.]+$", word) or word.startswith("build/") or (ROOT / word).is_file(), (
-                word
-            )
+            path = re.match(r"\.?[a-z]+/[\w/.]+$", word) and not word.startswith("build/")
+            assert not path or (ROOT / word).is_file(), word
 
 
 def test_actions_are_pinned_to_a_major_version():
@@ -66,13 +64,13 @@ def test_the_version_is_said_alike():
 
 
 def test_release_notes_are_the_changelogs_section():
-    done = subprocess.run([NOTES, plt_megatron.__version__], capture_output=True, text=True, check=False)
+    shown = run([NOTES, plt_megatron.__version__]).stdout
     sections = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split("\n## ")
     (own,) = [text for text in sections if re.match(rf"{re.escape(plt_megatron.__version__)}\b", text)]
-    assert done.returncode == 0 and done.stdout.strip() == own.partition("\n")[2].strip() != ""
+    assert shown.strip() == own.partition("\n")[2].strip() != ""
 
 
 def test_a_tag_of_another_version_is_refused():
-    done = subprocess.run([NOTES, "99.0.0"], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stdout == ""
+    done = run([NOTES, "99.0.0"], status=2)
+    assert done.stdout == ""
     assert "99.0.0" in done.stderr and plt_megatron.__version__ in done.stderr and len(done.stderr.splitlines()) == 1

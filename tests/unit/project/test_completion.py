@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests.running import run
+
 SHELLS = {"bash": ["bash", "--norc", "--noprofile", "-i"], "zsh": ["zsh", "-f", "-i"]}
 # What is typed, and what `plt` is started with.
 TYPED = [
@@ -48,8 +49,7 @@ class Shell:
         (folder / "folder").mkdir()
         (folder / "folder/inner.txt").touch()
         command = [sys.executable, "-m", "plt_megatron", "completion", name]
-        script = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        (folder / ".script").write_text(script)
+        (folder / ".script").write_text(run(command).stdout)
         self._terminal, theirs = pty.openpty()
         env = {"PATH": os.environ["PATH"], "HOME": str(folder), "TERM": "dumb", "LC_ALL": "C"}
         self._process = subprocess.Popen(
@@ -61,7 +61,7 @@ class Shell:
         self.type("plt() { local IFS='|'; echo \"start$*end\"; }; source .script; echo 'end'd", until="endd")
 
     def type(self, keys: str, until: str = "end\r") -> str:
-        """What is shown up to `until`."""
+        """Type keys and a line's end; return what is shown up to `until`."""
         os.write(self._terminal, f"{keys}\n".encode())
         shown, deadline = "", time.monotonic() + 60
         while until not in shown:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -15,18 +13,14 @@ from plt_megatron.config import data_stages
 from plt_megatron.config.loader import load_config
 from plt_megatron.data.indexed import read_index
 from plt_megatron.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[3]
+from tests.distributed.cases import NAIVE
+from tests.running import ROOT
+from tests.unit.project.test_sweep_benchmarks import load
 
 
 @pytest.fixture(scope="module")
 def depth() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("depth_tasks", ROOT / "benchmarks" / "depth_tasks.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load("depth_tasks")
 
 
 def read_row(depth: ModuleType, row: list[int]) -> list[tuple[int, int, int]]:
@@ -119,7 +113,7 @@ def test_a_run_reads_whole_rows(depth, tmp_path):
 
 ROWS = {
     "one loop": {"loop_count": 1},
-    "naive loop": {"cross_loop_parallel": False, "share_kv": False, "gated_window": False},
+    "naive loop": NAIVE,
     "PLT-3": {"loop_count": 3},
 }
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests.running import ROOT, run
+
 pytest.importorskip("mkdocs", reason="pip install 'plt-megatron[docs]'")
 
 
@@ -19,15 +19,8 @@ pytest.importorskip("mkdocs", reason="pip install 'plt-megatron[docs]'")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built strictly: dead links and anchors, pages that no menu lists and unknown names of the API are errors."""
     folder = tmp_path_factory.mktemp("site")
-    done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
-        cwd=ROOT,
-        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder]
+    run(command, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})
     return folder
 
 
@@ -39,7 +32,7 @@ def test_every_page_is_found_by_the_search(site):
 
 
 def test_results_are_pages_with_their_figures_and_reports(site):
-    """What a page of results links to is there; what no page publishes, such as a configuration, is text."""
+    """Links lead somewhere; what no page publishes, such as a configuration, is text."""
     names = sorted(path.parent.name for path in ROOT.glob("results/*/README.md"))
     overview = (site / "results.html").read_text(encoding="utf-8")
     assert len(names) > 5 and all(f'href="results_{name}.html"' in overview for name in names)
@@ -72,6 +65,4 @@ for name in {light!r}:
     assert attribute == "schema" or hasattr(importlib.import_module(module), attribute), name
 assert "torch" not in sys.modules
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "GPU hours" in done.stdout
+    assert "GPU hours" in run([sys.executable, "-c", program]).stdout

@@ -21,10 +21,11 @@ import yaml
 
 from plt_megatron.config.loader import dump_config, load_config
 from plt_megatron.experiments.sweep_plan import records_of
+from tests import running
+from tests.running import ROOT
 from tests.unit.data.data_helpers import chat_tokenizer
 from tests.unit.slurm.fake_slurm import FakeSlurm, write_tokens
 
-ROOT = Path(__file__).resolve().parents[3]
 PAGES = ["README.md", "CONTRIBUTING.md", "configs/README.md", "results/paper_ablation/README.md"]
 PAGES += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 COMMAND = re.compile(r"(plt|python|make|pip|export|mkdir|tar)\b.*")
@@ -89,21 +90,19 @@ INSTEAD = [
 
 def commands(page: str) -> list[str]:
     """The commands of a page, continuation lines joined."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    shown = "".join(block for language, block in blocks if language in ("", "bash"))
+    shown = "".join(snippets(page, "", "bash"))
     lines = shown.replace("\\\n", " ").splitlines()
     return [" ".join(line.split()) for line in lines if COMMAND.match(line)]
 
 
-def snippets(page: str, language: str) -> list[str]:
-    """The blocks of a language."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+def snippets(page: str, *languages: str) -> list[str]:
+    """The blocks in some languages."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [text for language, text in blocks if language in languages]
 
 
 def stand_in(command: str) -> str:
-    """What is run for a command."""
+    """The words that are run for a command."""
     words = re.sub(r"\s+#.*", "", command)  # a remark for the reader
     for pattern, replacement, _ in INSTEAD:
         words = re.sub(pattern, replacement, words)
@@ -131,7 +130,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory, warm_python: str) -> d
 
 @pytest.fixture(scope="module")
 def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the pages assume: texts, the demo's data and the large run's, a finished sweep."""
+    """A folder with what the pages assume: texts, the demo's data and the large run's, a finished sweep."""
     folder = tmp_path_factory.mktemp("newcomer")
     documents = [f"Once upon a time loop {i} ran {i * i} times over every token of text {i % 7}." for i in range(2000)]
     (folder / "corpus").mkdir()
@@ -215,26 +214,15 @@ def test_documented_commands_run_in_order(newcomer, environment):
             if words in run:
                 continue
             run.add(words)
-            done = subprocess.run(
-                ["bash", "-o", "pipefail", "-c", words],
-                cwd=newcomer,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=300,
-                check=False,
-            )
+            shell = ["bash", "-o", "pipefail", "-c", words]
+            done = running.run(shell, newcomer, status=None, env=environment, stdin=subprocess.DEVNULL)
             print(f"{time.monotonic() - begun:5.1f} s  {page}: {words}")
             if done.returncode != 0:
                 failed.append(f"{page}: {words}: {done.returncode}\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
     (snippet,) = snippets("README.md", "python")
     (newcomer / "snippet.py").write_text(snippet)
     python = [Path(environment["PATH"].split(os.pathsep)[0], "python"), "snippet.py"]
-    done = subprocess.run(
-        python, cwd=newcomer, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0 and "Once upon a time" in done.stdout, done.stderr
+    assert "Once upon a time" in running.run(python, newcomer, env=environment).stdout
     assert not failed, "\n".join(failed)
     assert (newcomer / "mine.png").stat().st_size > 0 and (newcomer / "exported/modeling_plt.py").is_file()
 
@@ -287,10 +275,7 @@ def test_a_clone_goes_from_the_demo_to_scores_by_the_pages_alone(tmp_path):
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     env |= {"PYTHONPATH": str(tmp_path / "plt_megatron"), "MPLBACKEND": "Agg"}
     (tmp_path / "newcomer.sh").write_text(f"set -ex\n{script}")
-    done = subprocess.run(
-        ["bash", "newcomer.sh"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=3600, check=False
-    )
-    assert done.returncode == 0, f"{done.stdout[-2000:]}{done.stderr[-4000:]}"
+    done = running.run(["bash", "newcomer.sh"], tmp_path, timeout=3600, env=env)
     clone = tmp_path / "plt_megatron"
     assert '"text_completion"' in done.stdout, "the server's answer"
     assert "reading/acc" in done.stdout and (clone / "exported/evaluation.json").is_file()

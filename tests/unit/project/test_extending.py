@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests.running import ROOT, run
+
 COPIED = ("plt_megatron", "configs", "docs", "launch", "tools", "tests", "benchmarks", "README.md", "pyproject.toml")
 
 
@@ -31,7 +32,7 @@ class Example:
 
     @property
     def files(self) -> list[str]:
-        """What the change touches, new files included, removed ones not."""
+        """Files that the change touches, new ones included, removed ones not."""
         return sorted({*re.findall(r"^\+\+\+ b/(.+)$", self.patch, re.MULTILINE), *self.named})
 
     @property
@@ -99,9 +100,7 @@ def _run(command: list[str], tree: Path, text: str | None = None) -> subprocess.
         "OMP_NUM_THREADS": "1",
         "GIT_CEILING_DIRECTORIES": str(tree.parent),  # not the repository around it, if there is one
     }
-    return subprocess.run(
-        command, cwd=tree, env=environment, input=text, capture_output=True, text=True, timeout=600, check=False
-    )
+    return run(command, tree, status=None, timeout=600, env=environment, input=text)
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sysconfig
 import tomllib
 import venv
@@ -25,17 +24,18 @@ from packaging.requirements import Requirement
 
 from plt_megatron.extras import EXTRAS
 from plt_megatron.runtime import doctor, machine
+from tests import running
 from tests.hf.lm_eval_tasks import write_tasks
+from tests.running import ROOT
 from tests.unit.project.test_documented_commands import write_tokenizer
 from tests.unit.slurm.fake_slurm import write_tokens
 
-ROOT = Path(__file__).resolve().parents[3]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 OPTIONAL = PROJECT["optional-dependencies"]
 
 
 def closure(requirements: list[str]) -> set[str]:
-    """What pip would install for them, as far as it is installed here; extras of our own are looked up."""
+    """Packages that pip would install for them, as far as they are installed here; our own extras are looked up."""
     found: set[str] = set()
     waiting, seen = [(text, "") for text in requirements], set()
     while waiting:
@@ -90,16 +90,9 @@ def run(python: Path, folder: Path, command: str, status: int = 0) -> str:
     """`plt COMMAND`; what it prints."""
     env = {"PATH": os.environ["PATH"], "HOME": str(python.parent), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     env |= {"CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "Agg"}
-    done = subprocess.run(
-        [python, "-m", "plt_megatron", *shlex.split(command)],
-        cwd=folder,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
+    done = running.run(
+        [python, "-m", "plt_megatron", *shlex.split(command)], folder, status=status, timeout=900, env=env
     )
-    assert done.returncode == status, f"{command}: {done.stdout}{done.stderr}"
     return done.stdout + done.stderr
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from plt_megatron.config.fields import field_types, section_of
+from plt_megatron.config.fields import field_types
 from plt_megatron.config.refused_settings import REFUSED
 from plt_megatron.config.schema import RunConfig
+from tests.fuzz import draw
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = ROOT / "docs" / "from_megatron_lm.md"
@@ -70,17 +70,7 @@ ROWS = rows(PAGE.read_text(encoding="utf-8"))
 COVERED = {argument for arguments, _, remark in ROWS for argument in (*arguments, *re.findall(r"`(--[^`]+)`", remark))}
 
 
-def settings(cls: type = RunConfig, prefix: str = "") -> Iterator[str]:
-    """The dotted names of the schema's settings."""
-    for name, hint in field_types(cls).items():
-        section = section_of(hint)
-        if section is None:
-            yield prefix + name
-        else:
-            yield from settings(section, f"{prefix}{name}.")
-
-
-SETTINGS = set(settings())
+SETTINGS = {key for key, _ in draw.leaves()}
 
 
 def named_settings(cell: str) -> list[str]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ast
 import graphlib
-import subprocess
+import re
 import sys
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests.running import ROOT, run
+
 PACKAGE = ROOT / "plt_megatron"
 
 # What each part may import of ours, besides itself, `errors`, `extras` and `installation`.
@@ -50,20 +52,25 @@ def parts() -> list[str]:
     return sorted(path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.glob("*.py")))
 
 
-def imports_of_ours(path: Path) -> set[str]:
-    found = set()
+def named_imports(path: Path, module: str, known: Collection[str] = ()) -> Iterator[str]:
+    """List what a file imports, wherever in it: at its top, in a function, for type checkers alone.
+
+    `known`: modules, which tell `from MODULE import NAME` from `from PACKAGE import MODULE`.
+    """
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
-            if node.level:  # a file beside it: what Hugging Face's remote code asks for, so only there
-                assert path.parent.name == "hf", f"{path}: relative import"
-                continue
-            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+            package = ".".join(module.split(".")[: -node.level]) if node.level else ""
+            source = ".".join(filter(None, (package, node.module)))
+            names = [f"{source}.{alias.name}" for alias in node.names]
+            yield from (name if not known or name in known else source for name in names)
         elif isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
-        else:
-            continue
-        found |= {part_of(module) for module in modules if module.startswith("plt_megatron.")}
-    return found
+            yield from (alias.name for alias in node.names)
+
+
+def imports_of_ours(path: Path) -> set[str]:
+    """The parts of the package that a file imports."""
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return {part_of(name) for name in named_imports(path, module) if name.startswith("plt_megatron.")}
 
 
 def part_of(module: str) -> str:
@@ -96,17 +103,8 @@ def modules() -> dict[str, Path]:
 
 
 def imported_modules(name: str, path: Path, known: dict[str, Path]) -> set[str]:
-    """The files that a file imports, wherever in it: at its top, in a function, for type checkers alone. A module's are
-    those of the packages that it is in, too: their own files run before it."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom):
-            package = ".".join(name.split(".")[: -node.level]) if node.level else ""
-            source = ".".join(filter(None, (package, node.module)))
-            names = {f"{source}.{alias.name}" for alias in node.names}
-            found |= {each if each in known else source for each in names}
-        elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+    """The files that a file imports, with those of the packages that they are in: their own files run before them."""
+    found = set(named_imports(path, name, known))
     packages = {each.rsplit(".", depth)[0] for each in found for depth in range(1, each.count(".") + 1)}
     return ((found | packages) & known.keys()) - {name}
 
@@ -141,10 +139,12 @@ def test_a_circle_through_a_packages_own_file_is_found(tmp_path, package, module
     look_for_circles(known)
 
 
-def test_the_modeling_file_of_an_export_stands_alone():
-    path = PACKAGE / "hf" / "modeling_plt.py"
-    if path.exists():
-        assert not imports_of_ours(path)
+def test_imports_are_relative_only_in_what_an_export_takes_along():
+    """Hugging Face's remote code asks for it; its modeling file imports nothing else of ours."""
+    relative = [path for path in PACKAGE.rglob("*.py") if re.search(r"^\s*from \.", path.read_text(), re.MULTILINE)]
+    assert {path.parent.name for path in relative} == {"hf"}
+    modeling = (PACKAGE / "hf" / "modeling_plt.py").read_text()
+    assert not re.search(r"^\s*(from|import) plt_megatron", modeling, re.MULTILINE)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -152,23 +152,11 @@ def test_help_comes_from_any_folder_before_anything_heavy(script, tmp_path):
     """Packages that would take seconds are replaced by ones that refuse to be imported."""
     for name in HEAVY:
         (tmp_path / f"{name}.py").write_text("raise RuntimeError(f'{__name__} imported')")
-    done = subprocess.run(
-        [sys.executable, str(script), "--help"],
-        cwd=tmp_path,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("usage:")
+    env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path)}
+    assert run([sys.executable, script, "--help"], tmp_path, env=env).stdout.startswith("usage:")
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_an_unknown_option_is_refused_with_status_2(script, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(script), "--no-such-option"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
+    done = run([sys.executable, script, "--no-such-option"], tmp_path, status=2)
     assert "Traceback" not in done.stderr

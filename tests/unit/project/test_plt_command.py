@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import re
 import resource
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import plt_megatron
 from plt_megatron.commands import COMMANDS, GROUPS, load, main
-
-ROOT = Path(__file__).resolve().parents[3]
+from tests.running import ROOT, run
 
 
 def test_every_module_is_a_command_of_the_table():
@@ -61,7 +58,7 @@ def test_it_answers_at_once_without_a_commands_modules(tmp_path, word):
     env = {"PYTHONPATH": str(ROOT), "PYTHONPROFILEIMPORTTIME": "1"}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-m", "plt_megatron", word]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    done = run(command, tmp_path, status=None, env=env)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)  # of the processor: the machine may be busy
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3
     imported = set(re.findall(r"\| +(\S+)$", done.stderr, re.MULTILINE))

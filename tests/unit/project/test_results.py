@@ -1,9 +1,8 @@
-"""What results/ keeps: few files, and records from which commands still make the figures that its pages show."""
+"""results/ keeps few files, and records from which commands still make the figures that its pages show."""
 
 from __future__ import annotations
 
 import re
-import subprocess
 import tarfile
 from pathlib import Path
 
@@ -12,15 +11,15 @@ import pytest
 from plt_megatron.experiments.study.rounds import StudyOptions, run_study
 from plt_megatron.experiments.sweep_report import write_report
 from plt_megatron.run_folder.archive import ARCHIVE
+from tests.running import ROOT, run
 from tests.unit.project.test_sweep_benchmarks import load
 
-ROOT = Path(__file__).resolve().parents[3]
 RESULTS = ROOT / "results"
 REPORTS = sorted(path.parents[1].name for path in RESULTS.glob("*/report/report.md"))
 
 
 def test_they_are_few_files_and_small():
-    listed = subprocess.run(["git", "ls-files", "-z", "results"], cwd=ROOT, capture_output=True, text=True, check=False)
+    listed = run(["git", "ls-files", "-z", "results"], status=None)
     if listed.returncode != 0:
         pytest.skip("no checkout")
     paths = [ROOT / name for name in listed.stdout.split("\0")[:-1]]

@@ -1,16 +1,16 @@
-"""What benchmarks say of sweeps: best rates of planted parabolas, and shares of planted gains."""
+"""Benchmarks of sweeps: best rates of planted parabolas, and shares of planted gains."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests.running import ROOT
+
 RATES = [4e-3 * 2 ** (step / 2) for step in range(5)]
 
 

@@ -6,12 +6,13 @@ import csv
 import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests import running
+from tests.running import ROOT
+
 SWEEP = Path("runs/sweeps/smoke")
 
 
@@ -19,8 +20,7 @@ def recipe(python: str) -> list[list[str]]:
     """The target's commands, with a given Python and the repository's files by absolute paths."""
     # Under `make test` an inner make would say which folder it enters.
     command = ["make", "--no-print-directory", "-n", "-o", ".venv/installed", "sweep-smoke"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    commands = [line.split() for line in listed.splitlines() if line.strip()]
+    commands = [line.split() for line in running.run(command).stdout.splitlines() if line.strip()]
     return [[python, *(absolute(word) for word in words[1:])] for words in commands]
 
 
@@ -29,10 +29,7 @@ def absolute(word: str) -> str:
 
 
 def run(command: list[str], folder: Path) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
+    return running.run(command, folder, env={**os.environ, "OMP_NUM_THREADS": "1"}).stdout
 
 
 def rows_of(folder: Path, name: str = "rows") -> list[dict[str, str]]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
-import time
 
-import psutil
 import pytest
 
+from tests.running import wait_until_gone
 from tests.warm_python import _CLIENT, WarmPython, _receive
 
 SLEEPER = """
@@ -21,15 +19,6 @@ signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 print(os.getpid(), flush=True)
 time.sleep(1000)
 """
-
-
-def wait_until_gone(process: int) -> None:
-    """Or a zombie, whose parent has not asked for its status."""
-    deadline = time.monotonic() + 60
-    with contextlib.suppress(psutil.NoSuchProcess):
-        while psutil.Process(process).status() != psutil.STATUS_ZOMBIE:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
 
 
 @pytest.fixture
