@@ -86,13 +86,13 @@ def _everyones(value: Any) -> list[Any]:
 def _record_losses(engine_module: Any, run: Any) -> list[np.ndarray]:
     """Losses of tokens, microbatch by microbatch, that this rank's last stage saw while `run` ran."""
     recorded = []
-    stock = engine_module._loss
+    stock = engine_module.masked_loss
 
     def recording(loss_mask: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
         recorded.append(output.detach().float().numpy().copy())
         return stock(loss_mask, output, *args, **kwargs)
 
-    with mock.patch.object(engine_module, "_loss", recording):
+    with mock.patch.object(engine_module, "masked_loss", recording):
         run()
     return recorded
 
