@@ -112,8 +112,8 @@ class Parameter:
         in_core_attention: whether it is used in the core attention of loops >= 2, not in the layer around it.
         copy: name of its copy in a pipeline's last stage, which trains it too.
         feeds_linear: of a norm, whether a linear layer reads its output, and keeps it for its own gradients.
-        mixes_tokens: whether it mixes K or V with the token before. Its gradient is summed over tensor-parallel ranks
-            in each backward pass, not once per step.
+        mixes_tokens: which of K and V it mixes with the token before. Its gradient is summed over tensor-parallel
+            ranks in each backward pass, not once per step.
         is_buffer: whether the training loop sets it instead of learning it; fp32 whatever the model's precision.
     """
 
@@ -130,7 +130,7 @@ class Parameter:
     in_core_attention: bool = False
     copy: str | None = None
     feeds_linear: bool = False
-    mixes_tokens: bool = False
+    mixes_tokens: Literal["key", "value"] | None = None
     is_buffer: bool = False
 
     @property
@@ -330,7 +330,7 @@ TABLE = (
         _norm("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", "query_norm", exists=_qk_norm),
         _norm("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "key_norm", exists=_qk_norm),
         *(_parameter(f"self_attention.key_shift.{kind}", "groups", "attention", f"self_attn.key_shift.{kind}",
-                     init=0.0, mixes_tokens=True, exists=lambda model: model.key_shift == "learned")
+                     init=0.0, mixes_tokens=kind, exists=lambda model: model.key_shift == "learned")
           for kind in ("key", "value")),
         _parameter(_GATE + "weight", "heads head_dim", "gates", _HF_GATE + "weight", **_OF_QUERY_GATE),
         _parameter(_GATE + "bias", "heads", "gates", _HF_GATE + "bias", **_OF_QUERY_GATE),

@@ -35,9 +35,7 @@ def _heads(model: ModelConfig) -> Iterator[_Division]:
         words = f"model.num_attention_heads {heads}; change one, or set model.kv_channels"
         yield _Division("model.hidden_size", model.hidden_size, heads, words)
     if model.kv_channels is not None or model.hidden_size % heads == 0:
-        shifted = model.key_shift == "channels"
-        words = "4, as model.key_shift channels needs" if shifted else "2: RoPE rotates pairs of channels"
-        yield _Division("the head dimension (model.kv_channels)", head, 4 if shifted else 2, words)
+        yield _Division("the head dimension (model.kv_channels)", head, 2, "2: RoPE rotates pairs of channels")
     yield _Division("model.num_attention_heads", heads, groups, f"model.num_query_groups {groups}")
 
 

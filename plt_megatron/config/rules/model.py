@@ -17,7 +17,9 @@ def find_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _check_layers(config: RunConfig) -> Iterator[str]:
-    model = config.model
+    model, head_dim = config.model, derived.head_dim(config.model)
+    if model.key_shift == "channels" and head_dim % 4 == 2:
+        yield f"model.key_shift channels needs a head dimension (model.kv_channels) divisible by 4, not {head_dim}"
     if model.key_shift == "heads" and derived.num_query_groups(model) < 2:
         yield "model.key_shift heads shifts half of model.num_query_groups, which is 1; set model.key_shift=channels"
     if model.loop_count > 1 and model.gated_window and not model.share_kv:

@@ -33,6 +33,7 @@ from plt_megatron.experiments.pages import (
     write_page,
 )
 from plt_megatron.hf.sources import ModelSource
+from plt_megatron.hf.switches import SWITCHES
 from plt_megatron.run_folder.checkpoints import step_of
 from plt_megatron.run_folder.files import write_text, writing
 from plt_megatron.run_folder.folder import RunFolder
@@ -40,11 +41,7 @@ from plt_megatron.run_folder.text import format_table, plural
 
 JSON, CSV = "diagnostics.json", "diagnostics.csv"
 LONGEST_DEFAULT = 2048
-_SWITCHES = (
-    *("cross_loop_parallel", "share_kv", "share_values", "gated_window", "window_size", "gate_input", "gate_side"),
-    *("gate_activation", "loop_norm", "embedding_scale", "hidden_scale"),
-    *("input_injection", "learned_hidden_scale", "residual_scale", "key_shift"),
-)
+_SWITCHES = (*(switch.setting for switch in SWITCHES), "residual_scale")
 
 
 @dataclass(frozen=True)
@@ -149,7 +146,6 @@ def _about(
         "model": {
             "path": str(source.path),
             "step": step_of(source.path) if source.progress else None,
-            "loop_count": model.loop_count,
             "num_layers": model.num_layers,
             "hidden_size": model.hidden_size,
             "num_attention_heads": model.num_attention_heads,

@@ -50,7 +50,7 @@ def read_weights(path: Path | str, verify: bool = True, *, part: Part = "weights
 def stored_at(name: str, *, in_all_layers: bool = True) -> tuple[str, tuple[int, ...]]:
     """Return (key on disk, index in the tensor stacked under it: the layer and, for an expert, its number).
 
-    Tensors that only some layers have (gates with `model.loop_span`, a dense FFN or experts with
+    Tensors that only some layers have (gates of looped layers, a dense FFN or experts with
     `model.moe.first_k_dense_replace`) are not stacked over layers: their keys name the layer.
     """
     layer = _LAYER.fullmatch(name)
@@ -74,7 +74,7 @@ class Weights:
     Args:
         checkpoint: a complete checkpoint.
         part: `weights`, in the dtype that the model was trained in; or, in fp32, the optimizer's `main weights` or
-            `ema`, their moving average. Parameters that were not trained (`training.trainable`) have neither: they are
+            `ema`, their moving average. Parameters that were not trained have neither: they are
             read from the model. So are buffers, in fp32, for every part.
 
     Attributes:

@@ -192,9 +192,11 @@ def expected_parts(name: str, config: RunConfig, loop_count: int) -> int:
         return 1
     if parameter.in_core_attention:
         return loop_count - 1  # unused in the first loop
-    keys, values = derived.later_loops_use_keys(model), derived.later_loops_use_values(model)
-    used = {".k_layernorm.": keys, ".key_shift.key": keys, ".key_shift.value": values}
-    return loop_count if all(use for part, use in used.items() if part in name) else 1
+    if ".k_layernorm." in name or parameter.mixes_tokens == "key":
+        used = derived.later_loops_use_keys(model)
+    else:
+        used = parameter.mixes_tokens != "value" or derived.later_loops_use_values(model)
+    return loop_count if used else 1
 
 
 def _is_recomputed(name: str, parameter: Parameter, parallel: ParallelConfig) -> bool:
