@@ -118,6 +118,17 @@ def tree(tmp_path: Path) -> Path:
 
 
 EXAMPLES = examples((ROOT / "docs" / "extending.md").read_text(encoding="utf-8"))
+SETTINGS = ("key_shift", "share_values", "trainable", "z_loss_coeff", "num_layers_in_first_pipeline_stage")
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_setting_is_told_in_at_most_eight_files(setting):
+    """Others read a table's row or a property that follows from it."""
+    word = re.compile(rf"\b{setting}\b")
+    told = [
+        path.name for path in (ROOT / "plt_megatron").rglob("*.py") if word.search(path.read_text(encoding="utf-8"))
+    ]
+    assert 1 < len(told) <= 8, told
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.title)
