@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Chat with an export over vLLM's API, by the `openai` client, and compare its answer with transformers'.
+"""Chat with an export through vLLM's OpenAI API and compare the answer with transformers'.
 
     serving/.venv/bin/python serving/public_chat.py .public
 
-The folder is what benchmarks/public_model.py leaves: the export `two-trained` and `scores.json` with the answer that
-transformers gives to its question. Exit status: 1 where the server answers otherwise, whole or streamed, or outside of
+The folder is the output of benchmarks/public_model.py: the export `two-trained`, and `scores.json` with transformers'
+answer to its question. Exit status: 1 where the server answers otherwise, whole or streamed, or outside of
 a JSON schema that it is given.
 """
 
@@ -41,7 +41,7 @@ def main() -> int:
 
 
 def chat(client: OpenAI, question: str, expected: str) -> list[str]:
-    """What the server does otherwise, a line each."""
+    """Return one line for each difference from the expected answer; none if the server answers as expected."""
     asked = {"model": "plt", "messages": [{"role": "user", "content": question}], "temperature": 0}
     whole = client.chat.completions.create(**asked, max_tokens=40).choices[0].message.content
     parts = client.chat.completions.create(**asked, max_tokens=40, stream=True)
@@ -61,7 +61,7 @@ def chat(client: OpenAI, question: str, expected: str) -> list[str]:
 
 
 def fits(text: str | None) -> bool:
-    """Whether a text is an answer of the schema."""
+    """Return True if the text is JSON that the schema allows."""
     try:
         return json.loads(text or "") in SCHEMA["enum"]
     except ValueError:

@@ -1,4 +1,4 @@
-"""A server in a process of its own, as `vllm serve` starts it."""
+"""vLLM's OpenAI-compatible API server, run in a separate process."""
 
 import os
 import signal
@@ -31,13 +31,13 @@ class Server:
             return answer.read().decode()
 
     def metric(self, name: str) -> float:
-        """The value of a metric that has one line."""
+        """Return the value of a Prometheus metric that has exactly one line."""
         lines = [line for line in self.get("/metrics").splitlines() if line.startswith(name + "{")]
         assert len(lines) == 1, (name, lines)
         return float(lines[0].rsplit(" ", 1)[1])
 
     def wait_until_idle(self, seconds: float = 60) -> None:
-        """No request is left, and so no block is held."""
+        """Wait until no request is running or waiting and no KV cache block is in use; fail after `seconds`."""
         names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
         end = time.monotonic() + seconds
         while any(left := [self.metric(name) for name in names]):
@@ -60,15 +60,15 @@ def free_port() -> int:
 
 @contextmanager
 def serve(model: Path, folder: Path, *arguments: str, name: str = "plt", show: bool = False, **environment: str):
-    """A server of this model at a free port, once it answers; it is stopped afterwards.
+    """Start a server for `model` on a free port, yield it once it is healthy, and stop it on exit.
 
     Args:
-        folder: for its log.
+        folder: folder for the server's log.
         show: print the command.
-        environment: variables beside this process's.
+        environment: environment variables in addition to this process's.
 
     Raises:
-        ServerError: it does not start.
+        ServerError: the server does not start.
     """
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
@@ -101,7 +101,7 @@ def serve(model: Path, folder: Path, *arguments: str, name: str = "plt", show: b
 
 
 def _end_group(process: subprocess.Popen) -> None:
-    """Kill what is left of the server's processes: a server that ends while it starts leaves its engine behind."""
+    """Kill the rest of the server's process group: a server that exits during startup leaves its engine running."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

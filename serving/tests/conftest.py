@@ -1,4 +1,4 @@
-"""Tests of the plugin with vLLM's CPU build. Where vLLM is not installed they are skipped, and say so."""
+"""Fixtures for tests of the plugin with vLLM's CPU build; the tests are skipped if vLLM is not installed."""
 
 import functools
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# The engine runs in the test's own process, so that it starts in seconds and can be inspected.
+# The engine runs in the test's process, so that it starts in seconds and can be inspected.
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_CPU_OMP_THREADS_BIND="nobind",
@@ -18,7 +18,7 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     OMP_NUM_THREADS="1",
 )
-# The reference, which is the modeling file that travels with exports; server.py; helpers.
+# For the reference (the modeling file that exports include), server.py, and helpers.
 sys.path[:0] = [str(ROOT), str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 MISSING = None if find_spec("vllm") else "vLLM is not installed: `make test-serving` makes an environment that has it"
@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_cache(tmp_path_factory):
-    """vLLM's caches of this run."""
+    """Give this run a vLLM cache folder of its own."""
     folder = tmp_path_factory.mktemp("vllm_cache")
     os.environ["VLLM_CACHE_ROOT"] = str(folder)
     return folder
@@ -40,8 +40,11 @@ def compile_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def kernels_replaced_once():
-    """vLLM 0.32's CPU build replaces kernels whenever an engine starts, looks at every module's attributes for it, and
-    fails at one of llvmlite's, which drafting by n-grams has imported. The first time in a process is enough."""
+    """Let vLLM replace kernels only once per process.
+
+    vLLM 0.32's CPU build does it at every engine start, inspects every module's attributes for it, and fails on one of
+    llvmlite's, which n-gram drafting imports.
+    """
     if MISSING:
         yield
         return
@@ -55,7 +58,7 @@ def kernels_replaced_once():
 
 @pytest.fixture(scope="session")
 def exports(tmp_path_factory):
-    """A function of a variant's name and changes that writes a small random model once and returns it."""
+    """Return a function that writes a small random model, given a variant and changes to it, once, and returns it."""
     from helpers import Exports
 
     return Exports(tmp_path_factory.mktemp("exports"))

@@ -1,6 +1,6 @@
-"""Small random models, what transformers decodes with them, and engines that serve them.
+"""Small random models, transformers' decoding of them, and vLLM engines that serve them.
 
-Imports what is heavy inside functions: this file is read where vLLM is not installed too.
+Heavy packages are imported inside functions, since this file is also read where vLLM is not installed.
 """
 
 import gc
@@ -129,7 +129,7 @@ VARIANTS = {
 
 
 def make_model(**changes):
-    """A random model in fp32 whose gates, norms and later loops matter."""
+    """Return a random fp32 model whose weights are large enough for gates, norms and later loops to matter."""
     import torch
 
     from plt_megatron.hf.configuration_plt import PLTConfig
@@ -149,7 +149,7 @@ def make_model(**changes):
 
 
 class Export:
-    """A folder with a model, and that model's own greedy decoding."""
+    """A model's folder, and its greedy decoding by transformers."""
 
     def __init__(self, folder: Path, model):
         self.folder = folder
@@ -157,7 +157,7 @@ class Export:
         self._decoded: dict = {}
 
     def decode(self, prompt: list[int], tokens: int, **kwargs) -> list[int]:
-        """The next tokens by transformers; kwargs are the model's own (loop_count, ...)."""
+        """Return the next tokens by transformers; kwargs (loop_count, ...) are passed to the model."""
         import torch
 
         key = (tuple(prompt), tokens, *kwargs.items())
@@ -191,7 +191,7 @@ class Exports:
 
 
 def write_tokenizer(folder: Path, vocab: int) -> None:
-    """A tokenizer whose words are "t1", "t2", ... and a chat template."""
+    """Write a tokenizer with the words "t1", "t2", ... and a chat template."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -204,7 +204,7 @@ def write_tokenizer(folder: Path, vocab: int) -> None:
 
 
 def prompts(count: int = 20, seed: int = 0, longest: int = 110) -> list[list[int]]:
-    """Uneven prompts, lengths around blocks and windows among them."""
+    """Return random prompts of different lengths, some of them near block and window boundaries."""
     rng = random.Random(seed)
     lengths = [1, 2, 7, 8, 9, 31, 32, 33, 64, longest]
     lengths += [rng.randrange(1, longest) for _ in range(count - len(lengths))]
@@ -213,7 +213,7 @@ def prompts(count: int = 20, seed: int = 0, longest: int = 110) -> list[list[int
 
 @contextmanager
 def engine(export: Export, **options):
-    """An engine in this process; its changes to the process are undone afterwards."""
+    """Yield an engine in this process; shut it down and clean up on exit."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -240,7 +240,7 @@ def engine(export: Export, **options):
 
 
 def generate(llm, token_lists: list[list[int]], tokens: int = 24, **sampling):
-    """vLLM's outputs; greedy unless said otherwise."""
+    """Return vLLM's outputs; decoding is greedy unless `sampling` changes it."""
     from vllm import SamplingParams
 
     settings = {"temperature": 0, "max_tokens": tokens, "ignore_eos": True, "detokenize": False, **sampling}
@@ -252,7 +252,7 @@ def greedy(llm, token_lists: list[list[int]], tokens: int = 24) -> list[list[int
 
 
 def assert_same(export: Export, llm, token_lists: list[list[int]], tokens: int = 24, **kwargs) -> None:
-    """The served tokens are transformers'."""
+    """Assert that the engine's greedy tokens equal transformers'."""
     expected = [export.decode(ids, tokens, **kwargs) for ids in token_lists]
     assert greedy(llm, token_lists, tokens) == expected
 
@@ -266,5 +266,5 @@ def scheduler(llm):
 
 
 def served_model(llm):
-    """The model in this process."""
+    """Return the engine's model, which is in this process."""
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner.model

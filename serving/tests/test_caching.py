@@ -1,4 +1,4 @@
-"""Prefix caching, preemption and the block pool: the carries lie in pages as K and V do."""
+"""Prefix caching, preemption and the block pool, with carries stored in pages as K and V are."""
 
 import pytest
 from helpers import assert_same, engine, free_blocks, generate, greedy, prompts, scheduler
@@ -7,7 +7,7 @@ SHARED = prompts(1, seed=7)[0] + prompts(10, seed=8)[9] + prompts(10, seed=9)[9]
 
 
 def assert_same_with_hits(export, llm, token_lists: list[list[int]], tokens: int = 24) -> int:
-    """The tokens are transformers'; returns how many prompt tokens came from the cache."""
+    """Assert that the tokens equal transformers'; return how many prompt tokens came from the cache."""
     outputs = generate(llm, token_lists, tokens)
     expected = [export.decode(ids, tokens) for ids in token_lists]
     assert [list(out.outputs[0].token_ids) for out in outputs] == expected
@@ -19,7 +19,7 @@ def assert_same_with_hits(export, llm, token_lists: list[list[int]], tokens: int
 )
 @pytest.mark.parametrize("kept", [{}, {"prefix_cache_retention_interval": None}], ids=["prompt ends", "every block"])
 def test_hits_at_every_class_of_position(exports, variant, kept):
-    """A prompt again; cut before, at and after blocks; with another end."""
+    """Prefix hits give transformers' tokens for prompts cut before, at and after block ends, and with other endings."""
     export = exports(variant)
     cuts = [33, 64, 65, 95, 96, 97, 127, 128, 129, 160, 191, 192, 193, 200]
     with engine(export, max_model_len=320, max_num_batched_tokens=320, **kept) as llm:
@@ -29,7 +29,7 @@ def test_hits_at_every_class_of_position(exports, variant, kept):
 
 
 def test_a_conversation(exports):
-    """Answers become parts of the next prompt."""
+    """A multi-turn conversation, whose answers are part of the next prompt, gives transformers' tokens."""
     export = exports("plt3")
     with engine(export, max_model_len=512, max_num_batched_tokens=128) as llm:
         ids = SHARED[:60]
@@ -43,7 +43,7 @@ def test_a_conversation(exports):
     "variant", ["plt2", "plt3", "plt4", "shifted heads", "shift, one loop", "keys alone, span, shifted"]
 )
 def test_prompts_of_one_step_share_a_prefix(exports, variant):
-    """The second request of a step hits blocks that the first one computes in that very step."""
+    """A request may hit blocks that another request computes in the same step."""
     export = exports(variant)
     ids = [SHARED[:128] + [index + 1, index + 2] for index in range(6)]
     with engine(export, max_num_batched_tokens=256) as llm:
@@ -51,7 +51,7 @@ def test_prompts_of_one_step_share_a_prefix(exports, variant):
 
 
 def test_without_waiting_prompts_of_one_step_take_the_wrong_keys(exports, monkeypatch):
-    """Shifted keys are read before a step's own are stored, so that such prompts wait too."""
+    """Prompts with shifted keys must wait too, since those are read before the step's own are stored."""
     from vllm_plt.carry_cache import CarryManager
 
     export = exports("shifted heads")
@@ -67,7 +67,7 @@ def test_without_waiting_prompts_of_one_step_take_the_wrong_keys(exports, monkey
 
 @pytest.mark.parametrize("variant", ["plt2", "plt3", "shifted channels", "span"])
 def test_a_carry_of_the_same_step_is_waited_for(exports, variant, monkeypatch):
-    """In a step of one token a request all loops run at once: one computes a block's last token, others hit it."""
+    """In decode steps, requests that hit a block wait one step while another request computes its last token."""
     served, expected, waits = serve_same_step_hits(exports(variant), monkeypatch)
     assert served == expected
     assert waits == [True], "one step had to be waited for, and no more"
@@ -82,7 +82,7 @@ def test_without_waiting_the_carry_is_wrong(exports, monkeypatch):
 
 
 def serve_same_step_hits(export, monkeypatch) -> tuple[dict, dict, list[bool]]:
-    """Tokens served, those of transformers, and a True for each time that a request was made to wait."""
+    """Return the served tokens, transformers' tokens, and one True for each time a request had to wait."""
     from vllm_plt.carry_cache import CarryManager
 
     waits, asked = [], CarryManager.needs_carry_of_this_step
@@ -93,7 +93,7 @@ def serve_same_step_hits(export, monkeypatch) -> tuple[dict, dict, list[bool]]:
     kept = {"prefix_cache_retention_interval": None, "async_scheduling": False}
     with engine(export, max_num_seqs=8, **kept) as llm:
         add(llm, "decoding", start, tokens=48)
-        for _ in range(24):  # the prompt's, and 23 of one token: the next one computes the second block's last
+        for _ in range(24):  # the prompt and 23 decode steps; the next step computes the second block's last token
             llm.llm_engine.step()
         for name, ids in wanted.items():
             if name != "decoding":
@@ -129,7 +129,7 @@ def step_until_done(llm) -> dict[str, list[int]]:
     ],
 )
 def test_preempted_requests_go_on(exports, variant, blocks, caching):
-    """Too few blocks for all: requests are evicted and computed again."""
+    """Requests that are preempted for lack of blocks and computed again give transformers' tokens."""
     export = exports(variant)
     options = {"num_gpu_blocks_override": blocks, "max_num_batched_tokens": 64, "enable_prefix_caching": caching}
     with engine(export, **options) as llm:
@@ -140,7 +140,7 @@ def test_preempted_requests_go_on(exports, variant, blocks, caching):
 
 
 def count_preemptions(llm) -> list:
-    """A list that grows with each preemption."""
+    """Return a list that grows with each preemption."""
     found, target = [], scheduler(llm)
     preempt = target._preempt_request
 
@@ -161,7 +161,7 @@ def test_blocks_come_back(exports):
 
 
 def test_long_contexts_hold_windows_and_one_carry(exports):
-    """What a request holds beside its context: windows' and carries' blocks do not grow with it."""
+    """The blocks of windows and of the carry do not grow with the context."""
     export = exports("plt3", window_size=8)
     with engine(export, max_model_len=1024, max_num_batched_tokens=32) as llm:
         whole = free_blocks(llm)

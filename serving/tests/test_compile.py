@@ -1,7 +1,7 @@
 """torch.compile and CUDA graphs.
 
-vLLM drops dynamo's guards, so each loop and the rows of a decode step need code of their own. A piecewise graph, whose
-inputs must not move, would be of no use to passes whose inputs are new tensors.
+vLLM drops dynamo's guards, so each loop and the rows of a decode step need their own code object. Piecewise graphs need
+inputs at fixed addresses, so they cannot be used for passes whose inputs are new tensors.
 """
 
 import pytest
@@ -25,7 +25,7 @@ def test_each_pass_has_a_code_object_of_its_own(exports, variant, count):
     [("plt3", 2, 24), ("keys alone, span, shifted", 3, 24), ("span", 3, 1)],
 )
 def test_compiled(exports, variant, layers, requests, again):
-    """The second engine finds on disk what the first one has compiled."""
+    """Compiled passes give transformers' tokens, also when a second engine loads them from the disk cache."""
     export = exports(variant, num_hidden_layers=layers)
     with engine(export, enforce_eager=False, max_num_seqs=requests) as llm:
         model = served_model(llm).model
@@ -35,7 +35,7 @@ def test_compiled(exports, variant, layers, requests, again):
 
 @pytest.mark.parametrize("variant", ["plt2", "no CLP"])
 def test_no_pass_runs_in_a_piecewise_graph(exports, monkeypatch, variant):
-    """Whatever the runner decides: a graph replays the addresses that it was captured with, and these inputs move."""
+    """Passes leave piecewise graphs, which replay fixed addresses, even if the runner asks for them."""
     from vllm.config import CUDAGraphMode
     from vllm.forward_context import get_forward_context
     from vllm.v1.worker import gpu_model_runner
@@ -67,7 +67,7 @@ def test_no_pass_runs_in_a_piecewise_graph(exports, monkeypatch, variant):
 
 
 def test_padding_leaves_the_null_block_as_it_is(exports):
-    """A graph's rows beyond the requests hold anything, and attention reads that block with a weight of zero."""
+    """A graph's padding rows, which hold arbitrary values, are not stored in the null block, which attention reads."""
     import torch
     from vllm.forward_context import ForwardContext, override_forward_context
     from vllm_plt.carry import CarryMetadata

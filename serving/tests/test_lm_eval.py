@@ -1,4 +1,4 @@
-"""lm-evaluation-harness gives the same scores through the server as through transformers."""
+"""lm-evaluation-harness: scores through the server equal those through transformers."""
 
 import json
 import os
@@ -19,7 +19,7 @@ OPTIONS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "-
 
 
 def questions() -> list[dict]:
-    """48 questions with four answers each, of one to three words."""
+    """Return 48 questions with four choices each, of one to three words."""
     rng = random.Random(0)
 
     def words(count: int) -> str:
@@ -36,7 +36,7 @@ def questions() -> list[dict]:
 
 
 def evaluate(folder: Path, model: str, arguments: str) -> dict[str, list]:
-    """By task what the model answered to each question: log-likelihoods of the choices, or text."""
+    """Run lm-eval; return each task's responses (log-likelihoods of the choices, or text) and the scores."""
     out = folder / model
     command = [sys.executable, "-m", "lm_eval", "--model", model, "--model_args", arguments, "--tasks", "choice,write"]
     command += ["--include_path", str(folder), "--output_path", str(out), "--log_samples"]

@@ -1,9 +1,9 @@
-"""vLLM's own planner: what a request costs beside a plain model's, and the concurrency that `vllm serve` prints."""
+"""KV cache planned by vLLM: blocks of a request compared with a plain model's, and the concurrency that it prints."""
 
 import pytest
 from helpers import Export, engine, scheduler, served_model
 
-# LoopCoder-v2's shape; only its cache is planned, the weights are tiny. K/V heads of 128, 14 layers, d 5120.
+# LoopCoder-v2's KV cache shape: 14 layers, K/V heads of 128, d 5120. Other sizes are tiny: only the cache is planned.
 SHAPE_7B = {
     "vocab_size": 160,
     "intermediate_size": 32,
@@ -19,10 +19,11 @@ GIB = 1 << 30
 def blocks_of_a_request(
     length: int, block: int, loops: int, window: int, in_flight: int, carries: int | None = None
 ) -> int:
-    """Our formula, in blocks of all layers' K/V of `block` tokens, as vLLM hands memory out.
+    """Return our formula's blocks of a request, each all layers' K/V of `block` tokens, as vLLM allocates memory.
 
-    The context, a window for each later loop, and one token's `carries`, by default one of hidden states. Windows and
-    carries also hold the tokens that a step has in flight, and one block more as they begin anywhere in a block.
+    A request holds its context, a window for each later loop, and one token's `carries`, by default one of hidden
+    states. Windows and carries also hold the tokens that a step has in flight, and one more block since they may begin
+    anywhere in a block.
     """
 
     def held(tokens: int) -> int:
@@ -33,13 +34,13 @@ def blocks_of_a_request(
 
 
 def bytes_of_a_request(length: int, layers: int, kv_heads: int, dim: int, size: int, loops: int, window: int) -> int:
-    """The state itself: K/V of the context, L - 1 windows, L - 1 carries (plt_megatron's estimate of decoding)."""
+    """Return the bytes of K/V of the context, L - 1 windows and L - 1 carries (plt_megatron's estimate of decoding)."""
     token = 2 * layers * kv_heads * dim
     return 2 * (token * length + (loops - 1) * (token * window + size))
 
 
 def planned(llm, length: int, in_flight: int) -> float:
-    """The concurrency that vLLM plans for this model with 40 GiB, contexts of `length` and chunks of `in_flight`."""
+    """Return the concurrency that vLLM plans for 40 GiB, contexts of `length` tokens and chunks of `in_flight`."""
     from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity, get_kv_cache_configs
 
     config = llm.llm_engine.vllm_config
@@ -53,7 +54,7 @@ def planned(llm, length: int, in_flight: int) -> float:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Configurations of LoopCoder-v2's cache shape, with few other weights."""
+    """Return folders with configurations of LoopCoder-v2's cache shape, by loop count."""
     from plt_megatron.hf.configuration_plt import PLTConfig
 
     def write(loops: int):
@@ -75,7 +76,7 @@ def test_concurrency_is_what_the_formula_says(folders):
                 expected = total / blocks_of_a_request(32768, 32, loops, 64, in_flight)
                 assert got == pytest.approx(expected, rel=0.02), (loops, in_flight)
                 concurrency[loops, in_flight] = got
-    # Small chunks come near the state itself.
+    # With small chunks the memory is close to that of the state alone.
     for loops in folders:
         exact = 40 * GIB / bytes_of_a_request(32768, 14, 8, 128, 5120, loops, 64)
         assert concurrency[loops, 256] == pytest.approx(exact, rel=0.02 if loops < 3 else 0.03)
@@ -102,11 +103,11 @@ def test_what_is_said_of_chunks_is_the_formula(loops, chunk):
         ("plt3", 3, 1),
         ("shift, one loop", 1, 1),
         ("shifted channels", 2, 1),  # hidden states and keys share blocks
-        ("learned shift", 3, 4),  # what keys and values of three loops take is as wide as three layers' K/V
+        ("learned shift", 3, 4),  # carried keys and values of three loops are as wide as three layers' K/V
     ],
 )
 def test_the_printed_concurrency(exports, variant, loops, carries):
-    """Of a running engine; and the kinds of layers form alike groups, so that no block is wasted."""
+    """A running engine's concurrency is the formula's, and KV cache groups have equal sizes, so none is padded."""
     with engine(exports(variant), max_num_batched_tokens=32, max_num_seqs=8, num_gpu_blocks_override=500) as llm:
         got = llm.llm_engine.vllm_config.cache_config.kv_cache_max_concurrency
         assert got == pytest.approx(500 / blocks_of_a_request(256, 32, loops, 8, 32, carries), rel=0.02)
@@ -118,14 +119,14 @@ def test_the_printed_concurrency(exports, variant, loops, carries):
     ("variant", "size", "groups"),
     [
         ("span", 2, (2, 1, 1)),
-        ("span, shifted", 2, (2, 1, 4)),  # carries of seven kinds of keys, each as wide as a layer's K/V
+        ("span, shifted", 2, (2, 1, 4)),  # seven carried keys, each as wide as a layer's K/V
         ("span, naive loops", 4, (1, 0, 1)),
         ("prelude alone, loopcoder", 4, (1, 1, 1)),  # three layers' windows, padded
         ("keys alone", 3, (3, 2, 1)),
     ],
 )
 def test_groups_where_layers_differ(exports, variant, size, groups):
-    """Of caches of the whole context, of windows, and of carries: as we expect of vLLM, and say of a request."""
+    """vLLM's groups of full-context caches, windows and carries, and a request's blocks, are those we compute."""
     from vllm_plt.memory import blocks_of_a_request as said
     from vllm_plt.memory import caches_of_loops, layers_of_a_group
 

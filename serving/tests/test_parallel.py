@@ -1,4 +1,4 @@
-"""Tensor parallelism: of two processes over gloo, and shifted keys of each of more ranks."""
+"""Tensor parallelism: an engine of two processes over gloo, and key shift on each rank of up to four."""
 
 import pytest
 from helpers import assert_same, engine, prompts
@@ -12,15 +12,15 @@ torch = pytest.importorskip("torch")
         ("loopcoder3", {}),
         ("OLMo-2", {"num_key_value_heads": 1}),
         ("shared expert", {}),
-        ("shifted heads", {}),  # one rank's own are none of them
+        ("shifted heads", {}),  # the first rank has none of them
         ("learned shift", {"num_key_value_heads": 4}),
         ("shifted channels", {"num_key_value_heads": 1}),
         ("keys alone, span, shifted", {"qk_norm": True}),
     ],
 )
 def test_two_ranks(exports, monkeypatch, variant, changes):
-    """Gates, whole-projection norms and their heads are cut; one K/V head is repeated on both ranks."""
-    # vLLM compiles its cut embedding even in eager mode: half a minute a process.
+    """Two ranks give transformers' tokens with sharded gates, heads and norms, and with a K/V head that both have."""
+    # vLLM compiles its sharded embedding even in eager mode, which takes half a minute per process.
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     export = exports(variant, **changes)
     with engine(export, tensor_parallel_size=2) as llm:
@@ -30,7 +30,7 @@ def test_two_ranks(exports, monkeypatch, variant, changes):
 @pytest.mark.parametrize("form", ["heads", "channels", "learned"])
 @pytest.mark.parametrize(("heads", "ranks"), [(2, 1), (3, 1), (4, 2), (2, 2), (6, 3), (4, 4), (2, 4)])
 def test_ranks_shift_their_own_heads(monkeypatch, form, heads, ranks):
-    """Two requests of one step: each rank has its part of what the exported module computes of all heads."""
+    """For two requests in one step, each rank computes its part of the exported module's result for all heads."""
     import vllm_plt.heads
     from vllm_plt.configuration_plt import PLTConfig
     from vllm_plt.heads import Heads
@@ -45,7 +45,7 @@ def test_ranks_shift_their_own_heads(monkeypatch, form, heads, ranks):
     whole = PLTKeyShift(config)
     for param in whole.parameters():
         param.data.normal_()
-    texts = [torch.randn(2, 1, 1 + length, heads, dim) for length in lengths]  # the first tokens are of an earlier step
+    texts = [torch.randn(2, 1, 1 + length, heads, dim) for length in lengths]  # first tokens belong to an earlier step
     expected = [whole(key[:, 1:], value[:, 1:], whole.taken(key, value)[:, :-1]) for key, value in texts]
     expected = [torch.cat(parts, 1)[0] for parts in zip(*expected, strict=True)]
     monkeypatch.setattr(vllm_plt.heads, "get_tensor_model_parallel_world_size", lambda: ranks)

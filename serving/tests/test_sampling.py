@@ -1,4 +1,4 @@
-"""Samples, log-probabilities, aborted requests and speculation."""
+"""Sampling, log-probabilities, aborted requests and speculative decoding."""
 
 import pytest
 from helpers import assert_same, engine, free_blocks, generate, prompts
@@ -27,7 +27,7 @@ def test_logprobs_of_prompts_and_answers(exports, variant):
 
 
 def test_several_samples_of_one_prompt(exports):
-    """Each goes its own way from a shared prompt; its log-probabilities are the model's of its own text."""
+    """Samples of one prompt differ, and the log-probabilities of each are the model's for its text."""
     export = exports("plt3")
     ids = prompts(6)
     with engine(export) as llm:
@@ -42,7 +42,7 @@ def test_several_samples_of_one_prompt(exports):
 
 
 def test_aborted_requests(exports):
-    """Some disconnect halfway; the others' tokens and the block pool are as if those had never existed."""
+    """Aborted requests do not change the other requests' tokens, and their blocks are freed."""
     from vllm import SamplingParams
 
     export = exports("plt3")
@@ -70,7 +70,7 @@ def test_aborted_requests(exports):
     [("plt2", 1), ("plt3", 4), ("loopcoder", 2), ("shifted heads", 3), ("keys alone, span, shifted", 3)],
 )
 def test_speculation_by_ngrams(exports, variant, drafts):
-    """Drafts out of the text so far: accepted or not, the tokens are the same. Their steps run loop by loop."""
+    """Tokens are the same with n-gram drafts, accepted or not; steps that verify drafts run loop by loop."""
     export = exports(variant)
     ids = [(prompt * 6)[:90] for prompt in prompts(16, longest=14)]  # repetitive, so that there are drafts
     speculation = {

@@ -1,4 +1,4 @@
-"""The HTTP server, its engine in another process, with the openai client and ones that misbehave."""
+"""The HTTP server, whose engine runs in another process, with the openai client and with misbehaving clients."""
 
 import asyncio
 import json
@@ -73,7 +73,7 @@ def chat(client, **kwargs):
 
 
 def test_chat_and_stop_strings(client, export):
-    """The template puts t2 before a message."""
+    """Chat completions use the template, which puts t2 before each message, and end at a stop string."""
     expected = [token for token in export.decode([2, 5, 9, 11, 40], 8) if token]
     assert ids_of(chat(client, max_tokens=8, extra_body={"ignore_eos": True}).choices[0].message.content) == expected
     stop = f"t{expected[2]}"
@@ -87,7 +87,7 @@ def test_structured_output(client):
 
 
 def test_200_concurrent_streams_of_which_some_vanish(server, export):
-    """Uneven prompts and answers; each stream's tokens are transformers', the vanished ones' blocks come back."""
+    """Each stream's tokens equal transformers', and the blocks of disconnected streams are freed."""
     from openai import AsyncOpenAI
 
     rng = random.Random(0)
@@ -159,7 +159,7 @@ def test_a_server_that_is_given_up_leaves_no_engine_behind(export, tmp_path, mon
     monkeypatch.setattr(subprocess, "Popen", start)
     with pytest.raises(ZeroDivisionError):
         with serve(export.folder, tmp_path, *OPTIONS):
-            started[0].kill()  # as somebody else may: it cannot end its engine
+            started[0].kill()  # so that it cannot stop its engine
             raise ZeroDivisionError
     until = time.monotonic() + 30  # killed processes take a moment to go
     while left := _alive(started[0].pid):
@@ -168,7 +168,7 @@ def test_a_server_that_is_given_up_leaves_no_engine_behind(export, tmp_path, mon
 
 
 def _alive(group):
-    """The processes of a group, without those that only wait for their parent to look."""
+    """Return the names of a process group's members, zombies excluded."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(FileNotFoundError, ProcessLookupError):

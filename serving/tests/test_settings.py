@@ -1,4 +1,4 @@
-"""What is refused, in one line and before anything is loaded; the rest has its defaults."""
+"""Settings and unsupported options: refusals in one line, before anything is loaded, and defaults."""
 
 import subprocess
 import sys
@@ -80,7 +80,7 @@ def test_what_is_not_proven_is_refused(settings, message):
 
 
 def vllm_config(parallel=(), **others):
-    """What our check looks at of a server without options."""
+    """Return a stand-in for vLLM's configuration, with what our check reads of a server without options."""
     from types import SimpleNamespace
 
     from vllm_plt.configuration_plt import PLTConfig
@@ -129,7 +129,7 @@ def test_what_would_end_in_other_words_is_refused():
     ],
 )
 def test_cuda_graphs_are_of_decode_steps(given, level, used):
-    """A graph of anything else would be replayed with inputs that have moved, or be of other passes."""
+    """CUDA graphs are limited to decode steps: others would be replayed with moved inputs, or capture other passes."""
     from types import SimpleNamespace
 
     from vllm_plt import ARCHITECTURES
@@ -161,7 +161,7 @@ def test_loopcoders_defaults():
 
 
 def test_another_vllm_is_told_in_one_line():
-    """Also one that lacks what we use of it. Other models are served all the same; its internals are not touched."""
+    """An unsupported vLLM, or one that lacks what we use, gets a one-line message and nothing registered."""
     code = """
 import vllm, vllm.model_executor.models.config as module
 moved = vars(module).pop("MODELS_CONFIG_MAP")

@@ -1,4 +1,4 @@
-"""Greedy tokens are those that transformers decodes with the same export, in fp32."""
+"""Greedy tokens in fp32, compared with transformers' decoding of the same export."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants(exports, variant):
-    """Twenty uneven prompts in one continuous batch, prefills in chunks beside decode steps."""
+    """Each variant gives transformers' tokens for 20 uneven prompts, with chunked prefills beside decode steps."""
     export = exports(variant)
     with engine(export) as llm:
         assert_same(export, llm, prompts())
@@ -39,7 +39,10 @@ def test_windows_blocks_and_chunks(exports, variant, window, options):
 
 
 def test_blocks_that_the_backend_does_not_take_are_refused(exports):
-    """vLLM's CPU kernel takes multiples of 32 (GPUs' take 16): windows would silently get blocks of another size."""
+    """A block size that the kernel does not take (CPU: multiples of 32; GPU: of 16) is refused.
+
+    Otherwise windows would silently get another block size.
+    """
     with pytest.raises(ValueError, match="--block-size 16 is none that CPU_ATTN takes: MultipleOf\\(32\\)"):
         with engine(exports("plt2"), block_size=16):
             pass
@@ -83,7 +86,7 @@ def test_fewer_loops(exports, variant, count):
 
 @pytest.mark.parametrize("variant", ["plt3", "shift, no window"])
 def test_without_folding(exports, monkeypatch, variant):
-    """A backend that stores K and V inside of its kernel reads the first loop's once a loop."""
+    """Tokens are the same with a backend whose kernel stores K and V, and so reads loop 1's cache once per loop."""
     from vllm_plt import layers
 
     monkeypatch.setattr(layers, "can_fold", lambda attention: False)
@@ -93,7 +96,7 @@ def test_without_folding(exports, monkeypatch, variant):
 
 
 def test_loopcoders_names(exports, tmp_path):
-    """LoopCoder-v2's config.json and tensor names, as its checkpoints have them: no PLT key, no modeling file."""
+    """A folder with LoopCoder-v2's config.json and tensor names, without PLT's keys or a modeling file, is served."""
     export = exports("loopcoder3", window_size=21)
     keys = json.loads((export.folder / "config.json").read_text())
     llama = [name for name in SIZES if name != "window_size"] + ["rms_norm_eps", "tie_word_embeddings"]
@@ -128,7 +131,7 @@ def test_loopcoders_names(exports, tmp_path):
     ],
 )
 def test_a_dropped_carry_shows(exports, monkeypatch, variant, dropped, options):
-    """These tests fail if the carries are wrong."""
+    """Dropping a carry changes the tokens, so the other tests would notice a wrong one."""
     from vllm_plt.carry import Carry
 
     def read(self, kind: str, loops: slice):
@@ -159,7 +162,7 @@ def test_a_dropped_carry_shows(exports, monkeypatch, variant, dropped, options):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_yarns_angles_are_transformers(changes, dtype):
-    """Every cosine and sine, the factor of queries and keys included."""
+    """Every cosine and sine of YaRN, its attention factor included, equals the modeling file's."""
     from helpers import YARN
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm_plt.configuration_plt import PLTConfig

@@ -1,4 +1,4 @@
-"""Weights that are not an export's own: LoRA adapters, quantized ones (by vLLM's own methods), and damaged ones."""
+"""Weights other than an export's: LoRA adapters, quantized by vLLM's methods, and with missing or unknown tensors."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 
 
 def make_adapter(folder, variant: str, targets: tuple[str, ...], seed: int):
-    """Write a LoRA adapter of rank 8 for these products; return the model that has it in its weights."""
+    """Write a LoRA adapter of rank 8 for the `targets` layers; return the model with the adapter merged."""
     from helpers import VARIANTS, Export, make_model
     from safetensors.torch import save_file
 
@@ -40,7 +40,7 @@ def make_adapter(folder, variant: str, targets: tuple[str, ...], seed: int):
     ids=["parallel", "serial", "compiled", "shifted", "span"],
 )
 def test_lora_adapters(exports, tmp_path, variant, options):
-    """Requests with two adapters and with none in one batch: tokens are those of models with the adapter merged."""
+    """In one batch of requests with two adapters and none, tokens equal those of models with the adapter merged."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -51,7 +51,7 @@ def test_lora_adapters(exports, tmp_path, variant, options):
     requests = {first: LoRARequest("first", 1, str(first.folder)), second: LoRARequest("second", 2, str(second.folder))}
     ids = prompts(len(models))
     params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)
-    # One more than there are: vLLM's CPU kernels take no adapter for the last one.
+    # One more than needed: vLLM's CPU kernels take no adapter for the last one.
     with engine(base, enable_lora=True, max_loras=3, max_lora_rank=8, **options) as llm:
         assert (served_model(llm).model.rows is None) == ("additional_config" in options)
         outputs = llm.generate(
@@ -70,7 +70,7 @@ def test_lora_adapters(exports, tmp_path, variant, options):
     [("plt3", "parallel"), ("plt3", "serial"), ("shifted channels", "parallel"), ("span", "parallel")],
 )
 def test_int8_weights_and_activations(exports, tmp_path, variant, mode):
-    """compressed-tensors' W8A8: log-probabilities are those of the same rounding in transformers."""
+    """Log-probabilities with compressed-tensors' W8A8 are close to those of the same rounding in transformers."""
     from helpers import VARIANTS, make_model
 
     export, rounded = exports(variant), make_model(**VARIANTS[variant])
@@ -92,7 +92,7 @@ def test_int8_weights_and_activations(exports, tmp_path, variant, mode):
 
 
 def write_without(export, folder, gone=(), **added):
-    """A copy of the export that lacks tensors, or has more."""
+    """Write a copy of the export without the tensors `gone` and with those `added`; return it."""
     from safetensors.torch import save_file
 
     shutil.copytree(export.folder, folder, dirs_exist_ok=True)
@@ -113,7 +113,7 @@ MLP, EXPERTS = "model.layers.1.mlp", "model.layers.2.mlp.experts"
     ],
 )
 def test_a_tensor_that_was_not_read_ends_the_start(exports, tmp_path, variant, gone, added):
-    """vLLM serves such a folder, with other text: it tracks no linear layer, and takes half of one for all of it."""
+    """A missing or unknown tensor stops the start; vLLM would serve the folder, as it does not track linear layers."""
     damaged = write_without(exports(variant), tmp_path, gone, **{name: torch.zeros(64) for name in added})
     with pytest.raises(ValueError) as error:
         with engine(damaged):
@@ -121,7 +121,7 @@ def test_a_tensor_that_was_not_read_ends_the_start(exports, tmp_path, variant, g
     assert all(name in str(error.value) for name in [str(tmp_path), *gone, *added])
 
 
-# What a model of one layer has, as vLLM names it.
+# Parameters of a model with one layer, with vLLM's names.
 PARAMETERS = {
     name: torch.zeros(1)
     for name in (
@@ -145,7 +145,7 @@ def test_each_part_of_quantized_weights_must_be_read(name):
 
 
 def test_what_need_not_be_read():
-    """What a method makes itself; experts of other ranks; everything, where the loader fills parameters itself."""
+    """Accepted as missing: scales that the method creates, other ranks' experts, all tensors if none was read."""
     assert missing(FILES) is None
     assert missing([name for name in FILES if not name.endswith("_scale")]) is None
     second = [name for name in FILES if f"{EXPERT}.1." in name]
@@ -155,7 +155,7 @@ def test_what_need_not_be_read():
 
 
 def missing(files, gone=(), **options):
-    """What is said of these names without those gone."""
+    """Return the error for a checkpoint with these names without those `gone`, or None."""
     from vllm_plt.model import PLTForCausalLM
     from vllm_plt.weights import ReadTensors
 
@@ -171,7 +171,7 @@ def missing(files, gone=(), **options):
 
 
 def test_one_loop_has_no_use_for_gates(exports, tmp_path):
-    """Also where the head is tied, and the file has it twice."""
+    """Gate weights are ignored if one loop is served, as is a second copy of a tied head."""
     export = exports("biases, tied")
     twice = write_without(export, tmp_path)
     with engine(twice, additional_config={"plt": {"loop_count": 1}}) as llm:
@@ -183,7 +183,7 @@ def linears(model):
 
 
 def write_int8(export, folder) -> None:
-    """The export with its layers' weights in int8, one scale a row, and activations to be rounded a token."""
+    """Write the export with int8 weights (a scale per row) and per-token activation quantization in its layers."""
     from safetensors.torch import save_file
 
     tensors = {name: tensor.clone() for name, tensor in export.model.state_dict().items()}
@@ -220,7 +220,7 @@ def simulate_int8(model) -> None:
 
 
 def test_transformers_loads_an_adapter_over_its_base(exports, tmp_path):
-    """Its tensors are not the model's: a check of those lets them pass."""
+    """The modeling file's check of tensors accepts an adapter's, which are not the model's."""
     import peft
     from helpers import make_model
 

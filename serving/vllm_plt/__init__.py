@@ -1,13 +1,13 @@
-"""Parallel Loop Transformers (PLT, arXiv 2510.24824) in vLLM: exports of plt_megatron, and LoopCoder-v2's names."""
+"""vLLM plugin for Parallel Loop Transformers (PLT, arXiv 2510.24824): plt_megatron's exports and LoopCoder-v2."""
 
 ARCHITECTURES = ("PLTForCausalLM", "IQuestPLTCoderForCausalLM")
 
 
 def register() -> None:
-    """What vLLM calls in each of its processes: makes configurations and architectures known.
+    """Register the configurations and architectures; vLLM calls this in each of its processes.
 
-    With a vLLM of another version, or one that lacks what the plugin uses of it, it says so in one line and registers
-    nothing, so that other models are served: vLLM itself would end over an error here.
+    If vLLM has another version, or lacks something that the plugin uses, log one line and register nothing. Raising
+    would stop vLLM itself, and with it the serving of other models.
     """
     from vllm.logger import init_logger
 

@@ -1,12 +1,13 @@
-"""What every token hands on to the next, in vLLM's paged memory, cut into slices as if layers held it.
+"""The carry: the state that each token hands on to the next, stored in vLLM's paged KV cache.
 
-vLLM gives every group of layers blocks of one size and forms groups of as many layers as the smallest kind has. So
-the carry is cut into as many slices as the model has layers (a multiple of it, where a slice would be wider than an
-attention layer's page; fewer, where some layers run once: `slices_of_a_carry`): groups are then alike and a request
-keeps one block of carries. In pages it is shared by prefix caching and survives preemption, chunked prefill and
-transfers as K and V do.
+It consists of h(1..L-1), with cross-loop parallelism, and of the previous token's keys (and values) that shifted keys
+use (`key_shift`). In pages it is shared by prefix caching and survives preemption, chunked prefill and transfers, as
+K and V do.
 
-It consists of h(1..L-1), with cross-loop parallelism, and of what shifted keys take (`key_shift`).
+vLLM gives all KV cache groups blocks of one size, and forms groups of as many layers as the smallest kind has. The
+carry is therefore cut into as many slices as the model has layers, each registered as a layer: groups then have equal
+sizes and a request keeps one block of carries. `slices_of_a_carry` takes a multiple of that number where a slice would
+be wider than an attention layer's page, and fewer where some layers run once.
 """
 
 from dataclasses import dataclass
@@ -34,10 +35,14 @@ from vllm_plt.vllm_internals import (
 
 @dataclass
 class CarryMetadata:
-    """References to the runner's own buffers, so that a captured graph sees what they hold when it is replayed.
+    """Attention metadata of a carry: references to the runner's buffers, so that a replayed graph sees current values.
 
-    query_start_loc: [R + 1] first token of each request of the step; seq_lens: [R] tokens with this step's.
-    block_table: [R, blocks]; slot_mapping: [T], -1 at padding.
+    Attributes:
+        query_start_loc: [R + 1], first token of each of the step's requests.
+        seq_lens: [R], tokens of each request, this step's included.
+        block_table: [R, blocks].
+        slot_mapping: [T], -1 for padding.
+        max_query_len: most tokens that a request has in this step.
     """
 
     query_start_loc: torch.Tensor
@@ -67,7 +72,7 @@ class CarryMetadataBuilder(AttentionMetadataBuilder[CarryMetadata]):
 
 
 class CarryBackend(AttentionBackend):
-    """Has pages and metadata, and no kernel."""
+    """Attention backend with pages and metadata but no kernel."""
 
     @staticmethod
     def get_name() -> str:
@@ -87,7 +92,7 @@ class CarryBackend(AttentionBackend):
 
 
 class CarrySlice(nn.Module, AttentionLayerBase):
-    """What the runner takes for a layer: a name and a place in paged memory."""
+    """One slice of the carry, which vLLM's model runner treats as an attention layer with its own KV cache."""
 
     def __init__(self, name: str, width: int, is_read_at_once: bool, attention: Attention, vllm_config: VllmConfig):
         super().__init__()
@@ -95,7 +100,7 @@ class CarrySlice(nn.Module, AttentionLayerBase):
         self.width = width
         self.is_read_at_once = is_read_at_once
         self.dtype = vllm_config.model_config.dtype
-        self.like = (attention,)  # a tuple: its weights are not this layer's
+        self.like = (attention,)  # in a tuple, so that its weights are not registered as this layer's
         self.kv_cache = torch.tensor([])
         register_layer(name, self, vllm_config)
 
@@ -120,14 +125,15 @@ PRELUDE_KEYS, CODA_KEYS = "prelude's keys", "coda's keys"
 
 
 class Carry(nn.Module):
-    """Reads and writes the carried states of a step's tokens.
+    """Reader and writer of the carried states of a step's tokens.
 
     Args:
-        states: of each kind of state, a token's vectors and their width: `HIDDEN`, h(1..L-1), and `KEYS`, what shifted
-            keys of all layers that loop take, one for each loop; of layers that run once, `PRELUDE_KEYS`, `CODA_KEYS`.
+        states: kind of state -> (vectors per token, their width). `HIDDEN` is h(1..L-1); `KEYS` is what the shifted
+            keys of all looped layers use, one vector per loop; `PRELUDE_KEYS` and `CODA_KEYS` are the same for layers
+            that run once.
         loops: L.
-        attention: a layer of the model's, for the size of its pages.
-        first_number: the slices' layer numbers start here; vLLM tells layers apart by the one number in their names.
+        attention: one of the model's attention layers, which gives the page size.
+        first_number: first layer number of the slices; vLLM identifies a layer by the one number in its name.
     """
 
     def __init__(
@@ -147,7 +153,7 @@ class Carry(nn.Module):
             config.model_config.hf_config, loops, next(few for few in count_from(1) if self._width(few) <= room)
         )
         self.parts, width = self._parts(slices), self._width(slices)
-        # Shifted keys of a loop are read before any of the step's are there.
+        # A loop's shifted keys are read before any of this step's are written.
         self.slices = nn.ModuleList(
             CarrySlice(f"{prefix}.carry.{first_number + index}", width, KEYS in states, attention, config)
             for index in range(slices)
@@ -155,7 +161,7 @@ class Carry(nn.Module):
         self._views: list[tuple[CarrySlice, torch.Tensor]] = []
 
     def _parts(self, slices: int) -> dict[str, tuple[int, int]]:
-        """Of each kind of state, a token's vectors and the width of what a slice has of one."""
+        """Return for each kind of state (vectors per token, width of one slice's part of a vector)."""
         return {kind: (count, -(-width // slices)) for kind, (count, width) in self.states.items()}
 
     def _width(self, slices: int) -> int:
@@ -163,11 +169,11 @@ class Carry(nn.Module):
 
     @property
     def metadata(self) -> CarryMetadata | None:
-        """This step's; None in a dry run."""
+        """This step's metadata; None in a dry run."""
         return metadata_of(self.slices[0].name)
 
     def views(self) -> list[tuple[CarrySlice, torch.Tensor]]:
-        """For each group of slices that share a block table one view [slices, blocks, block_size, width]."""
+        """Return one view [slices, blocks, block_size, width] for each group of slices that share a block table."""
         if not self._views or self._views[0][0].kv_cache.data_ptr() != self._views[0][1].data_ptr():
             by_table: dict[int, list[CarrySlice]] = {}
             for layer in self.slices:
@@ -188,7 +194,7 @@ class Carry(nn.Module):
         return first.as_strided(size, strides, first.storage_offset())
 
     def _columns(self, view: torch.Tensor, kind: str, loops: slice) -> torch.Tensor:
-        """What slices have of a kind of state, [slices, blocks, block_size, loops, part]."""
+        """Return the slices' columns of a kind of state, [slices, blocks, block_size, loops, part]."""
         begin = 0
         for name, (count, part) in self.parts.items():
             if name == kind:
@@ -197,10 +203,10 @@ class Carry(nn.Module):
         raise ValueError(f"no {kind} is carried")
 
     def write(self, kind: str, states: torch.Tensor, loops: slice) -> None:
-        """Store a kind of state [loops, T, width] of each token; zeros of padding, in the null block.
+        """Store a kind of state [loops, T, width] of each token; for padding, store zeros in the null block.
 
-        Its rows are whatever memory held. Attention reads that block too, where a window has moved on, with a weight of
-        zero, which a NaN would survive.
+        Padding rows hold arbitrary memory. Attention also reads the null block, where a window has moved on, with a
+        weight of zero; a NaN there would propagate.
         """
         count, tokens, width = states.shape
         part = self.parts[kind][1]
@@ -217,8 +223,8 @@ class Carry(nn.Module):
             taken += view.shape[0]
 
     def read(self, kind: str, loops: slice) -> torch.Tensor:
-        """A kind of state [loops, R, width] of the position before each request's first new token; zero where there is
-        none."""
+        """Return a kind of state [loops, R, width] at the position before each request's first new token, or zeros if
+        there is no such position."""
         parts = []
         for layer, view in self.views():
             metadata = metadata_of(layer.name)

@@ -1,6 +1,6 @@
-"""Kind of cache for what tokens hand on to the next: a window of two tokens, of which the older one is read.
+"""KV cache spec and manager of the carry: a sliding window of two tokens, of which the older one is read.
 
-A module of its own, since vLLM's engine core unpickles the specification, imports this and so makes it known.
+This is a separate module because vLLM's engine core unpickles the spec; importing the module registers it.
 """
 
 from collections.abc import Sequence
@@ -11,21 +11,22 @@ from vllm_plt.vllm_internals import SlidingWindowManager, SlidingWindowSpec, reg
 
 @dataclass(frozen=True, kw_only=True)
 class CarrySpec(SlidingWindowSpec):
-    """One slice of a token's carried states; the token before the next one is kept.
+    """KV cache spec of one slice of the carry; only the last token's is kept.
 
-    is_read_at_once: something of it is read before any of a step's is written, however many tokens the step has.
+    Attributes:
+        is_read_at_once: part of it is read before any of the step's is written, however many tokens the step has.
     """
 
     is_read_at_once: bool = False
 
 
 class CarryManager(SlidingWindowManager):
-    """Keeps a request that needs a carry of this very step from running in it.
+    """KV cache manager that delays a request which needs a carry computed in the current step.
 
     vLLM publishes a block's hash when the step that computes it is scheduled, so a request may hit a block that another
-    one computes in the same step. Where a step runs loop by loop that is right for hidden states, since h(l) of all
-    tokens is stored before loop l + 1 reads. In a step of one token a request all loops run at once, and shifted keys
-    take from the tokens before in every step: the carry is not there yet.
+    request computes in the same step. A loop-by-loop step handles this for hidden states, since h(l) of all tokens is
+    stored before loop l + 1 reads it. But a step of one token per request runs all loops at once, and shifted keys read
+    the carry first in every step: in both cases it is not there yet.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -42,7 +43,7 @@ class CarryManager(SlidingWindowManager):
         num_tokens_main_model: int,
         **kwargs,
     ) -> int:
-        """More blocks than there are make the scheduler try again in the next step."""
+        """Return more blocks than exist if the request must wait, so that the scheduler retries it in the next step."""
         at_once = self.kv_cache_spec.is_read_at_once or num_tokens_main_model - total_computed_tokens == 1
         if at_once and self.needs_carry_of_this_step(new_computed_blocks):
             return self.block_pool.num_gpu_blocks + 1
@@ -57,7 +58,7 @@ class CarryManager(SlidingWindowManager):
         )
 
     def needs_carry_of_this_step(self, hit_blocks: Sequence) -> bool:
-        """Whether the last block hit, which holds the carry, is computed in this step."""
+        """Return True if the last block hit, which holds the carry, is computed in this step."""
         return bool(hit_blocks) and hit_blocks[-1].block_hash in self.published_this_step
 
     def cache_blocks(self, request, num_tokens: int, *args, **kwargs) -> None:

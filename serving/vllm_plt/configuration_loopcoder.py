@@ -1,17 +1,17 @@
-"""LoopCoder-v2's configuration (arXiv 2606.18023) as a PLT's."""
+"""LoopCoder-v2's configuration (arXiv 2606.18023) as a PLTConfig."""
 
 from vllm_plt.configuration_plt import PLTConfig
 
 
 class LoopCoderConfig(PLTConfig):
-    """LoopCoder-v2's keys, which set PLT's.
+    """PLTConfig that is set by LoopCoder-v2's keys.
 
     Args:
         plt_num_loops (`int`): L.
-        plt_window_size (`list[int]`): keys before and after the query; after it there are none.
-        plt_normalize_per_loop (`bool`): the final norm is applied to every loop's output.
-        plt_emb_scale, plt_hidden_scale (`float`): scales of the input of loops >= 2; None: 1.
-        plt_gate_use_hidden_states (`bool`): the gate reads the layer's input, not the query.
+        plt_window_size (`list[int]`): number of keys before and after the query; the latter must be 0.
+        plt_normalize_per_loop (`bool`): apply the final norm to every loop's output.
+        plt_emb_scale, plt_hidden_scale (`float`): scales of the input of loops >= 2; None means 1.
+        plt_gate_use_hidden_states (`bool`): compute the gate from the layer's input instead of the query.
     """
 
     model_type = "iquestpltcoder"

@@ -1,4 +1,4 @@
-"""This tensor-parallel rank's share of the heads, and parameters that are cut alike."""
+"""This tensor-parallel rank's share of the heads, and parameters sharded the same way."""
 
 import torch
 from torch import nn
@@ -8,7 +8,7 @@ from vllm_plt.vllm_internals import get_tensor_model_parallel_rank, get_tensor_m
 
 
 def load_shard(shard: int):
-    """A weight loader that takes the `shard`-th part of the first dimension, of the parameter's size."""
+    """Return a weight loader that copies the `shard`-th slice of the first dimension, as long as the parameter's."""
 
     def load(param: nn.Parameter, loaded: torch.Tensor) -> None:
         size = param.shape[0]
@@ -24,7 +24,7 @@ def sharded_parameter(*shape: int, shard: int, dtype: torch.dtype | None = None)
 
 
 class Heads:
-    """This rank's share of the heads; key/value heads are repeated where there are fewer than ranks."""
+    """This rank's share of the heads; key/value heads are replicated if there are fewer of them than ranks."""
 
     def __init__(self, config: PLTConfig):
         ranks, self.rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()

@@ -1,7 +1,7 @@
-"""Keys, and values where that is learned, of the previous token (`key_shift`), and how a pass gets at them.
+"""Key shift: mixing the previous token's keys, and values if it is learned, into each token's (`key_shift`).
 
 Shapes: T tokens of a step, L loops, N rows (T tokens of one loop, or L * T), R requests, K key/value heads of this
-rank, D the head dimension, P the numbers of a token that the next one takes from it, in each layer.
+rank, D the head dimension, P the numbers per layer that a token hands on to the next.
 """
 
 import torch
@@ -12,7 +12,7 @@ from vllm_plt.heads import Heads, sharded_parameter
 
 
 def previous_rows(rows: torch.Tensor, starts: torch.Tensor, carried: torch.Tensor) -> torch.Tensor:
-    """Of each of `rows` [T, n] the one before, and `carried` [R, n] at the requests' first rows `starts` [R].
+    """Return the predecessor of each of `rows` [T, n]; at the requests' first rows `starts` [R] it is `carried` [R, n].
 
     A start of T belongs to no request.
     """
@@ -22,17 +22,17 @@ def previous_rows(rows: torch.Tensor, starts: torch.Tensor, carried: torch.Tenso
 
 
 def loops_with_keys(config: PLTConfig, loops: int) -> int:
-    """How many loops use keys or values of their own, from the first."""
+    """Return how many loops, counted from the first, use their own keys or values."""
     return loops if config.gated_window or not config.shares_values else 1
 
 
 class KeyCarry:
-    """What the keys of a pass take from the tokens before, layer after layer, and hand on to the tokens after.
+    """The previous tokens' keys that a pass reads, layer by layer, and the keys that it hands on.
 
     Args:
-        carried: of one loop's tokens [R, layers, P], what the requests' first ones take; of the rows of a decode step
-            [C, T, layers, P], what each takes in loops 1..C. C is 1 where later loops' keys are not used.
-        starts: [R] first rows of the requests; None: the rows are those of a decode step.
+        carried: in a pass of one loop [R, layers, P], for the first row of each request; in a pass over the rows of a
+            decode step [C, T, layers, P], for each row of loops 1..C. C is 1 if later loops' keys are not used.
+        starts: [R], first row of each request; None for the rows of a decode step.
     """
 
     def __init__(self, carried: torch.Tensor, starts: torch.Tensor | None):
@@ -40,7 +40,7 @@ class KeyCarry:
         self.taken: list[torch.Tensor] = []
 
     def shift(self, taken: torch.Tensor) -> torch.Tensor:
-        """What the next layer's keys get [N, P], where `taken` [N, P] is of these very tokens."""
+        """Record the next layer's `taken` [N, P] of these tokens; return the previous tokens' [N, P]."""
         carried = self.carried[..., len(self.taken), :]
         if self.starts is not None:
             self.taken.append(taken)
@@ -51,15 +51,16 @@ class KeyCarry:
         return carried.expand(rows.shape).reshape(taken.shape)
 
     def handed_on(self) -> torch.Tensor:
-        """Like the rows carried, of these tokens: [T, layers, P] or [C, T, layers, P]."""
+        """Return what these tokens hand on: [T, layers, P], or [C, T, layers, P] in a decode step."""
         return torch.stack(self.taken, -2)
 
 
 class KeyShift(nn.Module):
-    """The equation, in front of RoPE.
+    """The key shift itself, applied before RoPE.
 
-    "heads": whole keys of the second half of the model's key/value heads; "channels": of every key, the half of the
-    channels that RoPE turns slowly; "learned": k_t + a (k_(t-1) - k_t), and v_t with b, a number each for a head.
+    "heads" shifts whole keys of the second half of the model's key/value heads. "channels" shifts, in every key, the
+    half of the channels that RoPE rotates slowly. "learned" computes k_t + a (k_(t-1) - k_t), and the same of v_t with
+    b; a and b are one number per head.
     """
 
     def __init__(self, config: PLTConfig, heads: Heads):
@@ -68,7 +69,7 @@ class KeyShift(nn.Module):
         if self.form not in ("heads", "channels", "learned"):
             raise ValueError(f"key_shift {self.form!r} cannot be served yet: KeyShift has no equation for it")
         self.kept = min(max(total // 2 - heads.kv_shard * heads.kv, 0), heads.kv)  # heads of this rank
-        # Ranks hand on equally many heads, since vLLM wants the same pages on all of them.
+        # All ranks hand on the same number of heads, since vLLM needs the same page size on each.
         self.handed = min(heads.kv, total - total // 2)
         sizes = {"heads": self.handed * heads.dim, "channels": heads.kv_size // 2, "learned": 2 * heads.kv_size}
         self.width = sizes[self.form]  # P
@@ -76,7 +77,7 @@ class KeyShift(nn.Module):
             self.key, self.value = (sharded_parameter(heads.kv, shard=heads.kv_shard) for _ in range(2))
 
     def forward(self, key: torch.Tensor, value: torch.Tensor, carry: KeyCarry) -> tuple[torch.Tensor, torch.Tensor]:
-        """key and value [N, K * D] -> the same; the key may be overwritten."""
+        """Return shifted key and value [N, K * D] from key and value [N, K * D]; `key` may be overwritten."""
         if self.form == "learned":
             shape = (2, self.heads.kv, self.heads.dim)
             own = torch.cat([key, value], 1)
@@ -87,8 +88,8 @@ class KeyShift(nn.Module):
         if self.form == "heads":
             part, kept = by_head[:, self.heads.kv - self.handed :], self.kept - (self.heads.kv - self.handed)
         else:
-            part, kept = by_head.unflatten(2, (2, 2, -1))[:, :, :, 1], 0  # RoPE turns channel i with i + D / 2
-        # A copy: what is handed on would keep all of the projection's output.
+            part, kept = by_head.unflatten(2, (2, 2, -1))[:, :, :, 1], 0  # RoPE pairs channel i with i + D / 2
+        # Copied, so that what is handed on does not keep the whole projection output alive.
         taken = part.clone(memory_format=torch.contiguous_format)
         before = carry.shift(taken.view(len(key), self.width)).view(part.shape)
         part[:, kept:] = before[:, kept:]

@@ -1,4 +1,4 @@
-"""A PLT's layers on vLLM's parallel ones.
+"""PLT decoder layers, built from vLLM's tensor-parallel layers.
 
 Shapes: T tokens of a step, L loops, N rows (T tokens of one loop, or L * T), H query heads, K key/value heads, D the
 head dimension, d the hidden size; heads are this rank's.
@@ -32,7 +32,7 @@ from vllm_plt.vllm_internals import (
 
 
 class WholeRMSNorm(nn.Module):
-    """RMSNorm over a projection that tensor parallelism cuts (OLMo-2's norms on queries and keys)."""
+    """RMSNorm over a whole projection that tensor parallelism shards (OLMo-2's query and key norms)."""
 
     def __init__(self, size: int, shard: int, eps: float):
         super().__init__()
@@ -47,7 +47,7 @@ class WholeRMSNorm(nn.Module):
 
 
 class PLTGate(nn.Module):
-    """One scalar per head and row, from the query after RoPE or from the layer's input."""
+    """Gate: one scalar per head and row, computed from the query after RoPE or from the layer's input."""
 
     def __init__(self, config: PLTConfig, heads: Heads):
         super().__init__()
@@ -56,14 +56,14 @@ class PLTGate(nn.Module):
         self.from_hidden = config.gate_input == "hidden"
         self.activation = {"sigmoid": torch.sigmoid, "tanh": torch.tanh}[config.gate_activation]
         width = config.hidden_size if self.from_hidden else config.head_dim
-        # In fp32, which they are computed in: a step has no casts to make.
+        # Gates are computed in fp32; storing these in fp32 saves a cast in every step.
         self.weight = sharded_parameter(heads.query, width, shard=heads.rank, dtype=torch.float32)
         self.bias = sharded_parameter(heads.query, shard=heads.rank, dtype=torch.float32)
         if self.from_hidden:
             self.gate_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, query: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """Gates [N, H, 1] from query [N, H, D] and residual [N, d]; computed in fp32."""
+        """Return gates [N, H, 1] from query [N, H, D] and residual [N, d]; computed in fp32."""
         if self.from_hidden:
             logits = nn.functional.linear(self.gate_norm(residual).float(), self.weight, self.bias)
         else:
@@ -72,14 +72,15 @@ class PLTGate(nn.Module):
 
 
 class PLTAttention(nn.Module):
-    """Global attention of all loops, later loops' windows, and the gate that blends them.
+    """Global attention of all loops, the later loops' sliding windows, and the gate that blends the two.
 
     Args:
-        index: of the layer.
+        index: index of the layer.
         loops: L; 1 for a layer that does not loop.
         rows: decode steps run all loops at once.
-        prefix: of the model; layers are told apart by the one number in their names. It is (pass * layers + index),
-            where windows are of passes 1..L-1, and later loops' keys or values without one of passes L..2L-2.
+        prefix: the model's prefix. vLLM identifies an attention layer by the one number in its name, which is
+            pass * layers + index: pass 0 for loop 1, passes 1..L-1 for the later loops' windows, and L..2L-2 for
+            their full-context caches, if they have keys or values of their own.
     """
 
     def __init__(self, config: PLTConfig, index: int, loops: int, rows: bool, prefix: str, vllm_config: VllmConfig):
@@ -146,7 +147,11 @@ class PLTAttention(nn.Module):
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor, state: PassState
     ) -> torch.Tensor:
-        """Attention over normed hidden_states [N, d] at positions [N]; the gate reads `residual`, the layer's input."""
+        """Return the attention output [N, d] of hidden_states [N, d] at positions [N].
+
+        `residual` [N, d] is the layer's input, which a "hidden" gate reads; hidden_states is its norm, or with norms on
+        the outputs (OLMo-2) the same.
+        """
         query, key, value = self._qkv(positions, hidden_states, state.shifted)
         attend = self._rows if state.loop is None else self._loop
         out = attend(query, key, value, residual, state)
@@ -155,7 +160,7 @@ class PLTAttention(nn.Module):
     def _qkv(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, carry: KeyCarry | None
     ) -> tuple[torch.Tensor, ...]:
-        """[N, heads * D] each, normed, shifted and rotated."""
+        """Return query, key and value, [N, heads * D] each: normed, shifted and rotated where that applies."""
         heads = self.heads
         qkv, _ = self.qkv_proj(hidden_states)
         query, key, value = qkv.split([heads.query_size, heads.kv_size, heads.kv_size], dim=-1)
@@ -178,7 +183,7 @@ class PLTAttention(nn.Module):
                 first.keep(key)
             return self.attn(query, key, value)
         if self.shares_values:
-            shared = self.attn(query, None, None)  # reads what loop 1 stored
+            shared = self.attn(query, None, None)  # reads loop 1's cache
         else:
             shared = self.own[loop - 1](query, first.take() if self.shares_keys else key, value)
         if self.plt_gate is None:
@@ -186,7 +191,7 @@ class PLTAttention(nn.Module):
         return self._blend(query, residual, self.windows[loop - 1](query, key, value), shared)
 
     def _rows(self, query, key, value, residual, state: PassState) -> torch.Tensor:
-        """All loops of T tokens; row l * T + t is loop l + 1 of token t."""
+        """Attend with all loops of T tokens at once; row l * T + t is loop l + 1 of token t."""
         count = query.shape[0] // self.loops
         queries, keys, values = query.split(count), key.split(count), value.split(count)
         if self.shares_values:
@@ -204,11 +209,11 @@ class PLTAttention(nn.Module):
         return shared
 
     def _shared_rows(self, query, queries, key, value, count: int) -> torch.Tensor:
-        """All loops' queries [L * T, H * D] against the first loop's keys and values, which are read once."""
+        """Attend with all loops' queries [L * T, H * D] to loop 1's keys and values, reading them once if possible."""
         heads, loops = self.heads, self.loops
         if self.folded is None:
             return torch.cat([self.attn(queries[0], key, value), *(self.attn(q, None, None) for q in queries[1:])])
-        # Heads that share a key/value head lie together.
+        # Query heads that share a key/value head must be adjacent.
         shape = (loops, count, heads.kv, heads.query // heads.kv, heads.dim)
         folded = query.reshape(shape).permute(1, 2, 0, 3, 4).reshape(count, loops * heads.query, heads.dim)
         key, value = key.reshape(count, heads.kv, heads.dim), value.reshape(count, heads.kv, heads.dim)
@@ -217,7 +222,7 @@ class PLTAttention(nn.Module):
         return out.reshape(loops * count, heads.query_size)
 
     def _blend(self, query, residual, local, shared) -> torch.Tensor:
-        """[N, H * D] each; residual [N, d]."""
+        """Blend local and shared attention by the gate; residual is [N, d], all others and the result [N, H * D]."""
         shape = (-1, self.heads.query, self.heads.dim)
         gate = self.plt_gate(query.view(shape), residual)
         first, second = (shared, local) if self.gate_is_local else (local, shared)
@@ -225,7 +230,7 @@ class PLTAttention(nn.Module):
 
 
 class PLTMLP(nn.Module):
-    """down(act(gate(x)) * up(x))."""
+    """Gated MLP: down(act(gate(x)) * up(x))."""
 
     def __init__(self, config: PLTConfig, size: int, prefix: str, vllm_config: VllmConfig):
         super().__init__()
@@ -243,7 +248,7 @@ class PLTMLP(nn.Module):
 
 
 class PLTMoE(nn.Module):
-    """Experts in place of the MLP. A row is a token in a loop: the loops of a token choose for themselves."""
+    """Mixture of experts in place of the MLP. A row is a token in one loop: a token is routed anew in each loop."""
 
     def __init__(self, config: PLTConfig, prefix: str, vllm_config: VllmConfig):
         super().__init__()
@@ -270,13 +275,13 @@ class PLTMoE(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         logits, _ = self.gate(x.float())
-        shared = None if self.shared_expert is None else self.shared_expert(x)  # first: experts may work in place
+        shared = None if self.shared_expert is None else self.shared_expert(x)  # first: experts may overwrite x
         out = self.experts(hidden_states=x, router_logits=logits)
         return out if shared is None else out + shared
 
 
 class PLTDecoderLayer(nn.Module):
-    """Attention and MLP with their residuals; one set of weights for every loop."""
+    """Attention and MLP with residual connections; all loops share the weights."""
 
     def __init__(self, config: PLTConfig, index: int, loops: int, rows: bool, prefix: str, vllm_config: VllmConfig):
         super().__init__()
@@ -303,9 +308,9 @@ class PLTDecoderLayer(nn.Module):
         residual: torch.Tensor | None,
         state: PassState,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer's input is hidden_states + residual, [N, d] each; its output is returned in the same two parts.
+        """Apply the layer to hidden_states + residual, [N, d] each; return the output as the same two addends.
 
-        Both may be overwritten.
+        Both arguments may be overwritten.
         """
         if not self.pre:
             return self._post_norm(positions, hidden_states, residual, state)
@@ -321,11 +326,11 @@ class PLTDecoderLayer(nn.Module):
         return self._scaled(hidden_states), residual
 
     def _scaled(self, out: torch.Tensor) -> torch.Tensor:
-        """A branch's output as it is added."""
+        """Return a branch's output times the residual scale."""
         return out if self.residual_scale == 1.0 else self.residual_scale * out
 
     def _post_norm(self, positions, hidden_states, residual, state) -> tuple[torch.Tensor, torch.Tensor]:
-        """OLMo-2: norms on the outputs of attention and MLP."""
+        """Apply the layer with norms on the outputs of attention and MLP, as in OLMo-2."""
         layer_input = hidden_states if residual is None else hidden_states + residual
         out = self.self_attn(positions, layer_input, layer_input, state)
         residual = layer_input + self._scaled(self.post_attention_layernorm(out))

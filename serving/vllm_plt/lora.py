@@ -1,6 +1,6 @@
-"""LoRA adapters where a decode step's loops are rows of one batch.
+"""LoRA adapters for decode steps whose loops are rows of one batch.
 
-vLLM's kernels take the rows of a product for the step's tokens, whose adapters they know.
+vLLM's LoRA kernels expect one row per token of the step, since they map tokens to adapters.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,7 +15,7 @@ from vllm_plt.vllm_internals import BaseLinearLayerWithLoRA
 class LoopKernels:
     """vLLM's LoRA kernels (its `PunicaWrapper`), called once for each of `loops`.
 
-    Only the adapters' small products are cut: the weights' own stays one over all rows.
+    Only the adapters' small products are split; the base weights' product stays one over all rows.
     """
 
     def __init__(self, kernels):
@@ -26,7 +26,7 @@ class LoopKernels:
         return getattr(self.kernels, name)
 
     def add_lora_linear(self, y: torch.Tensor, x: torch.Tensor, *args, **kwargs) -> None:
-        """Add the adapters' product of x [loops * T, n] to y [loops * T, m], in place."""
+        """Add the adapters' output for x [loops * T, n] to y [loops * T, m], in place."""
         if self.loops == 1:
             self.kernels.add_lora_linear(y, x, *args, **kwargs)
             return
@@ -36,7 +36,7 @@ class LoopKernels:
 
 
 class RowAdapters:
-    """The adapters of layers whose loops may be rows: row l * T + t is loop l + 1 of token t."""
+    """LoRA adapters of layers whose loops may be rows: row l * T + t is loop l + 1 of token t."""
 
     def __init__(self, layers: Iterable[nn.Module], loops: int):
         self.layers, self.loops = tuple(layers), loops
@@ -44,8 +44,8 @@ class RowAdapters:
 
     @contextmanager
     def over_rows(self) -> Iterator[None]:
-        """Have the adapters work on the rows of all loops."""
-        if self._kernels is None:  # vLLM puts adapters in after it has made the model
+        """Apply the adapters to the rows of all loops within this context."""
+        if self._kernels is None:  # vLLM adds adapters after it has built the model
             self._kernels = self._wrap()
         self._kernels.loops = self.loops
         try:
@@ -56,7 +56,7 @@ class RowAdapters:
     def _wrap(self) -> LoopKernels:
         adapted = [part for layer in self.layers for part in layer.modules()]
         adapted = [part for part in adapted if isinstance(part, BaseLinearLayerWithLoRA)]
-        kernels = LoopKernels(adapted[0].punica_wrapper)  # one for all layers
+        kernels = LoopKernels(adapted[0].punica_wrapper)  # shared by all layers
         for part in adapted:
             assert part.punica_wrapper is kernels.kernels
             part.punica_wrapper = kernels

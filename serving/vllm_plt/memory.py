@@ -1,4 +1,4 @@
-"""What a request holds of vLLM's paged memory."""
+"""KV cache memory of a request."""
 
 from collections.abc import Iterable
 
@@ -10,20 +10,23 @@ _SMALL_CHUNK = 256
 
 
 def layers_of_a_group(counts: Iterable[int]) -> int:
-    """How many layers' caches vLLM gives blocks together, where it has so many of each kind; it pads the last group."""
+    """Return how many layers vLLM puts into a KV cache group, given their counts by kind; it pads the last group."""
     present = [count for count in counts if count]
     return max(present) if max(present) < 1.5 * min(present) else min(present)
 
 
 def caches_of_loops(config: PLTConfig, loops: int) -> tuple[int, int]:
-    """How many layers have a cache of the whole context, counting a loop's own, and how many have one of a window."""
+    """Return how many caches hold the whole context, later loops' own included, and how many hold a window."""
     later = (loops - 1) * len(config.looped_layers)
     return config.num_hidden_layers + (0 if config.shares_values else later), later if config.gated_window else 0
 
 
 def slices_of_a_carry(config: PLTConfig, loops: int, fewest: int) -> int:
-    """Into how many slices a token's carry is cut, at least `fewest`: with these vLLM's groups pad the context's caches
-    least, and then are fewest. Where all layers loop there are as many as layers, or a multiple."""
+    """Return into how many slices to cut a token's carry, at least `fewest`.
+
+    It is the number for which vLLM's groups pad the full-context caches least, and then for which they are fewest. If
+    all layers loop it is the number of layers, or a multiple.
+    """
     layers, caches = config.num_hidden_layers, caches_of_loops(config, loops)
 
     def cost(slices: int) -> tuple[int, int, int]:
@@ -35,10 +38,10 @@ def slices_of_a_carry(config: PLTConfig, loops: int, fewest: int) -> int:
 
 
 def blocks_of_a_request(config: PLTConfig, loops: int, slices: int, length: int, block: int, chunk: int) -> int:
-    """Blocks of `block` tokens of all layers' K/V that vLLM plans for a request of `length` tokens.
+    """Return how many blocks, each all layers' K/V of `block` tokens, vLLM plans for a request of `length` tokens.
 
-    What a token hands on to the next is cut into `slices`, 0 if that is nothing. Windows and carries also hold the
-    `chunk` tokens that a step may have in flight, and begin anywhere in a block.
+    `slices` is the number of slices of the carry, 0 if there is none. Windows and carries also hold the `chunk` tokens
+    that a step may have in flight, and may begin anywhere in a block.
     """
 
     def held(tokens: int) -> int:
@@ -52,7 +55,7 @@ def blocks_of_a_request(config: PLTConfig, loops: int, slices: int, length: int,
 
 
 def say_what_chunks_cost(config: PLTConfig, loops: int, slices: int, vllm_config: VllmConfig) -> None:
-    """Log one line if smaller chunks would let at least a quarter more requests run at once."""
+    """Log one line if smaller prefill chunks would let at least a quarter more requests run at once."""
     if loops == 1 and not slices:
         return
     length, block = vllm_config.model_config.max_model_len, vllm_config.cache_config.block_size

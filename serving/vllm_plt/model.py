@@ -1,13 +1,13 @@
-"""PLT for vLLM (arXiv 2510.24824): loops of prompts one after the other, loops of a decode step at once.
+"""PLT for vLLM (arXiv 2510.24824): prompts run loop by loop, a decode step runs all loops at once.
 
     h(1) = f(E)      h(l) = f(embedding_scale * E + hidden_scale * shift(h(l-1)))      logits = Head(norm(h(L)))
 
-With `loop_span` f is the layers of that range. Those before it run once on the embeddings, and E is their output; those
-after it run once on h(L): with one row a token, in a decode step too.
+With `loop_span`, f is the layers of that range. The layers before it (prelude) run once on the embeddings, and E is
+their output; the layers after it (coda) run once on h(L). Both have one row per token, in a decode step too.
 
-A step in which every request has one new token runs all loops as rows of one batch: row 1 is e, row l is e plus the
-h(l-1) that the position before left in paged memory. Any other step (prompts, drafts to verify) runs loop by loop over
-all its tokens, since the second token's loop l needs the first one's loop l - 1.
+A step in which every request has one new token runs all loops as rows of one batch: row 1 is E, row l combines E with
+the h(l-1) that the previous position left in the KV cache. Any other step (prompts, drafts to verify) runs loop by loop
+over all its tokens, since loop l of the second token needs loop l - 1 of the first.
 """
 
 from collections.abc import Iterable
@@ -44,7 +44,7 @@ logger = init_logger("vllm.plt")
 
 
 class LoopInput(nn.Module):
-    """Input of loops >= 2: embedding_scale * E + hidden_scale * N(h), N the identity or the division by the RMS."""
+    """Input of loops >= 2: embedding_scale * E + hidden_scale * N(h), where N is the identity or divides by the RMS."""
 
     def __init__(self, config):
         super().__init__()
@@ -55,7 +55,7 @@ class LoopInput(nn.Module):
             self.hidden_scale = nn.Parameter(torch.empty(size), requires_grad=False)
 
     def forward(self, embeds: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """E [T, d] and h, shifted with cross_loop_parallel, [..., T, d]."""
+        """Return the input [..., T, d] from E [T, d] and h [..., T, d], which is shifted with cross_loop_parallel."""
         if self.norm:
             x = hidden_states.float()
             hidden_states = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)).to(hidden_states.dtype)
@@ -63,7 +63,7 @@ class LoopInput(nn.Module):
 
 
 class PLTModel(nn.Module):
-    """Embedding, layers, of which all or some loop, final norm, and the carried states."""
+    """Embedding, decoder layers (all or some of them looped), final norm, and the carry."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
@@ -91,7 +91,7 @@ class PLTModel(nn.Module):
         self.adapters = None
         if rows and vllm_config.lora_config is not None:
             self.adapters = RowAdapters(self.layers[self.looped.start : self.looped.stop], loops)
-        # Two at least: a size of one is compiled as a constant.
+        # At least two: torch.compile treats a size of one as a constant.
         self.most_requests = max(vllm_config.scheduler_config.max_num_seqs, 2)
 
     def _make_passes(self, loops: int, rows: bool, vllm_config: VllmConfig) -> None:
@@ -105,7 +105,7 @@ class PLTModel(nn.Module):
             return layers_pass(name, stack, 0, vllm_config, is_normed=is_normed) if stack.layers else None
 
         self.prelude, self.coda = once("PLTPrelude", before, False), once("PLTCoda", after, True)
-        # A coda reads h(L) as it is, whatever the loops read.
+        # A coda reads h(L) without the norm, whatever the loops read.
         are_normed = [config.norm_between_loops] * last + [self.coda is None]
         keeps_keys = config.share_kv and not config.share_values and loops > 1
         self.passes = nn.ModuleList(
@@ -136,13 +136,13 @@ class PLTModel(nn.Module):
         return Carry(states, loops, attention.attn, prefix, (2 * loops - 1) * layers, vllm_config) if states else None
 
     def forward(self, positions: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-        """The normed output [T, d] of the last loop, for tokens with embeddings [T, d] at positions [T]."""
+        """Return the normed final hidden states [T, d] of tokens with embeddings [T, d] at positions [T]."""
         leave_piecewise_graphs()
         if self.rows is None:
             return self._loop_by_loop(positions, embeds)
         metadata = self.carry.metadata
         if metadata is None:
-            # Warm up both ways; no decode step has more tokens than requests fit into a batch.
+            # Dry run: warm up both ways. A decode step has at most as many tokens as a batch has requests.
             tokens = min(len(embeds), self.most_requests)
             self._decode(positions[:tokens].contiguous(), embeds[:tokens].contiguous())
         elif metadata.max_query_len == 1:
@@ -150,10 +150,10 @@ class PLTModel(nn.Module):
         return self._loop_by_loop(positions, embeds)
 
     def _decode(self, positions: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-        """One token a request, every loop at once."""
+        """Run all loops at once, with one token per request."""
         starts = None
         if len(self.looped) < len(self.layers):
-            starts = torch.arange(len(embeds), device=embeds.device)  # each row is a request's first
+            starts = torch.arange(len(embeds), device=embeds.device)  # each row is the first of its request
         embeds = self._once(self.prelude, PRELUDE_KEYS, positions, embeds, starts)
         carried = self._carried(HIDDEN, slice(None), embeds, len(embeds))
         inputs = torch.cat([embeds[None], self.loop_input(embeds, carried)])
@@ -168,7 +168,7 @@ class PLTModel(nn.Module):
         requests = min(len(embeds), self.most_requests)  # at most
         starts = None if self.carry is None else self._starts(requests, embeds)
         embeds = self._once(self.prelude, PRELUDE_KEYS, positions, embeds, starts)
-        hidden_states, first_keys = embeds.clone(), None  # layers may overwrite it, and later loops read it again
+        hidden_states, first_keys = embeds.clone(), None  # layers may overwrite it; later loops read embeds again
         for loop, run in enumerate(self.passes):
             which = slice(loop, loop + 1)
             if loop:
@@ -180,7 +180,7 @@ class PLTModel(nn.Module):
     def _once(
         self, run: nn.Module | None, kind: str, positions: torch.Tensor, hidden_states: torch.Tensor, starts
     ) -> torch.Tensor:
-        """hidden_states [T, d] through layers that run once, if there are any."""
+        """Apply the prelude or coda to hidden_states [T, d]; return them unchanged if there is none."""
         if run is None:
             return hidden_states
         return self._run(run, kind, slice(0, 1), positions, hidden_states.clone(), starts, None)[0]
@@ -195,7 +195,7 @@ class PLTModel(nn.Module):
         starts: torch.Tensor | None,
         first_keys: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """A pass through layers whose keys shift by this kind of carried state; its output and keys it keeps."""
+        """Run one pass, whose keys shift by this kind of carried state; return its output and the keys it keeps."""
         carried = None if starts is None else self._keys(kind, which, hidden_states, len(starts))
         carried = None if carried is None else carried[0]
         hidden_states, keys, kept = run(positions, hidden_states, carried, starts, first_keys)
@@ -205,16 +205,16 @@ class PLTModel(nn.Module):
     def _next_input(
         self, embeds: torch.Tensor, hidden_states: torch.Tensor, starts: torch.Tensor | None, which: slice
     ) -> torch.Tensor:
-        """Input of a loop, after h(l) [T, d] of the last one."""
+        """Return the next loop's input [T, d] from h(l) [T, d]; with cross-loop parallelism, also carry h(l)."""
         if not self.config.cross_loop_parallel:
             return hidden_states if self.loop_input is None else self.loop_input(embeds, hidden_states)
-        # All tokens first: a request's prefix may be computed by another one in this very step.
+        # Store all tokens first: another request may compute this one's prefix in the same step.
         self._hand_on(HIDDEN, hidden_states[None], which)
         carried = self._carried(HIDDEN, which, embeds, len(starts))[0]
         return self.loop_input(embeds, previous_rows(hidden_states, starts, carried))
 
     def _starts(self, requests: int, embeds: torch.Tensor) -> torch.Tensor:
-        """First row of each request, from 0; T of those that are not there."""
+        """Return the first row of each request, counted from 0; T for requests that do not exist."""
         starts = torch.full((requests,), len(embeds), device=embeds.device)
         if self.carry.metadata is None:
             starts[0] = 0
@@ -224,7 +224,7 @@ class PLTModel(nn.Module):
         return starts
 
     def _carried(self, kind: str, which: slice, like: torch.Tensor, rows: int) -> torch.Tensor:
-        """A kind of carried state [loops, rows, width]; zero in a dry run and beyond the step's requests."""
+        """Return a kind of carried state [loops, rows, width]; zero in a dry run and beyond the step's requests."""
         count, width = self.carry.states[kind]
         carried = like.new_zeros(len(range(count)[which]), rows, width)
         if self.carry.metadata is not None:
@@ -233,26 +233,26 @@ class PLTModel(nn.Module):
         return carried
 
     def _keys(self, kind: str, which: slice, like: torch.Tensor, rows: int) -> torch.Tensor | None:
-        """What shifted keys of these loops take, [loops, rows, layers, P]; None if they are not shifted."""
+        """Return what these loops' shifted keys use, [loops, rows, layers, P]; None if keys are not shifted."""
         if not range(self.carry.states.get(kind, (0, 0))[0])[which]:
             return None
         return self._carried(kind, which, like, rows).unflatten(-1, (-1, self.layers[0].self_attn.key_shift.width))
 
     def _hand_on(self, kind: str, states: torch.Tensor | None, which: slice) -> None:
-        """States [loops, T, ...] for the tokens after these."""
+        """Store states [loops, T, ...] in the carry, for the tokens after these."""
         if states is not None and self.carry.metadata is not None:
             self.carry.write(kind, states.flatten(2), which)
 
 
 class PLTForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
-    """PLT with a language-model head, in the names of plt_megatron's exports and of LoopCoder-v2."""
+    """PLT with a language-model head; reads the tensor names of plt_megatron's exports and of LoopCoder-v2."""
 
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_stacked={
             ".q_proj": (".qkv_proj", "q"),
             ".k_proj": (".qkv_proj", "k"),
             ".v_proj": (".qkv_proj", "v"),
-            # The experts' own loader knows their names.
+            # Experts are mapped by their own loader.
             ".mlp.gate_proj": (".mlp.gate_up_proj", 0),
             ".mlp.up_proj": (".mlp.gate_up_proj", 1),
             ".shared_expert.gate_proj": (".shared_expert.gate_up_proj", 0),
@@ -284,7 +284,7 @@ class PLTForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
         say_what_chunks_cost(config, settings.loop_count, slices, vllm_config)
 
     def _read_tensors(self, vllm_config: VllmConfig) -> ReadTensors:
-        # What an attention layer has are scales of its cache, which files need not have.
+        # An attention layer's parameters are KV cache scales, which checkpoints need not have.
         caches = tuple(f"{name}." for name, module in self.named_modules() if isinstance(module, Attention))
         return ReadTensors(
             ((name, param) for name, param in self.named_parameters() if not name.startswith(caches)),
@@ -314,12 +314,12 @@ class PLTForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
         ignored = []
         if self.config.tie_word_embeddings:
             ignored.append("lm_head.")
-        if self.model.settings.loop_count == 1:  # one loop has no use for gates and loop inputs
+        if self.model.settings.loop_count == 1:  # one loop needs no gates and loop inputs
             later = (".plt_gate.", ".loop_input.")
             weights = ((name, tensor) for name, tensor in weights if not any(part in name for part in later))
         loader = AutoWeightsLoader(self, ignore_unexpected_prefixes=ignored)
         return loader.load_weights(self.read.recorded(weights), mapper=self.hf_to_vllm_mapper)
 
     def process_weights_after_loading(self) -> None:
-        """What vLLM calls once a model has been loaded. Later, `load_weights` may get a part of the tensors."""
+        """Check that all tensors were read. vLLM calls this after loading; a later `load_weights` may be partial."""
         self.read.check(self.folder)

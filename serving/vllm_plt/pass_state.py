@@ -1,4 +1,4 @@
-"""What layers need to know of the pass that they run in, and what they hand on from it."""
+"""State of a pass through the layers: its loop, and the keys that it reads and hands on."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,11 @@ from vllm_plt.key_shift import KeyCarry
 
 
 class FirstKeys:
-    """Loop 1's keys of a step's tokens, where later loops attend to them with values of their own.
+    """Loop 1's keys of a step's tokens, to which later loops attend with their own values.
 
     Args:
-        given: [T, layers, K * D], of all layers of a later loop's pass; None: this is loop 1's, which keeps its own.
+        given: [T, layers, K * D], the keys of all layers, for a later loop's pass; None for loop 1's, which records its
+            own.
     """
 
     def __init__(self, given: torch.Tensor | None):
@@ -20,11 +21,11 @@ class FirstKeys:
         self._kept: list[torch.Tensor] = []
 
     def keep(self, key: torch.Tensor) -> None:
-        """The next layer's, [T, K * D]. A copy, which does not keep all of the projection's output."""
+        """Record the next layer's key [T, K * D], as a copy that does not keep the whole projection output alive."""
         self._kept.append(key.clone())
 
     def take(self) -> torch.Tensor:
-        """The next layer's, [T, K * D]."""
+        """Return the next layer's key, [T, K * D]."""
         self.layers += 1
         return self.given[:, self.layers - 1]
 
@@ -34,12 +35,12 @@ class FirstKeys:
 
 @dataclass
 class PassState:
-    """Of one pass through some layers.
+    """State of one pass through some layers.
 
     Attributes:
-        loop: of all rows, from 0; None: the rows are loops 1..L of N / L tokens, loop after loop.
-        shifted: of keys that are shifted, else None.
-        first: None where later loops' passes need no keys of loop 1 handed to them.
+        loop: the loop of all rows, from 0; None if the rows are loops 1..L of N / L tokens, one loop after the other.
+        shifted: carry of the shifted keys; None if keys are not shifted.
+        first: loop 1's keys; None if later loops' passes do not need them.
     """
 
     loop: int | None

@@ -1,7 +1,7 @@
-"""The layers as units of torch.compile: those before the loops, each loop, those after, and the rows of a decode step.
+"""Units of torch.compile: the prelude, each loop, the coda, and the rows of a decode step.
 
-vLLM drops dynamo's guards and names compiled files after the class's forward. What differs in control flow, as the loop
-does, therefore needs a class with a code object of its own; a shared one would run another loop's code, silently.
+vLLM drops dynamo's guards and names compiled files after the class's forward. Passes that differ in control flow, as
+loops do, therefore need a class with its own code object; a shared one would silently run another loop's code.
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from vllm_plt.vllm_internals import VllmConfig, set_model_tag, support_torch_com
 
 
 class Stack:
-    """Layers and the final norm, which belong to the model: not a module, so that they are not registered twice."""
+    """Layers and the final norm. Not a module: the model owns them, and they must not be registered twice."""
 
     def __init__(self, layers: Iterable[nn.Module], norm: nn.Module):
         self.layers = tuple(layers)
@@ -31,10 +31,15 @@ def _loop_forward(
     starts: torch.Tensor | None,
     first_keys: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The output [T, d] of loop `self.loop` from its input [T, d], normed if `self.is_normed`; what keys hand on; keys.
+    """Run loop `self.loop` on hidden_states [T, d].
 
-    `KeyCarry` says what carried, starts and the second are; None where this loop's keys are not shifted. Loop 1 returns
-    its keys if `self.keeps_keys`, and later loops get them as first_keys (`FirstKeys`).
+    Args:
+        carried, starts: see `KeyCarry`; None if this loop's keys are not shifted.
+        first_keys: see `FirstKeys`; loop 1's keys, for later loops that attend to them with their own values.
+
+    Returns:
+        The output [T, d], normed if `self.is_normed`; what the keys hand on (`KeyCarry`), or None; this loop's keys if
+        `self.keeps_keys`, else None.
     """
     state = PassState(self.loop, None if carried is None else KeyCarry(carried, starts))
     if self.keeps_keys or first_keys is not None:
@@ -53,8 +58,12 @@ def _loop_forward(
 def _rows_forward(
     self, positions: torch.Tensor, hidden_states: torch.Tensor, carried: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """h(1..L-1) [L - 1, T, d], h(L) [T, d] and what keys hand on, from the loops' inputs [L, T, d] at positions [T] and
-    what keys take, or None (see `KeyCarry`). `self.are_normed` and `self.is_normed` say which of the former are."""
+    """Run all loops at once on their inputs [L, T, d] at positions [T]; for `carried`, see `KeyCarry`.
+
+    Returns:
+        h(1..L-1) [L - 1, T, d], normed if `self.are_normed`; h(L) [T, d], normed if `self.is_normed`; what the keys
+        hand on (`KeyCarry`), or None.
+    """
     loops, tokens, size = hidden_states.shape
     state = PassState(None, None if carried is None else KeyCarry(carried, None))
     positions = positions.repeat(loops)
@@ -71,7 +80,7 @@ def _rows_forward(
 
 
 def _pass(name: str, function: FunctionType, dims: dict[str, int], vllm_config: VllmConfig, **attributes) -> nn.Module:
-    """An instance of a class of this name whose forward is a copy of `function`, compiled by vLLM."""
+    """Return an instance of a new class called `name`, whose forward is a copy of `function`, compiled by vLLM."""
     code = function.__code__.replace(co_name=name, co_qualname=f"{name}.forward")
     forward = FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
     forward.__annotations__ = function.__annotations__
@@ -89,14 +98,14 @@ def _pass(name: str, function: FunctionType, dims: dict[str, int], vllm_config: 
 def layers_pass(
     name: str, stack: Stack, loop: int, vllm_config: VllmConfig, *, is_normed: bool, keeps_keys: bool = False
 ) -> nn.Module:
-    """Layers over T tokens of loop `loop`, from 0."""
+    """Return the pass of loop `loop`, from 0, over T tokens."""
     dims = {"positions": 0, "hidden_states": 0, "carried": 0, "starts": 0, "first_keys": 0}
     attributes = {"stack": stack, "loop": loop, "is_normed": is_normed, "keeps_keys": keeps_keys}
     return _pass(name, _loop_forward, dims, vllm_config, **attributes)
 
 
 def rows_pass(stack: Stack, vllm_config: VllmConfig, *, are_normed: bool, is_normed: bool) -> nn.Module:
-    """All loops over T tokens at once."""
+    """Return the pass of all loops at once over T tokens."""
     dims = {"positions": 0, "hidden_states": 1, "carried": 1}
     attributes = {"stack": stack, "are_normed": are_normed, "is_normed": is_normed}
     return _pass("PLTRows", _rows_forward, dims, vllm_config, **attributes)

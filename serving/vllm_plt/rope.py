@@ -1,10 +1,10 @@
-"""RoPE's keys as vLLM takes them."""
+"""RoPE parameters in the form that vLLM takes."""
 
 from vllm_plt.configuration_plt import PLTConfig
 
 
 def rope_parameters(config: PLTConfig) -> dict:
-    """Those of the configuration; what YaRN's leave null is what transformers takes it for, since vLLM would fail."""
+    """Return the configuration's RoPE parameters, with transformers' defaults for YaRN's nulls, on which vLLM fails."""
     rope = dict(config.rope_parameters or {})
     if rope.get("rope_type") == "yarn":
         rope["beta_fast"] = rope.get("beta_fast") or 32
@@ -15,7 +15,7 @@ def rope_parameters(config: PLTConfig) -> dict:
 
 
 def most_positions(config: PLTConfig) -> int | None:
-    """For how many vLLM has angles: YaRN's factor times the original length; None: for any context's."""
+    """Return for how many positions vLLM has angles: YaRN's factor times the original length; None if unlimited."""
     rope = rope_parameters(config)
     if rope.get("rope_type") != "yarn":
         return None

@@ -1,4 +1,4 @@
-"""The plugin's settings, and what a PLT model cannot be combined with, checked before anything starts.
+"""The plugin's settings, and a check of the server's options that PLT models do not support.
 
 --additional-config '{"plt": {"loop_mode": "serial", "loop_count": 1}}'
 """
@@ -17,10 +17,10 @@ _DRAFTS_WITHOUT_A_MODEL = ("ngram", "ngram_gpu", "suffix")
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model's loops are run.
+    """Settings of a model's loops.
 
     Attributes:
-        loop_mode: a decode step's loops "parallel" (at once, as rows of one batch) or "serial" (one after the other).
+        loop_mode: how a decode step runs its loops: "parallel" (as rows of one batch) or "serial" (one by one).
         loop_count: L, at most the model's own.
     """
 
@@ -33,7 +33,7 @@ class Settings:
 
 
 def read_settings(vllm_config: "VllmConfig") -> Settings:
-    """The settings of a model; those not given have their defaults.
+    """Return the model's settings, with defaults for those not given.
 
     Raises:
         ValueError: an unknown key or value, in one line.
@@ -63,7 +63,8 @@ def read_settings(vllm_config: "VllmConfig") -> Settings:
 
 
 def _adapters_fit(vllm_config: "VllmConfig") -> bool:
-    """Whether LoRA, if it is on, works with loops as rows: `vllm_plt.lora` knows the kernels of linear layers."""
+    """Return True unless LoRA is on in a form that loops as rows do not support: `vllm_plt.lora` handles the kernels of
+    linear layers only."""
     lora = vllm_config.lora_config
     return lora is None or (vllm_config.model_config.hf_config.num_experts is None and not lora.fully_sharded_loras)
 
@@ -77,7 +78,7 @@ def _given(vllm_config: "VllmConfig") -> dict:
 
 
 def check(vllm_config: "VllmConfig") -> None:
-    """Raise a `ValueError` of one line if the server is asked for something that PLT models cannot do."""
+    """Raise a one-line `ValueError` if the server's options need something that PLT models do not support."""
     parallel, config = vllm_config.parallel_config, vllm_config.model_config.hf_config
     if config.loop_order != "stack":
         raise ValueError(f"PLT models of loop_order {config.loop_order} cannot be served yet: use transformers")
@@ -119,7 +120,7 @@ def check(vllm_config: "VllmConfig") -> None:
 
 
 def register_check(architecture: str) -> None:
-    """Have vLLM call `check` for this architecture while it puts its configuration together."""
+    """Have vLLM call `check` for this architecture while it builds its configuration."""
     from vllm_plt.vllm_internals import MODELS_CONFIG_MAP, CUDAGraphMode, VerifyAndUpdateConfig
 
     class PLTServingConfig(VerifyAndUpdateConfig):
@@ -127,10 +128,10 @@ def register_check(architecture: str) -> None:
         def verify_and_update_config(vllm_config: "VllmConfig") -> None:
             check(vllm_config)
             compilation = vllm_config.compilation_config
-            # It counts on each expert layer running once in a step.
+            # A fast cold start assumes that each expert layer runs once per step.
             compilation.fast_moe_cold_start = False
-            # Of a decode step all is one graph. Other steps have inputs that move (see leave_piecewise_graphs), and
-            # other passes than the one that a graph of any batch would be captured with.
+            # A decode step is one graph. Other steps have inputs whose addresses change (see leave_piecewise_graphs),
+            # and run other passes than the one that a graph of a mixed batch would capture.
             unset = compilation.cudagraph_mode is None and vllm_config.optimization_level > 0
             if unset or compilation.cudagraph_mode:
                 compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY

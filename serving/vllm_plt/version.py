@@ -1,10 +1,10 @@
-"""The vLLM that this plugin is made for."""
+"""The vLLM version that this plugin supports."""
 
 SERIES = "0.32"
 
 
 def problem() -> str | None:
-    """One line if the installed vLLM is another one, else None."""
+    """Return a one-line message if the installed vLLM has another version, else None."""
     import vllm
 
     if vllm.__version__.split(".")[:2] == SERIES.split("."):

@@ -1,6 +1,6 @@
-"""All that this plugin uses of vLLM, and the one place that its internal interfaces are touched.
+"""Everything that this plugin uses of vLLM, and the only place that touches its internal interfaces.
 
-Public names of vLLM are re-exported, so that a new version can be checked here, line by line.
+Public names are re-exported here too, so that a new vLLM version can be checked line by line.
 """
 
 from dataclasses import replace
@@ -55,14 +55,14 @@ if _message := problem():
 
 
 def register_cache_spec(spec: type, manager: type) -> None:
-    """Make a kind of cache known, of which layers form groups of their own."""
-    # The registry adds vLLM's own kinds only while it is empty.
+    """Register a KV cache spec whose layers form their own groups."""
+    # The registry adds vLLM's own specs only while it is empty.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(spec, manager, uniform_type_base_spec=spec)
 
 
 def register_layer(name: str, layer: AttentionLayerBase, vllm_config: VllmConfig) -> None:
-    """Have the runner ask `layer` for a cache, and hand it over, under this name (with one number in it)."""
+    """Register `layer` under this name, with one number in it, so that the runner gives it a KV cache."""
     known = vllm_config.compilation_config.static_forward_context
     if name in known:
         raise ValueError(f"two layers are called {name}")
@@ -70,7 +70,7 @@ def register_layer(name: str, layer: AttentionLayerBase, vllm_config: VllmConfig
 
 
 def metadata_of(layer_name: str):
-    """This step's metadata of a layer; None in a dry run, which has none."""
+    """Return this step's attention metadata of a layer; None in a dry run."""
     metadata = get_forward_context().attn_metadata
     if isinstance(metadata, list):
         raise ValueError("PLT models cannot be run in microbatches: leave --enable-dbo")
@@ -78,9 +78,9 @@ def metadata_of(layer_name: str):
 
 
 def leave_piecewise_graphs() -> None:
-    """Have the rest of this step run outside of CUDA graphs, if it was to run in piecewise ones.
+    """Run the rest of this step without CUDA graphs, if it was to use piecewise ones.
 
-    Those are replayed with the addresses that they were captured with, and a pass's inputs are new tensors.
+    A piecewise graph is replayed with the addresses of its capture, but a pass's inputs are new tensors.
     """
     context = get_forward_context()
     if context.cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE:
@@ -88,13 +88,13 @@ def leave_piecewise_graphs() -> None:
 
 
 def attention_page_bytes(attention: Attention, vllm_config: VllmConfig) -> int:
-    """Bytes of one block of an attention layer."""
+    """Return the size of one block of an attention layer, in bytes."""
     spec = attention.get_kv_cache_spec(vllm_config)
     return customize_attention_spec(attention.get_attn_backend(), spec).page_size_bytes
 
 
 def check_block_size(attention: Attention, vllm_config: VllmConfig) -> None:
-    """Refuse a --block-size for which vLLM would give the windows' layers another one than the others."""
+    """Raise a `ValueError` for a --block-size with which vLLM would give the windows' layers a different block size."""
     cache, backend = vllm_config.cache_config, attention.attn_backend
     if cache.user_specified_block_size and not backend.supports_block_size(cache.block_size):
         known = ", ".join(str(size) for size in backend.get_supported_kernel_block_sizes())
@@ -102,14 +102,14 @@ def check_block_size(attention: Attention, vllm_config: VllmConfig) -> None:
 
 
 def can_fold(attention: Attention) -> bool:
-    """Whether `attend_folded` works with this layer's backend."""
+    """Return True if `attend_folded` works with this layer's backend."""
     return not attention.attn_backend.forward_includes_kv_cache_update and attention.query_quant is None
 
 
 def attend_folded(owner: Attention, reader: Attention, query, key, value) -> torch.Tensor:
-    """Store key and value [T, K, D] as `owner`'s, then let `reader`'s query [T, H, D] attend to the owner's cache.
+    """Store key and value [T, K, D] in `owner`'s cache, then attend to it with `reader`'s query [T, H, D].
 
-    The write's result is an argument of the read, which keeps their order under torch.compile.
+    The write's result is an argument of the read, which keeps them in order under torch.compile.
     """
     done = torch.ops.vllm.unified_kv_cache_update(key, value, _encode_layer_name(owner.layer_name))
     output = torch.empty_like(query)

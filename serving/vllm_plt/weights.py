@@ -1,6 +1,6 @@
-"""Whether a folder's tensors were all of a model's.
+"""Check that a checkpoint has all of a model's tensors.
 
-vLLM itself asks this of few: a linear layer may be read in part, or not at all, and is then served as it was allocated.
+vLLM itself checks few: a linear layer may be read in part, or not at all, and is then served as it was allocated.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -8,19 +8,19 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 
 _EXPERTS = ".experts."
-# The parts of what vLLM stacks for experts.
+# Parts of the experts' stacked weights in vLLM.
 _STACKED_EXPERTS = {"w13_": ("gate_proj", "up_proj"), "w2_": ("down_proj",)}
 
 
 class ReadTensors:
-    """Of a model before its weights are read.
+    """Record of the tensors read for a model; made before its weights are read.
 
     Args:
-        parameters: the model's, by name, as it was made.
-        stacked: name of a stacked module, as in `.qkv_proj`, by those of its parts, as in `.q_proj`.
-        experts: how many there are.
-        all_experts: each must be read; else vLLM leaves out those of other ranks.
-        quantized: what a weight consists of is its method's business, and may be made by it.
+        parameters: the model's parameters by name, as they were allocated.
+        stacked: name of a part (`.q_proj`) -> name of the stacked module (`.qkv_proj`).
+        experts: number of experts.
+        all_experts: each expert must be read; otherwise vLLM skips those of other ranks.
+        quantized: the quantization method decides what a weight consists of, and may create parts itself.
     """
 
     def __init__(
@@ -43,17 +43,17 @@ class ReadTensors:
             yield name, tensor
 
     def check(self, folder: str) -> None:
-        """Raise a `ValueError` of one line that names them if tensors of the model are missing, or unknown ones there.
+        """Raise a one-line `ValueError` that names missing or unknown tensors, if there are any.
 
-        The first time only: afterwards a trainer may send new weights in parts. A model that has read none
-        (`--load-format dummy`) is left alone.
+        Check on the first call only: afterwards a trainer may send new weights in parts. Accept a model that has read
+        no tensor (`--load-format dummy`).
         """
         is_first, self._is_checked = not self._is_checked, True
         if not is_first or not self.names:
             return
         kinds = {name.rpartition(".")[2] for name in self.names}
         missing = {part for name in self._wanted for part in self._missing(name, kinds)}
-        # vLLM refuses other unknown ones, but not biases, which some quantizers write needlessly.
+        # vLLM refuses other unknown tensors, but not biases, which some quantizers write needlessly.
         known = {part for parts in self._wanted.values() for part in parts}
         unknown = {name for name in self.names - known if name.endswith(".bias") and not self._quantized}
         for names, fault in ((missing, "lacks"), (unknown, "has unknown")):
@@ -66,7 +66,7 @@ class ReadTensors:
         kind = name.rpartition(".")[2].removeprefix("w13_").removeprefix("w2_")
         parts = set(self._wanted[name])
         if self._quantized and kind not in ("weight", "bias", *kinds):
-            return set()  # a scale, say, that these files do not have; if they have any, they must have all
+            return set()  # e.g. a scale that the checkpoint has nowhere; if it has one, it must have all
         if _EXPERTS in name and not self._all_experts:
             owners = {_expert(read) for read in self.names}
             parts = {part for part in parts if _expert(part) in owners}
@@ -74,7 +74,7 @@ class ReadTensors:
 
 
 def _parts(name: str, stacked: Mapping[str, str], experts: int) -> Iterator[str]:
-    """The names in files of what a parameter holds."""
+    """Yield the checkpoint names of the tensors that a parameter holds."""
     if _EXPERTS in name:
         owner, leaf = name.partition(_EXPERTS)[0], name.rpartition(".")[2]
         for prefix, modules in _STACKED_EXPERTS.items():
@@ -87,6 +87,6 @@ def _parts(name: str, stacked: Mapping[str, str], experts: int) -> Iterator[str]
 
 
 def _expert(name: str) -> str:
-    """Layer and number of the expert that a tensor in a file belongs to."""
+    """Return the layer and number of the expert that a checkpoint tensor belongs to."""
     owner, _, rest = name.partition(_EXPERTS)
     return f"{owner}.{rest.partition('.')[0]}"
