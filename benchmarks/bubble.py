@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""The pipeline's bubble with loops as virtual stages: is it (P - 1) / (L M) of the work?
+"""Check that the pipeline bubble with loops as virtual stages is (P - 1) / (L M) of the work.
 
     python benchmarks/bubble.py                     # 4 stages, 8 microbatches, 1 to 4 loops; exit status 1 if it is not
     python benchmarks/bubble.py --plot bubble.png   # the measured timelines as well
 
-megatron-core's own schedule drives the training system's chunks through four real processes; the layers alone are
-replaced: a chunk's forward pass sleeps for a fixed time and its backward pass for twice as long, so that stages are
-equal and a machine of two cores can hold four of them. A run of L loops has L chunks of the same work. The bubble is
-what a stage spends outside its chunks between the start of the first and the end of the last, over all stages, as a
-share of the work, measured from each chunk's time stamps.
+megatron-core's own schedule runs the training system's chunks in four real processes. Only the layers are replaced: a
+chunk's forward pass sleeps for a fixed time and its backward pass for twice as long, so that stages are equal and two
+cores suffice for four of them. A run of L loops has L chunks of the same work. The bubble is the time that stages spend
+outside their chunks, between the step's first start and last end, as a share of the time inside them; it is measured
+from each chunk's time stamps.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ def main() -> int:
     return report(arguments, {loops: [line[str(loops)] for line in timelines] for loops in arguments.loops})
 
 
-# ---------------------------------------------------------------- a stage's process
+# ---------------------------------------------------------------- process of a stage
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """Run one step for each loop count; write this stage's (kind, start, end) of each chunk."""
+    """Run one step for each loop count; write this stage's (kind, loop, start, end) of each chunk, in seconds."""
     import logging
     import warnings
 
@@ -93,7 +93,7 @@ def measure(arguments: argparse.Namespace) -> None:
     )
     timelines = {}
     for loops in arguments.loops:
-        one_step(stage, config, loops, arguments.microbatches)  # connections are made
+        one_step(stage, config, loops, arguments.microbatches)  # warm-up: opens the connections
         stage.events.clear()
         dist.barrier()
         one_step(stage, config, loops, arguments.microbatches)
@@ -105,7 +105,7 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 def one_step(stage: Any, config: Any, loops: int, microbatches: int) -> None:
-    """One training step by megatron-core's schedule, as the engine runs it."""
+    """Run one training step with megatron-core's schedule, as the engine does."""
     import torch
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
@@ -135,7 +135,10 @@ def one_step(stage: Any, config: Any, loops: int, microbatches: int) -> None:
 
 
 def sleeping_stage(seconds: float, first: bool, last: bool) -> Any:
-    """A stage for `LoopChunk` whose loops sleep: `seconds` forward, twice that backward; `events` holds when."""
+    """Return a stage for `LoopChunk` whose loops sleep, `seconds` forward and twice that backward.
+
+    Its `events` are (kind, loop, start, end).
+    """
     import torch
 
     events: list[tuple[str, int, float, float]] = []
@@ -175,7 +178,7 @@ def sleeping_stage(seconds: float, first: bool, last: bool) -> Any:
 
 
 def report(arguments: argparse.Namespace, timelines: dict[int, list[list]]) -> int:
-    """Print measured and predicted bubbles; 1 if one is further off than the tolerance."""
+    """Print measured and predicted bubbles; return 1 if one is further off than the tolerance, else 0."""
     rows, missed = {}, False
     print(f"{arguments.stages} stages, {arguments.microbatches} microbatches\nloops  (P-1)/(LM)  measured  off by")
     for loops, stages in timelines.items():
@@ -192,9 +195,10 @@ def report(arguments: argparse.Namespace, timelines: dict[int, list[list]]) -> i
 
 
 def bubble(stages: list[list]) -> float:
-    """Idle time of all stages over their work, between the step's first and last moment on each stage's own clock.
+    """Return the idle time of all stages divided by their work.
 
-    Processes of one machine share the monotonic clock, so the step's bounds are the earliest start and the latest end.
+    The step lasts from the earliest start to the latest end of any stage; processes of one machine share the monotonic
+    clock.
     """
     begun = min(event[2] for events in stages for event in events)
     ended = max(event[3] for events in stages for event in events)
@@ -203,7 +207,7 @@ def bubble(stages: list[list]) -> float:
 
 
 def draw(arguments: argparse.Namespace, timelines: dict[int, list[list]], rows: dict[int, dict[str, float]]) -> None:
-    """A timeline for each loop count, drawn with the same work as full width."""
+    """Draw a timeline for each loop count, in units of a stage's work."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

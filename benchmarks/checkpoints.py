@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""What saving costs: the share of the time of a run of the demo's model that saves every 50 steps.
+"""Cost of checkpoints: the share of training time in a run of the demo's model that saves every 50 steps.
 
     python benchmarks/checkpoints.py            # `make demo`'s data and layout; exit status 1 if the bar is missed
 
-The run is the demo's: 3.2M parameters, two processes, 2,048 tokens a step. The share is that of the saves in the whole
-time of the training loop, from the run's own records (`step_seconds` in metrics.jsonl), steps that are timed whole.
-Asynchronous saving is measured beside it.
+The run is the demo's: 3.2M parameters, two processes, 2,048 tokens per step. The share is the saves' part of the
+training loop's time (data, forward and backward, optimizer, saves), from the run's own records (`step_seconds` in
+metrics.jsonl). Asynchronous saving is measured too.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> int:
 
 
 def measure(folder: Path, steps: int, asynchronous: bool) -> tuple[float, float, int]:
-    """(share of the saves in the loop's time, seconds of one, its bytes)."""
+    """Train and return (the saves' share of the training loop's time, seconds per save, bytes of a checkpoint)."""
     config = load_config(str(ROOT / "configs/runs/plt2_demo.yaml"), ["optimizer.name=adam"])  # the larger checkpoint
     config.output_dir, config.name = str(folder), "async" if asynchronous else "sync"
     config.training = dataclasses.replace(config.training, train_tokens=None, train_iters=steps + 1)
@@ -64,7 +64,7 @@ def measure(folder: Path, steps: int, asynchronous: bool) -> tuple[float, float,
     started = time.monotonic()
     subprocess.run([sys.executable, "launch/train.py", str(folder / "run.yaml")], cwd=ROOT, check=True, stdout=2)
     run = folder / config.name
-    # A save is recorded with the steps after it: the last line holds the save at `steps` and one step more.
+    # A save is recorded with the steps after it: the last line covers the save at `steps` and one more step.
     records = [record for record in RunFolder(run).records() if record["kind"] == "train"]
     saving = sum(record["step_seconds"].get("checkpoint", 0.0) * _steps(records, i) for i, record in enumerate(records))
     training = sum(
@@ -80,7 +80,7 @@ def measure(folder: Path, steps: int, asynchronous: bool) -> tuple[float, float,
 
 
 def _steps(records: list[dict], index: int) -> int:
-    """Steps that a record's means are over."""
+    """Return the number of steps that a record's means cover."""
     return records[index]["step"] - (records[index - 1]["step"] if index else 0)
 
 

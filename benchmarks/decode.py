@@ -1,4 +1,4 @@
-"""What a loop costs when decoding: the rows of the paper's ablation compared, with the same weights.
+"""Decoding time per token: the rows of the paper's ablation compared, with the same weights.
 
     python benchmarks/decode.py                         # a 276M model in bf16; about six minutes on two CPU cores
     python benchmarks/decode.py --dtype fp32 --batch 1 4
@@ -6,8 +6,8 @@
     python benchmarks/decode.py --small                 # seconds: does it run? Times of so small a model say nothing
 
 Protocol (paper, arXiv 2510.24824, latency table): prefill 1024, decode 256, batch 1, 4 and 16. The rows take turns,
-a slice of tokens each, so that a busy moment of the machine hits all of them; figures are medians over slices,
-ratios are taken within a slice. Exits with 1 when a bar is missed, and says where the time goes.
+one slice of tokens each, so that other load on the machine affects all of them. Figures are medians over slices,
+and ratios are taken within a slice. Exits with 1 when a bar is missed, and says where the time goes.
 """
 
 import argparse
@@ -53,7 +53,7 @@ LENGTHS = {"1,280": 1280, "4k": 4096, "32k": 32768, "128k": 131072}
 
 # Bars of decoding on a CPU, for models of at least this many parameters.
 BAR_PARAMETERS = 200e6
-NAIVE_RANGE = (1.6, 2.4)  # times vanilla: the cost of a loop that nothing is done about
+NAIVE_RANGE = (1.6, 2.4)  # times vanilla: the cost of a second loop without PLT
 PLT2_TO_VANILLA = 1.25  # batch 4
 PLT2_TO_NAIVE = 0.65  # batch 4
 PLT2_KV = 1.07  # times vanilla, at any of LENGTHS
@@ -62,7 +62,7 @@ GPU_AIM = 1.02  # the paper's, on its GPU
 
 @dataclass
 class Timing:
-    """Milliseconds per decoded token of one row, by slice, and where they go (a profile of a few steps)."""
+    """Milliseconds per decoded token of one row, by slice, and their shares by kind (profile of a few steps)."""
 
     slices: list[float] = field(default_factory=list)
     prefill_seconds: float = 0.0
@@ -104,7 +104,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def build_models(args: argparse.Namespace) -> dict[str, PLTForCausalLM]:
-    """One model a row. All share one set of weights; only gates are a row's own."""
+    """Return one model per row. All share one set of weights, except for their gates."""
     torch.manual_seed(0)
     sizes = SMALL_MODEL if args.small else MODEL
     models: dict[str, PLTForCausalLM] = {}
@@ -119,7 +119,7 @@ def build_models(args: argparse.Namespace) -> dict[str, PLTForCausalLM]:
 
 
 class Decoder:
-    """Decodes one row: its cache, and a step that is eager, compiled or a replayed graph."""
+    """Decoder of one row: its cache, and a step that is eager, compiled or a replayed CUDA graph."""
 
     def __init__(self, model: PLTForCausalLM, cache: PLTCache, batch: int, args: argparse.Namespace):
         self.model = model
@@ -132,7 +132,7 @@ class Decoder:
         elif args.graph:
             self.step = self._capture().replay
         if args.compile or args.graph:
-            for _ in range(3):  # compiled here, not in a timed slice
+            for _ in range(3):  # compile here, not in a timed slice
                 self.step()
 
     def _eager(self) -> torch.Tensor:
@@ -151,7 +151,7 @@ class Decoder:
         return graph
 
     def time(self, tokens: int) -> float:
-        """Milliseconds per token."""
+        """Decode `tokens` tokens; return milliseconds per token."""
         synchronize(self.tokens.device)
         start = time.perf_counter()
         for _ in range(tokens):
@@ -166,9 +166,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def prefill(model: PLTForCausalLM, args: argparse.Namespace, batch: int) -> tuple[PLTCache, float]:
-    """A cache filled with `batch` copies of one prompt, and the seconds that took."""
+    """Return a cache filled with `batch` copies of one prompt, and the seconds of the prefill."""
     static = args.compile or args.graph
-    # Room for warming up, capturing and profiling on top of the timed tokens.
+    # Leave room for warm-up, capture and profiling in addition to the timed tokens.
     cache = model.new_cache(args.prefill + args.decode + 32 if static else None)
     prompt = torch.arange(args.prefill, device=args.device)[None] % model.config.vocab_size
     start = time.perf_counter()
@@ -176,16 +176,16 @@ def prefill(model: PLTForCausalLM, args: argparse.Namespace, batch: int) -> tupl
     synchronize(prompt.device)
     seconds = time.perf_counter() - start
     if not static:
-        cache.batch_repeat_interleave(batch)  # the same state as a batch of equal prompts, sooner
+        cache.batch_repeat_interleave(batch)  # same state as a batch of equal prompts, but faster
     return cache, seconds
 
 
 def measure(models: dict[str, PLTForCausalLM], batch: int, args: argparse.Namespace) -> dict[str, Timing]:
-    """Times of all rows at one batch size, the rows taking turns."""
+    """Time all rows at one batch size, taking turns."""
     timings = {name: Timing() for name in models}
     decoders = {}
     if args.compile:
-        torch._dynamo.reset()  # it keeps only a few versions of a function, and each row and batch size is one
+        torch._dynamo.reset()  # it keeps few versions of a function, and each row and batch size needs one
     for name, model in models.items():
         cache, timings[name].prefill_seconds = prefill(model, args, batch)
         decoders[name] = Decoder(model, cache, batch, args)
@@ -200,7 +200,7 @@ def measure(models: dict[str, PLTForCausalLM], batch: int, args: argparse.Namesp
 
 
 def profile_parts(decoder: Decoder, steps: int = 3) -> dict[str, float]:
-    """Share of a step's time in linear layers, attention and everything else, from the profiler's own times."""
+    """Return the shares of a step's time, by the profiler's self times, in linear layers, attention and the rest."""
     cuda = decoder.tokens.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profile:
@@ -218,7 +218,10 @@ def profile_parts(decoder: Decoder, steps: int = 3) -> dict[str, float]:
 
 
 def kv_bytes(config: PLTConfig, tokens: int, bytes_per_value: int) -> int:
-    """Decoding state of one sequence: (stores * n + (L-1) * w) tokens of K and V, and L-1 carries (paper, Table 1)."""
+    """Return the bytes of a sequence's decoding state (paper, Table 1).
+
+    It is (stores * n + (L-1) * w) tokens of K and V, and L-1 carries.
+    """
     later = config.loop_count - 1
     values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     stores = 1 if config.share_kv else config.loop_count
@@ -235,7 +238,7 @@ def kv_table(models: dict[str, PLTForCausalLM], dtype: torch.dtype) -> dict[str,
 
 
 def missed_time_bars(batch: int, timings: dict[str, Timing]) -> list[str]:
-    """The bars on times that these figures miss, each with where the time goes."""
+    """Return a line for each missed bar on times, which also says where the time goes."""
     vanilla, naive, plt2 = timings["vanilla"], timings["naive loop"], timings["PLT-2"]
     missed = []
 
@@ -302,7 +305,7 @@ def print_kv(table: dict[str, dict[str, int]]) -> None:
 
 
 def check_formula(timings: dict[str, Timing], models: dict[str, PLTForCausalLM], dtype: torch.dtype) -> None:
-    """A cache that holds more or less than the formula says is a bug."""
+    """Raise a RuntimeError if a cache's size differs from the formula's."""
     for name, timing in timings.items():
         formula = kv_bytes(models[name].config, timing.kv_tokens, dtype.itemsize)
         if timing.kv_bytes != formula:

@@ -1,8 +1,8 @@
-"""What PLT-2's speed is held against: megatron-core's GPT of twice the depth.
+"""Baseline for PLT-2's speed: megatron-core's GPT of twice the depth.
 
-On the torch backend it has our attention and norm modules, so that a ratio is the loops' overhead alone. On Transformer
-Engine it is megatron-core's own GPT throughout, with everything fused that PLT-2 has fused, and the output layer too
-where apex is.
+On the torch backend it has our attention and norm modules, so that the ratio measures the loops' overhead alone. With
+Transformer Engine it is megatron-core's own GPT throughout, with everything fused that PLT-2 has fused, and where apex
+is installed the output layer's gradient accumulation too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from plt_megatron.model.transformer_config import resolve_backend
 def deeper_gpt(
     model: ModelConfig, layers_config: Callable[[ModelConfig], TransformerConfig], vocab_size: int, sequence_length: int
 ) -> GPTModel:
-    """A GPTModel of the width of `model` and twice its layers, fp32 or as `layers_config` says, with random weights."""
+    """Return a GPTModel of the width of `model` and twice its layers, with random weights, as `layers_config` says."""
     plain = dataclasses.replace(model, num_layers=2 * model.num_layers, loop_count=1)
     backend = resolve_backend(plain)
     spec = get_gpt_layer_with_transformer_engine_spec() if backend == "te" else layer_spec(plain, backend)
@@ -50,7 +50,7 @@ def deeper_gpt(
 
 @contextmanager
 def _output_layer_without_apex() -> Iterator[None]:
-    """Within it, megatron-core's own linear layers are built where apex is missing, and do not fuse their gradient."""
+    """Build megatron-core's ColumnParallelLinear without fused gradient accumulation where apex is missing."""
     stock = ColumnParallelLinear.__init__
 
     def build(self: ColumnParallelLinear, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:

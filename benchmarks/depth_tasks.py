@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A task that needs depth: pointer chains, by layers, serial loops and parallel loops.
+"""Depth task: pointer chains, solved by layers, serial loops and parallel loops.
 
     python benchmarks/depth_tasks.py data .demo/depth_tasks
     plt sweep configs/sweeps/depth_tasks.yaml --jobs 2
@@ -8,8 +8,9 @@
 
 A row shows a random cycle f of eight symbols as the pairs "a f(a)" in any order, and asks for f, f(f), ... up to four
 times. A question is one token for its hops k and its pauses p, a symbol x, p pause tokens, and the answer f^k(x). With
-cross-loop parallelism loop l of a token reads loop l-1 of the token before it: a chain that goes on in the second loop
-needs a token to go on at. `score` exports each run and lets the export answer token by token, in parallel where it can.
+cross-loop parallelism, loop l of a token reads loop l-1 of the previous token, so a chain that continues in the second
+loop needs another token to do so. `score` exports each run and decodes the answers token by token, with parallel loops
+where the model has them.
 
 Exit status of `report`: 1 where a bar is missed. Each with the pauses that suit it best, PLT-2 lies between its layers
 once and twice as many (A), and solves more than 95 % of some depth of which its layers alone solve less than 60 % (B).
@@ -42,16 +43,16 @@ from plt_megatron.run_folder.text import plural
 
 SYMBOLS, HOPS, PAUSES = 8, 4, 3  # questions have 1 to HOPS hops and 0 to PAUSES - 1 pauses
 ROW = 128  # tokens
-# A symbol has four tokens: in a pair as what is pointed from and to, in a question, and as an answer.
+# A symbol has four tokens: as source and as target of a pair, in a question, and as an answer.
 FROM, TO, ASKED, ANSWER, QUESTION = (number * SYMBOLS for number in range(5))
 BOS, SEP, PAUSE, EOD = range(QUESTION + HOPS * PAUSES, QUESTION + HOPS * PAUSES + 4)
 VOCABULARY = EOD + 1
 FIRST_QUESTION = 2 + 2 * SYMBOLS
 SCORES = "depth_tasks.json"  # in a run's folder
 EXPORT = "exports/depth_tasks"  # where `plt archive` leaves weights out
-ONE, TWICE, PLT = "k layers", "2k layers", "PLT-2"  # rows of the sweep that the bars compare
+ONE, TWICE, PLT = "k layers", "2k layers", "PLT-2"  # the sweep's rows that the bars compare
 SOLVED, FAILED = 0.95, 0.60
-CLOSE = 0.01  # shares of right answers that count as equal
+CLOSE = 0.01  # shares of right answers that differ by less count as equal
 
 
 def main() -> int:
@@ -78,27 +79,27 @@ def main() -> int:
 
 
 def question_token(hops: int | np.ndarray, pauses: int | np.ndarray) -> Any:
-    """Of 1 to `HOPS` hops and 0 to `PAUSES` - 1 pauses."""
+    """Return the token of a question with 1 to `HOPS` hops and 0 to `PAUSES` - 1 pauses."""
     return QUESTION + PAUSES * (hops - 1) + pauses
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows whose questions have 1 to `hops` hops and fewer than `pauses` pauses, all as likely."""
+    """Rows whose questions have 1 to `hops` hops and fewer than `pauses` pauses, uniformly distributed."""
 
     rows: int
     hops: int = HOPS
     pauses: int = PAUSES
 
 
-# A run begins with single lookups and goes on to longer chains: what takes several lookups at once is hardly learned.
+# A run begins with single lookups and goes on to longer chains, since chains are hardly learned from the start.
 PARTS = {"lookups": Part(20_000, hops=1, pauses=1)}
 PARTS |= {f"hops_{most}": Part(20_000, hops=most) for most in range(1, HOPS)}
 PARTS |= {"train": Part(80_000), "validation": Part(2_048)}
 
 
 def draw_rows(generator: np.random.Generator, part: Part) -> np.ndarray:
-    """uint8 [rows, ROW]: BOS, the pairs, SEP, as many whole questions as there is room for, EOD."""
+    """Return uint8 [rows, ROW]: BOS, the pairs, SEP, as many whole questions as fit, EOD."""
     count = part.rows
     every = np.arange(count)[:, None]
     cycles = generator.permuted(np.tile(np.arange(SYMBOLS), (count, 1)), axis=1)
@@ -121,8 +122,10 @@ def draw_rows(generator: np.random.Generator, part: Part) -> np.ndarray:
 
 
 def write_data(folder: Path, parts: dict[str, Part] = PARTS, seed: int = 1) -> None:
-    """Write each part's .bin, .idx and loss mask, which asks for answers only, a document a row; the same bytes for the
-    same seed."""
+    """Write each part's .bin, .idx (a document per row) and loss mask (answers only).
+
+    The bytes are the same for the same seed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for number, (name, part) in enumerate(parts.items()):
         rows = draw_rows(np.random.default_rng([seed, number]), part)
@@ -134,7 +137,7 @@ def write_data(folder: Path, parts: dict[str, Part] = PARTS, seed: int = 1) -> N
 
 
 def find_questions(rows: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Row, index of the answer, hops and pauses of every question in `rows`."""
+    """Return row, index of the answer, hops and pauses of every question in `rows`."""
     row, at = np.nonzero((rows >= QUESTION) & (rows < BOS))
     kind = rows[row, at].astype(int) - QUESTION
     hops, pauses = kind // PAUSES + 1, kind % PAUSES
@@ -145,7 +148,7 @@ def find_questions(rows: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def score_runs(runs: Sequence[Path], data: Path, count: int) -> None:
-    """Write `SCORES` beside each run: share of right answers by pauses and hops, and how many there were."""
+    """Write `SCORES` into each run's folder: shares of right answers and numbers of questions, by pauses and hops."""
     index = read_index(data / "validation")
     rows = np.array(flat_tokens(index)).reshape(-1, ROW)[:count]
     for run in runs:
@@ -156,7 +159,7 @@ def score_runs(runs: Sequence[Path], data: Path, count: int) -> None:
 
 
 def load(run: Path) -> Any:
-    """The run's model by transformers, exported where it is not yet."""
+    """Return the run's model, loaded by transformers; export it first if that has not been done."""
     from plt_megatron.hf.exporting import ExportOptions, export
     from plt_megatron.hf.modeling_plt import PLTForCausalLM
 
@@ -167,9 +170,10 @@ def load(run: Path) -> Any:
 
 
 def answer(model: Any, rows: np.ndarray, batch: int = 128) -> np.ndarray:
-    """int64 [rows, ROW]: at each index the token that `model` decodes greedily after the row's tokens before it.
+    """Return int64 [rows, ROW]: at each index the token that `model` decodes greedily after the row's previous tokens.
 
-    The pairs are a prompt; what follows comes token by token, in parallel steps where the model's loops allow it.
+    The pairs are a prompt. The rest is decoded token by token, with parallel loops where the model has them. Indices up
+    to `FIRST_QUESTION` hold -1.
     """
     import torch
 
@@ -186,7 +190,7 @@ def answer(model: Any, rows: np.ndarray, batch: int = 128) -> np.ndarray:
 
 
 def score(rows: np.ndarray, decoded: np.ndarray) -> dict[str, Any]:
-    """`right`: pauses -> shares of right answers at 1, 2, ... hops; `asked`: the same of how many were asked."""
+    """Return `right`: pauses -> shares of right answers at 1, 2, ... hops, and `asked`: the same of question counts."""
     row, at, hops, pauses = find_questions(rows)
     right = decoded[row, at] == rows[row, at]
     cells = {p: [right[(pauses == p) & (hops == k)] for k in range(1, HOPS + 1)] for p in range(PAUSES)}
@@ -198,7 +202,7 @@ def score(rows: np.ndarray, decoded: np.ndarray) -> dict[str, Any]:
 
 # ---------------------------------------------------------------- report
 
-Right = dict[int, list[list[float]]]  # pauses -> by seed, the shares of right answers at 1, 2, ... hops
+Right = dict[int, list[list[float]]]  # pauses -> for each seed, shares of right answers at 1, 2, ... hops
 
 
 def report_sweep(folder: Path, plot: Path | None) -> int:
@@ -234,12 +238,12 @@ def read(folder: Path) -> dict[str, Right]:
 
 
 def means(row: Right, pauses: int) -> list[float]:
-    """Shares of right answers by hops, averaged over the seeds."""
+    """Return shares of right answers by hops, averaged over the seeds."""
     return [fmean(shares) for shares in zip(*row[pauses], strict=True)]
 
 
 def best_pauses(row: Right) -> int:
-    """Pauses that suit the row best: a pause may cost one loop the step that fetches the answer."""
+    """Return the pauses with the row's best mean share: a pause may cost one loop the step that fetches the answer."""
     return max(row, key=lambda pauses: fmean(means(row, pauses)))
 
 
@@ -248,8 +252,11 @@ def best(row: Right) -> list[float]:
 
 
 def table(rows: dict[str, Right]) -> list[str]:
-    """Lines of a Markdown table, a row each with the pauses that suit it best: means over its seeds in percent, the
-    lowest and highest of their means over all hops, and the share of what twice the layers gain."""
+    """Return the lines of a Markdown table, where each row has the pauses that suit it best.
+
+    Its columns are means over seeds in percent, the lowest and highest seed's mean over all hops, and the share of the
+    gain of twice the layers.
+    """
     header = [
         "row",
         "seeds",
@@ -273,7 +280,7 @@ def table(rows: dict[str, Right]) -> list[str]:
 
 
 def missed_bars(rows: dict[str, Right]) -> list[str]:
-    """A line for each."""
+    """Return one line for each missed bar."""
     once, plt, twice = (best(rows[name]) for name in (ONE, PLT, TWICE))
     lines = []
     if not fmean(once) + CLOSE < fmean(plt) <= fmean(twice) + CLOSE:
@@ -287,7 +294,7 @@ def missed_bars(rows: dict[str, Right]) -> list[str]:
 
 
 def draw(rows: dict[str, Right], path: Path) -> None:
-    """Right answers of each row by hops, as colors and numbers, with the pauses that suit the row best."""
+    """Draw each row's shares of right answers by hops, as colors and numbers, with the pauses that suit it best."""
     shares = np.array([best(row) for row in rows.values()])
     figure, (axes,) = new_figure(6.4, 0.8 + 0.34 * len(rows), 1)
     axes.imshow(shares, cmap="YlGnBu", vmin=1 / SYMBOLS, vmax=1.0, aspect="auto")

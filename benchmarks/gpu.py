@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Everything that needs a GPU, in one go: are the kernels right, does FP8 train, how fast is it?
+"""GPU benchmark: correctness of the kernels, FP8 training, and speed of training and decoding.
 
     python benchmarks/gpu.py --output results/h100          # under 8 minutes on an H100; h100.json and h100.md
     python benchmarks/gpu.py --output gpu --dry-run         # tiny sizes, on a CPU too: does the script run?
     python benchmarks/gpu.py --output gpu --only speed      # one part; others keep what the file has
 
-Parts: `rates` (what the card copies and multiplies), `correctness` (gradients of a small PLT-2 on both backends, bf16
-and FP8, against float64 on the CPU), `training` (loss curves, bf16 and FP8 on the same data), `speed` (tokens/s, MFU
-and memory of PLT-2 against megatron-core's own GPT of twice the depth, both with all that docs/throughput.md has on,
-both without, on the torch backend, and with GPT's layers as CUDA graphs, which PLT-2 cannot have), `decode`
+Parts: `rates` (the card's copy and matrix rates), `correctness` (gradients of a small PLT-2 on both backends, in bf16
+and FP8, against float64 on the CPU), `training` (loss curves in bf16 and FP8 on the same data), `speed` (tokens/s, MFU
+and memory of PLT-2 against megatron-core's own GPT of twice the depth: with all switches of docs/throughput.md, without
+them, on the torch backend, and with GPT's layers as CUDA graphs, which PLT-2 cannot have), `decode`
 (benchmarks/decode.py at batch 1 to 64).
 Exits with 1 when a bar is missed. Results are written after each part.
 """
@@ -52,7 +52,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def forget() -> None:
-    """Drop what the last model left behind: memory, and FP8 scales that its modules share."""
+    """Free the last model's memory, and reset the FP8 scales that its modules share."""
     import torch
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
@@ -67,7 +67,7 @@ def forget() -> None:
 
 
 def text(rows: int, length: int, seed: int) -> Any:
-    """A microbatch of Python source, byte by byte: text that can be learnt."""
+    """Return a microbatch of Python source, one token per byte, which a model can learn."""
     import torch
 
     from plt_megatron.model.looped_gpt import MicroBatch
@@ -84,7 +84,7 @@ def text(rows: int, length: int, seed: int) -> Any:
 
 
 def rates(sizes: Sizes, folder: Path) -> dict[str, float]:
-    """GB/s of a copy (read and written), TFLOP/s of a square matrix product."""
+    """Measure GB/s of a copy (bytes read and written) and TFLOP/s of square matrix products."""
     import torch
 
     device = torch.cuda.current_device()
@@ -103,7 +103,7 @@ def rates(sizes: Sizes, folder: Path) -> dict[str, float]:
 
 
 def timed(step: Callable[[], Any], repetitions: int) -> float:
-    """Median seconds, after two warm-up calls."""
+    """Return the median seconds of a step, after two warm-up calls."""
     import torch
 
     seconds = []
@@ -127,7 +127,10 @@ def is_cpu() -> bool:
 
 
 def gradients(config: Any, double: bool = False) -> dict[str, Any]:
-    """Loss and gradients of one microbatch, on the CPU in float64; the same weights in every mode."""
+    """Return loss and gradients of one microbatch, as float64 on the CPU; weights are the same in every mode.
+
+    `double`: compute in float64 too.
+    """
     import torch
 
     from plt_megatron.model.build import build_stage
@@ -137,11 +140,11 @@ def gradients(config: Any, double: bool = False) -> dict[str, Any]:
     stage = build_stage(config, VOCAB_SIZE)
     with torch.no_grad():
         for parameter in stage.parameters():
-            parameter.copy_(parameter.bfloat16())  # which every precision represents exactly
+            parameter.copy_(parameter.bfloat16())  # exact in every precision
     if double:
         stage.double()
     else:
-        wrap_ddp(stage, overlap_grad_reduce=False).zero_grad_buffer()  # where fused accumulation adds the gradients up
+        wrap_ddp(stage, overlap_grad_reduce=False).zero_grad_buffer()  # fused accumulation adds gradients up there
     renew_weight_copies(stage)
     loss = stage(text(2, config.data.sequence_length, seed=7)).float().mean()
     loss.backward()
@@ -151,7 +154,7 @@ def gradients(config: Any, double: bool = False) -> dict[str, Any]:
 
 
 def correctness(sizes: Sizes, folder: Path) -> dict[str, Any]:
-    """The largest error of loss and gradients of each mode against float64, and of the backends to one another."""
+    """Return the errors of each mode's loss and gradients against float64, and of one backend against the other."""
     import torch
 
     path = folder / "float64.pt"
@@ -185,7 +188,7 @@ def without_gpu() -> dict[str, str]:
 
 
 def training(sizes: Sizes, folder: Path) -> dict[str, Any]:
-    """Losses of the same run in each mode."""
+    """Train the same run in each mode; return its losses."""
     from plt_megatron.train.megatron_engine import MegatronEngine
 
     curves = {}
@@ -205,7 +208,7 @@ def training(sizes: Sizes, folder: Path) -> dict[str, Any]:
 
 
 def speed(sizes: Sizes, folder: Path) -> dict[str, Any]:
-    """Forward and backward of PLT-2 and of GPT with twice the layers, in each mode."""
+    """Time forward and backward of PLT-2 and of GPT with twice the layers, in each mode."""
     import torch
 
     from plt_megatron.predict import cards
@@ -235,7 +238,7 @@ def speed(sizes: Sizes, folder: Path) -> dict[str, Any]:
 
 
 def graphs(name: str, plt2: dict[str, Any], sizes: Sizes, folder: Path) -> dict[str, Any]:
-    """PLT-2 as it was timed, against GPT whose layers are CUDA graphs; `failed` says why if that GPT did not run."""
+    """Compare PLT-2 as timed before with GPT whose layers are CUDA graphs; `failed` says why if GPT did not run."""
     path = folder / "graphs.json"
     command = [sys.executable, str(Path(__file__).with_name("gpu_graphs.py")), "--mode", name, "--output", str(path)]
     command += ["--dry-run"] if sizes is DRY else []
@@ -253,7 +256,7 @@ def graphs(name: str, plt2: dict[str, Any], sizes: Sizes, folder: Path) -> dict[
 
 
 def decode(sizes: Sizes, folder: Path) -> dict[str, Any]:
-    """The paper's ablation at batch 1 to 64: milliseconds a token, and relative to vanilla."""
+    """Return milliseconds per token of the paper's ablation, by batch size (1 to 64) and row."""
     command = [sys.executable, str(Path(__file__).with_name("decode.py")), "--output", str(folder / "decode.json")]
     if sizes is DRY:
         command += ["--small"]
@@ -268,7 +271,7 @@ def decode(sizes: Sizes, folder: Path) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the figures depend on."""
+    """Return the versions of the software that the figures depend on."""
     import torch
 
     found = {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
@@ -281,7 +284,7 @@ def versions() -> dict[str, str]:
 
 
 def run_parts(sizes: Sizes, only: list[str], output: Path, command: str) -> dict[str, Any]:
-    """Run the parts, writing after each."""
+    """Run the parts, writing the results after each."""
     import torch
 
     known = Path(f"{output}.json")

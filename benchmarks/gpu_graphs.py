@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Times megatron-core's GPT with CUDA graphs, a layer each: the one switch that PLT-2 cannot have in training.
+"""Time of megatron-core's GPT with a CUDA graph per layer, the one switch that PLT-2 cannot have in training.
 
-benchmarks/gpu.py starts it as a process of its own: where capture fails, CUDA may be unusable for the rest of it.
+benchmarks/gpu.py runs it in a separate process, since a failed capture may leave CUDA unusable in its process.
 
     python benchmarks/gpu_graphs.py --mode "te bf16" --output FILE [--dry-run]
 
-Writes tokens/s and MiB as JSON. Without a GPU (--dry-run) nothing can be captured: the same steps then run as they are.
+Writes tokens/s and MiB as JSON. Without a GPU (--dry-run) nothing can be captured, and the same steps run eagerly.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(mode: str, *, dry: bool) -> dict[str, float]:
-    """tokens/s and the most memory of a forward and backward pass at benchmarks/gpu.py's sizes."""
+    """Return tokens/s and peak memory in MiB of a forward and backward pass at benchmarks/gpu.py's sizes."""
     import torch
 
     from benchmarks.gpu import is_cpu, text, timed

@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py runs: sizes, and the backends, precisions and switches that a card has kernels for."""
+"""Sizes and modes of benchmarks/gpu.py: the backends, precisions and switches that a card has kernels for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.gpu_steps import VOCAB_SIZE
 
 @dataclass(frozen=True)
 class Sizes:
-    """What each part works on."""
+    """Sizes of what each part runs."""
 
     small: dict[str, int]  # correctness and training
     large: dict[str, int]  # speed
@@ -20,7 +20,7 @@ class Sizes:
     repetitions: int
     matrix: int
     copy_bytes: int
-    # In correctness and training. A dry run's Triton kernels are interpreted, seconds a step; `speed` has them anyway.
+    # For correctness and training. A dry run's interpreted Triton kernels take seconds a step; `speed` has them anyway.
     cross_entropy_loss_fusion: bool | None = None
 
 
@@ -50,7 +50,7 @@ DRY = Sizes(
 
 
 def modes(sizes: Sizes) -> dict[str, dict[str, Any]]:
-    """What this card has kernels for: name -> (the model's backend, training's FP8)."""
+    """Return the modes that this card has kernels for, by name: backend, and if set FP8 and fusions."""
     import torch
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
@@ -71,7 +71,7 @@ def modes(sizes: Sizes) -> dict[str, dict[str, Any]]:
 
 
 def run_config(model: dict[str, int], length: int, mode: dict[str, Any], micro_batch_size: int = 4) -> Any:
-    """A run on one device with a microbatch a step."""
+    """Return the configuration of a run on one device with one microbatch per step."""
     from plt_megatron.config.schema import (
         DataConfig,
         ModelConfig,
@@ -96,7 +96,7 @@ def run_config(model: dict[str, int], length: int, mode: dict[str, Any], micro_b
 
 
 def speed_modes(sizes: Sizes) -> dict[str, dict[str, Any]]:
-    """Everything that can be fused is, and once nothing."""
+    """Return all modes with everything fused that can be, and "te bf16" with nothing fused too."""
     from plt_megatron.config.rules import fusions as fusion_rules
 
     found = {name: {**mode, "fusions": {}} for name, mode in modes(sizes).items()}

@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py found, as tables, and which bars it misses."""
+"""Tables of the results of benchmarks/gpu.py, and the bars that they miss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SPEED_BAR = 0.95  # PLT-2's tokens/s against GPT's of twice the depth
 
 
 def missed_bars(results: dict[str, Any]) -> list[str]:
-    """The bars that these results miss, one line each; a dry run's tiny sizes have none."""
+    """Return one line for each missed bar; a dry run has no bars."""
     missed: list[str] = []
     if not results["bars"]:
         return missed
@@ -35,7 +35,7 @@ def missed_bars(results: dict[str, Any]) -> list[str]:
 
 
 def _missed_curves(name: str, end: float, training: dict[str, Any]) -> list[str]:
-    """Where an FP8 loss curve leaves the bf16 one of the same layers."""
+    """Return one line for each bar on FP8's loss curve, relative to bf16's with the same layers, that is missed."""
     expected, missed = training["last quarter"]["te bf16"], []
     if not abs(end / expected - 1) <= END_BAR:
         missed.append(f"{name}: loss {end:.4f} at the end, {expected:.4f} in bf16, bar {END_BAR:.0%}")
@@ -49,7 +49,7 @@ def _missed_curves(name: str, end: float, training: dict[str, Any]) -> list[str]
 
 
 def running_means(curves: dict[str, list[float]]) -> dict[str, list[float]]:
-    """The mean loss of each tenth of a run (of each step, if there are fewer than ten)."""
+    """Return the mean loss of each tenth of a run, or of each step if there are fewer than ten."""
     means = {}
     for name, losses in curves.items():
         parts = min(10, len(losses))
@@ -59,7 +59,7 @@ def running_means(curves: dict[str, list[float]]) -> dict[str, list[float]]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """All figures as tables."""
+    """Return all figures as Markdown tables."""
     lines = [f"# {results['machine']}", "", f"`{results['command']}`, {results['seconds']:.0f} s", ""]
     lines.append("; ".join(f"{name} {version}" for name, version in results["versions"].items()) + "\n")
     for name, value in results.get("rates", {}).items():
@@ -75,7 +75,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def _tables(results: dict[str, Any]) -> dict[str, tuple[tuple[str, ...], list[tuple[Any, ...]]]]:
-    """The header and rows of each table by its title."""
+    """Return the header and rows of each table, by title."""
     means = results.get("training", {}).get("running means", {})
     return {
         "Against float64 on the CPU (relative to a tensor's largest element)": (

@@ -1,6 +1,6 @@
-"""What benchmarks/gpu.py times: forward and backward of PLT-2 and of megatron-core's GPT of twice the depth.
+"""Steps that benchmarks/gpu.py times: forward and backward of PLT-2 and of megatron-core's GPT of twice the depth.
 
-Both have the throughput switches that `config` has; GPT's are megatron-core's own modules, with its defaults too.
+Both have the throughput switches of `config`; GPT has megatron-core's own modules, and its defaults too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def plt_step(config: Any, batch: Any) -> Callable[[], None]:
 
 
 def gpt_step(config: Any, batch: Any, graphs: bool = False) -> Callable[[], None]:
-    """`graphs`: each layer is a CUDA graph, captured after the first step as megatron-core's schedules do it."""
+    """Return a step of GPT; `graphs` captures each layer as a CUDA graph after the first, as megatron-core does."""
     import torch
     from megatron.core import tensor_parallel
     from megatron.core.transformer import cuda_graphs
@@ -48,7 +48,7 @@ def gpt_step(config: Any, batch: Any, graphs: bool = False) -> Callable[[], None
         layers = transformer_config(model, parallel=config.parallel, **how)
         if not graphs:
             return layers
-        # A finished configuration has derived the scope of inference from the other setting.
+        # A finished configuration has already derived the inference scope from the other setting.
         return dataclasses.replace(layers, cuda_graph_impl="local", inference_cuda_graph_scope=None)
 
     gpt = deeper_gpt(config.model, layers_config, VOCAB_SIZE, config.data.sequence_length)
@@ -60,6 +60,6 @@ def gpt_step(config: Any, batch: Any, graphs: bool = False) -> Callable[[], None
         wrapped.zero_grad_buffer()
         wrapped(batch.tokens, None, None, labels=batch.labels).float().mean().backward()
         if graphs:
-            cuda_graphs.create_cudagraphs()  # does nothing once they are there
+            cuda_graphs.create_cudagraphs()  # does nothing once they exist
 
     return step

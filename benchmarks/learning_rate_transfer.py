@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Whether one learning rate is the best for every width, depth and loop count: what a sweep of rates says.
+"""Learning rate transfer: compare the best rate of each width, depth and loop count, from a sweep's runs.
 
     plt sweep configs/sweeps/learning_rate_transfer.yaml --jobs 2
     python benchmarks/learning_rate_transfer.py runs/sweeps/learning_rate_transfer [--plot FILE]
 
-A model's best rate is the lowest point of the parabola, in the rate's logarithm, through its best run and that one's
+A model's best rate is the minimum of the parabola, in the rate's logarithm, through its best run and the two
 neighbours. Exit status 1 if the best rates of `recommended` differ by more than a factor of the square root of two, or
 if one is at an end of the rates tried.
 """
@@ -63,9 +63,9 @@ def report(folder: Path, plot: Path | None) -> int:
 
 
 def read(folder: Path) -> dict[str, Cells]:
-    """Losses by form, means over a model's seeds. A diverged run's is infinite.
+    """Return losses by form, averaged over a model's seeds; a diverged run's loss is infinite.
 
-    A rate that not all of the seeds have tried is left out: seeds differ by more than neighbouring rates.
+    Leave out rates that fewer seeds have tried than others, since seeds differ by more than neighbouring rates.
 
     Raises:
         UserError: a run is missing, or failed otherwise.
@@ -84,13 +84,13 @@ def read(folder: Path) -> dict[str, Cells]:
 
 
 def means(losses: Mapping[float, Sequence[float]]) -> Losses:
-    """Of the rates that most seeds have tried."""
+    """Return the mean loss of each rate that the largest number of seeds has tried."""
     seeds = max(map(len, losses.values()))
     return {rate: fmean(own) for rate, own in losses.items() if len(own) == seeds}
 
 
 def best_rate(losses: Losses) -> float:
-    """The parabola's lowest point; the best run's own rate at an end, or beside a diverged run."""
+    """Return the rate at the parabola's minimum, or the best run's if it is at an end or beside a diverged run."""
     rates = sorted(losses)
     place = rates.index(min(rates, key=losses.__getitem__))
     if place in (0, len(rates) - 1):
@@ -110,7 +110,7 @@ def is_at_end(losses: Losses) -> bool:
 
 
 def _spread_over_loops(best: dict[tuple[str, str], float]) -> float:
-    """Largest / smallest best rate of the loop counts of a model, where that is largest."""
+    """Return the largest ratio, over models, of the best rates of a model's loop counts."""
     by_model: dict[str, list[float]] = defaultdict(list)
     for (model, _), rate in best.items():
         by_model[model].append(rate)
@@ -137,7 +137,7 @@ def _table(cells: Cells, best: dict[tuple[str, str], float]) -> str:
 
 
 def _plot(forms: dict[str, Cells], path: Path) -> None:
-    """A panel a form: the loss over each model's own best, by rate."""
+    """Draw a panel per form: loss above each model's best, by rate."""
     figure, panels = new_figure(5.4, 4.2, len(forms), len(forms))
     for axes, (form, cells) in zip(panels, forms.items(), strict=True):
         models = list(dict.fromkeys(model for model, _ in cells))
@@ -160,7 +160,7 @@ def _plot(forms: dict[str, Cells], path: Path) -> None:
 
 
 def _line(place: int) -> dict[str, Any]:
-    """How the lines of a model look."""
+    """Return the line style of a model."""
     return {"linestyle": LINES[place % len(LINES)], "marker": MARKERS[place], "markersize": 4}
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""How much of a second loop's gain remains if it is switched on late, and what that saves: from a sweep's runs.
+"""Loop curriculum: share of a second loop's gain that remains if it is switched on late, from a sweep's runs.
 
     plt sweep configs/sweeps/curriculum.yaml --jobs 2
     python benchmarks/loop_curriculum.py runs/sweeps/curriculum [--plot FILE]
 
-The gain is the validation loss of one loop less that of the run, with the same seed; its share is of the gain of two
+The gain is the validation loss of one loop minus the run's, with the same seed; its share is of the gain of two
 loops in every step. Time is in training FLOPs. Exit status 1 if two loops in every step gain nothing: shares would mean
 nothing.
 """
@@ -26,13 +26,13 @@ from plt_megatron.experiments.records import load_results
 from plt_megatron.run_folder.text import format_table
 
 NONE, ALL = "one loop", "all"
-# arXiv 2609.03807, a second stream that shares weights: training time, and share of the gain.
+# arXiv 2609.03807, a second stream with shared weights: (training time, share of the gain).
 PUBLISHED = {"last 25 %": (1.14, 0.71), "last 57.5 %": (1.33, 0.94)}
 
 
 @dataclass
 class Row:
-    """A schedule's runs, by seed: training FLOPs and validation loss in nats per token."""
+    """Runs of one schedule: training FLOPs, and validation loss in nats per token by seed."""
 
     flops: float = 0.0
     losses: dict[int, float] = field(default_factory=dict)
@@ -68,10 +68,10 @@ def report(folder: Path, plot: Path | None) -> int:
 
 
 def read(folder: Path) -> dict[str, Row]:
-    """By schedule, in the sweep's order.
+    """Return the runs by schedule, in the sweep's order.
 
     Raises:
-        UserError: a run is missing or did not end well, or so is a schedule that all are compared with.
+        UserError: a run is missing or has failed, or there are no runs of a schedule that the others are compared with.
     """
     rows: dict[str, Row] = defaultdict(Row)
     for result in load_results(folder).runs:
@@ -86,12 +86,12 @@ def read(folder: Path) -> dict[str, Row]:
 
 
 def gains(row: Row, rows: dict[str, Row]) -> list[float]:
-    """By seed, over one loop."""
+    """Return the gain over one loop of each seed."""
     return [rows[NONE].losses[seed] - loss for seed, loss in row.losses.items()]
 
 
 def share(row: Row, rows: dict[str, Row]) -> float:
-    """Of the gain of two loops in every step: means over the seeds."""
+    """Return the row's share of the gain of two loops in every step; gains are means over the seeds."""
     return fmean(gains(row, rows)) / fmean(gains(rows[ALL], rows))
 
 

@@ -1,4 +1,4 @@
-"""Studies of a planted law: for tests, the benchmark of intervals, and to try a design before it is paid for."""
+"""Synthetic studies of a planted law: for tests, for benchmarks/loop_law.py, and to try a design before running it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HORIZONS = (2.5e6, 5e6, 1e7)
 
 @dataclass(frozen=True)
 class PlantedLaw:
-    """A law for small models, A and B in units of a million parameters and ten million tokens."""
+    """Loss law for small models; A and B are in units of a million parameters and ten million tokens."""
 
     e: float = 2.0
     a: float = 0.9
@@ -25,7 +25,7 @@ class PlantedLaw:
     phis: dict[str, float] = field(default_factory=lambda: {"PLT": 0.5, "naive loop": 0.4})
 
     def loss(self, model: Run) -> float:
-        """Without luck."""
+        """Return the loss without noise."""
         phi = self.phis.get(model.variant, 0.0)
         size = model.once + model.loops**phi * model.looped
         return self.e + self.a * (size / 1e6) ** -self.alpha + self.b * (model.tokens / 1e7) ** -self.beta
@@ -33,7 +33,7 @@ class PlantedLaw:
 
 @dataclass(frozen=True)
 class Luck:
-    """Standard deviations of what a trunk and its branches have in common, of each run's own, and of a seed's."""
+    """Standard deviations of a loss's noise: shared by a trunk and its branches, of each run, and of each seed."""
 
     trunk: float = 0.006
     run: float = 0.003
@@ -50,7 +50,7 @@ def synthetic_study(
     horizons: Sequence[float] = HORIZONS,
     seeds: Sequence[int] = (1,),
 ) -> list[Run]:
-    """What the runs of every combination would say; runs of one loop serve all variants. `number`: of the draw."""
+    """Return a run with a noisy loss for each combination; one-loop runs serve all variants. `number` is the seed."""
     rng = np.random.default_rng(number)
     wirings = [("", 1)] if 1 in loops else []
     wirings += [(variant, count) for variant in law.phis for count in loops if count > 1]

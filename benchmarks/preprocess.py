@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Tokenizing speed and memory, compared with the usual way and with the tokenizer alone.
+"""Tokenization speed and memory, compared with the plain way and with the tokenizer alone.
 
-The usual way, as in most training code bases: a pool of processes that encode one document at a time, and the
-parent process writing what they send back (megatron-core's IndexedDatasetBuilder). Same documents, same tokenizer,
-same number of workers, repetitions interleaved, medians; both outputs must be the same bytes. Exits with status 1
+The plain way, as in most training code bases: a pool of processes encodes one document at a time, and the parent
+process writes the results (megatron-core's IndexedDatasetBuilder). Documents, tokenizer and number of workers are the
+same, repetitions are interleaved, figures are medians, and both outputs must be the same bytes. Exits with status 1
 when a bar is missed:
 
   speed    >= 2x the tokens/s of the plain way
@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def python_sources() -> Iterator[str]:
-    """Texts of the Python files of this interpreter and its packages, in a fixed order."""
+    """Yield the texts of this interpreter's and its packages' Python files, in a fixed order."""
     folders = dict.fromkeys(sysconfig.get_path(name) for name in ("stdlib", "purelib"))
     for folder in folders:
         for path in sorted(Path(folder).rglob("*.py")):
@@ -47,7 +47,7 @@ def python_sources() -> Iterator[str]:
 
 
 def write_corpus(path: Path, size: int) -> int:
-    """Write at least `size` bytes of JSONL, repeated only where the machine has less text; returns the size."""
+    """Write at least `size` bytes of JSONL, repeating texts if the machine has fewer; return the bytes before gzip."""
     written = 0
     with gzip.open(path, "wb", compresslevel=1) if path.suffix == ".gz" else open(path, "wb") as file:
         while written < size:
@@ -60,7 +60,7 @@ def write_corpus(path: Path, size: int) -> int:
     return written
 
 
-# The usual way.
+# The plain way.
 
 _processor: Any = None
 
@@ -79,7 +79,7 @@ def _encode_plain(line: str) -> tuple[list[int], int]:
 
 
 def plain(corpus: Path, model: Path, prefix: str, workers: int) -> float:
-    """Seconds that the usual way takes, including the start of the pool."""
+    """Preprocess in the plain way; return the seconds, including the start of the pool."""
     import numpy
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
@@ -93,11 +93,11 @@ def plain(corpus: Path, model: Path, prefix: str, workers: int) -> float:
     return time.perf_counter() - started
 
 
-# Ours, and where its time goes.
+# Ours, and a breakdown of its time.
 
 
 def ours(corpus: Path, model: Path, prefix: str, workers: int) -> float:
-    """Seconds of `preprocess`, worker start, hashes, merge and manifest included."""
+    """Run `preprocess`; return the seconds, including worker start, hashes, merge and manifest."""
     from plt_megatron.data.preprocess import PreprocessOptions, preprocess
 
     started = time.perf_counter()
@@ -107,7 +107,7 @@ def ours(corpus: Path, model: Path, prefix: str, workers: int) -> float:
 
 
 def batch_encode(texts: list[str], model: Path, workers: int) -> float:
-    """Seconds of sentencepiece's batch encoding of the same texts, already in memory."""
+    """Encode texts in memory by sentencepiece's batch encoding; return the seconds."""
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
@@ -117,7 +117,7 @@ def batch_encode(texts: list[str], model: Path, workers: int) -> float:
 
 
 def breakdown(corpus: Path, model: Path, folder: Path) -> dict[str, float]:
-    """CPU seconds of the phases in one process."""
+    """Return the CPU seconds of each phase in one process."""
     from plt_megatron.data.encoders import TextEncoder
     from plt_megatron.data.formats import ReadOptions, Span, open_inputs
     from plt_megatron.data.indexed import concatenate
@@ -151,7 +151,7 @@ def breakdown(corpus: Path, model: Path, folder: Path) -> dict[str, float]:
 
 
 def peak_memory(command: list[str]) -> tuple[int, float]:
-    """Largest sum of the resident memory of a command's processes, in bytes, and its seconds."""
+    """Run a command; return the peak of its processes' summed resident memory, in bytes, and the seconds."""
     import psutil
 
     started = time.perf_counter()
@@ -173,7 +173,7 @@ def peak_memory(command: list[str]) -> tuple[int, float]:
 
 
 def memory(folder: Path, model: Path, size: int, workers: int) -> tuple[int, float]:
-    """Peak and seconds for a corpus of `size` bytes, a quarter of it in a .gz file."""
+    """Return peak bytes and seconds of preprocessing a corpus of `size` bytes, a quarter of it in a .gz file."""
     parts = [folder / "memory.jsonl", folder / "memory.jsonl.gz"]
     write_corpus(parts[0], size * 3 // 4)
     write_corpus(parts[1], size // 4)
@@ -189,7 +189,7 @@ def memory(folder: Path, model: Path, size: int, workers: int) -> tuple[int, flo
 
 
 def speed(folder: Path, arguments: argparse.Namespace, model: Path, corpus: Path) -> dict[str, float]:
-    """Median tokens/s of the three, and the ratio of each pair of neighbors in time."""
+    """Return median tokens/s of the three ways, and median ratios of neighbors in time (`speedup`, `share`)."""
     from plt_megatron.data.indexed import read_index
 
     with open(corpus, encoding="utf-8") as file:
@@ -242,7 +242,7 @@ def main() -> int:
 
 
 def measure(folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any], list[tuple[str, str, str, bool]]]:
-    """All figures, and the bars: name, value, bar, met."""
+    """Return all figures, and the bars as (name, value, bar, met)."""
     from plt_megatron.data.tokenizer_training import TrainingOptions, train_tokenizer
 
     corpus = folder / "corpus.jsonl"

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""From a public model to a PLT that people chat with: SmolLM2-135M-Instruct, a second loop, our own questions.
+"""A public model made into a PLT for chat: SmolLM2-135M-Instruct, with a second loop and our own questions.
 
     make public-demo
 
-Every step is a command of `plt` that this script prints before it runs it, and is skipped once it is done. The model
-comes as a GGUF inside a package of the Python registry. It learns to answer questions about the configuration, made
-from the schema's comments, once with one loop and once with two, and is scored on questions that it has not seen: by
-the loss of their answers, and by `plt evaluate` on a task of its own, the right one of four explanations.
+Commands of `plt` are printed before they run, and finished steps are skipped. The model is a GGUF file in a package
+of the Python registry. With one loop and with two it learns to answer questions about the settings and commands, made
+from their descriptions. It is scored on unseen questions by the loss of their answers, and by `plt evaluate` on a task
+made of them: to choose the right one of four explanations.
 
 Exit status: 1 where the import changes the model (its logits by more than 1e-3 of the largest, or its greedy text), or
 training does not lower the loss of unseen answers.
@@ -49,8 +49,8 @@ LOOPS = {"one": 1, "two": 2}
 STEPS, ROW = 60, 256  # of two rows: 30,720 tokens
 QUESTION = "What is plt_megatron's setting model.window_size for?"
 LOGITS, GREEDY_TOKENS = 1e-3, 40
-HELD_OUT = 12  # every so many subjects
-TASK, CHOICES = "explanations", 4  # of lm-evaluation-harness: which of so many explanations is right?
+HELD_OUT = 12  # one in so many subjects
+TASK, CHOICES = "explanations", 4  # lm-evaluation-harness task: choose the right one of so many explanations
 CHECK, SCORES = "import.json", "scores.json"
 
 
@@ -79,7 +79,7 @@ def walk(arguments: argparse.Namespace) -> int:
 
 
 def make_steps(folder: Path, model: Path, *, given: bool) -> Iterator[Step]:
-    """The way, in order. `given`: the model is the user's, and is not downloaded."""
+    """Yield the steps in order. `given`: the user has the model's file, so it is not downloaded."""
     if not given:
         yield Step("model", "the model, from the Python registry", PACKAGE, [], [model], partial(fetch, model))
     texts = {part: folder / f"{part}.jsonl" for part in ("train", "heldout")}
@@ -125,7 +125,7 @@ def read(path: Path) -> Any:
 
 
 def plt(*arguments: Any) -> None:
-    """Run a command of `plt`, which is printed as one would type it."""
+    """Print a command of `plt` as one would type it, and run it."""
     words = [str(argument) for argument in arguments]
     print("$ plt " + shlex.join(words), flush=True)
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -135,13 +135,13 @@ def plt(*arguments: Any) -> None:
 
 
 def make_whole(output: Path, *arguments: Any) -> None:
-    """Run a command whose output appears complete or not at all, unless an interrupted walk has just made it."""
+    """Run a command whose output appears complete or not at all, unless an interrupted walk has made it."""
     if not output.exists():
         plt(*arguments)
 
 
 def export_and_evaluate(run: Path, export: Path, tasks: Path, *options: Any) -> None:
-    """The scores go into the export's folder and onto its card."""
+    """Export a run and evaluate the export; the scores go into its folder and onto its card."""
     make_whole(export, "export", "--checkpoint", run, "--output", export, *options)
     if not (export / EVALUATION).exists():
         plt("evaluate", "--model", export, "--tasks", TASK, "--include-path", tasks, "--chat")
@@ -164,7 +164,7 @@ def fetch(target: Path) -> None:
 
 
 def subjects() -> list[tuple[str, str]]:
-    """(what it is, what it is for): the settings that have a comment in the schema, and the commands."""
+    """Return (name, purpose) of all settings that have a comment in the schema, and of all commands."""
     found = [(f"setting {key}", text) for key, text in _settings(RunConfig) if len(text) > 8]
     return found + [(f"command plt {name}", text) for group in GROUPS.values() for name, text in group.items()]
 
@@ -180,7 +180,7 @@ def _settings(section: type, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _comments(section: type) -> dict[str, str]:
-    """What a section's source says of its fields, beside or above them."""
+    """Return the comments beside or above a section's fields, from its source, by field."""
     found: dict[str, str] = {}
     above: list[str] = []
     for line in inspect.getsource(section).splitlines():
@@ -197,7 +197,7 @@ def _comments(section: type) -> dict[str, str]:
 
 
 def write_conversations(path: Path, held_out: bool) -> None:
-    """JSON lines of conversations on the subjects that are (not) held out, in an order of their own."""
+    """Write shuffled conversations about the subjects that are, or are not, held out, as JSON lines."""
     asked = ("What is plt_megatron's {} for?", "Explain plt_megatron's {} in one line.")
     lines = []
     for number, (subject, text) in enumerate(subjects()):
@@ -215,17 +215,17 @@ def write_conversations(path: Path, held_out: bool) -> None:
 
 
 def read_pairs(path: Path) -> list[tuple[str, str]]:
-    """Question and answer of each conversation."""
+    """Return question and answer of each conversation."""
     lines = [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").splitlines()]
     return [(asked["content"], answered["content"]) for asked, answered in lines]
 
 
 def write_task(folder: Path, heldout: Path) -> None:
-    """A task of lm-evaluation-harness: each held-out question, with the answers of the three that follow it too."""
+    """Write an lm-evaluation-harness task: each held-out question, with its answer and those of the next three."""
     pairs = read_pairs(heldout)
     rows = []
     for number, (question, _) in enumerate(pairs):
-        right = number % CHOICES  # not always the first
+        right = number % CHOICES  # so that the right choice is not always the first
         others = [(number + (place - right) % CHOICES) % len(pairs) for place in range(CHOICES)]
         choices = [pairs[other][1] for other in others]
         rows.append(json.dumps({"question": question, "choices": choices, "answer": right}))
@@ -241,14 +241,14 @@ def write_task(folder: Path, heldout: Path) -> None:
         "doc_to_text": "{{question}}",
         "doc_to_choice": "{{choices}}",
         "doc_to_target": "{{answer}}",
-        # By the log-likelihood of a character, as answers differ in length.
+        # Log-likelihood per character, since answers differ in length.
         "metric_list": [{"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True}],
     }
     write_text(folder / f"{TASK}.yaml", yaml_nodes.dump(task))
 
 
 def configuration(folder: Path, name: str) -> dict[str, Any]:
-    """A run that continues an import on the conversations."""
+    """Return the configuration of a run that trains an import on the conversations."""
     return {
         "include": [str((folder / name / "model.yaml").absolute())],
         "name": name,
@@ -267,11 +267,11 @@ def configuration(folder: Path, name: str) -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------- what it became
+# ---------------------------------------------------------------- scores
 
 
 def load(folder: Path) -> tuple[Any, Any]:
-    """Model and tokenizer of an export."""
+    """Return the model and the tokenizer of an export."""
     from plt_megatron.hf.loading import load_export
 
     tokenizer, model = load_export(folder)
@@ -279,7 +279,7 @@ def load(folder: Path) -> tuple[Any, Any]:
 
 
 def compare(gguf: Path, folder: Path) -> dict[str, Any]:
-    """The exports of the untrained imports against transformers' reading of the file."""
+    """Compare the exports of the untrained imports with the model that transformers reads from the GGUF file."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -310,7 +310,7 @@ def answer(model: Any, tokenizer: Any, question: str) -> str:
 
 
 def score(folder: Path) -> dict[str, Any]:
-    """By export: mean loss of an unseen answer's tokens in nats, the scores of `plt evaluate`, and an answer."""
+    """Return by export the mean loss of unseen answers in nats per token, `plt evaluate`'s scores, and an answer."""
     import torch
 
     pairs, found = read_pairs(folder / "heldout.jsonl"), {}
@@ -331,7 +331,7 @@ def score(folder: Path) -> dict[str, Any]:
 
 
 def answer_loss(model: Any, tokenizer: Any, question: str, text: str) -> float:
-    """Mean loss in nats of an answer's tokens and of what ends them."""
+    """Return the mean loss, in nats, of an answer's tokens and the end-of-sequence token after them."""
     import torch
 
     prompt = encode(tokenizer, question)
@@ -342,7 +342,7 @@ def answer_loss(model: Any, tokenizer: Any, question: str, text: str) -> float:
 
 
 def report(figures: dict[str, Any]) -> int:
-    """Print the figures; 1 if a bar is missed."""
+    """Print the figures; return 1 if a bar is missed, else 0."""
     checked, answers = figures["import"], figures["answers"]
     missed = []
     print(f"\nsource: {checked['text']!r}")

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""What loops cost when vLLM decodes: one loop, naive loops, PLT of two and three loops compared.
+"""Decoding time in vLLM: one loop, naive loops, and PLT of two and three loops compared.
 
     python benchmarks/serving.py              # a 276M model in bf16, batch 1, 4 and 16, then a mixed load
     python benchmarks/serving.py --compile    # torch.compile (and CUDA graphs on a GPU)
     python benchmarks/serving.py --small      # does it run? Times of so small a model say nothing
 
-All engines live in this process and take turns, a few decode steps each, so that a busy moment of the machine hits all
-of them. Figures are medians over turns, ratios are taken within a turn. Exits with 1 when a bar is missed.
+All engines run in this process and take turns, a few decode steps each, so that other load on the machine affects all
+of them. Figures are medians over turns, and ratios are taken within a turn. Exits with 1 when a bar is missed.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def add_options(parser: argparse.ArgumentParser, turns: int) -> None:
-    """What benchmarks of engines in one process have in common; `turns`: the default."""
+    """Add the options that the benchmarks with engines in one process share; `turns` is the default of --turns."""
     parser.add_argument("--turns", type=int, default=turns, help="turns that each engine gets")
     parser.add_argument("--num-layers", type=int, help="of the model (default: 16)")
     parser.add_argument("--compile", action="store_true")
@@ -77,14 +77,14 @@ def add_options(parser: argparse.ArgumentParser, turns: int) -> None:
 
 
 def keep_engines_here() -> None:
-    """Have vLLM run its engines in this process, quietly, on all cores. Call it before vLLM is imported."""
+    """Set vLLM to run its engines in this process, quietly, on all cores. Call this before importing vLLM."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
 def make_engine(changes: dict, folder: Path, args: argparse.Namespace):
-    """An engine with random weights: only the time that its layers take matters, not what they compute."""
+    """Return an engine with random weights; only the time of its layers matters."""
     from vllm import LLM
 
     folder.mkdir()
@@ -108,7 +108,7 @@ def make_engine(changes: dict, folder: Path, args: argparse.Namespace):
 
 
 def add_request(engine, name: str, prompt: list[int], tokens: int) -> None:
-    """Give the engine a prompt and ask for so many tokens."""
+    """Add a request for `tokens` tokens after a prompt."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
@@ -120,7 +120,7 @@ def make_prompt(seed: int, count: int) -> list[int]:
 
 
 class Decoding:
-    """An engine with a batch of requests that are past their prompts."""
+    """An engine with a batch of requests whose prompts have been computed."""
 
     def __init__(self, engine, batch: int, prompt: int, tokens: int):
         self.engine = engine
@@ -135,7 +135,7 @@ class Decoding:
             started |= {out.request_id for out in self.engine.step() if out.outputs[0].token_ids}
 
     def milliseconds(self, steps: int) -> float:
-        """A decode step's, over `steps` of them."""
+        """Return milliseconds per decode step, as the mean of `steps` steps."""
         begun = time.perf_counter()
         for _ in range(steps):
             self.engine.step()
@@ -148,7 +148,7 @@ class Decoding:
 
 
 def decode_times(engines: dict, batch: int, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Milliseconds a step, by row and turn."""
+    """Return milliseconds per decode step, by row and turn."""
     tokens = (args.turns + 1) * args.steps + 8
     decodings = {name: Decoding(engine, batch, args.prompt, tokens) for name, engine in engines.items()}
     times: dict[str, list[float]] = {name: [] for name in engines}
@@ -163,7 +163,7 @@ def decode_times(engines: dict, batch: int, args: argparse.Namespace) -> dict[st
 
 
 def mixed_load(engine, requests: int, small: bool) -> dict[str, float]:
-    """Uneven prompts and answers, twice as many requests as fit at once: tokens/s and inter-token latency in ms."""
+    """Run requests with uneven prompts and answers; return tokens/s and p50 and p99 of inter-token latency in ms."""
     rng = random.Random(0)
     longest = 32 if small else 400
     for index in range(requests):
@@ -185,7 +185,7 @@ def mixed_load(engine, requests: int, small: bool) -> dict[str, float]:
 
 
 def ratio(times: list[float], others: list[float]) -> float:
-    """The median over turns, each of which has a time in both."""
+    """Return the median over turns of the ratio of two engines' times."""
     return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""The mixed load of `vllm bench serve` on servers with one loop, naive loops and PLT-2.
+"""Mixed load by `vllm bench serve` on servers with one loop, naive loops and PLT-2.
 
     python benchmarks/serving_load.py              # models of 252M parameters in bf16; `make demo` makes the tokenizer
     python benchmarks/serving_load.py --small      # does it run?
 
-All servers are up at once and take turns, so that a busy moment of the machine hits each. Prompts are random and
-uneven, answers too; at most `--concurrency` requests run at once, and a new prompt is computed beside the others'
-decode steps. A row "PLT-2@96" gives its server 96 tokens a step (`--max-num-batched-tokens`) instead of 512.
+All servers run at once and take turns, so that other load on the machine affects each. Prompts are random, and their
+lengths and those of answers vary; at most `--concurrency` requests run at once, and a new prompt is computed beside the
+others' decode steps. A row "PLT-2@96" gives its server 96 tokens per step (`--max-num-batched-tokens`) instead of 512.
 Figures are medians over turns: throughput in generated tokens/s, inter-token latency and time to first token in ms.
 
 Exits with 1 when a bar is missed: of a row with @, the p99 of inter-token latency is at most 1.3 times vanilla's; of
@@ -35,7 +35,7 @@ FIGURES = {"output_throughput": "tokens/s", "median_itl_ms": "ITL p50", "p99_itl
 FIGURES |= {"median_ttft_ms": "TTFT p50", "p99_ttft_ms": "TTFT p99"}
 STEP = 512  # tokens
 P99_TO_VANILLA, TTFT_TO_VANILLA = 1.3, 2.1
-# The `vllm` command, which the CPU build comes without.
+# `vllm bench serve`, since the CPU build lacks the `vllm` command.
 BENCH = """
 from vllm.benchmarks.serve import add_cli_args, main
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -65,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def known_row(text: str) -> str:
-    """Check a row's name, with or without @ and the tokens of a step."""
+    """Check a row's name, with or without @ and the tokens per step, and return it."""
     name, at, tokens = text.partition("@")
     if name not in ROWS or (at and not tokens.isdigit()):
         raise argparse.ArgumentTypeError(f"{text}: none of {', '.join(ROWS)}, with @TOKENS or without")
@@ -73,7 +73,7 @@ def known_row(text: str) -> str:
 
 
 def write_model(folder: Path, row: str, args: argparse.Namespace) -> None:
-    """A configuration for random weights, with a real tokenizer."""
+    """Write a configuration, for random weights, and a real tokenizer."""
     folder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(args.tokenizer / name, folder)
@@ -84,7 +84,7 @@ def write_model(folder: Path, row: str, args: argparse.Namespace) -> None:
 
 
 def options(row: str, concurrency: int) -> list[str]:
-    """A server's, beside its model."""
+    """Return a server's options, except for the model."""
     tokens = row.partition("@")[2] or str(STEP)
     chosen = ["--load-format", "dummy", "--enforce-eager", "--no-enable-prefix-caching", "--generation-config", "vllm"]
     chosen += ["--max-num-seqs", str(concurrency), "--max-model-len", "1024", "--max-num-batched-tokens", tokens]
@@ -92,7 +92,7 @@ def options(row: str, concurrency: int) -> list[str]:
 
 
 def load(folder: Path, port: int, turn: int, args: argparse.Namespace) -> dict[str, float]:
-    """One turn of `vllm bench serve`."""
+    """Run one turn of `vllm bench serve`; return its figures by name."""
     result = folder / f"turn{turn}.json"
     command = [sys.executable, "-c", BENCH, "--model", str(folder), "--port", str(port), "--dataset-name", "random"]
     command += ["--served-model-name", "plt"]
@@ -110,7 +110,7 @@ def load(folder: Path, port: int, turn: int, args: argparse.Namespace) -> dict[s
 
 
 def missed_bars(medians: dict[str, dict[str, float]]) -> list[str]:
-    """A line for each; none where vanilla was not measured."""
+    """Return one line for each missed bar; none if vanilla was not measured."""
     lines = []
     for name, figures in medians.items() if "vanilla" in medians else ():
         bars = {"ITL p99": P99_TO_VANILLA} if "@" in name else {}

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""How long vLLM's step with a prompt takes, by its tokens: one loop and PLT-2, and what a wavefront could gain.
+"""Time of a prompt step in vLLM by number of tokens, for one loop and PLT-2, and a bound on a wavefront's gain.
 
     python benchmarks/serving_prompts.py              # a 276M model in bf16
     python benchmarks/serving_prompts.py --small      # does it run?
 
-Loop l of token t needs loop l-1 of token t-1. So PLT-2 takes a chunk of C prompt tokens in two passes of C rows. In a
+Loop l of token t needs loop l-1 of token t-1, so PLT-2 takes a chunk of C prompt tokens in two passes of C rows. In a
 wavefront over chunks, loop 2 of a chunk would run beside loop 1 of the next, in one pass of 2 C rows. A plain model's
-step with 2 C tokens is such a pass, so its time is the least that a wavefront's step can take.
+step of 2 C tokens is such a pass, so its time is a lower bound for a wavefront's step.
 
-All engines live in this process and take turns. Figures are medians over turns, ratios are taken within a turn. Exits
+All engines run in this process and take turns. Figures are medians over turns, ratios are taken within a turn. Exits
 with 1 when a bar is missed: PLT-2 computes a prompt in twice a plain model's time, and half a prompt in its time.
 """
 
@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from serving import ROWS, add_options, add_request, keep_engines_here, make_engine, make_prompt, ratio
 
 ENGINES = ("vanilla", "PLT-2")
-TO_VANILLA = 2.1  # the same prompt: two loops compute twice as much
-HALF_TO_VANILLA = 1.3  # half of the tokens in a step: what decode steps beside a prompt wait for
+TO_VANILLA = 2.1  # for the same prompt: two loops compute twice as much
+HALF_TO_VANILLA = 1.3  # for half as many tokens per step: the time that decode steps beside a prompt wait
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def milliseconds(engine, count: int, seed: int) -> float:
-    """Time of the step that computes a prompt of `count` tokens and its first token."""
+    """Return the milliseconds of the step that computes a prompt of `count` tokens and its first token."""
     add_request(engine, f"{count}-{seed}", make_prompt(seed, count), tokens=1)
     begun = time.perf_counter()
     while engine.has_unfinished_requests():
@@ -49,7 +49,7 @@ def milliseconds(engine, count: int, seed: int) -> float:
 
 
 def measure(engines: dict, args: argparse.Namespace) -> dict[str, dict[int, list[float]]]:
-    """By engine and tokens, the milliseconds of each turn."""
+    """Return the milliseconds of each turn, by engine and number of tokens."""
     times: dict[str, dict[int, list[float]]] = {name: {count: [] for count in args.tokens} for name in engines}
     for turn in range(args.turns + 1):
         for count in args.tokens:
@@ -61,7 +61,7 @@ def measure(engines: dict, args: argparse.Namespace) -> dict[str, dict[int, list
 
 
 def summarize(times: dict[str, dict[int, list[float]]]) -> list[dict[str, float]]:
-    """A row for each number of tokens; ratios are None where no plain step of twice as many tokens was timed."""
+    """Return a row for each number of tokens; `to_wavefront` is None if no plain step of twice as many was timed."""
     plain, plt = (times[name] for name in ENGINES)
     rows = []
     for count, taken in plt.items():

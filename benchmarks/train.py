@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Training speed: what does looping cost, and how close does the looped part come to this machine's matrix rate?
+"""Training speed: the cost of looping, and the looped part's share of this machine's matrix rate.
 
     python benchmarks/train.py                  # fp32 and bf16, with the bars; exit status 1 if one is missed
     python benchmarks/train.py --quick          # a tiny model, no bars: does the benchmark run?
 
-One process on all cores. PLT-2 with N layers against megatron-core's own GPTModel with 2N layers of the same width and
-length, given the same attention and norm modules, so that the ratio is the loop's overhead alone. A step is forward and
-backward, with gradients added up in DistributedDataParallel's buffers as in training; the optimizer is left out, since
-PLT-2 has half the weights to update and would look better for it. Repetitions are interleaved, ratios are taken between
-neighbors in time, figures are medians. "Model FLOP/s" follows plt_megatron/predict/flops.py.
+One process on all cores compares PLT-2 with N layers to megatron-core's own GPTModel with 2N layers of the same width,
+sequence length, and attention and norm modules, so that the ratio measures the loop's overhead alone. A step is forward
+and backward, with gradients accumulated in DistributedDataParallel's buffers as in training; the optimizer is left out,
+since PLT-2 has half the weights to update and would look better for it. Repetitions are interleaved, ratios are taken
+between neighbors in time, and figures are medians. "Model FLOP/s" is as in plt_megatron/predict/flops.py.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ VOCAB_SIZE = 8192
 
 
 class Contest:
-    """PLT-2 and its baseline in one precision, and the work both do."""
+    """PLT-2 and its baseline in one precision, and the steps of both."""
 
     def __init__(self, arguments: argparse.Namespace, precision: str) -> None:
         self.precision = precision
@@ -104,19 +104,19 @@ class Contest:
         return stage.to(DTYPES[self.precision])
 
     def step_plt(self) -> None:
-        """Forward and backward of PLT-2."""
+        """Run forward and backward of PLT-2."""
         self.plt.zero_grad_buffer()
         self.plt(self.batch).float().mean().backward()
 
     def step_gpt(self) -> None:
-        """Forward and backward of the baseline."""
+        """Run forward and backward of the baseline."""
         self.gpt.zero_grad_buffer()
         self.gpt(self.batch.tokens, None, None, labels=self.batch.labels).float().mean().backward()
 
     def step_loops(self) -> None:
-        """Forward and backward of the looped part alone: embeddings in, the last loop's hidden states out."""
+        """Run forward and backward of the looped part alone, from the embeddings to the last loop's hidden states."""
         self.plt.zero_grad_buffer()
-        context, hidden = self.batch.context(3), None  # no head after it
+        context, hidden = self.batch.context(3), None  # more loops than run: no head follows
         embeddings = self.stage.embed(self.batch, context)
         for loop in (1, 2):
             hidden = self.stage.run_loop(self.batch, context.at_loop(loop), hidden, embeddings)
@@ -130,7 +130,7 @@ def timed(step) -> float:
 
 
 def saved_activation_bytes(step) -> int:
-    """Bytes that autograd keeps between forward and backward, counted once per storage."""
+    """Return the bytes that autograd keeps between forward and backward, counting each storage once."""
     storages: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -143,7 +143,7 @@ def saved_activation_bytes(step) -> int:
 
 
 def measure(contest: Contest, repetitions: int) -> dict[str, float]:
-    """Median seconds of each step, and this machine's matrix rate, all in turns."""
+    """Return medians: each step's seconds, the matrix rate in TFLOP/s, the speed ratio, the looped part's share."""
     steps = {"plt": contest.step_plt, "gpt": contest.step_gpt, "loops": contest.step_loops}
     dtype = DTYPES[contest.precision]
     for step in steps.values():
@@ -156,14 +156,14 @@ def measure(contest: Contest, repetitions: int) -> dict[str, float]:
             samples[name].append(timed(step))
         rates.append(measure_matmul_tflops(dtype, size=2048, repetitions=3))
         samples["matmul"].append(statistics.mean(rates))
-        # Ratios of neighbors in time: other load on the machine affects both.
+        # Ratios of neighbors in time, since other load on the machine affects both.
         samples["ratio"].append(samples["gpt"][-1] / samples["plt"][-1])
         samples["share"].append(flops / samples["loops"][-1] / samples["matmul"][-1])
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
 def report(contest: Contest, seconds: dict[str, float], bars: bool) -> list[str]:
-    """Print the figures; returns the bars missed."""
+    """Print the figures; return a line for each missed bar."""
     parameters = count_parameters(contest.model, vocab_size=VOCAB_SIZE)
     one = dataclasses.replace(contest.model, loop_count=1)
     with_two = saved_activation_bytes(contest.step_plt)
@@ -199,7 +199,7 @@ def report(contest: Contest, seconds: dict[str, float], bars: bool) -> list[str]
 
 
 def where_time_goes(contest: Contest, rows: int) -> str:
-    """The operators of a PLT-2 step by their own time."""
+    """Return a table of a PLT-2 step's operators by their self time."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         contest.step_plt()
     events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
