@@ -4,10 +4,11 @@ It consists of h(1..L-1), with cross-loop parallelism, and of the previous token
 use (`key_shift`). In pages it is shared by prefix caching and survives preemption, chunked prefill and transfers, as
 K and V do.
 
-vLLM gives all KV cache groups blocks of one size, and forms groups of as many layers as the smallest kind has. The
-carry is therefore cut into as many slices as the model has layers, each registered as a layer: groups then have equal
-sizes and a request keeps one block of carries. `slices_of_a_carry` takes a multiple of that number where a slice would
-be wider than an attention layer's page, and fewer where some layers run once.
+vLLM gives all KV cache groups blocks of one size, and forms groups of as many layers as the smallest kind has, or the
+largest where kinds are nearly as large (`memory.layers_of_a_group`). The carry is therefore cut into as many slices as
+the model has layers, each registered as a layer: groups then have equal sizes and a request keeps one block of carries.
+`slices_of_a_carry` takes a multiple of that number where a slice would be wider than an attention layer's page, and
+fewer where some layers run once.
 """
 
 from dataclasses import dataclass
