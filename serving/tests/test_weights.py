@@ -65,6 +65,13 @@ def test_lora_adapters(exports, tmp_path, variant, options):
     assert expected != [base.decode(prompt, 16) for prompt in ids]
 
 
+def test_adapters_outside_the_loops_alone(exports):
+    """A server whose adapters may be in the embedding only has no kernels to call by loop."""
+    with engine(exports("plt2"), enable_lora=True, max_lora_rank=8, lora_target_modules=["embed_tokens"]) as llm:
+        assert served_model(llm).model.rows is not None
+        assert_same(exports("plt2"), llm, prompts(4))
+
+
 @pytest.mark.parametrize(
     ("variant", "mode"),
     [("plt3", "parallel"), ("plt3", "serial"), ("shifted channels", "parallel"), ("span", "parallel")],

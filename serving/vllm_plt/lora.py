@@ -56,7 +56,8 @@ class RowAdapters:
     def _wrap(self) -> LoopKernels:
         adapted = [part for layer in self.layers for part in layer.modules()]
         adapted = [part for part in adapted if isinstance(part, BaseLinearLayerWithLoRA)]
-        kernels = LoopKernels(adapted[0].punica_wrapper)  # shared by all layers
+        # Shared by all layers. --lora-target-modules may name nothing in them.
+        kernels = LoopKernels(adapted[0].punica_wrapper if adapted else None)
         for part in adapted:
             assert part.punica_wrapper is kernels.kernels
             part.punica_wrapper = kernels
