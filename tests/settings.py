@@ -8,6 +8,16 @@ from typing import Any
 
 from plt_megatron.config.fields import from_plain
 
+# LoopCoder-v2's loops (arXiv 2606.18023) and its untied head.
+LOOPCODER: dict[str, Any] = {
+    "gate_input": "hidden",
+    "gate_side": "global",
+    "loop_norm": "final",
+    "embedding_scale": 0.707,
+    "hidden_scale": 0.053,
+    "share_embeddings_and_output_weights": False,
+}
+
 
 def make(section: type, settings: Mapping[str, Any]) -> Any:
     """An instance of a section. A dotted name is a setting of an optional section in it, which is then there; a later

@@ -21,23 +21,24 @@ class Switch:
 
     Attributes:
         setting: its name in `ModelConfig`.
-        keys: its keys in config.json; its own name unless given.
+        stored_as: its keys in config.json; its own name unless given.
         write, read: convert its value to the keys' values, in a tuple, and the keys' values to its own.
         title, said: its row on the model card; `said` returns None where the card has none.
         in_loopcoder: whether LoopCoder-v2's config.json has it, or its models do not depend on it.
     """
 
     setting: str
-    keys: tuple[str, ...] = ()
+    stored_as: tuple[str, ...] = ()
     write: Callable[[Any], tuple[Any, ...]] = lambda value: (value,)
     read: Callable[..., Any] = lambda value: value
     title: str = ""
     said: Callable[[ModelConfig], str | None] = lambda model: None
     in_loopcoder: bool = False
 
-    def __post_init__(self) -> None:
-        if not self.keys:
-            object.__setattr__(self, "keys", (self.setting,))
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Its keys in config.json."""
+        return self.stored_as or (self.setting,)
 
 
 def _shifted(model: ModelConfig) -> str | None:
@@ -66,11 +67,11 @@ def _window(model: ModelConfig) -> str:
 
 
 OF_LAYERS = (
-    Switch("qk_layernorm", keys=("qk_norm",)),
+    Switch("qk_layernorm", stored_as=("qk_norm",)),
     Switch("qkv_bias"),
     Switch(
         "norm_placement",
-        keys=("norm_placement", "ffn_output_norm"),
+        stored_as=("norm_placement", "ffn_output_norm"),
         write=lambda placement: ("post" if placement == "post" else "pre", placement == "pre_ffn_output"),
         read=lambda placement, on_ffn_output: "pre_ffn_output" if on_ffn_output else placement,
     ),
@@ -94,7 +95,7 @@ OF_LOOPS = (
     Switch("gate_activation"),
     Switch(
         "loop_norm",
-        keys=("norm_between_loops", "hidden_norm"),
+        stored_as=("norm_between_loops", "hidden_norm"),
         write=lambda norm: (norm == "final", norm == "rms"),
         read=lambda final, rms: "final" if final else "rms" if rms else "none",
         in_loopcoder=True,  # but for rms

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from plt_megatron.config.schema import DecayFactors, RateFactors
+from tests import settings
 
 VOCAB_SIZE = 50
 SEQUENCE_LENGTH = 8
@@ -54,15 +55,7 @@ ENDS = {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pi
 SPAN = {"loop_span": [1, 3]}  # of four layers
 # Models that change several things at once.
 NAIVE = {"cross_loop_parallel": False, "share_kv": False, "gated_window": False}
-LOOPCODER = {
-    "window_size": 4,
-    "gate_input": "hidden",
-    "gate_side": "global",
-    "loop_norm": "final",
-    "embedding_scale": 0.707,
-    "hidden_scale": 0.053,
-    "share_embeddings_and_output_weights": False,
-}
+LOOPCODER = {**settings.LOOPCODER, "window_size": 4}
 
 
 @dataclass(frozen=True)

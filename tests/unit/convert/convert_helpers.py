@@ -18,6 +18,7 @@ from plt_megatron.hf.importing import ImportOptions, ImportResult, import_model
 from plt_megatron.hf.param_mapping import mappings_for
 from plt_megatron.hf.verification import single_process
 from plt_megatron.train.checkpoint import read_weights
+from tests import settings
 from tests.reference.gates import GATES
 from tests.reference.loop_inputs import LOOP_INPUTS
 from tests.settings import make
@@ -34,15 +35,7 @@ SIZES: dict[str, Any] = {
     "window_size": 5,
     "backend": "torch",
 }
-LOOPCODER: dict[str, Any] = {
-    "gate_input": "hidden",
-    "gate_side": "global",
-    "loop_norm": "final",
-    "embedding_scale": 0.707,
-    "hidden_scale": 0.053,
-    "share_embeddings_and_output_weights": False,
-    "rotary_base": 5e5,
-}
+LOOPCODER = {**settings.LOOPCODER, "rotary_base": 5e5}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"loop_count": 1},
     "one loop, which shares nothing": {"loop_count": 1, "share_kv": False, "share_values": False},

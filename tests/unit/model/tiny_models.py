@@ -10,7 +10,7 @@ from torch import Tensor
 from plt_megatron.config.schema import ModelConfig, ParallelConfig
 from tests.reference.megatron_weights import randomize_biases, randomize_gates_and_norms, to_plain
 from tests.reference.plain_plt import PlainPLT
-from tests.settings import make
+from tests.settings import LOOPCODER, make
 
 VOCAB_SIZE, PADDED_VOCAB_SIZE = 50, 64
 SHAPE = (2, 23)  # rows, tokens; windows below do not divide 23
@@ -27,16 +27,7 @@ BASE: dict[str, Any] = {
 VANILLA_LOOP = {"cross_loop_parallel": False, "share_kv": False, "gated_window": False}
 CLP = {**VANILLA_LOOP, "cross_loop_parallel": True}
 KV_SHARING = {**CLP, "share_kv": True}
-LOOPCODER_V2: dict[str, Any] = {
-    "window_size": 9,
-    "gate_input": "hidden",
-    "gate_side": "global",
-    "loop_norm": "final",
-    "embedding_scale": 0.707,
-    "hidden_scale": 0.053,
-    "share_embeddings_and_output_weights": False,
-    "rotary_base": 5e5,
-}
+LOOPCODER_V2 = {**LOOPCODER, "window_size": 9, "rotary_base": 5e5}
 
 
 # Of the four pairs of channels two are on the ramp, one at each end.
