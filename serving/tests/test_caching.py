@@ -15,7 +15,7 @@ def assert_same_with_hits(export, llm, token_lists: list[list[int]], tokens: int
 
 
 @pytest.mark.parametrize(
-    "variant", ["plt3", "loopcoder", "wide slices", "CLP only", "learned shift", "keys alone, span, shifted"]
+    "variant", ["plt3", "loopcoder", "wide slices", "CLP only", "learned shift", "keys alone, span, shifted", "YaRN"]
 )
 @pytest.mark.parametrize("kept", [{}, {"prefix_cache_retention_interval": None}], ids=["prompt ends", "every block"])
 def test_hits_at_every_class_of_position(exports, variant, kept):
@@ -126,6 +126,7 @@ def step_until_done(llm) -> dict[str, list[int]]:
         ("learned shift", 80, True),
         ("span, shifted", 100, True),
         ("keys alone", 90, True),
+        ("YaRN", 60, True),
     ],
 )
 def test_preempted_requests_go_on(exports, variant, blocks, caching):

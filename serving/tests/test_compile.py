@@ -5,7 +5,7 @@ inputs at fixed addresses, so they cannot be used for passes whose inputs are ne
 """
 
 import pytest
-from helpers import SIZES, assert_same, engine, prompts, served_model
+from helpers import SIZES, YARN, assert_same, engine, prompts, served_model
 
 
 def passes(model) -> list:
@@ -21,12 +21,16 @@ def test_each_pass_has_a_code_object_of_its_own(exports, variant, count):
 
 @pytest.mark.parametrize("again", [False, True], ids=["compiled", "from the disk's cache"])
 @pytest.mark.parametrize(
-    ("variant", "layers", "requests"),
-    [("plt3", 2, 24), ("keys alone, span, shifted", 3, 24), ("span", 3, 1)],
+    ("variant", "changes", "requests"),
+    [
+        ("plt3", {"num_hidden_layers": 2, "rope_parameters": YARN}, 24),
+        ("keys alone, span, shifted", {}, 24),
+        ("span", {"num_hidden_layers": 3}, 1),
+    ],
 )
-def test_compiled(exports, variant, layers, requests, again):
+def test_compiled(exports, variant, changes, requests, again):
     """Compiled passes give transformers' tokens, also when a second engine loads them from the disk cache."""
-    export = exports(variant, num_hidden_layers=layers)
+    export = exports(variant, **changes)
     with engine(export, enforce_eager=False, max_num_seqs=requests) as llm:
         model = served_model(llm).model
         assert_same(export, llm, prompts(12))

@@ -1,7 +1,7 @@
 """Tensor parallelism: an engine of two processes over gloo, and key shift on each rank of up to four."""
 
 import pytest
-from helpers import assert_same, engine, prompts
+from helpers import YARN, assert_same, engine, prompts
 
 torch = pytest.importorskip("torch")
 
@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
         ("shared expert", {}),
         ("shifted heads", {}),  # the first rank has none of them
         ("learned shift", {"num_key_value_heads": 4}),
-        ("shifted channels", {"num_key_value_heads": 1}),
+        ("shifted channels", {"num_key_value_heads": 1, "rope_parameters": YARN}),
         ("keys alone, span, shifted", {"qk_norm": True}),
     ],
 )

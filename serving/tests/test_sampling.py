@@ -67,7 +67,7 @@ def test_aborted_requests(exports):
 
 @pytest.mark.parametrize(
     ("variant", "drafts"),
-    [("plt2", 1), ("plt3", 4), ("loopcoder", 2), ("shifted heads", 3), ("keys alone, span, shifted", 3)],
+    [("plt2", 1), ("plt3", 4), ("loopcoder", 2), ("shifted heads", 3), ("keys alone, span, shifted", 3), ("YaRN", 3)],
 )
 def test_speculation_by_ngrams(exports, variant, drafts):
     """Tokens are the same with n-gram drafts, accepted or not; steps that verify drafts run loop by loop."""
