@@ -3,6 +3,7 @@
 
     python benchmarks/serving.py              # a 276M model in bf16, batch 1, 4 and 16, then a mixed load
     python benchmarks/serving.py --compile    # torch.compile (and CUDA graphs on a GPU)
+    python benchmarks/serving.py --lora --rows vanilla "PLT-2, serial" PLT-2    # every request with a LoRA adapter
     python benchmarks/serving.py --small      # does it run? Times of so small a model say nothing
 
 All engines run in this process and take turns, a few decode steps each, so that other load on the machine affects all
@@ -25,6 +26,7 @@ ROWS = {
     "+ CLP": {"share_kv": False, "gated_window": False},
     "+ KV sharing": {"gated_window": False},
     "PLT-2": {},
+    "PLT-2, serial": {"loop_mode": "serial"},
     "PLT-3": {"loop_count": 3},
     "vanilla, shifted heads": {"loop_count": 1, "key_shift": "heads"},
     "PLT-2, shifted heads": {"key_shift": "heads"},
@@ -60,6 +62,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=6, help="decode steps in a turn")
     parser.add_argument("--requests", type=int, default=24, help="of the mixed load; 0: none")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=WITH_BARS, help="of the ablation")
+    parser.add_argument(
+        "--lora", action="store_true", help="requests with a LoRA adapter of rank 8 in all linear layers"
+    )
     add_options(parser, turns=12)
     args = parser.parse_args()
     if args.small:
@@ -83,12 +88,14 @@ def keep_engines_here() -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
-def make_engine(changes: dict, folder: Path, args: argparse.Namespace):
-    """Return an engine with random weights; only the time of its layers matters."""
+def make_engine(changes: dict, folder: Path, args: argparse.Namespace, **options):
+    """Return an engine with random weights; only the time of its layers matters. `options` are vLLM's."""
     from vllm import LLM
 
     folder.mkdir()
     config = {**MODEL, **(SMALL if args.small else {}), **changes}
+    if mode := config.pop("loop_mode", None):
+        options["additional_config"] = loop_mode(mode)
     if args.num_layers:
         config["num_hidden_layers"] = args.num_layers
     (folder / "config.json").write_text(json.dumps(config))
@@ -104,15 +111,66 @@ def make_engine(changes: dict, folder: Path, args: argparse.Namespace):
         kv_cache_memory_bytes=1 << 29,
         enable_prefix_caching=False,
         seed=0,
+        **options,
     ).llm_engine
 
 
+def loop_mode(mode: str) -> dict:
+    """Return the plugin's options, for vLLM's `--additional-config`."""
+    return {"plt": {"loop_mode": mode}}
+
+
+RANK = 8
+
+
+def make_lora_engine(changes: dict, folder: Path, args: argparse.Namespace):
+    """Return an engine as `make_engine` does, and write a random LoRA adapter to `folder`/adapter."""
+    engine = make_engine(changes, folder, args, enable_lora=True, max_loras=2, max_lora_rank=RANK)
+    write_adapter(folder / "adapter", json.loads((folder / "config.json").read_text()))
+    return engine
+
+
+def write_adapter(folder: Path, config: dict) -> None:
+    """Write a random LoRA adapter for all linear layers of a model with this config.json."""
+    import torch
+    from safetensors.torch import save_file
+
+    hidden, dim, feed_forward = config["hidden_size"], config["head_dim"], config["intermediate_size"]
+    heads, groups = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
+    shapes = {
+        "q_proj": (hidden, heads),
+        "k_proj": (hidden, groups),
+        "v_proj": (hidden, groups),
+        "o_proj": (heads, hidden),
+    }
+    shapes |= {
+        "gate_proj": (hidden, feed_forward),
+        "up_proj": (hidden, feed_forward),
+        "down_proj": (feed_forward, hidden),
+    }
+    tensors = {}
+    for layer in range(config["num_hidden_layers"]):
+        for name, (inputs, outputs) in shapes.items():
+            part = "self_attn" if name[0] in "qkvo" else "mlp"
+            module = f"base_model.model.model.layers.{layer}.{part}.{name}"
+            tensors[f"{module}.lora_A.weight"] = torch.randn(RANK, inputs) / inputs**0.5
+            tensors[f"{module}.lora_B.weight"] = torch.randn(outputs, RANK) / RANK
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    adapter = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": list(shapes), "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+
+
 def add_request(engine, name: str, prompt: list[int], tokens: int) -> None:
-    """Add a request for `tokens` tokens after a prompt."""
+    """Add a request for `tokens` tokens after a prompt, with the model's adapter if the engine takes some."""
     from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
 
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    engine.add_request(name, {"prompt_token_ids": prompt}, params)
+    folder, adapter = Path(engine.vllm_config.model_config.model), None
+    if engine.vllm_config.lora_config:
+        adapter = LoRARequest("adapter", 1, str(folder / "adapter"))
+    engine.add_request(name, {"prompt_token_ids": prompt}, params, lora_request=adapter)
 
 
 def make_prompt(seed: int, count: int) -> list[int]:
@@ -207,12 +265,14 @@ def main() -> int:
         "device": device,
         "threads": torch.get_num_threads(),
         "compile": args.compile,
+        "lora": args.lora,
         "ms": {},
         "mixed": {},
     }
     missed: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        engines = {name: make_engine(ROWS[name], Path(folder) / str(n), args) for n, name in enumerate(args.rows)}
+        make = make_lora_engine if args.lora else make_engine
+        engines = {name: make(ROWS[name], Path(folder) / str(n), args) for n, name in enumerate(args.rows)}
         for batch in args.batch:
             times = decode_times(engines, batch, args)
             figures["ms"][batch] = {name: statistics.median(values) for name, values in times.items()}

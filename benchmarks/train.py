@@ -7,8 +7,9 @@
 One process on all cores compares PLT-2 with N layers to megatron-core's own GPTModel with 2N layers of the same width,
 sequence length, and attention and norm modules, so that the ratio measures the loop's overhead alone. A step is forward
 and backward, with gradients accumulated in DistributedDataParallel's buffers as in training; the optimizer is left out,
-since PLT-2 has half the weights to update and would look better for it. Repetitions are interleaved, ratios are taken
-between neighbors in time, and figures are medians. "Model FLOP/s" is as in plt_megatron/predict/flops.py.
+since PLT-2 has half the weights to update and would look better for it. PLT-2 with shifted keys (`model.key_shift:
+heads`) is timed against PLT-2. Repetitions are interleaved, ratios are taken between neighbors in time, and figures are
+medians. "Model FLOP/s" is as in plt_megatron/predict/flops.py.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 MIN_SPEED_RATIO = 0.97
+MAX_SHIFT_COST = 1.01  # a step with shifted keys / one without
 MIN_MATMUL_SHARE = {"fp32": 0.72, "bf16": 0.50}
 MIN_PARAMETERS = 50_000_000
 
@@ -90,16 +92,18 @@ class Contest:
         shape = (arguments.micro_batch_size, arguments.sequence_length + 1)
         text = torch.randint(0, VOCAB_SIZE, shape, generator=generator)
         self.batch = MicroBatch(text[:, :-1].contiguous(), labels=text[:, 1:].contiguous())
-        self.stage = self._stage()
+        self.stage = self._stage(self.model)
         self.plt = wrap_ddp(self.stage, overlap_grad_reduce=False)
+        shifted = self._stage(dataclasses.replace(self.model, key_shift="heads"))
+        self.shifted = wrap_ddp(shifted, overlap_grad_reduce=False)
         gpt = deeper_gpt(self.model, self._config, VOCAB_SIZE, self.length).to(DTYPES[self.precision])
         self.gpt = wrap_ddp(gpt, overlap_grad_reduce=False)
 
     def _config(self, model: ModelConfig):
         return transformer_config(model, ParallelConfig(), precision=self.precision)
 
-    def _stage(self) -> LoopedGPT:
-        stage = LoopedGPT(self._config(self.model), VOCAB_SIZE, self.length)
+    def _stage(self, model: ModelConfig) -> LoopedGPT:
+        stage = LoopedGPT(self._config(model), VOCAB_SIZE, self.length)
         initialize(stage, seed=1)
         return stage.to(DTYPES[self.precision])
 
@@ -107,6 +111,11 @@ class Contest:
         """Run forward and backward of PLT-2."""
         self.plt.zero_grad_buffer()
         self.plt(self.batch).float().mean().backward()
+
+    def step_shifted(self) -> None:
+        """Run forward and backward of PLT-2 with shifted keys."""
+        self.shifted.zero_grad_buffer()
+        self.shifted(self.batch).float().mean().backward()
 
     def step_gpt(self) -> None:
         """Run forward and backward of the baseline."""
@@ -143,12 +152,18 @@ def saved_activation_bytes(step) -> int:
 
 
 def measure(contest: Contest, repetitions: int) -> dict[str, float]:
-    """Return medians: each step's seconds, the matrix rate in TFLOP/s, the speed ratio, the looped part's share."""
-    steps = {"plt": contest.step_plt, "gpt": contest.step_gpt, "loops": contest.step_loops}
+    """Return medians: each step's seconds, the matrix rate in TFLOP/s, the speed ratio, the looped part's share, and
+    the ratio of a step with shifted keys to one without."""
+    steps = {
+        "shifted": contest.step_shifted,
+        "plt": contest.step_plt,
+        "gpt": contest.step_gpt,
+        "loops": contest.step_loops,
+    }
     dtype = DTYPES[contest.precision]
     for step in steps.values():
         step()
-    samples: dict[str, list[float]] = {name: [] for name in (*steps, "matmul", "ratio", "share")}
+    samples: dict[str, list[float]] = {name: [] for name in (*steps, "matmul", "ratio", "share", "shift")}
     flops = training_flops_per_token(contest.model, contest.length, VOCAB_SIZE).looped * contest.tokens / 1e12
     for _ in range(repetitions):
         rates = [measure_matmul_tflops(dtype, size=2048, repetitions=3)]
@@ -158,6 +173,7 @@ def measure(contest: Contest, repetitions: int) -> dict[str, float]:
         samples["matmul"].append(statistics.mean(rates))
         # Ratios of neighbors in time, since other load on the machine affects both.
         samples["ratio"].append(samples["gpt"][-1] / samples["plt"][-1])
+        samples["shift"].append(samples["shifted"][-1] / samples["plt"][-1])
         samples["share"].append(flops / samples["loops"][-1] / samples["matmul"][-1])
     return {name: statistics.median(values) for name, values in samples.items()}
 
@@ -179,6 +195,7 @@ def report(contest: Contest, seconds: dict[str, float], bars: bool) -> list[str]
         "PLT-2 / 2N-layer GPT, tokens/s": f"{seconds['ratio']:.3f} (bar {MIN_SPEED_RATIO})",
         "PLT-2, tokens/s": f"{contest.tokens / seconds['plt']:,.0f}",
         "2N-layer GPT, tokens/s": f"{contest.tokens / seconds['gpt']:,.0f}",
+        "PLT-2 with shifted keys / PLT-2, time of a step": f"{seconds['shift']:.3f} (bar {MAX_SHIFT_COST})",
         "matrix rate": f"{1e3 * seconds['matmul']:.0f} GFLOP/s",
         "looped part, model FLOP/s": f"{100 * share:.1f} % of it (bar {100 * bar:.0f} %)",
         "local attention and gate": f"{100 * local / flops.looped:.1f} % of looped FLOPs",
@@ -193,6 +210,8 @@ def report(contest: Contest, seconds: dict[str, float], bars: bool) -> list[str]
         missed.append(f"{contest.precision}: {parameters.total:,} parameters, the bars want {MIN_PARAMETERS:,}")
     if bars and seconds["ratio"] < MIN_SPEED_RATIO:
         missed.append(f"{contest.precision}: {seconds['ratio']:.3f} x the baseline's tokens/s, bar {MIN_SPEED_RATIO}")
+    if bars and seconds["shift"] > MAX_SHIFT_COST:
+        missed.append(f"{contest.precision}: {seconds['shift']:.3f} x a step for shifted keys, bar {MAX_SHIFT_COST}")
     if bars and share < bar:
         missed.append(f"{contest.precision}: looped part at {100 * share:.1f} % of the matrix rate")
     return missed

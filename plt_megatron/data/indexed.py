@@ -118,11 +118,14 @@ def read_manifest(prefix: str) -> dict[str, Any]:
     """Read the `prefix`.manifest.json that `plt preprocess` wrote; empty for a source that was made elsewhere."""
     try:
         with open(f"{prefix}.manifest.json", encoding="utf-8") as file:
-            return json.load(file)
+            manifest = json.load(file)
     except FileNotFoundError:
         return {}
     except ValueError as error:
         raise UserError(f"{prefix}.manifest.json is not valid JSON ({error}): delete or restore it") from error
+    if not isinstance(manifest, dict):
+        raise UserError(f"{prefix}.manifest.json is not a JSON object: delete or restore it")
+    return manifest
 
 
 def write_index(path: Path, dtype: Any, lengths: Callable[[], Iterable[np.ndarray]]) -> None:

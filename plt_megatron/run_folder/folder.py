@@ -125,7 +125,8 @@ class RunFolder:
     def trained_metrics(self) -> RunMetrics:
         """Read the run's metrics. Raises `UserError` if it has no training step yet."""
         if not self.metrics_file.exists():
-            raise UserError(f"{self.metrics_file} not found: {self.path} has no run that has started")
+            packed = _unpack_hint(self.path) or _unpack_hint(self.path.parent)
+            raise UserError(f"{self.metrics_file} not found: {self.path} has no run that has started{packed}")
         metrics = self.metrics()
         if not metrics.train:
             raise UserError(f"{self.metrics_file} has no training step yet")
@@ -185,10 +186,14 @@ def runs_named(names: Sequence[str], output_dir: str, on_unreadable: Callable[[O
         path = Path(name) if Path(name).is_dir() or os.sep in name else Path(output_dir) / name
         found = _find_runs(path, on_unreadable)
         if not found:
-            packed = f" outside of {ARCHIVE}: {unpack_command(path)}" if (path / ARCHIVE).is_file() else ""
-            raise UserError(f"{path} is not a run folder and contains none: there is no {CONFIG}{packed}")
+            raise UserError(f"{path} is not a run folder and contains none: there is no {CONFIG}{_unpack_hint(path)}")
         runs += found
     return list(dict.fromkeys(runs))
+
+
+def _unpack_hint(folder: Path) -> str:
+    """Return how to unpack the runs of an archived sweep or study; empty if the folder has no archive."""
+    return f" outside of {ARCHIVE}: {unpack_command(folder)}" if (folder / ARCHIVE).is_file() else ""
 
 
 def _find_runs(folder: Path, on_unreadable: Callable[[OSError], None]) -> list[Path]:

@@ -226,7 +226,8 @@ def test_new_data_at_an_old_path(copy: str, tokenizer: Tokenizer, bpe_model: Pat
         ("cut .idx", r"a\.idx is truncated at \d+ bytes"),
         ("other tokenizer", r"a was tokenized with .*tokenizer\.model, not with .*: tokenize it again"),
         ("no manifest", r"a contains token \d+, but .* has \d+ tokens: it was tokenized with another tokenizer"),
-        ("broken manifest", r"a\.manifest\.json is not valid JSON"),
+        ("broken manifest {", r"a\.manifest\.json is not valid JSON"),
+        ("broken manifest []", r"a\.manifest\.json is not a JSON object"),
     ],
 )
 def test_unusable_data(
@@ -237,8 +238,8 @@ def test_unusable_data(
         os.unlink(copy + suffix)
     elif what == "cut":
         os.truncate(copy + suffix, os.path.getsize(copy + suffix) - 10)
-    elif damage == "broken manifest":
-        Path(f"{copy}.manifest.json").write_text("{")
+    elif what == "broken":
+        Path(f"{copy}.manifest.json").write_text(damage.split()[-1])
     else:
         from plt_megatron.data.tokenizer_training import TrainingOptions, train_tokenizer
 

@@ -14,6 +14,7 @@ from sweep_helpers import finish, saved_plan, write_sweep
 from plt_megatron.errors import UserError
 from plt_megatron.experiments import sweep
 from plt_megatron.experiments.decode_time import DecodeProtocol
+from plt_megatron.experiments.plots import plot_metrics
 from plt_megatron.experiments.records import load_results, note_finished
 from plt_megatron.experiments.sweep import RunOptions
 from plt_megatron.experiments.sweep_plan import load_plan
@@ -71,6 +72,9 @@ def test_what_would_add_to_it_is_refused_and_the_command_that_is_told_helps(arch
         write_report(kept, decode=DecodeProtocol())
     with pytest.raises(UserError) as error:
         runs_named([str(kept)], "runs", print)
+    assert unpack_command(kept) in str(error.value)
+    with pytest.raises(UserError) as error:
+        plot_metrics([kept / "a run"], tmp_path / "plot.png")
     assert unpack_command(kept) in str(error.value)
     assert [path.name for path in kept.iterdir()] == [ARCHIVE]
     subprocess.run(unpack_command(kept), shell=True, check=True)
