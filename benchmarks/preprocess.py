@@ -9,11 +9,13 @@ when a bar is missed:
   speed    >= 2x the tokens/s of the plain way
   encode   >= 80 % of the rate of the tokenizer's own batch encoding (sentencepiece, as many threads as workers)
   memory   1 GB of text in under 2 GB, of all processes together, and flat: at most 1.5x of that for an eighth of it
+  nodes    >= 0.9 x N times the speed of one node on N (`--shard`, `--join`); a node is a core, at most four
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gzip
 import json
 import multiprocessing
@@ -147,6 +149,41 @@ def breakdown(corpus: Path, model: Path, folder: Path) -> dict[str, float]:
     return seconds
 
 
+# Nodes.
+
+
+def on_nodes(folder: Path, corpus: Path, model: Path, nodes: int) -> float:
+    """Preprocess on simulated nodes, each a process on a core of its own, and join the parts; return the seconds."""
+    prefix, cores = str(folder / f"nodes{nodes}"), sorted(os.sched_getaffinity(0))
+    tool = [sys.executable, str(ROOT / "tools" / "preprocess.py"), "--output-prefix", prefix]
+    encode = [*tool, "--input", str(corpus), "--tokenizer", str(model), "--workers", "1", "--shard-mb", "4"]
+    commands = [[*encode, "--shard", f"{number}/{nodes}"] for number in range(1, nodes + 1)] if nodes > 1 else [encode]
+    started = time.perf_counter()
+    running = []
+    for core, command in zip(cores, commands, strict=False):
+        pin = functools.partial(os.sched_setaffinity, 0, {core})
+        running.append(subprocess.Popen(command, preexec_fn=pin, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL))
+    codes = [process.wait() for process in running]
+    if any(codes):
+        raise SystemExit(f"{' '.join(encode)} failed")
+    if nodes > 1:
+        subprocess.run([*tool, "--join", f"{prefix}.shard-*"], check=True, capture_output=True)
+    seconds = time.perf_counter() - started
+    for path in folder.glob(f"nodes{nodes}.*"):
+        path.unlink()
+    return seconds
+
+
+def speed_on_nodes(folder: Path, size: int, model: Path, nodes: int, repeats: int) -> float:
+    """Return how many times as fast `nodes` nodes are as one on a corpus of `size` bytes: the median of ratios of
+    neighbors in time. What a process and the join take whatever the size, seconds, should be little of it."""
+    corpus = folder / "nodes.jsonl"
+    write_corpus(corpus, size)
+    ratios = [on_nodes(folder, corpus, model, 1) / on_nodes(folder, corpus, model, nodes) for _ in range(repeats)]
+    corpus.unlink()
+    return statistics.median(ratios)
+
+
 # Memory.
 
 
@@ -270,6 +307,10 @@ def measure(folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any]
         ("speed", f"{rates['speedup']:.2f}x the plain way", ">= 2x", rates["speedup"] >= 2),
         ("encode", f"{rates['share']:.0%} of the batch-encode rate", ">= 80 %", rates["share"] >= 0.8),
     ]
+    nodes = min(4, len(os.sched_getaffinity(0)))
+    gained = speed_on_nodes(folder, 4 * size, result.model, nodes, arguments.repeats)
+    figures["nodes"] = {"nodes": nodes, "speedup": gained}
+    bars.append(("nodes", f"{gained:.2f}x one node's speed on {nodes}", ">= 0.9 x nodes", gained >= 0.9 * nodes))
     if arguments.memory_mb:
         small, _ = memory(folder, result.model, arguments.memory_mb * 125_000, arguments.workers)
         large, seconds = memory(folder, result.model, arguments.memory_mb * 1_000_000, arguments.workers)
