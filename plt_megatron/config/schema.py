@@ -36,8 +36,7 @@ from plt_megatron.config.refused_settings import REFUSED
 
 @dataclass
 class YarnConfig:
-    """YaRN (arXiv 2309.00071): dimensions that rotate fast over the original length are kept, slow ones are
-    interpolated, with a ramp in between."""
+    """YaRN (arXiv 2309.00071): interpolates dimensions that rotate slowly over the original length."""
 
     original_max_position_embeddings: Size  # context length that RoPE was trained with, in tokens
     beta_fast: Positive = 32.0  # dimensions with at least this many rotations over that length are not interpolated
@@ -152,19 +151,17 @@ class ParallelConfig:
 
     tensor_model_parallel_size: Ranks = 1
     pipeline_model_parallel_size: Ranks = 1  # loops are its virtual stages
-    # Layers of the first and last stage; None: as many as the others. Or count embedding and head as a layer each; each
-    # may then be a stage of its own.
+    # Layers of the first and last stage; None: as many as the others. Or count embedding and head as a layer each.
     num_layers_in_first_pipeline_stage: Size | None = None
     num_layers_in_last_pipeline_stage: Size | None = None
     account_for_embedding_in_pipeline_split: bool = False
     account_for_loss_in_pipeline_split: bool = False
     context_parallel_size: Ranks = 1  # ranks that split each sequence, for lengths that do not fit on one rank
-    # How Transformer Engine exchanges rows between context-parallel ranks; the torch backend gathers keys and values.
-    cp_comm_type: Literal["p2p", "a2a", "all_gather"] = "p2p"  # for the global attention; p2p: ring of keys and values
-    # cp_comm_type for the window's attention, which has no p2p.
+    # Transformer Engine's exchange of rows between context-parallel ranks, for the global attention and the window's,
+    # which has no p2p (a ring of keys and values). The torch backend gathers keys and values.
+    cp_comm_type: Literal["p2p", "a2a", "all_gather"] = "p2p"
     window_cp_comm_type: Annotated[Literal["a2a", "all_gather"], RenamedFrom("local_cp_comm_type")] = "a2a"
-    # Ranks that a layer's experts are distributed over, among those that hold the same layers (TP x CP x DP).
-    expert_model_parallel_size: Ranks = 1
+    expert_model_parallel_size: Ranks = 1  # ranks that share out a layer's experts, among TP x CP x DP
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"  # how tokens reach their experts
     # None: world size / (TP * PP * CP). plt train uses the machine's GPUs; without a GPU, 1 or as many as experts need.
     data_parallel_size: Ranks | None = None
@@ -343,8 +340,7 @@ class Fp8Config:
 
 @dataclass
 class SpikeConfig:
-    """Steps whose loss is far above that of recent steps with the same loops, data stage and row length, and no larger
-    batch."""
+    """Steps whose loss is far above recent ones of the same loops, data stage and row length, and no larger batch."""
 
     action: Literal["skip", "rollback"]
     threshold: Positive = 6.0  # standard deviations above the mean
@@ -476,11 +472,9 @@ class LoggingConfig:
 
 @dataclass
 class DeepSpeedConfig:
-    """DeepSpeed's engine, for few GPUs and much CPU memory (docs/deepspeed.md): what ZeRO shards over the data-parallel
-    ranks, and what it offloads to the CPU."""
+    """DeepSpeed's engine, for few GPUs and much CPU memory (docs/deepspeed.md)."""
 
-    # 1: optimizer state; 2: gradients too; 3: parameters too, gathered layer by layer
-    zero_stage: Annotated[int, Range(1, 3)] = 1
+    zero_stage: Annotated[int, Range(1, 3)] = 1  # shards optimizer state; 2: gradients too; 3: parameters too
     offload_optimizer: Literal["none", "cpu"] = "none"  # optimizer state and its step
     offload_param: Literal["none", "cpu"] = "none"  # stage 3: parameters
     config: dict[str, Any] = field(default_factory=dict)  # added to DeepSpeed's generated configuration

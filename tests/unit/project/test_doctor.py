@@ -209,7 +209,7 @@ def test_every_extra_it_advises_exists():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     advised = [item.remedy for item in doctor.judge(gpu_machine(H100, packages=dict(VERSIONS))).capabilities]
     named = {remedy.split(".[")[1].split("]")[0] for remedy in advised if ".[" in remedy}
-    expected = {"hf", "data", "report", "track", "eval", "upload", "deepspeed", "muon", "resilience", "dev"}
+    expected = {"hf", "gguf", "data", "report", "track", "eval", "upload", "deepspeed", "muon", "resilience", "dev"}
     assert expected == named <= set(extras)
 
 
