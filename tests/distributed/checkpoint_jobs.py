@@ -120,7 +120,7 @@ def digest(engine: Any) -> str:
 
 def train_and_save(directory: Path, config: RunConfig, steps: int = 3, then: int = 0, **arguments: Any) -> dict:
     """Train, save, and train on for `then` steps."""
-    from plt_megatron.train.checkpoint import save_checkpoint
+    from plt_megatron.train.checkpoint.saving import save_checkpoint
 
     engine = build(config)
     before = train(engine, 1, steps)
@@ -131,7 +131,7 @@ def train_and_save(directory: Path, config: RunConfig, steps: int = 3, then: int
 
 def load_and_train(path: Path, config: RunConfig, then: int = 3, weights_only: bool = False, **arguments: Any) -> dict:
     """Load into a fresh engine and train `then` steps; what rank 0 logged comes back as `log`."""
-    from plt_megatron.train.checkpoint import load_checkpoint, load_weights
+    from plt_megatron.train.checkpoint.loading import load_checkpoint, load_weights
 
     engine = build(config)
     messages: list[str] = []
@@ -171,7 +171,7 @@ def _leave_and_rejoin(config: RunConfig) -> Any:
 
 def train_save_evaluate(directory: Path, config: RunConfig) -> float:
     """Train three steps, save, and give the loss with one loop."""
-    from plt_megatron.train.checkpoint import save_checkpoint
+    from plt_megatron.train.checkpoint.saving import save_checkpoint
 
     engine = build(config)
     train(engine, 1, 3)
@@ -182,7 +182,7 @@ def train_save_evaluate(directory: Path, config: RunConfig) -> float:
 def error_of_load(path: Path, config: RunConfig, vocab_size: int = VOCAB) -> str:
     """The message of the UserError that loading ends with."""
     from plt_megatron.errors import UserError
-    from plt_megatron.train.checkpoint import load_checkpoint
+    from plt_megatron.train.checkpoint.loading import load_checkpoint
 
     try:
         load_checkpoint(build(config, vocab_size), path)
@@ -221,7 +221,7 @@ def stored_tensors(directory: Path, prefix: str = "") -> dict[str, torch.Tensor]
 
 def main_parameters(path: Path, config: RunConfig) -> str:
     """A hash over the bits of the fp32 main parameters after loading."""
-    from plt_megatron.train.checkpoint import load_checkpoint
+    from plt_megatron.train.checkpoint.loading import load_checkpoint
 
     engine = build(config)
     load_checkpoint(engine, path)

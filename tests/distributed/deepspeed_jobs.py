@@ -219,7 +219,7 @@ def arrive(folder: Path, end: Place) -> tuple[list[tuple[float, float]], list[st
     """Load what was saved into a fresh engine and go on for three steps: their numbers, what was logged, the state."""
     import torch
 
-    from plt_megatron.train.checkpoint import load_checkpoint
+    from plt_megatron.train.checkpoint.loading import load_checkpoint
     from tests.distributed import checkpoint_jobs as jobs
 
     engine = _build(end)
@@ -240,7 +240,7 @@ def _everyones_state(engine: Any) -> list[str]:
 
 def save_from(folder: Path, places: list[Place]) -> list[float]:
     """Three steps at each place, saved as `folder/<number>`; each one's loss on step 1's data."""
-    from plt_megatron.train.checkpoint import save_checkpoint
+    from plt_megatron.train.checkpoint.saving import save_checkpoint
     from tests.distributed import checkpoint_jobs as jobs
 
     losses = []
@@ -257,7 +257,7 @@ def save_copies_that_differ(folder: Path, place: Place) -> str:
     import torch.distributed as dist
 
     from plt_megatron.errors import UserError
-    from plt_megatron.train.checkpoint import save_checkpoint
+    from plt_megatron.train.checkpoint.saving import save_checkpoint
     from tests.distributed import checkpoint_jobs as jobs
 
     engine = _build(place)
@@ -276,7 +276,7 @@ def save_copies_that_differ(folder: Path, place: Place) -> str:
 def weights_then_all(folder: Path, place: Place) -> dict[str, Any]:
     """An engine that has trained already, given a checkpoint's weights alone, then all of it: its losses on step 1's
     data, and the next step's gradient norm and its optimizer's step."""
-    from plt_megatron.train.checkpoint import load_checkpoint, load_weights
+    from plt_megatron.train.checkpoint.loading import load_checkpoint, load_weights
     from tests.distributed import checkpoint_jobs as jobs
 
     engine = _build(place)

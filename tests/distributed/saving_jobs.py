@@ -10,7 +10,7 @@ from unittest import mock
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.train.checkpoint import load_checkpoint
+from plt_megatron.train.checkpoint.loading import load_checkpoint
 from plt_megatron.train.checkpoint.saving import begin_save
 from tests.distributed import checkpoint_jobs as jobs
 from tests.distributed.memory_jobs import StorageCounter

@@ -20,7 +20,7 @@ DP2: dict = {}
 
 
 def _save_twice(directory, config):
-    from plt_megatron.train.checkpoint import save_checkpoint
+    from plt_megatron.train.checkpoint.saving import save_checkpoint
 
     engine = jobs.build(config)
     for step in (1, 2):
@@ -116,7 +116,8 @@ def test_a_rank_killed_while_writing_leaves_the_last_checkpoint_and_rubbish_the_
 def _save_with_fault(engine, directory, fault=None):
     """Save step 3 with a fault, which says where a rank cannot write; return the error."""
     from plt_megatron.errors import UserError
-    from plt_megatron.train.checkpoint import publishing, save_checkpoint
+    from plt_megatron.train.checkpoint import publishing
+    from plt_megatron.train.checkpoint.saving import save_checkpoint
 
     rank = int(os.environ["RANK"])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -138,7 +139,7 @@ def _save_with_fault(engine, directory, fault=None):
 
 def _run_into_fault(directory, config, fault):
     """(the error, what lies in the folder then, the step a load finds, what the next save ends with)"""
-    from plt_megatron.train.checkpoint import load_checkpoint
+    from plt_megatron.train.checkpoint.loading import load_checkpoint
 
     _save_twice(directory, config)
     engine = jobs.build(config)
@@ -193,7 +194,7 @@ def _save_copies_that_differ(directory, config, name, main):
     """Save after rank 1 has come to hold another value, in a weight or in the optimizer's copy; return the error."""
     import torch
 
-    from plt_megatron.train.checkpoint import save_checkpoint
+    from plt_megatron.train.checkpoint.saving import save_checkpoint
 
     engine = jobs.build(config)
     jobs.train(engine, 1, 1)

@@ -31,7 +31,8 @@ def _load_and_look(path, config):
     and a save and a load of what came of it."""
     import torch
 
-    from plt_megatron.train.checkpoint import load_checkpoint, save_checkpoint
+    from plt_megatron.train.checkpoint.loading import load_checkpoint
+    from plt_megatron.train.checkpoint.saving import save_checkpoint
 
     loaded = jobs.load_and_train(path, config, then=0)
     engine = jobs.build(config)
@@ -157,7 +158,7 @@ def test_weights_alone_start_a_new_run(run_distributed, two_loops):
 
 
 def _trained_and_fresh_loss(path, config):
-    from plt_megatron.train.checkpoint import load_checkpoint
+    from plt_megatron.train.checkpoint.loading import load_checkpoint
 
     engine = jobs.build(config)
     fresh = jobs.evaluate(engine, loop_count=2)
@@ -231,7 +232,8 @@ def test_loading_and_exporting_one_that_is_in_doubt_say_so_in_a_line(run_distrib
 def _errors_of_loading(folders):
     """Load each one's checkpoint into the other's engine, and then its weights alone; return the errors."""
     from plt_megatron.errors import UserError
-    from plt_megatron.train.checkpoint import load_checkpoint, load_weights, save_checkpoint
+    from plt_megatron.train.checkpoint.loading import load_checkpoint, load_weights
+    from plt_megatron.train.checkpoint.saving import save_checkpoint
 
     engines = {name: jobs.build(jobs.run_config(optimizer=name)) for name in folders}
     errors = []

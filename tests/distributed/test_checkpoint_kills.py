@@ -16,7 +16,7 @@ from tests.distributed.pool import DistributedFailure
 
 def _run(directory: Path, config, steps: int, kill: tuple[int, float] | None = None):
     """Go on to step `steps`, saving after each; `kill`: the rank to die, and after how many seconds."""
-    from plt_megatron.train.checkpoint import CheckpointStore
+    from plt_megatron.train.checkpoint.store import CheckpointStore
 
     if kill is not None and kill[0] == int(os.environ["RANK"]):
         timer = threading.Timer(kill[1], os.kill, (os.getpid(), signal.SIGKILL))

@@ -121,7 +121,7 @@ def test_every_tensor_of_the_optimizer_is_the_single_process_one(saved):
 
 def test_read_weights_needs_no_megatron(saved):
     program = (
-        "import sys; from plt_megatron.train.checkpoint import read_weights\n"
+        "import sys; from plt_megatron.train.checkpoint.reading import read_weights\n"
         "names = [name for name, _ in read_weights(sys.argv[1])]\n"
         "print(len(names), any(name.startswith('megatron') for name in sys.modules))\n"
     )
@@ -132,7 +132,7 @@ def test_read_weights_needs_no_megatron(saved):
 
 def test_read_weights_needs_no_processes_and_gives_whole_tensors(saved):
     from plt_megatron.run_folder.checkpoints import read_progress
-    from plt_megatron.train.checkpoint import read_weights
+    from plt_megatron.train.checkpoint.reading import read_weights
 
     folder, alone = (saved("PLT", words)[1] for words in ("TP2 SP PP2", "TP1"))
     progress = read_progress(folder)
@@ -149,8 +149,7 @@ def test_read_weights_needs_no_processes_and_gives_whole_tensors(saved):
 
 
 def test_experts_weights_are_read_one_by_one(saved):
-    from plt_megatron.train.checkpoint import read_weights
-    from plt_megatron.train.checkpoint.reading import Weights
+    from plt_megatron.train.checkpoint.reading import Weights, read_weights
 
     (stayed, alone), (_, shared_out) = (saved("experts", words) for words in ("TP1", "DP2 EP2"))
     weights, others = dict(read_weights(alone)), dict(read_weights(shared_out))

@@ -23,7 +23,7 @@ def _config(layout=PP2, **checkpoint):
 
 
 def _store(directory, config, sha256="a"):
-    from plt_megatron.train.checkpoint import CheckpointStore
+    from plt_megatron.train.checkpoint.store import CheckpointStore
 
     return CheckpointStore(Path(directory), config, {"sha256": sha256, "split": f"of {sha256}"})
 

@@ -39,7 +39,7 @@ def train_save_and_evaluate(layout: Layout, cases: list[Case], folder: Path) -> 
 
 def _train_save_and_evaluate(layout: Layout, case: Case, folder: Path) -> dict[str, Any]:
     from plt_megatron.train import megatron_engine as engine_module
-    from plt_megatron.train.checkpoint import save_checkpoint
+    from plt_megatron.train.checkpoint.saving import save_checkpoint
     from tests.distributed import parity
 
     with parity._randomized(False):
@@ -64,7 +64,7 @@ def _check_shards(stage: Any, model: Any, checkpoint: Path) -> None:
 
     from plt_megatron.hf.param_mapping import mappings_for
     from plt_megatron.hf.verification import fill_model
-    from plt_megatron.train.checkpoint import read_weights
+    from plt_megatron.train.checkpoint.reading import read_weights
 
     before = {name: parameter.detach().clone() for name, parameter in stage.named_parameters()}
     for parameter in stage.parameters():

@@ -41,7 +41,7 @@ def load_each(config: RunConfig) -> list[int]:
     from megatron.core import parallel_state
 
     from plt_megatron.runtime.process_groups import init_process_groups
-    from plt_megatron.train.checkpoint import load_checkpoint
+    from plt_megatron.train.checkpoint.loading import load_checkpoint
     from plt_megatron.train.megatron_engine import MegatronEngine
 
     init_process_groups(config.parallel)

@@ -18,7 +18,7 @@ import torch
 from plt_megatron.config.schema import BatchStage, DataConfig, DataSource, DataStage, LengthStage, LoopStage, RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.run_folder.folder import RunFolder
-from plt_megatron.train.checkpoint import read_weights
+from plt_megatron.train.checkpoint.reading import read_weights
 from tests.distributed.cases import Layout
 from tests.distributed.covering import covering_design, pairs
 from tests.distributed.training_jobs import make_data, run_config, train

@@ -10,7 +10,7 @@ import torch
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.hf.exporting import ExportOptions, export
 from plt_megatron.model.trainable import is_trained
-from plt_megatron.train.checkpoint import read_weights
+from plt_megatron.train.checkpoint.reading import read_weights
 from tests.distributed.training_jobs import run_config, train
 from tests.distributed.whole_runs import as_after_step, folder, numbers
 

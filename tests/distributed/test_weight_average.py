@@ -20,8 +20,7 @@ from plt_megatron.hf.averaging import AverageOptions, average
 from plt_megatron.hf.exporting import ExportOptions, export
 from plt_megatron.hf.param_mapping import mappings_for
 from plt_megatron.train.callbacks.base import Callback
-from plt_megatron.train.checkpoint import read_weights
-from plt_megatron.train.checkpoint.reading import Weights, stored_at
+from plt_megatron.train.checkpoint.reading import Weights, read_weights, stored_at
 from tests.distributed.checkpoint_jobs import edit_progress, stored_tensors
 from tests.distributed.training_jobs import run_config, train
 from tests.distributed.whole_runs import as_after_step, folder, numbers

@@ -279,7 +279,7 @@ def _other_tensors(config: RunConfig, whole: RunConfig, tolerance: float) -> str
 
     A run that fails may have saved a later one where it was stopped, and keeps so many.
     """
-    from plt_megatron.train.checkpoint import read_weights
+    from plt_megatron.train.checkpoint.reading import read_weights
 
     theirs_at, ours_at = (RunFolder(folder(run)).latest_checkpoint(verify=False) for run in (whole, config))
     if theirs_at is None:

@@ -144,7 +144,7 @@ def test_an_export_is_the_weights_alone(saved, tmp_path):
     from safetensors import safe_open
 
     from plt_megatron.hf.exporting import ExportOptions, export
-    from plt_megatron.train.checkpoint import read_weights
+    from plt_megatron.train.checkpoint.reading import read_weights
 
     directory, _ = saved
     names = [name for name, _ in read_weights(directory)]

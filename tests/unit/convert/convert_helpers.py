@@ -17,7 +17,7 @@ from plt_megatron.hf.exporting import ExportOptions, ExportResult, export
 from plt_megatron.hf.importing import ImportOptions, ImportResult, import_model
 from plt_megatron.hf.param_mapping import mappings_for
 from plt_megatron.hf.verification import single_process
-from plt_megatron.train.checkpoint import read_weights
+from plt_megatron.train.checkpoint.reading import read_weights
 from tests import settings
 from tests.reference.gates import GATES
 from tests.reference.loop_inputs import LOOP_INPUTS

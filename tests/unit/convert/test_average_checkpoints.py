@@ -17,7 +17,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.hf import averaging
 from plt_megatron.hf.averaging import AverageOptions, average
 from plt_megatron.hf.exporting import ExportOptions, export
-from plt_megatron.train.checkpoint import read_weights
+from plt_megatron.train.checkpoint.reading import read_weights
 
 MODELS = {
     "dense": {},

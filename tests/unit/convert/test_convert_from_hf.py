@@ -37,7 +37,7 @@ from plt_megatron.hf.importing import ImportOptions, import_model
 from plt_megatron.hf.lineage import read_lineage
 from plt_megatron.hf.sources import open_source
 from plt_megatron.run_folder.checkpoints import read_progress
-from plt_megatron.train.checkpoint import read_weights
+from plt_megatron.train.checkpoint.reading import read_weights
 
 TINY = {
     "vocab_size": VOCAB,
@@ -201,7 +201,7 @@ def test_a_schedule_switches_the_new_loop_on_without_a_jump(tmp_path):
 
     with single_process():
         from plt_megatron.model.looped_gpt import MicroBatch
-        from plt_megatron.train.checkpoint import CheckpointStore
+        from plt_megatron.train.checkpoint.store import CheckpointStore
         from plt_megatron.train.megatron_engine import MegatronEngine
 
         engine = MegatronEngine(config, VOCAB)
@@ -287,7 +287,8 @@ def test_layers_of_two_kinds_are_stored_as_a_run_stores_them(tmp_path):
     written = save_run(tmp_path / "run", model, weights) / "checkpoints" / "step_00000000"
     config = RunConfig(model=model, data=DataConfig(sequence_length=8), training=TrainingConfig(train_iters=1))
     with single_process():
-        from plt_megatron.train.checkpoint import load_weights, save_checkpoint
+        from plt_megatron.train.checkpoint.loading import load_weights
+        from plt_megatron.train.checkpoint.saving import save_checkpoint
         from plt_megatron.train.megatron_engine import MegatronEngine
 
         engine = MegatronEngine(config, VOCAB)
@@ -320,7 +321,7 @@ def test_training_starts_from_it(tmp_path, caplog):
 
     with single_process(), caplog.at_level(logging.INFO):
         from plt_megatron.model.initialization import global_names
-        from plt_megatron.train.checkpoint import CheckpointStore
+        from plt_megatron.train.checkpoint.store import CheckpointStore
         from plt_megatron.train.megatron_engine import MegatronEngine
 
         engine = MegatronEngine(config, VOCAB)
