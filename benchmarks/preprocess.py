@@ -175,8 +175,10 @@ def on_nodes(folder: Path, corpus: Path, model: Path, nodes: int) -> float:
 
 
 def speed_on_nodes(folder: Path, size: int, model: Path, nodes: int, repeats: int) -> float:
-    """Return how many times as fast `nodes` nodes are as one on a corpus of `size` bytes: the median of ratios of
-    neighbors in time. What a process and the join take whatever the size, seconds, should be little of it."""
+    """Return how many times as fast `nodes` nodes are as one: the median of ratios of neighbors in time.
+
+    `size` is the corpus's in bytes. Starting processes and joining parts takes one to two seconds at any size.
+    """
     corpus = folder / "nodes.jsonl"
     write_corpus(corpus, size)
     ratios = [on_nodes(folder, corpus, model, 1) / on_nodes(folder, corpus, model, nodes) for _ in range(repeats)]

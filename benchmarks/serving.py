@@ -20,19 +20,24 @@ import tempfile
 import time
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "serving")]  # for the modeling file and LoRA adapters
+
 ROWS = {
     "vanilla": {"loop_count": 1},
     "naive loops": {"cross_loop_parallel": False, "share_kv": False, "gated_window": False},
     "+ CLP": {"share_kv": False, "gated_window": False},
     "+ KV sharing": {"gated_window": False},
     "PLT-2": {},
-    "PLT-2, serial": {"loop_mode": "serial"},
+    "PLT-2, serial": {},
     "PLT-3": {"loop_count": 3},
     "vanilla, shifted heads": {"loop_count": 1, "key_shift": "heads"},
     "PLT-2, shifted heads": {"key_shift": "heads"},
     "PLT-2, shifted channels": {"key_shift": "channels"},
     "PLT-2, learned shift": {"key_shift": "learned"},
 }
+# Rows whose server has options of the plugin, for vLLM's `--additional-config`.
+PLUGIN = {"PLT-2, serial": {"plt": {"loop_mode": "serial"}}}
 WITH_BARS = ["vanilla", "naive loops", "PLT-2", "PLT-3"]
 MODEL = {
     "architectures": ["PLTForCausalLM"],
@@ -53,6 +58,7 @@ MODEL = {
 SMALL = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 32}
 PLT2_TO_VANILLA = {"cpu": 1.25, "cuda": 1.05}  # at batch 1 and 4
 PLT2_TO_NAIVE = 0.65
+RANK = 8  # of LoRA adapters
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -88,14 +94,12 @@ def keep_engines_here() -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
-def make_engine(changes: dict, folder: Path, args: argparse.Namespace, **options):
-    """Return an engine with random weights; only the time of its layers matters. `options` are vLLM's."""
+def make_engine(row: str, folder: Path, args: argparse.Namespace, **options):
+    """Return a row's engine with random weights; only the time of its layers matters. `options` are vLLM's."""
     from vllm import LLM
 
     folder.mkdir()
-    config = {**MODEL, **(SMALL if args.small else {}), **changes}
-    if mode := config.pop("loop_mode", None):
-        options["additional_config"] = loop_mode(mode)
+    config = {**MODEL, **(SMALL if args.small else {}), **ROWS[row]}
     if args.num_layers:
         config["num_hidden_layers"] = args.num_layers
     (folder / "config.json").write_text(json.dumps(config))
@@ -111,54 +115,34 @@ def make_engine(changes: dict, folder: Path, args: argparse.Namespace, **options
         kv_cache_memory_bytes=1 << 29,
         enable_prefix_caching=False,
         seed=0,
+        additional_config=PLUGIN.get(row, {}),
         **options,
     ).llm_engine
 
 
-def loop_mode(mode: str) -> dict:
-    """Return the plugin's options, for vLLM's `--additional-config`."""
-    return {"plt": {"loop_mode": mode}}
-
-
-RANK = 8
-
-
-def make_lora_engine(changes: dict, folder: Path, args: argparse.Namespace):
+def make_lora_engine(row: str, folder: Path, args: argparse.Namespace):
     """Return an engine as `make_engine` does, and write a random LoRA adapter to `folder`/adapter."""
-    engine = make_engine(changes, folder, args, enable_lora=True, max_loras=2, max_lora_rank=RANK)
-    write_adapter(folder / "adapter", json.loads((folder / "config.json").read_text()))
+    engine = make_engine(row, folder, args, enable_lora=True, max_loras=2, max_lora_rank=RANK)
+    write_random_adapter(folder)
     return engine
 
 
-def write_adapter(folder: Path, config: dict) -> None:
-    """Write a random LoRA adapter for all linear layers of a model with this config.json."""
+def write_random_adapter(folder: Path) -> None:
+    """Write an adapter for the linear layers of the model in `folder`, except its head."""
     import torch
-    from safetensors.torch import save_file
+    from adapters import write_adapter
 
-    hidden, dim, feed_forward = config["hidden_size"], config["head_dim"], config["intermediate_size"]
-    heads, groups = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
-    shapes = {
-        "q_proj": (hidden, heads),
-        "k_proj": (hidden, groups),
-        "v_proj": (hidden, groups),
-        "o_proj": (heads, hidden),
+    from plt_megatron.hf.configuration_plt import PLTConfig
+    from plt_megatron.hf.modeling_plt import PLTForCausalLM
+
+    with torch.device("meta"):
+        model = PLTForCausalLM(PLTConfig.from_pretrained(folder))
+    pairs = {
+        name: (torch.randn(RANK, layer.in_features) / layer.in_features**0.5, torch.randn(layer.out_features, RANK))
+        for name, layer in model.named_modules()
+        if ".layers." in name and isinstance(layer, torch.nn.Linear)
     }
-    shapes |= {
-        "gate_proj": (hidden, feed_forward),
-        "up_proj": (hidden, feed_forward),
-        "down_proj": (feed_forward, hidden),
-    }
-    tensors = {}
-    for layer in range(config["num_hidden_layers"]):
-        for name, (inputs, outputs) in shapes.items():
-            part = "self_attn" if name[0] in "qkvo" else "mlp"
-            module = f"base_model.model.model.layers.{layer}.{part}.{name}"
-            tensors[f"{module}.lora_A.weight"] = torch.randn(RANK, inputs) / inputs**0.5
-            tensors[f"{module}.lora_B.weight"] = torch.randn(outputs, RANK) / RANK
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    adapter = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": list(shapes), "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    write_adapter(folder / "adapter", pairs, alpha=1)
 
 
 def add_request(engine, name: str, prompt: list[int], tokens: int) -> None:
@@ -272,7 +256,7 @@ def main() -> int:
     missed: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         make = make_lora_engine if args.lora else make_engine
-        engines = {name: make(ROWS[name], Path(folder) / str(n), args) for n, name in enumerate(args.rows)}
+        engines = {name: make(name, Path(folder) / str(n), args) for n, name in enumerate(args.rows)}
         for batch in args.batch:
             times = decode_times(engines, batch, args)
             figures["ms"][batch] = {name: statistics.median(values) for name, values in times.items()}

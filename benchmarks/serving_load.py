@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "serving")]
 
 from server import ServerError, serve  # noqa: E402
 
-from serving import MODEL, ROWS, SMALL, loop_mode  # noqa: E402
+from serving import MODEL, PLUGIN, ROWS, SMALL  # noqa: E402
 
 FIGURES = {"output_throughput": "tokens/s", "median_itl_ms": "ITL p50", "p99_itl_ms": "ITL p99"}
 FIGURES |= {"median_ttft_ms": "TTFT p50", "p99_ttft_ms": "TTFT p99"}
@@ -80,7 +80,6 @@ def write_model(folder: Path, row: str, args: argparse.Namespace) -> None:
     vocabulary = json.loads((args.tokenizer / "tokenizer.json").read_text())["model"]["vocab"]
     changes = ROWS[row.partition("@")[0]]
     config = {**MODEL, **(SMALL if args.small else {}), **changes, "vocab_size": len(vocabulary)}
-    config.pop("loop_mode", None)  # the server's, not the model's
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -90,8 +89,7 @@ def options(row: str, concurrency: int) -> list[str]:
     tokens = tokens or str(STEP)
     chosen = ["--load-format", "dummy", "--enforce-eager", "--no-enable-prefix-caching", "--generation-config", "vllm"]
     chosen += ["--max-num-seqs", str(concurrency), "--max-model-len", "2048", "--max-num-batched-tokens", tokens]
-    if mode := ROWS[name].get("loop_mode"):
-        chosen += ["--additional-config", json.dumps(loop_mode(mode))]
+    chosen += ["--additional-config", json.dumps(PLUGIN.get(name, {}))]
     return [*chosen, "--kv-cache-memory-bytes", str(1 << 29)]
 
 

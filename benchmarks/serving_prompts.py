@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from serving import ROWS, add_options, add_request, keep_engines_here, make_engine, make_prompt, ratio
+from serving import add_options, add_request, keep_engines_here, make_engine, make_prompt, ratio
 
 ENGINES = ("vanilla", "PLT-2")
 TO_VANILLA = 2.1  # for the same prompt: two loops compute twice as much
@@ -90,7 +90,7 @@ def main() -> int:
     args = parse_arguments()
     keep_engines_here()
     with tempfile.TemporaryDirectory() as folder:
-        engines = {name: make_engine(ROWS[name], Path(folder) / str(n), args) for n, name in enumerate(ENGINES)}
+        engines = {name: make_engine(name, Path(folder) / str(n), args) for n, name in enumerate(ENGINES)}
         times = measure(engines, args)
     rows = summarize(times)
     for row in rows:

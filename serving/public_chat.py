@@ -17,9 +17,11 @@ from tempfile import TemporaryDirectory
 from openai import OpenAI
 from server import ServerError, serve
 
-OPTIONS = ("--enforce-eager", "--max-num-seqs", "8", "--max-model-len", "1024", "--kv-cache-memory-bytes", str(1 << 29))
-# The export's own, in which transformers answered: vLLM would take bf16, whose rounding decides near ties otherwise.
-OPTIONS += ("--dtype", "float32")
+OPTIONS = (
+    # The export's own dtype, in which transformers answered: vLLM would take bf16, whose rounding decides near ties.
+    *("--dtype", "float32", "--enforce-eager", "--max-num-seqs", "8", "--max-model-len", "1024"),
+    *("--kv-cache-memory-bytes", str(1 << 29)),
+)
 SCHEMA = {"enum": ["attention", "optimizer", "data"]}
 
 

@@ -5,6 +5,7 @@ Heavy packages are imported inside functions, since this file is also read where
 
 import gc
 import json
+import os
 import random
 from contextlib import contextmanager
 from pathlib import Path
@@ -230,15 +231,18 @@ def engine(export: Export, **options):
         "kv_cache_memory_bytes": 1 << 28,
         "seed": 0,
     }
+    # vLLM compiles its sharded embedding even in eager mode, which takes half a minute per process.
+    eager = {"TORCHDYNAMO_DISABLE": "1"} if options.get("tensor_parallel_size", 1) > 1 else {}
     # vLLM collects nine times an engine, 3 of its 4 seconds with all that is imported. Once is enough, here, where the
     # last test has let go of its engine.
     gc.collect()
-    with patch("gc.collect", lambda *args: 0):
+    uncollected = patch("gc.collect", lambda *args: 0)
+    with patch.dict(os.environ, eager), uncollected:
         llm = LLM(model=str(export.folder), **{**defaults, **options})
     try:
         yield llm
     finally:
-        with patch("gc.collect", lambda *args: 0):
+        with uncollected:
             llm.llm_engine.engine_core.shutdown()
             cleanup_dist_env_and_memory()
 

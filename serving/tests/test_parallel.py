@@ -18,10 +18,8 @@ torch = pytest.importorskip("torch")
         ("keys alone, span, shifted", {"qk_norm": True}),
     ],
 )
-def test_two_ranks(exports, monkeypatch, variant, changes):
+def test_two_ranks(exports, variant, changes):
     """Two ranks give transformers' tokens with sharded gates, heads and norms, and with a K/V head that both have."""
-    # vLLM compiles its sharded embedding even in eager mode, which takes half a minute per process.
-    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     export = exports(variant, **changes)
     with engine(export, tensor_parallel_size=2) as llm:
         assert_same(export, llm, prompts(12))

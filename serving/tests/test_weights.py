@@ -11,20 +11,17 @@ torch = pytest.importorskip("torch")
 
 def make_adapter(folder, variant: str, targets: tuple[str, ...], seed: int):
     """Write a LoRA adapter of rank 8 for the `targets` layers; return the model with the adapter merged."""
+    from adapters import write_adapter
     from helpers import VARIANTS, Export, make_model
-    from safetensors.torch import save_file
 
-    merged, tensors, rank = make_model(**VARIANTS[variant]), {}, 8
+    merged, pairs, rank = make_model(**VARIANTS[variant]), {}, 8
     torch.manual_seed(seed)
     for name, module in merged.named_modules():
         if name.endswith(targets):
             a, b = 0.2 * torch.randn(rank, module.in_features), 0.2 * torch.randn(module.out_features, rank)
-            tensors |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
+            pairs[name] = a, b
             module.weight.data += 2 * b @ a
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    adapter = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(targets), "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    write_adapter(folder, pairs, alpha=2 * rank)
     return Export(folder, merged)
 
 
@@ -40,13 +37,11 @@ def make_adapter(folder, variant: str, targets: tuple[str, ...], seed: int):
     ],
     ids=["parallel", "serial", "compiled", "shifted", "span", "two ranks"],
 )
-def test_lora_adapters(exports, tmp_path, monkeypatch, variant, options):
+def test_lora_adapters(exports, tmp_path, variant, options):
     """In one batch of requests with two adapters and none, tokens equal those of models with the adapter merged."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
-    if "tensor_parallel_size" in options:
-        monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     base = exports(variant)
     first = make_adapter(tmp_path / "first", variant, ("q_proj", "v_proj", "o_proj", "down_proj"), seed=1)
     second = make_adapter(tmp_path / "second", variant, ("k_proj", "gate_proj", "up_proj"), seed=2)
