@@ -32,8 +32,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plt_megatron.data.indexed import flat_tokens, read_index, write_index
-from plt_megatron.data.loss_mask import mask_path
+from plt_megatron.data.indexed import flat_tokens, mask_path, read_index, write_index
 from plt_megatron.errors import UserError, run_command
 from plt_megatron.experiments.figures import new_figure, save
 from plt_megatron.experiments.records import state_of

@@ -134,7 +134,7 @@ def gradients(config: Any, double: bool = False) -> dict[str, Any]:
     import torch
 
     from plt_megatron.model.build import build_stage
-    from plt_megatron.model.step_state import renew_weight_copies
+    from plt_megatron.model.pipeline import renew_weight_copies
     from plt_megatron.train.megatron_engine import wrap_ddp
 
     stage = build_stage(config, VOCAB_SIZE)

@@ -14,7 +14,7 @@ VOCAB_SIZE = 256  # bytes
 
 def plt_step(config: Any, batch: Any) -> Callable[[], None]:
     from plt_megatron.model.build import build_stage
-    from plt_megatron.model.step_state import renew_weight_copies
+    from plt_megatron.model.pipeline import renew_weight_copies
     from plt_megatron.train.megatron_engine import wrap_ddp, zero_gradients
 
     stage = build_stage(config, VOCAB_SIZE)

@@ -59,14 +59,14 @@ keep_freed_memory()  # as plt train
 
 from benchmarks.deeper_gpt import deeper_gpt  # noqa: E402
 from plt_megatron.config.schema import ModelConfig, ParallelConfig  # noqa: E402
-from plt_megatron.model.initialization import initialize  # noqa: E402
+from plt_megatron.model.build import initialize  # noqa: E402
 from plt_megatron.model.looped_gpt import LoopedGPT, MicroBatch  # noqa: E402
 from plt_megatron.model.transformer_config import DTYPES, transformer_config  # noqa: E402
 from plt_megatron.predict.flops import training_flops_per_token  # noqa: E402
 from plt_megatron.predict.parameters import count_parameters  # noqa: E402
 from plt_megatron.run_folder.text import format_table  # noqa: E402
 from plt_megatron.runtime.process_groups import destroy_process_groups, init_process_groups  # noqa: E402
-from plt_megatron.train.callbacks.throughput import measure_matmul_tflops  # noqa: E402
+from plt_megatron.train.callbacks.performance import measure_matmul_tflops  # noqa: E402
 from plt_megatron.train.megatron_engine import wrap_ddp  # noqa: E402
 
 VOCAB_SIZE = 8192

@@ -45,7 +45,7 @@ def _parser() -> CommandParser:
 
 
 def _average(arguments: argparse.Namespace) -> None:
-    from plt_megatron.hf.averaged_checkpoints import AverageOptions, find_checkpoints
+    from plt_megatron.hf.averaging import AverageOptions, find_checkpoints
 
     options = AverageOptions(**vars(arguments))
     find_checkpoints(options)
@@ -59,6 +59,6 @@ def _average(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
-    from plt_megatron.hf.command_line import run_conversion
+    from plt_megatron.hf.arguments import run_conversion
 
     return run_conversion(lambda: _average(arguments))

@@ -69,7 +69,7 @@ def _show_progress(done: int, total: int) -> None:
 def _diagnose(arguments: argparse.Namespace) -> None:
     from plt_megatron.extras import require
     from plt_megatron.hf import arguments as checks
-    from plt_megatron.hf.command_line import prepare_imports
+    from plt_megatron.hf.arguments import prepare_imports
 
     require("plt diagnose", "jinja2", "scipy", "transformers")
     checks.check_model(arguments.model)

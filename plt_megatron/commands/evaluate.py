@@ -58,6 +58,6 @@ def main(argv: Sequence[str]) -> int:
         parser.error("--tasks names no task")
     if arguments.limit is not None and arguments.limit < 1:
         parser.error("--limit must be above 0")
-    from plt_megatron.hf.command_line import run_conversion
+    from plt_megatron.hf.arguments import run_conversion
 
     return run_conversion(lambda: _evaluate(arguments))

@@ -69,6 +69,6 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
-    from plt_megatron.hf.command_line import run_conversion
+    from plt_megatron.hf.arguments import run_conversion
 
     return run_conversion(lambda: _export(arguments))

@@ -43,8 +43,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from plt_megatron.hf.arguments import check_export
-    from plt_megatron.hf.command_line import prepare_imports
+    from plt_megatron.hf.arguments import check_export, prepare_imports
 
     check_export(Path(arguments.model))
     prepare_imports()

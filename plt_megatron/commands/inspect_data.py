@@ -61,8 +61,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         from plt_megatron.experiments.data_page import check_page
 
         check_page(arguments.html)
-    from plt_megatron.data.inspection import Inspector
-    from plt_megatron.data.inspection_text import describe_batch, describe_duplicates
+    from plt_megatron.data.inspection import Inspector, describe_batch, describe_duplicates
 
     inspector = Inspector(config)
     batch = inspector.batch(arguments.part, arguments.batch, arguments.samples)

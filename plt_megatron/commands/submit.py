@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _submit(arguments: argparse.Namespace) -> int:
-    from plt_megatron.slurm.follow import follow
+    from plt_megatron.slurm.status import follow
     from plt_megatron.slurm.submission import submit
 
     submission = submit(_options(arguments), ROOT, _rehearsed if arguments.rehearse else None)

@@ -18,11 +18,10 @@ from collections.abc import Sequence
 
 from plt_megatron.commands import CommandParser
 from plt_megatron.config import derived
-from plt_megatron.config.batch_schedule import BatchSchedule
 from plt_megatron.config.layout import layout_of, num_microbatches
-from plt_megatron.config.length_schedule import LengthSchedule
 from plt_megatron.config.loader import dump_config, load_config
 from plt_megatron.config.loop_schedule import LoopSchedule
+from plt_megatron.config.schedules import BatchSchedule, LengthSchedule
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import processes_on, validate
 from plt_megatron.errors import UserError, go_on_without_readers, run_command

@@ -11,8 +11,8 @@ from bisect import bisect_left, bisect_right
 from functools import partial
 
 from plt_megatron.config import derived
-from plt_megatron.config.batch_schedule import BatchSchedule
 from plt_megatron.config.loop_schedule import stages_of
+from plt_megatron.config.schedules import BatchSchedule
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
 

@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from plt_megatron.config.batch_schedule import BatchSchedule
+from plt_megatron.config.schedules import BatchSchedule
 from plt_megatron.config.schema import DataConfig, DataSource, FimConfig, ModelConfig, RunConfig
 
 
@@ -264,7 +264,7 @@ def source_name(source: DataSource) -> str:
     return source.name or Path(source.path).name
 
 
-SOURCE_PARTS = ".parts.json"  # replaces the .bin of a source in parts (data/parts.py)
+SOURCE_PARTS = ".parts.json"  # replaces the .bin of a source in parts (data/indexed.py)
 
 
 def missing_files(prefix: str) -> list[str]:

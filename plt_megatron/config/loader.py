@@ -1,13 +1,4 @@
-"""Load YAML files and `key=value` overrides into any dataclass of `fields`: runs, sweeps, clusters, jobs.
-
-A file holds any part of the schema. Its `include:` (one path or a list, see `_beside`) names files that are read
-first, in order. Each file is a layer, all overrides together are the last one, and later layers win: sections
-merge key by key, lists are replaced as a whole, and a setting replaces its `ALTERNATIVES` from earlier layers.
-A preset (`PRESETS`) expands to its settings in the layer that names it; other settings of that layer override it.
-
-Values are converted to the types in the schema, and every error names the file, the line and the key. Loaded settings
-remember where their values come from: `place` prefixes that to problems found later.
-"""
+"""Load YAML files and `key=value` overrides into any dataclass of `fields`: runs, sweeps, clusters, jobs."""
 
 from __future__ import annotations
 
@@ -24,10 +15,9 @@ import yaml
 
 from plt_megatron.config import yaml_nodes
 from plt_megatron.config.fields import RenamedFrom, field_types, find_type_problems, plain_type, section_of
-from plt_megatron.config.layers import Tree, join, merge, supersede
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.upgrade import UPGRADE, new_name, new_section, upgrade
-from plt_megatron.config.yaml_nodes import describe, is_null, where
+from plt_megatron.config.yaml_nodes import Tree, describe, is_null, join, merge, supersede, where
 from plt_megatron.errors import UserError
 from plt_megatron.installation import find_config
 
@@ -379,3 +369,17 @@ def _type_name(plain: Any) -> str:
     if section_of(plain) is not None:
         return f"a mapping of {', '.join(field_types(plain))}"
     return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[plain]
+
+
+def config_differences(before: RunConfig, now: RunConfig) -> dict[str, str]:
+    """Return dotted key -> the difference in words, for every setting that differs."""
+    old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(now))
+    keys = dict.fromkeys((*old, *new))  # a section may be missing in one of them
+    return {key: f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in keys if new.get(key) != old.get(key)}
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

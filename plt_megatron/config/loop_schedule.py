@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from plt_megatron.config import derived, schedules
-from plt_megatron.config.batch_schedule import BatchSchedule
-from plt_megatron.config.length_schedule import LengthSchedule
+from plt_megatron.config.schedules import BatchSchedule, LengthSchedule
 from plt_megatron.config.schema import LoopStage, RunConfig
 
 
@@ -184,7 +183,7 @@ def find_problems(config: RunConfig) -> Iterator[str]:
     def too_short(number: int) -> str | None:
         return None if steps[number] else f"no step of the run's {whole:,} begins"
 
-    yield from schedules.find_problems("training.loop_schedule", stages, too_short)
+    yield from schedules.stage_problems("training.loop_schedule", stages, too_short)
     yield from _check_whole(config)
 
 

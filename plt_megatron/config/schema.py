@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from plt_megatron.config.fields import (
+    REFUSED,
     BelowOne,
     Count,
     Finite,
@@ -31,7 +32,6 @@ from plt_megatron.config.fields import (
     TokenCount,
 )
 from plt_megatron.config.presets import LOOP_PRESETS
-from plt_megatron.config.refused_settings import REFUSED
 
 
 @dataclass
@@ -124,7 +124,7 @@ class ModelConfig:
     gated_window: bool = True  # loops >= 2 also attend to a window of their own, blended in by a gate per head
     window_size: Size = 64  # keys that a query sees in the window, its own included
     fused_gated_window: bool = False  # window, blend and gate in one Triton kernel; GPU only, not yet measured on one
-    gate_input: Literal["query", "hidden"] = "query"  # what the gate reads (model/gate.py)
+    gate_input: Literal["query", "hidden"] = "query"  # what the gate reads (model/attention.py)
     gate_side: Literal["local", "global"] = "local"  # which of the two attentions the gate multiplies
     # Applied to the gate's logit, which starts at zero: sigmoid starts with an even blend, tanh with only the attention
     # that the gate does not multiply.
@@ -272,7 +272,7 @@ class DecayFactors:
 
 @dataclass
 class OptimizerConfig:
-    """The optimizer (config/optimizers.py) and its learning-rate schedule, in optimizer steps."""
+    """The optimizer (config/rules/optimizer.py) and its learning-rate schedule, in optimizer steps."""
 
     name: Literal["adam", "muon", "sgd"] = "adam"  # adam: with decoupled weight decay (AdamW)
     lr: Positive = 3e-4

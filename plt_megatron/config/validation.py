@@ -10,23 +10,23 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from plt_megatron.config import batch_schedule, derived, length_schedule, loop_schedule
-from plt_megatron.config.data_stages import all_sources
+from plt_megatron.config import derived, loop_schedule, schedules
 from plt_megatron.config.fields import find_type_problems
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.loader import place
-from plt_megatron.config.optimizers import optimizer_spec
 from plt_megatron.config.rules import data as data_rules
 from plt_megatron.config.rules import deepspeed as deepspeed_rules
 from plt_megatron.config.rules import fp8 as fp8_rules
 from plt_megatron.config.rules import fusions as fusion_rules
-from plt_megatron.config.rules import loops as loop_rules
+from plt_megatron.config.rules import model as loop_rules
 from plt_megatron.config.rules import model as model_rules
-from plt_megatron.config.rules import moe as moe_rules
+from plt_megatron.config.rules import model as moe_rules
 from plt_megatron.config.rules import optimizer as optimizer_rules
 from plt_megatron.config.rules import parallel as parallel_rules
 from plt_megatron.config.rules import run as run_rules
 from plt_megatron.config.rules import uploads as upload_rules
+from plt_megatron.config.rules.optimizer import optimizer_spec
+from plt_megatron.config.schedules import all_sources
 from plt_megatron.config.schema import DataSource, RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.extras import lacking
@@ -72,18 +72,18 @@ def find_problems(
     problems = list(find_type_problems(config))
     problems += _check_required(config)
     if not problems:
-        problems += batch_schedule.find_problems(config)
-        problems += length_schedule.find_problems(config)
+        problems += schedules.batch_problems(config)
+        problems += schedules.length_problems(config)
     if not problems:
         problems += model_rules.find_problems(config)
-        problems += loop_rules.find_problems(config)
+        problems += loop_rules.loop_problems(config)
         problems += parallel_rules.find_problems(config, world_size)
         problems += optimizer_rules.find_problems(config)
         problems += loop_schedule.find_problems(config)
         problems += run_rules.find_problems(config, world_size)
         problems += upload_rules.find_problems(config)
         problems += data_rules.find_problems(config)
-        problems += moe_rules.find_problems(config)
+        problems += moe_rules.moe_problems(config)
         problems += deepspeed_rules.find_problems(config, world_size)
         have = have_te if check_files else bool(have_te)
         problems += parallel_rules.find_te_problems(config, have)

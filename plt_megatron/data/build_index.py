@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from plt_megatron.config.data_stages import all_sources
 from plt_megatron.config.loader import load_config
+from plt_megatron.config.schedules import all_sources
 from plt_megatron.config.validation import validate
 from plt_megatron.data.mix import describe_mix, index_folder, mix_shares, required_samples
 from plt_megatron.data.tokenizer import load_tokenizer

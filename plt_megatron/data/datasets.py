@@ -29,12 +29,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from plt_megatron.config import derived
-from plt_megatron.config.data_stages import distinct_sources
+from plt_megatron.config.schedules import distinct_sources
 from plt_megatron.config.schema import DataConfig
 from plt_megatron.data.fill_in_middle import FillInMiddle, RearrangedDocuments, check_ends, settings_of
-from plt_megatron.data.indexed import open_index
-from plt_megatron.data.loss_mask import has_mask, mask_path, open_mask
-from plt_megatron.data.megatron_builder import Builder, JoinedDataset, MegatronTokenizer
+from plt_megatron.data.indexed import has_mask, mask_path, open_index, open_mask
+from plt_megatron.data.megatron_builder import Builder, JoinedDataset, MegatronTokenizer, StagedDataset, draw_stages
 from plt_megatron.data.mix import (
     PARTS,
     SourceShare,
@@ -47,7 +46,6 @@ from plt_megatron.data.mix import (
     sample_sources,
     split_matrix,
 )
-from plt_megatron.data.staged_dataset import StagedDataset, draw_stages
 from plt_megatron.data.tokenizer import Tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import publish
@@ -155,7 +153,7 @@ def make_sample(
     begins, including the sample's first token. Positions restart there, and the loss mask is 0 where the label belongs
     to the next document, as after each end-of-document token: nothing predicts the start of an unrelated document.
     `masked_token` also zeroes the loss mask at each such token, like megatron-core's `eod_mask_loss`; `counted`,
-    uint8 [s + 1], zeroes it where the label is a token that does not count (see `loss_mask`).
+    uint8 [s + 1], zeroes it where the label is a token that does not count (see `indexed`).
     """
     tokens = torch.from_numpy(text[:-1].astype(np.int64))
     labels = torch.from_numpy(text[1:].astype(np.int64))

@@ -1,11 +1,19 @@
-"""A corpus that every machine has: the sources of Python's standard library, one document per file."""
+"""Corpora that every machine has: Python sources, prose and mathematics.
+
+- the demo's: the sources of Python's standard library, one document per file;
+- prose: the language reference that Python's `help` shows, and the documentation strings of numpy and matplotlib;
+- mathematics: the documentation strings of sympy and mpmath, full of formulas.
+"""
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import importlib.util
 import json
 import os
 import sysconfig
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -33,7 +41,7 @@ def write_demo_corpus(folder: Path) -> tuple[int, int]:
     """
     library = Path(sysconfig.get_path("stdlib"))
     files = {part: folder / f"{part}.jsonl" for part in ("train", "validation")}
-    return write_parts(_documents(library), files, f"no text for the demo corpus in {library}")
+    return write_parts(_python_sources(library), files, f"no text for the demo corpus in {library}")
 
 
 def write_parts(documents: Iterable[tuple[str, str]], files: Mapping[str, Path], missing: str) -> tuple[int, int]:
@@ -67,7 +75,7 @@ def _hash(name: str) -> str:
     return hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
 
 
-def _documents(root: Path) -> Iterator[tuple[str, str]]:
+def _python_sources(root: Path) -> Iterator[tuple[str, str]]:
     """Yield name and text of every usable source file, ordered by the hash of the name."""
     names = []
     for parent, folders, files in os.walk(root):
@@ -81,3 +89,51 @@ def _documents(root: Path) -> Iterator[tuple[str, str]]:
             continue
         if text.strip():
             yield name, text
+
+
+DOMAINS = {"prose": ("numpy", "matplotlib"), "mathematics": ("sympy", "mpmath")}
+_SKIPPED_IN_PACKAGES = {"test", "tests", "__pycache__"}
+_SHORTEST = 200  # characters; shorter documentation strings are skipped
+
+
+def domain_files(folder: Path, domain: str) -> dict[str, Path]:
+    """Return a domain's files in the folder of a corpus, by part."""
+    return {part: folder / f"{domain}_{part}.jsonl" for part in ("train", "validation")}
+
+
+def write_domain(folder: Path, domain: str) -> None:
+    """Write the domain's files by `write_parts`. Raises `UserError` if a package is not installed."""
+    missing = f"no text of {domain} in the documentation of {', '.join(DOMAINS[domain])}"
+    write_parts(sorted(_domain_documents(domain)), domain_files(folder, domain), missing)
+
+
+def _domain_documents(domain: str) -> Iterator[tuple[str, str]]:
+    """Yield (name, text) of every document."""
+    if domain == "prose":
+        from pydoc_data.topics import topics
+
+        yield from ((f"topics/{name}", text) for name, text in topics.items() if len(text) >= _SHORTEST)
+    for package in DOMAINS[domain]:
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise UserError(f"no text of {domain}: {package} is not installed")
+        root = Path(spec.origin).parent
+        for path in root.rglob("*.py"):
+            inside = path.relative_to(root)
+            if not _SKIPPED_IN_PACKAGES & set(inside.parts):
+                text = "\n\n\n".join(_documentation(path))
+                if text:
+                    yield f"{package}/{inside.as_posix()}", text
+
+
+def _documentation(path: Path) -> Iterator[str]:
+    """Yield the documentation strings of a source file that are long enough."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # invalid escapes in its strings
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, SyntaxError):
+        return
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
+    yield from (text for text in found if text is not None and len(text) >= _SHORTEST)

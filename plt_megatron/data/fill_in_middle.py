@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from plt_megatron.config import derived
-from plt_megatron.config.data_stages import training_sources
+from plt_megatron.config.schedules import training_sources
 from plt_megatron.config.schema import DataConfig
 from plt_megatron.data.indexed import document_starts, flat_tokens, open_index
 from plt_megatron.data.rolling_hash import scramble

@@ -1,25 +1,104 @@
 """megatron-core's indexed format (`.bin` and `.idx`), written and read without importing megatron-core.
 
-Layout of `.idx` (little endian): `MMIDIDX\\0\\0`, version 1 (uint64), dtype code (uint8), number of sequences and of
+Layout of `.idx` (little endian): `MMIDIDX\0\0`, version 1 (uint64), dtype code (uint8), number of sequences and of
 document ends (uint64 each), lengths (int32), byte offsets (int64), document ends (int64, starting with 0).
-`.bin` is the tokens of all documents, one after the other. Here every document is one sequence.
+`.bin` is the tokens of all documents, one after the other.
+
+Two more files may stand beside these:
+
+- `<prefix>.parts.json` instead of `<prefix>.bin`: the path prefixes of the source's parts, in order, relative to its
+  folder. Their `.bin` files stay where they are.
+- `<prefix>.loss_mask.bin`, which `plt preprocess --chat` writes: one byte for each token, in the same order, 1 where
+  the token counts as a label, else 0. A source without the file counts all of its tokens.
 """
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from plt_megatron.data.parts import files_of, map_files, total_size
+from plt_megatron.config.derived import SOURCE_PARTS
 from plt_megatron.errors import UserError
+
+
+def part_prefixes(prefix: str | os.PathLike[str]) -> list[str]:
+    """Return the path prefixes of a source's parts, in order; for an ordinary source, its own.
+
+    Raises `UserError` if the list of parts cannot be read, or a part is missing or has changed its size.
+    """
+    prefix = os.fspath(prefix)
+    path = Path(prefix + SOURCE_PARTS)
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))["parts"] if path.is_file() else None
+        if listed is None:
+            return [prefix]
+        parts = {os.path.normpath(path.parent / part["prefix"]): part["bin_bytes"] for part in listed}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): join the parts again (plt preprocess --join)") from error
+    for part, size in parts.items():
+        if not os.path.isfile(part + ".bin") or os.path.getsize(part + ".bin") != size:
+            raise UserError(
+                f"{part}.bin, a part of {prefix}, is missing or not of {size} bytes: restore it, or tokenize it again"
+            )
+    return list(parts)
+
+
+def files_of(prefix: str | os.PathLike[str], suffix: str) -> list[str]:
+    """Return the files with this suffix of all parts of a source."""
+    return [part + suffix for part in part_prefixes(prefix)]
+
+
+def total_size(files: Sequence[str]) -> int:
+    """Return the total size of the files in bytes."""
+    return sum(map(os.path.getsize, files))
+
+
+class JoinedArrays:
+    """Arrays end to end that are read like one, by `[number]` or `[first:last]`."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+        self._arrays = arrays
+        self._starts = list(accumulate(map(len, arrays), initial=0))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, place: int | slice) -> Any:
+        """Return an element, or a copy of a range (a view if one array has all of it)."""
+        if not isinstance(place, slice):
+            place = int(place) + (len(self) if place < 0 else 0)
+            which = bisect.bisect_right(self._starts, place) - 1
+            return self._arrays[which][place - self._starts[which]]
+        start, stop, step = place.indices(len(self))
+        assert step == 1, "ranges must have step 1"
+        found = []
+        which = bisect.bisect_right(self._starts, start) - 1
+        while start < stop:
+            first = self._starts[which]
+            found.append(self._arrays[which][start - first : stop - first])
+            which, start = which + 1, self._starts[which + 1]
+        if len(found) == 1:
+            return found[0]
+        return np.concatenate(found) if found else np.empty(0, self._arrays[0].dtype if self._arrays else None)
+
+
+def map_files(files: Sequence[str], dtype: Any) -> np.ndarray | JoinedArrays:
+    """Memory-map the files' contents, end to end."""
+    arrays = [np.memmap(file, dtype, "r") for file in files if os.path.getsize(file)]
+    if len(arrays) > 1:
+        return JoinedArrays(arrays)
+    return arrays[0] if arrays else np.empty(0, dtype)
+
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<QBQQ")
@@ -96,7 +175,7 @@ def _check_size(index: IndexedFile, expected: int) -> None:
 
 
 def flat_tokens(index: IndexedFile) -> Any:
-    """Memory-map all tokens of a source: one array, or several that are read like one (`parts`)."""
+    """Memory-map all tokens of a source: one array, or several that are read like one."""
     return map_files(index.bins, index.dtype)
 
 
@@ -159,3 +238,60 @@ def concatenate(parts: Sequence[Path], target: Path) -> str:
                     digest.update(block)
                     output.write(block)
     return digest.hexdigest()
+
+
+MASK_SUFFIX = ".loss_mask.bin"
+_BLOCK = 1 << 24  # bytes read at once
+
+
+def mask_path(prefix: str | os.PathLike[str]) -> Path:
+    """Return the path of the mask of the source at `prefix`, whether or not it exists."""
+    return Path(f"{os.fspath(prefix)}{MASK_SUFFIX}")
+
+
+def has_mask(prefix: str | os.PathLike[str]) -> bool:
+    """Return whether the source at `prefix` has a mask. A source in parts has one if all of its parts do."""
+    return all(map(os.path.isfile, files_of(prefix, MASK_SUFFIX)))
+
+
+def open_mask(prefix: str | os.PathLike[str], tokens: int) -> Any:
+    """Memory-map the mask of a source of `tokens` tokens: uint8 [tokens], read like an array.
+
+    Raises `UserError` if the file is missing or of another size.
+    """
+    path = mask_path(prefix)
+    try:
+        files = files_of(prefix, MASK_SUFFIX)
+        size = total_size(files)
+        if size != tokens:
+            raise UserError(
+                f"{path} has {size:,} bytes, but the source has {tokens:,} tokens: tokenize the data again, or delete "
+                "the mask to train on all of them"
+            )
+        return map_files(files, np.uint8)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def check_mask(prefix: str, tokens: int, manifest: Mapping[str, Any]) -> None:
+    """Raise `UserError` if the source's mask has the wrong size, or is missing although its manifest records one."""
+    if has_mask(prefix):
+        open_mask(prefix, tokens)
+    elif manifest.get("loss_mask_tokens") is not None:
+        raise UserError(
+            f"{mask_path(prefix)} not found, but {prefix}.manifest.json says that the source was made with it: copy it "
+            "too, or tokenize the data again"
+        )
+
+
+def check_mask_values(prefix: str, tokens: int) -> None:
+    """Raise `UserError` unless the source's mask, if any, has only 0 and 1 and counts a token. Reads all of it."""
+    if not has_mask(prefix):
+        return
+    mask = open_mask(prefix, tokens)
+    largest = max((int(mask[start : start + _BLOCK].max()) for start in range(0, tokens, _BLOCK)), default=0)
+    if largest != 1:
+        raise UserError(
+            f"{mask_path(prefix)}: its largest byte is {largest}; bytes must be 1 for tokens that count in the loss "
+            "and 0 for others, with at least one 1"
+        )

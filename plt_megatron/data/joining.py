@@ -1,4 +1,4 @@
-"""Join several tokenized sources into one, in order, without copying their tokens (`parts`)."""
+"""Join several tokenized sources into one, in order, without copying their tokens (see `indexed`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.config.derived import SOURCE_PARTS
-from plt_megatron.data import loss_mask
+from plt_megatron.data import indexed
 from plt_megatron.data.indexed import IndexedFile, read_index, read_manifest, write_index
 from plt_megatron.data.shards import publish_json
 from plt_megatron.errors import UserError
@@ -82,9 +82,9 @@ def _check_alike(prefixes: Sequence[str], indices: Sequence[IndexedFile], manife
             raise UserError(f"{prefix} has ids of type {index.dtype}, {first} of {indices[0].dtype}: they cannot join")
         if known and prefix in tokenizers and tokenizers[prefix]["sha256"] != tokenizers[known]["sha256"]:
             raise UserError(f"{prefix} was made with {tokenizers[prefix]['path']}, {known} with another tokenizer")
-        if loss_mask.has_mask(prefix) != loss_mask.has_mask(first):
+        if indexed.has_mask(prefix) != indexed.has_mask(first):
             raise UserError(f"{prefix} and {first}: only one of them has a loss mask")
-        loss_mask.check_mask(prefix, index.tokens, made)
+        indexed.check_mask(prefix, index.tokens, made)
 
 
 def _check_complete(prefixes: Sequence[str], manifests: Sequence[dict[str, Any]]) -> None:

@@ -1,31 +1,34 @@
-"""The data mix: tokens and epochs of each source, checks before training, and its fingerprint.
+"""The data mix: tokens and epochs of each source, checks before training and on resuming, and its fingerprint.
 
 Shares are computed from the indices alone. Imports neither torch nor megatron-core.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from plt_megatron.config import derived
-from plt_megatron.config.data_stages import all_sources, distinct_sources, stage_samples, stage_sources
+from plt_megatron.config.schedules import all_sources, distinct_sources, stage_samples, stage_sources
 from plt_megatron.config.schema import DataConfig, DataSource, RunConfig
-from plt_megatron.data import loss_mask
+from plt_megatron.data import indexed
 from plt_megatron.data.fill_in_middle import ADDED_TOKENS, find_tokens
-from plt_megatron.data.indexed import IndexedFile, flat_tokens, read_index, read_manifest
-from plt_megatron.data.parts import files_of, map_files
+from plt_megatron.data.indexed import IndexedFile, files_of, flat_tokens, map_files, read_index, read_manifest
 from plt_megatron.data.tokenizer import Tokenizer
 from plt_megatron.errors import UserError
+from plt_megatron.run_folder.checkpoints import candidates, order_samples, read_verified_progress
 from plt_megatron.run_folder.text import format_table
 
 PARTS = ("train", "validation", "test")
@@ -230,8 +233,8 @@ def check_masks(data: DataConfig) -> None:
     missing although its manifest records it."""
     for path in _paths(data):
         tokens = read_index(path).tokens
-        loss_mask.check_mask(path, tokens, read_manifest(path))
-        loss_mask.check_values(path, tokens)
+        indexed.check_mask(path, tokens, read_manifest(path))
+        indexed.check_mask_values(path, tokens)
 
 
 def _starts(length: int, size: int) -> list[int]:
@@ -245,7 +248,7 @@ def content_hash(prefix: str) -> str:
     """Return the SHA-256 over the sizes and up to 4 MiB of evenly spaced blocks of each file of a source."""
     digest = hashlib.sha256()
     try:
-        for suffix in (".idx", ".bin", *([loss_mask.SUFFIX] if loss_mask.has_mask(prefix) else [])):
+        for suffix in (".idx", ".bin", *([indexed.MASK_SUFFIX] if indexed.has_mask(prefix) else [])):
             files = [prefix + suffix] if suffix == ".idx" else files_of(prefix, suffix)
             content = map_files(files, np.uint8)
             digest.update(f"{suffix} {len(content)}\n".encode())
@@ -329,3 +332,43 @@ def fingerprint_differences(saved: dict[str, Any], current: dict[str, Any]) -> l
         else:
             words.append(f"{key} was {json.dumps(before)}, is {json.dumps(now)}")
     return words
+
+
+def training_fingerprint(config: RunConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Return the fingerprint of the run's training samples, before its index is built."""
+    seed, samples = config.training.seed, training_samples(config)
+    return fingerprint(config.data, tokenizer, seed=seed, num_samples=samples)
+
+
+def check_data(source: Path, progress: dict[str, Any], own: dict[str, Any], config: RunConfig) -> None:
+    """Raise `UserError` if a checkpoint was trained on data with a fingerprint other than `own`, unless allowed."""
+    saved, own = progress.get("data_fingerprint") or {}, json.loads(json.dumps(own))
+    if config.checkpoint.allow_other_data or saved == own:
+        return
+    raise UserError(
+        f"{source}: step {progress['step']} was trained on other data ({', '.join(fingerprint_differences(saved, own))}"
+        "); restore it, or continue with this data: checkpoint.allow_other_data=true"
+    )
+
+
+def training_samples(config: RunConfig) -> int:
+    """Return the number of samples that the run's order is drawn from. A run whose length is given in tokens keeps its
+    initial number, since another batch size would change it slightly, and with it the order."""
+    own = required_samples(config)[0]
+    if config.training.train_tokens is None or config.data.order_samples is not None:
+        return own
+    return _recorded_samples(config) or own
+
+
+def _recorded_samples(config: RunConfig) -> int | None:
+    """Return `order_samples` of the checkpoint that the run resumes from, if the run's length was the same."""
+    settings = config.checkpoint
+    places = [derived.run_folder(config)] if settings.enabled else []
+    places += [Path(settings.load)] if settings.load is not None and not settings.weights_only else []
+    for checkpoint in itertools.chain.from_iterable(map(candidates, places)):
+        with contextlib.suppress(OSError, ValueError):  # damaged: loading will skip it too, and log it
+            progress = read_verified_progress(checkpoint)
+            if progress["config"]["training"]["train_tokens"] != config.training.train_tokens:
+                return None
+            return order_samples(progress)
+    return None

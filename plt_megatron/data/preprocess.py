@@ -28,8 +28,7 @@ import numpy as np
 
 from plt_megatron.data.encoders import ChatEncoder
 from plt_megatron.data.formats import Reader, open_inputs
-from plt_megatron.data.indexed import concatenate, write_index
-from plt_megatron.data.loss_mask import mask_path
+from plt_megatron.data.indexed import concatenate, mask_path, write_index
 from plt_megatron.data.plan import Plan
 from plt_megatron.data.progress import ProgressBar
 from plt_megatron.data.shards import FatalBadLine, PreprocessOptions, Shard, publish_json, run_in_worker, start_worker

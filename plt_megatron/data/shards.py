@@ -1,7 +1,7 @@
 """The worker side of preprocessing: encodes one shard of the input as one shard of tokens.
 
 A shard is three files in the work folder: `KEY.bin` (tokens), `KEY.len` (int32 tokens per document) and `KEY.json`
-(counts, bad lines), and a fourth for conversations, `KEY.mask` (see `loss_mask`). `KEY.json` is published by renaming
+(counts, bad lines), and a fourth for conversations, `KEY.mask` (see `indexed`). `KEY.json` is published by renaming
 after the others are on disk: a shard whose `KEY.json` exists is complete, no matter when the process was killed.
 """
 

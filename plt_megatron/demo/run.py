@@ -17,7 +17,7 @@ from pathlib import Path
 from plt_megatron.config import derived
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.loader import dump_config, load_config
-from plt_megatron.config.optimizers import optimizer_spec
+from plt_megatron.config.rules.optimizer import optimizer_spec
 from plt_megatron.demo.steps import TOKENIZER_FILES, Stamp, Step, data_steps, run_steps
 from plt_megatron.errors import UserError
 from plt_megatron.extras import require

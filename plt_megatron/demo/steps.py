@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from plt_megatron.config.fields import Size
-from plt_megatron.data.demo_corpus import write_demo_corpus
-from plt_megatron.data.domain_corpus import DOMAINS, domain_files, write_domain
+from plt_megatron.data.demo_corpus import DOMAINS, domain_files, write_demo_corpus, write_domain
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import write_json
 from plt_megatron.run_folder.text import format_bytes, format_duration

@@ -9,8 +9,7 @@ from pathlib import Path
 from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.data.duplicates import Duplicates, Place
-from plt_megatron.data.inspection import Inspector, ShownBatch
-from plt_megatron.data.inspection_text import describe_part, summary
+from plt_megatron.data.inspection import Inspector, ShownBatch, describe_part, summary
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.pages import Column, Page, Part, Table, Verdict, render
 from plt_megatron.extras import require

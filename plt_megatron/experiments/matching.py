@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plt_megatron.config import derived
-from plt_megatron.config.batch_schedule import BatchSchedule
 from plt_megatron.config.derived import run_tokens
+from plt_megatron.config.schedules import BatchSchedule
 from plt_megatron.config.schema import ModelConfig, RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.files import LOOP_SWITCHES, DecodeSettings, Hold

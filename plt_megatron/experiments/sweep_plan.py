@@ -24,8 +24,7 @@ from typing import Any
 import yaml
 
 from plt_megatron.config import derived, yaml_nodes
-from plt_megatron.config.differences import config_differences
-from plt_megatron.config.loader import load_config
+from plt_megatron.config.loader import config_differences, load_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError

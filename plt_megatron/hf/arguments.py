@@ -1,13 +1,21 @@
-"""Cheap checks of command arguments, to run before torch and transformers are imported, which takes seconds."""
+"""Arguments and setup of the commands on Hugging Face models.
+
+The checks are cheap: they run before torch and transformers are imported, which takes seconds.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from plt_megatron.errors import UserError
+from plt_megatron.errors import UserError, run_command
 from plt_megatron.run_folder.checkpoints import candidates
+from plt_megatron.runtime.environment import quiet_imports
 
 CONFIG = "config.json"  # of a Hugging Face folder
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
@@ -63,3 +71,18 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise UserError(f"{text!r} is not a size: give bytes, or something like 5GB")
     return size
+
+
+def run_conversion(convert: Callable[[], None]) -> int:
+    """Run a conversion, which never leaves partial output, and return the exit status."""
+    prepare_imports()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    return run_command(convert, "interrupted: nothing is written")
+
+
+def prepare_imports() -> None:
+    """Silence torch, megatron-core and transformers, and keep them off the network."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    quiet_imports(logging.WARNING)

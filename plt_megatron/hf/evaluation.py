@@ -66,7 +66,7 @@ def _model(folder: Path, device: str, chat: bool) -> Any:
     """Load the export for lm-evaluation-harness, with our code instead of the folder's, which it would run."""
     from lm_eval.models.huggingface import HFLM
 
-    from plt_megatron.hf.loading import check_chat_template, load_export
+    from plt_megatron.hf.generation import check_chat_template, load_export
 
     tokenizer, model = load_export(folder)
     if chat:

@@ -1,4 +1,4 @@
-"""Imports a Hugging Face folder as a training checkpoint, for continued pretraining of a public model."""
+"""Imports a Hugging Face folder or GGUF file as a training checkpoint, for continued pretraining of a public model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from plt_megatron.config import derived, yaml_nodes
@@ -17,17 +18,54 @@ from plt_megatron.config.fields import MAX_LOOP_COUNT
 from plt_megatron.config.presets import LOOP_PRESETS
 from plt_megatron.config.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from plt_megatron.errors import UserError
-from plt_megatron.hf import gguf
+from plt_megatron.extras import require
 from plt_megatron.hf.arguments import check_target
 from plt_megatron.hf.checkpoint_writer import LazyTensor, padded, write_checkpoint
 from plt_megatron.hf.config_keys import read_config
-from plt_megatron.hf.lineage import read_lineage
-from plt_megatron.hf.param_mapping import ParamMapping, mappings_for
+from plt_megatron.hf.conversion import ParamMapping, mappings_for
 from plt_megatron.hf.publishing import published_folder
 from plt_megatron.hf.safetensors_files import SafetensorsFolder
-from plt_megatron.hf.sources import PRECISIONS, check_hf_tensors, hf_precision
+from plt_megatron.hf.sources import CARD, PRECISIONS, check_hf_tensors, hf_precision, read_lineage
 from plt_megatron.hf.switches import IMPORT_OPTIONS
 from plt_megatron.hf.tokenizer_files import copy_tokenizer
+
+SUFFIX = ".gguf"
+_LICENSE = "general.license"
+
+
+def unpack(path: Path, folder: Path) -> None:
+    """Write the model at `path` to `folder`: weights in fp32, configuration, tokenizer with its chat template, card.
+
+    The card has the license that the file names.
+
+    Raises:
+        UserError: the file is broken, of a model that transformers does not know, or a package is missing.
+    """
+    require("reading a GGUF file", "gguf", "safetensors")
+    from gguf import GGUFReader
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        license_field = GGUFReader(path).get_field(_LICENSE)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    except (ValueError, LookupError, OSError, NotImplementedError) as error:
+        raise UserError(f"{path}: transformers cannot read it ({str(error).splitlines()[0]})") from error
+    folder.mkdir(parents=True)
+    tokenizer.save_pretrained(folder)
+    weights = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    del model.config.quantization_config
+    model.config.save_pretrained(folder)
+    if license_field is not None:
+        front = yaml.safe_dump({"license": license_field.contents()})
+        (folder / CARD).write_text(f"---\n{front}---\n", encoding="utf-8")
+
 
 MODEL_YAML = "model.yaml"
 _TRAINABLE = ("fp32", "bf16")
@@ -85,10 +123,10 @@ def import_model(options: ImportOptions) -> ImportResult:
         UserError: the folder is not a known model, is broken, or the target exists.
     """
     check_target(options.output)
-    if options.model.suffix == gguf.SUFFIX:
+    if options.model.suffix == SUFFIX:
         with TemporaryDirectory(prefix="plt-gguf-") as place:
             folder = Path(place) / options.model.stem
-            gguf.unpack(options.model, folder)
+            unpack(options.model, folder)
             return import_model(dataclasses.replace(options, model=folder))
     source = read_config(options.model)
     model = _model(options, source.model)

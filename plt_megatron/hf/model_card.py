@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.config import derived
-from plt_megatron.config.optimizers import OPTIMIZERS
+from plt_megatron.config.rules.optimizer import OPTIMIZERS
 from plt_megatron.config.schema import ModelConfig
 from plt_megatron.errors import UserError
 from plt_megatron.hf import switches
-from plt_megatron.hf.lineage import front_matter
-from plt_megatron.hf.param_mapping import ParamMapping
-from plt_megatron.hf.sources import ModelSource
+from plt_megatron.hf.conversion import ParamMapping
+from plt_megatron.hf.sources import ModelSource, front_matter
 from plt_megatron.run_folder.checkpoints import EMA, trained_tokens
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.text import plural

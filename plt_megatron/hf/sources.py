@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from plt_megatron.config import derived
@@ -20,8 +22,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.hf import conversion
 from plt_megatron.hf.arguments import CONFIG, check_model
 from plt_megatron.hf.config_keys import read_config
-from plt_megatron.hf.lineage import read_license
-from plt_megatron.hf.param_mapping import DERIVED_BUFFERS, ParamMapping, mappings_for
+from plt_megatron.hf.conversion import DERIVED_BUFFERS, ParamMapping, mappings_for
 from plt_megatron.hf.safetensors_files import DTYPES, SafetensorsFolder
 from plt_megatron.hf.tokenizer_files import hf_tokenizer_file, load_hf_tokenizer, read_generation_config, special_tokens
 from plt_megatron.model.parameters import is_buffer, only_in_loops
@@ -33,6 +34,40 @@ from plt_megatron.run_folder.checkpoints import (
     warn_of_doubt,
 )
 from plt_megatron.train.checkpoint.reading import read_weights
+
+CARD = "README.md"
+_LICENSE = ("license", "license_name", "license_link")
+_SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/[^/]+$")  # in the hub's cache
+
+
+def read_lineage(folder: Path) -> dict[str, str]:
+    """Return `base_model`, by its name on the hub if the folder reveals it, and its card's license keys."""
+    found = _SNAPSHOT.search(str(folder.absolute()))
+    name = f"{found[1]}/{found[2]}" if found else folder.resolve().name
+    return {"base_model": name, **read_license(folder)}
+
+
+def read_license(folder: Path) -> dict[str, str]:
+    """Return the license keys in the front matter of the folder's card, if it has one: it is between lines of `---`."""
+    try:
+        text = (folder / CARD).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return {}
+    front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
+    try:
+        values: Any = yaml.safe_load(front[1]) if front else {}
+    except yaml.YAMLError:
+        return {}
+    if not isinstance(values, dict):
+        return {}
+    return {key: values[key] for key in _LICENSE if isinstance(values.get(key), str)}
+
+
+def front_matter(lineage: dict[str, str]) -> list[str]:
+    """Return the lines of a card's front matter."""
+    known = {key: lineage[key] for key in (*_LICENSE, "base_model") if key in lineage}
+    return yaml.safe_dump(known, sort_keys=False).splitlines() if known else []
+
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

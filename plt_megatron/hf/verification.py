@@ -14,7 +14,7 @@ from plt_megatron.config import derived
 from plt_megatron.config.schema import ParallelConfig
 from plt_megatron.errors import UserError
 from plt_megatron.hf.checkpoint_writer import with_rows
-from plt_megatron.hf.param_mapping import ParamMapping, mappings_for
+from plt_megatron.hf.conversion import ParamMapping, mappings_for
 from plt_megatron.hf.sources import ModelSource, open_source
 from plt_megatron.model.parameters import is_buffer
 from plt_megatron.train.checkpoint.reading import PADDED
@@ -110,7 +110,7 @@ def fill_model(stage: Any, weights: Iterator[tuple[str, Tensor]], mappings: list
     Raises:
         UserError: a parameter or buffer gets no weights, or has another shape.
     """
-    from plt_megatron.model.initialization import global_tensors
+    from plt_megatron.model.build import global_tensors
 
     parameters = dict(global_tensors(stage))
     by_name = {mapping.name: mapping for mapping in mappings}

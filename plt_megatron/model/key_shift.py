@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from plt_megatron.config.schema import ModelConfig
 from plt_megatron.model.context_parallel import SequenceShard
 from plt_megatron.model.loop_context import LoopContext
-from plt_megatron.model.shift import shift
+from plt_megatron.model.loop_input import shift
 
 
 class KeyShift(nn.Module):

@@ -32,13 +32,11 @@ from torch import Tensor, nn
 from plt_megatron.config import derived
 from plt_megatron.model.context_parallel import SequenceShard
 from plt_megatron.model.layer_specs import layer_specs, norm_class
-from plt_megatron.model.loop_context import Documents, LoopContext
-from plt_megatron.model.loop_input import LoopInput
-from plt_megatron.model.loop_statistics import LoopStatistics
+from plt_megatron.model.loop_context import Documents, LoopContext, LoopStatistics
+from plt_megatron.model.loop_input import LoopInput, shift
 from plt_megatron.model.loss import attach_loss, sum_of_losses
 from plt_megatron.model.parameters import tensors_of
 from plt_megatron.model.rotary import RotaryAngles
-from plt_megatron.model.shift import shift
 from plt_megatron.model.transformer_config import PLTTransformerConfig, resolve_backend
 from plt_megatron.model.z_loss import HeadZLoss
 

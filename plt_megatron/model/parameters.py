@@ -1,8 +1,8 @@
 """The table of every parameter that a PLT can have, and of the buffers stored with them: names, shapes, splits, initial
 values, and use.
 
-Derived from this table: the Hugging Face mapping (`hf/param_mapping.py`), counts and FLOPs (`predict`), initial
-weights (`model/initialization.py`), weight decay, what a one-loop checkpoint lacks (`train/checkpoint`), and in how
+Derived from this table: the Hugging Face mapping (`hf/conversion.py`), counts and FLOPs (`predict`), initial
+weights (`model/build.py`), weight decay, what a one-loop checkpoint lacks (`train/checkpoint`), and in how
 many parts DeepSpeed gets a gradient. This module does not import torch, since estimates read it.
 """
 

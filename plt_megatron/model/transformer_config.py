@@ -84,7 +84,7 @@ def transformer_config(
         params_dtype=DTYPES[precision],
         pipeline_dtype=DTYPES[precision],
         bf16=precision == "bf16",
-        # We initialize ourselves (model/initialization.py), the same way in every layout.
+        # We initialize ourselves (model/build.py), the same way in every layout.
         perform_initialization=False,
         use_cpu_initialization=is_cpu_runtime(),
         # Average over the global batch's tokens, however they are split into microbatches and ranks.

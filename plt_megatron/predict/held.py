@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from plt_megatron.config import derived
 from plt_megatron.config.layout import ParallelLayout
-from plt_megatron.config.optimizers import optimizer_spec
+from plt_megatron.config.rules.optimizer import optimizer_spec
 from plt_megatron.config.schema import ModelConfig, RunConfig
 from plt_megatron.model.parameters import Component, Parameter, Sizes
 from plt_megatron.predict.layout import Layout

@@ -8,10 +8,10 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 
 from plt_megatron.config import derived
-from plt_megatron.config.batch_schedule import BatchSchedule
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.loop_schedule import LoopSchedule
+from plt_megatron.config.schedules import BatchSchedule
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError

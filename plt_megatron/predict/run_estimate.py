@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plt_megatron.config import derived
-from plt_megatron.config.batch_schedule import BatchSchedule
-from plt_megatron.config.length_schedule import with_sequence_length
 from plt_megatron.config.loop_schedule import LoopSchedule, with_loop_count
+from plt_megatron.config.schedules import BatchSchedule, with_sequence_length
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.predict.cards import GPUSpec, find_gpu_spec
@@ -19,8 +18,7 @@ from plt_megatron.predict.flops import Flops, run_flops_per_token
 from plt_megatron.predict.layout import Layout, bubble_fraction, estimate_layout
 from plt_megatron.predict.memory import MemoryEstimate, checkpoint_bytes, estimate_memory, saving_bytes
 from plt_megatron.predict.parameters import count_parameters
-from plt_megatron.predict.step import Step
-from plt_megatron.predict.step_time import StepTime, step_time
+from plt_megatron.predict.step import Step, StepTime, step_time
 from plt_megatron.predict.traffic import communication_bytes
 
 # The rest is left for CUDA's context, NCCL's buffers and fragmentation.

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from plt_megatron.config.layout import layout_of
-from plt_megatron.config.rules.stages import uneven_settings
+from plt_megatron.config.rules.parallel import uneven_settings
 from plt_megatron.config.schema import ParallelConfig, RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.predict.cards import GPUSpec, find_gpu_spec

@@ -1,9 +1,15 @@
-"""One optimizer step of a run as its ranks see it: the input of the memory, traffic and time estimates."""
+"""One optimizer step of a run as its ranks see it: the input of the memory, traffic and time estimates, and its time.
+
+    step = (matrix products + attention + memory-bound operations + exposed tensor-parallel traffic) * (1 + bubble)
+           + exposed gradient and weight traffic + the optimizer
+
+docs/estimates.md explains the shares and how far to trust the result.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
@@ -11,9 +17,10 @@ from typing import Self
 from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.predict.activations import Activations
-from plt_megatron.predict.flops import Flops, step_flops_per_token
+from plt_megatron.predict.cards import GPUSpec
+from plt_megatron.predict.flops import Flops, Parts, step_flops_per_token
 from plt_megatron.predict.held import Stage, stages_of
-from plt_megatron.predict.layout import Layout
+from plt_megatron.predict.layout import Layout, bubble_fraction
 from plt_megatron.predict.parameters import FFN, Weights
 
 
@@ -79,3 +86,148 @@ def share_of_stage(flops: Flops, config: RunConfig, layout: Layout, stage: int) 
     ffn = flops.ffn * weights.matmuls(layers, *FFN) / weights.matmuls(range(model.num_layers), *FFN)
     output = flops.output if stage == layout.pipeline - 1 else 0.0
     return dataclasses.replace(flops.times(len(layers) / model.num_layers), ffn=ffn, output=output)
+
+
+# Bytes that the optimizer moves per parameter it owns: it reads gradient, main weight and two moments, writes the last
+# three and the weight, and reads the gradient once more for its norm.
+OPTIMIZER_BYTES_PER_PARAMETER = 4 * 4 + 3 * 4 + 2 + 4
+# Memory-bound operations move each saved activation about this often: written and read forward, read backward, and its
+# gradient written and read.
+PASSES_OVER_ACTIVATIONS = 5
+# FP8 products reach this fraction of the share of the peak that BF16 products reach: casts and scales weigh more.
+FP8_EFFICIENCY = 0.75
+# Bytes/s per device for what is offloaded: achieved PCIe bandwidth, and a device's share of the node's host memory
+# bandwidth.
+HOST_LINK = 25e9
+HOST_MEMORY = 25e9
+
+
+@dataclass(frozen=True)
+class StepTime(Parts):
+    """Seconds of the slowest rank's step, by what they are spent on."""
+
+    matmul: float = 0.0
+    attention: float = 0.0
+    memory_bound: float = 0.0
+    recompute: float = 0.0
+    tensor_parallel: float = 0.0  # includes the experts' exchange of tokens
+    bubble: float = 0.0
+    other_communication: float = 0.0
+    optimizer: float = 0.0
+
+
+def step_time(step: Step, card: GPUSpec, traffic: dict[str, float], gpus_per_node: int) -> StepTime:
+    """Estimate the time of a step that sends `traffic`, from `communication_bytes`."""
+    config, layout = step.config, step.layout
+    peak = card.flops_per_second(config.training.precision)
+    tokens = layout.microbatches * layout.micro_batch_size * config.data.sequence_length / layout.context
+    share = tokens / layout.tensor  # per rank
+    own = step.stage_flops(step.slowest)
+    attention_flops = own.global_attention + own.local_attention
+
+    def seconds(purpose: str, ranks: int) -> float:
+        return traffic.get(purpose, 0.0) / _bandwidth(card, ranks, gpus_per_node)
+
+    matmul = share * _matmul_seconds(config, card, own)
+    attention = share * attention_flops / (peak * card.attention_efficiency)
+    memory_bound = _memory_bound(step, card)
+    recompute = _recompute(step, matmul, attention, memory_bound, own)
+    ring = seconds("context parallel", layout.tensor * layout.context)
+    tensor_parallel = seconds("tensor parallel", layout.tensor)
+    tensor_parallel += max(0.0, ring - attention)  # the ring overlaps with the attention
+    tensor_parallel += seconds("expert parallel", layout.expert)
+    work = matmul + attention + memory_bound + recompute + tensor_parallel
+    return StepTime(
+        matmul=matmul,
+        attention=attention,
+        memory_bound=memory_bound,
+        recompute=recompute,
+        tensor_parallel=tensor_parallel,
+        bubble=work * bubble_fraction(layout.pipeline, config.model.loop_count, layout.microbatches),
+        other_communication=_other_communication(layout, traffic, work, seconds),
+        optimizer=_optimizer(layout, card, step.largest)
+        + _matrix_updates(config, card, step.largest)
+        + seconds("matrix updates", layout.tensor),
+    )
+
+
+def _matmul_seconds(config: RunConfig, card: GPUSpec, flops: Flops) -> float:
+    """Return the seconds of matrix products per token. Linear layers may run in FP8, which reaches less of its peak."""
+    peak = card.flops_per_second(config.training.precision) * card.matmul_efficiency
+    linear = flops.projections + flops.ffn
+    seconds = (flops.total - flops.global_attention - flops.local_attention) / peak
+    if config.training.fp8 is None:
+        return seconds
+    fp8_peak = card.flops_per_second(config.training.precision, fp8=True) * card.matmul_efficiency * FP8_EFFICIENCY
+    return seconds - linear / peak + linear / fp8_peak
+
+
+def _memory_bound(step: Step, card: GPUSpec) -> float:
+    shapes = dataclasses.replace(step.shapes, recomputed=())  # activations that are not saved are moved too
+    model, own = step.config.model, step.slowest.layers
+    saved = len(derived.looped_among(model, own)) * shapes.first_loop_kv()
+    saved += sum(shapes.layers_in_loop(own, loop) for loop in range(1, model.loop_count + 1))
+    saved += len(step.losses(step.slowest)) * (shapes.softmax() + shapes.head_backward())
+    moved = PASSES_OVER_ACTIVATIONS * saved * step.layout.microbatches
+    return moved / (card.memory_bandwidth * card.memory_efficiency)
+
+
+def _recompute(step: Step, matmul: float, attention: float, memory_bound: float, flops: Flops) -> float:
+    """Return the seconds of another forward pass, a third of a step, over the recomputed part."""
+    layout = step.layout
+    if layout.recompute == "none":
+        return 0.0
+    if layout.recompute == "selective":
+        parts = attention if "core_attn" in layout.recompute_modules else 0.0
+        if "mlp" in layout.recompute_modules:
+            model, layers = step.config.model, step.slowest.layers
+            dense = [layer for layer in layers if layer in derived.dense_layers(model)]
+            weights = Weights(model)
+            share = weights.matmuls(dense, *FFN) / (weights.matmuls(layers, *FFN) or 1)
+            parts += matmul * flops.ffn / flops.total * share
+        return parts / 3
+    looped = flops.looped / flops.total
+    return (matmul * looped + attention) / 3 + memory_bound * looped * 2 / PASSES_OVER_ACTIVATIONS
+
+
+def _bandwidth(card: GPUSpec, ranks: int, gpus_per_node: int) -> float:
+    """Return the bandwidth of a collective over neighboring ranks: the network's if they do not fit in a node."""
+    link = card.link_bandwidth if ranks <= gpus_per_node else card.network_bandwidth
+    return link * card.link_efficiency
+
+
+def _other_communication(
+    layout: Layout, traffic: dict[str, float], work: float, seconds: Callable[[str, int], float]
+) -> float:
+    """Return the seconds of data-parallel and pipeline traffic that does not overlap with computation.
+
+    Overlapped reduction starts in the last microbatch's backward pass, two thirds of a microbatch, which hides it; the
+    forward third hides overlapped gathering. Pipeline messages are sent while the next pass computes; only the first of
+    each kind is waited for.
+    """
+    spread = layout.world_size if layout.shards > 1 else 1
+    reduction, gathering = seconds("gradient reduction", spread), seconds("weight gathering", spread)
+    if layout.overlap_grad_reduce:
+        reduction = max(reduction * 0.05, reduction - work / layout.microbatches * 2 / 3)
+    if layout.overlap_param_gather:
+        gathering = max(gathering * 0.05, gathering - work / layout.microbatches / 3)
+    pipeline = seconds("pipeline", layout.tensor * layout.pipeline)
+    tied = seconds("tied embeddings", layout.tensor * layout.pipeline)
+    offloading = traffic.get("host transfers", 0.0) / HOST_LINK
+    return reduction + gathering + offloading + max(pipeline / layout.microbatches, pipeline - 0.8 * work) + tied
+
+
+def _optimizer(layout: Layout, card: GPUSpec, stage: Stage) -> float:
+    owned = stage.trained.dense / (layout.shards if layout.zero_stage >= 1 else 1)
+    owned += stage.trained.experts / layout.expert_shards
+    offloaded = layout.offload_optimizer and not layout.on_cpu
+    bandwidth = HOST_MEMORY if offloaded else card.memory_bandwidth * card.memory_efficiency
+    return OPTIMIZER_BYTES_PER_PARAMETER * owned / bandwidth
+
+
+def _matrix_updates(config: RunConfig, card: GPUSpec, stage: Stage) -> float:
+    """Return the seconds of Newton-Schulz iterations on the busiest rank. `_optimizer` counts all else, one moment too
+    many."""
+    peak = card.flops_per_second(config.training.precision) * card.matmul_efficiency
+    flops = sum(held.busiest(lambda matrix: matrix.flops) for held in stage.held)
+    return config.optimizer.muon_num_ns_steps * flops / peak

@@ -17,7 +17,7 @@ from plt_megatron.config import derived
 from plt_megatron.config.branching import branch_settings, decay_steps
 from plt_megatron.config.fields import from_plain, unknown_keys
 from plt_megatron.config.loader import load_config
-from plt_megatron.config.optimizers import settings_of_others
+from plt_megatron.config.rules.optimizer import settings_of_others
 from plt_megatron.config.rules.uploads import is_url
 from plt_megatron.config.schema import ModelConfig, RunConfig, TrainingConfig
 from plt_megatron.errors import UserError

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.config import derived
-from plt_megatron.config.batch_schedule import BatchSchedule
+from plt_megatron.config.schedules import BatchSchedule
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder import json_lines
 from plt_megatron.run_folder.attempts import FINISHED, setup_warnings, unended

@@ -17,8 +17,8 @@ from plt_megatron.run_folder.folder import CONFIG, RunFolder
 from plt_megatron.run_folder.text import format_duration, plural
 from plt_megatron.slurm import checks, run_files
 from plt_megatron.slurm.resources import Resources
+from plt_megatron.slurm.run_files import snapshot_code
 from plt_megatron.slurm.script import Array
-from plt_megatron.slurm.snapshot import snapshot_code
 
 SUFFIX = ".array"
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plt_megatron.config import derived
-from plt_megatron.config.batch_schedule import BatchSchedule
 from plt_megatron.config.rules.uploads import is_url
+from plt_megatron.config.schedules import BatchSchedule
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.launcher.job import load_settings

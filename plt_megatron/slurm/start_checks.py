@@ -12,14 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from plt_megatron.config.data_stages import all_sources
 from plt_megatron.config.derived import missing_files
 from plt_megatron.config.rules.uploads import destinations, is_url, protocol_of
+from plt_megatron.config.schedules import all_sources
 from plt_megatron.config.schema import DataConfig, RunConfig
-from plt_megatron.data.indexed import open_index, read_manifest
-from plt_megatron.data.loss_mask import check_mask
-from plt_megatron.data.parts import part_prefixes, total_size
-from plt_megatron.data.resuming import check_data, training_fingerprint
+from plt_megatron.data.indexed import check_mask, open_index, part_prefixes, read_manifest, total_size
+from plt_megatron.data.mix import check_data, training_fingerprint
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.model import trainable

@@ -21,22 +21,31 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from plt_megatron.config import derived
-from plt_megatron.config.optimizers import optimizer_spec
+from plt_megatron.config.rules.optimizer import optimizer_spec
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.model.looped_gpt import MicroBatch
 from plt_megatron.model.parameters import hidden_matrix
-from plt_megatron.model.pipeline import LoopChunk, MicroBatches, build_chunks
-from plt_megatron.model.step_state import StepState, renew_weight_copies, step_state_unchanged
+from plt_megatron.model.pipeline import (
+    LoopChunk,
+    MicroBatches,
+    StepState,
+    build_chunks,
+    renew_weight_copies,
+    step_state_unchanged,
+)
 from plt_megatron.model.transformer_config import schedule_config
 from plt_megatron.train.checkpoint.megatron_state import MegatronState
-from plt_megatron.train.engine import Engine, StepResult, finite_step, masked_loss
-from plt_megatron.train.optimizers import LearningRate, build_optimizer, distributed_parts, squared_grad_norm
-from plt_megatron.train.unused_parameters import (
+from plt_megatron.train.engine import (
+    Engine,
     ExpectedGradients,
+    StepResult,
+    finite_step,
     later_parameters,
     leaves_later_loops_out,
     left_alone,
+    masked_loss,
 )
+from plt_megatron.train.optimizers import LearningRate, build_optimizer, distributed_parts, squared_grad_norm
 
 
 class MegatronEngine(Engine):

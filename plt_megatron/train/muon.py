@@ -18,7 +18,7 @@ from megatron.core.optimizer.emerging_optimizers import TensorParallelMuon
 from torch import Tensor
 
 from plt_megatron.config import derived
-from plt_megatron.config.optimizers import WHOLE_MATRICES
+from plt_megatron.config.rules.optimizer import WHOLE_MATRICES
 from plt_megatron.config.schema import ModelConfig, RunConfig
 from plt_megatron.model.looped_gpt import LoopedGPT
 from plt_megatron.model.parameters import Parameter, hidden_matrix

@@ -19,8 +19,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
 
 from plt_megatron.config import derived
-from plt_megatron.config.batch_schedule import BatchSchedule
-from plt_megatron.config.optimizers import WHOLE_MATRICES, OptimizerSpec, optimizer_spec
+from plt_megatron.config.rules.optimizer import WHOLE_MATRICES, OptimizerSpec, optimizer_spec
+from plt_megatron.config.schedules import BatchSchedule
 from plt_megatron.config.schema import OptimizerConfig, RunConfig
 from plt_megatron.model.parameters import Kind, Parameter, hidden_matrix, only_in_loops, parameters_of
 from plt_megatron.model.transformer_config import DTYPES

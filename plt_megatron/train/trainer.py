@@ -1,21 +1,28 @@
 """The training loop: a run from its first step to its last.
 
 Validation, metrics, incidents and the like are in `callbacks`.
+
+A signal, or a file named STOP or SAVE in the run folder, asks it to stop or save. Ranks receive a signal at different
+times, so they agree at the step boundary: if any rank was asked, all save at the same step. STOP saves and exits, SAVE
+saves and continues; rank 0 looks for the files and removes them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from plt_megatron.config import derived
-from plt_megatron.config.batch_schedule import BatchSchedule
-from plt_megatron.config.length_schedule import LengthSchedule
 from plt_megatron.config.loop_schedule import LoopSchedule
+from plt_megatron.config.schedules import BatchSchedule, LengthSchedule
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.run_folder.checkpoints import trained_tokens
 from plt_megatron.run_folder.folder import RunFolder
@@ -26,7 +33,50 @@ from plt_megatron.train.checkpoint.collective import any_rank
 from plt_megatron.train.checkpoint.state import Kept
 from plt_megatron.train.checkpoint.store import CheckpointStore
 from plt_megatron.train.data import RunData
-from plt_megatron.train.stop import StopRequest
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_NOTHING, _SAVE, _STOP = 0, 1, 2
+
+
+class StopRequest:
+    """Listens for requests to stop or to save.
+
+    Attributes:
+        requested: whether the ranks have agreed to stop.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.requested = False
+        self._folder = folder
+        self._signaled = False  # never reset: a signal during a collective counts at the next step boundary
+        self._previous = {number: signal.signal(number, self._hear) for number in _SIGNALS}
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self._signaled = True
+
+    def agree(self) -> bool:
+        """Agree with all ranks at a step boundary; return True if a checkpoint is due now. Collective."""
+        asked = _STOP if self._signaled else _NOTHING
+        if dist.get_rank() == 0:
+            asked = max(asked, self._look_for_files())
+        flag = torch.tensor(asked, dtype=torch.int32, device=torch.cuda.current_device())
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        agreed = int(flag)
+        self.requested = agreed == _STOP
+        return agreed != _NOTHING
+
+    def _look_for_files(self) -> int:
+        for file, meaning in ((self._folder.stop_file, _STOP), (self._folder.save_file, _SAVE)):
+            with contextlib.suppress(FileNotFoundError):
+                file.unlink()
+                return meaning
+        return _NOTHING
+
+    def close(self) -> None:
+        """Restore the previous signal handlers."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
 
 _TURN_S = 0.5  # between checks of whether callbacks are still working
 

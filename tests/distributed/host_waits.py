@@ -91,8 +91,7 @@ def waits_of_a_step(config: RunConfig, microbatches: int = 2) -> dict[str, int]:
 def packed_batches(count: int) -> list[Any]:
     """Microbatches of two rows of three documents, made as a run makes them."""
     from plt_megatron.data.datasets import make_sample
-    from plt_megatron.data.sampling import collate
-    from plt_megatron.train.data import _to_microbatch
+    from plt_megatron.train.data import _to_microbatch, collate
 
     generator = torch.Generator().manual_seed(3)
     made = []

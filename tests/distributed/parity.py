@@ -28,7 +28,7 @@ from plt_megatron.config.schema import (
     TrainingConfig,
 )
 from plt_megatron.model import build
-from plt_megatron.model.initialization import global_tensors, initialize
+from plt_megatron.model.build import global_tensors, initialize
 from plt_megatron.model.loop_context import Documents
 from plt_megatron.model.looped_gpt import LoopedGPT, MicroBatch
 from plt_megatron.runtime.process_groups import init_process_groups

@@ -162,7 +162,7 @@ def balanced_routing() -> Iterator[None]:
     """Within it, each expert gets as many tokens as every other, as a rehearsal assumes."""
     import torch
 
-    from plt_megatron.model.moe import LoopRouter
+    from plt_megatron.model.layer_specs import LoopRouter
 
     stock = LoopRouter.routing
 

@@ -48,12 +48,12 @@ def train_with_slow_gpus(config: RunConfig, slower: Sequence[tuple[int, float]])
     """Train. `slower`: for each look a rank and how much longer its kernels take."""
     import torch.distributed as dist
 
-    from plt_megatron.train.callbacks import stragglers
+    from plt_megatron.train.callbacks import performance
 
     binding = types.SimpleNamespace(CuptiProfiler=lambda **_: _Profiler(dist.get_rank(), slower))
     with (
         mock.patch.object(sys, "path", [str(NVRX), *sys.path]),
-        mock.patch.object(stragglers, "_has_gpu", lambda: True),
+        mock.patch.object(performance, "_has_gpu", lambda: True),
     ):
         sys.modules["nvrx_cupti_module"] = binding  # type: ignore[assignment]
         try:

@@ -70,7 +70,7 @@ def compare_shift(context_ranks: int, length: int) -> list[Pairs]:
     """Without and with documents."""
     import torch
 
-    from plt_megatron.model.shift import shift
+    from plt_megatron.model.loop_input import shift
 
     rows = _rows(context_ranks)
     whole = torch.randn(length, 3, 5, generator=torch.Generator().manual_seed(0))

@@ -62,7 +62,7 @@ def _check_shards(stage: Any, model: Any, checkpoint: Path) -> None:
     """Whole weights, cut by the table of rules, are this rank's again."""
     import torch
 
-    from plt_megatron.hf.param_mapping import mappings_for
+    from plt_megatron.hf.conversion import mappings_for
     from plt_megatron.hf.verification import fill_model
     from plt_megatron.train.checkpoint.reading import read_weights
 

@@ -12,7 +12,7 @@ def counts_around_a_collective_that_rank_1_is_late_for() -> list[dict[str, int]]
     import torch
     import torch.distributed as dist
 
-    from plt_megatron.launcher.signs import collectives_started
+    from plt_megatron.launcher.watchdog import collectives_started
 
     rank, group = int(os.environ["RANK"]), dist.new_group([0, 1])
     dist.all_reduce(torch.ones(1), group=group)

@@ -109,7 +109,7 @@ def saved(run_distributed, tmp_path_factory):
 
 def test_weights_are_read_without_processes(saved):
     from plt_megatron.config.schema import ModelConfig
-    from plt_megatron.hf.param_mapping import mappings_for
+    from plt_megatron.hf.conversion import mappings_for
     from plt_megatron.train.checkpoint.reading import read_weights
 
     model: ModelConfig = jobs.run_config(**MODEL).model

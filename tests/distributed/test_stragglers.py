@@ -6,7 +6,7 @@ import pytest
 
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.run_folder.folder import RunFolder
-from plt_megatron.slurm.follow import _step_line
+from plt_megatron.slurm.status import _step_line
 from tests.distributed.pool import DistributedFailure
 from tests.distributed.straggler_jobs import NVRX, train_with_slow_gpus
 from tests.distributed.training_jobs import run_config, train

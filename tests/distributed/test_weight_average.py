@@ -17,8 +17,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from plt_megatron.config.schema import ParallelConfig, RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.hf.averaging import AverageOptions, average
+from plt_megatron.hf.conversion import mappings_for
 from plt_megatron.hf.exporting import ExportOptions, export
-from plt_megatron.hf.param_mapping import mappings_for
 from plt_megatron.train.callbacks.base import Callback
 from plt_megatron.train.checkpoint.reading import Weights, read_weights, stored_at
 from tests.distributed.checkpoint_jobs import edit_progress, stored_tensors

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from plt_megatron.data.indexed import flat_tokens, open_index
+from plt_megatron.data.indexed import flat_tokens, mask_path, open_index
 from plt_megatron.data.joining import join
-from plt_megatron.data.loss_mask import mask_path
 from plt_megatron.data.preprocess import PreprocessOptions, preprocess, shard_prefix
 from tests.distributed.training_jobs import make_data
 

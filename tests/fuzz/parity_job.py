@@ -12,12 +12,11 @@ from unittest import mock
 
 import torch
 
-from plt_megatron.config.batch_schedule import BatchSchedule
-from plt_megatron.config.length_schedule import LengthSchedule
 from plt_megatron.config.loop_schedule import LoopSchedule
+from plt_megatron.config.schedules import BatchSchedule, LengthSchedule
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.model import build
-from plt_megatron.model.initialization import global_tensors
+from plt_megatron.model.build import global_tensors
 from plt_megatron.model.looped_gpt import LoopedGPT, MicroBatch
 from plt_megatron.runtime.process_groups import init_process_groups
 from plt_megatron.train.megatron_engine import MegatronEngine

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from plt_megatron.config.schema import ModelConfig
-from plt_megatron.model.initialization import global_names, global_tensors
+from plt_megatron.model.build import global_names, global_tensors
 from plt_megatron.model.looped_gpt import LoopedGPT
 from plt_megatron.model.parameters import is_buffer
 

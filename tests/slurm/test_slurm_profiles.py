@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from plt_megatron.run_folder.folder import RunFolder, save_config
-from plt_megatron.slurm import run_files, snapshot
+from plt_megatron.slurm import run_files
 from plt_megatron.slurm.status import report
 from plt_megatron.slurm.submission import Options, submit
 from tests.slurm.cluster import wait_for
@@ -73,8 +73,8 @@ def submit_with(slurm, slurm_data, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
     monkeypatch.chdir(tmp_path)
     code = tmp_path / "code"
-    snapshot.snapshot_code(ROOT, tmp_path)
-    monkeypatch.setattr(run_files, "snapshot_code", lambda root, run: snapshot.link_code(run, code))
+    run_files.snapshot_code(ROOT, tmp_path)
+    monkeypatch.setattr(run_files, "snapshot_code", lambda root, run: run_files.link_code(run, code))
 
     def submit_it(name: str, profile: str, **options) -> SlurmRun:
         config = make_config(name, tmp_path, slurm_data, parallel={"tensor_model_parallel_size": 1,

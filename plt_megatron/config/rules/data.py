@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from plt_megatron.config import data_stages, derived
+from plt_megatron.config import derived, schedules
 from plt_megatron.config.schema import DataConfig, RunConfig
 
 
@@ -20,7 +20,7 @@ def find_problems(config: RunConfig) -> Iterator[str]:
                 yield f"data.{part}[{index}].fim_rate: only training documents are rearranged; leave it out"
     yield from _check_parts(config)
     yield from _check_fill_in_middle(data)
-    yield from data_stages.find_problems(data)
+    yield from schedules.data_stage_problems(data)
 
 
 def _check_parts(config: RunConfig) -> Iterator[str]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from plt_megatron.config.layout import num_microbatches
-from plt_megatron.config.optimizers import optimizer_spec
+from plt_megatron.config.rules.optimizer import optimizer_spec
 from plt_megatron.config.schema import DeepSpeedConfig, RunConfig
 from plt_megatron.extras import lacking
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from plt_megatron.config import derived
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.rules import find_obstacle_problems
-from plt_megatron.config.rules.stages import uneven_settings
+from plt_megatron.config.rules.parallel import uneven_settings
 from plt_megatron.config.schema import Fp8Config, RunConfig
 
 ADA, HOPPER, BLACKWELL, CONSUMER_BLACKWELL = (8, 9), (9, 0), (10, 0), (12, 0)

@@ -1,4 +1,4 @@
-"""Raw formats, one class and module each, all imported here: to add a format, add a file."""
+"""Raw formats: every module of this package is imported here, so that to add a format is to add a file."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from plt_megatron.data.compressed import COMPRESSIONS
-from plt_megatron.data.documents import LEFT_OUT, Document, Quality
-from plt_megatron.data.formats.reader import READERS, Reader, ReadOptions, Span
+from plt_megatron.data.formats.reader import LEFT_OUT, READERS, Document, Quality, Reader, ReadOptions, Span
 from plt_megatron.errors import UserError
 
 __all__ = [

@@ -6,8 +6,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from plt_megatron.data.documents import Document, check_text, not_utf8, too_long
-from plt_megatron.data.formats.reader import Reader, ReadOptions, Span
+from plt_megatron.data.formats.reader import Document, Reader, ReadOptions, Span, check_text, not_utf8, too_long
 from plt_megatron.errors import UserError
 
 _ROWS = 512  # decoded at a time

@@ -13,8 +13,7 @@ from plt_megatron.config.layout import layout_of, num_microbatches
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.model.looped_gpt import MicroBatch
 from plt_megatron.predict.layout import enough_microbatches
-from plt_megatron.predict.rehearsal.fake_gpu import balance_routing, fake_gpu
-from plt_megatron.predict.rehearsal.fake_groups import groups_made, join_fake_world
+from plt_megatron.predict.rehearsal.fakes import balance_routing, fake_gpu, groups_made, join_fake_world
 from plt_megatron.predict.rehearsal.observer import Observer
 from plt_megatron.predict.rehearsal.record import RankRecord
 from plt_megatron.runtime.process_groups import init_process_groups

@@ -14,10 +14,9 @@ from multiprocessing import get_context
 from multiprocessing.connection import wait
 from typing import Any
 
-from plt_megatron.config.batch_schedule import with_global_batch_size
 from plt_megatron.config.layout import ParallelLayout, layout_of
-from plt_megatron.config.length_schedule import with_sequence_length
 from plt_megatron.config.loop_schedule import with_loop_count
+from plt_megatron.config.schedules import with_global_batch_size, with_sequence_length
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
@@ -170,7 +169,7 @@ def _import_once() -> None:
     torch.set_num_threads(1)
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from plt_megatron.predict.rehearsal.fake_groups import share_out_lazily, share_rank_lists
+    from plt_megatron.predict.rehearsal.fakes import share_out_lazily, share_rank_lists
 
     share_rank_lists()
     share_out_lazily()

@@ -1,4 +1,8 @@
-"""Bad steps: detected before the optimizer runs, reported, then skipped, rolled back, or fatal."""
+"""Bad steps (non-finite values, loss spikes): detected before the optimizer runs, then skipped, rolled back, or fatal.
+
+The guard looks at each step's loss and gradient norm before the optimizer does. Both are the same on all ranks, so all
+reach the same verdict without communication.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,148 @@ import dataclasses
 import hashlib
 import json
 import math
-from typing import Any
+import statistics
+from collections import deque
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from plt_megatron.config.data_stages import stage_of_sample
-from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.schedules import stage_of_sample
+from plt_megatron.config.schema import RunConfig, TrainingConfig
 from plt_megatron.run_folder.files import write_json
 from plt_megatron.train.callbacks.base import Callback, Run, Step, TrainingFailed
-from plt_megatron.train.engine import StepResult
-from plt_megatron.train.guard import StepGuard, StepKind
+from plt_megatron.train.engine import StepResult, finite_step
+
+_PER_STEPS = 1000  # max_skipped_steps also limits the rejected steps among this many
+_REPORTED = 128  # recent losses that a report summarizes if nothing is done about spikes
+
+
+class StepKind(NamedTuple):
+    """The properties that a run's schedules give a step; losses of different kinds of steps are not comparable.
+
+    Attributes:
+        first_stage, last_stage: stages of `data.stages` that the step's first and last sample belong to.
+        sequence_length: tokens per row.
+        loop_count: loops of the step.
+        global_batch_size: in samples. Losses of smaller batches scatter more, so they can judge larger batches too.
+    """
+
+    first_stage: int = 0
+    last_stage: int = 0
+    sequence_length: int = 0
+    loop_count: int = 0
+    global_batch_size: int = 0
+
+    def can_be_judged_by(self, other: StepKind) -> bool:
+        """Return whether losses of the kind `other` can judge those of this kind."""
+        return self[:-1] == other[:-1] and self.global_batch_size >= other.global_batch_size
+
+
+class StepGuard:
+    """Judges steps and counts the rejected ones.
+
+    Attributes:
+        kind: kind of the step to be judged.
+        problem: what was wrong with the last judged step, as text; None if nothing.
+        action: what to do about the problem: `fail`, `skip` or `rollback`.
+        too_many: whether so many steps were rejected that the run must end.
+    """
+
+    def __init__(self, training: TrainingConfig) -> None:
+        self._training = training
+        window = _REPORTED if training.spikes is None else training.spikes.window
+        self._recent: deque[tuple[StepKind, float]] = deque(maxlen=window)  # accepted losses
+        self._skipped: deque[int] = deque(maxlen=training.max_skipped_steps + 1)
+        self._step = 0
+        self._in_a_row = 0
+        self.kind = StepKind()
+        self.problem: str | None = None
+        self.action = "skip"
+        self.too_many = False
+
+    def accept(self, loss: float, grad_norm: float) -> bool:
+        """Return whether the weights may be updated with this step's gradients. Call this once per step."""
+        self._step += 1
+        self.problem = self._judge(loss, grad_norm)
+        if self.problem is None:
+            self._recent.append((self.kind, loss))
+            self._in_a_row = 0
+            return True
+        self._in_a_row += 1
+        self._skipped.append(self._step)
+        self.too_many = self._too_many()
+        if self.too_many:
+            self.action = "fail"
+        return False
+
+    def _losses(self) -> list[float]:
+        """Return the recent accepted losses that a step of the current kind is judged by."""
+        return [loss for kind, loss in self._recent if self.kind.can_be_judged_by(kind)]
+
+    def _judge(self, loss: float, grad_norm: float) -> str | None:
+        if not finite_step(loss, grad_norm):
+            self.action = self._training.on_nonfinite
+            return f"not finite: loss {loss}, gradient norm {grad_norm}"
+        spikes = self._training.spikes
+        if spikes is None:
+            return None
+        losses = self._losses()
+        if len(losses) < max(2, spikes.window // 4):
+            return None
+        mean, deviation = statistics.fmean(losses), statistics.stdev(losses)
+        if loss <= mean + spikes.threshold * max(deviation, 1e-6 * abs(mean)):
+            return None
+        self.action = spikes.action
+        return f"loss spike: {loss:.4f}, {mean:.4f} +- {deviation:.4f} over the last {len(losses)} comparable steps"
+
+    def _too_many(self) -> bool:
+        limit = self._training.max_skipped_steps
+        recent = sum(step > self._step - _PER_STEPS for step in self._skipped)
+        return self._in_a_row > limit or recent > limit
+
+    def statistics(self) -> dict[str, Any]:
+        """Summarize the recent accepted losses that the last step was judged by, for a report."""
+        losses = self._losses()
+        if not losses:
+            return {"steps": 0}
+        return {
+            "steps": len(losses),
+            "mean": statistics.fmean(losses),
+            "min": min(losses),
+            "max": max(losses),
+            "skipped_in_a_row": self._in_a_row,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Return the state for a resumed run."""
+        return {
+            "recent": [[list(kind), loss] for kind, loss in self._recent],
+            "skipped": list(self._skipped),
+            "step": self._step,
+            "in_a_row": self._in_a_row,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
+        self.restore_losses(state)
+        self._skipped.extend(state["skipped"])
+        self._step, self._in_a_row = state["step"], state["in_a_row"]
+
+    def restore_losses(self, state: dict[str, Any]) -> None:
+        """Restore only the losses that `state` returned; keep the count of rejected steps."""
+        self._recent.clear()
+        # Older checkpoints have losses without their kinds.
+        self._recent.extend((StepKind(*kind), loss) for kind, loss in state.get("recent", []))
+
+    def forgive(self) -> None:
+        """Reset the count of rejected steps."""
+        self._skipped.clear()
+        self._in_a_row = 0
 
 
 class Incidents(Callback):
-    """Acts on the verdicts of `guard`."""
+    """Acts on the verdicts of `StepGuard`."""
 
     name = "guard"
     _current: Step

@@ -13,12 +13,8 @@ from plt_megatron.config.rules.uploads import destinations
 from plt_megatron.train.callbacks.base import Callback, Run
 from plt_megatron.train.callbacks.exports import Exports
 from plt_megatron.train.callbacks.incidents import Incidents
-from plt_megatron.train.callbacks.metrics import Metrics
-from plt_megatron.train.callbacks.profiling import Profiling
-from plt_megatron.train.callbacks.progress import ProgressBar
-from plt_megatron.train.callbacks.stragglers import Stragglers
-from plt_megatron.train.callbacks.throughput import Throughput
-from plt_megatron.train.callbacks.train_log import LoopLosses, LoopMeasures, Overview, TrainLog
+from plt_megatron.train.callbacks.performance import Profiling, Stragglers, Throughput
+from plt_megatron.train.callbacks.train_log import LoopLosses, LoopMeasures, Metrics, Overview, ProgressBar, TrainLog
 from plt_megatron.train.callbacks.uploads import Uploads
 from plt_megatron.train.callbacks.validation import Validation
 from plt_megatron.train.callbacks.weight_ema import WeightEMA

@@ -17,7 +17,7 @@ from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.text import plural
 from plt_megatron.storage.queue import CHECKPOINT, EXPORT, UploadQueue, Waiting
 from plt_megatron.train.callbacks.base import Run
-from plt_megatron.train.callbacks.beside import BesideProcess, WorkBeside, environment
+from plt_megatron.train.callbacks.exports import BesideProcess, WorkBeside, environment
 from plt_megatron.train.checkpoint.collective import on_rank_0
 
 _LOOK_S = 5.0  # between checks of whether an upload still makes progress

@@ -22,9 +22,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from plt_megatron.config.optimizers import WHOLE_MATRICES, optimizer_spec
+from plt_megatron.config.rules.optimizer import WHOLE_MATRICES, optimizer_spec
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.model.initialization import global_names, initial_value
+from plt_megatron.model.build import global_names, initial_value
 from plt_megatron.model.looped_gpt import LoopedGPT
 from plt_megatron.model.parameters import only_in_loops
 from plt_megatron.train.checkpoint import state

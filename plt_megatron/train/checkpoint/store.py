@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from plt_megatron.config.rules.uploads import is_url
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.data.resuming import check_data
+from plt_megatron.data.mix import check_data
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder import checkpoints
 from plt_megatron.run_folder.files import write_text

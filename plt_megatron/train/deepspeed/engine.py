@@ -21,9 +21,8 @@ from plt_megatron.config.schema import RunConfig
 from plt_megatron.model.looped_gpt import MicroBatch
 from plt_megatron.train.deepspeed.runtime import GradientParts, import_deepspeed, join_process_groups, start_deepspeed
 from plt_megatron.train.deepspeed.state import DeepSpeedState
-from plt_megatron.train.engine import Engine, StepResult, finite_step, masked_loss
+from plt_megatron.train.engine import Engine, StepResult, finite_step, leaves_later_loops_out, masked_loss
 from plt_megatron.train.optimizers import LearningRate, check_groups, group_overrides, megatron_settings
-from plt_megatron.train.unused_parameters import leaves_later_loops_out
 
 
 class DeepSpeedEngine(Engine):

@@ -16,9 +16,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from torch import Tensor, nn
 
-from plt_megatron.config.optimizers import optimizer_spec
 from plt_megatron.config.rules.deepspeed import zero_of
-from plt_megatron.model.initialization import initial_value
+from plt_megatron.config.rules.optimizer import optimizer_spec
+from plt_megatron.model.build import initial_value
 from plt_megatron.model.parameters import only_in_loops
 from plt_megatron.train.checkpoint import state
 from plt_megatron.train.checkpoint.state import Reader

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from plt_megatron.config import derived
-from plt_megatron.config.batch_schedule import BatchSchedule
 from plt_megatron.config.branching import branch_settings, first_decay_step
 from plt_megatron.config.loader import dump_config, load_config
 from plt_megatron.config.loop_schedule import LoopSchedule
+from plt_megatron.config.schedules import BatchSchedule
 from plt_megatron.config.schema import BatchStage, DataSource, DeepSpeedConfig, LoopStage, RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from plt_megatron.config.length_schedule import LengthSchedule
 from plt_megatron.config.loader import dump_config, load_config
 from plt_megatron.config.loop_schedule import LoopSchedule
+from plt_megatron.config.schedules import LengthSchedule
 from plt_megatron.config.schema import BatchStage, DataSource, DeepSpeedConfig, LengthStage, LoopStage, RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.predict.flops import run_flops_per_token, training_flops_per_token

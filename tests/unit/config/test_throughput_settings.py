@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from plt_megatron.config import derived
+from plt_megatron.config.fields import REFUSED
 from plt_megatron.config.loader import load_config
-from plt_megatron.config.refused_settings import REFUSED
 from plt_megatron.config.rules import fp8 as fp8_rules
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems

@@ -13,9 +13,9 @@ from torch import Tensor
 from plt_megatron.config import derived
 from plt_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
 from plt_megatron.hf.checkpoint_writer import LazyTensor, write_checkpoint
+from plt_megatron.hf.conversion import mappings_for
 from plt_megatron.hf.exporting import ExportOptions, ExportResult, export
 from plt_megatron.hf.importing import ImportOptions, ImportResult, import_model
-from plt_megatron.hf.param_mapping import mappings_for
 from plt_megatron.hf.verification import single_process
 from plt_megatron.train.checkpoint.reading import read_weights
 from tests import settings
@@ -153,7 +153,7 @@ def megatron_logits(
 def megatron_gradients(model: ModelConfig, weights: Mapping[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
     """The gradient of each parameter, of the summed loss of predicting each next token."""
     with single_process():
-        from plt_megatron.model.initialization import global_names
+        from plt_megatron.model.build import global_names
         from plt_megatron.model.looped_gpt import MicroBatch
 
         built = _build(model, weights, tokens.shape[1] - 1, VOCAB)
@@ -163,7 +163,7 @@ def megatron_gradients(model: ModelConfig, weights: Mapping[str, Tensor], tokens
 
 def _build(model: ModelConfig, weights: Mapping[str, Tensor], length: int, vocab_size: int) -> Any:
     """The training model with these weights."""
-    from plt_megatron.model.initialization import global_tensors
+    from plt_megatron.model.build import global_tensors
     from plt_megatron.model.looped_gpt import LoopedGPT
     from plt_megatron.model.transformer_config import transformer_config
 

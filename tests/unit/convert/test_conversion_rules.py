@@ -12,8 +12,7 @@ from convert_helpers import LOOPCODER, VARIANTS, VOCAB, make_model, random_weigh
 from plt_megatron.config.schema import ModelConfig
 from plt_megatron.errors import UserError
 from plt_megatron.hf.configuration_plt import PLTConfig
-from plt_megatron.hf.conversion import check_tensors, to_hf, to_megatron
-from plt_megatron.hf.param_mapping import mappings_for
+from plt_megatron.hf.conversion import check_tensors, mappings_for, to_hf, to_megatron
 from plt_megatron.hf.switches import SWITCHES
 
 

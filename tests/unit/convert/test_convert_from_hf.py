@@ -34,8 +34,7 @@ from plt_megatron.config.schema import DataConfig, RunConfig, TrainingConfig
 from plt_megatron.errors import UserError
 from plt_megatron.hf.exporting import ExportOptions, export
 from plt_megatron.hf.importing import ImportOptions, import_model
-from plt_megatron.hf.lineage import read_lineage
-from plt_megatron.hf.sources import open_source
+from plt_megatron.hf.sources import open_source, read_lineage
 from plt_megatron.run_folder.checkpoints import read_progress
 from plt_megatron.train.checkpoint.reading import read_weights
 
@@ -320,7 +319,7 @@ def test_training_starts_from_it(tmp_path, caplog):
     from plt_megatron.hf.verification import single_process
 
     with single_process(), caplog.at_level(logging.INFO):
-        from plt_megatron.model.initialization import global_names
+        from plt_megatron.model.build import global_names
         from plt_megatron.train.checkpoint.store import CheckpointStore
         from plt_megatron.train.megatron_engine import MegatronEngine
 

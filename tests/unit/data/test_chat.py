@@ -24,7 +24,7 @@ from data_helpers import (
 )
 
 from plt_megatron.config.schema import DataConfig, DataSource, DataStage, FimConfig
-from plt_megatron.data import loss_mask
+from plt_megatron.data import indexed
 from plt_megatron.data.encoders import ChatEncoder
 from plt_megatron.data.formats import ReadOptions
 from plt_megatron.data.mix import fingerprint
@@ -156,9 +156,9 @@ def test_workers_shards_and_another_run_make_the_same_mask(chatml: Path, tmp_pat
     read = ReadOptions("messages", chat=True)
     made = run_preprocess([corpus], tmp_path / "one", chatml, read=read)
     run_preprocess([corpus], tmp_path / "many", chatml, read=read, workers=2, shard_bytes=4000)
-    for suffix in (".bin", ".idx", loss_mask.SUFFIX):
+    for suffix in (".bin", ".idx", indexed.MASK_SUFFIX):
         assert Path(f"{tmp_path}/one{suffix}").read_bytes() == Path(f"{tmp_path}/many{suffix}").read_bytes()
-    mask = loss_mask.open_mask(tmp_path / "one", made["tokens"])
+    mask = indexed.open_mask(tmp_path / "one", made["tokens"])
     assert made["loss_mask_tokens"] == int(mask.sum()) and 0 < made["loss_mask_tokens"] < made["tokens"]
     expected = [encode(chatml, conversation) for conversation in conversations(60)]
     assert documents(tmp_path / "one") == [ids for ids, _ in expected]
@@ -166,12 +166,12 @@ def test_workers_shards_and_another_run_make_the_same_mask(chatml: Path, tmp_pat
     assert f"{made['loss_mask_tokens']:,} tokens count" in capsys.readouterr().err
     run_preprocess([corpus], tmp_path / "one", chatml, read=read)
     assert "already done" in capsys.readouterr().err
-    Path(f"{tmp_path}/one{loss_mask.SUFFIX}").unlink()
+    Path(f"{tmp_path}/one{indexed.MASK_SUFFIX}").unlink()
     with pytest.raises(UserError, match="--overwrite"):
         run_preprocess([corpus], tmp_path / "one", chatml, read=read)
     plain = write_lines(tmp_path / "plain.jsonl", [{"text": "hello"}])
     run_preprocess([plain], tmp_path / "many", chatml, overwrite=True)
-    assert not loss_mask.has_mask(tmp_path / "many")
+    assert not indexed.has_mask(tmp_path / "many")
 
 
 def test_another_template_is_another_output(chatml: Path, tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def masked_source(prefix: Path, seed: int, odd: bool = True) -> DataSource:
     lengths = rng.integers(1, 60, 80)
     tokens = rng.integers(0, 400, int(lengths.sum()))
     write_source(prefix, tokens, lengths)
-    (tokens % 2 == odd).astype(np.uint8).tofile(loss_mask.mask_path(prefix))
+    (tokens % 2 == odd).astype(np.uint8).tofile(indexed.mask_path(prefix))
     return DataSource(str(prefix))
 
 
@@ -217,7 +217,7 @@ def masked_source(prefix: Path, seed: int, odd: bool = True) -> DataSource:
 @pytest.mark.parametrize("kind", ["alone", "mix", "stages"])
 def test_samples_count_what_the_mask_says(kind: str, reset: bool, tmp_path: Path) -> None:
     one, two = masked_source(tmp_path / "one", 1), masked_source(tmp_path / "two", 2, odd=False)
-    loss_mask.mask_path(two.path).unlink()  # all of it counts
+    indexed.mask_path(two.path).unlink()  # all of it counts
     sources = [one] if kind == "alone" else [one, two]
     stages = (
         [DataStage(until=16 * 40, sources=[one]), DataStage(until=16 * 80, sources=[two])] if kind == "stages" else []
@@ -242,7 +242,7 @@ def test_samples_count_what_the_mask_says(kind: str, reset: bool, tmp_path: Path
 def test_a_mask_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     source = masked_source(tmp_path / "one", 1)
     data = DataConfig(sources=[source], sequence_length=16, split="100,0,0")
-    path, manifest = loss_mask.mask_path(source.path), Path(f"{source.path}.manifest.json")
+    path, manifest = indexed.mask_path(source.path), Path(f"{source.path}.manifest.json")
     whole, before = path.read_bytes(), fingerprint(data, None)["sha256"]
     for content, named in ((whole[:-1], "bytes"), (bytes(len(whole)), "largest byte is 0"), (b"\x02" + whole[1:], "2")):
         path.write_bytes(content)

@@ -18,9 +18,9 @@ from plt_megatron.data.datasets import Samples, make_sample
 from plt_megatron.data.fill_in_middle import find_tokens, uniform
 from plt_megatron.data.mix import fingerprint, fingerprint_differences, mix_shares
 from plt_megatron.data.preprocess import PreprocessOptions, preprocess
-from plt_megatron.data.sampling import batches, micro_batch_indices
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
+from plt_megatron.train.data import batches, micro_batch_indices
 from tests.settings import changed
 
 LENGTH = 32

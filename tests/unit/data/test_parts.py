@@ -17,10 +17,8 @@ import torch
 from data_helpers import ROOT, Tool, build, digest, run_preprocess, write_jsonl, write_parquet
 
 from plt_megatron.config.schema import DataConfig, DataSource
-from plt_megatron.data.indexed import flat_tokens, read_index
+from plt_megatron.data.indexed import JoinedArrays, flat_tokens, mask_path, part_prefixes, read_index
 from plt_megatron.data.joining import join
-from plt_megatron.data.loss_mask import mask_path
-from plt_megatron.data.parts import JoinedArrays, part_prefixes
 from plt_megatron.data.preprocess import shard_prefix
 from plt_megatron.data.tokenizer import load_tokenizer
 from plt_megatron.errors import UserError

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from data_helpers import write_source
 
-from plt_megatron.config.data_stages import stage_samples
+from plt_megatron.config.schedules import stage_samples
 from plt_megatron.config.schema import DataConfig, DataSource, DataStage, FimConfig, RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.data.mix import consumed_epochs, describe_mix, fingerprint, fingerprint_differences, mix_shares

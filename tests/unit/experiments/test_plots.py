@@ -145,7 +145,7 @@ def test_there_is_a_curve_for_each_loop_and_part(monkeypatch, tmp_path):
     assert names("hidden states after a loop") == ["loop 1", "loop 2"]
     assert {panels[title].get_ylabel() for title in ("hidden states after a loop", "change by a loop")} == {
         "L2 norm, mean over tokens"
-    }, "as model/loop_statistics.py computes them"
+    }, "as model/loop_context.py computes them"
     assert names("gates") == ["loop 2"], "the first loop has no gate"
     assert names("where a step's time goes") == ["data", "forward backward"]
     assert names("loss") == ["validation, 2 loops: 5.000"]

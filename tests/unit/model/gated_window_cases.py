@@ -17,7 +17,7 @@ from torch import Tensor
 
 from plt_megatron.config.schema import ParallelConfig
 from plt_megatron.model.gated_window_kernel import gated_window
-from plt_megatron.model.loop_statistics import LoopStatistics
+from plt_megatron.model.loop_context import LoopStatistics
 from plt_megatron.model.looped_gpt import MicroBatch
 from tests.unit.model.tiny_models import LOOPCODER_V2, build, differences
 from tests.unit.model.tiny_models import draw as draw_batch

@@ -160,7 +160,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def run(stage: Any, data: dict[str, Tensor], packed: bool, loops: int | None = None) -> dict[str, Tensor]:
     """The model's logits, losses and gradients, under the plain model's names."""
-    from plt_megatron.model.initialization import global_names
+    from plt_megatron.model.build import global_names
     from plt_megatron.model.looped_gpt import MicroBatch
 
     device = torch.cuda.current_device()
@@ -191,7 +191,7 @@ def expect(
 ) -> dict[str, Tensor]:
     """What `run` should return, from the reference. `noise`: the seed by which its weights are moved within what fp32
     rounds away; None: they are not."""
-    from plt_megatron.model.initialization import global_names, global_tensors
+    from plt_megatron.model.build import global_names, global_tensors
 
     weights = to_plain(stage.config.plt, dict(global_names(stage)), VOCAB_SIZE)
     everything = to_plain(stage.config.plt, dict(global_tensors(stage)), VOCAB_SIZE)

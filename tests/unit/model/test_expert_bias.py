@@ -31,7 +31,7 @@ def engine_of(layout: dict[str, Any] | None = None, precision: str = "fp32", **c
 
 def tensors(engine: Any) -> dict[str, Tensor]:
     """By the plain model's names."""
-    from plt_megatron.model.initialization import global_tensors
+    from plt_megatron.model.build import global_tensors
 
     return to_plain(engine.config.model, dict(global_tensors(engine.stage)), jobs.VOCAB)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from plt_megatron.model.shared_kv import FirstLoopKV
+from plt_megatron.model.loop_context import FirstLoopKV
 
 
 def _first_loop(x: torch.Tensor, box: FirstLoopKV, layer: int = 1) -> torch.Tensor:

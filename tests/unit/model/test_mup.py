@@ -15,7 +15,7 @@ from tiny_models import LOOPCODER_V2, SHAPE, VOCAB_SIZE, build, plain_of
 from torch import Tensor
 
 from plt_megatron.config.schema import ModelConfig, OptimizerConfig, RateFactors, RunConfig, TrainingConfig
-from plt_megatron.model.initialization import global_names
+from plt_megatron.model.build import global_names
 from plt_megatron.train.optimizers import described, group_overrides, groups
 from tests.reference.plain_plt import PlainPLT
 

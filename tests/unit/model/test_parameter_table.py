@@ -36,7 +36,7 @@ MODELS = CASES | {
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS.keys())
 def test_it_has_what_the_built_model_has(settings):
     """Names, shapes, counts, initial constants, and the axis that megatron-core's layers say they split."""
-    from plt_megatron.model.initialization import global_tensors
+    from plt_megatron.model.build import global_tensors
 
     stage = build(settings, random=False)
     sizes = Sizes.of(stage.plt, PADDED_VOCAB_SIZE)

@@ -10,7 +10,7 @@ import torch
 
 from plt_megatron.config import derived
 from plt_megatron.config.schema import ModelConfig, ParallelConfig
-from plt_megatron.hf.rope_keys import rope_keys, rope_scaling
+from plt_megatron.hf.config_keys import rope_keys, rope_scaling
 from tests.settings import make
 
 pytestmark = pytest.mark.usefixtures("one_process")

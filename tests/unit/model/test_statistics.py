@@ -32,7 +32,7 @@ def test_a_loop_without_experts_has_no_statistics_of_them():
 @pytest.mark.parametrize(("span", "norms"), [([0, 1], 3), ([0, 2], 3)], ids=["coda", "no coda"])
 def test_the_last_loop_is_normed_where_something_reads_it(span, norms):
     """Of three loops; with a coda it is the coda's output that the head reads normed."""
-    from plt_megatron.model.loop_statistics import LoopStatistics
+    from plt_megatron.model.loop_context import LoopStatistics
     from plt_megatron.model.looped_gpt import MicroBatch
 
     stage, calls, tokens = build({"loop_norm": "final", "loop_count": 3, "loop_span": span}), [], draw()["tokens"]

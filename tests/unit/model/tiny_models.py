@@ -52,7 +52,7 @@ def build(
     """A LoopedGPT of BASE's settings and these, its gates and norms random unless told otherwise."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from plt_megatron.model.initialization import initialize
+    from plt_megatron.model.build import initialize
     from plt_megatron.model.looped_gpt import LoopedGPT
     from plt_megatron.model.transformer_config import transformer_config
 
@@ -87,7 +87,7 @@ def draw(seed: int = 0) -> dict[str, Tensor]:
 
 def plain_of(stage: Any) -> PlainPLT:
     """The stage's model in plain PyTorch, with weights of its own."""
-    from plt_megatron.model.initialization import global_names
+    from plt_megatron.model.build import global_names
 
     weights = to_plain(stage.plt, dict(global_names(stage)), VOCAB_SIZE)
     return PlainPLT(stage.plt, {name: tensor.clone().requires_grad_() for name, tensor in weights.items()})
@@ -100,7 +100,7 @@ def gradients(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def losses_and_gradients(stage: Any, data: dict[str, Tensor], loops: int, factor: float = 1.0) -> dict[str, Tensor]:
     """Of the sum of the losses that count, times a factor; under the plain model's names."""
-    from plt_megatron.model.initialization import global_names
+    from plt_megatron.model.build import global_names
     from plt_megatron.model.looped_gpt import MicroBatch
 
     stage.zero_grad()

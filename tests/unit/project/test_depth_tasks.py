@@ -9,7 +9,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from plt_megatron.config import data_stages
+from plt_megatron.config import schedules
 from plt_megatron.config.loader import load_config
 from plt_megatron.data.indexed import read_index
 from plt_megatron.errors import UserError
@@ -87,7 +87,7 @@ def test_data_are_the_same_again_and_parts_differ(depth, tmp_path):
 
 def test_the_sweep_reads_what_is_written(depth):
     config = load_config(ROOT / "configs/sweeps/base/depth_tasks.yaml")
-    read = {Path(source.path) for _, source in data_stages.all_sources(config.data)}
+    read = {Path(source.path) for _, source in schedules.all_sources(config.data)}
     assert read == {Path(".demo/depth_tasks") / name for name in depth.PARTS}
     assert config.model.vocab_size == depth.VOCABULARY and config.data.sequence_length == depth.ROW
     ends = [stage.until for stage in config.data.stages] + [config.training.train_tokens]

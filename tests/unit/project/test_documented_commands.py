@@ -149,8 +149,9 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert data.tokenizer is not None
         write_tokenizer(folder / data.tokenizer)
     write_tokens(folder / "data/heldout")
+    small = ("num_layers=1", "vocab_size=512", "ffn_hidden_size=256")  # checkpoints of few bytes
     for path, run, settings in (
-        ("configs/runs/mine.yaml", "plt2_1b", ["model.num_layers=1", "model.vocab_size=512"]),
+        ("configs/runs/mine.yaml", "plt2_1b", [f"model.{size}" for size in small]),
         ("a.yaml", "plt2_tiny", ["name=a", "training.global_batch_size=64"]),
         ("b.yaml", "plt2_tiny", ["name=b", "training.global_batch_size=64"]),
     ):

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from plt_megatron.config.fields import field_types
-from plt_megatron.config.refused_settings import REFUSED
+from plt_megatron.config.fields import REFUSED, field_types
 from plt_megatron.config.schema import RunConfig
 from tests.fuzz import draw
 

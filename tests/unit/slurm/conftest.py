@@ -12,7 +12,7 @@ import yaml
 from fake_slurm import RUN, FakeSlurm, write_tokens
 from submitting import IN_JOB, LAUNCHER, ROOT, SRUN, directives
 
-from plt_megatron.slurm import snapshot
+from plt_megatron.slurm import run_files
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def little_code(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """A fifth of the files go into snapshots: a hundred submissions would leave 40,000."""
     if "whole_code" not in request.fixturenames:
         parts = ("plt_megatron/slurm", "plt_megatron/launcher", "launch", "pyproject.toml")
-        monkeypatch.setattr(snapshot, "_CHECKOUT", parts)
+        monkeypatch.setattr(run_files, "_CHECKOUT", parts)
 
 
 @pytest.fixture

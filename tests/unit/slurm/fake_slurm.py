@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.data.resuming import training_fingerprint
+from plt_megatron.data.mix import training_fingerprint
 from plt_megatron.run_folder import resuming
 
 # Answers from files; sbatch counts job ids up.

@@ -15,10 +15,9 @@ from submitting import ROOT, command, submit_run
 
 from plt_megatron.errors import UserError
 from plt_megatron.launcher.records import stamp
-from plt_megatron.slurm import follow as follow_module
-from plt_megatron.slurm.follow import follow, watch
+from plt_megatron.slurm import status as follow_module
 from plt_megatron.slurm.run_files import job_name
-from plt_megatron.slurm.status import report
+from plt_megatron.slurm.status import follow, report, watch
 
 
 def rows(text: str) -> dict[str, list[str]]:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from plt_megatron.config.schema import EvaluationConfig, ExportsConfig
-from plt_megatron.train.callbacks import beside, exports
+from plt_megatron.train.callbacks import exports
 from tests.unit.train.callbacks.a_run import a_run, finish
 
 # Waits for a file named `go` beside the run, then writes the export, or fails if the checkpoint says so.
@@ -44,7 +44,7 @@ open(os.path.join(target, "model"), "w").write(weights)
 def run(tmp_path, monkeypatch) -> Any:
     """Exports at steps 4, 8 and 10, the last."""
     (tmp_path / "stand_in.py").write_text(STAND_IN)
-    start = beside.subprocess.Popen
+    start = exports.subprocess.Popen
 
     def stand_in(command: list[str], **how: Any) -> Any:
         run.commands.append(command)
@@ -55,7 +55,7 @@ def run(tmp_path, monkeypatch) -> Any:
         target = checkpoint.parent.parent / "exports" / checkpoint.name
         return start([sys.executable, str(tmp_path / "stand_in.py"), str(checkpoint), str(target)], **how)
 
-    monkeypatch.setattr(beside.subprocess, "Popen", stand_in)
+    monkeypatch.setattr(exports.subprocess, "Popen", stand_in)
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "node7")):
         monkeypatch.setenv(name, value)
     run = a_run(tmp_path / "run")
@@ -117,7 +117,7 @@ def test_a_run_that_was_stopped_leaves_its_exports_to_the_next_job(run, callback
 
 
 def test_an_export_that_hears_no_signal_is_killed(run, callback, monkeypatch):
-    monkeypatch.setattr(beside, "_GRACE_S", 0.2)
+    monkeypatch.setattr(exports, "_GRACE_S", 0.2)
     save(callback, 4, "deaf")
     process, ready = callback._process._process, run.folder.path.parent / "deaf"
     while not ready.exists():

@@ -10,7 +10,7 @@ import pytest
 
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.folder import RunFolder
-from plt_megatron.train.callbacks.metrics import Metrics
+from plt_megatron.train.callbacks.train_log import Metrics
 from tests.unit.train.callbacks.a_run import a_run
 
 

@@ -10,7 +10,7 @@ import torch
 
 from plt_megatron.config.schema import ProfileConfig
 from plt_megatron.train.callbacks.base import Step
-from plt_megatron.train.callbacks.profiling import Profiling
+from plt_megatron.train.callbacks.performance import Profiling
 from tests.unit.train.callbacks.a_run import a_run
 
 

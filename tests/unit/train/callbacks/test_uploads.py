@@ -17,7 +17,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.storage import run_uploads
 from plt_megatron.storage.run_uploads import RunUploads
-from plt_megatron.train.callbacks import beside, uploads
+from plt_megatron.train.callbacks import exports, uploads
 from tests.unit.storage.test_upload_copies import an_export
 from tests.unit.storage.test_upload_runs import a_run as a_run_folder
 from tests.unit.storage.test_upload_runs import saved, steps
@@ -227,7 +227,7 @@ def test_a_process_beside_training_is_no_rank_and_is_seen_to_move(tmp_path, monk
     )
     fifo = tmp_path / "fifo"
     subprocess.run(["mkfifo", fifo], check=True)
-    process = beside.BesideProcess(["mover", str(fifo)], tmp_path / "log")
+    process = exports.BesideProcess(["mover", str(fifo)], tmp_path / "log")
     while not (tmp_path / "log").read_text():
         time.sleep(0.01)
     while (quiet := process.quiet_seconds()) < 0.05:  # it may be on its way from there to the pipe

@@ -1,12 +1,18 @@
-"""Tokens per second, model FLOP/s and MFU, all from one loop-aware formula (`predict/flops.py`).
+"""Speed of a run: throughput, traces of `torch.profiler`, and GPUs that are slower than the others.
 
 MFU is model FLOP/s over the devices' dense peak: the data sheet's on a GPU, the measured rate of a large matrix product
 on a CPU, or `logging.peak_tflops`.
+
+A trace is a Chrome trace (open it in Perfetto or chrome://tracing): `profile/rank_0000_steps_5-7.json.gz` in the run's
+folder.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import resource
+import statistics
 import sys
 import time
 from typing import Any
@@ -15,7 +21,8 @@ import torch
 import torch.distributed as dist
 
 from plt_megatron.config import derived
-from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.schema import ProfileConfig, RunConfig
+from plt_megatron.errors import UserError
 from plt_megatron.model.transformer_config import DTYPES
 from plt_megatron.predict import cards, flops, parameters
 from plt_megatron.runtime.cpu_runtime import is_cpu_runtime
@@ -120,3 +127,112 @@ def measure_matmul_tflops(dtype: torch.dtype, size: int = 1024, repetitions: int
         torch.mm(a, b)
         best = min(best, time.perf_counter() - started)
     return 2 * size**3 / best / 1e12
+
+
+class Profiling(Callback):
+    """Traces the steps (step_start, step_end] of `logging.profile` on the chosen ranks."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        settings, rank = run.config.logging.profile or ProfileConfig(0, ranks=[]), dist.get_rank()
+        self._first, self._last = settings.step_start, settings.step_end
+        self._wanted = rank in settings.ranks
+        self._path = run.folder.profile / f"rank_{rank:04d}_steps_{self._first + 1}-{self._last}.json.gz"
+        self._profiler: Any = None
+
+    def before_step(self, step: Step) -> None:
+        """Start or stop the trace if due."""
+        if not self._wanted:
+            return
+        if self._profiler is not None and step.number > self._last:
+            self.on_end()
+        elif self._profiler is None and self._first < step.number <= self._last:
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            if torch.cuda.is_available():
+                activities.append(torch.profiler.ProfilerActivity.CUDA)
+            self._profiler = torch.profiler.profile(activities=activities, profile_memory=True)
+            self._profiler.start()
+
+    def on_end(self) -> None:
+        """Write the current trace, complete or not."""
+        if self._profiler is None:
+            return
+        self._wanted = False
+        self._profiler.stop()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._profiler.export_chrome_trace(str(self._path))
+        self._profiler = None
+        self.run.say(f"wrote profiler trace {self._path}")
+
+
+_TIMED = 10  # steps with timed kernels per report
+
+
+class Stragglers(Callback):
+    """Names the ranks with a slow GPU.
+
+    The CUDA kernels of some steps are timed on every rank, except for NCCL's, which wait for the slowest rank. A rank's
+    score is the fastest rank's time for the same kernels divided by its own; or, for a GPU that has become slower, its
+    own best time so far divided by its current one.
+    """
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        settings = run.config.logging.straggler
+        assert settings is not None
+        self._interval, self._threshold = settings.interval, settings.threshold
+        self._section = contextlib.ExitStack()
+        self._detector = _start_detector(self._interval)
+
+    def before_step(self, step: Step) -> None:
+        self._section.enter_context(self._detector.detection_section("step"))
+
+    def on_rejected(self, step: Step, result: StepResult) -> bool:
+        self._section.close()
+        return False
+
+    def after_step(self, step: Step, result: StepResult) -> None:
+        """Stop timing the step, and compare the ranks if due. Collective."""
+        self._section.close()
+        if step.number % self._interval == 0:
+            report = self._detector.generate_report()
+            if self.run.is_first_rank:
+                self._tell(report)
+
+    def close(self) -> None:
+        """Release CUPTI."""
+        self._section.close()
+        self._detector.shutdown()
+
+    def _tell(self, report: Any) -> None:
+        """Record the scores, and warn of low ones."""
+        known = [score for score in report.gpu_relative_perf_scores.values() if not math.isnan(score)]
+        if not known:
+            return
+        slow = report.identify_stragglers(gpu_rel_threshold=self._threshold, gpu_indiv_threshold=self._threshold)
+        clock, numbers = self.run.clock, {"slowest": min(known), "median": statistics.median(known)}
+        ranks: dict[str, float] = {}
+        for kind, scores, than in (
+            ("straggler_gpus_relative", report.gpu_relative_perf_scores, "the fastest GPU's"),
+            ("straggler_gpus_individual", report.gpu_individual_perf_scores, "its own earlier"),
+        ):
+            for found in sorted(slow[kind], key=lambda each: each.rank):
+                name, score = f"rank_{found.rank}", scores[found.rank]
+                ranks[name] = min(score, ranks.get(name, score))  # slow by both measures: the worse one
+                self.run.say(f"warning: the GPU of rank {found.rank} on {found.node} is at {score:.0%} of {than} speed")
+        record = {"kind": "stragglers", "step": clock.step, "tokens": clock.tokens, **numbers}
+        self.run.report(record | ({"slow": ranks} if ranks else {}))
+
+
+def _start_detector(interval: int) -> Any:
+    """Start the process's detector and return it. Raises `UserError` without a GPU."""
+    if not _has_gpu():
+        raise UserError("logging.straggler times the kernels of NVIDIA GPUs, but there is none: remove the setting")
+    from nvidia_resiliency_ext.attribution.straggler import Detector
+
+    Detector.initialize(gather_on_rank0=True, profiling_interval=max(1, interval // _TIMED))
+    return Detector
+
+
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()

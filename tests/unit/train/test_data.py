@@ -7,9 +7,9 @@ from itertools import islice, repeat
 import pytest
 import torch
 
-from plt_megatron.config.batch_schedule import BatchSchedule
+from plt_megatron.config.schedules import BatchSchedule
 from plt_megatron.config.schema import BatchStage, RunConfig
-from plt_megatron.data.sampling import batches, collate, micro_batch_indices
+from plt_megatron.train.data import batches, collate, micro_batch_indices
 
 
 class Numbers:

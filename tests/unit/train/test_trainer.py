@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from plt_megatron.run_folder.folder import RunFolder
-from plt_megatron.train.stop import StopRequest
+from plt_megatron.train.trainer import StopRequest
 
 
 @pytest.fixture

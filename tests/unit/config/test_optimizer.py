@@ -10,8 +10,8 @@ import typing
 import pytest
 
 from plt_megatron.config.loader import load_config
-from plt_megatron.config.optimizers import OPTIMIZERS, settings_of_others
 from plt_megatron.config.rules.deepspeed import DECIDED_BY, written
+from plt_megatron.config.rules.optimizer import OPTIMIZERS, settings_of_others
 from plt_megatron.config.schema import DeepSpeedConfig, OptimizerConfig, RunConfig, TrainingConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from plt_megatron.model.loop_context import Documents
-from plt_megatron.model.shift import shift
+from plt_megatron.model.loop_input import shift
 
 
 def _states(s: int = 5, b: int = 2, h: int = 3) -> torch.Tensor:
