@@ -1,6 +1,8 @@
 """Corpora that every machine has: Python sources, prose and mathematics.
 
 - the demo's: the sources of Python's standard library, one document per file;
+- torch: its sources, which a run of five million tokens does not repeat;
+- manuals: the documentation strings of scientific packages, long enough for such a run, too;
 - prose: the language reference that Python's `help` shows, and the documentation strings of numpy and matplotlib;
 - mathematics: the documentation strings of sympy and mpmath, full of formulas.
 """
@@ -91,9 +93,16 @@ def _python_sources(root: Path) -> Iterator[tuple[str, str]]:
             yield name, text
 
 
-DOMAINS = {"prose": ("numpy", "matplotlib"), "mathematics": ("sympy", "mpmath")}
+DOMAINS = {
+    "torch": ("torch",),
+    "manuals": ("torch", "scipy", "sympy", "networkx", "numpy", "matplotlib", "mpmath"),
+    "prose": ("numpy", "matplotlib"),
+    "mathematics": ("sympy", "mpmath"),
+}
+SOURCES = {"torch"}  # domains of whole files; the others are their documentation strings
 _SKIPPED_IN_PACKAGES = {"test", "tests", "__pycache__"}
 _SHORTEST = 200  # characters; shorter documentation strings are skipped
+_LONGEST = 400_000  # characters; longer files are tables
 
 
 def domain_files(folder: Path, domain: str) -> dict[str, Path]:
@@ -121,9 +130,17 @@ def _domain_documents(domain: str) -> Iterator[tuple[str, str]]:
         for path in root.rglob("*.py"):
             inside = path.relative_to(root)
             if not _SKIPPED_IN_PACKAGES & set(inside.parts):
-                text = "\n\n\n".join(_documentation(path))
-                if text:
+                text = _source(path) if domain in SOURCES else "\n\n\n".join(_documentation(path))
+                if text.strip():
                     yield f"{package}/{inside.as_posix()}", text
+
+
+def _source(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return text if len(text) <= _LONGEST else ""
 
 
 def _documentation(path: Path) -> Iterator[str]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from plt_megatron.config.fields import Size
-from plt_megatron.data.demo_corpus import DOMAINS, domain_files, write_demo_corpus, write_domain
+from plt_megatron.data.demo_corpus import DOMAINS, SOURCES, domain_files, write_demo_corpus, write_domain
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import write_json
 from plt_megatron.run_folder.text import format_bytes, format_duration
@@ -37,7 +37,7 @@ class DemoCorpus:
 
     vocab_size: Size = 2048
     folder: str = ".demo/vocab_2048"
-    domains: list[Literal["prose", "mathematics"]] = field(default_factory=list)
+    domains: list[Literal["torch", "manuals", "prose", "mathematics"]] = field(default_factory=list)
 
 
 def prepare_demo_corpus(settings: DemoCorpus) -> None:
@@ -85,7 +85,7 @@ def data_steps(
         *(
             Step(
                 name=f"corpus_{domain}",
-                title=f"corpus: {domain}, the documentation of {', '.join(DOMAINS[domain])}",
+                title=f"corpus: {_described(domain)}",
                 settings=_versions(domain),
                 inputs=[],
                 outputs=list(files.values()),
@@ -115,6 +115,10 @@ def data_steps(
 def write_corpus(folder: Path) -> None:
     documents, size = write_demo_corpus(folder)
     print(f"      {documents:,} files, {format_bytes(size)}", flush=True)
+
+
+def _described(domain: str) -> str:
+    return f"{domain}, the {'sources' if domain in SOURCES else 'documentation'} of {', '.join(DOMAINS[domain])}"
 
 
 def _versions(domain: str) -> str:

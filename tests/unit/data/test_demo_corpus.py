@@ -98,6 +98,16 @@ def test_documentation_alone_and_of_each_file_once(package: Path, tmp_path: Path
     assert stamps == [path.stat().st_mtime_ns for path in files.values()]
 
 
+def test_sources_are_whole_files(package: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(demo_corpus.DOMAINS, "torch", ("documented",))
+    monkeypatch.setattr(demo_corpus, "_LONGEST", len(SOURCE))
+    (package / "table.py").write_text(SOURCE + "#")
+    write_domain(tmp_path, "torch")
+    texts = {name: text for path in domain_files(tmp_path, "torch").values() for name, text in read(path).items()}
+    assert texts.pop("documented/plain.py") == "x = 1" and texts.pop("documented/broken.py") == "def"
+    assert texts == {f"documented/m{number}.py": SOURCE for number in range(40)}
+
+
 def test_prose_begins_with_the_language_reference(package: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(demo_corpus.DOMAINS, "prose", ("documented",))
     write_domain(tmp_path, "prose")
