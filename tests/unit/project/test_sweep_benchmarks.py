@@ -57,3 +57,24 @@ def test_shares_are_of_the_gain_of_two_loops_in_every_step():
     assert curriculum.gains(rows["all"], rows) == pytest.approx([0.1, 0.14])
     assert curriculum.share(rows["last 50 %"], rows) == pytest.approx(0.5)
     assert curriculum.share(rows["one loop"], rows) == 0
+
+
+def test_shares_of_depths_gain_are_paired_by_seed_and_bars_name_what_is_missed():
+    depth = load("depth_gain")
+    losses = {
+        "k layers": {1: 3.0, 2: 3.1, 3: 3.2},
+        "2k layers": {1: 2.9, 2: 2.9},
+        "naive loop x2": {1: 2.9, 2: 3.0, 3: 3.1},
+        "PLT-2": {1: 2.95, 2: 3.05, 3: 3.15},
+        "PLT-2 + loop loss": {1: 2.98, 2: 3.08, 3: 3.18},
+    }
+    corpus = depth.Corpus("planted", {name: depth.Row(1.0, row) for name, row in losses.items()})
+    assert list(corpus.gains("2k layers")) == [1, 2]
+    share = corpus.share("PLT-2")
+    assert (share.value, share.n) == (pytest.approx((0.5 + 0.25) / 2), 2) and share.low < 0 < 0.375 < share.high
+    (missed,) = depth.missed_bars(corpus)
+    assert "PLT-2 keeps 50%" in missed
+    corpus.rows["PLT-2"].losses = {1: 2.97, 2: 3.07, 3: 3.18}
+    corpus.rows["2k layers"].losses = {1: 2.96, 2: 3.06}
+    deep, lead, _ = depth.missed_bars(corpus)
+    assert "2k layers gain 0.040 nats" in deep and "PLT-2 gains 0.027 ± 0.014 nats" in lead

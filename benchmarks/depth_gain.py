@@ -1,0 +1,160 @@
+#!/usr/bin/env python3
+"""Share of depth's gain: what loops keep, at the end of training, of what twice the layers gain, from sweeps' runs.
+
+    plt sweep configs/sweeps/depth_gain.yaml --jobs 2
+    python benchmarks/depth_gain.py runs/sweeps/depth_gain [FOLDER ...] [--plot FILE]
+
+The gain is the validation loss of k layers and one loop minus the run's, with the same seed; its share is of the gain
+of 2k layers with that seed. Intervals are 95 % of Student's t over seeds. Exit status 1 unless, on every corpus, 2k
+layers gain 0.05 nats, PLT-2 (with or without a loss for its first loop) 0.04 with an interval above 0.015, and PLT-2
+keeps 80 % of what a naive loop gains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from plt_megatron.errors import UserError, run_command
+from plt_megatron.experiments.figures import color, new_figure, save
+from plt_megatron.experiments.intervals import Interval, estimate
+from plt_megatron.experiments.records import load_results
+from plt_megatron.run_folder.text import format_table
+
+SHALLOW, DEEP, NAIVE = "k layers", "2k layers", "naive loop x2"
+OLD_KEYS = "k layers, keys not shifted"  # far below, and not drawn
+PLT = ("PLT-2", "PLT-2 + loop loss")
+DEPTH_GAIN, LEAD, LOWEST, KEPT = 0.05, 0.04, 0.015, 0.8
+
+
+@dataclass
+class Row:
+    """Finished runs of one row: training FLOPs, and validation loss in nats per token by seed."""
+
+    flops: float = 0.0
+    losses: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass
+class Corpus:
+    """The rows of one sweep, in its order."""
+
+    title: str
+    rows: dict[str, Row]
+
+    def gains(self, name: str) -> dict[int, float]:
+        """Return seed -> the row's gain over k layers, for the seeds that both have."""
+        shallow, losses = self.rows[SHALLOW].losses, self.rows[name].losses
+        return {seed: shallow[seed] - losses[seed] for seed in sorted(shallow.keys() & losses.keys())}
+
+    def share(self, name: str) -> Interval:
+        """Return the mean over seeds of the row's share of the gain of 2k layers; of no common seed, NaN."""
+        deep, gains = self.gains(DEEP), self.gains(name)
+        shares = [gains[seed] / deep[seed] for seed in sorted(deep.keys() & gains.keys())]
+        return estimate(shares) if shares else Interval(float("nan"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="of a sweep, one for each corpus")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="a .png, .svg or .pdf file")
+    arguments = parser.parse_args()
+    return run_command(lambda: report(arguments.folders, arguments.plot))
+
+
+def report(folders: Sequence[Path], plot: Path | None) -> int:
+    corpora = [read(folder) for folder in folders]
+    missed = []
+    for corpus in corpora:
+        print(f"{corpus.title}\n{table(corpus)}\n")
+        missed += [f"{corpus.title}: {bar}" for bar in missed_bars(corpus)]
+    for bar in missed:
+        print(f"missed: {bar}")
+    if plot is not None:
+        _plot(corpora, plot)
+        print(plot)
+    return 1 if missed else 0
+
+
+def read(folder: Path) -> Corpus:
+    """Return the finished runs of a sweep.
+
+    Raises:
+        UserError: `folder` has no sweep, or none of its runs of k layers, of 2k layers or of PLT-2 has finished.
+    """
+    results = load_results(folder)
+    rows: dict[str, Row] = defaultdict(Row)
+    for result in results.runs:
+        if result.loss is not None:
+            (name,) = result.run.labels.values()
+            rows[name].flops = result.run.total_flops
+            rows[name].losses[result.run.seed] = result.loss
+    if missing := [name for name in (SHALLOW, DEEP, NAIVE, PLT[0]) if name not in rows]:
+        raise UserError(f"{folder}: no finished run of {', '.join(missing)}; the plt sweep command goes on")
+    return Corpus(results.plan.title, dict(rows))
+
+
+def table(corpus: Corpus) -> str:
+    """Format the rows: seeds, training FLOPs, mean loss, gain and its share of depth's, with intervals."""
+    lines = [
+        [
+            name,
+            str(len(corpus.gains(name))),
+            f"{row.flops / corpus.rows[SHALLOW].flops:.2f}",
+            f"{fmean(row.losses.values()):.4f}",
+            _text(estimate(list(corpus.gains(name).values())), "+.4f"),
+            _text(corpus.share(name), ".0%"),
+        ]
+        for name, row in corpus.rows.items()
+        if corpus.gains(name)
+    ]
+    return format_table(lines, header=["row", "seeds", "FLOPs", "loss", "gain", "of 2k layers' gain"])
+
+
+def missed_bars(corpus: Corpus) -> list[str]:
+    """Describe each bar that the corpus misses, with the figures."""
+    gains = {name: estimate(list(corpus.gains(name).values())) for name in corpus.rows if corpus.gains(name)}
+    missed = []
+    if gains[DEEP].value < DEPTH_GAIN:
+        missed.append(f"2k layers gain {gains[DEEP].value:.3f} nats, not {DEPTH_GAIN}")
+    best = max((name for name in PLT if name in gains), key=lambda name: gains[name].value)
+    if not (gains[best].value >= LEAD and gains[best].low > LOWEST):
+        missed.append(f"{best} gains {_text(gains[best], '.3f')} nats, not {LEAD} with an interval above {LOWEST}")
+    kept = gains[best].value / gains[NAIVE].value
+    if kept < KEPT:
+        missed.append(f"{best} keeps {kept:.0%} of the naive loop's gain, not {KEPT:.0%}")
+    return missed
+
+
+def _text(interval: Interval, form: str) -> str:
+    return f"{interval.value:{form}}" + (f" ± {interval.half:{form.lstrip('+')}}" if interval.half is not None else "")
+
+
+def _plot(corpora: Sequence[Corpus], path: Path) -> None:
+    names = [name for name in corpora[0].rows if name not in (SHALLOW, DEEP, OLD_KEYS)]
+    figure, panels = new_figure(4.6, 0.9 + 0.34 * len(names), len(corpora), len(corpora))
+    for axes, corpus in zip(panels, corpora, strict=True):
+        depth = fmean(corpus.gains(DEEP).values())
+        axes.axvline(depth, color=color(1), linewidth=1.2)
+        axes.axvline(0, color="black", linewidth=0.8)
+        for place, name in enumerate(names):
+            if name in corpus.rows and (gains := list(corpus.gains(name).values())):
+                gain = estimate(gains)
+                axes.errorbar(gain.value, place, xerr=gain.half or 0, fmt="o", color=color(0), capsize=3)
+                axes.plot(gains, [place] * gain.n, "|", color=color(0))
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_title(corpus.title, fontsize=10)
+        axes.set_xlabel("gain over k layers, nats (line: 2k layers)", fontsize=9)
+    save(figure, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
