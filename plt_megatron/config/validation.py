@@ -18,15 +18,11 @@ from plt_megatron.config.rules import data as data_rules
 from plt_megatron.config.rules import deepspeed as deepspeed_rules
 from plt_megatron.config.rules import fp8 as fp8_rules
 from plt_megatron.config.rules import fusions as fusion_rules
-from plt_megatron.config.rules import model as loop_rules
 from plt_megatron.config.rules import model as model_rules
-from plt_megatron.config.rules import model as moe_rules
 from plt_megatron.config.rules import optimizer as optimizer_rules
 from plt_megatron.config.rules import parallel as parallel_rules
 from plt_megatron.config.rules import run as run_rules
 from plt_megatron.config.rules import uploads as upload_rules
-from plt_megatron.config.rules.optimizer import optimizer_spec
-from plt_megatron.config.schedules import all_sources
 from plt_megatron.config.schema import DataSource, RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.extras import lacking
@@ -76,14 +72,12 @@ def find_problems(
         problems += schedules.length_problems(config)
     if not problems:
         problems += model_rules.find_problems(config)
-        problems += loop_rules.loop_problems(config)
         problems += parallel_rules.find_problems(config, world_size)
         problems += optimizer_rules.find_problems(config)
         problems += loop_schedule.find_problems(config)
         problems += run_rules.find_problems(config, world_size)
         problems += upload_rules.find_problems(config)
         problems += data_rules.find_problems(config)
-        problems += moe_rules.moe_problems(config)
         problems += deepspeed_rules.find_problems(config, world_size)
         have = have_te if check_files else bool(have_te)
         problems += parallel_rules.find_te_problems(config, have)
@@ -131,7 +125,7 @@ def _check_required(config: RunConfig) -> Iterator[str]:
 
 def _check_files(config: RunConfig) -> Iterator[str]:
     data = config.data
-    for key, source in all_sources(data):
+    for key, source in schedules.all_sources(data):
         yield from _check_source(source, f"{key}.path")
     if data.tokenizer is not None:
         yield from _check_tokenizer(Path(data.tokenizer))
@@ -193,7 +187,7 @@ def _check_writable(folder: Path, key: str) -> Iterator[str]:
 def _check_packages(config: RunConfig, have_te: bool | None) -> Iterator[str]:
     """Yield each setting that needs modules of an extra that are not installed, and how to do without them."""
     needs_te = config.model.backend == "te" and have_te is not True
-    optimizer, package = config.optimizer.name, optimizer_spec(config.optimizer).package
+    optimizer, package = config.optimizer.name, optimizer_rules.optimizer_spec(config.optimizer).package
     used: list[tuple[str, tuple[str, ...], str]] = [
         ("model.backend te", ("transformer_engine",) if needs_te else (), "model.backend=torch"),
         (

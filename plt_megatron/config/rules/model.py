@@ -14,6 +14,8 @@ def find_problems(config: RunConfig) -> Iterator[str]:
     yield from _check_layers(config)
     yield from _check_rope_scaling(config)
     yield from _check_fused_window(config)
+    yield from _loop_problems(config)
+    yield from _moe_problems(config)
 
 
 def _check_layers(config: RunConfig) -> Iterator[str]:
@@ -68,8 +70,7 @@ def _check_fused_window(config: RunConfig) -> Iterator[str]:
     yield from find_obstacle_problems("model.fused_gated_window", obstacles, "; set model.fused_gated_window=false")
 
 
-def loop_problems(config: RunConfig) -> Iterator[str]:
-    """Yield conflicts between settings that are each in range, one line each."""
+def _loop_problems(config: RunConfig) -> Iterator[str]:
     model = config.model
     yield from _check_input(model)
     yield from _check_order(config)
@@ -163,8 +164,7 @@ def _check_layout(config: RunConfig) -> Iterator[str]:
         )
 
 
-def moe_problems(config: RunConfig) -> Iterator[str]:
-    """Yield conflicts between settings that are each in range, one line each."""
+def _moe_problems(config: RunConfig) -> Iterator[str]:
     size, moe, layers = config.parallel.expert_model_parallel_size, config.model.moe, config.model.num_layers
     if moe is None:
         if size > 1:
