@@ -1,4 +1,4 @@
-"""Which loop count should I train? A study over sizes, loops and tokens, in rounds of the most informative runs.
+"""Find out which loop count to train: a study over sizes, loops and tokens, in rounds of the most informative runs.
 
     plt study configs/studies/smoke.yaml --dry-run
     plt study configs/studies/loop_law.yaml --jobs 2 --budget 40h

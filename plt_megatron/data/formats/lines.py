@@ -1,7 +1,7 @@
 """Formats whose documents are lines: any byte range of an uncompressed file can be read on its own.
 
-JSON lines hold one object per line, with the text in one of its fields. Of plain text each file is a document, or each
-line is (`ReadOptions.text_documents`).
+JSON lines hold one object per line, with the text in one of its fields. In plain text, each file or each line is a
+document (`ReadOptions.text_documents`).
 """
 
 from __future__ import annotations
