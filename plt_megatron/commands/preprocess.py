@@ -118,8 +118,8 @@ def _submit(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     prefix, nodes = arguments.output_prefix, arguments.nodes
     if not 1 <= nodes <= _MOST_SHARDS:
         raise UserError(f"--nodes {nodes}: expected a number from 1 to {_MOST_SHARDS}")
-    check_output(prefix, overwrite=arguments.overwrite)
     parts = [shard_prefix(prefix, number, nodes) for number in range(1, nodes + 1)]
+    check_output(prefix, overwrite=arguments.overwrite, parts=parts)
     following = {"join": ["--join", *parts, "--output-prefix", prefix, "--overwrite"]}
     if arguments.build_index:
         check_reads(arguments.build_index, arguments.overrides, prefix)

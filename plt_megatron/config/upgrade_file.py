@@ -30,12 +30,19 @@ def upgrade_text(text: str, name: str) -> str:
         return text
     lines = text.splitlines()
     start = before.start_mark.line
-    found = [*lines[: _with_comments(lines, start, 0)], *_Writer(text, before).block(after, before, 0)]
+    found = [*lines[: _with_comments(lines, start, 0)], *_Writer(text, before).block(after, before, "")]
     upgraded = "\n".join(found) + "\n"
-    written = yaml_nodes.compose(upgraded, name)
-    if written is None or plain(written) != plain(after):
+    if not _says(upgraded, after, name):
         raise UserError(f"{name}: its layout is too unusual to rewrite: edit it by hand")
     return upgraded
+
+
+def _says(text: str, expected: yaml.MappingNode, name: str) -> bool:
+    try:
+        written = yaml_nodes.compose(text, name)
+    except UserError:  # no valid YAML
+        return False
+    return written is not None and plain(written) == plain(expected)
 
 
 def _with_comments(lines: list[str], line: int, end: int) -> int:
@@ -51,22 +58,23 @@ class _Writer:
     def __init__(self, text: str, before: yaml.MappingNode) -> None:
         self._text, self._lines, self._before = text, text.splitlines(), before
 
-    def block(self, section: yaml.MappingNode, old: yaml.Node | None, depth: int) -> Iterator[str]:
+    def block(self, section: yaml.MappingNode, old: yaml.Node | None, indent: str) -> Iterator[str]:
         """Yield the lines of a section in block style."""
         former = {key.value: (key, value) for key, value in old.value} if isinstance(old, yaml.MappingNode) else {}
+        if former and isinstance(old, yaml.MappingNode) and not old.flow_style:
+            indent = old.value[0][0].start_mark.column * " "
         for key, value in section.value:
             before = former.get(key.value)
             if before is not None and _same(before[1], value):
                 yield from self._untouched(old, before[0])
                 continue
-            indent = depth * "  "
             if isinstance(value, yaml.MappingNode) and value.value:
                 if before is not None and isinstance(before[1], yaml.MappingNode) and before[1].flow_style:
                     yield f"{indent}{key.value}: {self._inline(value)}"
                     continue
                 yield from self._comments(before[0] if before else None, indent)
                 yield f"{indent}{key.value}:"
-                yield from self.block(value, before[1] if before else None, depth + 1)
+                yield from self.block(value, before[1] if before else None, indent + "  ")
             else:
                 yield from self._comments(value, indent)
                 yield f"{indent}{key.value}: {self._inline(value)}{self._beside(value)}"

@@ -111,6 +111,9 @@ def _check_required(config: RunConfig) -> Iterator[str]:
         yield "training: give the run's length, either train_iters or train_tokens"
     if derived.split_shares(data.split) is None:
         yield f"data.split must be three numbers >= 0 with a positive sum, as in 95,5,0; got {data.split!r}"
+    for key, path in (("output_dir", config.output_dir), ("data.index_cache", data.index_cache)):
+        if path is not None and path.startswith(("~", "$")):
+            yield f"{key} {path}: only a shell reads ~ and $NAME, at the start of a word; write the whole path"
     if data.tokenizer is None and config.model.vocab_size is None:
         yield "give data.tokenizer, or model.vocab_size if the tokenized data needs none"
     parts = Path(config.name).parts

@@ -13,6 +13,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.extras import require
 
 _READ = 1 << 20
+_WINDOW = 1 << 31  # of zstd --long=31, as in Reddit's dumps; memory is taken only for what a file needs
 
 
 class BrokenStream(Exception):
@@ -80,7 +81,7 @@ class _Zstandard(_Decompressing):
                     raise BrokenStream("broken zstandard data (the file ends in the middle of a frame)")
                 return 0
             if self._frame is None:
-                self._frame = self._module.ZstdDecompressor().decompressobj()
+                self._frame = self._module.ZstdDecompressor(max_window_size=_WINDOW).decompressobj()
             try:
                 self._output = memoryview(self._frame.decompress(chunk))
             except self._module.ZstdError as error:

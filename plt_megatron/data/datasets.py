@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Sequence
@@ -328,8 +329,7 @@ def _build_in(
     """Build the index under a temporary name and rename it once it is complete."""
     started = time.monotonic()
     logger.info("building the sample index in %s", target)
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")  # two nodes may have equal process ids
     temporary.mkdir(parents=True)
     try:
         _load(data, num_samples, seed, str(temporary), tokenizer)

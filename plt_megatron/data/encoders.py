@@ -131,14 +131,22 @@ class ChatEncoder(Encoder):
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            asked = self._apply(messages[:number], tools, add_generation_prompt=True)
             answered = self._apply(messages[: number + 1], tools)
+            asked = self._before_answer(messages[:number], answered, messages[: number + 1], tools)
             if not answered.startswith(asked) or not text.startswith(answered):
                 raise _BadConversation(
                     f"the chat template renders the text up to message {number + 1} differently when more follows: "
                     "mark the answers in the template with {% generation %}"
                 )
             yield len(asked), len(answered.rstrip())
+
+    def _before_answer(self, before: list[Any], answered: str, messages: list[Any], tools: Any) -> str:
+        """Return the text before the answer with which `messages`, whose text is `answered`, end."""
+        if before:
+            return self._apply(before, tools, add_generation_prompt=True)
+        # No template renders an empty conversation, but each says how an answer begins after this one.
+        prompt = self._apply(messages, tools, add_generation_prompt=True).removeprefix(answered)
+        return answered[: answered.find(prompt)] + prompt
 
     def _marked_answers(self, messages: list[Any], tools: Any) -> list[tuple[int, int]]:
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -154,7 +162,8 @@ class ChatEncoder(Encoder):
         try:
             return str(self._templates.apply_chat_template(list(messages), tools=tools, tokenize=False, **options))
         except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise _BadConversation(f"the chat template rejects it: {str(error).splitlines()[0]}") from error
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise _BadConversation(f"the chat template rejects it: {reason}") from error
 
 
 def _append_token(flat: np.ndarray, lengths: np.ndarray, token: int) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from plt_megatron.config.derived import SOURCE_PARTS
 from plt_megatron.data import indexed
-from plt_megatron.data.indexed import IndexedFile, read_index, read_manifest, write_index
+from plt_megatron.data.indexed import IndexedFile, part_prefixes, read_index, read_manifest, write_index
 from plt_megatron.data.shards import publish_json
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import replacing
@@ -50,8 +50,10 @@ def join(patterns: Sequence[str], output_prefix: str, *, overwrite: bool = False
     return manifest
 
 
-def check_output(prefix: str | os.PathLike[str], *, overwrite: bool) -> None:
-    """Raise `UserError` if a source in parts would replace an existing source."""
+def check_output(prefix: str | os.PathLike[str], *, overwrite: bool, parts: Sequence[str] = ()) -> None:
+    """Raise `UserError` if a source in parts would replace an existing source, other than one of these `parts`."""
+    if os.path.exists(f"{prefix}{SOURCE_PARTS}") and part_prefixes(prefix) == list(map(os.path.abspath, parts)):
+        return
     existing = [suffix for suffix in (".bin", ".idx") if os.path.exists(f"{prefix}{suffix}")]
     if ".bin" in existing or (existing and not overwrite):
         hint = "" if ".bin" in existing else " or pass --overwrite"

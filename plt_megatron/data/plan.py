@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -47,20 +48,24 @@ class Plan:
                 yield from ((file, span, span.disk_bytes) for span in reader.spans(self._shard_bytes))
 
     @cached_property
+    def _all(self) -> list[tuple[int, Span | None, int]]:
+        return list(self._units())
+
+    @cached_property
     def _own(self) -> list[tuple[int, Span | None, int]]:
         """The `_units` of this machine."""
-        every = list(self._units())
-        total = max(1, sum(size for *_, size in every))
+        total = max(1, sum(size for *_, size in self._all))
         own, before = [], 0
-        for file, span, size in every:
+        for file, span, size in self._all:
             if min(1 + self._portion[1] * before // total, self._portion[1]) == self._portion[0]:
                 own.append((file, span, size))
             before += size
         return own
 
-    def files(self) -> list[int]:
-        """Return the numbers of the files that this machine reads, in whole or in part."""
-        return list(dict.fromkeys(file for file, *_ in self._own))
+    def whole_files(self) -> list[int]:
+        """Return the numbers of the files that this machine alone reads."""
+        own, total = (Counter(file for file, *_ in units) for units in (self._own, self._all))
+        return [file for file, spans in own.items() if spans == total[file]]
 
     def bytes(self) -> int:
         """Return this machine's share of the input, in bytes on disk."""

@@ -124,14 +124,14 @@ class _Job:
         names = [f"{self.prefix}.bin", f"{self.prefix}.idx"]
         names += [str(mask_path(self.prefix))] if self.options.read.chat else []
         existing = [name for name in names if os.path.exists(name)]
-        if not existing or self.options.overwrite:
+        if not existing:
             return None
         manifest = _read_json(self.manifest_path)
         if manifest is not None and existing == names and self._made_from_the_same(manifest):
             if os.path.getsize(f"{self.prefix}.bin") == manifest["bin_bytes"]:
                 return manifest
-        if _read_json(self.work / "plan.json") == self.identity:
-            return None  # killed while publishing the output
+        if self.options.overwrite or _read_json(self.work / "plan.json") == self.identity:
+            return None  # or killed while publishing the output
         raise UserError(
             f"{existing[0]} exists and was not made from these inputs and settings: choose another "
             "--output-prefix or pass --overwrite"
@@ -215,13 +215,13 @@ class _Job:
         return f"{source.path}:{where}: {reason}: fix it, or pass --on-bad-line skip"
 
     def _hash_sources(self) -> None:
-        """Save the SHA-256 of every input in the work folder, once."""
+        """Save the SHA-256 of every input that only this machine reads in the work folder, once."""
         path = self.work / "hashes.json"
         hashes = _read_json(path) or {}
-        for source in (self.sources[file] for file in self.plan.files()):
+        for source in (self.sources[file] for file in self.plan.whole_files()):
             if source.path not in hashes:
                 hashes[source.path] = _file_hash(source.path)
-        publish_json(path, hashes)
+                publish_json(path, hashes)
 
     def merge(self) -> dict[str, Any]:
         """Merge the shards, and publish the output and the manifest."""
@@ -245,7 +245,7 @@ class _Job:
         )
         hashes = _read_json(self.work / "hashes.json") or {}
         for entry in totals["sources"]:
-            entry["sha256"] = hashes.get(entry["path"])  # None: only other machines read it
+            entry["sha256"] = hashes.get(entry["path"])  # None: other machines read it, too, or alone
         manifest = {
             "bin_bytes": os.path.getsize(self.work / "out"),
             "bin_sha256": sha256,

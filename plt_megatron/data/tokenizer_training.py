@@ -221,11 +221,16 @@ class Sample:
     def _texts(self) -> Iterator[str]:
         sizes = [reader.size * (_COMPRESSION if reader.compressed else 1) for reader in self._readers]
         share = min(1.0, self._options.max_sample_bytes / max(1, sum(sizes)))
-        for reader in self._readers:
+        for reader, size in zip(self._readers, sizes, strict=True):
+            # Text may be larger than assumed, as in Parquet: no file takes the share of those after it.
+            most = self.bytes + self._options.max_sample_bytes * size / max(1, sum(sizes))
             for span, keep in self._spans(reader, share):
-                yield from self._read(span, keep)
-                if self.bytes >= self._options.max_sample_bytes:
-                    return
+                for text in self._read(span, keep):
+                    yield text
+                    if self.bytes >= most:
+                        break
+                if self.bytes >= most:
+                    break
 
     def _spans(self, reader: Reader, share: float) -> Iterator[tuple[Span, float]]:
         """Yield the spans to read for `share` of a file, with the share of their documents to keep."""

@@ -143,7 +143,7 @@ def position(stack: list[traceback.FrameSummary]) -> str:
 
 _NO_STORE = "rank 0, which holds the job's store, does not answer"
 _VERDICT = "watchdog/verdict"
-SLOW_PHASES = ("starting", "loading", "saving")  # phases with the longer limit
+SLOW_PHASES = ("starting", "indexing", "loading", "saving")  # phases with the longer limit
 _PAUSES = 5  # up to this multiple of the longest pause so far, a pause is not a hang
 _MISSED = 4  # if the job hangs, a process without a sign for this many intervals is frozen
 
@@ -156,6 +156,7 @@ class Watchdog:
         store: this rank's own connection to the job's store.
         patience: seconds a rank may be quiet once the first step is done.
         slow_patience: seconds before that, and in the slow phases, such as reading or writing checkpoints.
+        index_patience: seconds while rank 0 builds the sample index, for which the others wait; at least the former.
         interval: seconds between two checks.
         end: ends the process; for tests.
     """
@@ -169,11 +170,13 @@ class Watchdog:
         *,
         patience: float,
         slow_patience: float,
+        index_patience: float = 0.0,
         interval: float | None = None,
         end: Callable[[int], Any] = os._exit,
     ) -> None:
         self._folder, self._store, self._rank, self._world_size = folder, store, rank, world_size
         self._patience, self._slow_patience = patience, max(patience, slow_patience)
+        self._index_patience = max(self._slow_patience, index_patience)
         self._interval = min(5.0, patience / 4) if interval is None else interval
         self._end = end
         self._main_thread = threading.get_ident()
@@ -197,10 +200,10 @@ class Watchdog:
             thread.start()
 
     def beat(self, phase: str, step: int) -> None:
-        """Report that the training loop is alive; the main thread calls this at every phase (starting, loading,
-        training, validating, saving), step and microbatch."""
+        """Report that the training loop is alive; the main thread calls this at every phase (starting, indexing,
+        loading, training, validating, saving), step and microbatch."""
         now = self._seconds
-        if self._phase == "starting":
+        if self._phase in ("starting", "indexing", "loading"):
             self._first_step = step
         elif self._phase not in SLOW_PHASES and self._settled():
             self._longest_pause = max(self._longest_pause, now - self._last_beat)
@@ -222,6 +225,8 @@ class Watchdog:
 
     def limit(self) -> float:
         """Return the seconds that this rank may be quiet in its current phase."""
+        if self._phase == "indexing":
+            return self._index_patience
         if self._phase in SLOW_PHASES or not self._settled():
             return self._slow_patience
         return max(self._patience, _PAUSES * self._longest_pause)
@@ -329,7 +334,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def start_watchdog(folder: Path, *, patience: float, slow_patience: float) -> Watchdog:
+def start_watchdog(folder: Path, *, patience: float, slow_patience: float, index_patience: float = 0.0) -> Watchdog:
     """Start this rank's watchdog, which ends the process with status 1 if any rank of the job hangs or is gone.
 
     The trainer calls `beat` and `close` on it. The arguments are those of `Watchdog`.
@@ -347,6 +352,11 @@ def start_watchdog(folder: Path, *, patience: float, slow_patience: float) -> Wa
             wait_for_workers=False,
             timeout=timedelta(seconds=max(patience, 5.0)),
         )
-    watchdog = Watchdog(folder, store, rank, world_size, patience=patience, slow_patience=slow_patience)
+    watchdog = Watchdog(
+        *(folder, store, rank, world_size),
+        patience=patience,
+        slow_patience=slow_patience,
+        index_patience=index_patience,
+    )
     watchdog.start()
     return watchdog

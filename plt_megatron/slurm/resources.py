@@ -78,7 +78,7 @@ def resolve(
             problems.append(f"{where}: for a CPU run choose a --cluster whose profile sets processes_per_node")
     there = chosen.groups if chosen else ()
     groups = [each for each in there if each.gpus >= gpu_count and gpu_type in (None, *each.gpu_types)]
-    cpus = profile.cpus_per_process or _share_of_cpus(groups, processes)
+    cpus = profile.cpus_per_process or _share_of_cpus(groups, processes, gpu_count)
     if chosen is not None:
         too_large = _size_problems(chosen, groups, nodes, gpu_count, gpu_type)
         guessed = guessed or bool(too_large)
@@ -187,11 +187,12 @@ def _other_problems(
     return problems
 
 
-def _share_of_cpus(groups: Sequence[NodeGroup], processes: int) -> int:
-    """Return a process's fair share of a node's CPUs: CPUs per GPU, which leaves other jobs' GPUs their share."""
+def _share_of_cpus(groups: Sequence[NodeGroup], processes: int, gpus: int) -> int:
+    """Return a process's fair share of a node's CPUs: CPUs per GPU, which leaves other jobs' GPUs their share; without
+    GPUs, all of them."""
     if not groups:
         return _ASSUMED_CPUS
-    return max(1, min(group.cpus // max(group.gpus, processes) for group in groups))
+    return max(1, min(group.cpus // max(group.gpus if gpus else 0, processes) for group in groups))
 
 
 def _card(

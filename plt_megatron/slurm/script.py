@@ -120,7 +120,7 @@ class Script:
             "--cpus-per-task": settings.cpus_per_process * settings.processes_per_node,
             "--gpus-per-node": self._gpus(),
             "--time": time_option(settings.time_limit_seconds),
-            "--signal": f"B:USR1@{settings.signal_margin_seconds}",
+            "--signal": None if self.command else f"B:USR1@{settings.signal_margin_seconds}",
             "--open-mode": "append",
             "--output": f"{str(RunFolder(self.run).logs).replace('%', '%%')}/{pattern}",
             "--chdir": str(self.workdir),

@@ -50,7 +50,7 @@ class Place:
             raise UserError(f"{self.url}: {reason(error)}") from error
         # Where paths do not start with a slash, the first part is a bucket. Buckets need no folders, and on some file
         # systems making one would create the bucket.
-        self._has_folders = fs.root_marker == "/"
+        self._has_folders = root.startswith("/")
         self._fs = DirFileSystem(root, fs)
 
     def __truediv__(self, name: str) -> Place:

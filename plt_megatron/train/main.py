@@ -61,6 +61,7 @@ def train(config: RunConfig) -> int:
     if config.training.deterministic:
         torch.use_deterministic_algorithms(True)
 
+    from plt_megatron.data.datasets import INDEX_TIMEOUT_MINUTES
     from plt_megatron.launcher.watchdog import start_watchdog
     from plt_megatron.runtime.process_groups import destroy_process_groups, init_process_groups
     from plt_megatron.train.callbacks.base import TrainingFailed
@@ -74,6 +75,7 @@ def train(config: RunConfig) -> int:
         derived.run_folder(config),
         patience=config.parallel.distributed_timeout_seconds_after_init,
         slow_patience=60 * config.parallel.distributed_timeout_minutes,
+        index_patience=60 * (INDEX_TIMEOUT_MINUTES + 1),  # the ranks' own time-out comes first, and names the index
     )
     trainer = Trainer(config, watchdog.beat)
     try:

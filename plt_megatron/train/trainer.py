@@ -96,7 +96,9 @@ class Trainer:
         self.clock = Clock()
         self.loops, self.batch_sizes, self.lengths = LoopSchedule(config), BatchSchedule(config), LengthSchedule(config)
         self.stop = StopRequest(self.folder)
+        self.beat("indexing")
         self.data = RunData(config)
+        self.beat("starting")
         self.engine = build_engine(config, self.data.vocab_size)
         self.engine.on_progress = self.beat
         self.checkpoints = CheckpointStore(

@@ -85,6 +85,13 @@ def test_the_run_folder_must_be_possible(here):
     assert find_problems(change(good(), output_dir="new/deeper")) == []
 
 
+@pytest.mark.parametrize("path", ["~/runs", "$SCRATCH/runs"])
+def test_what_only_a_shell_reads_is_no_path(here, path):
+    for setting in ("output_dir", "data__index_cache"):
+        (line,) = find_problems(change(good(), **{setting: path}))
+        assert setting.replace("__", ".") in line and path in line
+
+
 def test_the_run_folder_must_be_writable(here, monkeypatch):
     Path("closed").mkdir()
     monkeypatch.setattr(validation.os, "access", lambda path, mode: str(path) != "closed")  # root may all

@@ -330,6 +330,12 @@ def test_a_part_of_a_file_keeps_what_it_says():
     assert upgrade_text("engine: megatron\nname: x\n", "part") == "deepspeed: null\nname: x\n"
 
 
+def test_a_files_own_indentation_is_kept():
+    old = "model:\n    moe_router_topk: 4\n    num_layers: 2\ndata:\n    sequence_length: 8  # short\n"
+    new = "model:\n    moe:\n      router_topk: 4\n    num_layers: 2\ndata:\n    sequence_length: 8  # short\n"
+    assert upgrade_text(old, "wide") == new
+
+
 # ---------------------------------------------------------------- sections
 
 

@@ -143,6 +143,22 @@ def test_bad_conversations_are_bad_lines(tmp_path: Path) -> None:
         assert named in reasons[2 * number + 1]
 
 
+def test_a_conversation_may_begin_with_an_answer(chatml: Path) -> None:
+    greeting, more = say("assistant", "hello"), [say("user", "two?"), say("assistant", "2")]
+    ids, mask = encode(chatml, {"messages": [greeting, *more]})
+    decoded = load_tokenizer(chatml).decode([token for token, counted in zip(ids, mask, strict=True) if counted])
+    alone = encode(chatml, {"messages": [say("user", "hi"), greeting]})
+    first = load_tokenizer(chatml).decode([token for token, counted in zip(*alone, strict=True) if counted])
+    assert decoded.startswith(first) and "hello" in first and "user" not in decoded and "2" in decoded
+
+
+def test_a_template_may_refuse_without_a_word(tmp_path: Path) -> None:
+    silent = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('') }}{% endif %}" + CHATML
+    encoder = ChatEncoder(load_tokenizer(chat_tokenizer(tmp_path / "silent", silent)), append_eod=True)
+    encoded = encoder([json.dumps({"messages": [say("assistant", "a")], "tools": None})])
+    assert "rejects it" in encoded.bad[0][1]
+
+
 def test_a_template_that_forgets_is_told_to_mark_its_answers(tmp_path: Path) -> None:
     folder = chat_tokenizer(tmp_path / "forgetful", FORGETFUL)
     messages = [say("user", "a"), say("assistant", "hm|b"), say("user", "c"), say("assistant", "hm|d")]

@@ -103,6 +103,19 @@ def test_compressed_files(tmp_path: Path, suffix: str) -> None:
     assert read(path) == []
 
 
+def test_a_long_window_is_read_as_archives_have_it(tmp_path: Path) -> None:
+    """`zstd --long=28` and more: the decompressor's own limit is 27."""
+    zstandard = pytest.importorskip("zstandard")
+    texts = make_texts(40)
+    content = write_jsonl(tmp_path / "a.jsonl", texts).read_bytes()
+    settings = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
+    stream = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    path = tmp_path / "b.jsonl.zst"
+    path.write_bytes(stream.compress(content) + stream.flush())
+    assert zstandard.get_frame_parameters(path.read_bytes()).window_size == 1 << 28
+    assert [document.text for document in read(path)] == texts
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 @pytest.mark.parametrize("damage", ["cut", "flipped", "other"])
 def test_damaged_compressed_files(tmp_path: Path, suffix: str, damage: str) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import random
 import shutil
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from data_helpers import ROOT, Tool, build, digest, run_preprocess, write_jsonl,
 
 from plt_megatron.config.schema import DataConfig, DataSource
 from plt_megatron.data.indexed import JoinedArrays, flat_tokens, mask_path, part_prefixes, read_index
-from plt_megatron.data.joining import join
+from plt_megatron.data.joining import check_output, join
 from plt_megatron.data.preprocess import shard_prefix
 from plt_megatron.data.tokenizer import load_tokenizer
 from plt_megatron.errors import UserError
@@ -241,6 +241,21 @@ def test_a_part_that_changes_afterwards_is_named(damage, shards):
         os.truncate(part, 10)
     with pytest.raises(UserError, match=r"shard-00002-of-00003\.bin"):
         read_index(shards[0].parent / "text")
+
+
+def test_a_machine_hashes_the_files_that_it_alone_reads(shards, inputs):
+    manifests = [json.loads(Path(f"{shard}.manifest.json").read_text()) for shard in shards]
+    read = [{entry["path"] for entry in manifest["sources"] if entry["sha256"]} for manifest in manifests]
+    assert all(a.isdisjoint(b) for a, b in combinations(read, 2))
+    assert str(inputs[0]) not in set().union(*read), "more than one read it"
+    assert set(map(str, inputs[1:])) <= set().union(*read) | {str(inputs[0])}
+
+
+def test_its_own_parts_may_be_joined_again(shards):
+    target = shards[0].parent / "text"
+    check_output(target, overwrite=False, parts=list(map(str, shards)))
+    with pytest.raises(UserError, match="--overwrite"):
+        check_output(target, overwrite=False, parts=list(map(str, shards[:2])))
 
 
 def test_what_is_there_already_stays(shards, whole, tmp_path):

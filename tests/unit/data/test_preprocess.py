@@ -224,6 +224,9 @@ def test_other_output_is_not_overwritten(corpus: Path, texts: list[str], bpe_mod
     assert digest(tmp_path / "x") == before
     run_preprocess([mine], tmp_path / "x", bpe_model, overwrite=True)
     assert documents(tmp_path / "x") == expected(bpe_model, texts[:10])
+    written = (tmp_path / "x.bin").stat().st_mtime_ns
+    run_preprocess([mine], tmp_path / "x", bpe_model, overwrite=True)
+    assert (tmp_path / "x.bin").stat().st_mtime_ns == written, "what is asked for is there already"
 
 
 def test_input_changes_while_it_is_read(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,22 @@ def test_large_corpora_are_sampled_evenly(tmp_path: Path, monkeypatch: pytest.Mo
         assert len(places) == len(set(places))
         quarters = [sum(lo <= place < lo + 3000 for place in places) for lo in range(0, 12_000, 3000)]
         assert min(quarters) > 0.5 * max(quarters)
+
+
+def test_files_that_hold_more_text_than_bytes_leave_the_others_their_share(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pytest.importorskip("pyarrow").table
+    for number in range(4):
+        rows = [f"file{number} " + "again and " * 20 for _ in range(2000)]
+        path = tmp_path / f"{number}.parquet"
+        parquet.write_table(table({"text": rows}), path, compression="zstd", row_group_size=100, write_statistics=False)
+    sources = open_inputs([str(tmp_path / "*.parquet")], ReadOptions())
+    size = sum(source.size for source in sources)
+    assert size < 4 * 2000 * 200 / 8, "the files hold far more text than bytes"
+    counts = Counter(
+        line.split()[0] for line in Sample(sources, TrainingOptions([], "", 0, max_sample_bytes=size)).lines()
+    )
+    assert len(counts) == 4 and min(counts.values()) > 5 and max(counts.values()) <= 1.5 * min(counts.values())
 
 
 def test_sentencepiece_drops_no_long_line(tmp_path: Path) -> None:

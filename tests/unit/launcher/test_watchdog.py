@@ -130,7 +130,7 @@ class Memory:
 class Ranks:
     """Watchdogs of `count` ranks whose exits are recorded instead of carried out."""
 
-    def __init__(self, folder: Path, count: int, patience: float = 0.3, slow: float = 60.0) -> None:
+    def __init__(self, folder: Path, count: int, patience: float = 0.3, slow: float = 60.0, index: float = 0.0) -> None:
         self.store = Memory()
         self.ended = [threading.Event() for _ in range(count)]
         self.watchdogs = [
@@ -141,6 +141,7 @@ class Ranks:
                 count,
                 patience=patience,
                 slow_patience=slow,
+                index_patience=index,
                 interval=0.02,
                 end=lambda status, rank=rank: self.ended[rank].set(),
             )
@@ -246,6 +247,23 @@ def test_the_limit_is_long_until_the_first_step_is_done_after_a_resume_too(ranks
     assert watchdog.limit() == 50.0
     watchdog.beat("training", 701)
     assert watchdog.limit() == 1.0
+
+
+def test_a_resumed_run_has_not_done_its_first_step_when_it_has_loaded(ranks):
+    (watchdog,) = ranks(1, patience=1.0, slow=50.0).watchdogs
+    for phase, step in [("indexing", 0), ("starting", 0), ("loading", 0), ("training", 700)]:
+        watchdog.beat(phase, step)
+    assert watchdog.limit() == 50.0
+    watchdog.beat("training", 701)
+    assert watchdog.limit() == 1.0
+
+
+def test_the_sample_index_may_take_longer_than_anything_else(ranks):
+    (watchdog,) = ranks(1, patience=1.0, slow=50.0, index=400.0).watchdogs
+    watchdog.beat("indexing", 0)
+    assert watchdog.limit() == 400.0
+    watchdog.beat("starting", 0)
+    assert watchdog.limit() == 50.0
 
 
 def test_a_slow_machine_is_no_hung_one(ranks):

@@ -21,6 +21,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.launcher.job import JobSettings, load_settings, save_settings
 from plt_megatron.slurm import checks
 from plt_megatron.slurm.client import parse_duration, partitions, time_option
+from plt_megatron.slurm.preprocessing import submit_preprocessing
 from plt_megatron.slurm.profile import ClusterProfile, Container, load_profile
 from plt_megatron.slurm.script import TEMPLATE, Array, Script, expandable
 from tests.unit.storage.test_upload_copies import a_checkpoint
@@ -293,6 +294,17 @@ def test_part_of_a_nodes_gpus_gets_part_of_its_cpus(folder, slurm):
     settings = load_settings(folder / "runs/try")
     assert (settings.processes_per_node, settings.cpus_per_process) == (2, 8)
     assert "#SBATCH --gpus-per-node=h100:2" in (folder / "runs/try/job.sbatch").read_text()
+
+
+def test_tokenizing_takes_whole_nodes_and_no_signal_ends_it_early(folder, slurm):
+    slurm.answer("sinfo", "main*|up|infinite|2|64|2000000|gpu:h100:8")
+    (folder / "plain.yaml").write_text("partition: main\n")
+    _, scripts = submit_preprocessing(
+        [], {"join": ["--join"]}, "out/text", cluster="plain.yaml", nodes=2, time="1:00:00"
+    )
+    shard, join_script = ((scripts / f"{name}.sbatch").read_text() for name in ("shard", "join"))
+    assert "#SBATCH --cpus-per-task=64\n" in shard and "--workers 64" in shard
+    assert "#SBATCH --cpus-per-task=1\n" in join_script and "--signal" not in shard + join_script
 
 
 def test_a_run_that_starts_from_an_uploaded_checkpoint_begins_at_its_step(tmp_path):

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import fsspec.implementations.local
 import pytest
 
 from plt_megatron.errors import UserError
@@ -276,6 +277,14 @@ def test_a_protocol_that_is_unknown_or_lacks_its_package_is_one_line(url, proble
     with pytest.raises(UserError, match=problem) as caught:
         Place(url)
     assert "\n" not in str(caught.value) and str(caught.value).startswith(url)
+
+
+def test_folders_are_made_wherever_paths_begin_with_a_slash(tmp_path, monkeypatch):
+    """As over SFTP, whose file system names no root."""
+    monkeypatch.setattr(fsspec.implementations.local.LocalFileSystem, "root_marker", "")
+    monkeypatch.setattr(fsspec.implementations.local.LocalFileSystem, "auto_mkdir", False, raising=False)
+    Place(f"file://{tmp_path}/new/folder").write_text("deeper/name", "text")
+    assert (tmp_path / "new/folder/deeper/name").read_text() == "text"
 
 
 def test_a_missing_package_names_the_extra(monkeypatch):
