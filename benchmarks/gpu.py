@@ -20,6 +20,7 @@ import gc
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import statistics
 import subprocess
@@ -175,7 +176,7 @@ def largest_error(ours: dict[str, Any], exact: dict[str, Any]) -> dict[str, Any]
     assert ours.keys() == exact.keys(), "another model"
     errors = {name: float((ours[name] - value).abs().max() / value.abs().max()) for name, value in exact.items()}
     loss = errors.pop("loss")
-    worst = max(errors, key=errors.__getitem__)
+    worst = max(errors, key=lambda name: (math.isnan(errors[name]), errors[name]))  # `max` passes over a NaN
     median = statistics.median(errors.values())
     return {"loss": loss, "worst gradient": errors[worst], "in": worst, "median gradient": median}
 

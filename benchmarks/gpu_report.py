@@ -23,6 +23,8 @@ def missed_bars(results: dict[str, Any]) -> list[str]:
         bar = BACKENDS_BAR if "against" in name else GRADIENT_BARS["fp8" if "fp8" in name else "bf16"]
         if not errors["worst gradient"] <= bar:
             missed.append(f"{name}: gradient of {errors['in']} is off by {errors['worst gradient']:.3f}, bar {bar}")
+        if not errors["loss"] <= bar:
+            missed.append(f"{name}: the loss is off by {errors['loss']:.3f}, bar {bar}")
     training = results.get("training", {"last quarter": {}, "running means": {}})
     for name, end in training["last quarter"].items():
         missed += _missed_curves(name, end, training) if "fp8" in name else []

@@ -24,6 +24,11 @@ class UserError(ValueError):
     """Something the user can fix. Each problem is one line: what is wrong, where, and what to do."""
 
 
+class AttemptFailed(UserError):
+    """What ended a rank may not end the next attempt, such as a file system that did not answer: a launcher tries
+    again, as after a crash."""
+
+
 def run_command(main: Callable[[], int | None], interrupted: str = "interrupted") -> int:
     """Run a command's `main`; returns its exit status.
 

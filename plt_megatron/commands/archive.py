@@ -25,7 +25,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _archive(folder: Path, output: Path) -> None:
+    from plt_megatron.experiments.records import note_finished, state_of
+    from plt_megatron.experiments.sweep_plan import FILE_NAME, load_plan
+
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
+    for plan in sorted(folder.rglob(FILE_NAME)):
+        # The archive has no checkpoints: what ran as a Slurm job is known as finished by this note alone.
+        note_finished(run for run in load_plan(plan.parent).runs if state_of(run) == "finished")
     count = write_archive(folder, output / ARCHIVE)
     print(f"{output / ARCHIVE}: {count} files, {(output / ARCHIVE).stat().st_size:,} bytes")

@@ -9,6 +9,7 @@ best learning rate (arXiv 2203.03466, appendix D.1; 2505.01618 for depth).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,9 +42,12 @@ class Result:
     measured: dict[int, dict[str, float]]
 
     def spread(self) -> dict[str, float]:
-        """Return the ratio of largest to smallest of each quantity."""
-        every = list(self.measured.values())
-        return {name: max(one[name] for one in every) / min(one[name] for one in every) for name in every[0]}
+        """Return the ratio of largest to smallest of each quantity; infinite if one is not finite."""
+        every = {name: [one[name] for one in self.measured.values()] for name in next(iter(self.measured.values()))}
+        return {
+            name: max(values) / min(values) if all(map(math.isfinite, values)) else math.inf
+            for name, values in every.items()
+        }
 
     @property
     def is_flat(self) -> bool:

@@ -153,12 +153,16 @@ def fit_laws(rows: Sequence[Row], bootstraps: int = 400) -> list[LoopLaw]:
     """Fit a law per label, over the sizes and budgets of all groups. N counts parameters without embeddings."""
     laws = []
     for label in dict.fromkeys(row.label for row in rows):
-        used = [(r.run, r.loss) for row in rows if row.label == label for r in row.results if r.loss is not None]
+        own = [row for row in rows if row.label == label]
+        used = [(r.run, r.loss) for row in own for r in row.results if r.loss is not None]
         points = [
             Run("", 0.0, run.non_embedding_parameters, 1, run.tokens, loss, run.name, run.seed) for run, loss in used
         ]
         if not points:
             laws.append(LoopLaw(label, None, "no fit: no finished run"))
+            continue
+        if len({(row.run.non_embedding_parameters, row.run.tokens) for row in own}) < len(own):
+            laws.append(LoopLaw(label, None, "no fit: runs of one size and budget differ in other settings"))
             continue
         try:
             fit = fit_law(points, with_phi=False, bootstraps=bootstraps)

@@ -22,7 +22,7 @@ from plt_megatron.run_folder.text import plural
 
 JOIN_SECONDS = 300.0  # for all nodes to join: containers may start slowly
 PROBE_SECONDS = 180.0  # for the check of devices and links, including imports from a busy file system
-SILENCE_SECONDS = 120.0  # a node that is silent for so long is gone
+SILENCE_SECONDS = 900.0  # a launcher that is silent for so long is gone; a node, once its kernel does not answer
 _SUSPICIOUS_SECONDS = 8.0  # the same, when Slurm ends the job at that time
 SETTLE_SECONDS = 3.0  # after a failure, for other ranks to report a more likely cause
 # The same while no rank has reported a cause. Rank 0 reports a hung rank, and its watchdog ends it last: up to four of
@@ -287,7 +287,7 @@ class Coordinator:
     def _may_restart(self, outcome: Outcome) -> bool:
         if outcome.status != attempts.FAILED or self._preempted or self._gone:
             return False
-        decision = decisions.decide(self._records.folder.attempts(), self._settings)
+        decision = decisions.decide(self._records.events(), self._settings)
         return decision.action == decisions.AGAIN and self._restarts < self._settings.max_restarts
 
     def _status_of(self, outcome: Outcome) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,8 +47,12 @@ def is_explained(exits: list[Exit]) -> bool:
 
 def _rank_as_cause(end: Exit) -> int:
     """Return a score, small for a likely cause and large for a likely echo."""
-    if end.code < 0:
+    # NCCL's own thread aborts a process whose peer is gone.
+    aborted = end.code == -signal.SIGABRT and any(_ECHOES.search(line) for line in end.lines)
+    if end.code < 0 and not aborted:
         return 0
+    if aborted:
+        return _SILENT + 1
     said = last_error(end.lines)
     if said is None:
         return _SILENT

@@ -48,14 +48,14 @@ def finalize_job(run: Path, status: int) -> int:
     end = run_records.of_this_start()
     if end is None:
         end = _missing_end(run_records, status)
-    decision = decisions.decide(run_records.folder.attempts(), settings)
+    decision = decisions.decide(run_records.events(), settings)
     scheduler = Scheduler(allocation.scheduler_id)
     return JobFinalizer(settings, run_records, scheduler, decision, end, status).act()
 
 
 def _missing_end(run_records: Records, status: int) -> dict[str, Any]:
     """Record the end that the launchers could not record, and return it."""
-    open_attempts = attempts.unended(run_records.folder.attempts())
+    open_attempts = attempts.unended(run_records.events())
     attempt = open_attempts[-1]["attempt"] if open_attempts else run_records.begin()
     outcome = _outcome_without_record(run_records.folder, status)
     run_records.end(attempt, outcome)

@@ -21,6 +21,12 @@ from plt_megatron.launcher.records import LogFile, Records, stamp
 from plt_megatron.run_folder.folder import RunFolder
 
 BEAT_SECONDS = 2.0  # between heartbeats
+_KEEPALIVE = {  # a node that does not answer for 120 s is gone
+    socket.TCP_KEEPIDLE: 30,
+    socket.TCP_KEEPINTVL: 10,
+    socket.TCP_KEEPCNT: 9,
+    socket.TCP_USER_TIMEOUT: 120_000,
+}
 _CHUNK = 1 << 16
 _LONGEST = 1 << 24  # maximum bytes of a message, far more than any of ours
 
@@ -37,6 +43,11 @@ class Channel:
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # A launcher is silent while the file system of its logs stalls, so that silence says little: the kernels find
+        # out whether a node still answers.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEPALIVE.items():
+            connection.setsockopt(socket.IPPROTO_TCP, option, value)
         self._socket = connection
         self._incoming, self._outgoing = bytearray(), bytearray()
         self.node: str | None = None

@@ -68,10 +68,15 @@ class Records:
             "restart_count": allocation.restart_count,
             "nodes": list(allocation.nodes),
         }
+        self._unwritten: list[dict[str, Any]] = []
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return the run's events, with those of this process that a full or lost disk did not take."""
+        return [*self.folder.attempts(), *self._unwritten]
 
     def begin(self) -> int:
         """Record the start of an attempt and return its number. Earlier attempts without an end get one now."""
-        events = self.folder.attempts()
+        events = self.events()
         for event in unended(events):
             reason = "no exit record: its node was lost, or Slurm ended it (scancel, a limit) before it could write one"
             self._end(event, Outcome(KILLED, reason))
@@ -93,7 +98,7 @@ class Records:
 
     def of_this_start(self) -> dict[str, Any] | None:
         """Return the end of this job's last attempt since Slurm started it; None if there is none."""
-        for event in reversed(self.folder.attempts()):
+        for event in reversed(self.events()):
             if event["event"] != "stop" and event.get("job_id") == self._job["job_id"]:
                 same = event.get("restart_count") == self._job["restart_count"]
                 return event if same and event["event"] == "end" else None
@@ -127,6 +132,7 @@ class Records:
             path.parent.mkdir(parents=True, exist_ok=True)
             json_lines.append(path, event, sync=True)
         except OSError as error:  # a full disk: the run can continue without the record
+            self._unwritten.append(event)
             print(f"error: {path}: {error.strerror}; not recorded: {json.dumps(event)}", file=sys.stderr)
 
 

@@ -17,7 +17,14 @@ from plt_megatron.config import derived
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import validate
-from plt_megatron.errors import EXIT_INTERRUPTED, UserError, go_on_without_readers, hear_every_interrupt, print_error
+from plt_megatron.errors import (
+    EXIT_INTERRUPTED,
+    AttemptFailed,
+    UserError,
+    go_on_without_readers,
+    hear_every_interrupt,
+    print_error,
+)
 from plt_megatron.run_folder.attempts import ExitStatus
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.runtime.environment import quiet_imports, set_cuda_environment
@@ -28,14 +35,16 @@ def main(arguments: list[str]) -> int:
     hear_every_interrupt()
     go_on_without_readers()  # metrics.jsonl has everything that is printed
     first = os.environ.get("RANK", "0") == "0"  # the other ranks would print the same
+    first_here = os.environ.get("LOCAL_RANK", "0") == "0"  # a file may be missing on one node alone
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # blocked by plt train
         config = load_config(arguments[0], arguments[1:])
         validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
         return train(config)
     except UserError as error:
-        if first:
+        if first_here:
             print_error(error)
+        if first:
             RunFolder(Path(arguments[0]).parent).restore_config()
         return ExitStatus.USER_ERROR
     except KeyboardInterrupt:  # before the training loop handles signals
@@ -80,7 +89,7 @@ def train(config: RunConfig) -> int:
     trainer = Trainer(config, watchdog.beat)
     try:
         finished = trainer.run()
-    except TrainingFailed as error:
+    except (TrainingFailed, AttemptFailed) as error:
         if trainer.is_first_rank:
             print_error(error)
         return ExitStatus.FAILED

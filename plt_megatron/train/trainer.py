@@ -134,6 +134,8 @@ class Trainer:
         result = self.engine.train_step(step.batches, self._accept, step.loop_count)
         step.seconds = time.perf_counter() - started
         self._move_clock(step)
+        if not result.updated:
+            self.checkpoints.close()  # an asynchronous save is of an earlier step: publish it before the run may end
         if not result.updated and any(self._each(Callback.on_rejected, step, result)):
             return
         self._each(Callback.after_step, step, result)
@@ -255,5 +257,7 @@ class Trainer:
 
     def close(self) -> None:
         """Release the run's resources: trackers, terminal, signals."""
-        self._each(Callback.close)
-        self.stop.close()
+        with contextlib.ExitStack() as last:  # all of them, if one fails too
+            last.callback(self.stop.close)
+            for callback in reversed(self.callbacks):
+                last.callback(callback.close)

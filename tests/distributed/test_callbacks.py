@@ -181,6 +181,15 @@ def test_a_callback_is_asked_at_every_turn_of_a_run(data, tmp_path, run_distribu
     ]
 
 
+def test_a_run_that_fails_keeps_what_was_being_saved(data, tmp_path, run_distributed):
+    """Step 5 is no number, while the checkpoint of step 4 is written beside it."""
+    saving = {"async_save": True, "save_interval": 4}
+    config = run_config("fails", tmp_path, data, checkpoint=saving, training={"on_nonfinite": "fail"})
+    said = run_distributed(train, 1, config, bad_step=5)
+    assert isinstance(said, str) and "step_00000004" in said
+    assert [path.name for path in (folder(config) / "checkpoints").glob("step_*")] == ["step_00000004"]
+
+
 @pytest.mark.parametrize("async_save", [slow(False), True])
 def test_a_crash_after_a_rollback_does_not_bring_the_bad_data_back(data, tmp_path, run_distributed, async_save):
     changes: dict[str, Any] = {"training": {"on_nonfinite": "rollback"}, "checkpoint": {"async_save": async_save}}

@@ -5,11 +5,13 @@ Times and errors say nothing here; that the script runs without them is in tests
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 MODES = {"torch bf16", "te bf16", "te fp8"}
 
@@ -132,3 +134,17 @@ def test_missed_bars_are_named():
     assert missed[-1].endswith("GPT did not run: no memory")
     assert "loss 2.1000 at the end, 2.0000 in bf16" in missed[2] and "10.0% off bf16's in tenth 1" in missed[3]
     assert missed_bars(results | {"bars": False}) == []
+
+
+def test_what_is_no_number_misses_its_bar():
+    from benchmarks.gpu import largest_error
+    from benchmarks.gpu_report import missed_bars
+
+    exact = {"loss": torch.tensor([2.0]), "a": torch.ones(2), "b": torch.ones(2)}
+    errors = largest_error({**exact, "b": torch.tensor([1.0, math.nan])}, exact)
+    assert errors["in"] == "b"
+    (missed,) = missed_bars({"bars": True, "correctness": {"te bf16": errors}})
+    assert "gradient of b" in missed
+    errors = largest_error({**exact, "loss": torch.tensor([math.nan])}, exact)
+    (missed,) = missed_bars({"bars": True, "correctness": {"te bf16": errors}})
+    assert "the loss" in missed

@@ -22,6 +22,7 @@ from plt_megatron.run_folder.metrics import read_scores
 from plt_megatron.storage.queue import link_folder
 from plt_megatron.train.callbacks.base import Callback, Run
 
+_KILLED = (130, 143)  # exit statuses of a command that a signal has ended
 _GRACE_S = 10.0  # for a process to clean up after it was asked to end
 # Variables set by a rank's launcher: with them a library might join the run's job and wait for its other ranks.
 _OF_A_RANK = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "PMI", "OMPI_", "MV2_")
@@ -130,6 +131,7 @@ class Exports(WorkBeside):
         self._checkpoint = Path()  # the one that the process works on
         self._evaluates = False  # False while the process exports
         self._rolled_back_to: int | None = None
+        self._cut_short: set[str] = set()  # checkpoints that the next job exports
 
     def on_start(self) -> None:
         """Continue with what an earlier job left."""
@@ -168,7 +170,8 @@ class Exports(WorkBeside):
             self.run.say(f"warning: {checkpoint} is not exported, since keeping it for the export failed: {error}")
 
     def _start_next(self) -> None:
-        waiting = checkpoint_folders(self.run.folder.exporting)
+        folders = checkpoint_folders(self.run.folder.exporting)
+        waiting = [folder for folder in folders if folder.name not in self._cut_short]
         if self._process is not None or not waiting:
             return
         self._checkpoint = waiting[0]
@@ -186,9 +189,14 @@ class Exports(WorkBeside):
         if status is None:
             return
         self._process = None
+        what = f"the {'evaluation' if self._evaluates else 'export'} of step {step_of(self._checkpoint)}"
+        if status < 0 or status in _KILLED:
+            self.run.say(f"warning: {what} was killed: the next job does it again")
+            self._cut_short.add(self._checkpoint.name)
+            self._start_next()
+            return
         if status != 0:
-            what = "evaluation" if self._evaluates else "export"
-            self.run.say(f"warning: the {what} of step {step_of(self._checkpoint)} failed: {process.last_words()}")
+            self.run.say(f"warning: {what} failed: {process.last_words()}")
         elif self._evaluates:
             self._report_scores()
         else:

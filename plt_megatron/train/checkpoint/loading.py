@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from plt_megatron.errors import UserError
+from plt_megatron.errors import AttemptFailed, UserError
 from plt_megatron.model.parameters import only_in_loops
 from plt_megatron.run_folder import checkpoints, resuming
 from plt_megatron.train.checkpoint import saving, state
@@ -236,7 +236,7 @@ def _read(path: Path, request: dict[str, Any], sharing: dist.ProcessGroup | None
 
 
 class _AgreedLoad(TorchDistLoadShardedStrategy):
-    """Reads files. If one rank cannot, raises a UserError on all before they wait for what it should send."""
+    """Reads files. If one rank cannot, raises an AttemptFailed on all before they wait for what it should send."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -247,7 +247,7 @@ class _AgreedLoad(TorchDistLoadShardedStrategy):
 
 
 def _agree[T](path: Path, load: Callable[[], T]) -> T:
-    """Return what `load` returns or, if it fails on any rank, raise a UserError on all."""
+    """Return what `load` returns or, if it fails on any rank, raise an AttemptFailed on all."""
     loaded, problem = None, None
     try:
         loaded = load()
@@ -257,5 +257,5 @@ def _agree[T](path: Path, load: Callable[[], T]) -> T:
         problem = f"checkpoint {path}: cannot be loaded on rank {dist.get_rank()}, {describe(error)}"
     problem = first_of_all_ranks(problem)
     if problem is not None:
-        raise UserError(problem)
+        raise AttemptFailed(problem)
     return cast(T, loaded)

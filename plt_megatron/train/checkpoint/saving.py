@@ -29,7 +29,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from torch import Tensor
 
 from plt_megatron.config.layout import layout_of
-from plt_megatron.errors import UserError
+from plt_megatron.errors import AttemptFailed, UserError
 from plt_megatron.model.parameters import Parameter, find_in_any
 from plt_megatron.run_folder import checkpoints, resuming
 from plt_megatron.run_folder.files import write_text
@@ -65,8 +65,8 @@ def save_checkpoint(
         The checkpoint's folder.
 
     Raises:
-        UserError: on all ranks, if it could not be written, or if ranks that should hold equal copies do not; the last
-            checkpoint is intact.
+        AttemptFailed: on all ranks, if it could not be written, or if ranks that should hold equal copies do not; the
+            last checkpoint is intact.
     """
     save = begin_save(engine, directory, progress, kept)
     save.write()
@@ -247,10 +247,10 @@ def layout(engine: Engine) -> dict[str, int]:
     return layout_of(engine.config, dist.get_world_size()).sizes
 
 
-def _cannot_save(step: int, reason: str, directory: Path) -> UserError:
+def _cannot_save(step: int, reason: str, directory: Path) -> AttemptFailed:
     last = checkpoints.latest_checkpoint(directory, verify=False)
     intact = f"the last checkpoint is intact: {last}" if last else "there is no earlier checkpoint"
-    return UserError(f"cannot save step {step}: {reason}; {intact}")
+    return AttemptFailed(f"cannot save step {step}: {reason}; {intact}")
 
 
 def _prune(published: Path, keep_last: int, keep_every: int) -> None:

@@ -90,6 +90,8 @@ def restore_random_state(state: dict[str, Any]) -> None:
     kind, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     torch.set_rng_state(state["torch"])
+    if state["cuda"].numel() != torch.cuda.get_rng_state().numel():
+        return  # saved on a CPU and continued on a GPU, or the reverse: the rest means nothing here
     torch.cuda.set_rng_state(state["cuda"])
     tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
 

@@ -117,7 +117,7 @@ class CheckpointStore:
         """Wait for an asynchronous save and publish it; returns its folder if there was one.
 
         Raises:
-            UserError: on all ranks. It could not be written, or took longer than
+            AttemptFailed: on all ranks. It could not be written, or took longer than
                 `parallel.distributed_timeout_minutes`; the last checkpoint is intact.
         """
         pending, thread = self._pending, self._thread

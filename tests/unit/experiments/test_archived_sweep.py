@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from sweep_helpers import finish, saved_plan, write_sweep
 
+from plt_megatron.commands.archive import main as archive
 from plt_megatron.errors import UserError
 from plt_megatron.experiments import sweep
 from plt_megatron.experiments.decode_time import DecodeProtocol
@@ -110,6 +111,16 @@ def test_the_command_archives_what_plt_report_reads(archived, tmp_path):
         )
         assert done.returncode == 2 and str(wrong) in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "x").exists()
+
+
+def test_what_slurm_has_run_is_still_finished_without_its_checkpoints(archived, tmp_path):
+    """A job of an array writes no note; the next `plt sweep` would."""
+    folder, _ = archived
+    before = [result.status for result in load_results(folder).runs]
+    for note in folder.rglob("sweep_run.json"):
+        note.unlink()
+    archive([str(folder), str(tmp_path / "again")])
+    assert [result.status for result in load_results(tmp_path / "again").runs] == before and "used" in before
 
 
 # ---------------------------------------------------------------- what this repository keeps

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from plt_megatron.commands.check_coordinates import main
@@ -65,4 +67,5 @@ def test_the_worst_quantity_decides():
     assert Result("loops", {1: small, 2: small}).is_flat
     result = Result("loops", {1: small, 2: large, 3: small})
     assert not result.is_flat
+    assert not Result("width", {1: small, 2: small | {"hidden": math.nan}}).is_flat
     assert verdict(result) == "loops: not flat: logits update differs by 1.6x (at most 1.5x)"

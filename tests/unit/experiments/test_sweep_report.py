@@ -13,7 +13,9 @@ import pytest
 from headless_chromium import A4_LANDSCAPE, PIXELS_PER_MM, Browser, find_chromium
 from sweep_helpers import LOOPS, finish, note_scores, saved_plan
 
+from plt_megatron.experiments.records import load_results
 from plt_megatron.experiments.sweep_report import Report, write_report
+from plt_megatron.experiments.verdicts import fit_laws, make_rows
 
 TABLES = ("rows", "questions", "laws", "scores", "runs")
 QUESTIONS = 'questions: {does the second loop help: [2 loops, 1 loop], "third <b>&amp; more": [3 loops, 2 loops]}\n'
@@ -147,6 +149,17 @@ def test_the_scaling_law_of_each_loop_count_is_there(report):
         assert float(found["E_low"]) <= 2 + 0.1 / loops <= float(found["E_high"])
         assert found["alpha"] == "" and "part of E" in found["remark"]
         assert float(found["predicted_low"]) <= 2 + 0.1 / loops + 40 / (4 * 500 * 64) ** 0.5
+
+
+def test_no_law_is_fitted_over_other_settings(tmp_path):
+    """Three budgets suffice for one, but each has two rates."""
+    budgets = ", ".join(f"b{n}: {{training.train_iters: {n}}}" for n in (100, 250, 500))
+    text = LOOPS.replace("axes: {", f"axes: {{budget: {{{budgets}}}, optimizer.lr: [1e-3, 2e-3], ")
+    plan = saved_plan(tmp_path, text)
+    for run in plan.runs:
+        finish(run, 2 + 40 / run.tokens**0.5 + run.config.optimizer.lr)
+    laws = fit_laws(make_rows(load_results(plan.folder)))
+    assert len(laws) == 3 and all(law.fit is None and "differ in other settings" in law.reason for law in laws)
 
 
 @pytest.mark.slow

@@ -137,6 +137,15 @@ def test_an_echo_after_the_cause_does_not_hide_it():
     assert not is_explained(exits((1, ECHO), (1, [])))
 
 
+def test_a_process_that_nccl_aborts_is_an_echo():
+    out_of_memory = ["torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB"]
+    aborted = [*NCCL, "terminate called after throwing an instance of 'c10::DistBackendError'"]
+    ends = exits((-6, aborted), (-6, aborted), (1, out_of_memory))
+    assert not is_explained(ends[:2]) and is_explained(ends)
+    assert outcome_of(ends, preempted=False).failure.rank == 2
+    assert outcome_of(exits((-6, []), (1, NCCL)), preempted=False).failure.rank == 0, "aborted by something else"
+
+
 def test_nothing_but_echoes_names_the_first():
     assert outcome_of(exits((0, []), (1, GLOO), (1, ECHO)), preempted=False).failure.rank == 1
 

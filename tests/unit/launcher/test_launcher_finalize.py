@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 from pathlib import Path
 
 import pytest
 from jobs import job_settings
 
-from plt_megatron.launcher import finalize
+from plt_megatron.launcher import finalize, records
 from plt_megatron.launcher.finalize import finalize_job
 from plt_megatron.launcher.job import read_allocation, save_settings
 from plt_megatron.launcher.records import Exit, Outcome, Records
@@ -126,6 +127,20 @@ def test_a_real_failure_stops_the_chain_and_says_why(job):
     why = (job.run / "why.txt").read_text()
     assert why.startswith("rank 3 says gone\n") and "error: gone" in why and "last complete checkpoint: none" in why
     assert RunFolder(job.run).attempts()[-1]["event"] == "stop"
+
+
+def test_a_users_error_that_no_disk_took_is_not_tried_again(job, monkeypatch):
+    """The attempt before, which was saved, must not be taken for this one."""
+    earlier = Records(job.run, read_allocation())
+    earlier.end(earlier.begin(), SAVED)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(records.json_lines, "append", full)
+    assert job.ends(Outcome("failed", "no tokenizer", retry=False), 2) == 2
+    assert job.asked == [] and "attempt 2" in (job.run / "why.txt").read_text()
 
 
 def test_a_requeue_that_is_refused_is_a_reason(job):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -70,6 +71,19 @@ def test_a_full_disk_loses_the_note_and_nothing_else(tmp_path, capsys):
     Records(tmp_path, allocation()).end(1, Outcome("finished", "done"))
     error = capsys.readouterr().err
     assert "No space left on device" in error and '"finished"' in error
+
+
+def test_what_a_full_disk_did_not_take_still_counts(tmp_path, monkeypatch):
+    run = Records(tmp_path, allocation())
+    run.begin()
+    monkeypatch.setattr(records.json_lines, "append", _no_space)
+    run.end(1, Outcome("failed", "why", retry=False))
+    assert run.of_this_start()["status"] == "failed" and len(RunFolder(tmp_path).attempts()) == 1
+    assert run.begin() == 2 and [event["event"] for event in run.events()] == ["start", "end", "start"]
+
+
+def _no_space(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize(

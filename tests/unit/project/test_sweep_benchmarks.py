@@ -71,10 +71,15 @@ def test_shares_of_depths_gain_are_paired_by_seed_and_bars_name_what_is_missed()
     corpus = depth.Corpus("planted", {name: depth.Row(1.0, row) for name, row in losses.items()})
     assert list(corpus.gains("2k layers")) == [1, 2]
     share = corpus.share("PLT-2")
-    assert (share.value, share.n) == (pytest.approx((0.5 + 0.25) / 2), 2) and share.low < 0 < 0.375 < share.high
+    assert (share.value, share.n) == (pytest.approx((0.05 + 0.05) / (0.1 + 0.2)), 2) and share.low < 1 / 3 < share.high
     (missed,) = depth.missed_bars(corpus)
     assert "PLT-2 keeps 50%" in missed
     corpus.rows["PLT-2"].losses = {1: 2.97, 2: 3.07, 3: 3.18}
     corpus.rows["2k layers"].losses = {1: 2.96, 2: 3.06}
     deep, lead, _ = depth.missed_bars(corpus)
     assert "2k layers gain 0.040 nats" in deep and "PLT-2 gains 0.027 ± 0.014 nats" in lead
+    corpus.rows["naive loop x2"].losses = {3: 3.3}
+    assert "naive loop gains nothing" in depth.missed_bars(corpus)[-1]
+    corpus.rows["2k layers"].losses = {4: 2.9}
+    (missed,) = depth.missed_bars(corpus)
+    assert "2k layers" in missed

@@ -33,6 +33,8 @@ if os.path.exists(target):
 while not os.path.exists(os.path.join(checkpoint, "..", "..", "..", "go")):
     time.sleep(0.01)
 weights = open(os.path.join(checkpoint, "weights")).read()
+if weights == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
 if weights == "bad":
     sys.exit("warning: first line\\nerror: no tokenizer")
 os.makedirs(target)
@@ -124,6 +126,20 @@ def test_an_export_that_hears_no_signal_is_killed(run, callback, monkeypatch):
         time.sleep(0.01)
     callback.close()
     assert process.returncode == -signal.SIGKILL
+
+
+def test_an_export_that_is_killed_is_the_next_jobs(run, callback):
+    let_go(run)
+    save(callback, 4, "killed")
+    save(callback, 8)
+    finish(callback)
+    assert exported(run) == {"step_00000008": "of 8"}
+    assert [said for said in run.said if "step 4" in said and "killed" in said and "next job" in said]
+    (run.folder.exporting / "step_00000004/weights").write_text("of 4")
+    again = exports.Exports(run)
+    again.on_start()
+    finish(again)
+    assert exported(run) == {"step_00000004": "of 4", "step_00000008": "of 8"}
 
 
 def test_a_step_that_is_trained_again_is_exported_again(run, callback):
