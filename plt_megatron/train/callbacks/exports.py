@@ -131,6 +131,7 @@ class Exports(WorkBeside):
         self._checkpoint = Path()  # the one that the process works on
         self._evaluates = False  # False while the process exports
         self._rolled_back_to: int | None = None
+        self._said = False
         self._cut_short: set[str] = set()  # checkpoints that the next job exports
 
     def on_start(self) -> None:
@@ -148,6 +149,14 @@ class Exports(WorkBeside):
         if step != self._rolled_back_to or not known:
             self._queue(checkpoint)
             self._start_next()
+
+    def is_working(self) -> bool:
+        """Return whether an export or evaluation is under way. After the last step, say once what the run waits for."""
+        working = super().is_working()
+        if working and not self._said:
+            self._said = True
+            self.run.say(f"waiting for {self._what}; a file STOP in {self.run.folder.path} leaves the rest to the next job")
+        return working
 
     def on_rollback(self, state: dict[str, Any]) -> None:
         """Drop waiting checkpoints of later steps, which belong to abandoned training."""
@@ -189,7 +198,7 @@ class Exports(WorkBeside):
         if status is None:
             return
         self._process = None
-        what = f"the {'evaluation' if self._evaluates else 'export'} of step {step_of(self._checkpoint)}"
+        what = self._what
         if status < 0 or status in _KILLED:
             self.run.say(f"warning: {what} was killed: the next job does it again")
             self._cut_short.add(self._checkpoint.name)
@@ -216,6 +225,10 @@ class Exports(WorkBeside):
         progress = read_verified_progress(self._checkpoint)  # its export has verified it
         clock = {"step": progress["step"], "tokens": trained_tokens(progress)}
         self.run.report({"kind": "evaluation", **clock, "scores": read_scores(self._export)})
+
+    @property
+    def _what(self) -> str:
+        return f"the {'evaluation' if self._evaluates else 'export'} of step {step_of(self._checkpoint)}"
 
     @property
     def _export(self) -> Path:
