@@ -1286,7 +1286,8 @@ class PLTModel(PLTPreTrainedModel):
 
     def _parallel_step(self, embeds: torch.Tensor, state: PLTPass, cache: PLTCache) -> torch.Tensor:
         """Run every loop of one token at once: row 1 is e_i, row l is e_i plus the carried h(l-1) of position i-1."""
-        later = self.loop_input(embeds, cache.carry.last)
+        # A device map may put `loop_input` and `norm` on the last layers' device: both return here.
+        later = self.loop_input(embeds, cache.carry.last).to(embeds.device)
         hidden_states = torch.cat([embeds, later], 1)
         for index in self.config.looped_layers:
             hidden_states = self.layers[index](hidden_states, state=state, cache=cache)[0]
@@ -1294,7 +1295,7 @@ class PLTModel(PLTPreTrainedModel):
         carries, last = hidden_states[:, :-1], hidden_states[:, -1:]
         last = self._close(last, state, cache)
         if self.config.norm_between_loops:
-            carries = self.norm(carries)
+            carries = self.norm(carries).to(embeds.device)
         cache.carry.keep(carries.unsqueeze(1), slice(None), state)
         cache.advance(1)
         return last
@@ -1316,7 +1317,7 @@ class PLTModel(PLTPreTrainedModel):
                 hidden_states = self._close(hidden_states, state, cache)
                 break
             if self.config.norm_between_loops:
-                hidden_states = self.norm(hidden_states)
+                hidden_states = self.norm(hidden_states).to(embeds.device)
         if cache is not None:
             cache.advance(embeds.shape[1])
         return hidden_states

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from plt_megatron.hf.modeling_plt import CACHE_NAME, PLTForCausalLM
-from tests.hf.tiny import ABLATIONS, PATHS, VARIANTS, full, make_model, make_tokens
+from tests.hf.tiny import ABLATIONS, PATHS, VARIANTS, decode, full, make_model, make_tokens
 
 ALL = {**ABLATIONS, **VARIANTS, **PATHS}
 
@@ -128,6 +128,33 @@ def test_device_map(experts, tmp_path):
     assert torch.allclose(full(mapped, tokens), full(model, tokens), atol=1e-5)
     text = mapped.generate(tokens, max_new_tokens=8, do_sample=False, pad_token_id=0)
     assert torch.equal(text, model.generate(tokens, max_new_tokens=8, do_sample=False, pad_token_id=0))
+
+
+@pytest.mark.parametrize("name", ["plt", "loopcoder", "learned_shift"])
+def test_device_map_of_two_gpus(name):
+    """accelerate puts the final norm and the loops' input where the last layers are."""
+    pytest.importorskip("accelerate")
+    from accelerate import infer_auto_device_map
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():  # tensors without data, on GPUs that need not be there
+        model = make_model(**ALL[name], num_hidden_layers=3)
+        size = sum(parameter.nbytes for parameter in model.parameters())
+        memory = {0: size * 7 // 10, 1: 2 * size}
+        devices = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=model._no_split_modules)
+        assert (devices["model.layers.0"], devices["model.norm"], devices["model.loop_input"]) == (0, 1, 1)
+        for part, device in devices.items():
+            for module in model.get_submodule(part).modules():
+                for tensors in (module._parameters, module._buffers):  # `to` cannot swap fake parameters
+                    moved = {key: t.detach().to(f"cuda:{device}") for key, t in tensors.items() if t is not None}
+                    tensors.update(moved)
+            hook = AlignDevicesHook(execution_device=f"cuda:{device}", io_same_device=False)
+            add_hook_to_module(model.get_submodule(part), hook, append=True)
+        tokens = torch.zeros(2, 7, dtype=torch.long, device="cuda:0")
+        cache = model.new_cache()
+        cache.activate_past_recording()
+        assert full(model, tokens).shape == decode(model, tokens, 6, cache).shape == (2, 7, 97)
 
 
 @pytest.mark.parametrize("name", ["plt", "loopcoder"])
