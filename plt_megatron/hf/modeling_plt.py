@@ -607,7 +607,10 @@ class PLTKeyShift(nn.Module):
             fast = key.unflatten(-1, (2, 2, -1))[..., 0, :]  # RoPE rotates pairs (i, i + D / 2)
             return torch.stack([fast, before.view(fast.shape)], -2).flatten(-3), value
         before_key, before_value = before.view(batch, tokens, heads, 2 * dim).split(dim, -1)
-        return torch.lerp(key, before_key, self.key[:, None]), torch.lerp(value, before_value, self.value[:, None])
+        # Under autocast parameters, normed keys and values differ in dtype; `lerp` takes one.
+        pairs = ((key, before_key, self.key), (value, before_value, self.value))
+        key, value = (torch.lerp(x, y.to(x.dtype), share[:, None].to(x.dtype)) for x, y, share in pairs)
+        return key, value
 
 
 class PLTAttention(nn.Module):
@@ -702,7 +705,8 @@ class PLTAttention(nn.Module):
     def _blend(
         self, query: torch.Tensor, residual: torch.Tensor, y_local: torch.Tensor, y_global: torch.Tensor
     ) -> torch.Tensor:
-        gate = self.plt_gate(query, residual)
+        # Under autocast a normed query is in fp32 and attention's output is not; `lerp` takes one dtype.
+        gate = self.plt_gate(query, residual).to(y_global.dtype)
         if self.config.gate_side == "local":
             return torch.lerp(y_global, y_local, gate)
         return torch.lerp(y_local, y_global, gate)

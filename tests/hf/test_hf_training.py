@@ -157,12 +157,19 @@ def test_device_map_of_two_gpus(name):
         assert full(model, tokens).shape == decode(model, tokens, 6, cache).shape == (2, 7, 97)
 
 
-@pytest.mark.parametrize("name", ["plt", "loopcoder"])
-def test_autocast(name):
-    model = make_model(**ALL[name])
+@pytest.mark.parametrize("name", ["plt", "loopcoder", "paper_norms", "olmo2", "learned_shift", "learned_shift_normed"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_autocast(name, attention):
+    learned = {**VARIANTS["learned_shift"], "qk_norm": True}
+    model = make_model(attn_implementation=attention, **{**ALL, "learned_shift_normed": learned}[name])
     tokens = make_tokens(2, 20)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss, grads = gradients(model, tokens)
-    want, _ = gradients(model, tokens)
+        cached = [decode(model, tokens, 12, cache) for cache in (model.new_cache(), model.new_cache(24))]
+    want, plain = gradients(model, tokens)
     assert torch.isfinite(loss) and (loss - want).abs() < 0.1 * want
     assert all(torch.isfinite(gradient).all() for gradient in grads.values())
+    for parameter in (name for name in plain if "plt_gate.weight" in name or "key_shift" in name):
+        assert F.cosine_similarity(grads[parameter].flatten(), plain[parameter].flatten(), 0) > 0.9, parameter
+    logits = full(model, tokens)
+    assert all((found.float() - logits).abs().max() < 0.1 * logits.abs().max() for found in cached)
