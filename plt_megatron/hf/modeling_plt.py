@@ -350,12 +350,11 @@ class PLTCache(Cache):
         """Allocate the state outside the layers, for hidden states like [B, T, d]."""
         if self.static_length is not None and self.length.device != like.device:
             self.length = self.length.to(like.device)
-        if self.carry.last is None:
-            self.carry.allocate(like)
-            marks = self.static_length is not None and not is_torchdynamo_compiling()
-            if marks and self.carry.last is not None:
-                torch._dynamo.mark_static_address(self.carry.last)
-                torch._dynamo.mark_static_address(self.length)
+        self.carry.allocate(like)
+        if self.static_length is not None and not is_torchdynamo_compiling():
+            for tensor in (self.length, self.carry.last):  # without cross-loop parallelism nothing is carried
+                if tensor is not None:
+                    torch._dynamo.mark_static_address(tensor)
 
     def advance(self, tokens: int) -> None:
         """Count the new tokens."""

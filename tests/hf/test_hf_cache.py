@@ -175,6 +175,17 @@ def test_layers_that_run_once_have_keys_of_one_loop_and_no_rings(name, looped):
     assert cache.memory_bytes() == held + half_keys
 
 
+@pytest.mark.parametrize("name", ["plt", "vanilla", "naive"])
+def test_buffers_of_a_static_cache_are_marked(name):
+    """A compiled step changes them in place. Unmarked, even the length alone keeps it from being a CUDA graph."""
+    model = make_model(**ALL[name])
+    cache = model.new_cache(8)
+    step(model, cache, make_tokens(1, 3))
+    buffers = [cache.length, *([] if cache.carry.last is None else [cache.carry.last])]
+    buffers += [tensor for layer in cache.layers for tensor in layer.tensors()]
+    assert {getattr(buffer, "_dynamo_static_input_type", None) for buffer in buffers} == {"unguarded"}
+
+
 def test_buffers_of_a_static_cache_never_move():
     model = make_model(loop_count=3)
     cache = model.new_cache(32)
