@@ -90,7 +90,8 @@ def generate(
         raise UserError("the prompt is empty")
     _check_length(model.config.max_position_embeddings, inputs["input_ids"].shape[1], max_new_tokens)
     set_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.95} if temperature > 0 else {}
+    # generation_config.json may set `do_sample` too.
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.95} if temperature else {"do_sample": False}
     started = time.perf_counter()
     with torch.inference_mode():
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, **sampling)[0]

@@ -48,6 +48,18 @@ def test_a_prompt_is_continued_and_the_seed_decides(generate, exported):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_no_temperature_is_the_likeliest_token_whatever_the_folder_prefers(exported, tmp_path, capfd):
+    likeliest = generation.generate(str(exported), "the loop", 12, 0.0, 1).text
+    shutil.copytree(exported, tmp_path / "out")
+    path = tmp_path / "out/generation_config.json"
+    prefers = {"do_sample": True, "temperature": 1.7, "top_p": 0.9, "top_k": 30}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **prefers}))
+    assert {generation.generate(str(tmp_path / "out"), "the loop", 12, 0.0, seed).text for seed in (1, 2)} == {
+        likeliest
+    }
+    assert "generation flags" not in capfd.readouterr().err
+
+
 def test_a_folders_own_python_is_not_run(exported, tmp_path):
     shutil.copytree(exported, tmp_path / "out")
     for name in ("modeling_plt.py", "configuration_plt.py"):
