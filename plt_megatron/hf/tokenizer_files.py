@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,9 @@ from plt_megatron.errors import UserError
 
 MODEL, JSON, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 # Other tokenizer files of Hugging Face folders.
-_OTHERS = (
-    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
-    *("chat_template.jinja", "chat_template.json"),
-)
+_OTHERS = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", *_TEMPLATES)
 # Texts to compare before trusting a tokenizer.json found beside a sentencepiece model.
 _SAMPLES = (
     *("The quick brown fox jumps over the lazy dog.", "def f(x):\n    return x ** 2  # ok\n\n\n", "12,345.678e-9"),
@@ -98,9 +97,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         return
     assert isinstance(tokenizer, HuggingFaceTokenizer)
     shutil.copyfile(tokenizer.path, folder / JSON)
-    for name in (CONFIG, MODEL, *_OTHERS):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    # Without a MODEL beside it: an import of the export would read that instead (`hf_tokenizer_file`).
+    _copy_found((CONFIG, *_OTHERS), source, folder)
     if not (folder / CONFIG).exists():
         _write_config(tokenizer, folder)
 
@@ -119,6 +117,14 @@ def _write_from_sentencepiece(tokenizer: SentencePieceTokenizer, folder: Path) -
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     shutil.copyfile(path, folder / MODEL)
+    # The other files may name tokens that a sentencepiece model does not have.
+    _copy_found(_TEMPLATES, path.parent, folder)
+
+
+def _copy_found(names: Iterable[str], source: Path, folder: Path) -> None:
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def _write_config(tokenizer: HuggingFaceTokenizer, folder: Path) -> None:
@@ -139,14 +145,12 @@ def copy_tokenizer(source: Path, folder: Path, family: str, vocab_size: int, tok
     Raises:
         UserError: the tokenizer has more ids than the model.
     """
-    names = [name for name in (MODEL, JSON, CONFIG, *_OTHERS) if (source / name).is_file()]
     read = hf_tokenizer_file(source, family)
     if read is None:
         return None
     check_vocabulary(load_hf_tokenizer(read, tokens), vocab_size, None)
     folder.mkdir()
-    for name in names:
-        shutil.copyfile(source / name, folder / name)
+    _copy_found((MODEL, JSON, CONFIG, *_OTHERS), source, folder)
     generation = {**tokens, **read_generation_config(source)}
     (folder / GENERATION_CONFIG).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     return folder / read.name

@@ -408,6 +408,34 @@ def test_the_tokenizer_comes_along(tmp_path, tokenizer_model):
     assert not (tmp_path / "fails").exists()
 
 
+CHAT = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+
+
+def test_chat_tokens_survive_a_second_import(tmp_path, tokenizer_model):
+    """Llama's folders also have the sentencepiece model that tokenizer.json was made from, without the chat tokens."""
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    folder = save_llama(tmp_path / "hf", tokenizer_model, vocab_size=402)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "split_special_tokens": False}))
+    (folder / "chat_template.jinja").write_text(CHAT)
+    chat = [{"role": "user", "content": "the loop"}]
+    expected = AutoTokenizer.from_pretrained(folder).apply_chat_template(chat, return_dict=True)["input_ids"]
+    assert {expected[0], expected[-1]} == {400, 401}
+    for number in (1, 2):
+        result = import_model(ImportOptions(folder, tmp_path / f"run{number}"))
+        assert result.tokenizer is not None and result.tokenizer.name == "tokenizer.json"
+        folder = tmp_path / f"out{number}"
+        quiet((tmp_path / f"run{number}", folder))
+        exported = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        assert exported.chat_template == CHAT and len(exported) == 402
+        assert exported.apply_chat_template(chat, return_dict=True)["input_ids"] == expected
+
+
 def test_dtypes(tmp_path):
     save_dense(tmp_path / "half", "llama", torch.float16)
     result, weights = imported(tmp_path / "half", tmp_path / "run")  # fp16 has no training precision: exact in fp32

@@ -27,12 +27,14 @@ from safetensors.torch import load_file
 
 from plt_megatron.commands import export as command
 from plt_megatron.config import derived
+from plt_megatron.data.tokenizer import load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.hf import exporting
 from plt_megatron.hf.exporting import ExportOptions, export
 from plt_megatron.hf.importing import ImportOptions, import_model
 from plt_megatron.hf.model_card import model_card
 from plt_megatron.hf.sources import open_source
+from plt_megatron.hf.tokenizer_files import write_tokenizer
 
 
 @pytest.fixture
@@ -170,6 +172,25 @@ def test_a_tokenizer_that_is_not_the_runs(tmp_path, tokenizer_model):
     with pytest.raises(UserError, match=r"tokenizer\.json does not encode like .*tokenizer\.model"):
         quiet((run, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("beside", ["tokenizer.json", "nothing"])
+def test_a_chat_template_beside_a_sentencepiece_model(tmp_path, tokenizer_model, beside):
+    """It comes along; a list of tokens that the model does not have stays."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    names = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
+    for name in names if beside == "tokenizer.json" else names[:1]:
+        shutil.copy(tokenizer_model.with_name(name), folder)
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    (folder / "added_tokens.json").write_text('{"<other>": 400}')
+    (tmp_path / "out").mkdir()
+    write_tokenizer(load_tokenizer(folder / "tokenizer.model"), tmp_path / "out")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (exported.chat_template, len(exported)) == (template, 400)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
