@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -29,6 +29,9 @@ from plt_megatron.hf.sources import CARD, PRECISIONS, check_hf_tensors, hf_preci
 from plt_megatron.hf.switches import IMPORT_OPTIONS
 from plt_megatron.hf.tokenizer_files import copy_tokenizer
 
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
 SUFFIX = ".gguf"
 _LICENSE = "general.license"
 
@@ -39,32 +42,65 @@ def unpack(path: Path, folder: Path) -> None:
     The card has the license that the file names.
 
     Raises:
-        UserError: the file is broken, of a model that transformers does not know, or a package is missing.
+        UserError: the file is broken, of a model that transformers does not know or reads wrongly, or a package is
+            missing.
     """
     require("reading a GGUF file", "gguf", "safetensors")
-    from gguf import GGUFReader
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers.core_model_loading import revert_weight_conversion
 
-    logging.disable_progress_bar()
-    try:
-        license_field = GGUFReader(path).get_field(_LICENSE)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    except (ValueError, LookupError, OSError, NotImplementedError) as error:
-        raise UserError(f"{path}: transformers cannot read it ({str(error).splitlines()[0]})") from error
+    license_name, tokenizer, model = _load(path)
     folder.mkdir(parents=True)
     tokenizer.save_pretrained(folder)
-    weights = model.state_dict()
+    # transformers holds a layer's experts in one tensor, and its folders, which `import_model` reads, in one each.
+    model._weight_conversions = None  # not back to GGUF's names
+    weights = {name: t.contiguous() for name, t in revert_weight_conversion(model, model.state_dict()).items()}
     if model.config.tie_word_embeddings:
         del weights["lm_head.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     del model.config.quantization_config
     model.config.save_pretrained(folder)
-    if license_field is not None:
-        front = yaml.safe_dump({"license": license_field.contents()})
+    if license_name is not None:
+        front = yaml.safe_dump({"license": license_name})
         (folder / CARD).write_text(f"---\n{front}---\n", encoding="utf-8")
+
+
+def _load(path: Path) -> tuple[Any, Any, Any]:
+    """Return the license that the file names, or None, its tokenizer, and its model in fp32."""
+    from gguf import GGUFReader
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    source: Any = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    try:
+        reader = GGUFReader(path)
+        _check_rope(reader, path)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        config = AutoConfig.from_pretrained(**source)
+        width = reader.get_field(f"{reader.fields['general.architecture'].contents()}.expert_feed_forward_length")
+        if width is not None:  # transformers would take its default
+            config.moe_intermediate_size = width.contents()
+        model = AutoModelForCausalLM.from_pretrained(**source, config=config, dtype=torch.float32)
+    except UserError:
+        raise
+    except (ValueError, LookupError, OSError, RuntimeError) as error:  # the last where shapes differ
+        raise UserError(f"{path}: transformers cannot read it ({str(error).splitlines()[0]})") from error
+    license_field = reader.get_field(_LICENSE)
+    return None if license_field is None else license_field.contents(), tokenizer, model
+
+
+def _check_rope(reader: GGUFReader, path: Path) -> None:
+    """Raise `UserError` if the file's RoPE is scaled: transformers reads the model without the scaling."""
+    values = {name.partition(".rope.")[2]: field.contents() for name, field in reader.fields.items()}
+    # As llama.cpp reads them: a factor without a type is linear, and 0 is none.
+    kind = values.get("scaling.type", "linear")
+    factor = values.get("scaling.factor", values.get("scale_linear")) or 1.0
+    tables = any(tensor.name.startswith(("rope_freqs.", "rope_factors_")) for tensor in reader.tensors)
+    if tables or kind not in ("none", "linear") or (kind == "linear" and factor != 1.0):
+        raise UserError(
+            f"{path}: its RoPE is scaled, which transformers does not read from GGUF; import the original folder"
+        )
 
 
 MODEL_YAML = "model.yaml"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +19,37 @@ TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% en
 LAYERS, HIDDEN, FFN, HEADS, GROUPS = 2, 64, 96, 4, 2
 
 
+MLP = {"ffn_gate": (FFN, HIDDEN), "ffn_up": (FFN, HIDDEN), "ffn_down": (HIDDEN, FFN)}
+
+
+def experts_of(count: int) -> dict[str, tuple[int, ...]]:
+    norms = dict.fromkeys(("attn_q_norm", "attn_k_norm"), (HIDDEN // HEADS,))
+    stacked = {f"{name}_exps": (count, *shape) for name, shape in MLP.items()}
+    return {**norms, **stacked, "ffn_gate_inp": (count, HIDDEN)}
+
+
 def byte_alphabet() -> list[str]:
     from tokenizers.pre_tokenizers import ByteLevel
 
     return sorted(ByteLevel.alphabet())
 
 
-def write_gguf(path: Path, quantized: bool) -> int:
-    """A llama of random weights with a byte-level BPE; the ids that it has."""
+def write_gguf(path: Path, quantized: bool = False, experts: int = 0, also: Callable[[Any], None] | None = None) -> int:
+    """A llama of random weights with a byte-level BPE, or a Qwen3-MoE, and what `also` writes; the ids that it has."""
     import gguf
 
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *byte_alphabet(), "th", "the"]
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "qwen3moe" if experts else "llama")
     writer.add_license("apache-2.0")
     writer.add_block_count(LAYERS)
     writer.add_context_length(128)
     writer.add_embedding_length(HIDDEN)
     writer.add_feed_forward_length(FFN)
+    if experts:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(2)
+        writer.add_expert_feed_forward_length(FFN)
+        writer.add_key_length(HIDDEN // HEADS)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(GROUPS)
     writer.add_rope_dimension_count(HIDDEN // HEADS)
@@ -54,8 +69,8 @@ def write_gguf(path: Path, quantized: bool) -> int:
     shapes = {"token_embd": (len(tokens), HIDDEN), "output_norm": (HIDDEN,)}
     for layer in range(LAYERS):
         block = {"attn_norm": (HIDDEN,), "ffn_norm": (HIDDEN,), "attn_q": (HIDDEN, HIDDEN), "attn_k": (kv, HIDDEN)}
-        block |= {"attn_v": (kv, HIDDEN), "attn_output": (HIDDEN, HIDDEN), "ffn_gate": (FFN, HIDDEN)}
-        block |= {"ffn_up": (FFN, HIDDEN), "ffn_down": (HIDDEN, FFN)}
+        block |= {"attn_v": (kv, HIDDEN), "attn_output": (HIDDEN, HIDDEN)}
+        block |= experts_of(experts) if experts else MLP
         shapes |= {f"blk.{layer}.{name}": shape for name, shape in block.items()}
     for name, shape in shapes.items():
         values = draw(shape, np.float32) * 0.1 + (len(shape) == 1)
@@ -64,6 +79,8 @@ def write_gguf(path: Path, quantized: bool) -> int:
             writer.add_tensor(f"{name}.weight", gguf.quants.quantize(values, kind), raw_dtype=kind)
         else:
             writer.add_tensor(f"{name}.weight", values)
+    if also is not None:
+        also(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -98,3 +115,86 @@ def test_a_broken_file_is_one_line(content: bytes, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"broken\.gguf") as refused:
         import_model(ImportOptions(tmp_path / "broken.gguf", tmp_path / "run"))
     assert "\n" not in str(refused.value) and not (tmp_path / "run").exists()
+
+
+def test_experts(tmp_path: Path) -> None:
+    """transformers holds a layer's in one tensor, and takes its own default for their width."""
+    vocab = write_gguf(tmp_path / "tiny.gguf", experts=4)
+    result, weights = imported(tmp_path / "tiny.gguf", tmp_path / "run")
+    assert result.model.moe is not None and result.model.moe.ffn_hidden_size == FFN
+    tokens = make_tokens(2, 24, vocab)
+    found = megatron_logits(result.model, weights, tokens, vocab)
+    expected = qwen3_moe(tmp_path / "tiny.gguf", vocab)(tokens).logits.detach()
+    assert float((found - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+
+
+def qwen3_moe(path: Path, vocab: int) -> Any:
+    """transformers' model with the file's tensors, as llama.cpp names and stacks them."""
+    from gguf import GGUFReader
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {"num_hidden_layers": LAYERS, "hidden_size": HIDDEN, "head_dim": HIDDEN // HEADS, "vocab_size": vocab}
+    heads = {"num_attention_heads": HEADS, "num_key_value_heads": GROUPS, "rope_theta": 1e5, "rms_norm_eps": 1e-5}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": FFN, "norm_topk_prob": True}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads, **experts, tie_word_embeddings=True)).eval()
+    tensors = {each.name: torch.tensor(each.data) for each in GGUFReader(path).tensors}
+    names = {"token_embd": "embed_tokens", "output_norm": "norm"}
+    block = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "ffn_gate_inp": "mlp.gate"}
+    block |= {"attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+    block |= {f"attn_{name}": f"self_attn.{name}_proj" for name in "qkv"}
+    for layer in range(LAYERS):
+        names |= {f"blk.{layer}.{theirs}": f"layers.{layer}.{ours}" for theirs, ours in block.items()}
+    state = {f"{ours}.weight": tensors[f"{theirs}.weight"] for theirs, ours in names.items()}
+    for layer in range(LAYERS):
+        gate, up, down = (tensors[f"blk.{layer}.ffn_{name}_exps.weight"] for name in ("gate", "up", "down"))
+        state[f"layers.{layer}.mlp.experts.gate_up_proj"] = torch.cat([gate, up], 1)
+        state[f"layers.{layer}.mlp.experts.down_proj"] = down
+    model.model.load_state_dict(state)
+    return model
+
+
+def rope_keys(kind: str | None = None, factor: float | None = None) -> Callable[[Any], None]:
+    def add(writer: Any) -> None:
+        import gguf
+
+        writer.add_rope_scaling_orig_ctx_len(64)
+        if kind is not None:
+            writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+        if factor is not None:
+            writer.add_rope_scaling_factor(factor)
+
+    return add
+
+
+SCALED = {
+    "a table, as of Llama 3.1": lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32)),
+    "yarn": rope_keys("yarn", 4.0),
+    "linear": rope_keys("linear", 4.0),
+    "no type, which is linear": rope_keys(None, 4.0),
+    "the former key": lambda writer: writer.add_float32("llama.rope.scale_linear", 2.0),
+}
+
+
+@pytest.mark.parametrize("scaling", SCALED)
+def test_scaled_rope_is_refused(scaling: str, tmp_path: Path) -> None:
+    """transformers would read the model without it."""
+    write_gguf(tmp_path / "tiny.gguf", also=SCALED[scaling])
+    with pytest.raises(UserError, match=r"^\S+tiny\.gguf: its RoPE is scaled, .*; import the original folder$"):
+        import_model(ImportOptions(tmp_path / "tiny.gguf", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("kind", "factor"), [("none", 4.0), ("linear", 1.0), (None, 1.0), (None, None)])
+def test_keys_that_scale_nothing_are_no_fault(kind: str | None, factor: float | None, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", also=rope_keys(kind, factor))
+    assert import_model(ImportOptions(tmp_path / "tiny.gguf", tmp_path / "run")).model.rope_scaling is None
+
+
+def test_tensors_of_other_shapes_are_one_line(tmp_path: Path) -> None:
+    def add(writer: Any) -> None:
+        writer.add_tensor("output.weight", np.ones((7, HIDDEN), np.float32))
+
+    write_gguf(tmp_path / "tiny.gguf", also=add)
+    with pytest.raises(UserError, match=r"tiny\.gguf: transformers cannot read it") as refused:
+        import_model(ImportOptions(tmp_path / "tiny.gguf", tmp_path / "run"))
+    assert "\n" not in str(refused.value)
