@@ -155,7 +155,7 @@ class Exports(WorkBeside):
         working = super().is_working()
         if working and not self._said:
             self._said = True
-            self.run.say(f"waiting for {self._what}; a file STOP in {self.run.folder.path} leaves the rest to the next job")
+            self.run.say(f"waiting for {self._what}; {self.run.folder.stop_file} leaves the rest to the next job")
         return working
 
     def on_rollback(self, state: dict[str, Any]) -> None:
