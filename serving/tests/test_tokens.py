@@ -178,3 +178,34 @@ def test_yarns_angles_are_transformers(changes, dtype):
     cos, sin = PLTRotaryEmbedding(config)(torch.zeros(1, dtype=dtype), positions[None])
     served = rope.cos_sin_cache[positions].to(dtype)
     torch.testing.assert_close(served, torch.cat([cos[0, :, 0, :16], sin[0, :, 0, 16:]], -1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["shared expert", "coda alone, experts"])
+def test_experts_find_the_padding_of_their_own_rows(exports, monkeypatch, variant):
+    """vLLM's router finds a mask of as many entries as rows, in their order: of L * T in a decode step, T in others."""
+    from vllm.forward_context import get_forward_context
+    from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+    from vllm.model_executor.layers.fused_moe.router.fused_topk_router import _get_padding_mask
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    export, masks, seen = exports(variant), [], set()
+    route = CPURouter._compute_routing  # knows no padding; a GPU's router asks for it in these words
+
+    def some_padding(runner, unpadded, padded):
+        masks.append(torch.rand(padded) < 0.5)
+        return masks[-1]
+
+    def asking(router, hidden_states, *args, **kwargs):
+        rows, of_tokens = len(hidden_states), masks[-1]
+        found = _get_padding_mask(rows)
+        assert len(found) == rows
+        if get_forward_context().attn_metadata is not None:  # a dry run's decode step has fewer tokens than the mask
+            seen.add(rows // len(of_tokens))
+            assert found.tolist() == of_tokens.tolist() * (rows // len(of_tokens))
+        return route(router, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(GPUModelRunner, "_prepare_padding_mask", some_padding)
+    monkeypatch.setattr(CPURouter, "_compute_routing", asking)
+    with engine(export) as llm:
+        assert_same(export, llm, prompts(5), tokens=6)
+    assert seen == {1, export.model.config.loop_count}

@@ -11,7 +11,7 @@ over all its tokens, since loop l of the second token needs loop l - 1 of the fi
 """
 
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -37,6 +37,7 @@ from vllm_plt.vllm_internals import (
     init_logger,
     leave_piecewise_graphs,
     maybe_prefix,
+    padding_of_rows,
 )
 from vllm_plt.weights import ReadTensors
 
@@ -158,11 +159,18 @@ class PLTModel(nn.Module):
         carried = self._carried(HIDDEN, slice(None), embeds, len(embeds))
         inputs = torch.cat([embeds[None], self.loop_input(embeds, carried)])
         taken = self._keys(KEYS, slice(None), embeds, len(embeds))
-        with nullcontext() if self.adapters is None else self.adapters.over_rows():
+        with self._adapters_of_rows(), self._padding_of_rows(len(embeds)):
             states, last, keys = self.rows(positions, inputs, taken)
         self._hand_on(HIDDEN, states, slice(None))
         self._hand_on(KEYS, keys, slice(None))
         return self._once(self.coda, CODA_KEYS, positions, last, starts)
+
+    def _adapters_of_rows(self) -> AbstractContextManager:
+        return nullcontext() if self.adapters is None else self.adapters.over_rows()
+
+    def _padding_of_rows(self, tokens: int) -> AbstractContextManager:
+        # Only experts read it.
+        return nullcontext() if self.config.num_experts is None else padding_of_rows(self.settings.loop_count, tokens)
 
     def _loop_by_loop(self, positions: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         requests = min(len(embeds), self.most_requests)  # at most

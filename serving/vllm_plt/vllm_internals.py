@@ -3,14 +3,15 @@
 Public names are re-exported here too, so that a new vLLM version can be checked line by line.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import CUDAGraphMode, VllmConfig, get_current_vllm_config
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.distributed import (
-    get_pp_group,
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_reduce,
@@ -87,6 +88,23 @@ def leave_piecewise_graphs() -> None:
         context.cudagraph_runtime_mode = CUDAGraphMode.NONE
 
 
+@contextmanager
+def padding_of_rows(loops: int, tokens: int) -> Iterator[None]:
+    """Mark padding by row l * T + t instead of by token t, of the first T, within this context.
+
+    vLLM's router skips the rows that the step's mask calls padding, and reads the mask when it runs, which is not when
+    torch.compile traces it. A CUDA graph of the step holds this copy of the mask too, so that a replay sees its values.
+    """
+    context = get_forward_context()
+    of_tokens = context.is_padding
+    if of_tokens is not None:
+        context.is_padding = of_tokens[:tokens].repeat(loops)
+    try:
+        yield
+    finally:
+        context.is_padding = of_tokens
+
+
 def attention_page_bytes(attention: Attention, vllm_config: VllmConfig) -> int:
     """Return the size of one block of an attention layer, in bytes."""
     spec = attention.get_kv_cache_spec(vllm_config)
@@ -152,9 +170,7 @@ __all__ = [
     "can_fold",
     "check_block_size",
     "get_act_and_mul_fn",
-    "get_current_vllm_config",
     "get_forward_context",
-    "get_pp_group",
     "get_rope",
     "get_tensor_model_parallel_rank",
     "get_tensor_model_parallel_world_size",
@@ -162,6 +178,7 @@ __all__ = [
     "leave_piecewise_graphs",
     "maybe_prefix",
     "metadata_of",
+    "padding_of_rows",
     "register_cache_spec",
     "register_layer",
     "replace",
