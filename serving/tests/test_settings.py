@@ -34,6 +34,17 @@ from helpers import MOE, YARN, engine
             "not possible with LoRA .* --fully-sharded-loras",
         ),
         ("plt2", {"pipeline_parallel_size": 2}, "cannot be served with pipeline parallelism"),
+        ("shift, one loop", {"disable_hybrid_kv_cache_manager": True}, "which --disable-hybrid-.* switches off"),
+        (
+            "plt2",
+            {"kv_transfer_config": {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}},
+            "which the KV connector LMCacheConnectorV1 switches off",
+        ),
+        (
+            "plt2",
+            {"compilation_config": {"pass_config": {"fuse_allreduce_rms": True}}, "tensor_parallel_size": 2},
+            "cannot be served with pass_config.fuse_allreduce_rms",
+        ),
     ],
 )
 def test_refusals(exports, monkeypatch, variant, options, message):
@@ -86,16 +97,26 @@ def vllm_config(parallel=(), **others):
     from vllm_plt.configuration_plt import PLTConfig
 
     names = {"pipeline_parallel_size": 1, "decode_context_parallel_size": 1, "data_parallel_size": 1}
+    names["tensor_parallel_size"] = 1
     settings = {
         "parallel_config": SimpleNamespace(**{**names, "use_ubatching": False, **dict(parallel)}),
         "model_config": SimpleNamespace(hf_config=PLTConfig(), max_model_len=993),
         "speculative_config": None,
         "additional_config": {},
         "lora_config": None,
+        "kv_transfer_config": None,
+        "scheduler_config": SimpleNamespace(disable_hybrid_kv_cache_manager=None),
         "optimization_level": 2,
-        "compilation_config": SimpleNamespace(cudagraph_mode=None),
+        "compilation_config": compilation(),
     }
     return SimpleNamespace(**{**settings, **others})
+
+
+def compilation(**settings):
+    from types import SimpleNamespace
+
+    passes = SimpleNamespace(fuse_allreduce_rms=None)
+    return SimpleNamespace(**{"cudagraph_mode": None, "pass_config": passes, **settings})
 
 
 def test_what_would_end_in_other_words_is_refused():
@@ -130,18 +151,64 @@ def test_what_would_end_in_other_words_is_refused():
 )
 def test_cuda_graphs_are_of_decode_steps(given, level, used):
     """CUDA graphs are limited to decode steps: others would be replayed with moved inputs, or capture other passes."""
-    from types import SimpleNamespace
-
     from vllm_plt import ARCHITECTURES
     from vllm_plt.settings import register_check
     from vllm_plt.vllm_internals import MODELS_CONFIG_MAP, CUDAGraphMode
 
-    modes = SimpleNamespace(cudagraph_mode=given and CUDAGraphMode[given])
+    modes = compilation(cudagraph_mode=given and CUDAGraphMode[given])
     config = vllm_config(compilation_config=modes, optimization_level=level)
     for name in ARCHITECTURES:
         register_check(name)
         MODELS_CONFIG_MAP[name].verify_and_update_config(config)
     assert modes.cudagraph_mode == (used and CUDAGraphMode[used])
+
+
+@pytest.mark.parametrize(
+    ("variant", "options", "fused"),
+    [
+        ("plt2", {}, False),
+        ("plt2", {"additional_config": {"plt": {"loop_mode": "serial"}}}, True),
+        ("naive loops", {}, True),
+    ],
+)
+def test_a_fusion_with_a_limit_in_tokens_is_off(exports, monkeypatch, variant, options, fused):
+    """Of the defaults that vLLM has on Hopper, the fused all-reduce is off where a decode step has L rows a token."""
+    from vllm.config import vllm
+    from vllm.engine.arg_utils import EngineArgs
+
+    levels = (vllm.OPTIMIZATION_LEVEL_02, vllm.OPTIMIZATION_LEVEL_03)
+    for level in levels:  # the CPU's platform lowers none of the passes
+        monkeypatch.setitem(level["compilation_config"]["pass_config"], "fuse_allreduce_rms", lambda config: True)
+    made = EngineArgs(model=str(exports(variant).folder), skip_tokenizer_init=True, **options).create_engine_config()
+    assert made.compilation_config.pass_config.fuse_allreduce_rms is fused
+
+
+def test_connectors_that_keep_windows_are_accepted():
+    from types import SimpleNamespace
+
+    from vllm_plt.configuration_plt import PLTConfig
+    from vllm_plt.settings import check
+
+    def connected(name, **model):
+        transfer = SimpleNamespace(kv_connector=name, kv_connector_module_path=None)
+        of_config = SimpleNamespace(hf_config=PLTConfig(**model), max_model_len=993)
+        return vllm_config(kv_transfer_config=transfer, model_config=of_config)
+
+    check(connected("OffloadingConnector"))
+    check(connected(None))
+    check(connected("ExampleConnector", cross_loop_parallel=False))
+    with pytest.raises(ValueError, match="the KV connector ExampleConnector switches off"):
+        check(connected("ExampleConnector"))
+
+
+def test_a_model_without_its_windows_is_refused_when_it_is_made(exports, monkeypatch):
+    """vLLM derives some connectors from other options, such as --kv-offloading-backend, after our first check."""
+    from vllm_plt import settings
+
+    monkeypatch.setattr(settings, "has_carry", lambda *args: False)
+    with pytest.raises(ValueError, match="which --disable-hybrid-kv-cache-manager switches off"):
+        with engine(exports("plt2"), disable_hybrid_kv_cache_manager=True):
+            pass
 
 
 def test_windows_that_look_ahead_are_refused():

@@ -19,6 +19,7 @@ from torch import nn
 
 from vllm_plt.carry_cache import CarrySpec
 from vllm_plt.memory import slices_of_a_carry
+from vllm_plt.settings import check_cache_manager
 from vllm_plt.vllm_internals import (
     Attention,
     AttentionBackend,
@@ -147,6 +148,7 @@ class Carry(nn.Module):
         config: VllmConfig,
     ):
         super().__init__()
+        check_cache_manager(config)  # again: vLLM derives a connector from some options later
         self.states = states
         token_bytes = attention_page_bytes(attention, config) // config.cache_config.block_size
         room = token_bytes // config.model_config.dtype.itemsize

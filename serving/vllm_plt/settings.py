@@ -6,6 +6,7 @@
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+from vllm_plt.configuration_plt import PLTConfig
 from vllm_plt.rope import most_positions
 
 if TYPE_CHECKING:
@@ -116,7 +117,43 @@ def check(vllm_config: "VllmConfig") -> None:
             f"vLLM has rope_type yarn's angles of factor x original_max_position_embeddings = {most} positions, not of "
             f"{longest}: give --max-model-len {most}"
         )
-    read_settings(vllm_config)
+    if has_carry(config, read_settings(vllm_config).loop_count):
+        check_cache_manager(vllm_config)
+
+
+def has_carry(config: PLTConfig, loops: int) -> bool:
+    """Return True if each token hands a state on to the next (see `vllm_plt.carry`)."""
+    return (config.cross_loop_parallel and loops > 1) or config.key_shift != "none"
+
+
+def check_cache_manager(vllm_config: "VllmConfig") -> None:
+    """Raise a one-line `ValueError` if vLLM will give each layer a cache of the whole context, which no carry has."""
+    from vllm_plt.vllm_internals import what_ends_windows
+
+    if option := what_ends_windows(vllm_config):
+        raise ValueError(
+            "PLT models with cross-loop parallelism or key_shift need vLLM's hybrid KV cache manager, which "
+            f"{option} switches off"
+        )
+
+
+def fit_passes(vllm_config: "VllmConfig") -> None:
+    """Switch off the one fusion whose limit is in tokens, of which a decode step has L rows each.
+
+    vLLM picks it by the step's tokens, and it asserts at run time that there are no more rows than that.
+
+    Raises:
+        ValueError: it was asked for, in one line.
+    """
+    if not read_settings(vllm_config).parallel:
+        return
+    passes = vllm_config.compilation_config.pass_config
+    if passes.fuse_allreduce_rms and vllm_config.parallel_config.tensor_parallel_size > 1:
+        raise ValueError(
+            "PLT models cannot be served with pass_config.fuse_allreduce_rms, whose limit is in tokens while a decode "
+            'step has a row for each loop of a token: leave it, or use loop_mode "serial"'
+        )
+    passes.fuse_allreduce_rms = False
 
 
 def register_check(architecture: str) -> None:
@@ -127,6 +164,7 @@ def register_check(architecture: str) -> None:
         @staticmethod
         def verify_and_update_config(vllm_config: "VllmConfig") -> None:
             check(vllm_config)
+            fit_passes(vllm_config)
             compilation = vllm_config.compilation_config
             # A fast cold start assumes that each expert layer runs once per step.
             compilation.fast_moe_cold_start = False

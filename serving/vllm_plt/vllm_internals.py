@@ -16,6 +16,7 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_reduce,
 )
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
@@ -111,6 +112,14 @@ def attention_page_bytes(attention: Attention, vllm_config: VllmConfig) -> int:
     return customize_attention_spec(attention.get_attn_backend(), spec).page_size_bytes
 
 
+def what_ends_windows(vllm_config: VllmConfig) -> str | None:
+    """Return the option without which vLLM would have its hybrid KV cache manager; None if it has."""
+    transfer = vllm_config.kv_transfer_config
+    if transfer is not None and transfer.kv_connector and not KVConnectorFactory.supports_hma_config(transfer):
+        return f"the KV connector {transfer.kv_connector}"
+    return "--disable-hybrid-kv-cache-manager" if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager else None
+
+
 def check_block_size(attention: Attention, vllm_config: VllmConfig) -> None:
     """Raise a `ValueError` for a --block-size with which vLLM would give the windows' layers a different block size."""
     cache, backend = vllm_config.cache_config, attention.attn_backend
@@ -185,4 +194,5 @@ __all__ = [
     "set_model_tag",
     "support_torch_compile",
     "tensor_model_parallel_all_reduce",
+    "what_ends_windows",
 ]
