@@ -95,6 +95,22 @@ def test_what_is_said_of_chunks_is_the_formula(loops, chunk):
     assert said(naive, loops, 0, 2048, 128, chunk) == 16 * loops
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_what_is_said_of_chunks_is_what_vllm_plans(exports, monkeypatch, steps):
+    """It counts the tokens of two steps where scheduling is asynchronous, vLLM's default on a GPU."""
+    from vllm_plt import memory
+
+    said, length = [], 1024
+    with engine(exports("plt3"), max_model_len=length) as llm:
+        monkeypatch.setattr(memory.logger, "info_once", said.append)
+        config, model = llm.llm_engine.vllm_config, served_model(llm)
+        config.scheduler_config.async_scheduling = steps == 2
+        small, now = (40 * GIB // (32 * 2 * 2 * 32 * 4 * 3) / planned(llm, length, tokens) for tokens in (256, 512))
+        memory.say_what_chunks_cost(model.config, 3, len(model.model.carry.slices), config)
+    assert f"holds {round(now)} blocks, where a plain model's holds 32, since {steps * 512} tokens may be" in said[-1]
+    assert said[-1].endswith(f"it holds {round(small)}")
+
+
 @pytest.mark.parametrize(
     ("variant", "loops", "carries"),
     [

@@ -41,7 +41,7 @@ def blocks_of_a_request(config: PLTConfig, loops: int, slices: int, length: int,
     """Return how many blocks, each all layers' K/V of `block` tokens, vLLM plans for a request of `length` tokens.
 
     `slices` is the number of slices of the carry, 0 if there is none. Windows and carries also hold the `chunk` tokens
-    that a step may have in flight, and may begin anywhere in a block.
+    that may be in flight, and may begin anywhere in a block.
     """
 
     def held(tokens: int) -> int:
@@ -59,11 +59,13 @@ def say_what_chunks_cost(config: PLTConfig, loops: int, slices: int, vllm_config
     if loops == 1 and not slices:
         return
     length, block = vllm_config.model_config.max_model_len, vllm_config.cache_config.block_size
-    chunk = vllm_config.scheduler_config.max_num_batched_tokens
-    now, small = (blocks_of_a_request(config, loops, slices, length, block, size) for size in (chunk, _SMALL_CHUNK))
+    chunk, steps = vllm_config.max_in_flight_tokens, vllm_config.max_concurrent_batches  # two if scheduling is async
+    now, small = (
+        blocks_of_a_request(config, loops, slices, length, block, size) for size in (chunk, steps * _SMALL_CHUNK)
+    )
     if now >= 1.25 * small:
         logger.info_once(
             f"PLT: a request of {length} tokens holds {now} blocks, where a plain model's holds {-(-length // block)}, "
-            f"since a step may have {chunk} tokens in flight; with --max-num-batched-tokens {_SMALL_CHUNK} it holds "
+            f"since {chunk} tokens may be in flight; with --max-num-batched-tokens {_SMALL_CHUNK} it holds "
             f"{small}"
         )
