@@ -1,7 +1,7 @@
 """Prefix caching, preemption and the block pool, with carries stored in pages as K and V are."""
 
 import pytest
-from helpers import assert_same, engine, free_blocks, generate, greedy, prompts, scheduler
+from helpers import assert_same, engine, free_blocks, generate, greedy, prompts, scheduler, served_model
 
 SHARED = prompts(1, seed=7)[0] + prompts(10, seed=8)[9] + prompts(10, seed=9)[9]  # 221 tokens
 
@@ -159,6 +159,34 @@ def test_blocks_come_back(exports):
         whole = free_blocks(llm)
         greedy(llm, prompts())
         assert free_blocks(llm) == whole
+
+
+def test_a_cache_that_is_taken_away_is_freed(exports):
+    """vLLM captures graphs with a small cache first, and frees it before it allocates the real one."""
+    import torch
+    from torch.multiprocessing.reductions import StorageWeakRef
+    from vllm.forward_context import ForwardContext, override_forward_context
+    from vllm.v1.worker.utils import clear_layer_kv_caches
+
+    export = exports("plt3")
+    with engine(export) as llm:
+        carry = served_model(llm).model.carry
+        assert_same(export, llm, prompts(5))
+        real = [layer.kv_cache for layer in carry.slices]
+        small = torch.zeros(len(real), 4, *real[0].shape[1:])
+        freed = StorageWeakRef(small.untyped_storage())
+        for layer, cache in zip(carry.slices, small.unbind(), strict=True):
+            layer.kv_cache = cache
+        del cache
+        with override_forward_context(ForwardContext({}, dict.fromkeys(layer.name for layer in carry.slices), {})):
+            assert [view.data_ptr() for _, view in carry.views()] == [small.data_ptr()]
+        del small
+        assert not freed.expired()
+        clear_layer_kv_caches(carry.slices)
+        assert freed.expired()
+        for layer, cache in zip(carry.slices, real, strict=True):
+            layer.kv_cache = cache
+        assert_same(export, llm, prompts(5, seed=1))
 
 
 def test_long_contexts_hold_windows_and_one_carry(exports):

@@ -94,10 +94,24 @@ class CarryBackend(AttentionBackend):
 
 
 class CarrySlice(nn.Module, AttentionLayerBase):
-    """One slice of the carry, which vLLM's model runner treats as an attention layer with its own KV cache."""
+    """One slice of the carry, which vLLM's model runner treats as an attention layer with its own KV cache.
 
-    def __init__(self, name: str, width: int, is_read_at_once: bool, attention: Attention, vllm_config: VllmConfig):
+    Args:
+        views: emptied when the runner sets or takes away the cache. It measures CUDA graphs with a cache that it frees
+            before it allocates the real one; views would keep it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        width: int,
+        is_read_at_once: bool,
+        attention: Attention,
+        views: list[tuple[str, torch.Tensor]],
+        vllm_config: VllmConfig,
+    ):
         super().__init__()
+        self.views = views
         self.name = name
         self.width = width
         self.is_read_at_once = is_read_at_once
@@ -105,6 +119,15 @@ class CarrySlice(nn.Module, AttentionLayerBase):
         self.like = (attention,)  # in a tuple, so that its weights are not registered as this layer's
         self.kv_cache = torch.tensor([])
         register_layer(name, self, vllm_config)
+
+    @property
+    def kv_cache(self) -> torch.Tensor:
+        return self._kv_cache
+
+    @kv_cache.setter
+    def kv_cache(self, cache: torch.Tensor) -> None:
+        self._kv_cache = cache
+        self.views.clear()
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return CarryBackend
@@ -156,12 +179,12 @@ class Carry(nn.Module):
             config.model_config.hf_config, loops, next(few for few in count_from(1) if self._width(few) <= room)
         )
         self.parts, width = self._parts(slices), self._width(slices)
+        self._views: list[tuple[str, torch.Tensor]] = []
         # A loop's shifted keys are read before any of this step's are written.
         self.slices = nn.ModuleList(
-            CarrySlice(f"{prefix}.carry.{first_number + index}", width, KEYS in states, attention, config)
+            CarrySlice(f"{prefix}.carry.{first_number + index}", width, KEYS in states, attention, self._views, config)
             for index in range(slices)
         )
-        self._views: list[tuple[CarrySlice, torch.Tensor]] = []
 
     def _parts(self, slices: int) -> dict[str, tuple[int, int]]:
         """Return for each kind of state (vectors per token, width of one slice's part of a vector)."""
@@ -175,13 +198,13 @@ class Carry(nn.Module):
         """This step's metadata; None in a dry run."""
         return metadata_of(self.slices[0].name)
 
-    def views(self) -> list[tuple[CarrySlice, torch.Tensor]]:
-        """Return one view [slices, blocks, block_size, width] for each group of slices that share a block table."""
-        if not self._views or self._views[0][0].kv_cache.data_ptr() != self._views[0][1].data_ptr():
+    def views(self) -> list[tuple[str, torch.Tensor]]:
+        """Return (a slice's name, view [slices, blocks, block_size, width]) of each group that shares a block table."""
+        if not self._views:
             by_table: dict[int, list[CarrySlice]] = {}
             for layer in self.slices:
                 by_table.setdefault(id(metadata_of(layer.name)), []).append(layer)
-            self._views = [(members[0], self._view(members)) for members in by_table.values()]
+            self._views += [(members[0].name, self._view(members)) for members in by_table.values()]
         return self._views
 
     def _view(self, members: list[CarrySlice]) -> torch.Tensor:
@@ -217,8 +240,8 @@ class Carry(nn.Module):
             states = nn.functional.pad(states, (0, missing))
         states = states.view(count, tokens, len(self.slices), part)
         taken = 0
-        for layer, view in self.views():
-            slots = metadata_of(layer.name).slot_mapping[:tokens]
+        for name, view in self.views():
+            slots = metadata_of(name).slot_mapping[:tokens]
             new = states[:, : len(slots), taken : taken + view.shape[0]].masked_fill((slots < 0)[:, None, None], 0)
             slots = slots.clamp(min=0)
             columns = self._columns(view, kind, loops)
@@ -229,8 +252,8 @@ class Carry(nn.Module):
         """Return a kind of state [loops, R, width] at the position before each request's first new token, or zeros if
         there is no such position."""
         parts = []
-        for layer, view in self.views():
-            metadata = metadata_of(layer.name)
+        for name, view in self.views():
+            metadata = metadata_of(name)
             starts = metadata.query_start_loc
             before = metadata.seq_lens - (starts[1:] - starts[:-1]) - 1
             at = before.clamp(min=0).long()
