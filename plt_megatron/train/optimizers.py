@@ -48,8 +48,9 @@ def build_optimizer(config: RunConfig, ddp: DistributedDataParallel) -> Any:
 
 
 def distributed_parts(optimizer: Any) -> list[DistributedOptimizer]:
-    """Return the distributed optimizers that megatron-core's optimizer consists of."""
-    return getattr(optimizer, "chained_optimizers", [optimizer])
+    """Return the distributed optimizers that megatron-core's optimizer consists of, without stubs: if only experts are
+    trained, the other parameters' optimizer has nothing but its name."""
+    return [part for part in getattr(optimizer, "chained_optimizers", [optimizer]) if not part.is_stub_optimizer]
 
 
 def _groups_built(parts: list[DistributedOptimizer]) -> Iterator[tuple[nn.Parameter, dict[str, Any] | None]]:

@@ -89,6 +89,22 @@ def test_its_average_is_exported(shared_out, tmp_path):
     assert torch.equal(tensors["model.embed_tokens.weight"].float(), embedding.float())
 
 
+def test_experts_alone_are_trained_saved_and_loaded(data, tmp_path, run_distributed):
+    """While they are shared out, megatron-core gives the other parameters an optimizer of nothing."""
+    model = {"moe.num_experts": 4, "moe.ffn_hidden_size": 24}
+    training = {"train_iters": 4, "trainable": ["mlp.experts"]}
+    parallel = {"data_parallel_size": 2, "expert_model_parallel_size": 2}
+    config = run_config("experts", tmp_path, data, model=model, training=training, parallel=parallel)
+    assert run_distributed(train, 2, config) is True
+    before, after = weights(config, 2), weights(config, 4)
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor) != is_trained(["mlp.experts"], name), name
+    again = as_after_step(config, 2, "again", tmp_path / "again", parallel={"expert_model_parallel_size": 1})
+    assert run_distributed(train, 2, again) is True
+    ours, theirs = ([record["loss"] for record in numbers(run)] for run in (again, config))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
 def test_it_begins_with_the_weights_of_a_run_that_trained_all(data, tmp_path, run_distributed):
     whole = run_config("whole", tmp_path, data, training={"train_iters": 3})
     assert run_distributed(train, 1, whole) is True
