@@ -8,7 +8,7 @@ optimizer's step is another candidate for the peak.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from plt_megatron.config import derived
@@ -229,7 +229,7 @@ def _stage_memory(step: Step, stage: Stage) -> MemoryEstimate:
         held += Counter(persistent_bytes(stage.experts, config, layout))
     held["inputs"] = _inputs(config, layout)
     if config.training.fp8 is not None:
-        held["FP8 weights"] = int(FP8_COPIES * stage.parameters.layers * _layers_in_fp8(config, stage.layers))
+        held["FP8 weights"] = int(FP8_COPIES * _parameters_in_fp8(config, stage))
     player = MemorySimulator(step, stage)
     count = enough_microbatches(layout.pipeline, layout.microbatches)
     for each in passes(layout.pipeline, stage.index, config.model.loop_count, count):
@@ -240,8 +240,15 @@ def _stage_memory(step: Step, stage: Stage) -> MemoryEstimate:
     return MemoryEstimate(stage.index, {name: int(held[name]) for name in COMPONENTS}, phase)
 
 
-def _layers_in_fp8(config: RunConfig, layers: range) -> float:
-    """Return the share of a stage's layers whose linear layers run in FP8."""
+def _parameters_in_fp8(config: RunConfig, stage: Stage) -> float:
+    """Return how many of a rank's parameters belong to linear layers in FP8, its experts included."""
+    experts = [layer for layer in stage.layers if layer in derived.expert_layers(config.model)]
+    counted = stage.parameters
+    return counted.layers * _share_in_fp8(config, stage.layers) + counted.experts * _share_in_fp8(config, experts)
+
+
+def _share_in_fp8(config: RunConfig, layers: Sequence[int]) -> float:
+    """Return the share of these layers whose linear layers run in FP8."""
     fp8, last = config.training.fp8, config.model.num_layers
     assert fp8 is not None, "the caller asks"
     if fp8.num_layers_at_start_in_bf16 == fp8.num_layers_at_end_in_bf16 == 0:

@@ -359,6 +359,17 @@ def test_fp8_is_faster_and_keeps_copies_of_the_weights():
         estimate_run(run(training={"fp8.format": "hybrid"}), gpu="a100")
 
 
+def test_fp8_keeps_copies_of_the_rank_s_experts_too():
+    """Of those whose layers are in FP8: here five of eight, of which the first two are dense."""
+    model = {"moe.num_experts": 8, "moe.ffn_hidden_size": 256, "moe.first_k_dense_replace": 2}
+    fp8 = {"fp8.format": "hybrid", "fp8.num_layers_at_end_in_bf16": 3}
+    config = run(model, fp8, expert_model_parallel_size=4)
+    copies = estimate_run(config, world_size=4).memory[0].components["FP8 weights"]
+    held = count_rank_parameters(config.model, 1000, ParallelLayout(expert=4))
+    assert held.experts == 6 * 2 * 3 * 512 * 256  # layers, experts of a rank, matrices
+    assert copies == int(2 * (held.layers * 5 / 8 + held.experts * 3 / 6))
+
+
 def test_errors():
     with pytest.raises(UserError, match="vocabulary"):
         estimate_run(run(model={"vocab_size": None}))
