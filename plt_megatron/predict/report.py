@@ -54,7 +54,8 @@ def print_estimate(options: Namespace, tokenizer_size: Callable[[str], int]) -> 
     if options.search:
         return _answer_search(options, config, vocab_size, world_size or layout_of(config).world_size)
     capability = find_gpu_spec(options.gpu).capability
-    problems = find_problems(config, world_size=world_size, check_files=False, capability=capability)
+    have_te = capability is not None  # the estimate assumes Transformer Engine on these cards
+    problems = find_problems(config, world_size=world_size, check_files=False, have_te=have_te, capability=capability)
     if problems:
         raise UserError("\n".join(problems))
     estimate = estimate_run(

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from plt_megatron.config.derived import num_query_groups
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.rules.parallel import uneven_settings
 from plt_megatron.config.schema import ParallelConfig, RunConfig
@@ -84,7 +85,8 @@ def search(
     for overrides in _layouts(config, world_size, gpus_per_node):
         tried += 1
         changed = _changed(config, overrides)
-        found = find_problems(changed, world_size=world_size, check_files=False, capability=capability)
+        have_te = capability is not None  # as the estimate assumes on these cards
+        found = find_problems(changed, world_size=world_size, check_files=False, have_te=have_te, capability=capability)
         if found:
             problems.update(found)
             continue
@@ -120,6 +122,7 @@ def _layouts(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterator
             sizes |= _even_stages(config)
         if context == config.parallel.context_parallel_size == 1:
             del sizes["parallel.context_parallel_size"]
+        sizes |= _exchanges(config, tensor, context)
         micro_batches = _micro_batches(config.training.global_batch_size // data, pipeline)
         dense = config.model.moe is None
         sequence = ((False, True) if dense else (True,)) if tensor > 1 else (False,)
@@ -159,6 +162,23 @@ def _even_stages(config: RunConfig) -> dict[str, object]:
     """Return overrides that undo an uneven division of layers, which was meant for another number of stages."""
     default = ParallelConfig()
     return {f"parallel.{name}": getattr(default, name) for name in uneven_settings(config.parallel)}
+
+
+def _exchanges(config: RunConfig, tensor: int, context: int) -> dict[str, object]:
+    """Return overrides of how ranks exchange parts of a sequence that Transformer Engine's attention needs: `a2a` for
+    packed documents, and not `a2a` where the ranks outnumber the heads."""
+    if context == 1 or config.model.backend == "torch":
+        return {}
+    changes: dict[str, object] = {}
+    for name in ("cp_comm_type", "window_cp_comm_type"):
+        kind = getattr(config.parallel, name)
+        if config.data.reset_at_document_boundaries:
+            wanted = "a2a"
+        else:
+            wanted = "all_gather" if kind == "a2a" and num_query_groups(config.model) % (tensor * context) else kind
+        if wanted != kind:
+            changes[f"parallel.{name}"] = wanted
+    return changes
 
 
 def _experts(config: RunConfig, ranks: int) -> list[dict[str, object]]:

@@ -72,6 +72,12 @@ def test_of_a_shipped_file_nothing_is_reported(name, cards):
     assert done.stderr == "" and "problem" not in done.stdout and "FLOPs" in done.stdout
 
 
+def test_what_transformer_engine_would_refuse_is_refused(capsys):
+    settings = ["model.vocab_size=8000", "data.tokenizer=null", "parallel.context_parallel_size=2"]
+    assert main(["configs/runs/plt2_1b.yaml", *settings, "parallel.data_parallel_size=4"]) == 2
+    assert "cp_comm_type p2p with data.reset_at_document_boundaries" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["--nodes", "--gpus-per-node", "--processes"])
 def test_none_of_what_there_must_be_is_refused(option, capsys):
     assert main(["configs/runs/plt2_tiny.yaml", option, "0"]) == 2

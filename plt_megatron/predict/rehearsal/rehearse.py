@@ -77,7 +77,8 @@ def rehearse(
         UserError: the configuration does not fit this world, or cannot be rehearsed.
     """
     capability = find_gpu_spec(gpu).capability
-    problems = find_problems(config, world_size=world_size, check_files=False, capability=capability)
+    have_te = capability is not None  # the run would have Transformer Engine on these cards
+    problems = find_problems(config, world_size=world_size, check_files=False, have_te=have_te, capability=capability)
     if problems:
         raise UserError("\n".join(problems))
     given = config

@@ -113,6 +113,7 @@ def test_search_that_finds_nothing_names_the_nearest_and_fails():
             [RUN, "--nodes", "3"],
             "error: configs/runs/plt2_1b.yaml:12: training.global_batch_size 1024 is not divisible by 96",
         ),
+        ([RUN, "--layout", "CP2 DP4"], "parallel.cp_comm_type p2p with data.reset_at_document_boundaries"),
         ([RUN, "--nodes", "0"], "error: --nodes must be at least 1"),
         ([RUN, "--batch", "0"], "error: --batch must be at least 1"),
         ([RUN, "--nodes", "3", "--search"], "error: 24 ranks cannot be arranged"),

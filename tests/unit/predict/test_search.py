@@ -75,11 +75,26 @@ def _plain(candidate):
 
 
 def test_long_sequences_are_shared_out():
-    config = load_config(RUN, ["data.sequence_length=131072"])
+    config = load_config(RUN, ["data.sequence_length=131072", "data.reset_at_document_boundaries=false"])
     found = search(config, gpu="h100", world_size=64, gpus_per_node=8)
+    assert not [each for each in found.fitting if _refused_by_transformer_engine(config, each)]
     contexts = {each.estimate.layout.context for each in found.fitting}
     assert {2, 4, 8, 16} <= contexts and max(contexts) == 32, "4,096 tokens a rank are left"
     assert found.fitting[0].estimate.layout.context > 1
+
+
+def test_packed_documents_are_exchanged_as_transformer_engine_can():
+    """By heads, of which there are eight."""
+    config = load_config(ROOT / "configs/runs/plt2_1b.yaml", ["data.sequence_length=32768"])
+    config.training.global_batch_size = 16
+    found = search(config, gpu="h100", world_size=8, gpus_per_node=8, vocab_size=100278)
+    assert {2, 4, 8} <= {each.estimate.layout.context for each in found.fitting}
+    assert not [each for each in found.fitting if _refused_by_transformer_engine(config, each)]
+
+
+def _refused_by_transformer_engine(config, candidate):
+    changed, ranks = searching._changed(config, candidate.overrides), candidate.estimate.world_size
+    return find_problems(changed, world_size=ranks, check_files=False, have_te=True, capability=(9, 0))
 
 
 def test_deepspeeds_stages_are_tried():
@@ -95,7 +110,7 @@ def test_deepspeeds_stages_are_tried():
 
 
 def test_what_is_not_estimated_would_not_fit(monkeypatch):
-    config, estimated = load_config(RUN), []
+    config, estimated = load_config(RUN, ["model.backend=torch"]), []
     monkeypatch.setattr(searching, "estimate_run", lambda *args, **kw: estimated.append(1) or estimate_run(*args, **kw))
     found = search(config, gpu="a100-40gb", world_size=16, gpus_per_node=8)
     fitting = [
