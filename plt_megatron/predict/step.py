@@ -16,9 +16,10 @@ from typing import Self
 
 from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
+from plt_megatron.model.parameters import Component
 from plt_megatron.predict.activations import Activations
 from plt_megatron.predict.cards import GPUSpec
-from plt_megatron.predict.flops import Flops, Parts, step_flops_per_token
+from plt_megatron.predict.flops import TRAINING_OVER_FORWARD, Flops, Parts, step_flops_per_token
 from plt_megatron.predict.held import Stage, stages_of
 from plt_megatron.predict.layout import Layout, bubble_fraction
 from plt_megatron.predict.parameters import FFN, Weights
@@ -80,12 +81,25 @@ class Step:
 
 
 def share_of_stage(flops: Flops, config: RunConfig, layout: Layout, stage: int) -> Flops:
-    """Return a pipeline stage's part of the FLOPs: its layers and, in the last stage, the output layer."""
-    model, layers = config.model, layout.stage_layers(config.model.num_layers)[stage]
-    weights = Weights(model)
-    ffn = flops.ffn * weights.matmuls(layers, *FFN) / weights.matmuls(range(model.num_layers), *FFN)
-    output = flops.output if stage == layout.pipeline - 1 else 0.0
-    return dataclasses.replace(flops.times(len(layers) / model.num_layers), ffn=ffn, output=output)
+    """Return a pipeline stage's part of the FLOPs: its layers, of which other weights may be frozen than of the other
+    stages', and, in the last stage, the output layer."""
+    layers, every = layout.stage_layers(config.model.num_layers)[stage], range(config.model.num_layers)
+    weights, trained = Weights(config.model), Weights.trained(config)
+
+    def part(whole: float, *components: Component) -> float:
+        def products(where: range) -> int:
+            untrained = (TRAINING_OVER_FORWARD - 1) * weights.matmuls(where, *components)
+            return untrained + trained.matmuls(where, *components)
+
+        return whole * products(layers) / max(1, products(every))
+
+    return dataclasses.replace(
+        flops.times(len(layers) / len(every)),
+        projections=part(flops.projections, "attention"),
+        ffn=part(flops.ffn, *FFN),
+        gate=part(flops.gate, "gates"),
+        output=flops.output if stage == layout.pipeline - 1 else 0.0,
+    )
 
 
 # Bytes that the optimizer moves per parameter it owns: it reads gradient, main weight and two moments, writes the last

@@ -50,14 +50,17 @@ WAYS: dict[str, dict[str, Any]] = {
     "allgather": {"moe_token_dispatcher_type": "allgather"},
     "uneven": {"num_layers_in_first_pipeline_stage": 1},
     "ends": ENDS,
+    "recomputed": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
 }
+# .. -> what of the model is trained.
+TRAINED = {"top": ["layers.1"], "gates": ["plt_gate"]}
 
 
 def run_config(case: str) -> RunConfig:
     """A small model, tied embeddings included, in a layout as in "TP2 SP DP2 EP2 overlap"; with experts if it has EP.
 
     Further words: `Muon`; `average`, a moving average of the weights; `span`, layers that run once; `losses`, one for
-    each loop; `batches`, larger ones first.
+    each loop; `batches`, larger ones first; `layerwise`, all loops of a layer before the next; those of `TRAINED`.
     """
     words = case.split()
     layout = Layout.of(" ".join(word for word in words if re.fullmatch(r"SP|[A-Z]{2}\d", word)))
@@ -71,6 +74,8 @@ def run_config(case: str) -> RunConfig:
             num_layers=layers,
             loop_count=3 if "span" in words else 2,
             loop_span=[1, 3] if "span" in words else None,
+            loop_order="layer" if "layerwise" in words else "stack",
+            cross_loop_parallel="layerwise" not in words,
             gate_input="hidden" if "span" in words else "query",
             hidden_size=128 if layout.tp == 4 else 64,  # padding of the smaller one would be 1 %
             ffn_hidden_size=128,
@@ -89,6 +94,7 @@ def run_config(case: str) -> RunConfig:
             batch_schedule=[BatchStage(128 * batch, 2 * batch)] if "batches" in words else [],
             loop_loss_weights=[0.5] if "losses" in words else [],
             ema_decay=0.9 if "average" in words else None,
+            trainable=[pattern for word in words for pattern in TRAINED.get(word, [])],
         ),
         parallel=ParallelConfig(**parallel),
         optimizer=OptimizerConfig(name="muon" if "Muon" in words else "adam"),

@@ -23,9 +23,12 @@ def rehearsed(*cases: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+SOUND = ["layerwise recomputed", "DP2 gates"]
+
+
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    return rehearsed("TP2 PP2", "TP2 PP2 batches")
+    return rehearsed("TP2 PP2", "TP2 PP2 batches", "PP2 top", *SOUND)
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +39,12 @@ def faulty() -> dict[str, Any]:
 def assert_as_real(run_distributed: Any, layout: str, found: dict[str, Any], folder: Path) -> None:
     config = run_config(layout)
     real = run_distributed(record_real, layout_of(config).world_size, config, folder, all_ranks=True)
-    assert len(found["calls"]) >= 3
+    assert len(found["calls"]) >= min(3, len(real))
     for rank, calls in found["calls"].items():
         assert len(calls) > 20 and calls == real[int(rank)]["calls"], f"{layout}: rank {rank}"
     for rank, theirs in enumerate(real):
         assert len(theirs["written"]) > 3 and found["written"][str(rank)] == theirs["written"], f"{layout}: rank {rank}"
-    assert found["problems"] == [] and found["matched"] > 50
+    assert found["problems"] == [] and found["matched"] > 40
 
 
 def test_groups_bytes_and_order_are_those_of_the_real_run(run_distributed, found, tmp_path):
@@ -49,6 +52,20 @@ def test_groups_bytes_and_order_are_those_of_the_real_run(run_distributed, found
     off = dict(found["TP2 PP2"]["differences"])
     assert abs(off["FLOPs"]) < 1e-3 and len(off) >= 7
     assert all(abs(difference) < 0.01 for what, difference in off.items() if "bytes" in what)
+
+
+def test_a_stage_that_trains_nothing_is_as_in_the_real_run(run_distributed, found, tmp_path):
+    """It has the parameter groups of the others, and no gradients of weights."""
+    assert_as_real(run_distributed, "PP2 top", found["PP2 top"], tmp_path)
+    off = [value for what, value in found["PP2 top"]["differences"] if what == "FLOPs"]
+    assert len(off) == 2 and off == pytest.approx([0, 0], abs=1e-6)
+
+
+@pytest.mark.parametrize("case", SOUND)
+def test_nothing_is_wrong_with_what_is_recomputed_layer_by_layer_or_hardly_trained(found, case):
+    """What runs again is no work of the model, in either order of loops, and padding is no traffic amiss."""
+    assert found[case]["problems"] == []
+    assert abs(dict(found[case]["differences"])["FLOPs"]) < 1e-6
 
 
 def test_of_a_run_with_other_batches_before_the_last_step_is_compared(found):

@@ -37,6 +37,7 @@ from plt_megatron.predict.rehearsal.observer import Observer, plausible_value
 from plt_megatron.predict.rehearsal.record import Log
 from plt_megatron.runtime.cpu_runtime import Event, Stream
 
+_A_GROUP = [(None, False)]  # megatron-core's key of parameters that are no experts, with the rates of all
 # Number of groups the world creates, by megatron-core's description.
 groups_made: Counter[str] = Counter()
 _new_group = dist.new_group
@@ -44,11 +45,15 @@ _new_group = dist.new_group
 
 def join_fake_world(rank: int, world_size: int, log: Log) -> None:
     """Become `rank` of `world_size` ranks, in a process that does nothing else. `log` records exchanges of Python
-    objects, to which all ranks are assumed to contribute the same."""
+    objects, to which all ranks are assumed to contribute the same.
+
+    An empty list is what a stage without trained parameters has of the keys of megatron-core's parameter groups: the
+    others have some, so that its optimizer has groups too, without parameters.
+    """
 
     def all_gather_object(found: list[Any], given: Any, group: Any = None) -> None:
         log.add_objects("all_gather_object", group)
-        found[:] = [given] * len(found)
+        found[:] = [_A_GROUP if given == [] else given] * len(found)
 
     def gather_object(given: Any, found: list[Any] | None = None, dst: Any = None, group: Any = None, **_: Any) -> None:
         log.add_objects("gather_object", group)

@@ -98,11 +98,12 @@ class Observer:
             self.flops["batched" if "bmm" in func._schema.name else "linear"] += flops
 
     def enter_layer(self) -> None:
-        """Note that a layer's forward, or its core attention's, starts; in a backward pass this is recomputation."""
+        """Note that a layer's forward, or its core attention's or FFN's, starts; in a backward pass this is
+        recomputation."""
         self._recomputing += self.log.phase.startswith("backward")
 
     def leave_layer(self) -> None:
-        """Note that the layer's forward, or its core attention's, has ended."""
+        """Note that this forward has ended."""
         self._recomputing -= self.log.phase.startswith("backward")
 
     def waits_for_device(self, what: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -116,10 +117,10 @@ def _mark_phases(engine: MegatronEngine, observer: Observer, record: RankRecord)
     engine.times = _Phases(observer)
     stage = engine.stage
     for layer in stage.decoder.layers:
-        for module in (layer, layer.self_attention.core_attention):
+        for module in (layer, layer.self_attention.core_attention, layer.mlp):
             module.register_forward_pre_hook(lambda *_: observer.enter_layer())
             module.register_forward_hook(lambda *_: observer.leave_layer())
-    run_loop, embed = stage.run_loop, stage.embed
+    run_loop, embed, run_layer_by_layer = stage.run_loop, stage.embed, stage._run_layer_by_layer
 
     def enter(context: Any) -> bool:
         in_step = observer.log.phase != "validation"
@@ -131,15 +132,17 @@ def _mark_phases(engine: MegatronEngine, observer: Observer, record: RankRecord)
         enter(context)  # a prelude runs before the first loop, possibly after another microbatch's backward
         return embed(batch, context)
 
-    def marked(batch: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
+    def marked(run: Callable[..., Any], batch: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
         in_step = enter(context)
-        out = run_loop(batch, context, *args, **kwargs)
+        out = run(batch, context, *args, **kwargs)
         if in_step and out.requires_grad:
             out.register_hook(lambda grad: setattr(observer.log, "phase", f"backward {context.loop}"))
         record.shapes[f"loop {context.loop}'s output"] = f"{list(out.shape)} {str(out.dtype).removeprefix('torch.')}"
         return out
 
-    stage.run_loop, stage.embed = marked, embedded  # type: ignore[method-assign]
+    stage.run_loop, stage.embed = partial(marked, run_loop), embedded  # type: ignore[method-assign]
+    # Layer by layer, the loops take turns: a microbatch has one phase each way, numbered 1.
+    stage._run_layer_by_layer = partial(marked, run_layer_by_layer)  # type: ignore[method-assign]
 
 
 class _Phases(StepTimes):

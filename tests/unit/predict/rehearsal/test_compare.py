@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from plt_megatron.config.loader import load_config
-from plt_megatron.predict.rehearsal.compare import memory_problems, saving_problems
+from plt_megatron.predict.rehearsal.compare import Difference, memory_problems, saving_problems
 from plt_megatron.predict.rehearsal.record import Box, RankRecord, Saving
 from plt_megatron.predict.run_estimate import RunEstimate, estimate_run
 
@@ -24,6 +24,14 @@ def test_what_stood_in_for_transformer_engine_does_not_count(micro_batch, proble
     found = memory_problems([record], rehearsed, given)
     assert len(found) == problems
     assert all(f"{given.memory[0].total_bytes:,}" in line and "rank 3" in line for line in found)
+
+
+def test_padding_is_right_where_little_is_sent_and_nothing_at_all_is_not():
+    def wrong(rehearsed: float, padding: int = 1000) -> bool:
+        return Difference("bytes sent", "gradient reduction", 0, rehearsed, 500, padding=padding).is_wrong
+
+    assert [wrong(sent) for sent in (0, 400, 500, 1500, 1501)] == [True, True, False, False, True]
+    assert wrong(1500, padding=0)
 
 
 def problems(*boxes: Box, shape: tuple[int, ...] = (4, 6)) -> list[str]:
