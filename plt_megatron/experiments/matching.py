@@ -88,6 +88,9 @@ def _match_flops(config: RunConfig, reference: RunConfig, vocab: int) -> Matched
     fitting = max(1, batches.steps(int(wanted)))
     steps = min(fitting, fitting + 1, key=lambda steps: abs(batches.tokens(steps) - wanted))
     training = dataclasses.replace(config.training, train_iters=steps, train_tokens=None)
+    if config.training.train_tokens is not None and config.training.batch_schedule:
+        # Steps differ in tokens: the learning rate's clock, which counts what the length counts, stays the reference's.
+        training = dataclasses.replace(config.training, train_tokens=batches.tokens(steps))
     held = dataclasses.replace(config, training=training)
     deviation = run_tokens(held) * flops_per_token(held, vocab) / target - 1
     return MatchedConfig(held, deviation, f"tokens {run_tokens(held):,}")

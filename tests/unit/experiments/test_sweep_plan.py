@@ -9,7 +9,9 @@ import pytest
 import yaml
 from sweep_helpers import LOOPS, plan_of, saved_plan
 
+from plt_megatron.config import derived
 from plt_megatron.config.loop_schedule import with_loop_count
+from plt_megatron.config.schedules import BatchSchedule
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.sweep_plan import FILE_NAME, config_path, load_plan, merge
 from plt_megatron.predict.decode_cost import decode_cost
@@ -52,6 +54,21 @@ def test_equal_training_flops_count_the_steps_of_a_batch_schedule(tmp_path):
     assert one.tokens == 32 * (2 * 32 + 6 * 68), "32 steps end at 2,048 tokens"
     for run in others:
         assert abs(run.total_flops - one.total_flops) <= run.flops_per_token * 6 * 32 / 2
+
+
+def test_equal_training_flops_leave_the_learning_rates_clock(tmp_path):
+    """In tokens, when steps differ in them: half the tokens are half the schedule, in every run."""
+    ramp = ("training.batch_schedule=[{until: 6400, global_batch_size: 2}]", "training.global_batch_size=8")
+    length = ("training.train_iters=null", "training.train_tokens=25600")
+    runs = first_seed(plan_of(tmp_path, match_on("training_flops"), (*ramp, *length)))
+    assert len({run.tokens for run in runs}) == 3
+    for run in runs:
+        steps = derived.train_iters(run.config)
+        for step in (steps // 4, steps // 2, steps):
+            tokens = BatchSchedule(run.config).tokens(step) / run.tokens
+            assert derived.lr_position(run.config, step) / derived.lr_iters(run.config) == pytest.approx(
+                tokens, abs=0.02
+            )
 
 
 def test_a_curriculum_is_an_axis_and_costs_what_its_stages_cost(tmp_path):
