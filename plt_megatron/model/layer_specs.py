@@ -2,8 +2,8 @@
 
 A mixture of experts has megatron-core's router, dispatchers and experts; only its router knows its loop. Each loop of a
 layer routes again and has its own auxiliary losses: a model of L loops has L times as many as a plain one. Their
-gradients are the same in every layout: megatron-core multiplies them by the number of tokens in a microbatch, and all
-gradients are divided by the step's number of tokens at the end.
+gradients are the same in every layout: megatron-core multiplies them by the number of tokens in a microbatch, the
+engine by the share of the step's tokens that count in the loss, and all gradients are divided by those at the end.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -66,6 +67,7 @@ class MegatronEngine(Engine):
         self.scheduler = LearningRate(config, self.optimizer)
         self.state = MegatronState(config, self.stage, distributed_parts(self.optimizer), matrices)
         self._expected = ExpectedGradients(self.ddp)
+        self._counted_share = torch.ones(1, device=torch.cuda.current_device())
         self._chunks: dict[int, tuple[list[LoopChunk], Any]] = {}
 
     def train_step(
@@ -83,6 +85,8 @@ class MegatronEngine(Engine):
         self.optimizer.zero_grad()
         self._expected.begin(loop_count, unused)
         with self.times.measure("forward_backward"):
+            if self.stage.config.moe_aux_loss_coeff or self.stage.config.moe_z_loss_coeff:
+                self._counted_share = self._share_that_counts(batches)
             total = self._run(batches, loop_count, forward_only=False)
             self.optimizer.prepare_grads()
             # The only point in a step where the host waits for the GPU.
@@ -99,6 +103,20 @@ class MegatronEngine(Engine):
                 before.restore()
         self.scheduler.count_step()
         return result
+
+    def _share_that_counts(self, batches: list[MicroBatch]) -> Tensor:
+        """Return the share of the step's tokens that count in the loss, float32 [1], equal on all ranks.
+
+        megatron-core multiplies experts' auxiliary losses by the number of all tokens, but divides gradients by the
+        number that counts. Times the whole step's share, their means weigh the same with any loss mask, in any layout.
+        """
+        counts = [
+            batch.tokens.numel() if batch.loss_mask is None else batch.loss_mask.sum(dtype=torch.float64)
+            for batch in batches
+        ]
+        counted = torch.zeros(1, dtype=torch.float64, device=torch.cuda.current_device()) + sum(counts)
+        dist.all_reduce(counted, group=self.groups.dp)
+        return (counted / (self.groups.dp.size() * sum(batch.tokens.numel() for batch in batches))).float()
 
     def _clip(self, grad_norm: float) -> None:
         if self.config.optimizer.clip_grad == 0:
@@ -166,6 +184,7 @@ class MegatronEngine(Engine):
             config.no_sync_func = self.ddp.no_sync
             config.finalize_model_grads_func = self._finalize
             config.grad_scale_func = None
+            config.moe_grad_scale_func = lambda: self._counted_share
             self._chunks[loop_count] = build_chunks(self.stage, config, loop_count), config
         return self._chunks[loop_count]
 

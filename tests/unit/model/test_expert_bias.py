@@ -1,4 +1,5 @@
-"""Biases of experts: how a step moves them, against counts of the plain model, and what must not move them."""
+"""Balance of experts: how a step moves their biases, against counts of the plain model, what must not move them, and
+what auxiliary losses weigh."""
 
 from __future__ import annotations
 
@@ -124,3 +125,27 @@ def test_biases_even_out_the_load():
 def test_a_model_without_biases_has_none():
     engine = engine_of(**{"moe.router_bias_update_rate": None})
     assert not biases(engine) and all(count is None for count in counts(engine))
+
+
+@pytest.mark.parametrize("losses", [{"moe.aux_loss_coeff": 0.1}, {"moe.aux_loss_coeff": 0.0, "moe.z_loss_coeff": 0.1}])
+def test_auxiliary_losses_weigh_the_same_with_any_loss_mask(losses):
+    """Gradients are divided by the tokens that count, here all or one of eight, more of them in some microbatches."""
+    off = {"moe.aux_loss_coeff": 0.0, "moe.router_bias_update_rate": None}
+    parts = []
+    for share in (1.0, 0.125):
+        own, rest = (router_gradients(engine_of(**{**off, **changes}), share) for changes in (losses, {}))
+        parts.append({name: own[name] - rest[name] for name in own})
+    for name, part in parts[0].items():
+        assert part.norm() > 1e-3
+        torch.testing.assert_close(part, parts[1][name], rtol=1e-3, atol=1e-5)
+
+
+def router_gradients(engine: Any, share: float) -> dict[str, Tensor]:
+    """Of a step in which this share of the tokens counts in the loss."""
+    batches = jobs.batches_of(1)
+    for index, batch in enumerate(batches):
+        order = torch.rand(batch.tokens.shape, generator=torch.Generator().manual_seed(index))
+        batch.loss_mask = (order <= share * (0.5 if share < 1 and index % 2 else 1)).float()
+    engine.train_step(batches, lambda loss, norm: False)
+    named = engine.stage.named_parameters()
+    return {name: each.main_grad.clone() for name, each in named if name.endswith("router.weight")}
