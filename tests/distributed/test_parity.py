@@ -321,7 +321,9 @@ def test_dense_layers_before_experts(check, layout):
 @pytest.mark.slow
 def test_dense_layers_before_experts_with_muon_and_in_a_prelude(check):
     half = {"moe.first_k_dense_replace": 2, **BIASES}
-    muon = replace(_expert_case(2, overlap=True, **half), optimizer={"name": "muon"})
+    # With the cases' own coefficient even one process's second norm moves by 8e-5 with the size of microbatches.
+    muon = _expert_case(2, overlap=True, **half)
+    muon = replace(muon, model={**muon.model, "moe.aux_loss_coeff": 0.04}, optimizer={"name": "muon"})
     span = _expert_case(3, **half, loop_span=(2, 4))
     check(Layout(dp=2, ep=2), [muon, span], "dense layers before experts", ["PLT-2, Muon", "PLT-3, prelude"])
 

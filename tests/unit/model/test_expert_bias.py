@@ -130,7 +130,7 @@ def test_a_model_without_biases_has_none():
 @pytest.mark.parametrize("losses", [{"moe.aux_loss_coeff": 0.1}, {"moe.aux_loss_coeff": 0.0, "moe.z_loss_coeff": 0.1}])
 def test_auxiliary_losses_weigh_the_same_with_any_loss_mask(losses):
     """Gradients are divided by the tokens that count, here all or one of eight, more of them in some microbatches."""
-    off = {"moe.aux_loss_coeff": 0.0, "moe.router_bias_update_rate": None}
+    off = {"num_layers": 1, "loop_count": 2, "moe.aux_loss_coeff": 0.0, "moe.router_bias_update_rate": None}
     parts = []
     for share in (1.0, 0.125):
         own, rest = (router_gradients(engine_of(**{**off, **changes}), share) for changes in (losses, {}))
