@@ -1,11 +1,14 @@
 """Training: loss, gradient checkpointing, Trainer, devices."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from plt_megatron.hf.modeling_plt import CACHE_NAME, PLTForCausalLM
 from tests.hf.tiny import ABLATIONS, PATHS, VARIANTS, decode, full, make_model, make_tokens
+from tests.running import run
 
 ALL = {**ABLATIONS, **VARIANTS, **PATHS}
 
@@ -130,10 +133,18 @@ def test_device_map(experts, tmp_path):
     assert torch.equal(text, model.generate(tokens, max_new_tokens=8, do_sample=False, pad_token_id=0))
 
 
-@pytest.mark.parametrize("name", ["plt", "loopcoder", "learned_shift"])
-def test_device_map_of_two_gpus(name):
-    """accelerate puts the final norm and the loops' input where the last layers are."""
+def test_device_map_of_two_gpus():
+    """accelerate puts the final norm and the loops' input where the last layers are.
+
+    In a process of its own: in the others of this suite, the CPU runtime turns CUDA devices into the CPU.
+    """
     pytest.importorskip("accelerate")
+    names = ("plt", "loopcoder", "learned_shift")
+    calls = "; ".join(f"decode_on_two_gpus({name!r})" for name in names)
+    run([sys.executable, "-c", f"from tests.hf.test_hf_training import decode_on_two_gpus; {calls}"])
+
+
+def decode_on_two_gpus(name):
     from accelerate import infer_auto_device_map
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
     from torch._subclasses.fake_tensor import FakeTensorMode

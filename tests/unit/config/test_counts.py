@@ -14,7 +14,7 @@ from tests.fuzz.sections import optional_sections
 
 SETTINGS = 182
 ALWAYS_THERE = 139  # of them outside of sections that are off by default
-REFUSALS = 113
+REFUSALS = 114
 
 
 def settings() -> list[str]:
