@@ -223,11 +223,12 @@ def test_a_process_beside_training_is_no_rank_and_is_seen_to_move(tmp_path, monk
     (tmp_path / "plt_megatron/__init__.py").touch()
     (tmp_path / "plt_megatron/__main__.py").write_text(
         "import os, sys\nassert 'RANK' not in os.environ\nprint('ready', file=sys.stderr, flush=True)\n"
-        "os.open(sys.argv[2], os.O_RDONLY)\nopen(__file__).read()\nos.open(sys.argv[2], os.O_RDONLY)\n"
+        "os.open(sys.argv[2], os.O_RDONLY)\nopen(__file__).read()\nos.open(sys.argv[3], os.O_RDONLY)\n"
     )
-    fifo = tmp_path / "fifo"
-    subprocess.run(["mkfifo", fifo], check=True)
-    process = exports.BesideProcess(["mover", str(fifo)], tmp_path / "log")
+    # Two pipes: a second open of the first could succeed before its writer has closed it.
+    fifo, never = tmp_path / "fifo", tmp_path / "never"
+    subprocess.run(["mkfifo", fifo, never], check=True)
+    process = exports.BesideProcess(["mover", str(fifo), str(never)], tmp_path / "log")
     while not (tmp_path / "log").read_text():
         time.sleep(0.01)
     while (quiet := process.quiet_seconds()) < 0.05:  # it may be on its way from there to the pipe
