@@ -35,7 +35,7 @@ from plt_megatron.commands import GROUPS
 from plt_megatron.config import yaml_nodes
 from plt_megatron.config.fields import field_types, section_of
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.data import indexed
+from plt_megatron.data.indexed import mask_path
 from plt_megatron.demo.steps import Step, run_step
 from plt_megatron.errors import UserError, run_command
 from plt_megatron.run_folder.files import write_json, write_text
@@ -104,7 +104,7 @@ def make_steps(folder: Path, model: Path, *, given: bool) -> Iterator[Step]:
     made = []
     for part, lines in texts.items():
         prefix = folder / part
-        outputs = [Path(f"{prefix}{suffix}") for suffix in (".bin", ".idx", indexed.SUFFIX)]
+        outputs = [Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), mask_path(prefix)]
         tokenize = partial(plt, "preprocess", "--chat", "--input", lines)
         tokenize = partial(tokenize, "--tokenizer", folder / "one/tokenizer", "--output-prefix", prefix)
         yield Step(f"{part}_data", f"tokenize: {part}", "", [lines, model], outputs, tokenize)

@@ -45,7 +45,7 @@ def _parser() -> CommandParser:
 
 
 def _average(arguments: argparse.Namespace) -> None:
-    from plt_megatron.hf.averaging import AverageOptions, find_checkpoints
+    from plt_megatron.hf.averaged_checkpoints import AverageOptions, find_checkpoints
 
     options = AverageOptions(**vars(arguments))
     find_checkpoints(options)

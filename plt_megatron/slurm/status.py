@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.folder import CONFIG, RunFolder, runs_named
@@ -19,7 +19,9 @@ from plt_megatron.run_folder.status import RunStatus, read_run_status
 from plt_megatron.run_folder.text import format_duration, format_table, plural
 from plt_megatron.slurm import client
 from plt_megatron.slurm.run_files import jobs_of, log_of
-from plt_megatron.slurm.submission import Submission
+
+if TYPE_CHECKING:
+    from plt_megatron.slurm.submission import Submission  # which imports all that a submission checks
 
 
 @dataclass(frozen=True)

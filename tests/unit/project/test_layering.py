@@ -147,6 +147,43 @@ def test_imports_are_relative_only_in_what_an_export_takes_along():
     assert not re.search(r"^\s*(from|import) plt_megatron", modeling, re.MULTILINE)
 
 
+def test_what_commands_check_first_imports_nothing_heavy():
+    """A wrong checkpoint, folder or setting is refused at once, not after seconds of imports."""
+    first = ("hf.averaged_checkpoints", "hf.arguments", "config.validation", "predict.report", "slurm.submission")
+    imports = "; ".join(f"import plt_megatron.{module}" for module in first)
+    run([sys.executable, "-c", f"import sys; {imports}; assert not sys.modules.keys() & set({HEAVY})"])
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("benchmarks/*.py")), ids=lambda path: path.name)
+def test_a_benchmark_uses_names_that_exist(script):
+    """Some run for minutes or need a GPU, so that no other test would notice."""
+    known, imported = modules(), {}
+    tree = ast.parse(script.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("plt_megatron"):
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                assert name in known or alias.name in names_of(known[node.module]), name
+                if name in known:
+                    imported[alias.asname or alias.name] = names_of(known[name])
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in imported:
+            assert node.attr in imported[node.value.id], f"{node.value.id}.{node.attr}"
+
+
+def names_of(path: Path) -> set[str]:
+    """The names that a file defines or imports, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+    return names
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_help_comes_from_any_folder_before_anything_heavy(script, tmp_path):
     """Packages that would take seconds are replaced by ones that refuse to be imported."""
