@@ -15,14 +15,14 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.loop_curriculum import Row, finished_rows
 from plt_megatron.errors import UserError, run_command
 from plt_megatron.experiments.figures import color, new_figure, save
 from plt_megatron.experiments.intervals import Interval, estimate
@@ -33,14 +33,6 @@ SHALLOW, DEEP, NAIVE = "k layers", "2k layers", "naive loop x2"
 OLD_KEYS = "k layers, keys not shifted"  # far below, and not drawn
 PLT = ("PLT-2", "PLT-2 + loop loss")
 DEPTH_GAIN, LEAD, LOWEST, KEPT = 0.05, 0.04, 0.015, 0.8
-
-
-@dataclass
-class Row:
-    """Finished runs of one row: training FLOPs, and validation loss in nats per token by seed."""
-
-    flops: float = 0.0
-    losses: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -96,18 +88,13 @@ def read(folder: Path) -> Corpus:
     """Return the finished runs of a sweep.
 
     Raises:
-        UserError: `folder` has no sweep, or none of its runs of k layers, of 2k layers or of PLT-2 has finished.
+        UserError: `folder` has no sweep, or no finished run of k layers, 2k layers, the naive loop or PLT-2.
     """
     results = load_results(folder)
-    rows: dict[str, Row] = defaultdict(Row)
-    for result in results.runs:
-        if result.loss is not None:
-            (name,) = result.run.labels.values()
-            rows[name].flops = result.run.total_flops
-            rows[name].losses[result.run.seed] = result.loss
+    rows = finished_rows(results.runs)
     if missing := [name for name in (SHALLOW, DEEP, NAIVE, PLT[0]) if name not in rows]:
         raise UserError(f"{folder}: no finished run of {', '.join(missing)}; the plt sweep command goes on")
-    return Corpus(results.plan.title, dict(rows))
+    return Corpus(results.plan.title, rows)
 
 
 def table(corpus: Corpus) -> str:

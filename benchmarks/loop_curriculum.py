@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from plt_megatron.errors import UserError, run_command
 from plt_megatron.experiments.figures import add_legend, color, new_figure, save
-from plt_megatron.experiments.records import load_results
+from plt_megatron.experiments.records import RunResult, load_results
 from plt_megatron.run_folder.text import format_table
 
 NONE, ALL = "one loop", "all"
@@ -32,7 +33,7 @@ PUBLISHED = {"last 25 %": (1.14, 0.71), "last 57.5 %": (1.33, 0.94)}
 
 @dataclass
 class Row:
-    """Runs of one schedule: training FLOPs, and validation loss in nats per token by seed."""
+    """Runs of one row of a sweep: training FLOPs, and validation loss in nats per token by seed."""
 
     flops: float = 0.0
     losses: dict[int, float] = field(default_factory=dict)
@@ -73,16 +74,25 @@ def read(folder: Path) -> dict[str, Row]:
     Raises:
         UserError: a run is missing or has failed, or there are no runs of a schedule that the others are compared with.
     """
-    rows: dict[str, Row] = defaultdict(Row)
-    for result in load_results(folder).runs:
+    results = load_results(folder).runs
+    for result in results:
         if result.loss is None:
             raise UserError(f"{result.run.name}: {result.reason}; the same plt sweep command goes on")
-        (name,) = result.run.labels.values()
-        rows[name].flops = result.run.total_flops
-        rows[name].losses[result.run.seed] = result.loss
+    rows = finished_rows(results)
     if missing := {NONE, ALL} - rows.keys():
         raise UserError(f"{folder}: no runs of {' and '.join(sorted(missing))}; run configs/sweeps/curriculum.yaml")
     return rows
+
+
+def finished_rows(results: Iterable[RunResult]) -> dict[str, Row]:
+    """Return the rows of a sweep with one axis by name, in its order, without runs that have no result."""
+    rows: dict[str, Row] = defaultdict(Row)
+    for result in results:
+        if result.loss is not None:
+            (name,) = result.run.labels.values()
+            rows[name].flops = result.run.total_flops
+            rows[name].losses[result.run.seed] = result.loss
+    return dict(rows)
 
 
 def gains(row: Row, rows: dict[str, Row]) -> list[float]:

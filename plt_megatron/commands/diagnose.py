@@ -69,7 +69,6 @@ def _show_progress(done: int, total: int) -> None:
 def _diagnose(arguments: argparse.Namespace) -> None:
     from plt_megatron.extras import require
     from plt_megatron.hf import arguments as checks
-    from plt_megatron.hf.arguments import prepare_imports
 
     require("plt diagnose", "jinja2", "scipy", "transformers")
     checks.check_model(arguments.model)
@@ -79,7 +78,7 @@ def _diagnose(arguments: argparse.Namespace) -> None:
     for name, least in (("max_tokens", 2), ("sequence_length", 2), ("seed", 0)):
         if (value := getattr(arguments, name)) is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-    prepare_imports()
+    checks.prepare_imports()
     from plt_megatron.experiments.diagnostics.report import DiagnoseOptions, run_diagnosis
 
     result = run_diagnosis(DiagnoseOptions(**vars(arguments)), _show_progress)

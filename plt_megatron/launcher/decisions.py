@@ -47,12 +47,10 @@ def is_explained(exits: list[Exit]) -> bool:
 
 def _rank_as_cause(end: Exit) -> int:
     """Return a score, small for a likely cause and large for a likely echo."""
-    # NCCL's own thread aborts a process whose peer is gone.
-    aborted = end.code == -signal.SIGABRT and any(_ECHOES.search(line) for line in end.lines)
-    if end.code < 0 and not aborted:
-        return 0
-    if aborted:
-        return _SILENT + 1
+    if end.code < 0:
+        # NCCL's own thread aborts a process whose peer is gone.
+        is_echo = end.code == -signal.SIGABRT and any(map(_ECHOES.search, end.lines))
+        return _SILENT + 1 if is_echo else 0
     said = last_error(end.lines)
     if said is None:
         return _SILENT

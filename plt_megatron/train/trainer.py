@@ -136,8 +136,8 @@ class Trainer:
         self._move_clock(step)
         if not result.updated:
             self.checkpoints.close()  # an asynchronous save is of an earlier step: publish it before the run may end
-        if not result.updated and any(self._each(Callback.on_rejected, step, result)):
-            return
+            if any(self._each(Callback.on_rejected, step, result)):
+                return
         self._each(Callback.after_step, step, result)
         self.checkpoints.poll()
         asked = self.stop.agree()
