@@ -287,6 +287,9 @@ class _Reader:
 
     def _unknown_key(self, at: str, cls: type, section: str, name: str, whole: str = "") -> UserError:
         """Return an error that suggests the nearest key of the section, else the nearest name in any other section."""
+        if "." in name and self._schema is RunConfig:
+            nested = ": {".join(name.split(".")) + ": ..." + "}" * name.count(".")
+            return UserError(f"{at}: {join(section, name)}: in a file, sections contain their keys: write {nested}")
         refused = getattr(self._schema, "REFUSED", {}).get(name)
         if refused is not None:
             return UserError(f"{at}: {join(section, name)} is not supported: {refused}; leave it out")

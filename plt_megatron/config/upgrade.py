@@ -213,7 +213,7 @@ def _upgrade_loop_norm(settings: Settings) -> Settings:
     kinds = {"model.hidden_norm": ("rms", "recommended"), "model.norm_between_loops": ("final", "loopcoder")}
     given = [key for key in kinds if key in settings]
     on = [key for key in given if _is_true(settings[key])]
-    if len(on) > 1:
+    if len(on) > 1 or "model.loop_norm" in settings:
         return settings  # the loader refuses them
     preset = settings.get("model.loop_preset")
     for key in on or given:

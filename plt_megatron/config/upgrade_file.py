@@ -69,15 +69,30 @@ class _Writer:
                 yield from self._untouched(old, before[0])
                 continue
             if isinstance(value, yaml.MappingNode) and value.value:
-                if before is not None and isinstance(before[1], yaml.MappingNode) and before[1].flow_style:
-                    yield f"{indent}{key.value}: {self._inline(value)}"
+                name, inner = before if before and isinstance(before[1], yaml.MappingNode) else (None, None)
+                if name and inner and inner.flow_style:
+                    yield f"{indent}{key.value}: {self._inline(value)}{self._beside(inner)}"
                     continue
-                yield from self._comments(before[0] if before else None, indent)
-                yield f"{indent}{key.value}:"
-                yield from self.block(value, before[1] if before else None, indent + "  ")
+                yield from self._comments(name, indent)
+                yield f"{indent}{key.value}:{self._beside(name) if name else ''}"
+                yield from self.block(value, inner, indent + "  ")
             else:
                 yield from self._comments(value, indent)
                 yield f"{indent}{key.value}: {self._inline(value)}{self._beside(value)}"
+        if isinstance(old, yaml.MappingNode) and not old.flow_style:
+            yield from self._below(old, section)
+
+    def _below(self, old: yaml.MappingNode, section: yaml.MappingNode) -> list[str]:
+        """Return what follows a section's last setting, unless that has been written with it."""
+        (key, last), end = old.value[-1], self._end(old)
+        entry = next((value for name, value in section.value if name.value == key.value), None)
+        is_block = isinstance(last, yaml.MappingNode) and not last.flow_style
+        if entry is not None and (_same(last, entry) or (is_block and isinstance(entry, yaml.MappingNode))):
+            return []
+        first = end
+        while self._lines[first - 1].lstrip()[:1] in ("", "#"):
+            first -= 1
+        return self._lines[first:end]
 
     def _untouched(self, section: yaml.Node | None, key: yaml.ScalarNode) -> list[str]:
         """Return the lines of a setting with the comments above it, up to those of the next one."""
@@ -90,9 +105,10 @@ class _Writer:
         return self._lines[first:last]
 
     def _end(self, section: yaml.MappingNode) -> int:
-        """Return the line after a section's last one."""
+        """Return the line after a section's last one and the comments below it that are not the next setting's."""
         mark = section.end_mark
-        return len(self._lines) if mark.index >= len(self._text) else mark.line
+        is_last = mark.index >= len(self._text)
+        return len(self._lines) if is_last else _with_comments(self._lines, mark.line, section.start_mark.line)
 
     def _comments(self, node: yaml.Node | None, indent: str) -> list[str]:
         if node is None or not self._is_first(node):
@@ -106,7 +122,7 @@ class _Writer:
         return "{" not in before and before.count(":") <= 1
 
     def _beside(self, node: yaml.Node) -> str:
-        rest = self._lines[node.end_mark.line][node.end_mark.column :].lstrip()
+        rest = "".join(self._lines[node.end_mark.line :][:1])[node.end_mark.column :].lstrip(": ")
         return f"  {rest}" if rest.startswith("#") else ""
 
     def _inline(self, node: yaml.Node) -> str:

@@ -137,6 +137,7 @@ def test_bad_includes_are_named(write, tmp_path):
         ("modle: {}\n", ":1: unknown key modle; did you mean model?"),
         ("optimizer: {train_iters: 3}\n", "optimizer.train_iters; did you mean training.train_iters?"),
         ("loop_count: 3\n", "unknown key loop_count; did you mean model.loop_count?"),
+        ("model.moe.router_topk: 3\n", "sections contain their keys: write model: {moe: {router_topk: ...}}"),
         ("zzz: 3\n", "unknown key zzz; known here: name, output_dir, model"),
         (
             "data: {sources: [{pth: x}]}\n",

@@ -319,6 +319,9 @@ def test_old_and_new_names_of_one_setting_are_refused(tmp_path):
     path.write_text("model: {num_moe_experts: 8, moe: {num_experts: 4}}\n")
     with pytest.raises(UserError, match="model.num_moe_experts is now model.moe.num_experts"):
         load_config(path)
+    path.write_text("model: {norm_between_loops: true, loop_norm: rms}\n")
+    with pytest.raises(UserError, match="model.norm_between_loops is now model.loop_norm=final"):
+        load_config(path)
 
 
 def test_a_part_of_a_file_keeps_what_it_says():
@@ -337,6 +340,33 @@ def test_a_files_own_indentation_is_kept():
 
 
 # ---------------------------------------------------------------- sections
+
+
+def test_comments_below_and_beside_sections_stay():
+    old = """\
+model:  # the model
+  num_layers: 2
+  norm_between_loops: true
+  # the end of the model
+
+# the rest
+training:
+  # in FP8
+  fp8: hybrid
+  train_iters: 5
+# profile
+logging:
+  profile_step_end: 5
+  profile_ranks:
+    - 0
+# the end
+"""
+    new = old.replace("norm_between_loops: true", "loop_norm: final")
+    new = new.replace("  # in FP8\n  fp8: hybrid", "  fp8:\n    # in FP8\n    format: hybrid")
+    new = new.replace("  profile_step_end: 5\n", "  profile:\n    step_end: 5\n")
+    assert upgrade_text(old, "old") == new.replace("  profile_ranks:\n    - 0", "    ranks: [0]")
+    flow = "model: {norm_between_loops: true}  # the model\n"
+    assert upgrade_text(flow, "old") == "model: {loop_norm: final}  # the model\n"
 
 
 def test_a_section_is_off_until_a_setting_turns_it_on(tmp_path):
