@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from plt_megatron.config.derived import SOURCE_PARTS
 from plt_megatron.data.encoders import ChatEncoder
 from plt_megatron.data.formats import Reader, open_inputs
 from plt_megatron.data.indexed import concatenate, mask_path, write_index
@@ -261,6 +262,7 @@ class _Job:
         }
         self._write_bad_lines(reports)
         self._publish_mask(shards, reports, manifest)
+        Path(f"{self.prefix}{SOURCE_PARTS}").unlink(missing_ok=True)  # of a joined source, whose tokens it names
         publish(self.work / "out", f"{self.prefix}.bin")
         publish(self.work / "out.index", f"{self.prefix}.idx")
         publish_json(self.manifest_path, manifest)

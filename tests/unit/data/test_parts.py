@@ -192,6 +192,13 @@ def shards(joined: Path, tmp_path: Path) -> list[Path]:
     return [Path(shard_prefix(str(tmp_path / "copy" / "text"), number, 3)) for number in (1, 2, 3)]
 
 
+def test_a_single_machines_output_replaces_a_joined_source(shards, texts, bpe_model, tmp_path):
+    run_preprocess(
+        [write_jsonl(tmp_path / "a.jsonl", texts[:9])], shards[0].with_name("text"), bpe_model, overwrite=True
+    )
+    assert read_index(shards[0].with_name("text")).documents == 9
+
+
 def refusal(parts: list[Path], output: Path) -> str:
     with pytest.raises(UserError) as error:
         join([str(part) for part in parts], str(output))
