@@ -42,8 +42,8 @@ def unpack(path: Path, folder: Path) -> None:
     The card has the license that the file names.
 
     Raises:
-        UserError: the file is broken, of a model that transformers does not know or reads wrongly, or a package is
-            missing.
+        UserError: the file is broken, of a model that transformers does not know or reads wrongly or in part, or a
+            package is missing.
     """
     require("reading a GGUF file", "gguf", "safetensors")
     from safetensors.torch import save_file
@@ -75,27 +75,45 @@ def _load(path: Path) -> tuple[Any, Any, Any]:
     source: Any = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     try:
         reader = GGUFReader(path)
-        _check_rope(reader, path)
+        _check_attention(reader, path)
         tokenizer = AutoTokenizer.from_pretrained(**source)
         config = AutoConfig.from_pretrained(**source)
         width = reader.get_field(f"{reader.fields['general.architecture'].contents()}.expert_feed_forward_length")
         if width is not None:  # transformers would take its default
             config.moe_intermediate_size = width.contents()
-        model = AutoModelForCausalLM.from_pretrained(**source, config=config, dtype=torch.float32)
+        source |= {"config": config, "dtype": torch.float32, "output_loading_info": True}
+        model, info = AutoModelForCausalLM.from_pretrained(**source)
     except UserError:
         raise
     except (ValueError, LookupError, OSError, RuntimeError) as error:  # the last where shapes differ
         raise UserError(f"{path}: transformers cannot read it ({str(error).splitlines()[0]})") from error
+    _check_read(reader, model, info["missing_keys"], path)
     license_field = reader.get_field(_LICENSE)
     return None if license_field is None else license_field.contents(), tokenizer, model
 
 
-def _check_rope(reader: GGUFReader, path: Path) -> None:
-    """Raise `UserError` if the file's RoPE is scaled: transformers reads the model without the scaling."""
-    values = {name.partition(".rope.")[2]: field.contents() for name, field in reader.fields.items()}
+def _check_read(reader: GGUFReader, model: Any, missing: set[str], path: Path) -> None:
+    """Raise `UserError` if the model lacks a tensor, which is random then, or the file has more than the model."""
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{path}: no tensor there that transformers reads as {min(missing)}{more}")
+    held, read = sum(int(tensor.n_elements) for tensor in reader.tensors), model.num_parameters()
+    if held != read:
+        raise UserError(
+            f"{path}: its tensors have {held:,} numbers, and transformers' {type(model).__name__} {read:,}: it would "
+            "leave some out, as biases that it does not expect"
+        )
+
+
+def _check_attention(reader: GGUFReader, path: Path) -> None:
+    """Raise `UserError` if the file's attention has a window or scaled RoPE: transformers reads the model without."""
+    names = (name for name in reader.fields if ".rope." in name or name.endswith(".attention.sliding_window"))
+    values = {name.partition(".")[2]: reader.fields[name].contents() for name in names}
+    if window := values.get("attention.sliding_window"):
+        raise UserError(f"{path}: attention.sliding_window {window} is not supported, only 0")
     # As llama.cpp reads them: a factor without a type is linear, and 0 is none.
-    kind = values.get("scaling.type", "linear")
-    factor = values.get("scaling.factor", values.get("scale_linear")) or 1.0
+    kind = values.get("rope.scaling.type", "linear")
+    factor = values.get("rope.scaling.factor", values.get("rope.scale_linear")) or 1.0
     tables = any(tensor.name.startswith(("rope_freqs.", "rope_factors_")) for tensor in reader.tensors)
     if tables or kind not in ("none", "linear") or (kind == "linear" and factor != 1.0):
         raise UserError(

@@ -198,3 +198,32 @@ def test_tensors_of_other_shapes_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tiny\.gguf: transformers cannot read it") as refused:
         import_model(ImportOptions(tmp_path / "tiny.gguf", tmp_path / "run"))
     assert "\n" not in str(refused.value)
+
+
+def biases(writer: Any) -> None:
+    for layer in range(LAYERS):
+        writer.add_tensor(f"blk.{layer}.attn_q.bias", np.ones(HIDDEN, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("also", "without", "message"),
+    [
+        (lambda writer: writer.add_sliding_window(8), "nothing", r"attention\.sliding_window 8 is not supported"),
+        (biases, "nothing", "LlamaForCausalLM .* would leave some out"),
+        (None, "ffn_up.weight", r"reads as model\.layers\.0\.mlp\.up_proj\.weight and 1 more"),  # as a Mixtral's
+    ],
+    ids=["window", "more tensors", "fewer tensors"],
+)
+def test_what_transformers_would_drop_or_make_up_is_refused(
+    also: Callable[[Any], None] | None, without: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gguf
+
+    add = gguf.GGUFWriter.add_tensor
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            gguf.GGUFWriter, "add_tensor", lambda w, name, *a, **k: name.endswith(without) or add(w, name, *a, **k)
+        )
+        write_gguf(tmp_path / "tiny.gguf", also=also)
+    with pytest.raises(UserError, match=rf"^\S+tiny\.gguf: .*{message}"):
+        import_model(ImportOptions(tmp_path / "tiny.gguf", tmp_path / "run"))
