@@ -52,6 +52,23 @@ def test_one_loop_goes_on_with_two_as_with_torchs_adam(run_distributed, run_te, 
     check_same(run_te(jobs.load_then_go_on, 1, tmp_path, _te(), 3)["after"], expected, "torch TP1, one loop", "te TP1")
 
 
+def _gates_after_a_step_of_one_loop(config: Any) -> list[float]:
+    """The gates' weights after their first update, which follows a step that does not use them."""
+    from plt_megatron.model.parameters import only_in_loops
+
+    engine = checkpoint_jobs.build(config)
+    for loops in (1, 2):
+        engine.train_step(checkpoint_jobs.batches_of(loops), loop_count=loops)
+    gates = [parameter for name, parameter in engine.stage.named_parameters() if only_in_loops(name)]
+    return [value for gate in gates for value in gate.flatten().tolist()]
+
+
+def test_gates_that_a_step_has_left_out_start_as_with_torchs_adam(run_distributed, run_te):
+    expected = run_distributed(_gates_after_a_step_of_one_loop, 1, _torch())
+    assert any(expected)
+    assert run_te(_gates_after_a_step_of_one_loop, 1, _te()) == pytest.approx(expected, rel=0.01)
+
+
 def test_transformer_engines_go_on_as_torchs(run_distributed, run_te, tmp_path, check_same):
     expected = run_te(jobs.save_then_go_on, 2, tmp_path, _te(PP2), 3, 3)["after"]
     moved = run_distributed(checkpoint_jobs.load_and_train, 1, tmp_path, _torch(), then=3)["after"]

@@ -87,10 +87,10 @@ class OptimizerPart:
             for tensors in self.inner.state.values():
                 for key in self._spec.state:
                     tensors[key].zero_()
-            return
-        for _, parameter, _ in self._owned():
-            main = self.main_parameter(parameter)
-            self.inner.state[main] = {key: torch.zeros_like(main) for key in self._keys(parameter)}
+        else:
+            for _, parameter, _ in self._owned():
+                main = self.main_parameter(parameter)
+                self.inner.state[main] = {key: torch.zeros_like(main) for key in self._keys(parameter)}
         self.set_step(0)
 
     # Main parameters and their state.
