@@ -54,16 +54,24 @@ def leftovers(directory: Path) -> list[Path]:
 
 
 def prepare(directory: Path, step: int) -> Path:
-    """Remove leftovers of crashes and create the temporary folder of step `step`'s checkpoint."""
+    """Remove leftovers, except those that cannot be, and create the temporary folder of step `step`'s checkpoint."""
     directory.mkdir(parents=True, exist_ok=True)
     recover(directory)
+    temporary = directory / (folder_name(step) + _TEMPORARY)
     for path in leftovers(directory):
-        shutil.rmtree(path)
+        _remove(path, ignore_errors=path != temporary)  # NFS keeps a folder in which another process has a file open
     for path in directory.glob(f".{LATEST}.*"):
         path.unlink()
-    temporary = directory / (folder_name(step) + _TEMPORARY)
     temporary.mkdir()
     return temporary
+
+
+def _remove(path: Path, *, ignore_errors: bool = False) -> None:
+    """Remove a folder or, if a user has moved it elsewhere, the link to it."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=ignore_errors)
 
 
 def recover(directory: Path) -> None:
@@ -94,7 +102,7 @@ def publish(temporary: Path, checksums: dict[str, str]) -> Path:
         replaced = published.with_suffix(_REPLACED)
         published.rename(replaced)
         temporary.rename(published)
-        shutil.rmtree(replaced)
+        _remove(replaced, ignore_errors=True)
     else:
         temporary.rename(published)
     write_text(published.parent / LATEST, published.name + "\n")  # also flushes the renamed folder to the disk
@@ -109,5 +117,5 @@ def prune(published: Path, keep_last: int, keep_every: int) -> list[Path]:
     for path in removed:
         # Renamed first: a crash in between leaves no damaged folder under a checkpoint's name.
         doomed = path.rename(path.with_suffix(_TEMPORARY))
-        shutil.rmtree(doomed)
+        _remove(doomed)
     return removed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -186,6 +187,24 @@ def test_a_crash_at_any_rename_removal_or_write_leaves_a_whole_checkpoint(tmp_pa
             break
         crashes += 1
     assert crashes >= 5
+
+
+def test_what_cannot_be_removed_stops_no_save(tmp_path, monkeypatch):
+    """A checkpoint that was moved elsewhere and linked, and a folder in which NFS keeps a file that is open."""
+    directory, moved = tmp_path / "checkpoints", tmp_path / "moved"
+    _save(directory, 1).rename(moved)
+    (directory / "step_00000001").symlink_to(moved)
+    (directory / "step_00000009.tmp").mkdir()
+
+    def busy(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    _save(directory, 2, keep_last=1)
+    _save(directory, 3)
+    assert _names(directory) == ["step_00000002", "step_00000003", "step_00000009.tmp"]
+    assert checkpoints.damage(moved) is None
 
 
 def test_a_writers_file_that_is_not_there_is_an_error_before_publication(tmp_path):
