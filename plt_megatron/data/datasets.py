@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import time
@@ -395,6 +396,7 @@ def _blend(data: DataConfig, num_samples: Sequence[int]) -> dict[str, Any]:
         return [os.path.abspath(source.path) for source in sources], weights if len(weights) > 1 else None
 
     if data.sources:
-        return {"blend": blend(data.sources), "split": data.split}
+        # `_load` replaces the split: it must only be three numbers for megatron-core, which reads none like 1e-3.
+        return {"blend": blend(data.sources), "split": re.sub("[-+_eE]", "", data.split)}
     parts = zip(part_sources(data), num_samples, strict=True)
     return {"blend_per_split": [blend(sources) if sources and size else None for sources, size in parts]}

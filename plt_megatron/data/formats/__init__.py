@@ -34,7 +34,7 @@ def open_inputs(patterns: Sequence[str], options: ReadOptions, format: str | Non
 
     Each file occurs once, in the order given; those of a glob are sorted by name. The format follows from the suffix
     unless `format` is given; a file with an unknown suffix is plain text. Raises `UserError` if a pattern matches no
-    file, a file cannot be read, or the package that reads it is missing.
+    file, a file cannot be read or is an archive, or the package that reads it is missing.
     """
     paths: dict[str, None] = {}
     for pattern in patterns:
@@ -49,6 +49,8 @@ def open_inputs(patterns: Sequence[str], options: ReadOptions, format: str | Non
     by_suffix = {suffix: reader for reader in READERS.values() for suffix in reader.suffixes}
     readers = []
     for path in paths:
+        if format is None and _suffix(path) == ".tar":
+            raise UserError(f"input {path!r} is an archive: unpack it, and name its files")
         kind = READERS[format] if format else by_suffix.get(_suffix(path), READERS["text"])
         readers.append(kind(path, os.path.getsize(path), options))
         readers[-1].check()

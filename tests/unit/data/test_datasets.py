@@ -95,7 +95,7 @@ def test_an_epoch_is_every_document_once(prefix: str, tokenizer: Tokenizer, tmp_
 
 
 def test_split_keeps_parts_apart(prefix: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    parts = build(config(prefix, split="80,10,10"), (400, 100, 100), tmp_path, tokenizer)
+    parts = build(config(prefix, split="80,1e+1,10"), (400, 100, 100), tmp_path, tokenizer)
     seen = []
     for samples in (parts.train, parts.validation, parts.test):
         seen.append({document for index in range(len(samples)) for document in samples.documents(index)[1]})

@@ -222,6 +222,9 @@ def test_opening_inputs(tmp_path: Path) -> None:
         open_inputs([str(tmp_path / "*.csv")], options)
     with pytest.raises(UserError, match="is a folder: name its files"):
         open_inputs([str(tmp_path)], options)
+    (tmp_path / "a.tar.gz").touch()
+    with pytest.raises(UserError, match=r"a\.tar\.gz' is an archive"):
+        open_inputs([str(tmp_path / "a.tar.gz")], options)
 
 
 def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
