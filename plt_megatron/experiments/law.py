@@ -215,10 +215,7 @@ def what_is_missing(data: Arrays) -> str | None:
         count = 1 + int((np.diff(np.sort(np.log(values))) > SAME).sum())
         if count < _DISTINCT:
             return f"{count} {name}; an exponent needs at least {_DISTINCT}"
-    least = data.coefficients + _SPARE
-    if data.n < least:
-        return f"{data.n} finished runs for {data.coefficients} coefficients; at least {least} are needed"
-    return None
+    return _too_few(data, "finished runs")
 
 
 def _missing_without_phi(data: Arrays) -> str | None:
@@ -228,8 +225,19 @@ def _missing_without_phi(data: Arrays) -> str | None:
             return f"{count} {name}; an exponent needs at least {_DISTINCT}, or one to leave it out"
     if not any(data.terms):
         return "one model size and one token budget; a scaling law needs at least three of either"
-    least = data.coefficients + _SPARE
-    return f"{data.n} points for {data.coefficients} coefficients; {least} are needed" if data.n < least else None
+    return _too_few(data, "points")
+
+
+def _too_few(data: Arrays, what: str) -> str | None:
+    """Describe why there are too few runs for the coefficients, or too few of other sizes, loops or tokens: further
+    seeds determine none."""
+    coefficients, least = data.coefficients, data.coefficients + _SPARE
+    if data.n < least:
+        return f"{data.n} {what} for {coefficients} coefficients; at least {least} are needed"
+    distinct = np.unique([data.variant, data.once, data.looped, data.loops, data.tokens], axis=1).shape[1]
+    if distinct < coefficients:
+        return f"{distinct} models and budgets for {coefficients} coefficients, whatever the seeds: add others"
+    return None
 
 
 def _robust(data: Arrays, rounds: int) -> tuple[Solution, np.ndarray, float]:

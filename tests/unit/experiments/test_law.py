@@ -275,12 +275,23 @@ def test_a_fit_is_the_minimum():
         ([1e7], [1e8], "one model size and one token budget"),
         ([1e7, 1e8], [1e8, 1e9, 1e10], "2 model sizes; an exponent needs at least 3"),
         ([1e7, 1e8, 1e9], [1e8, 1e9], "2 token budgets"),
-        ([1e7], [1e8, 1e9, 1e10, 1e11], "4 points for 3 coefficients; 5 are needed"),
+        ([1e7], [1e8, 1e9, 1e10, 1e11], "4 points for 3 coefficients; at least 5 are needed"),
     ],
 )
 def test_too_few_points_are_refused(sizes, budgets, said):
     with pytest.raises(UserError, match=said):
         fit_curve(points(sizes, budgets))
+
+
+def test_seeds_alone_determine_no_coefficient():
+    """Three sizes, each with its own budget, leave five coefficients open, however many seeds repeat them."""
+    few = [
+        dataclasses.replace(point(n, 20 * n, 3.0 - k / 10), seed=s)
+        for k, n in enumerate((1e7, 1e8, 1e9))
+        for s in (1, 2, 3)
+    ]
+    with pytest.raises(UserError, match="3 models and budgets for 5 coefficients, whatever the seeds"):
+        fit_curve(few)
 
 
 def test_far_extrapolation_is_refused():
