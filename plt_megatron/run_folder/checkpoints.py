@@ -35,6 +35,7 @@ EMA = "ema"  # name of the weights' moving average in progress.json and in tenso
 ORIGIN = ("imported_from", "special_tokens", "base_model", "license", "license_name", "license_link")
 LONGEST_TEXT = "max_position_embeddings"
 NAME = re.compile(r"step_(\d{8,})")
+UNREADABLE = "cannot be read"  # in a description of damage: the disk's fault, which may pass
 _CHUNK = 1 << 20
 
 
@@ -153,7 +154,7 @@ def damage(path: Path, part: int = 0, parts: int = 1, *, checksums: bool = True)
         missing = Path(error.filename).name
         return f"checkpoint {path}: {missing} is missing" if path.is_dir() else f"checkpoint {path}: not found"
     except OSError as error:
-        return f"checkpoint {path}: cannot be read, {error.strerror or error}"
+        return f"checkpoint {path}: {UNREADABLE}, {error.strerror or error}"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"checkpoint {path}: {MANIFEST} is damaged"
     return None

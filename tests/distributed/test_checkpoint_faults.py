@@ -87,6 +87,27 @@ def test_no_whole_checkpoint_left_is_an_error_not_a_fresh_start(run_distributed,
     assert error == [f"{saved}: no complete checkpoint there"] * 2
 
 
+def _kinds_of_io_errors(run, config):
+    """What loading raises where the disk answers with errors: to reading files, and to listing them."""
+    from plt_megatron.errors import UserError
+    from plt_megatron.run_folder import checkpoints
+    from plt_megatron.train.checkpoint.loading import load_checkpoint
+
+    engine, kinds = jobs.build(config), []
+    for name in ("sha256", "candidates"):
+        with mock.patch.object(checkpoints, name, side_effect=OSError(errno.EIO, os.strerror(errno.EIO), "file")):
+            try:
+                load_checkpoint(engine, run)
+            except UserError as error:
+                kinds.append(type(error).__name__)
+    return kinds
+
+
+def test_a_disk_that_does_not_answer_fails_the_attempt_and_not_the_run(run_distributed, saved):
+    seen = run_distributed(_kinds_of_io_errors, 2, saved, jobs.run_config(PP2), all_ranks=True)
+    assert seen == [["AttemptFailed", "AttemptFailed"]] * 2
+
+
 def _die_while_writing(directory, config):
     from plt_megatron.train.checkpoint.saving import begin_save
 

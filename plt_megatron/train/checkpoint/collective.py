@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from plt_megatron.errors import UserError, describe_os_error
+from plt_megatron.errors import AttemptFailed, UserError, describe_os_error
 
 logger = logging.getLogger(__name__)
 
@@ -18,24 +18,25 @@ def on_rank_0[T](function: Callable[[], T]) -> T:
     """Run `function` on rank 0 and give every rank its result. Collective.
 
     Raises:
-        UserError: on all ranks, if it raised an OSError or a UserError on rank 0. Any other error is raised unchanged
-            on rank 0, and the other ranks raise a RuntimeError instead of waiting.
+        UserError: on all ranks, if it raised one on rank 0; an AttemptFailed for an OSError. Any other error is raised
+            unchanged on rank 0, and the other ranks raise a RuntimeError instead of waiting.
     """
-    outcome: list[Any] = [None, None, True]
+    outcome: list[Any] = [None, None, UserError]
     unexpected: Exception | None = None
     if dist.get_rank() == 0:
         try:
             outcome[0] = function()
+        except (OSError, UserError) as error:
+            outcome[1:] = describe(error), AttemptFailed if isinstance(error, OSError) else UserError
         except Exception as error:
-            expected = isinstance(error, OSError | UserError)
-            outcome = [None, describe(error), expected]
-            unexpected = None if expected else error
+            outcome[1:] = f"rank 0 failed: {describe(error)}", RuntimeError
+            unexpected = error
     dist.broadcast_object_list(outcome, src=0)
-    result, message, expected = outcome
+    result, message, kind = outcome
     if unexpected is not None:
         raise unexpected
     if message is not None:
-        raise UserError(message) if expected else RuntimeError(f"rank 0 failed: {message}")
+        raise kind(message)
     return result
 
 

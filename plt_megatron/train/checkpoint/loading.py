@@ -126,7 +126,8 @@ def _find(path: Path) -> tuple[Path, dict[str, Any]]:
         damages.append(problem)
         if len(candidates) > 1:
             say(problem, logging.WARNING)
-    raise UserError(damages[0] if len(damages) == 1 else f"{path}: no complete checkpoint there")
+    failure = AttemptFailed if any(checkpoints.UNREADABLE in each for each in damages) else UserError
+    raise failure(damages[0] if len(damages) == 1 else f"{path}: no complete checkpoint there")
 
 
 def _check_vocabulary(engine: Engine, path: Path, progress: dict[str, Any]) -> None:
