@@ -62,7 +62,7 @@ class StopRequest:
         flag = torch.tensor(asked, dtype=torch.int32, device=torch.cuda.current_device())
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         agreed = int(flag)
-        self.requested = agreed == _STOP
+        self.requested |= agreed == _STOP  # for good: the run may wait for callbacks after its last step
         return agreed != _NOTHING
 
     def _look_for_files(self) -> int:

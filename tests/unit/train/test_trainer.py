@@ -38,3 +38,4 @@ def test_saving_is_asked_for_once_and_stopping_for_good(request_of_one_rank, tmp
     (tmp_path / "STOP").touch()
     assert request_of_one_rank.agree() and request_of_one_rank.requested
     assert not (tmp_path / "STOP").exists()
+    assert not request_of_one_rank.agree() and request_of_one_rank.requested  # while it waits for exports
