@@ -10,7 +10,6 @@ import dataclasses
 import secrets
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,24 +42,33 @@ class Overview(Callback):
 class LoopLosses(Callback):
     """Reports, under a `training.loop_schedule`, the last step's loop count and the losses by loop count.
 
-    The losses are means since the last record: a record's own loss is that of one step, whatever its loop count.
+    The losses are means since the last record, also across restarts: a record's own loss is that of one step, whatever
+    its loop count.
     """
+
+    name = "loop_losses"
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
-        self._losses: defaultdict[int, list[float]] = defaultdict(list)
+        self._losses: dict[str, list[float]] = {}  # by loop count, as text: JSON has no other keys
         self._loop_count = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": self._losses}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._losses = state.get("losses", {})
 
     def after_step(self, step: Step, result: StepResult) -> None:
         """Record the step's loss under its loop count."""
         self._loop_count = step.loop_count
         if result.updated:
-            self._losses[step.loop_count].append(result.loss)
+            self._losses.setdefault(str(step.loop_count), []).append(result.loss)
 
     def on_log(self) -> dict[str, Any]:
         """Return `loop_count` of the step, and `loss_by_loops`: mean losses by loop count."""
-        means = {str(loops): sum(losses) / len(losses) for loops, losses in sorted(self._losses.items())}
-        self._losses.clear()
+        means = {loops: sum(losses) / len(losses) for loops, losses in sorted(self._losses.items())}
+        self._losses = {}
         return {"loop_count": self._loop_count, "loss_by_loops": means}
 
 

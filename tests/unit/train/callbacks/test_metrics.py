@@ -10,7 +10,7 @@ import pytest
 
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.folder import RunFolder
-from plt_megatron.train.callbacks.train_log import Metrics
+from plt_megatron.train.callbacks.train_log import LoopLosses, Metrics
 from tests.unit.train.callbacks.a_run import a_run
 
 
@@ -107,3 +107,19 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"wandb_project.*plt-megatron\[track\]"):
         started(a_run(tmp_path, wandb_project="loops"))
+
+
+def test_losses_by_loops_are_those_of_all_steps_since_the_last_record_and_of_none_given_up(tmp_path):
+    def step(callback: LoopLosses, loops: int, loss: float) -> None:
+        callback.after_step(SimpleNamespace(loop_count=loops), SimpleNamespace(updated=True, loss=loss))  # type: ignore
+
+    rolled_back, restarted = LoopLosses(a_run(tmp_path)), LoopLosses(a_run(tmp_path))
+    step(rolled_back, 1, 4.0)
+    step(rolled_back, 2, 3.0)
+    saved = json.dumps(rolled_back.state_dict())
+    step(rolled_back, 1, 9.0)
+    rolled_back.on_rollback(json.loads(saved))
+    restarted.load_state_dict(json.loads(saved))
+    for callback in (rolled_back, restarted):
+        step(callback, 1, 2.0)
+        assert callback.on_log()["loss_by_loops"] == {"1": 3.0, "2": 3.0}
