@@ -42,6 +42,7 @@ __all__ = ["PreprocessOptions", "check_options", "preprocess", "shard_prefix"]
 
 _VERSION = 1
 _BAD_LINES_SHOWN = 10
+_HASHED = 1 << 30  # bytes of input whose hashes may be lost
 _LARGEST_DOCUMENT = 1 << 30  # bytes; a document's tokens are counted in an int32
 
 
@@ -216,13 +217,18 @@ class _Job:
         return f"{source.path}:{where}: {reason}: fix it, or pass --on-bad-line skip"
 
     def _hash_sources(self) -> None:
-        """Save the SHA-256 of every input that only this machine reads in the work folder, once."""
+        """Save the SHA-256 of every input that only this machine reads in the work folder, now and then and at the end:
+        after each of many small files it would take longer than reading them."""
         path = self.work / "hashes.json"
-        hashes = _read_json(path) or {}
+        hashes, unsaved = _read_json(path) or {}, 0
         for source in (self.sources[file] for file in self.plan.whole_files()):
             if source.path not in hashes:
                 hashes[source.path] = _file_hash(source.path)
+                unsaved += source.size
+            if unsaved > _HASHED:
                 publish_json(path, hashes)
+                unsaved = 0
+        publish_json(path, hashes)
 
     def merge(self) -> dict[str, Any]:
         """Merge the shards, and publish the output and the manifest."""

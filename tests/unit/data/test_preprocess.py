@@ -266,6 +266,16 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
+def test_hashes_of_many_files_are_saved_seldom(
+    bpe_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = [write_jsonl(tmp_path / f"{number}.jsonl", ["a"]) for number in range(20)]
+    saved, publish = [], module.publish_json
+    monkeypatch.setattr(module, "publish_json", lambda path, value: [saved.append(path.name), publish(path, value)])
+    made = run_preprocess(inputs, tmp_path / "text", bpe_model)
+    assert saved.count("hashes.json") == 1 and all(entry["sha256"] for entry in made["sources"])
+
+
 def test_memory_does_not_grow_with_the_corpus(bpe_model: Path, tmp_path: Path) -> None:
     """Peak of the command and of its worker, in KiB: 8 times the text, at most a few MB more."""
     texts = make_texts(2000, seed=4)
