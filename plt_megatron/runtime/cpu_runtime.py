@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +25,8 @@ _FACTORIES = (
     "rand", "rand_like", "randint", "randn", "randn_like", "randperm", "tensor", "as_tensor", "zeros", "zeros_like",
 )  # fmt: skip
 _TENSOR_METHODS = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "new_empty_strided")
+
+_GPU_PACKAGES = ("transformer_engine", "apex", "amp_C")
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
@@ -46,13 +48,19 @@ def enter_cpu_runtime(force: bool = False) -> bool:
     if torch.cuda.is_available() and not force:
         return False
     _entered = True
-    # Otherwise TE's and megatron-core's fused paths would compile kernels for a missing device.
-    os.environ.setdefault("NVTE_TORCH_COMPILE", "0")
+    hide_gpu_packages()
     _replace_device_queries()
     _replace_factories()  # before importing megatron-core, whose defaults (`init_fn=torch.empty`) bind what exists then
     _replace_tensor_methods()
     _replace_random_state()
     return True
+
+
+def hide_gpu_packages() -> None:
+    """Make megatron-core's imports of these packages fail, as where they are not installed: it would use their Adam,
+    gradient norms and router product, which run on a GPU only. Call it before megatron-core is imported."""
+    for name in _GPU_PACKAGES:
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
 def is_cpu_runtime() -> bool:

@@ -170,6 +170,9 @@ def _import_once() -> None:
     torch.set_num_threads(1)
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    from plt_megatron.runtime.cpu_runtime import hide_gpu_packages
+
+    hide_gpu_packages()  # their kernels would read the fake tensors
     from plt_megatron.predict.rehearsal.fakes import share_out_lazily, share_rank_lists
 
     share_rank_lists()

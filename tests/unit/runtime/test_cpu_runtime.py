@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -254,6 +255,17 @@ def probe_entering_again_changes_nothing() -> None:
     before = torch.empty, torch.Tensor.to, torch.cuda.current_device
     assert enter_cpu_runtime() and enter_cpu_runtime(force=True) and is_cpu_runtime()
     assert before == (torch.empty, torch.Tensor.to, torch.cuda.current_device)
+
+
+def probe_packages_that_need_a_gpu_are_not_found() -> None:
+    """Where Transformer Engine is installed, megatron-core would take its optimizer."""
+    from importlib.util import find_spec
+
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "transformer_engine.py").touch()
+        sys.path.insert(0, folder)
+        assert find_spec("transformer_engine") is None
+        sys.path.remove(folder)
 
 
 def probe_no_gpu_whatever_torch_asks() -> None:
