@@ -98,6 +98,7 @@ class MegatronEngine(Engine):
                 self._clip(result.grad_norm)
                 with left_alone(self.state.parts, unused):
                     self.optimizer.step_with_ready_grads()
+                self.state.step += 1
                 self.state.later_step += not leaves_out
             else:
                 before.restore()

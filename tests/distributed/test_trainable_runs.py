@@ -89,6 +89,16 @@ def test_its_average_is_exported(shared_out, tmp_path):
     assert torch.equal(tensors["model.embed_tokens.weight"].float(), embedding.float())
 
 
+def test_what_only_the_last_stage_trains_goes_on_bit_for_bit(data, tmp_path, run_distributed):
+    """The first rank, which writes the number of updates, makes none itself."""
+    training, parallel = {"train_iters": 4, "trainable": ["layers.1"]}, {"pipeline_model_parallel_size": 2}
+    config = run_config("last", tmp_path, data, training=training, parallel=parallel)
+    assert run_distributed(train, 2, config) is True
+    again = as_after_step(config, 2, "again", tmp_path / "again")
+    assert run_distributed(train, 2, again) is True
+    assert numbers(again) == numbers(config)
+
+
 def test_experts_alone_are_trained_saved_and_loaded(data, tmp_path, run_distributed):
     """While they are shared out, megatron-core gives the other parameters an optimizer of nothing."""
     model = {"moe.num_experts": 4, "moe.ffn_hidden_size": 24}

@@ -69,6 +69,14 @@ def test_gates_that_a_step_has_left_out_start_as_with_torchs_adam(run_distribute
     assert run_te(_gates_after_a_step_of_one_loop, 1, _te()) == pytest.approx(expected, rel=0.01)
 
 
+def test_muon_goes_on_bit_for_bit_without_a_matrix_to_train(run_te, tmp_path):
+    """As on a pipeline stage without layers."""
+    config = checkpoint_jobs.run_config(optimizer="muon", backend="te")
+    config.training.trainable = ["plt_gate"]
+    expected = run_te(jobs.save_then_go_on, 1, tmp_path, config)["after"]
+    assert run_te(jobs.load_then_go_on, 1, tmp_path, config)["after"] == expected
+
+
 def test_transformer_engines_go_on_as_torchs(run_distributed, run_te, tmp_path, check_same):
     expected = run_te(jobs.save_then_go_on, 2, tmp_path, _te(PP2), 3, 3)["after"]
     moved = run_distributed(checkpoint_jobs.load_and_train, 1, tmp_path, _torch(), then=3)["after"]

@@ -50,12 +50,6 @@ class OptimizerPart:
 
     # Steps.
 
-    @property
-    def step(self) -> int:
-        """Number of updates made, if it keeps count: fewer than the run's steps if some were skipped."""
-        counters = self.inner.state.values() if self._torchs else self.inner.param_groups
-        return max((int(counter["step"]) for counter in counters if "step" in counter), default=0)
-
     def set_step(self, step: int, later: Collection[Tensor] = (), later_step: int = 0) -> None:
         """Set the number of updates to `step`, or to `later_step` for the model parameters `later`.
 
@@ -82,15 +76,9 @@ class OptimizerPart:
         """
         if self.inner.state:
             return
-        if not self._torchs and not self._matrices:
-            self.optimizer.load_state_dict(self.optimizer.state_dict())
-            for tensors in self.inner.state.values():
-                for key in self._spec.state:
-                    tensors[key].zero_()
-        else:
-            for _, parameter, _ in self._owned():
-                main = self.main_parameter(parameter)
-                self.inner.state[main] = {key: torch.zeros_like(main) for key in self._keys(parameter)}
+        for _, parameter, _ in self._owned():
+            main = self.main_parameter(parameter)
+            self.inner.state[main] = {key: torch.zeros_like(main) for key in self._keys(parameter)}
         self.set_step(0)
 
     # Main parameters and their state.
@@ -266,6 +254,8 @@ class MegatronState:
 
     Attributes:
         parts: the optimizers' states.
+        step: updates made: fewer than the run's steps if some were skipped. The optimizer of a rank without trained
+            parameters does not count them.
         later_step: updates of the parameters that only later loops use.
     """
 
@@ -278,14 +268,14 @@ class MegatronState:
     ) -> None:
         self._stage, self._seed = stage, config.training.seed
         self.parts = [OptimizerPart(config, optimizer, matrices) for optimizer in optimizers]
-        self.later_step = 0
+        self.step = self.later_step = 0
 
     def to_save(self) -> dict[str, Any]:
         model = state.model_state(self._stage)
         return {
             "model": model,
             "optimizer": self._optimizer(model),
-            "optimizer_step": max(part.step for part in self.parts),
+            "optimizer_step": self.step,
             "optimizer_later_step": self.later_step,
         }
 
@@ -313,7 +303,7 @@ class MegatronState:
         return loaded
 
     def set_step(self, step: int, later_step: int) -> None:
-        self.later_step = later_step
+        self.step, self.later_step = step, later_step
         later = [parameter for name, parameter in self._stage.named_parameters() if only_in_loops(name)]
         for part in self.parts:
             part.set_step(step, later, later_step)
