@@ -36,7 +36,7 @@ def _upgrade(arguments: argparse.Namespace) -> int:
             continue
         old += 1
         if not arguments.check:
-            write_text(path, upgraded)
+            write_text(path.resolve(), upgraded)  # a link stays one
         print(f"{path}: {'has old names' if arguments.check else 'rewritten'}")
     return 1 if old and arguments.check else 0
 

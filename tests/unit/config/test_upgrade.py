@@ -177,6 +177,14 @@ def test_a_second_time_changes_nothing(rewritten, capsys):
     assert capsys.readouterr().out.count("nothing to change") == len(NAMES)
 
 
+def test_a_link_stays_one(tmp_path):
+    real, link = tmp_path / "real.yaml", tmp_path / "link.yaml"
+    real.write_text("model: {norm_between_loops: true}\n")
+    link.symlink_to(real)
+    assert command.main(["upgrade", str(link)]) == 0
+    assert link.is_symlink() and real.read_text() == "model: {loop_norm: final}\n"
+
+
 def test_a_file_that_would_change_is_told_and_left_alone(old, capsys):
     path = old / "configs/models/plt2_moe_tiny.yaml"
     before = path.read_text()
