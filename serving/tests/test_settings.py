@@ -34,6 +34,9 @@ from helpers import MOE, YARN, engine
             "not possible with LoRA .* --fully-sharded-loras",
         ),
         ("plt2", {"pipeline_parallel_size": 2}, "cannot be served with pipeline parallelism"),
+        ("plt2", {"cpu_offload_gb": 1}, "cannot be served with weights in the CPU's memory"),
+        ("plt2", {"offload_group_size": 1}, "cannot be served with weights in the CPU's memory"),
+        ("plt2", {"enable_return_routed_experts": True}, "cannot be served with --enable-return-routed-experts"),
         ("shift, one loop", {"disable_hybrid_kv_cache_manager": True}, "which --disable-hybrid-.* switches off"),
         (
             "plt2",
@@ -94,6 +97,8 @@ def vllm_config(parallel=(), **others):
     """Return a stand-in for vLLM's configuration, with what our check reads of a server without options."""
     from types import SimpleNamespace
 
+    from vllm.config import OffloadConfig
+    from vllm.config.aux_output import AuxOutputConfig
     from vllm_plt.configuration_plt import PLTConfig
 
     names = {"pipeline_parallel_size": 1, "decode_context_parallel_size": 1, "data_parallel_size": 1}
@@ -105,6 +110,8 @@ def vllm_config(parallel=(), **others):
         "additional_config": {},
         "lora_config": None,
         "kv_transfer_config": None,
+        "aux_output_config": AuxOutputConfig(),
+        "offload_config": OffloadConfig(),
         "scheduler_config": SimpleNamespace(disable_hybrid_kv_cache_manager=None),
         "optimization_level": 2,
         "compilation_config": compilation(),

@@ -98,6 +98,17 @@ def check(vllm_config: "VllmConfig") -> None:
         )
     if parallel.use_ubatching:
         raise ValueError("PLT models cannot be served in microbatches (--enable-dbo): a carry is of the whole step")
+    if vllm_config.aux_output_config.enable_return_routed_experts and read_settings(vllm_config).loop_count > 1:
+        raise ValueError(
+            "PLT models cannot be served with --enable-return-routed-experts: it has one choice of experts a token and "
+            "layer, and each loop chooses anew"
+        )
+    offload = vllm_config.offload_config
+    if offload.uva.cpu_offload_gb or offload.prefetch.offload_group_size:
+        raise ValueError(
+            "PLT models cannot be served with weights in the CPU's memory (--cpu-offload-gb, --offload-group-size), as "
+            "loops reach each layer again: use tensor parallelism or quantization"
+        )
     if parallel.data_parallel_size > 1 and config.num_experts is not None:
         raise ValueError(
             "PLT models with experts cannot be served with --data-parallel-size: ranks must reach the experts equally "
