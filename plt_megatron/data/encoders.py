@@ -13,7 +13,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -86,7 +86,6 @@ class ChatEncoder(Encoder):
                 f"--chat: {folder} has no chat template: put chat_template.jinja there, or the template into "
                 "tokenizer_config.json"
             )
-        self._marks_answers = bool(_MARK.search(self._templates.chat_template))
 
     @property
     def fingerprint(self) -> str:
@@ -125,8 +124,9 @@ class ChatEncoder(Encoder):
 
     def _answers(self, text: str, messages: list[Any], tools: Any) -> Iterator[tuple[int, int]]:
         """Yield the character range [begin, end) of each answer in the conversation's text."""
-        if self._marks_answers:
-            yield from self._marked_answers(messages, tools)
+        template = self._templates.get_chat_template(tools=tools)  # some tokenizers have one for tools, too
+        if _MARK.search(template):
+            yield from self._marked_answers(template, messages, tools)
             return
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -148,11 +148,10 @@ class ChatEncoder(Encoder):
         prompt = self._apply(messages, tools, add_generation_prompt=True).removeprefix(answered)
         return answered[: answered.find(prompt)] + prompt
 
-    def _marked_answers(self, messages: list[Any], tools: Any) -> list[tuple[int, int]]:
+    def _marked_answers(self, template: str, messages: list[Any], tools: Any) -> list[tuple[int, int]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        template, names = self._templates.chat_template, self._templates.special_tokens_map
-        render: Any = render_jinja_template
+        render, names = cast(Any, render_jinja_template), self._templates.special_tokens_map
         _, spans = render([messages], tools=tools, chat_template=template, return_assistant_tokens_mask=True, **names)
         return spans[0]
 

@@ -159,6 +159,14 @@ def test_a_template_may_refuse_without_a_word(tmp_path: Path) -> None:
     assert "rejects it" in encoded.bad[0][1]
 
 
+def test_a_template_for_tools_is_one_of_several(chatml: Path, tmp_path: Path) -> None:
+    templates = [{"name": "default", "template": OPEN}, {"name": "tool_use", "template": MARKED_CHATML}]
+    several = chat_tokenizer(tmp_path / "several", templates)
+    plain = chat_tokenizer(tmp_path / "plain", OPEN)
+    for conversation in conversations(8):
+        assert encode(several, conversation) == encode(chatml if conversation["tools"] else plain, conversation)
+
+
 def test_a_template_that_forgets_is_told_to_mark_its_answers(tmp_path: Path) -> None:
     folder = chat_tokenizer(tmp_path / "forgetful", FORGETFUL)
     messages = [say("user", "a"), say("assistant", "hm|b"), say("user", "c"), say("assistant", "hm|d")]
