@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,15 +197,18 @@ def describe_mix(data: DataConfig, shares: Sequence[SourceShare]) -> str:
 
 
 def consumed_epochs(shares: Sequence[SourceShare], consumed_samples: int, num_samples: int) -> dict[str, float]:
-    """Return the epochs of each train source, by name, after `consumed_samples` of `num_samples`, for the log."""
+    """Return the epochs of each train source after `consumed_samples` of `num_samples`, for the log: by name, or by
+    path where several have the name."""
     found: dict[str, float] = {}
-    for share in shares:
-        if share.part == "train":
-            among = share.stage_samples or range(num_samples)
-            done = max(0, consumed_samples - among.start)
-            if among.stop < num_samples:  # the last stage may go on past its end, as after a rollback
-                done = min(len(among), done)
-            found[share.name] = found.get(share.name, 0.0) + share.epochs * (done / max(1, len(among)))
+    train = [share for share in shares if share.part == "train"]
+    alike = Counter(name for name, _ in {(share.name, share.path) for share in train})
+    for share in train:
+        name = share.name if alike[share.name] == 1 else share.path
+        among = share.stage_samples or range(num_samples)
+        done = max(0, consumed_samples - among.start)
+        if among.stop < num_samples:  # the last stage may go on past its end, as after a rollback
+            done = min(len(among), done)
+        found[name] = found.get(name, 0.0) + share.epochs * (done / max(1, len(among)))
     return found
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -34,6 +35,8 @@ def test_shares(tmp_path: Path) -> None:
     ]
     assert shares[0].epochs == 7501 / 1600 and shares[1].epochs == 2501 / 400
     assert consumed_epochs(shares, 500, 1000) == {"first": 7501 / 3200, "b": 2501 / 800}
+    alike = [dataclasses.replace(share, name="text") for share in shares]
+    assert consumed_epochs(alike, 500, 1000) == {a: 7501 / 3200, b: 2501 / 800}
     assert describe_mix(data, shares[:2]).splitlines() == [
         "part   source  documents  tokens  weight  to draw  epochs",
         "---------------------------------------------------------",
