@@ -243,7 +243,9 @@ def clock_skew(sent: float, theirs: float, received: float) -> float:
 
 def _listen(port: int) -> socket.socket:
     try:
-        return socket.create_server(("", port), backlog=1024, reuse_port=False)
+        both = socket.has_dualstack_ipv6()  # a node's name may have an address of either kind, or only of IPv6
+        family = socket.AF_INET6 if both else socket.AF_INET
+        return socket.create_server(("", port), family=family, backlog=1024, dualstack_ipv6=both)
     except OSError as error:
         raise UserError(
             f"cannot listen on port {port} of {socket.gethostname()} ({error.strerror}): another job may use it; the "

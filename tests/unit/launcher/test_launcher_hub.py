@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from plt_megatron.launcher.hub import Channel, clock_skew
+from plt_megatron.launcher.hub import Channel, _listen, clock_skew
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,13 @@ from plt_megatron.launcher.hub import Channel, clock_skew
 )
 def test_what_the_way_may_account_for_is_no_skew(theirs, skew):
     assert clock_skew(100.0, theirs, 102.0) == skew
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_nodes_may_connect_by_either_kind_of_address():
+    with _listen(0) as server:
+        for address in ("127.0.0.1", "::1"):
+            socket.create_connection((address, server.getsockname()[1]), 5).close()
 
 
 # Messages over real sockets: whole, in order, whatever the network does to them.
