@@ -68,7 +68,8 @@ def link_code(run: Path, code: Path) -> None:
         target.unlink()
     elif target.exists():
         target.rename(_free_name(target))
-    target.symlink_to(os.path.relpath(code, run), target_is_directory=True)
+    # From where the link really is: `run` may be a link itself.
+    target.symlink_to(os.path.relpath(os.path.realpath(code), os.path.realpath(run)), target_is_directory=True)
 
 
 def _free_name(target: Path) -> Path:
@@ -149,14 +150,14 @@ def describe_environment() -> str:
 
 
 def job_name(run: Path, name: str) -> str:
-    """Return a job name unique to a run's folder, an absolute path, for `--dependency=singleton`."""
+    """Return a job name unique to a run's folder, for `--dependency=singleton`."""
     readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.")[:48] or "run"
     return readable + name_suffix(run)
 
 
 def name_suffix(run: Path) -> str:
-    """Return the suffix that all job names of a run folder share, whatever the run's name."""
-    return f"-{hashlib.sha256(str(run).encode()).hexdigest()[:8]}"
+    """Return the suffix that all job names of a run folder share, whatever the run's name and the links to it."""
+    return f"-{hashlib.sha256(os.fsencode(os.path.realpath(run))).hexdigest()[:8]}"
 
 
 # Earlier submissions.
@@ -242,7 +243,7 @@ def active_jobs() -> list[client.Job]:
 def jobs_of(folder: Path, jobs: Sequence[client.Job]) -> list[client.Job]:
     """Select the jobs of a run or an array: by name, to include those submitted by hand, and by id, since members of an
     array share its name."""
-    known, suffix = set(submitted_jobs(folder)), name_suffix(Path(os.path.abspath(folder)))
+    known, suffix = set(submitted_jobs(folder)), name_suffix(folder)
     return [job for job in jobs if job.id in known or job.name.endswith(suffix)]
 
 

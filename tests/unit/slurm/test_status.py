@@ -11,7 +11,7 @@ import sys
 import pytest
 import yaml
 from fake_slurm import RUN, write_event, write_progress
-from submitting import ROOT, command, submit_run
+from submitting import ROOT, command, directives, submit_run
 
 from plt_megatron.errors import UserError
 from plt_megatron.launcher.records import stamp
@@ -73,6 +73,15 @@ def test_a_pending_job_says_why(run, slurm):
 
 def test_a_job_submitted_by_hand_is_found_by_its_name(run, slurm):
     slurm.jobs(("987", "RUNNING", job_name(run, "try")))
+    assert "job 987" in report([], "runs", False)
+
+
+def test_a_job_submitted_by_hand_is_found_under_a_linked_folder(folder, slurm, monkeypatch, tmp_path):
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(tmp_path / "link")
+    monkeypatch.setenv("PWD", str(tmp_path / "link"))
+    (run,) = submit_run().runs
+    slurm.jobs(("987", "RUNNING", directives(run / "job.sbatch")["--job-name"]))
     assert "job 987" in report([], "runs", False)
 
 

@@ -43,6 +43,14 @@ def test_an_array_trains_each_in_its_own_folder(folder, slurm, checkout, job, me
     assert "4 runs, at most 2 at a time" in capsys.readouterr().out
 
 
+def test_a_run_folder_on_another_disk_finds_the_code(folder, slurm, checkout, members, tmp_path):
+    (tmp_path / "disk" / "runs" / "deep").mkdir(parents=True)
+    members[0].parent.mkdir(parents=True)
+    members[1].symlink_to(tmp_path / "disk" / "runs" / "deep")
+    submit_run(root=checkout, array="list.txt")
+    assert (members[1] / "code" / LAUNCHER).is_file()
+
+
 def test_a_member_is_resubmitted_alone(folder, slurm, checkout, members):
     submit_run(root=checkout, array="list.txt")
     write_progress(members[1], [100], checkpoint=100)
