@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from plt_megatron.errors import UserError
-from plt_megatron.installation import python_path
+from plt_megatron.installation import ROOT
 from plt_megatron.launcher.job import JobSettings, JobSize, fields_of
 from plt_megatron.run_folder.files import write_text, writing
-from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.run_folder.folder import CODE, RunFolder
 from plt_megatron.slurm import client
-from plt_megatron.slurm.profile import ClusterProfile, load_profile
+from plt_megatron.slurm.profile import ClusterProfile, SbatchOptions, complete, load_profile
 from plt_megatron.slurm.resources import resolve
-from plt_megatron.slurm.run_files import working_directory
+from plt_megatron.slurm.run_files import active_jobs, advice, job_name, jobs_of, snapshot_code, working_directory
 from plt_megatron.slurm.script import Array, Script
 
 _TEMPLATE = Path(__file__).with_name("preprocess.sbatch")
@@ -48,13 +48,18 @@ def submit_preprocessing(
         workers: processes per member; None: all of a node's CPUs.
 
     Raises:
-        UserError: profile, options or partition do not fit, or Slurm refuses.
+        UserError: profile, options or partition do not fit, earlier jobs of this output are active, or Slurm refuses.
     """
-    profile = replace(load_profile(cluster), gpus_per_node=None, processes_per_node=1, cpus_per_process=workers)
-    folder = Path(f"{os.path.abspath(output_prefix)}{SUFFIX}")
-    settings = _settings(profile, folder.stem, profile.limit_seconds(time))
-    plt = ["env", f"PYTHONPATH={python_path()}", settings.python, "-m", "plt_megatron", "preprocess"]
-    shard = [*plt, *arguments, "--workers", str(settings.cpus_per_process)]
+    profile = complete(load_profile(cluster), SbatchOptions())
+    profile = replace(profile, gpus_per_node=None, processes_per_node=1, cpus_per_process=workers)
+    folder = Path(os.path.normpath(working_directory() / f"{output_prefix}{SUFFIX}"))
+    for job in jobs_of(folder, active_jobs()):
+        raise UserError(advice(folder, job))
+    settings = _settings(profile, job_name(folder, folder.stem), profile.limit_seconds(time))
+    # The code as submitted, since a container does not see the checkout, which may change until the job starts.
+    path = f'PYTHONPATH={shlex.quote(str(folder / CODE))}"${{PYTHONPATH:+:$PYTHONPATH}}"'
+    plt = f"env {path} {shlex.quote(settings.python)} -P -m plt_megatron preprocess"
+    shard = shlex.join([*arguments, "--workers", str(settings.cpus_per_process)])
     array = Script(
         settings,
         profile,
@@ -62,13 +67,13 @@ def submit_preprocessing(
         working_directory(),
         settings.python,
         Array(folder, settings.job_name, nodes),
-        command=f'{shlex.join(shard)} --shard "$SLURM_ARRAY_TASK_ID/{nodes}"',
+        command=f'{plt} {shard} --shard "$SLURM_ARRAY_TASK_ID/{nodes}"',
     )
     shorter = min(settings.time_limit_seconds, _FOLLOWING_SECONDS)
     alone = replace(array, settings=replace(settings, cpus_per_process=1, time_limit_seconds=shorter), array=None)
     scripts = {"shard": array}
     for name, words in following.items():
-        scripts[name] = replace(alone, command=shlex.join([*plt, *words]))
+        scripts[name] = replace(alone, command=f"{plt} {shlex.join(words)}")
     return _submit(folder, scripts), folder
 
 
@@ -94,6 +99,7 @@ def _submit(folder: Path, scripts: Mapping[str, Script]) -> list[str]:
     template = _TEMPLATE.read_text(encoding="utf-8")
     with writing(folder):
         RunFolder(folder).logs.mkdir(parents=True, exist_ok=True)
+        snapshot_code(ROOT, folder)
         for name, script in scripts.items():
             write_text(folder / f"{name}.sbatch", script.render(template))
     ids: list[str] = []

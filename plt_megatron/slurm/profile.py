@@ -11,13 +11,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from plt_megatron.config.fields import Count, Positive, PositiveCount
 from plt_megatron.config.loader import check, load
 from plt_megatron.errors import UserError
 from plt_megatron.installation import CONFIGS, find_config
-from plt_megatron.launcher.job import JobHandling
+from plt_megatron.launcher.job import JobHandling, fields_of
 from plt_megatron.predict.cards import card_names
 from plt_megatron.slurm.client import time_limit
 
@@ -96,6 +96,16 @@ def load_profile(name: str) -> ClusterProfile:
     profile = load(ClusterProfile, path)
     check(profile, _problems(profile))
     return dataclasses.replace(profile, name=profile.name or path.stem)
+
+
+def complete(profile: ClusterProfile, options: SbatchOptions) -> ClusterProfile:
+    """Return the profile with options of the command line first, and last those of sbatch's environment."""
+    environment = {name: os.environ.get(f"SBATCH_{name.upper()}") for name in ("partition", "account", "qos")}
+    ours: dict[str, Any] = {
+        name: given or getattr(profile, name) or environment.get(name)
+        for name, given in fields_of(SbatchOptions, options).items()
+    }
+    return dataclasses.replace(profile, **ours)
 
 
 def _problems(profile: ClusterProfile) -> Iterator[str]:

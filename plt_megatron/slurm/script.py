@@ -166,6 +166,7 @@ class Script:
             "--kill-on-bad-exit=0",
             f"--wait={_WAIT_SECONDS}",
             "--mpi=none",
+            "--export=ALL",  # also where sbatch's --export=NONE would have srun leave out what the job sets
         ]
         if gpus := self._gpus():
             options.append(f"--gpus-per-node={quote(gpus)}")
@@ -193,12 +194,14 @@ class Script:
         return [*command, expandable(container.image)]
 
     def _mounts(self, container: Container) -> list[str]:
-        """Return the profile's mounts, plus the working directory and the run's parent folder unless already below
-        one."""
+        """Return the profile's mounts, plus the working directory, the run's parent folder and the scratch folder's
+        fixed part unless already below one."""
         own = [str(self.workdir), str(self.run.parent)]
         for path in own:
             if "," in path or ":" in path or "$" in path:
                 raise UserError(f"{path}: a container cannot mount a path with a comma, colon or dollar sign")
+        if scratch := self.settings.scratch:  # /scratch of /scratch/$USER, which the launcher makes in the container
+            own.append(scratch.partition("/$")[0] or scratch)
         mounts = list(container.mounts)
         for path in own:
             seen = [Path(mount) for mount in mounts if ":" not in mount]

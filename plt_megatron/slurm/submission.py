@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import RunConfig
@@ -26,7 +24,7 @@ from plt_megatron.run_folder.status import read_run_status
 from plt_megatron.run_folder.text import format_table
 from plt_megatron.slurm import arrays, checks, client, run_files
 from plt_megatron.slurm.arrays import Member
-from plt_megatron.slurm.profile import ClusterProfile, SbatchOptions, load_profile
+from plt_megatron.slurm.profile import ClusterProfile, SbatchOptions, complete, load_profile
 from plt_megatron.slurm.resources import Resources, parse_gpus, resolve
 from plt_megatron.slurm.script import TEMPLATE, Array, Script
 from plt_megatron.slurm.start_checks import data_problems, mount_problems, open_tokenizer, start_problems
@@ -306,15 +304,10 @@ class _Plan:
 
 
 def _profile(options: Options) -> ClusterProfile:
-    """Return the cluster's profile, overridden by the command line and completed from sbatch's environment."""
-    profile = load_profile(options.cluster) if options.cluster else ClusterProfile()
-    environment = {name: os.environ.get(f"SBATCH_{name.upper()}") for name in ("partition", "account", "qos")}
-    ours: dict[str, Any] = {
-        name: given or getattr(profile, name) or environment.get(name)
-        for name, given in fields_of(SbatchOptions, options).items()
-    }
+    """Return the cluster's profile, overridden by the command line."""
+    profile = complete(load_profile(options.cluster) if options.cluster else ClusterProfile(), options)
     margin = options.signal_margin or profile.signal_margin_seconds
-    return dataclasses.replace(profile, **ours, signal_margin_seconds=margin)
+    return dataclasses.replace(profile, signal_margin_seconds=margin)
 
 
 def _check_options(options: Options) -> None:

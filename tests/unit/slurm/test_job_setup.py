@@ -81,6 +81,14 @@ def test_what_a_setup_passes_over_is_warned_of(run_with, folder, profile, warnin
     assert f"'--status', '0'] None {profile.get('scratch')}" in (folder / "seen").read_text()
 
 
+def test_srun_takes_its_environment_from_the_job_alone(run_with, folder, monkeypatch):
+    """Not from the interactive allocation in which sbatch was run, and all of it with sbatch's --export=NONE."""
+    monkeypatch.setenv("SLURM_MEM_PER_CPU", "512")
+    assert run_with(setup=['echo "left: $SLURM_MEM_PER_CPU" >left'])[0] == 0
+    assert (folder / "left").read_text() == "left: \n"
+    assert "--export=ALL" in (folder / "srun.options").read_text().splitlines()
+
+
 def test_an_environment_without_srun_is_the_launchers_failure(run_with):
     """The shell's status, from which what follows is decided."""
     assert run_with(environment={"PATH": "/nosuch"})[:2] == (127, ["finalize"])

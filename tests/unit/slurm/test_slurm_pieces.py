@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from submitting import ROOT, refusal, submit_run
+from submitting import ROOT, directives, refusal, submit_run
 
 from plt_megatron.config.schema import RunConfig, TrainingConfig, UploadsConfig
 from plt_megatron.data.joining import join
@@ -101,6 +101,17 @@ def arrays_of(text: str, tmp_path: Path) -> dict[str, list[str]]:
         )
         found[name] = done.stdout.split("\0")[:-1]
     return found
+
+
+@pytest.mark.parametrize(
+    ("scratch", "mount"),
+    [("/raid/scratch/$USER", "/raid/scratch"), ("/tmp/$USER/$ID", "/tmp"), ("/data/fast", ""), ("/fast", "/fast")],
+)
+def test_a_container_sees_the_scratch_folder(tmp_path, scratch, mount):
+    profile = ClusterProfile(container=Container("apptainer", "/image.sif", ["/data"]))
+    text = render(profile, dataclasses.replace(SETTINGS, scratch=scratch))
+    binds = [word for word in arrays_of(text, tmp_path)["CONTAINER"] if word.startswith("/")][:-2]
+    assert binds == ["/data", "/shared/work dir", "/shared/runs", *([mount] if mount else [])]
 
 
 def test_pyxis_is_asked_through_srun(tmp_path):
@@ -305,6 +316,32 @@ def test_tokenizing_takes_whole_nodes_and_no_signal_ends_it_early(folder, slurm)
     shard, join_script = ((scripts / f"{name}.sbatch").read_text() for name in ("shard", "join"))
     assert "#SBATCH --cpus-per-task=64\n" in shard and "--workers 64" in shard
     assert "#SBATCH --cpus-per-task=1\n" in join_script and "--signal" not in shard + join_script
+
+
+def test_a_tokenizing_job_finds_its_code_account_and_files(folder, slurm, monkeypatch, tmp_path):
+    """In a container that does not see the checkout, below a linked folder, after a setup that goes elsewhere."""
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(tmp_path / "link")
+    monkeypatch.setenv("PWD", str(tmp_path / "link"))
+    monkeypatch.setenv("SBATCH_ACCOUNT", "ours")
+    (folder / "mine.yaml").write_text("setup: [cd /]\npartition: cpu\ncontainer: {runtime: pyxis, image: i}\n")
+    (slurm.bin / "srun").write_text("#!/bin/bash\npwd; printf '%s\\n' \"$@\"\n")
+    (slurm.bin / "srun").chmod(0o755)
+
+    def submitted() -> Path:
+        return submit_preprocessing([], {}, "out/text", cluster="mine.yaml", nodes=2, time="1:00:00")[1]
+
+    script = submitted() / "shard.sbatch"
+    env = os.environ | {"PYTHONPATH": "/modules", "SLURM_ARRAY_TASK_ID": "1"}
+    done = subprocess.run(["bash", script], capture_output=True, text=True, check=True, env=env)
+    said, code = done.stdout.splitlines(), f"{tmp_path}/link/out/text.slurm/code"
+    assert said[0] == f"{tmp_path}/link" and f"PYTHONPATH={code}:/modules" in said and said[-1] == "1/2"
+    assert f"--container-mounts={tmp_path}/link:{tmp_path}/link" in said and Path(code, "plt_megatron").is_dir()
+    text = script.read_text()
+    assert "#SBATCH --account=ours" in text and f"#SBATCH --output={tmp_path}/link/out/text.slurm/logs/" in text
+    slurm.jobs(("7", "PENDING", directives(script)["--job-name"]))
+    with pytest.raises(UserError, match="its job 7 is pending"):
+        submitted()
 
 
 def test_a_run_that_starts_from_an_uploaded_checkpoint_begins_at_its_step(tmp_path):
