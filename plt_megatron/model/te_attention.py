@@ -34,7 +34,8 @@ def require_transformer_engine() -> None:
 
     if not HAVE_TE:
         raise UserError(
-            "model.backend: te needs Transformer Engine (pip install 'plt-megatron[gpu]'), or use model.backend: torch"
+            "model.backend: te needs a GPU and Transformer Engine (pip install 'plt-megatron[gpu]'), or use "
+            "model.backend: torch"
         )
     if not is_te_min_version(OLDEST_TRANSFORMER_ENGINE):
         raise UserError(
