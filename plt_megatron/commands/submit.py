@@ -94,9 +94,9 @@ def _rehearsed(config: RunConfig, vocab_size: int, resources: Resources) -> list
 def read_options(argv: Sequence[str]) -> Options:
     """Parse the options for a caller that supplies the runs and settings."""
     arguments = _parser().parse_args(argv)
-    if arguments.arguments or arguments.follow or arguments.rehearse:
+    if arguments.arguments or arguments.follow or arguments.rehearse or arguments.dry_run:
         raise UserError(
-            "--submit takes options of plt submit, but neither configurations, settings, --rehearse nor --follow"
+            "--submit takes options of plt submit, but no configurations, settings, --rehearse, --follow or --dry-run"
         )
     return _options(arguments)
 

@@ -117,6 +117,8 @@ def _problems(profile: ClusterProfile) -> Iterator[str]:
     for name in profile.environment:
         if not _VARIABLE_NAME.fullmatch(name):
             yield f"environment: {name!r} is not a valid variable name"
+    if profile.scratch is not None and not profile.scratch.startswith(("/", "$")):
+        yield f"scratch: {profile.scratch!r} must be an absolute path, as in $HOME/scratch"
     for option in profile.sbatch_options:
         if not option.startswith("-"):
             yield f"sbatch_options: {option!r} is not an option; write --exclusive or the like"

@@ -38,7 +38,7 @@ class Resources(JobSize):
 
 def parse_gpus(text: str) -> tuple[str | None, int]:
     """Parse `8` as (None, 8), and `h100:8` as ("h100", 8). Raises `UserError` if `text` has neither form."""
-    match = re.fullmatch(r"(?:([A-Za-z][\w.-]*):)?(\d{1,4})", text, re.ASCII)
+    match = re.fullmatch(r"(?:(\w[\w.-]*):)?(\d{1,4})", text, re.ASCII)
     if match is None:
         raise UserError(f"--gpus-per-node {text}: expected a number, or a type and a number as in h100:8")
     return match[1], int(match[2])

@@ -237,8 +237,9 @@ def test_a_dry_run_for_a_cluster_shows_the_array_and_writes_nothing(tmp_path):
     assert not (tmp_path / "sweeps").exists()
     refused = subprocess.run([*command, "training.global_batch_size=3"], capture_output=True, text=True, cwd=tmp_path)
     assert refused.returncode == 2 and "global_batch_size 3 is not divisible" in refused.stderr
-    refused = subprocess.run([*command, "--submit=--follow"], capture_output=True, text=True, cwd=tmp_path)
-    assert refused.returncode == 2 and refused.stderr.startswith("error: --submit takes options of plt submit")
+    for option in ("--follow", "--dry-run"):  # the sweep's own --dry-run submits nothing and says so
+        refused = subprocess.run([*command, f"--submit={option}"], capture_output=True, text=True, cwd=tmp_path)
+        assert refused.returncode == 2 and refused.stderr.startswith("error: --submit takes options of plt submit")
 
 
 def test_states_follow_from_what_lies_in_the_folder(tmp_path):

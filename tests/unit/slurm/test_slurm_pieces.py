@@ -206,6 +206,7 @@ def test_data_outside_of_a_containers_mounts_is_refused(folder, slurm):
         ("container: {runtime: docker, image: x}", "container.runtime: expected one of pyxis, apptainer; got 'docker'"),
         ("container: {runtime: pyxis}", ":1: container.image is missing"),
         ("container: {runtime: pyxis, image: x, mounts: [data]}", "must be an absolute path"),
+        ("scratch: ~/fast", "scratch: '~/fast' must be an absolute path, as in $HOME/scratch"),
         ("sbatch_options: [exclusive]", "is not an option"),
         ("setup: [echo a, 'if b; fi']", "setup: line 2: syntax error near unexpected token `fi'"),
         ("setup: ['echo \"a']", "setup: line 1: unexpected EOF while looking for matching"),
@@ -297,6 +298,12 @@ def test_the_card_is_slurms_name_for_it(folder, slurm, capsys):
     submit_run(name="other")
     shown = capsys.readouterr().out
     assert "assuming H100 GPUs" in shown and "H100: " in shown
+
+
+def test_a_slice_of_a_card_is_a_type(folder, slurm):
+    slurm.answer("sinfo", "mig*|up|infinite|2|64|2000000|gpu:1g.10gb:7")
+    submit_run(gpus_per_node="1g.10gb:1")
+    assert directives(folder / "runs/try/job.sbatch")["--gpus-per-node"] == "1g.10gb:1"
 
 
 def test_part_of_a_nodes_gpus_gets_part_of_its_cpus(folder, slurm):
