@@ -58,7 +58,7 @@ def unpack(path: Path, folder: Path) -> None:
     if model.config.tie_word_embeddings:
         del weights["lm_head.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    del model.config.quantization_config
+    vars(model.config).pop("quantization_config", None)  # not every transformers sets it
     model.config.save_pretrained(folder)
     if license_name is not None:
         front = yaml.safe_dump({"license": license_name})

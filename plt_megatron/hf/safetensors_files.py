@@ -136,12 +136,12 @@ class SafetensorsFolder:
 
     def _read_index(self) -> dict[str, str]:
         index, single = self.folder / INDEX, self.folder / SINGLE
-        if not index.is_file():
-            if not single.is_file():
-                other = next(iter(sorted(self.folder.glob("*.bin"))), None)
-                hint = f", only {other.name}: save the model as safetensors" if other else ""
-                raise UserError(f"{self.folder} has neither {SINGLE} nor {INDEX}{hint}")
+        if single.is_file():  # an index beside it is of a former save, as transformers has it
             return {}
+        if not index.is_file():
+            other = next(iter(sorted(self.folder.glob("*.bin"))), None)
+            hint = f", only {other.name}: save the model as safetensors" if other else ""
+            raise UserError(f"{self.folder} has neither {SINGLE} nor {INDEX}{hint}")
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             assert all(isinstance(value, str) for value in weight_map.values())

@@ -12,6 +12,7 @@ import torch
 from convert_helpers import imported, make_tokens, megatron_logits
 
 from plt_megatron.errors import UserError
+from plt_megatron.hf import importing
 from plt_megatron.hf.importing import ImportOptions, import_model
 from plt_megatron.run_folder.checkpoints import read_progress
 
@@ -227,3 +228,16 @@ def test_what_transformers_would_drop_or_make_up_is_refused(
         write_gguf(tmp_path / "tiny.gguf", also=also)
     with pytest.raises(UserError, match=rf"^\S+tiny\.gguf: .*{message}"):
         import_model(ImportOptions(tmp_path / "tiny.gguf", tmp_path / "run"))
+
+
+def test_a_configuration_without_quantization(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.4 does not put GGUF's quantization into the configuration of the model that it returns."""
+    from types import SimpleNamespace
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    loaded = (None, SimpleNamespace(save_pretrained=lambda folder: None), LlamaForCausalLM(config))
+    monkeypatch.setattr(importing, "_load", lambda path: loaded)
+    importing.unpack(tmp_path / "tiny.gguf", tmp_path / "folder")
+    assert (tmp_path / "folder/config.json").is_file()

@@ -79,6 +79,15 @@ def garble(shard, other):
     shard.write_bytes(shard.read_bytes().replace(b'"shape"', b'"shapf"', 1))
 
 
+def test_an_index_of_a_former_save_is_passed_over(tmp_path):
+    """`save_pretrained` into a folder of shards removes them, but not their index."""
+    write(tmp_path, max_shard_size=150)
+    for shard in tmp_path.glob("model-*.safetensors"):
+        shard.unlink()
+    write(tmp_path, tensors={"norm": torch.ones(7)})
+    assert torch.equal(SafetensorsFolder(tmp_path).read("norm"), torch.ones(7))
+
+
 BROKEN = {
     "shorter": (truncate, r"model-00002-.*: not a safetensors file, or a damaged one"),
     "header cut": (lambda shard, other: shard.write_bytes(shard.read_bytes()[:20]), "model-00002-.*: not a safetens"),
