@@ -115,7 +115,7 @@ def _train(arguments: argparse.Namespace) -> int:
         env = os.environ | threads | {"PYTHONPATH": python_path()}
         if count > 1:
             go_on_without_readers()  # as the training processes do
-            return run_processes(command, count, env=env)
+            return run_processes(command, count, env=env, pass_fds=[lock.fileno()])
         sys.stdout.flush()
         os.set_inheritable(lock.fileno(), True)  # held until the training ends
         os.execve(command[0], command, env)

@@ -34,12 +34,15 @@ def run_processes(
     *,
     env: Mapping[str, str] | None = None,
     grace_seconds: float = 10.0,
+    pass_fds: Sequence[int] = (),
 ) -> int:
     """Run `count` copies of `command` as one distributed job and return its exit status.
 
     Each gets `RANK`, `LOCAL_RANK`, `WORLD_SIZE`, `LOCAL_WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT` on top of
     `env` (default: this process's environment). SIGTERM, SIGINT and SIGUSR1 are forwarded to all of them; a second
     SIGINT kills them (status 130). When one fails, the others get SIGTERM and, after `grace_seconds`, SIGKILL.
+
+    Files of `pass_fds` stay open, and their locks held, until the last process has ended, even if this one is killed.
 
     Signals that the caller has blocked are delivered once they can be forwarded; the processes start with them blocked.
 
@@ -48,7 +51,7 @@ def run_processes(
     """
     base = dict(os.environ if env is None else env)
     with _reserved_port() as port:
-        job = _Job(grace_seconds)
+        job = _Job(grace_seconds, pass_fds)
         with signals_handled(_FORWARDED, job.forward):
             try:
                 for rank in range(count):
@@ -124,15 +127,20 @@ def _reserved_port() -> Iterator[int]:
 class _Job:
     """The running processes; a process's rank is its index."""
 
-    def __init__(self, grace_seconds: float) -> None:
-        self.grace_seconds = grace_seconds
+    def __init__(self, grace_seconds: float, pass_fds: Sequence[int]) -> None:
+        self.grace_seconds, self.pass_fds = grace_seconds, pass_fds
         self.processes: list[subprocess.Popen[bytes]] = []
         self.received: list[int] = []
 
     def start(self, command: Sequence[str], env: dict[str, str]) -> None:
         # In its own process group, so that the terminal's Ctrl-C reaches a process only through us, once.
         process = subprocess.Popen(
-            command, env=env, stdin=subprocess.DEVNULL, process_group=0, preexec_fn=die_with_parent
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            process_group=0,
+            preexec_fn=die_with_parent,
+            pass_fds=self.pass_fds,
         )
         self.processes.append(process)
         for number in self.received:  # signals that came before this process existed

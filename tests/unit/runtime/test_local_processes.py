@@ -123,10 +123,12 @@ def test_a_command_that_does_not_exist_leaves_nothing_behind():
 # ---------------------------------------------------------------- signals, from outside
 
 DRIVER = """
-import sys
+import os, sys
 from plt_megatron.runtime.local_processes import run_processes
 assert "torch" not in sys.modules
-sys.exit(run_processes([sys.executable, "-S", "-c", sys.argv[1]], 2, grace_seconds=2))
+lock = open(os.environ["TEST_FOLDER"] + "/lock", "w")
+command = [sys.executable, "-S", "-c", sys.argv[1]]
+sys.exit(run_processes(command, 2, grace_seconds=2, pass_fds=[lock.fileno()]))
 """
 
 LISTENER = """
@@ -229,6 +231,14 @@ def test_no_process_outlives_a_killed_launcher(tmp_path):
         process.wait(10)
         wait_until(lambda: alive(tmp_path) == [])
     assert heard(tmp_path) == [["SIGTERM"]] * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_each_process_holds_the_launchers_lock(tmp_path):
+    """So that no other training begins while ranks of a killed launcher still save."""
+    with driver(tmp_path):
+        for pid in alive(tmp_path):
+            assert str(tmp_path / "lock") in [os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()]
 
 
 # ---------------------------------------------------------------- cores
