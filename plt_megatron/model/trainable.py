@@ -34,8 +34,9 @@ def trains(config: RunConfig) -> Callable[[str], bool]:
 
 
 def selection(config: RunConfig) -> Callable[[str], bool] | None:
-    """Return `trains` for counting, or None if all parameters are trained and no name needs a lookup."""
-    return trains(config) if config.training.trainable else None
+    """Return `trains` for counting, or None if all parameters are trained and no name needs a lookup. Patterns are not
+    checked: a step with one loop has no gates."""
+    return partial(is_trained, config.training.trainable) if config.training.trainable else None
 
 
 def is_trained(patterns: Sequence[str], name: str) -> bool:

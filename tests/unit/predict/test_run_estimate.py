@@ -96,6 +96,15 @@ def test_a_run_of_two_stages_costs_what_each_of_them_costs(whole, first, second,
     assert both.parameters_total == two.parameters_total
 
 
+def test_gates_are_trained_in_a_schedule_that_has_steps_without_them():
+    whole = {"train_iters": 10, "trainable": ["plt_gate"]}
+    halves = estimate_run(run(training={**whole, "loop_schedule": [LoopStage(0.5, loop_count=1)]}))
+    looped = estimate_run(run(training=whole))
+    assert 0 < halves.step_seconds < looped.step_seconds and halves.checkpoint_bytes == looped.checkpoint_bytes
+    with pytest.raises(UserError, match="'plt_gate' matches no parameter"):
+        estimate_run(run({"loop_count": 1}, whole))
+
+
 def test_a_loss_on_another_loop_is_another_output_layer():
     plain, both = (
         estimate_run(run(training={"loop_loss_weights": weights}), gpu="h100", world_size=1) for weights in ([], [0.5])
