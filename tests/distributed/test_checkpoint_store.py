@@ -62,6 +62,23 @@ def test_a_run_starts_and_goes_on_and_keeps_what_it_should(run_distributed, tmp_
     assert names == ["latest", "step_00000002", "step_00000004", "step_00000005"]
 
 
+def _present_when_told(directory, config):
+    """The checkpoints that are there when each is told to have been published."""
+    from plt_megatron.run_folder.checkpoints import checkpoint_folders
+
+    engine, store, present = jobs.build(config), _store(directory, config), []
+    store._on_publish = lambda checkpoint: present.append([path.name for path in checkpoint_folders(directory)])
+    for step in (1, 2):
+        store.save(engine, {"step": step})
+    return present
+
+
+def test_a_checkpoint_is_told_before_older_ones_are_removed(run_distributed, tmp_path):
+    """Removing takes long where they are large, and a run that is killed meanwhile has queued its export."""
+    present = run_distributed(_present_when_told, 1, tmp_path, _config({}, keep_last=1))
+    assert present == [["step_00000001"], ["step_00000001", "step_00000002"]]
+
+
 def test_other_data_only_when_asked_explicitly(run_distributed, tmp_path):
     config = _config()
     run_distributed(_run, 2, tmp_path, config, 1)

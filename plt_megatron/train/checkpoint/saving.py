@@ -155,8 +155,13 @@ class PendingSave:
             self.error = f"{describe(error)} (rank {dist.get_rank()})"
         self.buckets = []
 
-    def publish(self, keep_last: int, keep_every: int) -> Path:
-        """Make the save the latest checkpoint. Collective. See `save_checkpoint`."""
+    def publish(
+        self, keep_last: int, keep_every: int, on_publish: Callable[[Path], Any] = lambda checkpoint: None
+    ) -> Path:
+        """Make the save the latest checkpoint. Collective. See `save_checkpoint`.
+
+        `on_publish` is called before older ones are removed, which may take long: a kill would leave it undone.
+        """
         try:
             error = first_of_all_ranks(self.error)
             if error is not None:
@@ -168,6 +173,7 @@ class PendingSave:
             if dist.get_rank() == 0:
                 shutil.rmtree(self.temporary, ignore_errors=True)  # its disk space may be needed
             raise _cannot_save(self.step, str(reason), self.temporary.parent) from reason
+        on_publish(published)
         if dist.get_rank() == 0:
             _prune(published, keep_last, keep_every)
         return published

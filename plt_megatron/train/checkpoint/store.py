@@ -141,10 +141,9 @@ class CheckpointStore:
         return bool(checkpoints.candidates(self.directory))
 
     def _publish(self, pending: PendingSave) -> Path:
-        path = pending.publish(self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
+        path = pending.publish(self.config.checkpoint.keep_last, self.config.checkpoint.keep_every, self._on_publish)
         if dist.get_rank() == 0:
             shutil.rmtree(self._fetched, ignore_errors=True)  # this run has one of its own now
-        self._on_publish(path)
         return path
 
 
