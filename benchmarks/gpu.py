@@ -145,7 +145,8 @@ def gradients(config: Any, double: bool = False) -> dict[str, Any]:
     if double:
         stage.double()
     else:
-        wrap_ddp(stage, overlap_grad_reduce=False).zero_grad_buffer()  # fused accumulation adds gradients up there
+        wrapped = wrap_ddp(stage, overlap_grad_reduce=False)  # kept: only its hooks fill `main_grad`
+        wrapped.zero_grad_buffer()  # fused accumulation adds gradients up there
     renew_weight_copies(stage)
     loss = stage(text(2, config.data.sequence_length, seed=7)).float().mean()
     loss.backward()

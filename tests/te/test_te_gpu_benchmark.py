@@ -5,6 +5,7 @@ Times and errors say nothing here; that the script runs without them is in tests
 
 from __future__ import annotations
 
+import gc
 import math
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,28 @@ def test_every_mode_runs(run_te, tmp_path):
     report = (tmp_path / "gpu.md").read_text()
     assert "te bf16, GPT with CUDA graphs |  | did not run" in report
     assert all(f"{mode} | " in report for mode in MODES) and "copy GB/s" in report
+
+
+def gradients_after_a_collection() -> dict[str, float]:
+    """The largest element of each gradient, with a garbage collection before the forward pass."""
+    from benchmarks import gpu
+    from plt_megatron.config.schema import ParallelConfig
+    from plt_megatron.runtime.process_groups import init_process_groups
+
+    init_process_groups(ParallelConfig())
+    text = gpu.text
+
+    def collect_before(*args: Any, **kwargs: Any) -> Any:
+        gc.collect()
+        return text(*args, **kwargs)
+
+    with mock.patch.object(gpu, "text", collect_before):
+        found = gpu.gradients(gpu.run_config(gpu.DRY.small, gpu.DRY.small_length, {"backend": "torch"}))
+    return {name: float(gradient.abs().max()) for name, gradient in found.items()}
+
+
+def test_no_gradient_is_lost_to_a_garbage_collection(run_distributed):
+    assert all(run_distributed(gradients_after_a_collection, 1).values())
 
 
 def run_graphs() -> tuple[list[int], int, dict[str, float]]:
