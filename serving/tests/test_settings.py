@@ -102,7 +102,7 @@ def vllm_config(parallel=(), **others):
     from vllm_plt.configuration_plt import PLTConfig
 
     names = {"pipeline_parallel_size": 1, "decode_context_parallel_size": 1, "data_parallel_size": 1}
-    names["tensor_parallel_size"] = 1
+    names |= {"tensor_parallel_size": 1, "enable_eplb": False}
     settings = {
         "parallel_config": SimpleNamespace(**{**names, "use_ubatching": False, **dict(parallel)}),
         "model_config": SimpleNamespace(hf_config=PLTConfig(), max_model_len=993),
@@ -139,6 +139,7 @@ def test_what_would_end_in_other_words_is_refused():
     for config, named in (
         (vllm_config({"data_parallel_size": 2}, model_config=experts), "--data-parallel-size"),
         (vllm_config({"use_ubatching": True}), "--enable-dbo"),
+        (vllm_config({"enable_eplb": True}, model_config=experts), "--enable-eplb"),
         (vllm_config(speculative_config=SimpleNamespace(method="draft_model")), "draft_model.*ngram"),
     ):
         with pytest.raises(ValueError, match=named):

@@ -98,6 +98,8 @@ def check(vllm_config: "VllmConfig") -> None:
         )
     if parallel.use_ubatching:
         raise ValueError("PLT models cannot be served in microbatches (--enable-dbo): a carry is of the whole step")
+    if parallel.enable_eplb:
+        raise ValueError("PLT models cannot be served with --enable-eplb: vLLM's balancer does not know their experts")
     if vllm_config.aux_output_config.enable_return_routed_experts and read_settings(vllm_config).loop_count > 1:
         raise ValueError(
             "PLT models cannot be served with --enable-return-routed-experts: it has one choice of experts a token and "
