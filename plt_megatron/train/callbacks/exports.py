@@ -24,12 +24,18 @@ from plt_megatron.train.callbacks.base import Callback, Run
 
 _KILLED = (130, 143)  # exit statuses of a command that a signal has ended
 _GRACE_S = 10.0  # for a process to clean up after it was asked to end
+# Ends with its run: a killed run cannot end it, and the next job would do the same work beside it. (A preexec_fn would
+# have subprocess fork the whole run, whose memory network cards may write to.)
+_MAIN = (
+    "import sys; from plt_megatron.runtime.local_processes import die_with_parent; die_with_parent(); "
+    "from plt_megatron.commands import main; sys.exit(main())"
+)
 # Variables set by a rank's launcher: with them a library might join the run's job and wait for its other ranks.
 _OF_A_RANK = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "PMI", "OMPI_", "MV2_")
 
 
 class BesideProcess:
-    """A `plt` command that runs beside training.
+    """A `plt` command that runs beside training, and ends with it.
 
     Args:
         command: the command's name and arguments.
@@ -42,7 +48,7 @@ class BesideProcess:
         self._moved = time.monotonic()
         with log.open("wb") as stderr:
             self._process = subprocess.Popen(
-                ["nice", "-n", "10", sys.executable, "-m", "plt_megatron", *command],
+                ["nice", "-n", "10", sys.executable, "-c", _MAIN, *command],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import select
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -130,6 +133,26 @@ def test_an_export_that_hears_no_signal_is_killed(run, callback, monkeypatch):
     assert process.returncode == -signal.SIGKILL
 
 
+def test_an_export_ends_with_a_run_that_is_killed(tmp_path):
+    """The command waits for a configuration that nobody writes."""
+    config = tmp_path / "run.yaml"
+    os.mkfifo(config)
+    program = "import subprocess, sys; subprocess.call([sys.executable, '-c', *sys.argv[1:]])"
+    run = subprocess.Popen([sys.executable, "-c", program, exports._MAIN, "train", str(config)])
+    awaited = None
+    while awaited is None:
+        assert run.poll() is None
+        time.sleep(0.01)
+        with contextlib.suppress(OSError):  # nobody reads yet
+            awaited = os.open(config, os.O_WRONLY | os.O_NONBLOCK)
+    run.kill()
+    run.wait()
+    left = select.poll()
+    left.register(awaited, select.POLLERR)
+    assert left.poll(20_000), "the command reads on"
+    os.close(awaited)
+
+
 def test_an_export_that_is_killed_is_the_next_jobs(run, callback):
     let_go(run)
     save(callback, 4, "killed")
@@ -221,8 +244,8 @@ def test_exports_are_evaluated_one_by_one(run, callback):
     finish(callback)
     assert "warning: the evaluation of step 4 failed: no task 'choice'" in run.said
     assert run.records == [{"kind": "evaluation", "step": 8, "tokens": 72, "scores": {"choice/acc": 0.5}}]
-    assert run.commands[-1][5:] == [
-        *("plt_megatron", "evaluate", "--model", str(run.folder.exports / "step_00000008")),
+    assert run.commands[-1][6:] == [
+        *("evaluate", "--model", str(run.folder.exports / "step_00000008")),
         *("--tasks", "choice", "--include-path", "tasks", "--limit", "3"),
     ]
 

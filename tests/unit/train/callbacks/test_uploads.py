@@ -219,11 +219,13 @@ def test_a_process_beside_training_is_no_rank_and_is_seen_to_move(tmp_path, monk
     """A real one, of a `plt` that reads a file when it is told to."""
     monkeypatch.setenv("RANK", "3")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "plt_megatron").mkdir()
-    (tmp_path / "plt_megatron/__init__.py").touch()
-    (tmp_path / "plt_megatron/__main__.py").write_text(
-        "import os, sys\nassert 'RANK' not in os.environ\nprint('ready', file=sys.stderr, flush=True)\n"
-        "os.open(sys.argv[2], os.O_RDONLY)\nopen(__file__).read()\nos.open(sys.argv[3], os.O_RDONLY)\n"
+    package = tmp_path / "plt_megatron"
+    (package / "runtime").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "runtime/local_processes.py").write_text("def die_with_parent(): ...\n")
+    (package / "commands.py").write_text(
+        "import os, sys\ndef main():\n assert 'RANK' not in os.environ\n print('ready', file=sys.stderr, flush=True)\n"
+        " os.open(sys.argv[2], os.O_RDONLY)\n open(__file__).read()\n os.open(sys.argv[3], os.O_RDONLY)\n"
     )
     # Two pipes: a second open of the first could succeed before its writer has closed it.
     fifo, never = tmp_path / "fifo", tmp_path / "never"
