@@ -98,6 +98,12 @@ class _DocumentDataset(GPTDataset):
         """Open the source at `dataset_path`, which may be in parts; overrides `GPTDataset`'s."""
         return JoinedDataset.of(dataset_path) or GPTDataset.build_low_level_dataset(dataset_path, config)
 
+    def __len__(self) -> int:
+        """Return the number of samples and, in a blend, of those that megatron-core draws past what is asked for. It
+        refuses to draw more than there are, but nothing reads these."""
+        blend = self.config.blend or self.config.blend_per_split[self.index_split.value]
+        return super().__len__() + (len(blend[0]) - 1 if blend else 0)
+
     def __getitem__(self, idx: int | None) -> dict[str, Any]:
         text, lengths = self._text(int(idx or 0))
         settings = self.config

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_helpers import ROOT, build, make_texts, tool_environment, write_jsonl
+from data_helpers import ROOT, build, make_texts, tool_environment, write_jsonl, write_source
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from plt_megatron.config.schema import DataConfig, DataSource, RunConfig
@@ -92,6 +92,14 @@ def test_an_epoch_is_every_document_once(prefix: str, tokenizer: Tokenizer, tmp_
     missing = Counter(part) - found
     assert sum(len(document) * count for document, count in missing.items()) == len(current) + total - len(stream)
     assert total - len(stream) < LENGTH
+
+
+def test_a_blend_may_use_up_a_source(tmp_path: Path) -> None:
+    """megatron-core makes it four samples longer than the sixteen asked for, and draws one too many from the first."""
+    sources = [DataSource(write_source(tmp_path / "0", [5] * 131, [131]), 10.0)]
+    sources += [DataSource(write_source(tmp_path / str(number), [5] * 50, [50])) for number in range(1, 5)]
+    train = build(DataConfig(train_sources=sources, sequence_length=10), (16, 0, 0), tmp_path / "cache").train
+    assert len(train) == 16 and all(train[number]["tokens"].shape == (10,) for number in range(16))
 
 
 def test_split_keeps_parts_apart(prefix: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
