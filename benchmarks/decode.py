@@ -1,6 +1,6 @@
 """Decoding time per token: the rows of the paper's ablation compared, with the same weights.
 
-    python benchmarks/decode.py                         # a 276M model in bf16; about six minutes on two CPU cores
+    python benchmarks/decode.py                         # a 276M model in bf16; about eight minutes on two CPU cores
     python benchmarks/decode.py --dtype fp32 --batch 1 4
     python benchmarks/decode.py --device cuda --graph   # CUDA graphs; or --compile, torch.compile
     python benchmarks/decode.py --small                 # seconds: does it run? Times of so small a model say nothing
@@ -34,6 +34,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "+ KV sharing": {"gated_window": False},
     "PLT-2": {},
     "PLT-3": {"loop_count": 3},
+    "vanilla, shifted keys": {"loop_count": 1, "key_shift": "heads"},
+    "PLT-2, shifted keys": {"key_shift": "heads"},
 }
 MODEL = {
     "vocab_size": 32000,
@@ -56,6 +58,7 @@ BAR_PARAMETERS = 200e6
 NAIVE_RANGE = (1.6, 2.4)  # times vanilla: the cost of a second loop without PLT
 PLT2_TO_VANILLA = 1.25  # batch 4
 PLT2_TO_NAIVE = 0.65  # batch 4
+SHIFTED = 1.02  # times the same row without shifted keys
 PLT2_KV = 1.07  # times vanilla, at any of LENGTHS
 GPU_AIM = 1.02  # the paper's, on its GPU
 
@@ -220,13 +223,22 @@ def profile_parts(decoder: Decoder, steps: int = 3) -> dict[str, float]:
 def kv_bytes(config: PLTConfig, tokens: int, bytes_per_value: int) -> int:
     """Return the bytes of a sequence's decoding state (paper, Table 1).
 
-    It is (stores * n + (L-1) * w) tokens of K and V, and L-1 carries.
+    It is (stores * n + (L-1) * w) tokens of K and V, and L-1 carries; with shifted keys also the last token's, of half
+    the key/value heads, of each loop that reads its own.
     """
     later = config.loop_count - 1
     values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     stores = 1 if config.share_kv else config.loop_count
     windows = later * config.window_size if config.gated_window else 0
     carries = later * config.hidden_size if config.cross_loop_parallel else 0
+    if config.key_shift == "heads":
+        own = config.loop_count if config.gated_window else stores
+        carries += (
+            own
+            * config.num_hidden_layers
+            * (config.num_key_value_heads - config.num_key_value_heads // 2)
+            * config.head_dim
+        )
     return ((stores * tokens + windows) * values + carries) * bytes_per_value
 
 
@@ -249,6 +261,9 @@ def missed_time_bars(batch: int, timings: dict[str, Timing]) -> list[str]:
     ratio = naive.relative_to(vanilla)
     low, high = NAIVE_RANGE
     require(low <= ratio <= high, f"the naive loop takes {ratio:.2f}x vanilla, about 2x is expected")
+    for name in ("vanilla", "PLT-2"):
+        ratio = timings[f"{name}, shifted keys"].relative_to(timings[name])
+        require(ratio <= SHIFTED, f"shifted keys take {ratio:.3f}x {name}, more than {SHIFTED}")
     to_naive = plt2.relative_to(naive)
     if batch == 1:
         require(to_naive <= 1.0, f"PLT-2 takes {to_naive:.2f}x the naive loop, more than 1")
