@@ -233,12 +233,7 @@ def kv_bytes(config: PLTConfig, tokens: int, bytes_per_value: int) -> int:
     carries = later * config.hidden_size if config.cross_loop_parallel else 0
     if config.key_shift == "heads":
         own = config.loop_count if config.gated_window else stores
-        carries += (
-            own
-            * config.num_hidden_layers
-            * (config.num_key_value_heads - config.num_key_value_heads // 2)
-            * config.head_dim
-        )
+        carries += own * config.num_hidden_layers * ((config.num_key_value_heads + 1) // 2) * config.head_dim
     return ((stores * tokens + windows) * values + carries) * bytes_per_value
 
 

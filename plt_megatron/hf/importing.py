@@ -82,11 +82,12 @@ def _load(path: Path) -> tuple[Any, Any, Any]:
         if width is not None:  # transformers would take its default
             config.moe_intermediate_size = width.contents()
         source |= {"config": config, "dtype": torch.float32, "output_loading_info": True}
-        model, info = AutoModelForCausalLM.from_pretrained(**source)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(**source)
     except UserError:
         raise
     except (ValueError, LookupError, OSError, RuntimeError) as error:  # the last where shapes differ
         raise UserError(f"{path}: transformers cannot read it ({str(error).splitlines()[0]})") from error
+    model, info = loaded
     _check_read(reader, model, info["missing_keys"], path)
     license_field = reader.get_field(_LICENSE)
     return None if license_field is None else license_field.contents(), tokenizer, model

@@ -21,26 +21,29 @@ def bench():
 
 
 def timings(bench, **ms):
-    """Timings with constant slices, by row; `plt2=30.0` and so on."""
-    names = {"vanilla": "vanilla", "naive": "naive loop", "plt2": "PLT-2"}
+    """Timings with constant slices, by row; `plt2=30.0` and so on, `shift` for PLT-2's shifted keys over it."""
+    names = {"vanilla": "vanilla", "naive": "naive loop", "plt2": "PLT-2", "shifted": "PLT-2, shifted keys"}
+    ms |= {"shifted": ms["plt2"] * ms.pop("shift")}
     shares = {"linear": 0.7, "attention": 0.2, "other": 0.1}
-    return {names[key]: bench.Timing(slices=[value] * 3, parts=shares) for key, value in ms.items()}
+    found = {names[key]: bench.Timing(slices=[value] * 3, parts=shares) for key, value in ms.items()}
+    return found | {"vanilla, shifted keys": found["vanilla"]}
 
 
 @pytest.mark.parametrize(
-    ("batch", "plt2", "naive", "missed"),
+    ("batch", "plt2", "naive", "shift", "missed"),
     [
-        (4, 12.0, 20.0, []),
-        (4, 12.6, 20.0, ["PLT-2 takes 1.26x vanilla, more than 1.25"]),
-        (4, 12.4, 18.0, ["PLT-2 takes 0.69x the naive loop, more than 0.65"]),
-        (4, 10.0, 30.0, ["the naive loop takes 3.00x vanilla"]),
-        (1, 19.0, 20.0, []),
-        (1, 21.0, 20.0, ["PLT-2 takes 1.05x the naive loop, more than 1"]),
-        (16, 19.0, 20.0, []),
+        (4, 12.0, 20.0, 1.0, []),
+        (4, 12.6, 20.0, 1.0, ["PLT-2 takes 1.26x vanilla, more than 1.25"]),
+        (4, 12.4, 18.0, 1.0, ["PLT-2 takes 0.69x the naive loop, more than 0.65"]),
+        (4, 10.0, 30.0, 1.0, ["the naive loop takes 3.00x vanilla"]),
+        (1, 19.0, 20.0, 1.0, []),
+        (1, 21.0, 20.0, 1.0, ["PLT-2 takes 1.05x the naive loop, more than 1"]),
+        (16, 19.0, 20.0, 1.02, []),
+        (16, 19.0, 20.0, 1.03, ["shifted keys take 1.030x PLT-2, more than 1.02"]),
     ],
 )
-def test_time_bars(bench, batch, plt2, naive, missed):
-    lines = bench.missed_time_bars(batch, timings(bench, vanilla=10.0, naive=naive, plt2=plt2))
+def test_time_bars(bench, batch, plt2, naive, shift, missed):
+    lines = bench.missed_time_bars(batch, timings(bench, vanilla=10.0, naive=naive, plt2=plt2, shift=shift))
     assert len(lines) == len(missed)
     for line, what in zip(lines, missed, strict=True):
         assert line.startswith(f"batch {batch}: {what}")
@@ -67,7 +70,8 @@ def test_small_run(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "every bar that applies is met" in result.stdout
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]["1"]
-    assert list(rows) == ["vanilla", "naive loop", "+ CLP", "+ KV sharing", "PLT-2", "PLT-3"]
+    of_the_paper = ["vanilla", "naive loop", "+ CLP", "+ KV sharing", "PLT-2", "PLT-3"]
+    assert list(rows) == [*of_the_paper, "vanilla, shifted keys", "PLT-2, shifted keys"]
     assert all(len(row["slices"]) == 2 and row["ms"] > 0 for row in rows.values())
 
 
