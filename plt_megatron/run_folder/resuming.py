@@ -50,9 +50,15 @@ class Start:
 
 def find_start(config: RunConfig) -> Start | None:
     """Find the checkpoint that a run would start from, checking file sizes only. None: there is none yet, it has to be
-    downloaded, or it is damaged, which the training loop reports."""
+    downloaded, or it is damaged, which the training loop reports. Raises `UserError` if the run has some but is to save
+    none, since it would begin anew in the same folder."""
     settings, own = config.checkpoint, RunFolder.of(config).checkpoints
-    is_own = settings.enabled and bool(checkpoints.candidates(own))
+    is_own = bool(checkpoints.candidates(own))
+    if is_own and not settings.enabled:
+        raise UserError(
+            f"{own} has checkpoints of this run, which checkpoint.enabled=false would train from the beginning, and "
+            "empty its metrics.jsonl: give it another name"
+        )
     if not is_own and (settings.load is None or is_url(settings.load)):
         return None
     try:

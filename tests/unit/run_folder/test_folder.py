@@ -7,9 +7,10 @@ import json
 import pytest
 
 from plt_megatron.config.loader import load_config
-from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.schema import CheckpointConfig, RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.folder import RunFolder, save_config
+from plt_megatron.run_folder.resuming import find_start
 
 
 def write(folder, *records, tail=""):
@@ -47,6 +48,14 @@ def test_the_configuration_comes_back_and_says_where_its_run_lies(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         save_config(config, tmp_path / "file" / "config.yaml")
+
+
+def test_a_run_with_checkpoints_is_not_begun_anew_without(tmp_path):
+    config = RunConfig(name="mine", output_dir=str(tmp_path), checkpoint=CheckpointConfig(enabled=False))
+    assert find_start(config) is None
+    (RunFolder.of(config).checkpoints / "step_00000004").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"mine/checkpoints has .* checkpoint\.enabled=false .* another name"):
+        find_start(config)
 
 
 def test_final_figures(tmp_path):
