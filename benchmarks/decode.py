@@ -29,13 +29,13 @@ from plt_megatron.run_folder.text import format_memory, format_table
 
 ROWS: dict[str, dict[str, Any]] = {
     "vanilla": {"loop_count": 1},
+    "vanilla, shifted keys": {"loop_count": 1, "key_shift": "heads"},  # its turn is beside the row it is compared with
     "naive loop": {"cross_loop_parallel": False, "share_kv": False, "gated_window": False},
     "+ CLP": {"share_kv": False, "gated_window": False},
     "+ KV sharing": {"gated_window": False},
     "PLT-2": {},
-    "PLT-3": {"loop_count": 3},
-    "vanilla, shifted keys": {"loop_count": 1, "key_shift": "heads"},
     "PLT-2, shifted keys": {"key_shift": "heads"},
+    "PLT-3": {"loop_count": 3},
 }
 MODEL = {
     "vocab_size": 32000,

@@ -71,7 +71,7 @@ def test_small_run(tmp_path):
     assert "every bar that applies is met" in result.stdout
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]["1"]
     of_the_paper = ["vanilla", "naive loop", "+ CLP", "+ KV sharing", "PLT-2", "PLT-3"]
-    assert list(rows) == [*of_the_paper, "vanilla, shifted keys", "PLT-2, shifted keys"]
+    assert [row for row in rows if "shifted" not in row] == of_the_paper and len(rows) == 8
     assert all(len(row["slices"]) == 2 and row["ms"] > 0 for row in rows.values())
 
 
