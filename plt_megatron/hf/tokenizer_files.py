@@ -16,7 +16,7 @@ from plt_megatron.errors import UserError
 
 MODEL, JSON, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
-_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+_TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
 # Other tokenizer files of Hugging Face folders.
 _OTHERS = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", *_TEMPLATES)
 # Texts to compare before trusting a tokenizer.json found beside a sentencepiece model.
@@ -121,10 +121,11 @@ def _write_from_sentencepiece(tokenizer: SentencePieceTokenizer, folder: Path) -
     _copy_found(_TEMPLATES, path.parent, folder)
 
 
-def _copy_found(names: Iterable[str], source: Path, folder: Path) -> None:
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+def _copy_found(patterns: Iterable[str], source: Path, folder: Path) -> None:
+    for file in (file for pattern in patterns for file in source.glob(pattern) if file.is_file()):
+        copy = folder / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 def _write_config(tokenizer: HuggingFaceTokenizer, folder: Path) -> None:

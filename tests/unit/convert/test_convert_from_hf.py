@@ -422,7 +422,9 @@ def test_chat_tokens_survive_a_second_import(tmp_path, tokenizer_model):
     tokenizer.save(str(folder / "tokenizer.json"))
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "split_special_tokens": False}))
-    (folder / "chat_template.jinja").write_text(CHAT)
+    (folder / "additional_chat_templates").mkdir()
+    for name in ("chat_template.jinja", "additional_chat_templates/tool_use.jinja"):
+        (folder / name).write_text(CHAT)
     chat = [{"role": "user", "content": "the loop"}]
     expected = AutoTokenizer.from_pretrained(folder).apply_chat_template(chat, return_dict=True)["input_ids"]
     assert {expected[0], expected[-1]} == {400, 401}
@@ -432,7 +434,7 @@ def test_chat_tokens_survive_a_second_import(tmp_path, tokenizer_model):
         folder = tmp_path / f"out{number}"
         quiet((tmp_path / f"run{number}", folder))
         exported = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-        assert exported.chat_template == CHAT and len(exported) == 402
+        assert exported.chat_template == {"default": CHAT, "tool_use": CHAT} and len(exported) == 402
         assert exported.apply_chat_template(chat, return_dict=True)["input_ids"] == expected
 
 
