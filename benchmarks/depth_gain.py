@@ -152,9 +152,12 @@ def _plot(corpora: Sequence[Corpus], path: Path) -> None:
                 axes.errorbar(gain.value, place, xerr=gain.half or 0, fmt="o", color=color(0), capsize=3)
                 axes.plot(gains, [place] * gain.n, "|", color=color(0))
         axes.set_yticks(range(len(names)), names)
-        axes.invert_yaxis()
+        axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_title(corpus.title, fontsize=10)
         axes.set_xlabel("gain over k layers, nats (line: 2k layers)", fontsize=9)
+    ranges = [axes.get_xlim() for axes in panels]
+    for axes in panels:
+        axes.set_xlim(min(low for low, _ in ranges), max(high for _, high in ranges))
     save(figure, path)
 
 
