@@ -12,10 +12,20 @@ from plt_megatron.config import derived
 from plt_megatron.config.layout import DIMENSIONS, ParallelLayout, layout_of, num_microbatches
 from plt_megatron.config.rules.deepspeed import deepspeed_config
 from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
 
 BYTES = {"fp32": 4, "bf16": 2}
 MAX_LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's own default
+
+
+def problems_on(config: RunConfig, world_size: int | None, capability: tuple[int, int] | None) -> list[str]:
+    """List why a run does not fit `world_size` ranks on cards of a compute capability, or without any (None).
+
+    Where there are cards, Transformer Engine is taken to be there too.
+    """
+    te = capability is not None
+    return find_problems(config, world_size=world_size, check_files=False, have_te=te, capability=capability)
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,11 @@ from plt_megatron.config.loader import load_config
 from plt_megatron.config.loop_schedule import LoopSchedule
 from plt_megatron.config.schedules import BatchSchedule
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
 from plt_megatron.predict.cards import GPUSpec, find_gpu_spec
 from plt_megatron.predict.decode_cost import DecodeCost, decode_cost
 from plt_megatron.predict.flops import flops_of_loops
-from plt_megatron.predict.layout import layout_overrides
+from plt_megatron.predict.layout import layout_overrides, problems_on
 from plt_megatron.predict.parameters import count_parameters
 from plt_megatron.predict.run_estimate import (
     USABLE_SHARE,
@@ -53,9 +52,7 @@ def print_estimate(options: Namespace, tokenizer_size: Callable[[str], int]) -> 
     vocab_size = known_vocab_size(config, tokenizer_vocab_size(config, tokenizer_size))
     if options.search:
         return _answer_search(options, config, vocab_size, world_size or layout_of(config).world_size)
-    capability = find_gpu_spec(options.gpu).capability
-    have_te = capability is not None  # the estimate assumes Transformer Engine on these cards
-    problems = find_problems(config, world_size=world_size, check_files=False, have_te=have_te, capability=capability)
+    problems = problems_on(config, world_size, find_gpu_spec(options.gpu).capability)
     if problems:
         raise UserError("\n".join(problems))
     estimate = estimate_run(

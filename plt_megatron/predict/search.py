@@ -12,8 +12,8 @@ from plt_megatron.config.derived import num_query_groups
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.rules.parallel import uneven_settings
 from plt_megatron.config.schema import ParallelConfig, RunConfig
-from plt_megatron.config.validation import find_problems
 from plt_megatron.predict.cards import GPUSpec, find_gpu_spec
+from plt_megatron.predict.layout import problems_on
 from plt_megatron.predict.run_estimate import RunEstimate, estimate_run
 
 MAX_MICRO_BATCH = 64
@@ -85,8 +85,7 @@ def search(
     for overrides in _layouts(config, world_size, gpus_per_node):
         tried += 1
         changed = _changed(config, overrides)
-        have_te = capability is not None  # as the estimate assumes on these cards
-        found = find_problems(changed, world_size=world_size, check_files=False, have_te=have_te, capability=capability)
+        found = problems_on(changed, world_size, capability)
         if found:
             problems.update(found)
             continue

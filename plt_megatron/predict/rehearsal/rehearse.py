@@ -18,9 +18,9 @@ from plt_megatron.config.layout import ParallelLayout, layout_of
 from plt_megatron.config.loop_schedule import with_loop_count
 from plt_megatron.config.schedules import with_global_batch_size, with_sequence_length
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
 from plt_megatron.predict.cards import find_gpu_spec
+from plt_megatron.predict.layout import problems_on
 from plt_megatron.predict.rehearsal.compare import Difference, compare, memory_problems, saving_problems
 from plt_megatron.predict.rehearsal.matching import Waiting, group_problems, play
 from plt_megatron.predict.rehearsal.record import RankRecord
@@ -76,9 +76,7 @@ def rehearse(
     Raises:
         UserError: the configuration does not fit this world, or cannot be rehearsed.
     """
-    capability = find_gpu_spec(gpu).capability
-    have_te = capability is not None  # the run would have Transformer Engine on these cards
-    problems = find_problems(config, world_size=world_size, check_files=False, have_te=have_te, capability=capability)
+    problems = problems_on(config, world_size, find_gpu_spec(gpu).capability)
     if problems:
         raise UserError("\n".join(problems))
     given = config
