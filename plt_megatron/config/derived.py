@@ -45,6 +45,16 @@ def has_gates(model: ModelConfig) -> bool:
     return model.loop_count > 1 and model.gated_window
 
 
+def windows_earlier_loops(model: ModelConfig) -> bool:
+    """Return whether only the last of several loops attends to the whole context, the earlier ones to a window."""
+    return model.loop_count > 1 and model.full_attention == "last_loop"
+
+
+def has_windows(model: ModelConfig) -> bool:
+    """Return whether the looped layers attend to a window, in all loops but the first or all but the last."""
+    return has_gates(model) or windows_earlier_loops(model)
+
+
 def shares_values(model: ModelConfig) -> bool:
     """Return whether loops >= 2 attend to the first loop's V instead of their own."""
     return model.share_kv and model.share_values

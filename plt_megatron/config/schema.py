@@ -122,6 +122,9 @@ class ModelConfig:
     share_kv: bool = True  # loops >= 2 attend to the first loop's K and V
     share_values: bool = True  # False: loops >= 2 attend to the first loop's K and their own V
     gated_window: bool = True  # loops >= 2 also attend to a window of their own, blended in by a gate per head
+    # last_loop: earlier loops attend only within a window, and no loop reads another's K and V (share_kv=false,
+    # gated_window=false). The KV cache is then the last loop's, and as large as with share_kv.
+    full_attention: Literal["every_loop", "last_loop"] = "every_loop"
     window_size: Size = 64  # keys that a query sees in the window, its own included
     fused_gated_window: bool = False  # window, blend and gate in one Triton kernel; GPU only, not yet measured on one
     gate_input: Literal["query", "hidden"] = "query"  # what the gate reads (model/attention.py)

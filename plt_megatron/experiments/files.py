@@ -34,7 +34,9 @@ from plt_megatron.predict.cards import card_names
 
 Hold = Literal["tokens", "training_flops", "effective_depth", "parameters", "decode_latency"]
 HOLDS: tuple[str, ...] = typing.get_args(Hold)
-LOOP_SWITCHES = ("model.loop_count", "model.cross_loop_parallel", "model.share_kv", "model.gated_window")
+LOOP_SWITCHES = tuple(
+    f"model.{name}" for name in ("loop_count", "cross_loop_parallel", "share_kv", "gated_window", "full_attention")
+)
 SEED_KEY = "training.seed"
 OWNED = {"name": "name", "output_dir": "output_dir", SEED_KEY: "seeds"}  # run setting -> the file's own key for it
 _HOURS = {"m": 1 / 60, "min": 1 / 60, "h": 1.0, "d": 24.0}

@@ -17,6 +17,7 @@ CHOICES = {
     "key_shift": ("none", "heads", "channels", "learned"),
     "scoring_func": ("softmax", "sigmoid"),
     "loop_order": ("stack", "layer"),
+    "full_attention": ("every_loop", "last_loop"),
     "gate_input": ("query", "hidden"),
     "gate_side": ("local", "global"),
     "gate_activation": ("sigmoid", "tanh"),
@@ -45,6 +46,8 @@ class PLTConfig(PreTrainedConfig):
             `share_kv`.
         gated_window (`bool`): loops >= 2 blend that attention with a sliding window over their own keys and
             values, by one gate per head. Needs `share_kv`.
+        full_attention (`str`): "every_loop", or "last_loop": loops before the last attend to a window of their own keys
+            and values, and the last loop to all of its own. Needs `share_kv` and `gated_window` to be False.
         window_size (`int`): keys that a query sees in the window, its own included.
         gate_input (`str`): what the gate reads, "query" or "hidden"; see `PLTGate`.
         gate_side (`str`): the attention that the gate multiplies, "local" or "global"; the other gets
@@ -122,6 +125,7 @@ class PLTConfig(PreTrainedConfig):
     share_kv: bool = True
     share_values: bool = True
     gated_window: bool = True
+    full_attention: str = "every_loop"
     window_size: int = 64
     gate_input: str = "query"
     gate_side: str = "local"
@@ -222,6 +226,11 @@ class PLTConfig(PreTrainedConfig):
             )
 
     @property
+    def windows_earlier_loops(self) -> bool:
+        """Whether loops before the last attend only to a window."""
+        return self.full_attention == "last_loop"
+
+    @property
     def shares_values(self) -> bool:
         """Whether loops >= 2 attend to the first loop's values, not only to its keys or to neither."""
         return self.share_kv and self.share_values
@@ -235,6 +244,8 @@ class PLTConfig(PreTrainedConfig):
             raise ValueError("gated_window needs share_kv: its gate blends the window with the first loop's K and V")
         if not self.share_values and not self.share_kv:
             raise ValueError("share_values false needs share_kv: the loops share keys alone, or nothing")
+        if self.full_attention == "last_loop" and self.share_kv:
+            raise ValueError('full_attention "last_loop" needs share_kv false: no other loop keeps keys to share')
         scales = (self.embedding_scale, self.hidden_scale, self.hidden_norm, self.learned_hidden_scale)
         if not (self.cross_loop_parallel or self.input_injection) and scales != (1.0, 1.0, False, "none"):
             raise ValueError(

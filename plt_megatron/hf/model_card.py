@@ -79,10 +79,14 @@ def _introduction(source: ModelSource) -> str:
     made = "trained" if source.progress.get("step", 0) > 0 else "converted"
     if model.loop_count == 1:
         return f"A decoder-only transformer, {made} with plt_megatron."
-    kind = "Parallel Loop Transformer (PLT, arXiv 2510.24824)"
-    if not (model.cross_loop_parallel and derived.shares_values(model) and model.gated_window):
-        kind = "looped transformer, an ablation of the Parallel Loop Transformer (PLT, arXiv 2510.24824),"
-    return f"A {kind} of {model.loop_count} loops, {made} with plt_megatron."
+    plt = "Parallel Loop Transformer (PLT, arXiv 2510.24824)"
+    kind, loops = plt, f"{model.loop_count} loops"
+    if derived.windows_earlier_loops(model):
+        kind = f"variant of the {plt}" if model.cross_loop_parallel else f"looped transformer, a variant of the {plt},"
+        loops += ", whose last loop alone attends to the whole context"
+    elif not (model.cross_loop_parallel and derived.shares_values(model) and model.gated_window):
+        kind = f"looped transformer, an ablation of the {plt},"
+    return f"A {kind} of {loops}, {made} with plt_megatron."
 
 
 def _loops(model: ModelConfig) -> str:

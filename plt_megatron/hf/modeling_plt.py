@@ -13,6 +13,7 @@ it run once, on h(L). A step is still one pass: of one row, then L rows, then on
 Row 1 writes its keys and values to the cache before the other rows attend to them, each row l >= 2 keeps a ring
 of `window_size` keys and values of its own, and h(1..L-1) of the last position are carried to the next step; with
 `key_shift` so is what the next keys take from the last ones, for every layer and loop.
+With `full_attention` "last_loop" the cache is row L's, and the rows before it have a ring and nothing else.
 
 Shapes: B sequences, T new tokens (or rows, one per loop, in a parallel step), N cached and new tokens, H query
 heads, K key/value heads, G = H / K, D the head dimension, d the hidden size, w the window, L the loop count.
@@ -57,6 +58,7 @@ class PLTPass:
 
     loop: int | None
     loop_count: int
+    windows: range  # loops, from 0, that attend to a window
     cos: torch.Tensor  # [B or 1, T or 1, 1, D]
     sin: torch.Tensor  # [B or 1, T or 1, 1, D], its first half negated: see `rotate`
     start: Any = 0  # tokens cached before this pass: int, or a tensor in a static cache
@@ -74,7 +76,7 @@ class PLTPass:
 
     def once(self) -> "PLTPass":
         """Return the same pass for a layer that does not loop: like a first loop that nothing follows."""
-        return replace(self, loop=0, global_mask=self.once_mask)
+        return replace(self, loop=0, windows=range(0), global_mask=self.once_mask)
 
     def to(self, device: Any, non_blocking: bool = False) -> "PLTPass":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -145,11 +147,25 @@ def shift(states: torch.Tensor, loop: int, state: PLTPass, carry: PLTCarry | Non
     return shifted if state.continues is None else shifted * state.continues.to(shifted.dtype)
 
 
+def window_loops(config: PLTConfig, loop_count: int) -> range:
+    """Return the loops of a pass, from 0, that attend to a window, in layers that loop."""
+    if config.gated_window:
+        return range(1, loop_count)
+    return range(loop_count - 1 if config.windows_earlier_loops else 0)
+
+
+def overlap(kept: range, loops: slice) -> tuple[slice, slice]:
+    """Return the places of the loops that are in both: among `loops`, and among those kept."""
+    first = max(kept.start, loops.start)
+    end = max(first, min(kept.stop, loops.stop))
+    return slice(first - loops.start, end - loops.start), slice(first - kept.start, end - kept.start)
+
+
 class PLTCacheLayer:
     """Keys and values of one layer.
 
-    keys, values: [B, S, K, capacity, D], S = 1 if shared with the first loop, otherwise one store per loop.
-    window_keys, window_values: [B, W, K, w, D], the rings of loops 2..W+1; token t is in slot t % w.
+    keys, values: [B, S, K, capacity, D], one store per loop of `key_loops` and `value_loops`; a single one serves all.
+    window_keys, window_values: [B, W, K, w, D], one ring per loop of `window_loops`; token t is in slot t % w.
     carry: what the next token's keys take from the last one's (`PLTKeyShift`).
     """
 
@@ -158,15 +174,15 @@ class PLTCacheLayer:
 
     def __init__(
         self,
-        key_stores: int,
-        value_stores: int,
-        window_loops: int,
+        key_loops: range,
+        value_loops: range,
+        window_loops: range,
         window_size: int,
         carry: PLTCarry,
         max_cache_len: int | None,
     ):
-        self.key_stores = key_stores
-        self.value_stores = value_stores
+        self.key_loops = key_loops
+        self.value_loops = value_loops
         self.window_loops = window_loops
         self.carry = carry
         self.window_size = window_size
@@ -183,11 +199,11 @@ class PLTCacheLayer:
         batch, heads, _, dim = key.shape
         self.batch_size = batch
         capacity = self.static_length or 0
-        self.keys = key.new_zeros(batch, self.key_stores, heads, capacity, dim)
-        self.values = value.new_zeros(batch, self.value_stores, heads, capacity, dim)
+        self.keys = key.new_zeros(batch, len(self.key_loops), heads, capacity, dim)
+        self.values = value.new_zeros(batch, len(self.value_loops), heads, capacity, dim)
         if self.window_loops:
-            self.window_keys = key.new_zeros(batch, self.window_loops, heads, self.window_size, dim)
-            self.window_values = value.new_zeros(batch, self.window_loops, heads, self.window_size, dim)
+            self.window_keys = key.new_zeros(batch, len(self.window_loops), heads, self.window_size, dim)
+            self.window_values = value.new_zeros(batch, len(self.window_loops), heads, self.window_size, dim)
         self.carry.allocate(key)
         if self.static_length is not None and not is_torchdynamo_compiling():
             for tensor in self.tensors():
@@ -199,17 +215,14 @@ class PLTCacheLayer:
         return [tensor for tensor in candidates if tensor is not None]
 
     def write(self, key: torch.Tensor, value: torch.Tensor, loops: slice, state: PLTPass) -> None:
-        """Append key and value [B, l, K, T, D] of these loops to the cache; if shared, only the first loop's."""
-        if not self.is_initialized:
-            self.lazy_initialization(key[:, 0], value[:, 0])
+        """Append key and value [B, l, K, T, D] of these loops to their stores, if they have one."""
         if self.static_length is None:
             self._reserve(state.start, state.start + key.shape[3])
-        for cached, new in ((self.keys, key), (self.values, value)):
-            if cached.shape[1] == 1:
-                if loops.start > 0:
-                    continue
-                new = new[:, :1]
-            stores = cached[:, self._stores(cached, loops)]
+        for cached, new, kept in ((self.keys, key, self.key_loops), (self.values, value, self.value_loops)):
+            rows, places = overlap(kept, loops)
+            if rows.start == rows.stop:
+                continue
+            stores, new = cached[:, places], new[:, rows]
             if self.static_length is None:
                 stores[:, :, :, state.start : state.start + new.shape[3]] = new
             else:
@@ -230,41 +243,46 @@ class PLTCacheLayer:
 
     def read(self, loops: slice, state: PLTPass, new_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values [B, l, K, N, D] of these loops up to this pass's tokens (all slots of a static cache);
-        l is 1 if shared."""
+        l is 1 if there is one store."""
         end = self.static_length if self.static_length is not None else state.start + new_tokens
         keys, values = (each[:, self._stores(each, loops), :, :end] for each in (self.keys, self.values))
         return keys, values
 
     def write_window(self, key: torch.Tensor, value: torch.Tensor, loops: slice, state: PLTPass) -> None:
-        """Put the last w tokens of key and value [B, s, K, T, D] into the rings."""
+        """Put the last w tokens of key and value [B, l, K, T, D] of these loops into their rings, if they have one."""
+        rows, rings = overlap(self.window_loops, loops)
+        key, value = key[:, rows], value[:, rows]
         kept = state.ring_slots.shape[0]
-        self.window_keys[:, loops].index_copy_(3, state.ring_slots, key[:, :, :, -kept:])
-        self.window_values[:, loops].index_copy_(3, state.ring_slots, value[:, :, :, -kept:])
+        self.window_keys[:, rings].index_copy_(3, state.ring_slots, key[:, :, :, -kept:])
+        self.window_values[:, rings].index_copy_(3, state.ring_slots, value[:, :, :, -kept:])
         if not self.record_past:
             self.past = None
             return
         if self.past is None:  # recording since before the first token
             nothing = (key[:, 0, :, :0], value[:, 0, :, :0])
-            self.past = [nothing] * self.window_loops
-        for row, loop in enumerate(range(self.window_loops)[loops]):
-            past_key, past_value = self.past[loop]
-            self.past[loop] = (
+            self.past = [nothing] * len(self.window_loops)
+        for row, ring in enumerate(range(len(self.window_loops))[rings]):
+            past_key, past_value = self.past[ring]
+            self.past[ring] = (
                 torch.cat([past_key, key[:, row]], 2),
                 torch.cat([past_value, value[:, row]], 2),
             )
 
     def read_window(self, loops: slice, state: PLTPass) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the filled slots of the rings, [B, s, K, <= w, D], in any order: softmax does not depend on it."""
+        """Return the filled slots of these loops' rings, [B, s, K, <= w, D], in any order: softmax does not depend on
+        it."""
+        _, rings = overlap(self.window_loops, loops)
         full = self.static_length is not None
         end = self.window_size if full else min(state.start + 1, self.window_size)
-        return self.window_keys[:, loops, :, :end], self.window_values[:, loops, :, :end]
+        return self.window_keys[:, rings, :, :end], self.window_values[:, rings, :, :end]
 
     def read_prefix(self, loop: int, state: PLTPass) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return the tokens before this pass that its windows reach, [B, K, <= w-1, D], oldest first."""
         if state.prefix_slots is None:
             return None
-        keys = self.window_keys[:, loop].index_select(2, state.prefix_slots)
-        return keys, self.window_values[:, loop].index_select(2, state.prefix_slots)
+        ring = loop - self.window_loops.start
+        keys = self.window_keys[:, ring].index_select(2, state.prefix_slots)
+        return keys, self.window_values[:, ring].index_select(2, state.prefix_slots)
 
     def start_recording(self, length: int) -> None:
         self.record_past = True
@@ -283,11 +301,11 @@ class PLTCacheLayer:
         if self.past is None or self.past[0][0].shape[2] - removed < kept:
             raise ValueError(NOT_RECORDED.format(removed))
         slots = torch.arange(length - kept, length, device=self.window_keys.device) % self.window_size
-        for loop, (key, value) in enumerate(self.past):
+        for ring, (key, value) in enumerate(self.past):
             end = key.shape[2] - removed
-            self.past[loop] = (key[:, :, end - kept : end], value[:, :, end - kept : end])
-            self.window_keys[:, loop].index_copy_(2, slots, self.past[loop][0])
-            self.window_values[:, loop].index_copy_(2, slots, self.past[loop][1])
+            self.past[ring] = (key[:, :, end - kept : end], value[:, :, end - kept : end])
+            self.window_keys[:, ring].index_copy_(2, slots, self.past[ring][0])
+            self.window_values[:, ring].index_copy_(2, slots, self.past[ring][1])
 
     def map_batch(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Apply a function of the batch dimension to everything stored; static buffers keep their address."""
@@ -312,11 +330,11 @@ def _replace(old: torch.Tensor, new: torch.Tensor, static: bool) -> torch.Tensor
 class PLTCache(Cache):
     """The decoding state of a PLT: keys and values, the window rings, and the carried hidden states.
 
-    Per sequence it holds N tokens of K/V per layer (L times, if not shared, in layers that loop), (L - 1) rings of w
-    tokens per layer that loops, and (L - 1) vectors h(1..L-1) of the last position; with `key_shift` also what the next
-    keys take from the last position's, for every layer and loop. Copies (`copy.deepcopy`) are independent, so a stored
-    prefix can be continued any number of times. `crop` removes tokens that were added after
-    `activate_past_recording()`.
+    Per sequence it holds N tokens of K/V per layer (L times in layers that loop, if each loop attends to its own in
+    full), (L - 1) rings of w tokens per layer that loops and has windows, and (L - 1) vectors h(1..L-1) of the last
+    position; with `key_shift` also what the next keys take from the last position's, for every layer and loop. Copies
+    (`copy.deepcopy`) are independent, so a stored prefix can be continued any number of times. `crop` removes tokens
+    that were added after `activate_past_recording()`.
 
     Args:
         config: the model's `PLTConfig`.
@@ -330,14 +348,15 @@ class PLTCache(Cache):
         if max_cache_len is not None and max_cache_len < 1:
             raise ValueError(f"max_cache_len must be positive, not {max_cache_len}")
         later = self.loop_count - 1
-        key_stores = 1 if config.share_kv else self.loop_count
-        value_stores = 1 if config.shares_values else self.loop_count
-        windows = later if config.gated_window else 0
+        full = range(later if config.windows_earlier_loops else 0, self.loop_count)
+        key_loops = range(1) if config.share_kv else full
+        value_loops = range(1) if config.shares_values else full
+        windows = window_loops(config, self.loop_count)
         own = self.loop_count if config.gated_window or not config.shares_values else 1  # loops whose keys are used
         layers = []
         for index in range(config.num_hidden_layers):
             loops = index in config.looped_layers
-            kept = (key_stores, value_stores, windows) if loops else (1, 1, 0)
+            kept = (key_loops, value_loops, windows) if loops else (range(1), range(1), range(0))
             carry = PLTCarry(own if loops else 1, PLTKeyShift.width(config))
             layers.append(PLTCacheLayer(*kept, config.window_size, carry, max_cache_len))
         super().__init__(layers=layers)
@@ -613,7 +632,10 @@ class PLTKeyShift(nn.Module):
 
 
 class PLTAttention(nn.Module):
-    """Causal attention in loop 1; in loops >= 2 the gated blend of first-loop attention and their own window."""
+    """Causal attention in loop 1; in loops >= 2 the gated blend of first-loop attention and their own window.
+
+    With `full_attention` "last_loop", causal attention in the last loop, and in those before it within a window.
+    """
 
     def __init__(self, config: PLTConfig, layer_idx: int):
         super().__init__()
@@ -660,6 +682,8 @@ class PLTAttention(nn.Module):
         key = value = None
         if kv_input is not None:
             key, value = self._heads(self.k_proj(kv_input), self.k_norm), self._split(self.v_proj(kv_input))
+            if cache is not None and not cache.layers[self.layer_idx].is_initialized:
+                cache.layers[self.layer_idx].lazy_initialization(key.transpose(1, 2), value.transpose(1, 2))
             if self.key_shift is not None:
                 key, value = self.key_shift(key, value, self._before(key, value, state, cache))
             key = rotate(key, state.cos, state.sin)
@@ -682,12 +706,8 @@ class PLTAttention(nn.Module):
 
     def _before(self, key: torch.Tensor, value: torch.Tensor, state: PLTPass, cache: PLTCache | None) -> torch.Tensor:
         """Return what the tokens before hand on to key and value [B, T, K, D], as [B, T, P]."""
-        taken, carry = self.key_shift.taken(key, value), None
-        if cache is not None:
-            layer = cache.layers[self.layer_idx]
-            carry = layer.carry
-            if not layer.is_initialized:
-                layer.lazy_initialization(key.transpose(1, 2), value.transpose(1, 2))
+        taken = self.key_shift.taken(key, value)
+        carry = None if cache is None else cache.layers[self.layer_idx].carry
         if state.loop is not None:
             return shift(taken, state.loop, state, carry)
         loops = slice(0, taken.shape[1])
@@ -723,24 +743,30 @@ class PLTAttention(nn.Module):
         cache: PLTCache | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """query [B, T, H, D], key and value [B, K, T, D]; returns [B, T, H, D]."""
-        loop = state.loop
+        windowed = state.loop in state.windows
+        if windowed and self.config.windows_earlier_loops:
+            return self._window(query, key, value, state, cache), None
         keys, values = self._global_kv(key, value, shared, query.shape[1], state, cache)
         y, weights = self._attend(query, keys, values, state.global_mask, state)
-        if loop == 0 or not self.config.gated_window:
+        if not windowed:
             return y, weights
+        return self._blend(query, residual, self._window(query, key, value, state, cache), y), weights
+
+    def _window(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: PLTPass, cache: PLTCache | None
+    ) -> torch.Tensor:
+        """Attend to the loop's own last w keys: query [B, T, H, D], key and value [B, K, T, D] to [B, T, H, D]."""
         prefix = None
         if cache is not None:
-            layer = cache.layers[self.layer_idx]
-            prefix = layer.read_prefix(loop - 1, state)
-            layer.write_window(key.unsqueeze(1), value.unsqueeze(1), slice(loop - 1, loop), state)
+            layer, loops = cache.layers[self.layer_idx], slice(state.loop, state.loop + 1)
+            prefix = layer.read_prefix(state.loop, state)
+            layer.write_window(key.unsqueeze(1), value.unsqueeze(1), loops, state)
         if prefix is not None:
             key, value = torch.cat([prefix[0], key], 2), torch.cat([prefix[1], value], 2)
-        if _is_flash(self.config):
-            width = self.config.window_size
-            y_local, _ = self._attend(query, key, value, state.window_mask, state, sliding_window=width)
-        else:
-            y_local = self._blocked_window(query, key, value, state)
-        return self._blend(query, residual, y_local, y), weights
+        if not _is_flash(self.config):
+            return self._blocked_window(query, key, value, state)
+        width = self.config.window_size
+        return self._attend(query, key, value, state.window_mask, state, sliding_window=width)[0]
 
     def _attend(
         self,
@@ -823,22 +849,29 @@ class PLTAttention(nn.Module):
         if key is not None:
             key, value = key.unsqueeze(3), value.unsqueeze(3)
             layer.write(key, value, loops, state)
-        keys, values = layer.read(loops, state, 1)
-        if self.config.shares_values:
-            y, weights = self._shared_rows(query, keys[:, 0], values[:, 0], state.global_mask)
-        else:
-            keys = keys.expand(-1, rows, -1, -1, -1)
-            y, weights = self._own_rows(query, keys, values, state.global_mask)
-        skip = 1 if first == 0 else 0  # the first loop has no window
-        if not self.config.gated_window or rows == skip:
+        windowed, _ = overlap(state.windows, loops)
+        own = self.config.windows_earlier_loops  # those rows attend to their window only
+        full = windowed.stop if own else 0
+        y = weights = None
+        if full < rows:
+            keys, values = layer.read(slice(first + full, loops.stop), state, 1)
+            y, weights = self._full_rows(query[:, full:], keys, values, state.global_mask)
+        if windowed.start == windowed.stop:
             return y, weights
-        loops = slice(first + skip - 1, first + rows - 1)
-        layer.write_window(key[:, skip:], value[:, skip:], loops, state)
-        keys, values = layer.read_window(loops, state)
-        later = query[:, skip:]
-        y_local, _ = self._own_rows(later, keys, values, state.window_mask)
-        blended = self._blend(later, residual[:, skip:], y_local, y[:, skip:])
-        return (torch.cat([y[:, :1], blended], 1) if skip else blended), weights
+        layer.write_window(key, value, loops, state)
+        y_local, _ = self._own_rows(query[:, windowed], *layer.read_window(loops, state), state.window_mask)
+        if own:
+            return (y_local if y is None else torch.cat([y_local, y], 1)), weights
+        blended = self._blend(query[:, windowed], residual[:, windowed], y_local, y[:, windowed])
+        return (torch.cat([y[:, :1], blended], 1) if windowed.start else blended), weights
+
+    def _full_rows(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """query [B, R, H, D] against keys and values [B, R or 1, K, N, D]."""
+        if self.config.shares_values:
+            return self._shared_rows(query, keys[:, 0], values[:, 0], mask)
+        return self._own_rows(query, keys.expand(-1, query.shape[1], -1, -1, -1), values, mask)
 
     def _shared_rows(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
@@ -1157,7 +1190,7 @@ class PLTModel(PLTPreTrainedModel):
             past_key_values: `cache` under its name before transformers 5.24.
 
         Hidden states recorded by `output_hidden_states` are one [B, T, d] per layer and loop; in a parallel
-        step one [B, L, d] per layer.
+        step one [B, L, d] per layer. `output_attentions` records attention to the whole context, not to windows.
         """
         loops = self._loop_count(loop_count)
         if past_key_values is not None:
@@ -1262,6 +1295,7 @@ class PLTModel(PLTPreTrainedModel):
         state = PLTPass(
             loop=None if parallel else 0,
             loop_count=loops,
+            windows=window_loops(self.config, loops),
             cos=cos,
             sin=sin,
             start=layout.start,
@@ -1438,23 +1472,26 @@ class _Layout:
         """Fill in the masks and slots of the pass."""
         state.real, state.continues = self._rows()
         state.slots = self.slots if self.cache is not None else None
-        windowed = self.config.gated_window and loops > 1
-        if windowed and self.cache is not None:
+        if state.windows and self.cache is not None:
             width = self.config.window_size
             state.ring_slots = self.slots[-min(width, self.tokens) :] % width
         if _is_flash(self.config):
-            self._fill_flash(state, windowed, parallel, step, loops)
+            self._fill_flash(state, parallel, step, loops)
             return
         state.global_mask = state.once_mask = self._for_attention(self._global_mask(step))
-        if parallel and not self.config.shares_values and state.global_mask is not None:
-            state.global_mask = _each(state.global_mask, loops)
-        if not windowed:
+        if parallel and state.global_mask is not None:
+            state.global_mask = self._each_full(state.global_mask, loops)
+        if not state.windows:
             return
         if step:
             mask = self._for_attention(self._ring_mask())
             state.window_mask = _each(mask, loops - 1) if parallel and mask is not None else mask
         else:
             state.window_mask = self._for_attention(self._block_mask(state))
+
+    def _each_full(self, mask: torch.Tensor, loops: int) -> torch.Tensor:
+        """Repeat a mask for the rows of a parallel step that attend in full, each to keys or values of its own."""
+        return mask if self.config.shares_values or self.config.windows_earlier_loops else _each(mask, loops)
 
     def _for_attention(self, mask: torch.Tensor | None) -> torch.Tensor | None:
         if mask is None or self.config._attn_implementation != "eager":
@@ -1520,23 +1557,23 @@ class _Layout:
             return torch.full((1, count), -1, dtype=torch.long, device=self.device)
         return self.segments[:, positions.clamp(min=0)].masked_fill(positions < 0, -1)
 
-    def _fill_flash(self, state: PLTPass, windowed: bool, parallel: bool, step: bool, loops: int) -> None:
+    def _fill_flash(self, state: PLTPass, parallel: bool, step: bool, loops: int) -> None:
         if state.position_ids is not None:
             if self.batch > 1:
                 raise ValueError("packed documents with flash attention need batch size 1")
         elif self.segments is not None:
             state.global_mask = state.once_mask = self.segments >= 0
-        prefix = self._prefix(state) if windowed and not step else 0
+        prefix = self._prefix(state) if state.windows and not step else 0
         if state.global_mask is None:
             return
         mask = state.global_mask
-        if windowed and not step:
+        if state.windows and not step:
             state.window_mask = mask[:, mask.shape[1] - self.tokens - prefix :]
-        elif windowed:
+        elif state.windows:
             state.window_mask = self._ring_mask()[:, 0, 0]
             state.window_mask = _each(state.window_mask, loops - 1) if parallel else state.window_mask
-        if parallel and not self.config.shares_values:
-            state.global_mask = _each(mask, loops)
+        if parallel:
+            state.global_mask = self._each_full(mask, loops)
 
 
 def _each(mask: torch.Tensor, times: int) -> torch.Tensor:

@@ -66,6 +66,11 @@ def _window(model: ModelConfig) -> str:
     return f"{model.window_size} keys, {gate}" if model.gated_window else "no"
 
 
+def _full_attention(model: ModelConfig) -> str | None:
+    windowed = derived.windows_earlier_loops(model)
+    return f"in the last loop only; {model.window_size} keys in the others" if windowed else None
+
+
 OF_LAYERS = (
     Switch("qk_layernorm", stored_as=("qk_norm",)),
     Switch("qkv_bias"),
@@ -89,6 +94,7 @@ OF_LOOPS = (
     Switch("share_kv", title="first-loop key/value sharing", said=_sharing),
     Switch("share_values"),
     Switch("gated_window", title="gated sliding window", said=_window),
+    Switch("full_attention", title="attention to the whole context", said=_full_attention),
     Switch("window_size", in_loopcoder=True),
     Switch("gate_input", in_loopcoder=True),
     Switch("gate_side", in_loopcoder=True),
@@ -116,6 +122,7 @@ def stated(model: ModelConfig) -> dict[str, Any]:
         keys |= zip(switch.keys, switch.write(getattr(model, switch.setting)), strict=True)
     keys["share_values"] = model.share_values or not model.share_kv
     keys["gated_window"] = model.gated_window and model.share_kv
+    keys["full_attention"] = model.full_attention if derived.windows_earlier_loops(model) else "every_loop"
     if not derived.adds_embeddings(model):
         keys |= {"embedding_scale": 1.0, "hidden_scale": 1.0, "hidden_norm": False, "learned_hidden_scale": "none"}
     return keys

@@ -11,6 +11,9 @@ The gate g is one scalar per head and token. `query` (the paper): g = sigmoid(w_
 g = sigmoid(w_h . RMSNorm(x) + b_h), with x the layer's input residual stream and the norm the gate's own. Weights start
 at zero, so that g = 1/2. With `model.gate_activation: tanh`, g starts at 0, with gradients, as in Flamingo (arXiv
 2204.14198).
+
+With `model.full_attention: last_loop`, which is not in the paper, all loops have keys and values of their own: the last
+loop attends to the whole context, the others to a window.
 """
 
 from __future__ import annotations
@@ -235,6 +238,8 @@ class GatedSlidingWindowAttention(MegatronModule):
             else:
                 self.local_attention = build(self.plt.window_size)
             self.plt_gate = GATES[self.plt.gate_input](config, pg_collection.tp)
+        elif self.loops and derived.windows_earlier_loops(self.plt):
+            self.local_attention = build(self.plt.window_size)
 
     def reads_own(self, context: LoopContext) -> tuple[bool, bool]:
         """Return whether a loop attends to the keys, and to the values, that it computes itself. A later loop that
@@ -274,6 +279,9 @@ class GatedSlidingWindowAttention(MegatronModule):
         return out.reshape(*out.shape[:2], -1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, logits: Tensor | None, context: LoopContext) -> Tensor:
+        if self.loops and not context.is_last_loop and derived.windows_earlier_loops(self.plt):
+            assert self.local_attention is not None
+            return self.local_attention(query, key, value, context.documents)
         shares = self.loops and self.plt.share_kv and context.loop_count > 1
         if context.loop == 1 or not shares:
             key, value = self.global_attention.prepare(context.documents, key, value)  # once for all loops, if shared

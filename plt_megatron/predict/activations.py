@@ -29,6 +29,8 @@ class Activations(RankLayer):
         saved += self.query_bytes() + self.query_bytes()  # rotated queries; the output projection's input
         if self.part == "later" and self.shares_kv:
             return saved + self._later_loop()
+        if self.local:
+            return saved + (self._keys_and_values() if "core_attn" in self.recomputed else self._window())
         return saved + (0 if self.shares_kv else self._keys_and_values()) + self._core_attention_statistics()
 
     def ffn_block(self) -> int:
@@ -106,7 +108,7 @@ class Activations(RankLayer):
         ffn = 2 * (self.tokens * self.ffn + self.rows * self.topk * (self.expert_ffn + self.hidden)) * self.element
         ffn += self._whole_ffn_block() - self.ffn_block()
         attention = 0
-        if self.part == "later" and self._blocked_window:
+        if self.windowed and self._blocked_window:
             attention = 3 * self._window_scores() + 2 * self.query_bytes() - self.ffn_block()
         return rows + max(ffn, attention)
 
@@ -114,8 +116,9 @@ class Activations(RankLayer):
 
     @property
     def _blocked_window(self) -> bool:
-        """Whether the window is computed in blocks: torch does so unless the window spans the whole sequence."""
-        return self.windowed and not self.te and self.model.window_size < self.row_length
+        """Whether the layer's window is computed in blocks: torch does so unless it spans the whole sequence."""
+        has_window = self.loops and derived.has_windows(self.model)
+        return has_window and not self.te and self.model.window_size < self.row_length
 
     def _norms(self, *, in_attention: bool) -> int:
         """Return what the norms of attention or FFN save, and its input, unless a norm is before it."""
@@ -173,13 +176,17 @@ class Activations(RankLayer):
         saved = self._core_attention_statistics() + self._own_values()
         if not self.windowed:
             return saved
-        saved += 2 * self.query_bytes() + self.tokens * self.heads * self.element  # both outputs, the gate
+        # Both outputs, and the gate.
+        return saved + 2 * self.query_bytes() + self.tokens * self.heads * self.element + self._window()
+
+    def _window(self) -> int:
+        """Return what attention in a window saves, besides queries and output."""
         if not self._blocked_window:
-            return saved + self._keys_and_values() + self.tokens * self.heads * FP32
+            return self._keys_and_values() + self.tokens * self.heads * FP32
         blocks = -(-self.row_length // self.model.window_size)
         padding = blocks * self.model.window_size / self.row_length
         keys = 2 * self.key_bytes() * (blocks + 1) / blocks
-        return saved + int(padding * (self.query_bytes() + keys)) + self._window_scores()
+        return int(padding * (self.query_bytes() + keys)) + self._window_scores()
 
     def _own_values(self) -> int:
         """Return V of a later loop that shares only keys: a view of the fused QKV output, or a copy of V."""

@@ -77,10 +77,12 @@ def decode_milliseconds(model: ModelConfig, vocab_size: int, context_length: int
 
 
 def kv_cache_bytes(model: ModelConfig, context_length: int) -> int:
-    """Return the bytes of K and V over the whole context, per sequence: the first loop's, or every loop's if not
-    shared."""
+    """Return the bytes of K and V over the whole context, per sequence: the first loop's, every loop's if not shared,
+    or the last loop's alone."""
     once, each = model.num_layers, derived.layer_runs(model)
-    keys, values = once if model.share_kv else each, once if derived.shares_values(model) else each
+    one_loops = derived.windows_earlier_loops(model)
+    keys = once if model.share_kv or one_loops else each
+    values = once if derived.shares_values(model) or one_loops else each
     return context_length * (_token_kv(model, keys) + _token_kv(model, values)) // 2
 
 
@@ -88,7 +90,7 @@ def state_bytes(model: ModelConfig, context_length: int) -> int:
     """Return the bytes per sequence of L - 1 windows of K and V in every looped layer, and of L - 1 carried hidden
     states."""
     later = model.loop_count - 1
-    runs = derived.layer_runs(model) - model.num_layers if derived.has_gates(model) else 0
+    runs = derived.layer_runs(model) - model.num_layers if derived.has_windows(model) else 0
     windows = min(model.window_size, context_length) * _token_kv(model, runs)
     carries = later * model.hidden_size * ELEMENT if model.cross_loop_parallel else 0
     return windows + carries
@@ -112,8 +114,8 @@ def _step(model: ModelConfig, vocab_size: int, context: int, batch: int) -> tupl
     if model.share_kv and not model.cross_loop_parallel:  # the shared cache is read once per loop
         again = context * _token_kv(model, derived.layer_runs(model) - model.num_layers)
         caches += again if model.share_values else again // 2  # only the keys
-    has_windows = derived.has_gates(model)  # windows keep every loop's K and V
-    written = _token_kv(model, derived.layer_runs(model)) if has_windows else kv_cache_bytes(model, 1)
+    # Windows keep every loop's K and V.
+    written = _token_kv(model, derived.layer_runs(model)) if derived.has_windows(model) else kv_cache_bytes(model, 1)
     flops = forward_flops(model, context, min(model.window_size, context), vocab).total
     return weights + batch * float(caches + written + vocab * ELEMENT), batch * flops
 

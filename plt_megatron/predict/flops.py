@@ -7,7 +7,8 @@ Per token and forward pass, with `n` tokens in a sequence, `d` hidden, `h` heads
     ffn           2 * 3 d f                          per layer and loop
     router        2 d E                              per layer with E experts and loop; f is then the width a token uses
     global        4 h c K(n)                         per layer and loop: Q K^T, and its softmax times V
-    local         4 h c K(n, w)                      per layer and loop >= 2, with gated_window
+    local         4 h c K(n, w)                      per layer and loop >= 2, with gated_window; or, in place of the
+                                                     global one, in the loops that attend to a window alone
     gate          2 h * (c or d)                     per layer and loop >= 2, with gated_window
     output        2 d V                              once
 
@@ -82,7 +83,8 @@ def forward_flops(model: ModelConfig, keys: float, window_keys: float, padded_vo
     """Count the FLOPs of one token's forward pass, logits included, that sees `keys` keys, and `window_keys` in a
     window. In training both are means over a sequence; in decoding they follow from the context length."""
     ran, later = _ran(model)
-    windows = later if derived.has_gates(model) else []
+    gated = later if derived.has_gates(model) else []
+    local = sum(run.local for run in runs(model, range(model.num_layers)))
     weights = Weights(model)
     key_value_width = derived.num_query_groups(model) * derived.head_dim(model)
     unused = (not derived.later_loops_use_keys(model)) + (not derived.later_loops_use_values(model))
@@ -90,9 +92,9 @@ def forward_flops(model: ModelConfig, keys: float, window_keys: float, padded_vo
     return Flops(
         projections=2 * (weights.matmuls(ran, "attention") - len(later) * unused * key_value_width * model.hidden_size),
         ffn=2 * weights.matmuls(ran, *FFN),
-        global_attention=len(ran) * attention * keys,
-        local_attention=len(windows) * attention * window_keys,
-        gate=2 * weights.matmuls(windows, "gates"),
+        global_attention=(len(ran) - local) * attention * keys,
+        local_attention=(len(gated) + local) * attention * window_keys,
+        gate=2 * weights.matmuls(gated, "gates"),
         output=2 * model.hidden_size * padded_vocab_size,
     )
 

@@ -27,10 +27,14 @@ Part = Literal["once", "first", "later"]
 
 
 class Run(NamedTuple):
-    """A layer's run in a forward pass: its only one, the first of several, or a later one."""
+    """A layer's run in a forward pass: its only one, the first of several, or a later one.
+
+    `local`: it attends to a window alone, as all loops but the last may do.
+    """
 
     layer: int
     part: Part
+    local: bool = False
 
 
 def runs(model: ModelConfig, layers: Iterable[int], loop: int | None = None) -> list[Run]:
@@ -40,9 +44,10 @@ def runs(model: ModelConfig, layers: Iterable[int], loop: int | None = None) -> 
     found = []
     for each in range(1, last + 1) if loop is None else [loop]:
         part: Part = "once" if last == 1 else "first" if each == 1 else "later"
+        local = derived.windows_earlier_loops(model) and each < last
         for layer in layers:
             if layer in looped:
-                found.append(Run(layer, part))
+                found.append(Run(layer, part, local))
             elif each == (1 if layer < looped.start else last):
                 found.append(Run(layer, "once"))
     return found
@@ -54,7 +59,7 @@ class RankLayer:
 
     Attributes:
         trained: the parameters that the run trains.
-        part: which of the layer's runs this is, as in `Run`.
+        part, local: which of the layer's runs this is, as in `Run`.
         parameters: the layer's; `frozen`: names in the table of those that are not trained.
         tokens: T; `rows`: S; `row_length`: tokens of one sequence on this rank.
         heads, groups, channels: h, g, c.
@@ -71,6 +76,7 @@ class RankLayer:
     model: ModelConfig
     trained: Weights
     part: Part
+    local: bool
     parameters: list[Parameter]
     frozen: frozenset[str]
     tokens: int
@@ -107,6 +113,7 @@ class RankLayer:
             model=model,
             trained=Weights.trained(config),
             part="first" if model.loop_count > 1 else "once",
+            local=False,
             parameters=[],
             frozen=frozenset(),
             tokens=tokens,
@@ -136,14 +143,15 @@ class RankLayer:
         if self.experts and run.layer not in derived.expert_layers(self.model):
             own = replace(self, ffn=self.model.ffn_hidden_size // self.layout.tensor, experts=0, topk=0, expert_ffn=0)
         parameters, frozen = self.trained.in_layer(run.layer), self.trained.missing_in(run.layer)
-        return replace(own, part=run.part, parameters=parameters, frozen=frozen)
+        return replace(own, part=run.part, local=run.local, parameters=parameters, frozen=frozen)
 
     def by_kind(self, runs: Iterable[Run]) -> list[tuple[Self, int]]:
         """Group runs of the same kind: return each kind's sizes with its number of runs."""
         experts = derived.expert_layers(self.model)
         kinds: dict[tuple[object, ...], list[Run]] = {}
         for run in runs:
-            kinds.setdefault((run.layer in experts, run.part, self.trained.missing_in(run.layer)), []).append(run)
+            kind = (run.layer in experts, run.part, run.local, self.trained.missing_in(run.layer))
+            kinds.setdefault(kind, []).append(run)
         return [(self.of_run(alike[0]), len(alike)) for alike in kinds.values()]
 
     @property
@@ -156,13 +164,18 @@ class RankLayer:
         return self.part != "once"
 
     @property
-    def windowed(self) -> bool:
+    def gated(self) -> bool:
         """Whether the layer has a window and a gate in loops >= 2."""
         return self.loops and self.model.gated_window
 
     @property
+    def windowed(self) -> bool:
+        """Whether this run attends to a window, alone or with a gate."""
+        return self.local or (self.part == "later" and self.gated)
+
+    @property
     def hidden_gate(self) -> bool:
-        return self.windowed and self.model.gate_input == "hidden"
+        return self.gated and self.model.gate_input == "hidden"
 
     @property
     def shares_kv(self) -> bool:

@@ -156,17 +156,19 @@ def _context_run(run: Activations) -> float:
     """Return the traffic of K and V in one run of a layer and microbatch.
 
     Transformer Engine sends them around a ring in every loop, and their gradients too in the backward pass. With packed
-    documents, ranks exchange rows for heads, also of queries and outputs. The torch backend gathers K and V (once for
-    all loops if shared, and again to recompute core attention) and reduces their gradients. The few rows before a
-    rank's own, needed for its window, are left out.
+    documents, or in a loop that attends to a window alone, ranks exchange rows for heads, also of queries and outputs.
+    The torch backend gathers K and V (once for all loops if shared, and again to recompute core attention) and reduces
+    their gradients. The few rows before a rank's own, needed for its window, are left out.
     """
     layout, passes = run.layout, 2 if run.layout.recompute == "none" else 3
+    if run.local and not run.te:
+        return 0.0
     reads_first_loop = run.part == "later" and run.shares_kv
     own_values = not (reads_first_loop and run.shares_values)
-    if run.te and run.documents:
+    if run.te and (run.documents or run.local):
         heads = 2 * (run.heads + run.groups)
         if reads_first_loop:
-            heads = 2 * run.heads + own_values * run.groups + run.windowed * heads
+            heads = 2 * run.heads + own_values * run.groups + run.gated * heads
         return passes * heads * _share(layout.context) * run.tokens * run.channels * run.element
     others = (layout.context - 1) * run.tokens * run.groups * run.channels * run.element
     if run.te:

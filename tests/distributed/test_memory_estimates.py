@@ -80,6 +80,7 @@ def run_config(
 
 
 EXPERTS = {"moe.num_experts": 4, "moe.ffn_hidden_size": 176}
+LAST_LOOP = {"share_kv": False, "gated_window": False, "full_attention": "last_loop"}
 ONE_GROUP = {"num_query_groups": 1}
 UNEVEN = {"stages": {"num_layers_in_first_pipeline_stage": 3}}
 DENSE_FIRST = {**EXPERTS, "moe.first_k_dense_replace": 1, "moe.shared_expert_intermediate_size": 96}
@@ -91,6 +92,7 @@ CASES: list[Any] = [
             {"recompute": "full"},
             {"precision": "bf16", "gate_input": "hidden", "qk_layernorm": True, "norm_placement": "pre_ffn_output"},
             {"num_layers": 1, "loops": 3, "loop_norm": "rms", "learned_hidden_scale": "channel"},
+            {**LAST_LOOP, "loops": 3},
         ],
     ),
     slow(
@@ -120,6 +122,17 @@ CASES: list[Any] = [
             {"cross_loop_parallel": False, "loop_order": "layer", "loop_span": [1, 4], "recompute": "full"},
         ],
     ),
+    slow(
+        "TP1",
+        [
+            LAST_LOOP,
+            {**LAST_LOOP, "recompute": "selective", "precision": "bf16", "loops": 3},
+            {**LAST_LOOP, "recompute": "full", "packed": True},
+            {**LAST_LOOP, "loop_span": [1, 3], "key_shift": "heads"},
+        ],
+    ),
+    slow("CP2", [{**LAST_LOOP, "loops": 3}]),
+    slow("PP2", [{**LAST_LOOP, "loops": 3}]),
     slow("TP2", [{}]),
     slow("TP2 SP", [{}]),
     slow("TP2 SP", [{"recompute": "full", "loops": 3}]),

@@ -257,6 +257,19 @@ def test_shifted_keys(check, layout):
     check(layout, cases, "shifted keys", ["learned", "by heads, packed", "by channels, packed, one group"])
 
 
+# ---------------------------------------------------------------- full attention in the last loop
+
+
+@layouts("CP2", slow="TP2 SP PP2 DP2, TP2 SP CP2, CP4, PP2 CP2, PP4, TP4")
+def test_full_attention_in_the_last_loop(check, layout):
+    own = {"share_kv": False, "gated_window": False, "full_attention": "last_loop"}
+    cases = [
+        _case(3, "full", packed=True, key_shift="heads", **own),
+        _case(2, "selective", overlap=layout.dp > 1, loop_loss_weights=(0.5,), cross_loop_parallel=False, **own),
+    ]
+    check(layout, cases, "full attention in the last loop", ["three loops, packed, keys shifted", "serial"])
+
+
 # ---------------------------------------------------------------- z-loss of the head
 
 

@@ -177,6 +177,9 @@ SCALED: dict[str, Sequence[Any]] = {
     "logging.profile.ranks": ([], [0], [1], [0, 1]),
 }  # fmt: skip
 
+# A setting -> what it needs beside it, which is hardly ever drawn by chance.
+TOGETHER: dict[str, Settings] = {"model.full_attention": {"model.share_kv": False, "model.gated_window": False}}
+
 
 def leaves(cls: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, type) of every setting; a list is one, whatever it holds."""
@@ -319,6 +322,8 @@ def draw(
             settings |= _one(own, key, hint)
     for section in sorted(on):
         settings |= _turned_on(rng, section, {**settings, **fixed}, every)
+    for key in TOGETHER.keys() & settings.keys() if mend else ():
+        settings |= TOGETHER[key]
     settings = {**settings, **fixed}
     return _mended(settings, fixed, kind, every, rng) if mend else settings
 

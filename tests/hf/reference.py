@@ -51,6 +51,9 @@ class Reference:
     def __init__(self, config, state_dict, loop_count=None):
         self.config = config
         self.loops = loop_count or config.loop_count
+        looped = range(*(getattr(config, "loop_span", None) or (0, config.num_hidden_layers)))
+        earlier = range(self.loops - 1 if config.full_attention == "last_loop" else 0)
+        self.windowed = {(layer, loop) for layer in looped for loop in earlier}  # that attend to nothing else
         self.weights = {name: tensor.double() for name, tensor in state_dict.items()}
 
     def w(self, name):
@@ -148,7 +151,9 @@ class Reference:
         q, k = (rope(x, config.rope_parameters) for x in (q, k))
         if loop == 0:
             first_kv[index] = (k, v)
-        if loop == 0 or not config.share_kv:
+        if (index, loop) in self.windowed:
+            y = attend(q, k, v, config.window_size)
+        elif loop == 0 or not config.share_kv:
             y = attend(q, k, v)
         else:
             first_k, first_v = first_kv[index]

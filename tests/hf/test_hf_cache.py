@@ -22,6 +22,7 @@ from tests.hf.tiny import (
 TOLERANCE = 1e-4
 ALL = {**ABLATIONS, **VARIANTS, **PATHS}
 CACHED = ["vanilla", "plt", "clp", "clp_shared", "naive", "iquest", "span", "shifted_channels", "learned_shift"]
+CACHED += ["last_loop", "last_loop_shifted", "last_loop_serial", "span_last_loop"]
 
 
 def step(model, cache, tokens, **kwargs):
@@ -94,7 +95,7 @@ def test_crop_without_recording_where_nothing_is_lost(name):
     assert (decode(model, tokens[:, 12:], 0, cache) - full(model, tokens)[:, 12:]).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["plt", "clp", "clp_shared", "iquest"])
+@pytest.mark.parametrize("name", ["plt", "clp", "clp_shared", "iquest", "last_loop_serial"])
 def test_crop_of_what_is_gone_is_an_error(name):
     model = make_model(**ALL[name])
     cache = model.new_cache()
@@ -131,9 +132,10 @@ def test_reset(static):
     assert (decode(model, tokens, 3, cache) - full(model, tokens)).abs().max() < TOLERANCE
 
 
-def test_padding_after_tokens_starts_afresh_in_every_path():
+@pytest.mark.parametrize("name", ["plt", "last_loop"])
+def test_padding_after_tokens_starts_afresh_in_every_path(name):
     """A gap of padding cuts shift, with and without a cache; no token sees the gap."""
-    model = make_model(loop_count=3, window_size=4)
+    model = make_model(**ALL[name], loop_count=3, window_size=4)
     tokens, mask = make_tokens(1, 24), torch.ones(1, 24, dtype=torch.long)
     mask[:, 10:13] = 0
     want = full(model, tokens, attention_mask=mask)
@@ -146,7 +148,7 @@ def test_padding_after_tokens_starts_afresh_in_every_path():
 def test_state_is_what_the_paper_says():
     """Global K/V, (L - 1) rings of w per layer, (L - 1) carries: 1.05 times vanilla at 1,280 tokens."""
     sizes = {}
-    for name, loops in (("vanilla", 1), ("plt", 2), ("plt", 3), ("naive", 2)):
+    for name, loops in (("vanilla", 1), ("plt", 2), ("plt", 3), ("naive", 2), ("last_loop", 3), ("last_loop", 1)):
         model = make_model(**{**ALL[name], "loop_count": loops, "window_size": 64, "max_position_embeddings": 2048})
         cache = model.new_cache()
         step(model, cache, make_tokens(1, 1280))
@@ -155,27 +157,28 @@ def test_state_is_what_the_paper_says():
         token = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * 4
         assert cache.memory_bytes(allocated=True) == cache.memory_bytes()
         stores = loops if name == "naive" else 1
-        rings = (loops - 1) * 64 if name == "plt" else 0
-        carries = (loops - 1) * config.hidden_size * 4 if name == "plt" else 0
+        rings = (loops - 1) * 64 if name in ("plt", "last_loop") else 0
+        carries = (loops - 1) * config.hidden_size * 4 if name != "naive" else 0
         assert sizes[name, loops] == (stores * 1280 + rings) * token + carries
     assert sizes["plt", 2] <= 1.07 * sizes["vanilla", 1]
     assert sizes["naive", 2] == 2 * sizes["vanilla", 1]
+    assert sizes["last_loop", 3] == sizes["plt", 3] and sizes["last_loop", 1] == sizes["vanilla", 1]
 
 
-@pytest.mark.parametrize(("name", "looped"), [("span", 2), ("span_clp", 1), ("span_shifted", 1)])
+@pytest.mark.parametrize(("name", "looped"), [("span", 2), ("span_clp", 1), ("span_shifted", 1), ("span_last_loop", 2)])
 def test_layers_that_run_once_have_keys_of_one_loop_and_no_rings(name, looped):
     model = make_model(**{**ALL[name], "loop_count": 3})
     config, cache = model.config, model.new_cache()
     step(model, cache, make_tokens(1, 20))
     token = 2 * config.num_key_value_heads * config.head_dim * 4
-    once, stores = config.num_hidden_layers - looped, 1 if config.share_kv else 3
-    rings = 2 * config.window_size if config.gated_window else 0
+    once, stores = config.num_hidden_layers - looped, 3 if name == "span_clp" else 1
+    rings = 0 if name == "span_clp" else 2 * config.window_size
     half_keys = (once + looped * 3) * token // 4 if config.key_shift == "heads" else 0  # of the last token
     held = (once * 20 + looped * (stores * 20 + rings)) * token + 2 * config.hidden_size * 4
     assert cache.memory_bytes() == held + half_keys
 
 
-@pytest.mark.parametrize("name", ["plt", "vanilla", "naive"])
+@pytest.mark.parametrize("name", ["plt", "vanilla", "naive", "last_loop"])
 def test_buffers_of_a_static_cache_are_marked(name):
     """A compiled step changes them in place. Unmarked, even the length alone keeps it from being a CUDA graph."""
     model = make_model(**ALL[name])

@@ -7,7 +7,7 @@ from tests.hf.tiny import ABLATIONS, PATHS, VARIANTS, decode, expected, full, le
 
 TOLERANCE = 1e-4
 ALL = {**ABLATIONS, **VARIANTS, **PATHS}
-SHIFTED = ("shifted_channels", "learned_shift")
+SHIFTED = ("shifted_channels", "learned_shift", "last_loop_shifted")
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_decode_equals_the_full_forward(name, mode):
 
 
 @pytest.mark.parametrize("loops", [1, 2, 3, 4])
-@pytest.mark.parametrize("name", ["plt", "scales", "loopcoder", "naive", "clp", "clp_shared", "iquest"])
+@pytest.mark.parametrize("name", ["plt", "scales", "loopcoder", "naive", "clp", "clp_shared", "iquest", "last_loop"])
 def test_every_loop_count_with_eager_attention(name, loops):
     model = make_model(attn_implementation="eager", **{**ALL[name], "loop_count": loops})
     tokens = make_tokens(1, 18)
@@ -36,17 +36,20 @@ def test_every_loop_count_with_eager_attention(name, loops):
 
 
 @pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("name", ["plt", "last_loop"])
 @pytest.mark.parametrize(("window", "length", "prefill"), [(65, 220, 50), (65, 40, 10), (16, 150, 90), (8, 40, 0)])
-def test_rings_wrap_and_stay_short(window, length, prefill, static):
+def test_rings_wrap_and_stay_short(window, length, prefill, name, static):
     """More than two windows past the wrap, less than one, and from the first token on."""
-    model = make_model(window_size=window, loop_count=3, num_hidden_layers=1)
+    model = make_model(**ALL[name], window_size=window, loop_count=3, num_hidden_layers=1)
     tokens = make_tokens(1, length)
     logits = decode(model, tokens, prefill, model.new_cache(length if static else None))
     assert (logits - full(model, tokens)).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize("mode", ["parallel", "serial", "static", "eager"])
-@pytest.mark.parametrize("name", ["vanilla", "plt", "scales", "clp", "naive", "iquest", "span_clp", *SHIFTED])
+@pytest.mark.parametrize(
+    "name", ["vanilla", "plt", "scales", "clp", "naive", "iquest", "span_clp", "span_last_loop", *SHIFTED]
+)
 def test_left_padded_batches(name, mode):
     attention = "eager" if mode == "eager" else "sdpa"
     model = make_model(
@@ -83,8 +86,9 @@ def test_prefill_in_chunks(name, static):
         assert (logits[index, -len(row) :] - expected(model, row[None])[0]).abs().max() < TOLERANCE
 
 
-def test_chunks_of_any_size_after_a_prefix():
-    model = make_model(loop_count=3, window_size=6)
+@pytest.mark.parametrize("name", ["plt", "last_loop"])
+def test_chunks_of_any_size_after_a_prefix(name):
+    model = make_model(**ALL[name], loop_count=3, window_size=6)
     tokens = make_tokens(2, 60)
     want = full(model, tokens)
     cache, begin = model.new_cache(), 0
@@ -96,8 +100,9 @@ def test_chunks_of_any_size_after_a_prefix():
 
 
 @pytest.mark.parametrize("loops", [1, 2])
-def test_loop_count_lowered_at_call_time(loops):
-    model = make_model(loop_count=3)
+@pytest.mark.parametrize("name", ["plt", "last_loop"])
+def test_loop_count_lowered_at_call_time(name, loops):
+    model = make_model(**ALL[name], loop_count=3)
     tokens = make_tokens(1, 20)
     logits = decode(model, tokens, 5, loop_count=loops)
     assert (logits - expected(model, tokens, loops)).abs().max() < TOLERANCE
@@ -156,3 +161,27 @@ def test_window_attention_over_a_prefill_is_linear():
         full(model, make_tokens(1, length))
     assert sizes[1] == 2 * sizes[0]
     assert sizes[0] <= 512 * 4 * (64 + 16)
+
+
+def test_only_the_last_loop_reads_the_whole_context():
+    """In a pass over many tokens, and by its own row in a parallel step."""
+    model = make_model(**ALL["last_loop"], loop_count=3, num_hidden_layers=1)
+    attention, whole, rows = model.model.layers[0].self_attn, [], []
+    attend, attend_rows = attention._attend, attention._attend_rows
+
+    def count_whole(query, key, *args):
+        whole.append((query.shape[1], key.shape[2]))
+        return attend(query, key, *args)
+
+    def count_rows(query, key, *args):
+        rows.append((query.shape[0], key.shape[2]))
+        return attend_rows(query, key, *args)
+
+    attention._attend, attention._attend_rows = count_whole, count_rows
+    cache = model.new_cache()
+    with torch.no_grad():
+        model(make_tokens(2, 40), cache=cache)
+        assert whole == [(40, 40)] and len(rows) == 2
+        rows.clear()
+        model(make_tokens(2, 1), cache=cache)
+    assert whole == [(40, 40)] and sorted(rows) == [(2, 41), (2 * 2, 5)]

@@ -21,7 +21,7 @@ def test_forward_follows_the_equations(name, attention):
 
 
 @pytest.mark.parametrize("loops", [1, 2, 3, 4])
-@pytest.mark.parametrize("name", ["plt", "scales", "naive", "clp_shared"])
+@pytest.mark.parametrize("name", ["plt", "scales", "naive", "clp_shared", "last_loop"])
 def test_every_loop_count(name, loops):
     model = make_model(**{**ALL[name], "loop_count": loops})
     tokens = make_tokens(1, 19)
@@ -36,7 +36,9 @@ def test_windows_shorter_and_longer_than_the_text(window, length):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ["vanilla", "plt", "scales", "naive", "clp", "iquest", "loopcoder", "learned_shift"])
+@pytest.mark.parametrize(
+    "name", ["vanilla", "plt", "scales", "naive", "clp", "iquest", "loopcoder", "learned_shift", "last_loop_shifted"]
+)
 def test_left_padding_changes_nothing(name, attention):
     model = make_model(attn_implementation=attention, **ALL[name])
     rows = [make_tokens(n, seed=n) for n in (21, 9, 1)]
@@ -55,7 +57,9 @@ def test_right_padding_changes_nothing_before_it():
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ["vanilla", "plt", "scales", "naive", "iquest", "shifted_channels"])
+@pytest.mark.parametrize(
+    "name", ["vanilla", "plt", "scales", "naive", "iquest", "shifted_channels", "last_loop_shifted"]
+)
 def test_packed_documents_do_not_see_each_other(name, attention):
     model = make_model(attn_implementation=attention, **{**ALL[name], "window_size": 6})
     lengths = [[11, 1, 4, 15], [3, 20, 7, 1]]
@@ -91,7 +95,7 @@ def test_left_padding_of_a_single_sequence():
     assert (logits[0, -9:] - expected(model, row[None])[0]).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["plt", "naive", "loopcoder"])
+@pytest.mark.parametrize("name", ["plt", "naive", "loopcoder", "last_loop", "span_last_loop"])
 @pytest.mark.parametrize("loops", [1, 2])
 def test_loop_count_lowered_at_call_time(name, loops):
     model = make_model(**{**ALL[name], "loop_count": 3})

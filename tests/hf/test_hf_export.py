@@ -240,6 +240,8 @@ def test_shipped_files_import_torch_and_transformers_only():
         ({"norm_placement": "post", "ffn_output_norm": True}, "leave ffn_output_norm false"),
         ({"attention_bias": True, "qkv_bias": True}, "mutually exclusive"),
         ({"cross_loop_parallel": False, "hidden_scale": 0.5}, "need cross_loop_parallel"),
+        ({"full_attention": "first_loop"}, "full_attention must be one of every_loop, last_loop"),
+        ({"full_attention": "last_loop"}, 'full_attention "last_loop" needs share_kv false'),
     ],
 )
 def test_bad_configurations_are_one_clear_line(changes, message):

@@ -19,6 +19,9 @@ NAMES = [
     "clp_shared",
     "span_clp",
     "shifted_channels",
+    "last_loop_shifted",
+    "last_loop_serial",
+    "span_last_loop",
 ]
 
 
@@ -88,7 +91,7 @@ def test_left_padding(name):
             assert (logits[index, -len(row) :] - expected(model, row[None])[0]).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("name", ["vanilla", "plt", "naive"])
+@pytest.mark.parametrize("name", ["vanilla", "plt", "naive", "last_loop"])
 def test_packed_documents(name):
     model = flash_model(**ALL[name])
     tokens = make_tokens(1, 20)

@@ -55,7 +55,7 @@ def test_greedy_text_for_every_loop_count(loops):
 
 
 @pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("name", ["vanilla", "plt", "clp", "loopcoder", "iquest", "shifted_channels"])
+@pytest.mark.parametrize("name", ["vanilla", "plt", "clp", "loopcoder", "iquest", "shifted_channels", "last_loop"])
 def test_left_padded_batch_generates_what_each_prompt_does_alone(name, static):
     model = make_model(**ALL[name])
     rows = [make_tokens(n, seed=n) for n in (12, 5, 1)]
@@ -67,7 +67,7 @@ def test_left_padded_batch_generates_what_each_prompt_does_alone(name, static):
 
 
 @pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("name", ["plt", "clp", "naive", "iquest", "learned_shift"])
+@pytest.mark.parametrize("name", ["plt", "clp", "naive", "iquest", "learned_shift", "last_loop_shifted"])
 def test_beam_search_is_the_same_with_and_without_a_cache(name, static):
     model = make_model(**ALL[name])
     rows = [make_tokens(8), make_tokens(5, seed=2)]
@@ -101,7 +101,7 @@ def test_prefill_chunk_size(static):
     assert torch.equal(generate(model, tokens, 8, attention_mask=mask, prefill_chunk_size=5, **how), whole)
 
 
-@pytest.mark.parametrize("name", ["plt", "clp", "iquest", "shifted_channels", "learned_shift"])
+@pytest.mark.parametrize("name", ["plt", "clp", "iquest", "shifted_channels", "learned_shift", "last_loop_shifted"])
 def test_prompt_lookup_takes_wrong_guesses_back(name):
     """Assisted decoding adds several tokens at once and crops those that were wrong."""
     model = make_model(**ALL[name])
@@ -166,6 +166,15 @@ def test_recorded_states_and_weights():
     assert torch.allclose(step.attentions[0].sum(-1), torch.ones(()))
 
 
+def test_recorded_weights_are_those_of_attention_to_the_whole_context():
+    model = make_model(attn_implementation="eager", **ALL["last_loop_shifted"])
+    with torch.no_grad():
+        out = model(make_tokens(2, 8), output_attentions=True)
+        step = model(make_tokens(2, 1), cache=out[CACHE_NAME], output_attentions=True)
+    assert [weights.shape for weights in out.attentions] == [(2, 4, 8, 8)] * 2
+    assert [weights.shape for weights in step.attentions] == [(2, 4, 1, 9)] * 2
+
+
 def test_caches_that_cannot_hold_a_plt_are_refused():
     model = make_model()
     tokens = make_tokens(1, 5)
@@ -200,7 +209,7 @@ def test_pipeline():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["plt", "span"])
+@pytest.mark.parametrize("name", ["plt", "span", "last_loop"])
 def test_a_compiled_static_step_is_one_graph(name):
     """No graph break and no recompilation: what a CUDA graph needs."""
     model = make_model(**{**ALL, **PATHS}[name] | {"loop_count": 3})

@@ -31,7 +31,9 @@ def test_loss_is_the_last_loops_cross_entropy():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", ["vanilla", "plt", "loopcoder", "clp", "naive", "iquest", "clp_shared", "span"])
+@pytest.mark.parametrize(
+    "name", ["vanilla", "plt", "loopcoder", "clp", "naive", "iquest", "clp_shared", "span", "last_loop"]
+)
 def test_gradient_checkpointing_changes_nothing(name, reentrant):
     """Gradients reach the first loop's keys and values through every later loop."""
     model = make_model(**{**ALL[name], "loop_count": min(3, ALL[name].get("loop_count", 3))}).train()
@@ -48,7 +50,7 @@ def test_gradient_checkpointing_changes_nothing(name, reentrant):
     assert all(gradient.abs().sum() > 0 for gradient in plain.values())
 
 
-@pytest.mark.parametrize("name", ["plt", "scales", "iquest"])
+@pytest.mark.parametrize("name", ["plt", "scales", "iquest", "last_loop"])
 def test_eager_and_sdpa_gradients_agree(name):
     tokens = make_tokens(2, 40)
     results = [gradients(make_model(attn_implementation=a, **ALL[name]), tokens)[1] for a in ("sdpa", "eager")]
@@ -139,7 +141,7 @@ def test_device_map_of_two_gpus():
     In a process of its own: in the others of this suite, the CPU runtime turns CUDA devices into the CPU.
     """
     pytest.importorskip("accelerate")
-    names = ("plt", "loopcoder", "learned_shift")
+    names = ("plt", "loopcoder", "learned_shift", "last_loop_shifted")
     calls = "; ".join(f"decode_on_two_gpus({name!r})" for name in names)
     run([sys.executable, "-c", f"from tests.hf.test_hf_training import decode_on_two_gpus; {calls}"])
 
@@ -168,7 +170,9 @@ def decode_on_two_gpus(name):
         assert full(model, tokens).shape == decode(model, tokens, 6, cache).shape == (2, 7, 97)
 
 
-@pytest.mark.parametrize("name", ["plt", "loopcoder", "paper_norms", "olmo2", "learned_shift", "learned_shift_normed"])
+@pytest.mark.parametrize(
+    "name", ["plt", "loopcoder", "paper_norms", "olmo2", "learned_shift", "learned_shift_normed", "last_loop_shifted"]
+)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_autocast(name, attention):
     learned = {**VARIANTS["learned_shift"], "qk_norm": True}

@@ -27,6 +27,8 @@ ABLATIONS = {
     "clp_shared": {"gated_window": False},
     "plt": {},
 }
+# Full attention in the last loop only, which the paper does not have.
+LAST_LOOP = {**ABLATIONS["clp"], "full_attention": "last_loop"}
 # Published variants, and the parts they are made of.
 VARIANTS = {
     "loopcoder": {
@@ -76,6 +78,10 @@ VARIANTS = {
         "norm_between_loops": True,
         "residual_scale": 1.3,
     },
+    "last_loop": LAST_LOOP,
+    "last_loop_shifted": {**LAST_LOOP, "loop_count": 3, "key_shift": "heads", "qk_norm": True},
+    "last_loop_serial": {**LAST_LOOP, "loop_count": 3, "cross_loop_parallel": False},
+    "last_loop_window_1": {**LAST_LOOP, "window_size": 1, "norm_between_loops": True, "hidden_scale": 0.5},
 }
 # Layers that run once, and loops by layer; some on longer texts than their RoPE's.
 PATHS = {
@@ -104,6 +110,8 @@ PATHS = {
         "num_hidden_layers": 3,
         "loop_span": [0, 2],
     },
+    "span_last_loop": {**VARIANTS["yarn"], **LAST_LOOP, "num_hidden_layers": 4, "loop_span": [1, 3], "loop_count": 3},
+    "by_layer_last_loop": {**LAST_LOOP, "cross_loop_parallel": False, "loop_order": "layer", "qkv_bias": True},
     "by_layer_shared": {"cross_loop_parallel": False, "loop_order": "layer", "gate_input": "hidden"},
 }
 

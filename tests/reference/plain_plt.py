@@ -16,6 +16,8 @@ Attention of a layer in loops l >= 2, with K1 and V1 the layer's own of loop 1, 
 
     y_global = Attn(Q, K1, V1)        y_local = Attn(Q, K, V) over the last w keys
     y = g y_local + (1 - g) y_global,  g = sigmoid(gate) or tanh(gate), one scalar a head and token
+
+With full_attention last_loop, y = Attn(Q, K, V) in the last loop and over the last w keys in those before it.
 """
 
 from __future__ import annotations
@@ -67,9 +69,11 @@ class PlainPLT:
         embeddings = self.weights["embedding"][tokens]
         first_loop_kv: KV = {}
         first, last = config.loop_span or (0, config.num_layers)
+        count = loops or config.loop_count
+        self.windowed = {(loop, layer) for loop in range(1, count) for layer in range(first, last)}
         for layer in range(first):
             embeddings = self._layer(embeddings, layer, 1, starts, first_loop_kv)
-        hidden, count = embeddings, loops or config.loop_count
+        hidden = embeddings
         if config.loop_order == "layer":
             for layer, loop in ((layer, loop) for layer in range(first, last) for loop in range(1, count + 1)):
                 hidden = self._layer(hidden, layer, loop, starts, first_loop_kv)
@@ -182,7 +186,9 @@ class PlainPLT:
         query, key = (_rotate(tensor, positions, config) for tensor in (query, key))
         if loop == 1:
             first_loop_kv[layer] = key, value
-        if loop == 1 or not config.share_kv:
+        if config.full_attention == "last_loop" and (loop, layer) in self.windowed:
+            out = attend(query, key, value, starts, config.window_size)
+        elif loop == 1 or not config.share_kv:
             out = attend(query, key, value, starts, None)
         else:
             key_1, value_1 = first_loop_kv[layer]

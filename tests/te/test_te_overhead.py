@@ -9,6 +9,7 @@ from tests.te import te_jobs as jobs
 
 LAYERS, LOOPS, MICROBATCHES = 2, 2, 2
 PER_MICROBATCH = LAYERS * (2 * LOOPS - 1)  # attentions
+NONE_SHARED = {"share_kv": False, "gated_window": False}
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed documents"])
@@ -31,8 +32,8 @@ def test_one_wait_few_choices_and_no_copy_that_a_kernel_does_not_need(run_te, pa
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize(
     "model",
-    [{}, {"gated_window": False}, {"share_values": False}, {"share_kv": False, "gated_window": False}],
-    ids=["PLT", "KV sharing", "own V", "none"],
+    [{}, {"gated_window": False}, {"share_values": False}, NONE_SHARED, {**NONE_SHARED, "full_attention": "last_loop"}],
+    ids=["PLT", "KV sharing", "own V", "none", "last loop"],
 )
 def test_what_ranks_of_packed_rows_exchange_is_what_the_estimate_says(run_te, model, recompute):
     how = {"cp_comm_type": "a2a", "window_cp_comm_type": "a2a"}

@@ -20,6 +20,7 @@ LOOPS = [Case(1), Case(2), Case(3)]
 A2A = {"cp_comm_type": "a2a", "window_cp_comm_type": "a2a"}
 ALL_GATHER = {"cp_comm_type": "all_gather", "window_cp_comm_type": "all_gather"}
 P2P = {**A2A, "cp_comm_type": "p2p"}
+LAST_LOOP = {**NAIVE, "cross_loop_parallel": True, "full_attention": "last_loop"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "vanilla loop": NAIVE,
     "LoopCoder-v2": LOOPCODER,
@@ -36,6 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "no GQA, window 1": {"num_query_groups": None, "window_size": 1},
     "window above the length": {"window_size": 20},
+    "full attention in the last loop": LAST_LOOP,
     "own V": {"share_values": False, "gate_input": "hidden"},
     "prelude and coda": {"loop_span": (1, 3), "gate_input": "hidden"},
 }
@@ -68,7 +70,8 @@ def test_every_loop_count(check, layout):
 
 @pytest.mark.parametrize("how", [A2A, ALL_GATHER, P2P], ids=["a2a", "all_gather", "p2p"])
 def test_context_parallelism(check, how):
-    check(Layout(cp=2), [Case(loops, parallel=how) for loops in (1, 2, 3)])
+    cases = [*(Case(loops, parallel=how) for loops in (1, 2, 3)), Case(3, parallel=how, model=LAST_LOOP)]
+    check(Layout(cp=2), cases, ["L1", "L2", "L3", "L3, full attention in the last"])
 
 
 @pytest.mark.parametrize("loops", [1, 2, 3])

@@ -34,6 +34,12 @@ def _check_layers(config: RunConfig) -> Iterator[str]:
             "model.share_values=false applies to shared keys, but model.share_kv=false shares neither; set "
             "model.share_values=true or model.share_kv=true"
         )
+    if derived.windows_earlier_loops(model) and model.share_kv:
+        yield (
+            "model.full_attention last_loop needs model.share_kv=false: the first loop, which attends within a window, "
+            "keeps no keys of the whole context to share; set model.share_kv=false and model.gated_window=false, or "
+            "model.full_attention=every_loop"
+        )
 
 
 def _check_rope_scaling(config: RunConfig) -> Iterator[str]:

@@ -211,7 +211,7 @@ def find_te_problems(config: RunConfig, have_te: bool | None) -> Iterator[str]:
         return
     packed, other = config.data.reset_at_document_boundaries, "or set model.backend=torch"
     kinds = [("cp_comm_type", parallel.cp_comm_type)]
-    if derived.has_gates(model):
+    if derived.has_windows(model):
         kinds.append(("window_cp_comm_type", parallel.window_cp_comm_type))
     for name, kind in kinds:
         if packed and kind != "a2a":

@@ -133,6 +133,11 @@ def _cautions(diagnosis: Diagnosis, sequence_length: int, hidden_size: int) -> I
             "training.loop_loss_weights said otherwise: a model trained for fewer loops would be a different one. The "
             "rule proposes; a sweep over loop counts decides."
         )
+    if diagnosis.windows_earlier_loops:
+        yield (
+            "Loops before the last attend to a window only, so part of what the last one changes is its longer view. "
+            "With fewer loops the last of those would have that view: the losses here are not theirs."
+        )
     if diagnosis.loops["effective_rank"].mean.max() > 0.9 * min(sequence_length, hidden_size):
         yield (
             f"The effective rank is near its bound, the smaller of sequence length ({sequence_length}) and hidden size "

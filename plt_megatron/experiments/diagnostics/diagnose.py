@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from plt_megatron.experiments.diagnostics import measures
 from plt_megatron.experiments.diagnostics.inputs import HeldOut
 from plt_megatron.experiments.diagnostics.measures import Attention, attention_statistics, head_diversity
 from plt_megatron.experiments.intervals import Bootstrap, Intervals
-from plt_megatron.hf.modeling_plt import rotate
+from plt_megatron.hf.modeling_plt import rotate, window_loops
 
 HEAD_MEASURES = ("gate_mean", "entropy_global", "entropy_local", "kl_global", "kl_local")
 LAYER_MEASURES = ("head_rank", "head_cosine")
@@ -92,12 +92,15 @@ class Recording:
         self._pass, self._shared[layer] = state, (shared_key, shared_value)
         query = rotate(module._heads(module.q_proj(hidden_states), module.q_norm), state.cos, state.sin)
         query = query[0].transpose(0, 1)
-        own_key, loop = out[2], state.loop + 1
+        own_key, loop, config = out[2], state.loop + 1, self._model.config
         key = own_key if shared_key is None else shared_key
-        self._add_attention("global", layer, loop, Attention(query, key[0], module.scaling))
-        if self._gate is not None:
-            local = Attention(query, own_key[0], module.scaling, self._model.config.window_size)
+        windowed = state.loop in state.windows
+        if not (windowed and config.windows_earlier_loops):
+            self._add_attention("global", layer, loop, Attention(query, key[0], module.scaling))
+        if windowed:
+            local = Attention(query, own_key[0], module.scaling, config.window_size)
             self._add_attention("local", layer, loop, local)
+        if self._gate is not None:
             self.by_head["gate_mean"][loop, layer] = self._gate.double().mean((0, 2)).cpu()
         rank, cosine = head_diversity(self._head_outputs.unflatten(-1, (query.shape[0], -1)))
         self.by_layer["head_rank"][loop, layer] = rank
@@ -115,10 +118,10 @@ class Recording:
     # ------------------------------------------------------------ afterwards
 
     def apply_stack(self, hidden_states: Tensor) -> Tensor:
-        """Apply f, one more loop, to an input [T, d], by the rules of loops >= 2 (of the first in a one-loop model).
+        """Apply f, one more loop, to an input [T, d], by the rules of the last loop.
 
-        The loop attends to this sequence's first-loop keys and values and to a window of its own, depending on the
-        model's switches, and ends with the final norm if the model has `norm_between_loops`.
+        Depending on the model's switches, the loop attends to this sequence's first-loop keys and values and to a
+        window of its own, or to its own alone, and it ends with the final norm if there is one between loops.
         """
         out = hidden_states[None]
         for layer, (key, value) in zip(self._model.layers, self._shared, strict=True):
@@ -166,11 +169,12 @@ class Measure:
         name: name in JSON and CSV.
         title: name for readers.
         meaning: one line below a table.
-        first_loop: smallest r for which it is defined.
+        first_loop: smallest r for which it is defined; with `of`, counted among the loops that have that attention.
         detail: `head`: also for each layer and head; `layer`: for each layer; None: for the loop only.
         form: format of its numbers.
         clp_only: whether it measures an effect that only cross-loop parallelism has.
-        window_only: whether it measures the window or its gate.
+        gate_only: whether it measures the window's gate.
+        of: the attention that it measures, `global` or `local` (in the window).
     """
 
     name: str
@@ -180,7 +184,8 @@ class Measure:
     detail: str | None = None
     form: str = ".4g"
     clp_only: bool = False
-    window_only: bool = False
+    gate_only: bool = False
+    of: str | None = None
 
 
 MEASURES = (
@@ -201,7 +206,7 @@ MEASURES = (
         0,
         form=".2f",
     ),
-    Measure("fixed_point_gap", "fixed-point gap", "||h(r) - f(h(r))||, f the stack as later loops run it", 1),
+    Measure("fixed_point_gap", "fixed-point gap", "||h(r) - f(h(r))||, f the stack as the last loop runs it", 1),
     Measure(
         "loop_map_gap",
         "loop-map gap",
@@ -209,11 +214,13 @@ MEASURES = (
         1,
     ),
     Measure("offset_cost", "offset cost", "||h_i(r-1) - h_(i-1)(r-1)||: the effect of the shift", 2, clp_only=True),
-    Measure("gate_mean", "gate", "mean of g", 2, "head", ".3f", window_only=True),
-    Measure("entropy_global", "attention entropy", "of attention to all tokens, nats", 1, "head", ".3f"),
-    Measure("entropy_local", "window entropy", "of attention in the window, nats", 2, "head", ".3f", window_only=True),
-    Measure("kl_global", "attention KL", "KL(attention of loop r || of loop r-1), all tokens, nats", 2, "head"),
-    Measure("kl_local", "window KL", "the same in the window, nats", 3, "head", window_only=True),
+    Measure("gate_mean", "gate", "mean of g", 2, "head", ".3f", gate_only=True),
+    Measure("entropy_global", "attention entropy", "of attention to all tokens, nats", 1, "head", ".3f", of="global"),
+    Measure("entropy_local", "window entropy", "of attention in the window, nats", 1, "head", ".3f", of="local"),
+    Measure(
+        "kl_global", "attention KL", "KL(attention of loop r || of loop r-1), all tokens, nats", 2, "head", of="global"
+    ),
+    Measure("kl_local", "window KL", "the same in the window, nats", 2, "head", of="local"),
     Measure("head_rank", "head rank", "effective rank of the heads' outputs; 1: all the same", 1, "layer", ".3f"),
     Measure("head_cosine", "head cosine", "mean cosine of two heads' outputs", 1, "layer", "+.3f"),
     Measure("lens_loss", "loss", "cross-entropy if the model stopped after loop r, nats per token", 1, form=".4f"),
@@ -233,14 +240,21 @@ MEASURES = (
 
 
 def measures_for(config: Any) -> list[Measure]:
-    """Return the measures that a model with this `PLTConfig` has."""
-    return [
-        measure
-        for measure in MEASURES
-        if measure.first_loop <= config.loop_count
-        and (config.cross_loop_parallel or not measure.clp_only)
-        and (config.gated_window or not measure.window_only)
-    ]
+    """Return the measures that a model with this `PLTConfig` has, with their first loops in it."""
+    count = config.loop_count
+    # Loops from 0. Those with a window alone have no attention to all tokens.
+    whole = range(count - 1 if config.windows_earlier_loops else 0, count)
+    having = {None: range(count), "global": whole, "local": window_loops(config, count)}
+    found = []
+    for measure in MEASURES:
+        loops = having[measure.of]
+        if (
+            measure.first_loop <= len(loops)
+            and (config.cross_loop_parallel or not measure.clp_only)
+            and (config.gated_window or not measure.gate_only)
+        ):
+            found.append(replace(measure, first_loop=loops.start + measure.first_loop))
+    return found
 
 
 # Measures whose change from loop to loop has an interval of its own.
@@ -263,6 +277,8 @@ class Diagnosis:
         differences: by the names of `DIFFERENCES`, [L + 1]: loop r minus loop r - 1, paired by sequence.
         sequences: number of sequences, n.
         gate_activation: activation of the gates, sigmoid or tanh.
+        windows_earlier_loops: whether loops before the last attend to a window only, so that their states are not those
+            of the same weights run with fewer loops.
     """
 
     loop_count: int
@@ -272,6 +288,7 @@ class Diagnosis:
     differences: dict[str, Intervals]
     sequences: int
     gate_activation: str = "sigmoid"
+    windows_earlier_loops: bool = False
 
 
 def diagnose(
@@ -309,7 +326,9 @@ def diagnose(
         loops[measure.name] = bootstrap.intervals(values)
         if measure.name in DIFFERENCES:
             differences[measure.name] = bootstrap.intervals(np.diff(values, axis=1, prepend=math.nan))
-    return Diagnosis(model.config.loop_count, wanted, loops, details, differences, total, model.config.gate_activation)
+    config = model.config
+    apart = config.windows_earlier_loops and config.loop_count > 1
+    return Diagnosis(config.loop_count, wanted, loops, details, differences, total, config.gate_activation, apart)
 
 
 @torch.no_grad()

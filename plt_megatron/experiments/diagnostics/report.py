@@ -214,10 +214,14 @@ def _page(diagnosis: Diagnosis, decision: Decision, about: dict[str, Any]) -> Pa
         Column("loss", "validation loss", loss.at, ".4f"),
         Column("change", "change by the last loop", change.at, "+.4f"),
     ]
-    note = (
-        "Stopping after loop r equals running with r loops, and is also the logit lens. Nats per token; changes are "
-        "paired by sequence."
-    )
+    lens = "Stopping after loop r equals running with r loops, and is also the logit lens."
+    if diagnosis.windows_earlier_loops:
+        lens = (
+            "The logit lens: predictions from the state after loop r. Running with r loops gives others, since the "
+            "last of them would attend to the whole context."
+        )
+    note = f"{lens} Nats per token; changes are paired by sequence."
+    measured = "after each loop" if diagnosis.windows_earlier_loops else "at each loop count"
     loops = range(diagnosis.loop_count + 1)
 
     def number(loop: int, measure: Measure) -> Cell:
@@ -237,7 +241,7 @@ def _page(diagnosis: Diagnosis, decision: Decision, about: dict[str, Any]) -> Pa
         " intervals over sequences.",
         remarks=[*decision.signs, *decision.cautions],
         parts=[
-            Part("Loss of these weights at each loop count", tables={"losses": Table(losses, loops[1:], [note])}),
+            Part(f"Loss of these weights {measured}", tables={"losses": Table(losses, loops[1:], [note])}),
             Part("Measures by loop", tables={"measures": Table(measures, diagnosis.measures)}),
             Part("Figures", figures=make_figures(diagnosis)),
         ],

@@ -36,11 +36,20 @@ SIZES: dict[str, Any] = {
     "backend": "torch",
 }
 LOOPCODER = {**settings.LOOPCODER, "rotary_base": 5e5}
+LAST_LOOP = {"loop_count": 3, "share_kv": False, "gated_window": False, "full_attention": "last_loop"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"loop_count": 1},
     "one loop, which shares nothing": {"loop_count": 1, "share_kv": False, "share_values": False},
     "naive loop": {"cross_loop_parallel": False, "share_kv": False, "gated_window": False},
     "plt3": {"loop_count": 3},
+    "full attention in the last loop": LAST_LOOP,
+    "full attention in the last loop, serial": {**LAST_LOOP, "cross_loop_parallel": False},
+    "full attention in the last loop, span, keys shifted": {
+        **LAST_LOOP,
+        "num_layers": 3,
+        "loop_span": [1, 2],
+        "key_shift": "heads",
+    },
     **GATES,
     **{name: LOOP_INPUTS[name] for name in ("scale per model", "scale per channel", "naive loop with E", "scaled")},
     "scale without a gate": {"gated_window": False, "learned_hidden_scale": "channel"},

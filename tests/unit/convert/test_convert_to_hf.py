@@ -66,6 +66,28 @@ def test_logits_are_the_training_models(tmp_path, name):
         assert (fewer - megatron_logits(model, weights, tokens, loop_count=1)).abs().max() < 1e-5
 
 
+PLT = "Parallel Loop Transformer (PLT, arXiv 2510.24824)"
+LAST_ALONE = "3 loops, whose last loop alone attends to the whole context"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("plain", "decoder-only transformer"),
+        ("plt3", f"{PLT} of 3 loops"),
+        ("naive loop", f"looped transformer, an ablation of the {PLT}, of 2 loops"),
+        ("full attention in the last loop", f"variant of the {PLT} of {LAST_ALONE}"),
+        ("full attention in the last loop, serial", f"looped transformer, a variant of the {PLT}, of {LAST_ALONE}"),
+    ],
+)
+def test_what_the_card_calls_a_model(tmp_path, name, kind):
+    model = make_model(**VARIANTS[name])
+    card = model_card(open_source(save_run(tmp_path / "run", model, random_weights(model))), "out", [], "plt")
+    assert f"\n\nA {kind}, converted with plt_megatron.\n" in card
+    windowed = "| attention to the whole context | in the last loop only; 5 keys in the others |"
+    assert (windowed in card) == ("last loop" in name)
+
+
 def test_biases_of_experts_stay_in_fp32(tmp_path):
     """In an export in bf16, and in the model that is loaded from it, as in DeepSeek-V3's."""
     from transformers import AutoModelForCausalLM

@@ -247,6 +247,22 @@ def test_a_model_of_one_loop_says_what_is_missing(tmp_path, place):
     assert "update_cosine" not in read(result.folder)["measures"]
 
 
+def test_full_attention_in_the_last_loop_is_said(tmp_path, place):
+    """The losses after earlier loops are not those of fewer loops."""
+    form = {"share_kv": False, "gated_window": False, "full_attention": "last_loop"}
+    model = make_model(loop_count=3, **form)
+    save_run(tmp_path / "last", model, random_weights(model, IDS), tokenizer=place.tokenizer)
+    result = place.diagnose(tmp_path / "last", max_tokens=2 * 64)
+    found, page = read(result.folder), (result.folder / "index.html").read_text(encoding="utf-8")
+    assert found["model"]["full_attention"] == "last_loop"
+    values = {name: [value is not None for value in measure["value"]] for name, measure in found["measures"].items()}
+    assert values["entropy_global"] == [False, False, False, True]
+    assert values["entropy_local"] == [False, True, True, False] and "gate_mean" not in values
+    assert not (result.folder / "gates.png").exists() and (result.folder / "attention.png").exists()
+    assert "Loss of these weights after each loop" in page and "equals running with r loops" not in page
+    assert any("attend to a window only" in caution for caution in result.decision.cautions)
+
+
 @pytest.mark.slow
 def test_a_single_sequence_has_no_intervals(tmp_path, place):
     result = place.diagnose(place.run, max_tokens=64, output=tmp_path / "single")

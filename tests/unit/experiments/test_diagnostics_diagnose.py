@@ -10,13 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from plt_megatron.experiments.diagnostics.diagnose import diagnose, measure_sequence, record
+from plt_megatron.experiments.diagnostics.diagnose import diagnose, measure_sequence, measures_for, record
 from plt_megatron.experiments.diagnostics.inputs import HeldOut
 from plt_megatron.experiments.diagnostics.report import make_figures
 from tests.hf.reference import Reference
 from tests.hf.tiny import ABLATIONS, VARIANTS, make_model, make_tokens
 
 EVERY = {**ABLATIONS, **VARIANTS}
+WINDOWED = {name for name in EVERY if name.startswith("last_loop")}  # in the loops before the last
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,20 +51,24 @@ def test_states_are_those_of_the_equations(name):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_the_lens_of_loop_r_is_the_loss_of_r_loops(name):
-    """Validation loss of the same weights at every loop count, by the equations run with so many loops."""
+    """Validation loss of the same weights at every loop count, by the equations run with so many loops; not where only
+    the last of those attends to the whole context."""
     model, tokens = looped(name), make_tokens(24)
     found = measure_sequence(model, tokens)["lens_loss"]
-    for loops in range(1, model.config.loop_count + 1):
+    count = model.config.loop_count
+    for loops in range(1, count + 1):
         logits, _ = Reference(model.config, model.state_dict(), loops).logits(tokens[:-1])
-        assert found[loops] == pytest.approx(float(F.cross_entropy(logits, tokens[1:])), rel=1e-5), loops
+        equal = found[loops] == pytest.approx(float(F.cross_entropy(logits, tokens[1:])), rel=1e-5)
+        assert equal == (name not in WINDOWED or loops == count), loops
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_the_stack_applied_by_hand_is_the_next_loop(name):
-    """One loop of a model's own: the input of loop r + 1 through `apply_stack` gives h(r + 1) for r >= 1."""
+    """One loop of a model's own: the input of loop r + 1 through `apply_stack` gives h(r + 1) for r >= 1; or of the
+    last, which alone has the last loop's rules."""
     model, tokens = looped(name), make_tokens(17)
     recording = record(model, tokens)
-    for loop in range(1, model.config.loop_count):
+    for loop in range(model.config.loop_count - 1 if name in WINDOWED else 1, model.config.loop_count):
         again = recording.apply_stack(recording.next_input(recording.states[loop]))
         torch.testing.assert_close(again, recording.states[loop + 1], rtol=1e-4, atol=1e-5)
 
@@ -153,17 +158,30 @@ def test_gates_of_tanh_are_drawn_from_minus_one():
     )
 
 
-def test_attention_without_queries_is_uniform():
+@pytest.mark.parametrize(("name", "whole", "local"), [("plt", [1, 2, 3], [2, 3]), ("last_loop", [3], [1, 2])])
+def test_attention_without_queries_is_uniform(name, whole, local):
     """Entropy log n over all keys, and of the window log min(n, w)."""
-    model = make_model(loop_count=2)
+    model = looped(name)
     for layer in model.model.layers:
         layer.self_attn.q_proj.weight.data.zero_()
     found = measure_sequence(model, make_tokens(31))
     everything = np.mean([math.log(i + 1) for i in range(30)])
     window = np.mean([math.log(min(i + 1, 5)) for i in range(30)])
-    np.testing.assert_allclose(found["entropy_global"][1:], everything, rtol=1e-5)
-    np.testing.assert_allclose(found["entropy_local"][2], window, rtol=1e-5)
-    np.testing.assert_allclose(found["kl_global"][2], 0.0, atol=1e-6)
+    for kind, loops, entropy in (("global", whole, everything), ("local", local, window)):
+        others = [loop for loop in range(4) if loop not in loops]
+        np.testing.assert_allclose(found[f"entropy_{kind}"][loops], entropy, rtol=1e-5)
+        assert np.isnan(found[f"entropy_{kind}"][others]).all()
+        np.testing.assert_allclose(found[f"kl_{kind}"][loops[1:]], 0.0, atol=1e-6)
+        assert np.isnan(found[f"kl_{kind}"][[*others, loops[0]]]).all()
+
+
+def test_windows_as_long_as_the_text_are_attention_to_all_tokens():
+    """Of loops before the last, which are measured as windows."""
+    tokens = make_tokens(20)
+    every, last = (record(looped(name, window_size=20), tokens).by_head for name in ("clp", "last_loop"))
+    for measure in ("entropy", "kl"):
+        np.testing.assert_allclose(last[f"{measure}_local"][:3], every[f"{measure}_global"][:3], rtol=1e-4)
+    np.testing.assert_allclose(last["entropy_global"][3], every["entropy_global"][3], rtol=1e-4)
 
 
 def test_copied_heads_are_one():
@@ -241,9 +259,23 @@ def test_every_kind_of_model_has_its_measures(name):
     model = looped(name)
     tokens = np.stack([tokens_with_copies(seed) for seed in range(2)])
     found = diagnose(model, HeldOut(tokens, np.zeros(tokens.shape, dtype=bool), 2))
+    count = model.config.loop_count
     for measure in found.measures:
-        assert np.isfinite(found.loops[measure.name].mean[measure.first_loop :]).all(), measure.name
+        last = count - 1 if name in WINDOWED and measure.name.endswith("_local") else count
+        known = np.isfinite(found.loops[measure.name].mean)
+        assert measure.first_loop <= last, measure.name
+        assert known.tolist() == [measure.first_loop <= loop <= last for loop in range(count + 1)], measure.name
     names = {measure.name for measure in found.measures}
-    later = model.config.loop_count > 1
+    later = count > 1
     assert ("gate_mean" in names) == (model.config.gated_window and later)
     assert ("offset_cost" in names) == (model.config.cross_loop_parallel and later)
+    assert ("entropy_local" in names) == (name in WINDOWED or (model.config.gated_window and later))
+    assert ("kl_global" in names) == (later and name not in WINDOWED)
+    assert found.windows_earlier_loops == (name in WINDOWED)
+
+
+@pytest.mark.parametrize(("loops", "expected"), [(1, "entropy_global"), (2, "entropy_global entropy_local")])
+def test_measures_of_few_loops_with_full_attention_in_the_last(loops, expected):
+    config = looped("last_loop", loop_count=loops).config
+    assert " ".join(each.name for each in measures_for(config) if each.of) == expected
+    assert next(each.first_loop for each in measures_for(config) if each.of == "global") == loops

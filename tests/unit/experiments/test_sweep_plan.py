@@ -128,8 +128,10 @@ def test_equal_latency_on_paper(tmp_path):
 
 
 def test_equal_latency_by_a_measured_table(tmp_path):
-    columns = "num_layers,ffn_hidden_size,loop_count,cross_loop_parallel,share_kv,gated_window,milliseconds"
-    rows = ["4,64,1,true,true,true,2.0", "4,64,2,true,true,true,2.5", "3,72,2,true,true,true,2.01"]
+    switches = "loop_count,cross_loop_parallel,share_kv,gated_window,full_attention"
+    columns = f"num_layers,ffn_hidden_size,{switches},milliseconds"
+    rows = ["4,64,1,true,true,true,every_loop,2.0", "4,64,2,true,true,true,every_loop,2.5"]
+    rows += ["3,72,2,true,true,true,every_loop,2.01"]
     table = tmp_path / "table.csv"
     table.write_text("\n".join([columns, *rows]) + "\n")
     text = match_on("decode_latency").replace("[1, 2, 3]}", "[1, 2]}") + f"decode: {{table: {table}}}\n"

@@ -20,6 +20,7 @@ import torch
 from tiny_models import (
     CLP,
     KV_SHARING,
+    LAST_LOOP,
     LOOPCODER_V2,
     VANILLA_LOOP,
     VOCAB_SIZE,
@@ -69,6 +70,7 @@ SPANS: dict[str, dict[str, Any]] = {
 ORDERS: dict[str, dict[str, Any]] = {
     "by layer": {**VANILLA_LOOP, "loop_order": "layer", "loop_count": 3},
     "by layer, sharing and windows": {"cross_loop_parallel": False, "loop_order": "layer", "gate_input": "hidden"},
+    "by layer, full attention in the last loop": {**VANILLA_LOOP, "loop_order": "layer", "full_attention": "last_loop"},
     "by layer, prelude and coda": {
         **SPANS["prelude and coda"],
         "cross_loop_parallel": False,
@@ -86,6 +88,10 @@ CASES: dict[str, dict[str, Any]] = {
     "+ KV sharing": KV_SHARING,
     "own V": {"share_values": False, "loop_count": 3},
     "own V, no window": {**KV_SHARING, "share_values": False},
+    "full attention in the last loop": LAST_LOOP,
+    "full attention in the last loop, three loops, keys shifted": {**LAST_LOOP, "loop_count": 3, "key_shift": "heads"},
+    "full attention in the last loop, serial": {**LAST_LOOP, "cross_loop_parallel": False, "loop_count": 3},
+    "full attention in the last loop, spans": {**LAST_LOOP, "num_layers": 3, "loop_span": [1, 2], "loop_count": 3},
     "KV sharing without CLP": {**KV_SHARING, "cross_loop_parallel": False, "loop_count": 3},
     "PLT-3 without CLP": {"cross_loop_parallel": False, "loop_count": 3},
     "LoopCoder-v2": LOOPCODER_V2,
@@ -241,11 +247,12 @@ def test_logits_losses_and_every_gradient(settings, packed):
         {"loop_count": 3},
         {**LOOPCODER_V2, "loop_count": 3},
         {**KV_SHARING, "loop_count": 3},
+        {**LAST_LOOP, "loop_count": 3},
         {**EXPERTS, "loop_count": 3},
         SPANS["prelude and coda"],
         ORDERS["by layer, prelude and coda"],
     ],
-    ids=["PLT-1", "PLT-3", "LoopCoder-v2", "KV sharing", "experts", "prelude and coda", "by layer"],
+    ids=["PLT-1", "PLT-3", "LoopCoder-v2", "KV sharing", "last loop", "experts", "prelude and coda", "by layer"],
 )
 def test_recomputation_changes_nothing(settings, recompute, packed):
     stage, data = build(settings, recompute=recompute), draw()
@@ -253,7 +260,9 @@ def test_recomputation_changes_nothing(settings, recompute, packed):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, LOOPCODER_V2, SPANS["prelude and coda"]], ids=["PLT", "LoopCoder-v2", "prelude and coda"]
+    "settings",
+    [{}, LOOPCODER_V2, LAST_LOOP, SPANS["prelude and coda"]],
+    ids=["PLT", "LoopCoder-v2", "last loop", "prelude and coda"],
 )
 @pytest.mark.parametrize("loops", [1, 2, 4])
 def test_the_same_weights_run_for_other_loop_counts(settings, loops):
@@ -273,6 +282,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "no shift": ({}, {"cross_loop_parallel": False}),
     "no sharing": ({}, {"share_kv": False}),
     "no window": ({}, {"gated_window": False}),
+    "every loop": (LAST_LOOP, {"full_attention": "every_loop"}),
+    "window one long in an earlier loop": (LAST_LOOP, {"window_size": 6}),
     "wrong side": ({}, {"gate_side": "global"}),
     "sigmoid for tanh": ({"gate_activation": "tanh"}, {"gate_activation": "sigmoid"}),
     "norm between": ({}, {"loop_norm": "final"}),

@@ -27,6 +27,7 @@ BASE: dict[str, Any] = {
 VANILLA_LOOP = {"cross_loop_parallel": False, "share_kv": False, "gated_window": False}
 CLP = {**VANILLA_LOOP, "cross_loop_parallel": True}
 KV_SHARING = {**CLP, "share_kv": True}
+LAST_LOOP = {**CLP, "full_attention": "last_loop"}
 LOOPCODER_V2 = {**LOOPCODER, "window_size": 9, "rotary_base": 5e5}
 
 

@@ -40,6 +40,9 @@ def test_caches_by_hand():
     own_values = cost({"share_values": False, "loop_count": 3}, batch=1)
     assert own_values.kv_cache_bytes == 1024 * token * 2, "one loop's K, three loops' V"
     assert own_values.bytes - cost({"loop_count": 3}, batch=1).bytes == 1024 * token, "read once for each loop"
+    last_loop = cost({**ROWS["+ CLP"], "full_attention": "last_loop"})
+    assert (last_loop.kv_cache_bytes, last_loop.state_bytes) == (1024 * token, carry + 64 * token), "as PLT-2"
+    assert last_loop.flops < by_row["PLT-2"].flops and last_loop.bytes < by_row["PLT-2"].bytes
     assert cost({"loop_count": 4}).state_bytes == 3 * (carry + 64 * token)
     assert cost(context=10).state_bytes == carry + 10 * token, "a window holds no more than there is"
 

@@ -56,7 +56,8 @@ def brute_force(model: ModelConfig, n: int, vocab: int) -> int:
             count.linear(model.hidden_size, groups * c)  # K
         if not later or model.gated_window or not model.share_kv or not model.share_values:
             count.linear(model.hidden_size, groups * c)  # V
-        count.attention(heads, c, n)
+        early = model.full_attention == "last_loop" and first <= layer < last and loop < model.loop_count - 1
+        count.attention(heads, c, model.window_size if early else n)
         if later and model.gated_window:
             count.attention(heads, c, model.window_size)
             for _ in range(heads):
@@ -86,6 +87,9 @@ def ffn_widths(model: ModelConfig) -> list[int]:
         {"gated_window": False},
         {"gated_window": False, "share_values": False, "loop_count": 3},
         {"gated_window": False, "share_kv": False},
+        {"gated_window": False, "share_kv": False, "full_attention": "last_loop", "loop_count": 3},
+        {"gated_window": False, "share_kv": False, "full_attention": "last_loop", "loop_count": 1},
+        {"gated_window": False, "share_kv": False, "full_attention": "last_loop", "loop_span": [1, 2]},
         {"gated_window": False, "share_kv": False, "cross_loop_parallel": False},
         {"gate_input": "hidden"},
         {"num_query_groups": None},

@@ -118,7 +118,10 @@ def tree(tmp_path: Path) -> Path:
 
 
 EXAMPLES = examples((ROOT / "docs" / "extending.md").read_text(encoding="utf-8"))
-SETTINGS = ("key_shift", "share_values", "trainable", "z_loss_coeff", "num_layers_in_first_pipeline_stage")
+SETTINGS = (
+    *("key_shift", "share_values", "full_attention"),
+    *("trainable", "z_loss_coeff", "num_layers_in_first_pipeline_stage"),
+)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
