@@ -37,6 +37,7 @@ RECOMMENDED = {
     "learned_hidden_scale": "channel",
     "residual_scale": 0.5,
 }
+LAST_LOOP = {"share_kv": False, "gated_window": False, "full_attention": "last_loop"}
 MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -120,6 +121,17 @@ VARIANTS = {
     },
     "keys alone, span, shifted": {"share_values": False, "loop_span": [1, 2], "key_shift": "heads"},
     "keys alone, no CLP": {"share_values": False, "cross_loop_parallel": False, "key_shift": "heads"},
+    "last loop": LAST_LOOP,
+    "last loop, 3 loops, shifted": {**LAST_LOOP, "loop_count": 3, "key_shift": "heads"},
+    "last loop, no CLP": {**LAST_LOOP, "cross_loop_parallel": False, "loop_count": 3},
+    "last loop, span": {**LAST_LOOP, "loop_span": [1, 3], "num_hidden_layers": 4, "loop_count": 3, "qk_norm": True},
+    "last loop, span, shifted, recommended": {
+        **LAST_LOOP,
+        **RECOMMENDED,
+        "loop_span": [1, 2],
+        "key_shift": "learned",
+    },
+    "last loop, experts, YaRN": {**LAST_LOOP, **MOE, "rope_parameters": YARN},
     "scaled branches, scale of the model": {**RECOMMENDED, "learned_hidden_scale": "model", "norm_placement": "post"},
     "naive loops with embeddings": {
         **RECOMMENDED,

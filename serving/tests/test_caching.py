@@ -15,7 +15,20 @@ def assert_same_with_hits(export, llm, token_lists: list[list[int]], tokens: int
 
 
 @pytest.mark.parametrize(
-    "variant", ["plt3", "loopcoder", "wide slices", "CLP only", "learned shift", "keys alone, span, shifted", "YaRN"]
+    "variant",
+    [
+        "plt3",
+        "loopcoder",
+        "wide slices",
+        "CLP only",
+        "learned shift",
+        "keys alone, span, shifted",
+        "YaRN",
+        "last loop",
+        "last loop, 3 loops, shifted",
+        "last loop, no CLP",
+        "last loop, span",
+    ],
 )
 @pytest.mark.parametrize("kept", [{}, {"prefix_cache_retention_interval": None}], ids=["prompt ends", "every block"])
 def test_hits_at_every_class_of_position(exports, variant, kept):
@@ -28,9 +41,10 @@ def test_hits_at_every_class_of_position(exports, variant, kept):
     assert sum(found) > 1000 if kept else any(found)
 
 
-def test_a_conversation(exports):
+@pytest.mark.parametrize("variant", ["plt3", "last loop, no CLP"])
+def test_a_conversation(exports, variant):
     """A multi-turn conversation, whose answers are part of the next prompt, gives transformers' tokens."""
-    export = exports("plt3")
+    export = exports(variant)
     with engine(export, max_model_len=512, max_num_batched_tokens=128) as llm:
         ids = SHARED[:60]
         for turn in range(6):
@@ -40,7 +54,18 @@ def test_a_conversation(exports):
 
 
 @pytest.mark.parametrize(
-    "variant", ["plt2", "plt3", "plt4", "shifted heads", "shift, one loop", "keys alone, span, shifted"]
+    "variant",
+    [
+        "plt2",
+        "plt3",
+        "plt4",
+        "shifted heads",
+        "shift, one loop",
+        "keys alone, span, shifted",
+        "last loop",
+        "last loop, 3 loops, shifted",
+        "last loop, no CLP",
+    ],
 )
 def test_prompts_of_one_step_share_a_prefix(exports, variant):
     """A request may hit blocks that another request computes in the same step."""
@@ -65,7 +90,7 @@ def test_without_waiting_prompts_of_one_step_take_the_wrong_keys(exports, monkey
     assert any(wrong)
 
 
-@pytest.mark.parametrize("variant", ["plt2", "plt3", "shifted channels", "span"])
+@pytest.mark.parametrize("variant", ["plt2", "plt3", "shifted channels", "span", "last loop"])
 def test_a_carry_of_the_same_step_is_waited_for(exports, variant, monkeypatch):
     """In decode steps, requests that hit a block wait one step while another request computes its last token."""
     served, expected, waits = serve_same_step_hits(exports(variant), monkeypatch)
@@ -127,6 +152,9 @@ def step_until_done(llm) -> dict[str, list[int]]:
         ("span, shifted", 100, True),
         ("keys alone", 90, True),
         ("YaRN", 60, True),
+        ("last loop", 40, True),
+        ("last loop, 3 loops, shifted", 60, False),
+        ("last loop, no CLP", 60, True),
     ],
 )
 def test_preempted_requests_go_on(exports, variant, blocks, caching):
@@ -151,6 +179,15 @@ def count_preemptions(llm) -> list:
 
     target._preempt_request = counted
     return found
+
+
+@pytest.mark.parametrize("variant", ["no CLP", "last loop, no CLP"])
+def test_windows_in_caches_of_the_whole_context(exports, variant):
+    """Without a carry, vLLM may give windows whole caches, as without its hybrid manager: tokens stay the same."""
+    export = exports(variant)
+    with engine(export, disable_hybrid_kv_cache_manager=True) as llm:
+        assert len(scheduler(llm).kv_cache_manager.kv_cache_config.kv_cache_groups) == 1
+        assert_same(export, llm, prompts(12))
 
 
 def test_blocks_come_back(exports):
@@ -189,9 +226,10 @@ def test_a_cache_that_is_taken_away_is_freed(exports):
         assert_same(export, llm, prompts(5, seed=1))
 
 
-def test_long_contexts_hold_windows_and_one_carry(exports):
+@pytest.mark.parametrize("variant", ["plt3", "last loop, 3 loops, shifted"])
+def test_long_contexts_hold_windows_and_one_carry(exports, variant):
     """The blocks of windows and of the carry do not grow with the context."""
-    export = exports("plt3", window_size=8)
+    export = exports(variant, window_size=8)
     with engine(export, max_model_len=1024, max_num_batched_tokens=32) as llm:
         whole = free_blocks(llm)
         add(llm, "long", SHARED * 3)

@@ -26,6 +26,7 @@ def test_each_pass_has_a_code_object_of_its_own(exports, variant, count):
         ("plt3", {"num_hidden_layers": 2, "rope_parameters": YARN}, 24),
         ("keys alone, span, shifted", {}, 24),
         ("span", {"num_hidden_layers": 3}, 1),
+        ("last loop, span", {"num_hidden_layers": 3, "loop_span": [1, 3]}, 24),
     ],
 )
 def test_compiled(exports, variant, changes, requests, again):

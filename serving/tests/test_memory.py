@@ -91,8 +91,11 @@ def test_what_is_said_of_chunks_is_the_formula(loops, chunk):
 
     config = PLTConfig(loop_count=loops, window_size=64)
     assert said(config, loops, 16, 2048, 128, chunk) == blocks_of_a_request(2048, 128, loops, 64, chunk)
-    naive = PLTConfig(loop_count=loops, cross_loop_parallel=False, share_kv=False, gated_window=False)
+    own = {"share_kv": False, "gated_window": False}
+    naive = PLTConfig(loop_count=loops, cross_loop_parallel=False, **own)
     assert said(naive, loops, 0, 2048, 128, chunk) == 16 * loops
+    last = PLTConfig(loop_count=loops, window_size=64, full_attention="last_loop", **own)
+    assert said(last, loops, 16, 2048, 128, chunk) == said(config, loops, 16, 2048, 128, chunk)
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -119,6 +122,9 @@ def test_what_is_said_of_chunks_is_what_vllm_plans(exports, monkeypatch, steps):
         ("plt3", 3, 1),
         ("shift, one loop", 1, 1),
         ("shifted channels", 2, 1),  # hidden states and keys share blocks
+        ("last loop", 2, 1),
+        ("last loop, 3 loops, shifted", 3, 2),  # keys of three loops
+        ("last loop, no CLP", 3, 0),
         ("learned shift", 3, 4),  # carried keys and values of three loops are as wide as three layers' K/V
     ],
 )
@@ -139,6 +145,7 @@ def test_the_printed_concurrency(exports, variant, loops, carries):
         ("span, naive loops", 4, (1, 0, 1)),
         ("prelude alone, loopcoder", 4, (1, 1, 1)),  # three layers' windows, padded
         ("keys alone", 3, (3, 2, 1)),
+        ("last loop, span", 4, (1, 1, 1)),
     ],
 )
 def test_groups_where_layers_differ(exports, variant, size, groups):

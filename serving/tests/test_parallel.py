@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
         ("learned shift", {"num_key_value_heads": 4}),
         ("shifted channels", {"num_key_value_heads": 1, "rope_parameters": YARN}),
         ("keys alone, span, shifted", {"qk_norm": True}),
+        ("last loop, 3 loops, shifted", {"qk_norm": True}),
     ],
 )
 def test_two_ranks(exports, variant, changes):

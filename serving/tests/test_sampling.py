@@ -11,7 +11,7 @@ def logprobs(export, ids: list[int], loop_count: int | None = None):
         return export.model(torch.tensor([ids]), use_cache=False, loop_count=loop_count).logits[0].log_softmax(-1)
 
 
-@pytest.mark.parametrize("variant", ["plt2", "plt3", "loopcoder", "experts", "shifted channels"])
+@pytest.mark.parametrize("variant", ["plt2", "plt3", "loopcoder", "experts", "shifted channels", "last loop"])
 def test_logprobs_of_prompts_and_answers(exports, variant):
     export = exports(variant)
     ids = prompts(12)
@@ -67,7 +67,17 @@ def test_aborted_requests(exports):
 
 @pytest.mark.parametrize(
     ("variant", "drafts"),
-    [("plt2", 1), ("plt3", 4), ("loopcoder", 2), ("shifted heads", 3), ("keys alone, span, shifted", 3), ("YaRN", 3)],
+    [
+        ("plt2", 1),
+        ("plt3", 4),
+        ("loopcoder", 2),
+        ("shifted heads", 3),
+        ("keys alone, span, shifted", 3),
+        ("YaRN", 3),
+        ("last loop", 4),
+        ("last loop, 3 loops, shifted", 2),
+        ("last loop, no CLP", 3),
+    ],
 )
 def test_speculation_by_ngrams(exports, variant, drafts):
     """Tokens are the same with n-gram drafts, accepted or not; steps that verify drafts run loop by loop."""

@@ -38,6 +38,7 @@ from helpers import MOE, YARN, engine
         ("plt2", {"offload_group_size": 1}, "cannot be served with weights in the CPU's memory"),
         ("plt2", {"enable_return_routed_experts": True}, "cannot be served with --enable-return-routed-experts"),
         ("shift, one loop", {"disable_hybrid_kv_cache_manager": True}, "which --disable-hybrid-.* switches off"),
+        ("last loop", {"disable_hybrid_kv_cache_manager": True}, "which --disable-hybrid-.* switches off"),
         (
             "plt2",
             {"kv_transfer_config": {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}},

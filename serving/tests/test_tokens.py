@@ -30,6 +30,9 @@ def test_variants(exports, variant):
         ("learned shift", 12, {"block_size": 64, "max_num_batched_tokens": 9, "max_num_seqs": 8}),
         ("span, shifted", 12, {"block_size": 64, "max_num_batched_tokens": 9, "max_num_seqs": 8}),
         ("keys alone", 40, {"block_size": 32, "max_num_batched_tokens": 17, "max_num_seqs": 16}),
+        ("last loop", 40, {"block_size": 32, "max_num_batched_tokens": 33}),
+        ("last loop, 3 loops, shifted", 100, {"block_size": 64, "max_num_batched_tokens": 17, "max_num_seqs": 16}),
+        ("last loop, no CLP", 5, {"block_size": 32, "max_num_batched_tokens": 9, "max_num_seqs": 8}),
     ],
 )
 def test_windows_blocks_and_chunks(exports, variant, window, options):
@@ -48,13 +51,17 @@ def test_blocks_that_the_backend_does_not_take_are_refused(exports):
             pass
 
 
-def test_a_long_context(exports):
-    export = exports("plt3", window_size=40)
+@pytest.mark.parametrize("variant", ["plt3", "last loop, span"])
+def test_a_long_context(exports, variant):
+    export = exports(variant, window_size=40)
     with engine(export, max_model_len=1024, max_num_batched_tokens=100) as llm:
         assert_same(export, llm, [*prompts(2, seed=3, longest=900), prompts(10, seed=4, longest=880)[9]], tokens=100)
 
 
-@pytest.mark.parametrize("variant", ["plt3", "loopcoder", "CLP only", "learned shift", "keys alone, span, shifted"])
+@pytest.mark.parametrize(
+    "variant",
+    ["plt3", "loopcoder", "CLP only", "learned shift", "keys alone, span, shifted", "last loop, 3 loops, shifted"],
+)
 def test_serial_loops(exports, variant):
     export = exports(variant)
     with engine(export, additional_config={"plt": {"loop_mode": "serial"}}) as llm:
@@ -76,12 +83,33 @@ def test_serial_loops(exports, variant):
         ("span, shifted", 1),
         ("span, recommended, tied", 2),
         ("keys alone", 2),
+        ("last loop", 1),
+        ("last loop, 3 loops, shifted", 2),
+        ("last loop, no CLP", 2),
+        ("last loop, span", 1),
     ],
 )
 def test_fewer_loops(exports, variant, count):
     export = exports(variant)
     with engine(export, additional_config={"plt": {"loop_count": count}}) as llm:
         assert_same(export, llm, prompts(12), loop_count=count)
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes"),
+    [
+        ("last loop", {"window_size": 9}),
+        ("last loop", {"full_attention": "every_loop"}),
+        ("last loop, no CLP", {"window_size": 7}),
+        ("last loop, span", {"full_attention": "every_loop"}),
+    ],
+)
+def test_a_wrong_window_of_earlier_loops_shows(exports, variant, changes):
+    """A window one longer or shorter, or none, changes the tokens, so the other tests would notice."""
+    export, other, ids = exports(variant), exports(variant, **changes), prompts()
+    with engine(other) as llm:
+        same = [got == export.decode(prompt, 24) for got, prompt in zip(greedy(llm, ids), ids, strict=True)]
+    assert sum(same) < 10
 
 
 @pytest.mark.parametrize("variant", ["plt3", "shift, no window"])
@@ -128,6 +156,8 @@ def test_loopcoders_names(exports, tmp_path):
         ("shift, one loop", "keys", {"max_num_batched_tokens": 30}),
         ("span, shifted", "prelude's keys", {}),
         ("span, shifted", "coda's keys", {"max_num_batched_tokens": 30}),
+        ("last loop", "hidden", {}),
+        ("last loop, 3 loops, shifted", "keys", {"max_num_batched_tokens": 30}),
     ],
 )
 def test_a_dropped_carry_shows(exports, monkeypatch, variant, dropped, options):

@@ -74,13 +74,16 @@ class PLTGate(nn.Module):
 class PLTAttention(nn.Module):
     """Global attention of all loops, the later loops' sliding windows, and the gate that blends the two.
 
+    With `full_attention: last_loop` no loop has both: the last one has global attention, those before it have windows.
+
     Args:
         index: index of the layer.
         loops: L; 1 for a layer that does not loop.
         rows: decode steps run all loops at once.
         prefix: the model's prefix. vLLM identifies an attention layer by the one number in its name, which is
-            pass * layers + index: pass 0 for loop 1, passes 1..L-1 for the later loops' windows, and L..2L-2 for
-            their full-context caches, if they have keys or values of their own.
+            pass * layers + index: pass 0 for the full context of loop 1 (of loop L, if the earlier ones have
+            windows), passes 1..L-1 for the windows, and L..2L-2 for the later loops' full-context caches, if they have
+            keys or values of their own.
     """
 
     def __init__(self, config: PLTConfig, index: int, loops: int, rows: bool, prefix: str, vllm_config: VllmConfig):
@@ -89,6 +92,7 @@ class PLTAttention(nn.Module):
         self.heads = heads = Heads(config)
         self.scaling = heads.dim**-0.5
         self.shares_keys, self.shares_values = config.share_kv, config.shares_values
+        self.windows_earlier_loops = config.windows_earlier_loops
         self.gate_is_local = config.gate_side == "local"
         name = f"{prefix}.layers.{index}.self_attn"
         quant = vllm_config.quant_config
@@ -132,8 +136,10 @@ class PLTAttention(nn.Module):
         check_block_size(self.attn, vllm_config)
         later = range(1, loops)
         window = {"per_layer_sliding_window": config.window_size}
-        self.windows = nn.ModuleList(attention(loop, "window", **window) for loop in later if self.plt_gate is not None)
-        self.own = nn.ModuleList(attention(loops - 1 + loop, "attn") for loop in later if not config.shares_values)
+        has_windows = config.gated_window or config.windows_earlier_loops
+        self.windows = nn.ModuleList(attention(loop, "window", **window) for loop in later if has_windows)
+        has_own = not (config.shares_values or config.windows_earlier_loops)
+        self.own = nn.ModuleList(attention(loops - 1 + loop, "attn") for loop in later if has_own)
         self.folded = None
         if rows and config.shares_values and can_fold(self.attn):
             self.folded = attention(0, "folded", loops, kv_sharing_target_layer_name=self.attn.layer_name)
@@ -176,16 +182,20 @@ class PLTAttention(nn.Module):
             return norm(x)
         return norm(x.reshape(-1, self.heads.dim)).view(x.shape)
 
+    def _with_own(self) -> tuple[Attention, ...]:
+        """Return what each loop attends with, if it has K or V of its own."""
+        return (*self.windows, self.attn) if self.windows_earlier_loops else (self.attn, *self.own)
+
     def _loop(self, query, key, value, residual, state: PassState) -> torch.Tensor:
         loop, first = state.loop, state.first
         if loop == 0:
             if first is not None:
                 first.keep(key)
-            return self.attn(query, key, value)
+            return self._with_own()[0](query, key, value)
         if self.shares_values:
             shared = self.attn(query, None, None)  # reads loop 1's cache
         else:
-            shared = self.own[loop - 1](query, first.take() if self.shares_keys else key, value)
+            shared = self._with_own()[loop](query, first.take() if self.shares_keys else key, value)
         if self.plt_gate is None:
             return shared
         return self._blend(query, residual, self.windows[loop - 1](query, key, value), shared)
@@ -198,7 +208,7 @@ class PLTAttention(nn.Module):
             shared = self._shared_rows(query, queries, keys[0], values[0], count)
         else:
             attended = keys[:1] * self.loops if self.shares_keys else keys
-            each = zip((self.attn, *self.own), queries, attended, values, strict=True)
+            each = zip(self._with_own(), queries, attended, values, strict=True)
             shared = torch.cat([layer(*qkv) for layer, *qkv in each])
         if self.plt_gate is None:
             return shared
