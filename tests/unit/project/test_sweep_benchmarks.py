@@ -74,12 +74,17 @@ def test_shares_of_depths_gain_are_paired_by_seed_and_bars_name_what_is_missed()
     assert (share.value, share.n) == (pytest.approx((0.05 + 0.05) / (0.1 + 0.2)), 2) and share.low < 1 / 3 < share.high
     (missed,) = depth.missed_bars(corpus)
     assert "PLT-2 keeps 50%" in missed
+    corpus.rows["PLT-2, last loop global"] = depth.Row(1.0, {1: 2.91, 2: 3.01, 3: 3.11})
+    assert depth.missed_bars(corpus) == []
+    del corpus.rows["PLT-2, last loop global"]
     corpus.rows["PLT-2"].losses = {1: 2.97, 2: 3.07, 3: 3.18}
     corpus.rows["2k layers"].losses = {1: 2.96, 2: 3.06}
     deep, lead, _ = depth.missed_bars(corpus)
     assert "2k layers gain 0.040 nats" in deep and "PLT-2 gains 0.027 ± 0.014 nats" in lead
     corpus.rows["naive loop x2"].losses = {3: 3.3}
     assert "naive loop gains nothing" in depth.missed_bars(corpus)[-1]
+    del corpus.rows["naive loop x2"]
+    assert "no run of the naive loop x2" in depth.missed_bars(corpus)[-1]
     corpus.rows["2k layers"].losses = {4: 2.9}
     (missed,) = depth.missed_bars(corpus)
     assert "2k layers" in missed
