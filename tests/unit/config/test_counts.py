@@ -12,9 +12,9 @@ import plt_megatron.config
 from tests.fuzz import draw
 from tests.fuzz.sections import optional_sections
 
-SETTINGS = 182
-ALWAYS_THERE = 139  # of them outside of sections that are off by default
-REFUSALS = 114
+SETTINGS = 183
+ALWAYS_THERE = 140  # of them outside of sections that are off by default
+REFUSALS = 115
 
 
 def settings() -> list[str]:
