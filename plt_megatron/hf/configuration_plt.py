@@ -227,8 +227,18 @@ class PLTConfig(PreTrainedConfig):
 
     @property
     def windows_earlier_loops(self) -> bool:
-        """Whether loops before the last attend only to a window."""
-        return self.full_attention == "last_loop"
+        """Whether only the last of several loops attends to the whole context, the earlier ones to a window."""
+        return self.loop_count > 1 and self.full_attention == "last_loop"
+
+    def full_loops(self, loop_count: int) -> range:
+        """Return the loops of a pass of `loop_count`, from 0, that attend to the whole context."""
+        return range(loop_count - 1 if self.windows_earlier_loops else 0, loop_count)
+
+    def window_loops(self, loop_count: int) -> range:
+        """Return the loops of a pass of `loop_count`, from 0, that attend to a window, in layers that loop."""
+        if self.gated_window:
+            return range(1, loop_count)
+        return range(self.full_loops(loop_count).start)
 
     @property
     def shares_values(self) -> bool:

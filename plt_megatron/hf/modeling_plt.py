@@ -147,13 +147,6 @@ def shift(states: torch.Tensor, loop: int, state: PLTPass, carry: PLTCarry | Non
     return shifted if state.continues is None else shifted * state.continues.to(shifted.dtype)
 
 
-def window_loops(config: PLTConfig, loop_count: int) -> range:
-    """Return the loops of a pass, from 0, that attend to a window, in layers that loop."""
-    if config.gated_window:
-        return range(1, loop_count)
-    return range(loop_count - 1 if config.windows_earlier_loops else 0)
-
-
 def overlap(kept: range, loops: slice) -> tuple[slice, slice]:
     """Return the places of the loops that are in both: among `loops`, and among those kept."""
     first = max(kept.start, loops.start)
@@ -348,10 +341,9 @@ class PLTCache(Cache):
         if max_cache_len is not None and max_cache_len < 1:
             raise ValueError(f"max_cache_len must be positive, not {max_cache_len}")
         later = self.loop_count - 1
-        full = range(later if config.windows_earlier_loops else 0, self.loop_count)
+        full, windows = config.full_loops(self.loop_count), config.window_loops(self.loop_count)
         key_loops = range(1) if config.share_kv else full
         value_loops = range(1) if config.shares_values else full
-        windows = window_loops(config, self.loop_count)
         own = self.loop_count if config.gated_window or not config.shares_values else 1  # loops whose keys are used
         layers = []
         for index in range(config.num_hidden_layers):
@@ -1295,7 +1287,7 @@ class PLTModel(PLTPreTrainedModel):
         state = PLTPass(
             loop=None if parallel else 0,
             loop_count=loops,
-            windows=window_loops(self.config, loops),
+            windows=self.config.window_loops(loops),
             cos=cos,
             sin=sin,
             start=layout.start,

@@ -80,9 +80,8 @@ def kv_cache_bytes(model: ModelConfig, context_length: int) -> int:
     """Return the bytes of K and V over the whole context, per sequence: the first loop's, every loop's if not shared,
     or the last loop's alone."""
     once, each = model.num_layers, derived.layer_runs(model)
-    one_loops = derived.windows_earlier_loops(model)
-    keys = once if model.share_kv or one_loops else each
-    values = once if derived.shares_values(model) or one_loops else each
+    stores = once if derived.windows_earlier_loops(model) else each  # of loops that share nothing
+    keys, values = once if model.share_kv else stores, once if derived.shares_values(model) else stores
     return context_length * (_token_kv(model, keys) + _token_kv(model, values)) // 2
 
 

@@ -134,12 +134,11 @@ class PLTAttention(nn.Module):
 
         self.attn = attention(0, "attn")
         check_block_size(self.attn, vllm_config)
-        later = range(1, loops)
         window = {"per_layer_sliding_window": config.window_size}
-        has_windows = config.gated_window or config.windows_earlier_loops
-        self.windows = nn.ModuleList(attention(loop, "window", **window) for loop in later if has_windows)
-        has_own = not (config.shares_values or config.windows_earlier_loops)
-        self.own = nn.ModuleList(attention(loops - 1 + loop, "attn") for loop in later if has_own)
+        windows = len(config.window_loops(loops))
+        self.windows = nn.ModuleList(attention(1 + number, "window", **window) for number in range(windows))
+        later = [] if config.shares_values else config.full_loops(loops)[1:]
+        self.own = nn.ModuleList(attention(loops - 1 + loop, "attn") for loop in later)
         self.folded = None
         if rows and config.shares_values and can_fold(self.attn):
             self.folded = attention(0, "folded", loops, kv_sharing_target_layer_name=self.attn.layer_name)

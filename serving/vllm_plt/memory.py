@@ -17,10 +17,9 @@ def layers_of_a_group(counts: Iterable[int]) -> int:
 
 def caches_of_loops(config: PLTConfig, loops: int) -> tuple[int, int]:
     """Return how many caches hold the whole context, later loops' own included, and how many hold a window."""
-    layers, later = config.num_hidden_layers, (loops - 1) * len(config.looped_layers)
-    if config.windows_earlier_loops:
-        return layers, later
-    return layers + (0 if config.shares_values else later), later if config.gated_window else 0
+    later = 0 if config.shares_values else len(config.full_loops(loops)) - 1
+    looped = len(config.looped_layers)
+    return config.num_hidden_layers + later * looped, len(config.window_loops(loops)) * looped
 
 
 def slices_of_a_carry(config: PLTConfig, loops: int, fewest: int) -> int:

@@ -22,7 +22,7 @@ from plt_megatron.experiments.diagnostics import measures
 from plt_megatron.experiments.diagnostics.inputs import HeldOut
 from plt_megatron.experiments.diagnostics.measures import Attention, attention_statistics, head_diversity
 from plt_megatron.experiments.intervals import Bootstrap, Intervals
-from plt_megatron.hf.modeling_plt import rotate, window_loops
+from plt_megatron.hf.modeling_plt import rotate
 
 HEAD_MEASURES = ("gate_mean", "entropy_global", "entropy_local", "kl_global", "kl_local")
 LAYER_MEASURES = ("head_rank", "head_cosine")
@@ -94,10 +94,9 @@ class Recording:
         query = query[0].transpose(0, 1)
         own_key, loop, config = out[2], state.loop + 1, self._model.config
         key = own_key if shared_key is None else shared_key
-        windowed = state.loop in state.windows
-        if not (windowed and config.windows_earlier_loops):
+        if state.loop in config.full_loops(state.loop_count):
             self._add_attention("global", layer, loop, Attention(query, key[0], module.scaling))
-        if windowed:
+        if state.loop in state.windows:
             local = Attention(query, own_key[0], module.scaling, config.window_size)
             self._add_attention("local", layer, loop, local)
         if self._gate is not None:
@@ -242,9 +241,7 @@ MEASURES = (
 def measures_for(config: Any) -> list[Measure]:
     """Return the measures that a model with this `PLTConfig` has, with their first loops in it."""
     count = config.loop_count
-    # Loops from 0. Those with a window alone have no attention to all tokens.
-    whole = range(count - 1 if config.windows_earlier_loops else 0, count)
-    having = {None: range(count), "global": whole, "local": window_loops(config, count)}
+    having = {None: range(count), "global": config.full_loops(count), "local": config.window_loops(count)}
     found = []
     for measure in MEASURES:
         loops = having[measure.of]
@@ -327,8 +324,16 @@ def diagnose(
         if measure.name in DIFFERENCES:
             differences[measure.name] = bootstrap.intervals(np.diff(values, axis=1, prepend=math.nan))
     config = model.config
-    apart = config.windows_earlier_loops and config.loop_count > 1
-    return Diagnosis(config.loop_count, wanted, loops, details, differences, total, config.gate_activation, apart)
+    return Diagnosis(
+        config.loop_count,
+        wanted,
+        loops,
+        details,
+        differences,
+        total,
+        config.gate_activation,
+        config.windows_earlier_loops,
+    )
 
 
 @torch.no_grad()
