@@ -16,6 +16,7 @@ from torch import Tensor
 from plt_megatron.config import derived, yaml_nodes
 from plt_megatron.config.fields import MAX_LOOP_COUNT
 from plt_megatron.config.presets import LOOP_PRESETS
+from plt_megatron.config.rules import model as model_rules
 from plt_megatron.config.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from plt_megatron.errors import UserError
 from plt_megatron.extras import require
@@ -184,7 +185,8 @@ def import_model(options: ImportOptions) -> ImportResult:
             unpack(options.model, folder)
             return import_model(dataclasses.replace(options, model=folder))
     source = read_config(options.model)
-    model = _model(options, source.model)
+    data = DataConfig(sequence_length=source.max_position_embeddings)
+    model = _model(options, source.model, data)
     files = SafetensorsFolder(options.model)
     theirs = {each.name: each for each in mappings_for(source.model, source.vocab_size, source.style)}
     check_hf_tensors(files, list(theirs.values()), source.model)
@@ -196,7 +198,6 @@ def import_model(options: ImportOptions) -> ImportResult:
         tokenizer = copy_tokenizer(options.model, folder / "tokenizer", source.family, source.vocab_size, source.tokens)
         # Absolute: a run may start from any folder.
         published = options.output.absolute() / tokenizer.relative_to(folder) if tokenizer else None
-        data = DataConfig(sequence_length=source.max_position_embeddings)
         if published is not None:
             data.tokenizer = str(published)
         config = _run_config(options.output, model, data, precision)
@@ -220,7 +221,7 @@ def import_model(options: ImportOptions) -> ImportResult:
     )
 
 
-def _model(options: ImportOptions, source: ModelConfig) -> ModelConfig:
+def _model(options: ImportOptions, source: ModelConfig, data: DataConfig) -> ModelConfig:
     """Return the files' model with what the options change. Raises `UserError` if it cannot be."""
     model = dataclasses.replace(source)
     if options.loop_count is not None:
@@ -229,11 +230,17 @@ def _model(options: ImportOptions, source: ModelConfig) -> ModelConfig:
         model.loop_count = options.loop_count
     for name, value in options.switches.items():
         if value is not None:
-            problem = IMPORT_OPTIONS[name].problem(value, source, model)
+            option = IMPORT_OPTIONS[name]
+            problem = option.problem(value, source, model)
             if problem is not None:
                 raise UserError(f"--{name.replace('_', '-')} {problem}")
-            model = dataclasses.replace(model, **{name: value})
-    return model if options.preset is None else _with_preset(model, source, options.preset)
+            model = dataclasses.replace(model, **{name: value}, **option.beside)
+    if options.preset is not None:
+        model = _with_preset(model, source, options.preset)
+    # What a one-loop model leaves unused may contradict its new loops.
+    for problem in model_rules.find_problems(RunConfig(model=model, data=data)):
+        raise UserError(f"{options.model}: {problem}")
+    return model
 
 
 def _with_preset(model: ModelConfig, source: ModelConfig, preset: str) -> ModelConfig:
@@ -249,7 +256,8 @@ def _with_preset(model: ModelConfig, source: ModelConfig, preset: str) -> ModelC
     if model.loop_count == 1:
         raise UserError("--preset says how later loops are parameterized: also give --loop-count 2 or more")
     branches = {name: getattr(source, name) for name in ("residual_scaling", "residual_scale")}
-    model = dataclasses.replace(model, **{**LOOP_PRESETS[preset], **branches, "gate_activation": "tanh"})
+    loops = {**LOOP_PRESETS[preset], "gate_activation": "tanh", "loop_order": "stack"}
+    model = dataclasses.replace(model, **{**loops, **branches})
     if not derived.starts_as_one_loop(model):
         read = f"{model.embedding_scale:g} E + {model.hidden_scale:g} h"
         raise UserError(

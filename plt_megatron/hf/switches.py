@@ -8,7 +8,7 @@ without the key, a plain Llama and LoopCoder-v2 have.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from plt_megatron.config import derived
@@ -140,10 +140,12 @@ class ImportOption:
     Attributes:
         argument: its keyword arguments for argparse.
         problem: says what is wrong with a value, given the files' model and the same with its new loops.
+        beside: other settings that it takes.
     """
 
     argument: dict[str, Any]
     problem: Callable[[Any, ModelConfig, ModelConfig], str | None]
+    beside: dict[str, Any] = field(default_factory=dict)
 
 
 def _span_problem(span: list[int], source: ModelConfig, target: ModelConfig) -> str | None:
@@ -160,6 +162,12 @@ def _span_problem(span: list[int], source: ModelConfig, target: ModelConfig) -> 
 def _key_shift_problem(form: str, source: ModelConfig, target: ModelConfig) -> str | None:
     there = source.key_shift
     return None if there == "none" else f"is for models without it; this one has key_shift {there}: leave it out"
+
+
+def _full_attention_problem(form: str, source: ModelConfig, target: ModelConfig) -> str | None:
+    if source.loop_count > 1:
+        return f"is for one-loop models; this model's {source.loop_count} loops have their attention"
+    return None if target.loop_count > 1 else "is about later loops: also give --loop-count 2 or more"
 
 
 IMPORT_OPTIONS = {
@@ -181,5 +189,14 @@ IMPORT_OPTIONS = {
             "(model.key_shift: learned); it starts at zero, so the initial logits do not change",
         },
         _key_shift_problem,
+    ),
+    "full_attention": ImportOption(
+        {
+            "choices": ["last_loop"],
+            "help": "give each new loop keys and values of its own, and only the last the whole context "
+            "(model.full_attention); without it later loops share the first loop's and have gated windows",
+        },
+        _full_attention_problem,
+        {"share_kv": False, "share_values": True, "gated_window": False},
     ),
 }

@@ -126,13 +126,16 @@ def save_run(
     tokenizer: Path | None = None,
     precision: str = "fp32",
     eod_mask_loss: bool = False,
+    sequence_length: int = 64,
     **progress: Any,
 ) -> Path:
     """A run's folder with one checkpoint."""
     config = RunConfig(
         model=model,
         data=DataConfig(
-            tokenizer=str(tokenizer) if tokenizer else None, sequence_length=64, eod_mask_loss=eod_mask_loss
+            tokenizer=str(tokenizer) if tokenizer else None,
+            sequence_length=sequence_length,
+            eod_mask_loss=eod_mask_loss,
         ),
         training=TrainingConfig(precision=precision, train_iters=1),  # type: ignore[arg-type]
     )

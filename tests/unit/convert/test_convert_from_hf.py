@@ -124,14 +124,18 @@ def test_and_are_the_start_of_a_plt_with_fresh_gates(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "span"), [(name, None) for name in DENSE if name != "llama"] + [("llama", [0, 1]), ("qwen3", [1, 2])]
+    ("name", "switches"),
+    [(name, {}) for name in DENSE if name != "llama"]
+    + [("llama", {"loop_span": [0, 1]}), ("qwen3", {"loop_span": [1, 2]})]
+    + [("llama", {"full_attention": "last_loop"}), ("qwen2", {"full_attention": "last_loop", "key_shift": "learned"})],
 )
-def test_with_a_preset_the_first_logits_are_the_sources(tmp_path, name, span):
+def test_with_a_preset_the_first_logits_are_the_sources(tmp_path, name, switches):
     """At any loop count, in a text longer than the window, trained or exported."""
     source, _ = save_dense(tmp_path / "hf", name)
-    options = {"loop_count": 3, "preset": "recommended", "switches": {"loop_span": span}}
+    options = {"loop_count": 3, "preset": "recommended", "switches": switches}
     result, weights = imported(tmp_path / "hf", tmp_path / "run", **options)
-    assert sum(".plt_gate.weight" in key for key in weights) == (1 if span else 2)
+    gates = 0 if "full_attention" in switches else 1 if "loop_span" in switches else 2
+    assert sum(".plt_gate.weight" in key for key in weights) == gates
     tokens = make_tokens(2, 80)
     assert result.model.window_size < 80 and result.new_loops
     with torch.no_grad():
@@ -171,6 +175,17 @@ def test_learned_shares_of_the_previous_token_are_added_once(tmp_path):
     assert "| keys of the previous token | learned shares |" in (tmp_path / "again" / "README.md").read_text()
     with pytest.raises(UserError, match="--key-shift .* key_shift learned"):
         import_model(ImportOptions(tmp_path / "again", tmp_path / "fails", **learned))
+
+
+def test_what_one_loop_leaves_unused_cannot_contradict_new_loops(tmp_path):
+    model = make_model(loop_count=1, loop_order="layer")
+    weights = random_weights(model)
+    quiet((save_run(tmp_path / "run", model, weights), tmp_path / "out"))
+    with pytest.raises(UserError, match=r"out: model\.cross_loop_parallel with model\.loop_order layer: "):
+        import_model(ImportOptions(tmp_path / "out", tmp_path / "fails", loop_count=2))
+    result, again = imported(tmp_path / "out", tmp_path / "two", loop_count=2, preset="recommended")
+    expected = megatron_logits(model, weights, make_tokens())
+    assert (megatron_logits(result.model, again, make_tokens()) - expected).abs().max() < 1e-5
 
 
 def test_the_layers_stay_the_sources(tmp_path):
@@ -224,6 +239,7 @@ def test_a_schedule_switches_the_new_loop_on_without_a_jump(tmp_path):
         ({"switches": {"loop_span": [0, 1]}}, "--loop-span says which layers loop: also give --loop-count 2 or more"),
         ({"loop_count": 2, "switches": {"loop_span": [1, 3]}}, "--loop-span 1 3: give 0 <= FIRST < LAST <= 2, the mod"),
         ({"loop_count": 2, "switches": {"loop_span": [1, 1]}}, "--loop-span 1 1: give 0 <= FIRST < LAST <= 2, the mod"),
+        ({"switches": {"full_attention": "last_loop"}}, "--full-attention is about later loops: .* --loop-count 2"),
         ({"preset": "recommended"}, "--preset says how later loops are .*: also give --loop-count 2 or more"),
     ],
 )
@@ -267,6 +283,8 @@ def test_other_loop_counts_keep_or_drop_the_gates(tmp_path):
         import_model(ImportOptions(tmp_path / "out", tmp_path / "fails", 3, "recommended"))
     with pytest.raises(UserError, match="--loop-span is for one-loop models; this model's 2 loops"):
         import_model(ImportOptions(tmp_path / "out", tmp_path / "fails", switches={"loop_span": [0, 1]}))
+    with pytest.raises(UserError, match="--full-attention is for one-loop models; this model's 2 loops"):
+        import_model(ImportOptions(tmp_path / "out", tmp_path / "fails", switches={"full_attention": "last_loop"}))
     result, three = imported(tmp_path / "out", tmp_path / "three", loop_count=3)
     assert result.fresh == 0 and all(torch.equal(three[key], weights[key]) for key in weights)
     result, one = imported(tmp_path / "out", tmp_path / "one", loop_count=1)
