@@ -36,7 +36,6 @@ ORIGIN = ("imported_from", "special_tokens", "base_model", "license", "license_n
 LONGEST_TEXT = "max_position_embeddings"
 NAME = re.compile(r"step_(\d{8,})")
 UNREADABLE = "cannot be read"  # in a description of damage: the disk's fault, which may pass
-_CHUNK = 1 << 20
 
 
 def folder_name(step: int) -> str:
@@ -162,32 +161,15 @@ def damage(path: Path, part: int = 0, parts: int = 1, *, checksums: bool = True)
 
 def sha256(path: Path, sync: bool = False) -> str:
     """Return the SHA-256 of a file in hex; `sync` also flushes the file to the disk."""
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if sync:
             os.fsync(stream.fileno())
-    return digest.hexdigest()
-
-
-def read_progress(path: Path | str) -> dict[str, Any]:
-    """Read a checkpoint's record of its run: `step`, the trainer's counters, `config`, `versions`, `layout`, ...
-
-    Args:
-        path: a checkpoint, or a run's folder for its last complete one.
-
-    Raises:
-        UserError: there is no complete checkpoint at `path`.
-    """
-    found = latest_checkpoint(path)
-    if found is None:
-        raise UserError(f"{path}: no complete checkpoint there")
-    return read_verified_progress(found)
+    return digest
 
 
 def read_verified_progress(checkpoint: Path) -> dict[str, Any]:
-    """Like `read_progress`, for a checkpoint known to be complete."""
+    """Read a complete checkpoint's record of its run: `step`, the trainer's counters, `config`, `versions`, ..."""
     return parse_progress((checkpoint / PROGRESS).read_text(encoding="utf-8"), str(checkpoint))
 
 

@@ -120,7 +120,7 @@ def digest(engine: Any) -> str:
 
 def train_and_save(directory: Path, config: RunConfig, steps: int = 3, then: int = 0, **arguments: Any) -> dict:
     """Train, save, and train on for `then` steps."""
-    from plt_megatron.train.checkpoint.saving import save_checkpoint
+    from tests.checkpoints import save_checkpoint
 
     engine = build(config)
     before = train(engine, 1, steps)
@@ -171,7 +171,7 @@ def _leave_and_rejoin(config: RunConfig) -> Any:
 
 def train_save_evaluate(directory: Path, config: RunConfig) -> float:
     """Train three steps, save, and give the loss with one loop."""
-    from plt_megatron.train.checkpoint.saving import save_checkpoint
+    from tests.checkpoints import save_checkpoint
 
     engine = build(config)
     train(engine, 1, 3)

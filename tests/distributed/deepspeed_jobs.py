@@ -240,7 +240,7 @@ def _everyones_state(engine: Any) -> list[str]:
 
 def save_from(folder: Path, places: list[Place]) -> list[float]:
     """Three steps at each place, saved as `folder/<number>`; each one's loss on step 1's data."""
-    from plt_megatron.train.checkpoint.saving import save_checkpoint
+    from tests.checkpoints import save_checkpoint
     from tests.distributed import checkpoint_jobs as jobs
 
     losses = []
@@ -257,7 +257,7 @@ def save_copies_that_differ(folder: Path, place: Place) -> str:
     import torch.distributed as dist
 
     from plt_megatron.errors import UserError
-    from plt_megatron.train.checkpoint.saving import save_checkpoint
+    from tests.checkpoints import save_checkpoint
     from tests.distributed import checkpoint_jobs as jobs
 
     engine = _build(place)

@@ -188,7 +188,7 @@ def _batches(config: RunConfig, vocab_size: int) -> list[MicroBatch]:
 
 def checkpoint_size(config: RunConfig, vocab_size: int, folder: str) -> int:
     """Bytes on disk of one checkpoint."""
-    from plt_megatron.train.checkpoint.saving import save_checkpoint
+    from tests.checkpoints import save_checkpoint
 
     init_process_groups(config.parallel)
     engine = build_engine(config, vocab_size)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from plt_megatron.config.schema import BatchStage, RunConfig
-from plt_megatron.run_folder.checkpoints import read_progress
 from plt_megatron.run_folder.folder import RunFolder, save_config
 from plt_megatron.run_folder.status import read_run_status
+from tests.checkpoints import read_progress
 from tests.distributed.params import layouts, slow
 from tests.distributed.schedule_jobs import train_and_tell
 from tests.distributed.training_jobs import run_config

@@ -20,7 +20,7 @@ DP2: dict = {}
 
 
 def _save_twice(directory, config):
-    from plt_megatron.train.checkpoint.saving import save_checkpoint
+    from tests.checkpoints import save_checkpoint
 
     engine = jobs.build(config)
     for step in (1, 2):
@@ -138,7 +138,7 @@ def _save_with_fault(engine, directory, fault=None):
     """Save step 3 with a fault, which says where a rank cannot write; return the error."""
     from plt_megatron.errors import UserError
     from plt_megatron.train.checkpoint import publishing
-    from plt_megatron.train.checkpoint.saving import save_checkpoint
+    from tests.checkpoints import save_checkpoint
 
     rank = int(os.environ["RANK"])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -215,7 +215,7 @@ def _save_copies_that_differ(directory, config, name, main):
     """Save after rank 1 has come to hold another value, in a weight or in the optimizer's copy; return the error."""
     import torch
 
-    from plt_megatron.train.checkpoint.saving import save_checkpoint
+    from tests.checkpoints import save_checkpoint
 
     engine = jobs.build(config)
     jobs.train(engine, 1, 1)

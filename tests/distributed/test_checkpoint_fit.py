@@ -10,7 +10,8 @@ import pytest
 
 from plt_megatron.config.schema import RateFactors
 from plt_megatron.hf.sources import open_source
-from plt_megatron.run_folder.checkpoints import doubt, read_progress
+from plt_megatron.run_folder.checkpoints import doubt
+from tests.checkpoints import read_progress
 from tests.distributed import checkpoint_jobs as jobs
 from tests.distributed.pool import DistributedFailure
 
@@ -32,7 +33,7 @@ def _load_and_look(path, config):
     import torch
 
     from plt_megatron.train.checkpoint.loading import load_checkpoint
-    from plt_megatron.train.checkpoint.saving import save_checkpoint
+    from tests.checkpoints import save_checkpoint
 
     loaded = jobs.load_and_train(path, config, then=0)
     engine = jobs.build(config)
@@ -233,7 +234,7 @@ def _errors_of_loading(folders):
     """Load each one's checkpoint into the other's engine, and then its weights alone; return the errors."""
     from plt_megatron.errors import UserError
     from plt_megatron.train.checkpoint.loading import load_checkpoint, load_weights
-    from plt_megatron.train.checkpoint.saving import save_checkpoint
+    from tests.checkpoints import save_checkpoint
 
     engines = {name: jobs.build(jobs.run_config(optimizer=name)) for name in folders}
     errors = []

@@ -131,8 +131,8 @@ def test_read_weights_needs_no_megatron(saved):
 
 
 def test_read_weights_needs_no_processes_and_gives_whole_tensors(saved):
-    from plt_megatron.run_folder.checkpoints import read_progress
     from plt_megatron.train.checkpoint.reading import read_weights
+    from tests.checkpoints import read_progress
 
     folder, alone = (saved("PLT", words)[1] for words in ("TP2 SP PP2", "TP1"))
     progress = read_progress(folder)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.run_folder.checkpoints import read_progress
+from tests.checkpoints import read_progress
 from tests.distributed.params import slow
 from tests.distributed.training_jobs import run_config, train
 from tests.distributed.whole_runs import as_after_step, folder, numbers

@@ -39,7 +39,7 @@ def train_save_and_evaluate(layout: Layout, cases: list[Case], folder: Path) -> 
 
 def _train_save_and_evaluate(layout: Layout, case: Case, folder: Path) -> dict[str, Any]:
     from plt_megatron.train import megatron_engine as engine_module
-    from plt_megatron.train.checkpoint.saving import save_checkpoint
+    from tests.checkpoints import save_checkpoint
     from tests.distributed import parity
 
     with parity._randomized(False):

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from plt_megatron.config.schema import DeepSpeedConfig, RunConfig
-from plt_megatron.run_folder.checkpoints import read_progress
 from plt_megatron.run_folder.folder import RunFolder
+from tests.checkpoints import read_progress
 from tests.distributed.params import slow
 from tests.distributed.training_jobs import diverging_config, run_config, train
 from tests.distributed.whole_runs import LocalRun, folder, last_step, numbers

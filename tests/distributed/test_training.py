@@ -13,10 +13,10 @@ import torch
 
 from plt_megatron.config.schema import DataSource, ExportsConfig, RunConfig, SpikeConfig
 from plt_megatron.hf.exporting import ExportOptions, export
-from plt_megatron.run_folder.checkpoints import read_progress
 from plt_megatron.run_folder.folder import RunFolder, save_config
 from plt_megatron.run_folder.resuming import branch_config
 from plt_megatron.train.checkpoint.reading import read_weights
+from tests.checkpoints import read_progress
 from tests.distributed.params import slow
 from tests.distributed.pool import DistributedFailure
 from tests.distributed.training_jobs import diverging_config, make_data, run_config, train, train_beside_an_export

@@ -170,7 +170,7 @@ def checkpoint_config(layout: dict[str, Any], recipe: str | None, **model: Any) 
 
 def save_then_go_on(directory: Path, config: Any, steps: int = 2, then: int = 2) -> dict[str, Any]:
     """Train, save and train on; the numbers after the save and the FP8 state at the save."""
-    from plt_megatron.train.checkpoint.saving import save_checkpoint
+    from tests.checkpoints import save_checkpoint
     from tests.distributed import checkpoint_jobs as jobs
 
     engine = jobs.build(config)

@@ -40,11 +40,11 @@ def load_checkpoint(
     Args:
         path: a checkpoint; or a folder of checkpoints or a run's folder, for its last complete one. Damaged ones are
             logged.
-        kept: as for `save_checkpoint`: filled with what the checkpoint has of it, otherwise unchanged.
+        kept: as for `begin_save`: filled with what the checkpoint has of it, otherwise unchanged.
         allow_other_schedule: resume even if the optimizer's settings differ from the saved ones.
 
     Returns:
-        The `progress` given to `save_checkpoint`, plus `config`, `schedule`, `layout`, `versions`, `vocab_size`.
+        The `progress` given to `begin_save`, plus `config`, `schedule`, `layout`, `versions`, `vocab_size`.
 
     Raises:
         UserError: on all ranks, if there is no complete checkpoint or it does not fit this engine; the message says

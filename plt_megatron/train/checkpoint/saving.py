@@ -43,50 +43,22 @@ _AT_ONCE = 1 << 22  # elements summed at a time as integers, 8 bytes each
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per element
 
 
-def save_checkpoint(
-    engine: Engine,
-    directory: Path | str,
-    progress: dict[str, Any],
-    *,
-    kept: state.Kept | None = None,
-    keep_last: int = 2,
-    keep_every: int = 0,
-) -> Path:
-    """Save the engine's whole state as `<directory>/step_00000100` and make it the latest. Collective.
+def begin_save(
+    engine: Engine, directory: Path, progress: dict[str, Any], kept: state.Kept | None = None, *, staged: bool = False
+) -> PendingSave:
+    """Plan a save of the engine's whole state and collect its data. Collective.
 
     Args:
         directory: the run's folder of checkpoints, the same on all ranks; created if needed.
         progress: `step`, and whatever else the trainer needs to resume, as JSON (tokens, fingerprints, ...).
         kept: other tensors kept of the model's parameters, see `state.Kept`.
-        keep_last: checkpoints to keep; older ones are removed.
-        keep_every: keep multiples of this step permanently; 0: none.
-
-    Returns:
-        The checkpoint's folder.
+        staged: copy the data, so that training can continue while `PendingSave.write` runs in a thread.
 
     Raises:
-        AttemptFailed: on all ranks, if it could not be written, or if ranks that should hold equal copies do not; the
-            last checkpoint is intact.
+        AttemptFailed: on all ranks, if it cannot be written, or if ranks that should hold equal copies do not; the last
+            checkpoint is intact.
     """
-    save = begin_save(engine, directory, progress, kept)
-    save.write()
-    return save.publish(keep_last, keep_every)
-
-
-def begin_save(
-    engine: Engine,
-    directory: Path | str,
-    progress: dict[str, Any],
-    kept: state.Kept | None = None,
-    *,
-    staged: bool = False,
-) -> PendingSave:
-    """Plan a save and collect its data. Collective; see `save_checkpoint`.
-
-    Args:
-        staged: copy the data, so that training can continue while `PendingSave.write` runs in a thread.
-    """
-    directory, kept = Path(directory), kept or {}
+    kept = kept or {}
     saved = _state(engine, kept)
     different = replica_difference(engine, saved)
     if different is not None:
@@ -158,9 +130,12 @@ class PendingSave:
     def publish(
         self, keep_last: int, keep_every: int, on_publish: Callable[[Path], Any] = lambda checkpoint: None
     ) -> Path:
-        """Make the save the latest checkpoint. Collective. See `save_checkpoint`.
+        """Make the save the run's latest checkpoint, and return its folder. Collective; raises as `begin_save` does.
 
-        `on_publish` is called before older ones are removed, which may take long: a kill would leave it undone.
+        Args:
+            keep_last: checkpoints to keep; older ones are removed.
+            keep_every: keep multiples of this step permanently; 0: none.
+            on_publish: called before older ones are removed, which may take long: a kill would leave it undone.
         """
         try:
             error = first_of_all_ranks(self.error)

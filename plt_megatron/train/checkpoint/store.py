@@ -94,7 +94,7 @@ class CheckpointStore:
         return fetch_checkpoint(load, self._fetched, self._beat)
 
     def save(self, engine: Engine, progress: dict[str, Any], kept: Kept | None = None) -> Path:
-        """Save the engine's state and the trainer's `progress`, which holds `step`. See `save_checkpoint`."""
+        """Save the engine's state and the trainer's `progress`, which holds `step`. See `begin_save`."""
         self.close()
         progress = {**self._inherited, **progress, "data_fingerprint": self.data_fingerprint}
         if not self.config.checkpoint.async_save:

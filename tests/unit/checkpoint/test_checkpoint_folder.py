@@ -16,8 +16,9 @@ import pytest
 
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder import checkpoints
-from plt_megatron.run_folder.checkpoints import latest_checkpoint, read_progress
+from plt_megatron.run_folder.checkpoints import latest_checkpoint
 from plt_megatron.train.checkpoint import publishing
+from tests.checkpoints import read_progress
 
 
 def _save(directory: Path, step: int, keep_last: int = 100, keep_every: int = 0, content: str = "x" * 1000) -> Path:
@@ -66,13 +67,11 @@ def test_a_run_its_checkpoints_or_one_of_them_can_be_asked_for(tmp_path, where):
     assert read_progress(asked)["step"] == 5
 
 
-def test_nothing_there_is_none_and_an_error_to_read(tmp_path):
+def test_nothing_there_is_none(tmp_path):
     assert latest_checkpoint(tmp_path / "nowhere") is None
     (tmp_path / "step_x").mkdir()
     (tmp_path / "step_12").mkdir()
     assert latest_checkpoint(tmp_path) is None
-    with pytest.raises(UserError, match="no complete checkpoint there"):
-        read_progress(tmp_path)
 
 
 def test_each_damaged_one_is_named_until_a_whole_one_is_found(tmp_path, caplog):

@@ -35,8 +35,8 @@ from plt_megatron.errors import UserError
 from plt_megatron.hf.exporting import ExportOptions, export
 from plt_megatron.hf.importing import ImportOptions, import_model
 from plt_megatron.hf.sources import open_source, read_lineage
-from plt_megatron.run_folder.checkpoints import read_progress
 from plt_megatron.train.checkpoint.reading import read_weights
+from tests.checkpoints import read_progress
 
 TINY = {
     "vocab_size": VOCAB,
@@ -305,8 +305,8 @@ def test_layers_of_two_kinds_are_stored_as_a_run_stores_them(tmp_path):
     config = RunConfig(model=model, data=DataConfig(sequence_length=8), training=TrainingConfig(train_iters=1))
     with single_process():
         from plt_megatron.train.checkpoint.loading import load_weights
-        from plt_megatron.train.checkpoint.saving import save_checkpoint
         from plt_megatron.train.megatron_engine import MegatronEngine
+        from tests.checkpoints import save_checkpoint
 
         engine = MegatronEngine(config, VOCAB)
         load_weights(engine, written)

@@ -14,7 +14,7 @@ from convert_helpers import imported, make_tokens, megatron_logits
 from plt_megatron.errors import UserError
 from plt_megatron.hf import importing
 from plt_megatron.hf.importing import ImportOptions, import_model
-from plt_megatron.run_folder.checkpoints import read_progress
+from tests.checkpoints import read_progress
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
 LAYERS, HIDDEN, FFN, HEADS, GROUPS = 2, 64, 96, 4, 2
