@@ -106,19 +106,15 @@ class _Reader:
             text = yaml_nodes.read_text(path)
         except UserError as error:
             raise UserError(f"{including[-1]}: {INCLUDE}: {error}" if including else str(error)) from error
-        root = self._upgraded(yaml_nodes.compose(text, str(path)))
+        root = yaml_nodes.compose(text, str(path))
+        if self._accept_old_names and self._schema is RunConfig and isinstance(root, yaml.MappingNode):
+            root = upgrade(root)
         entries = [] if root is None else yaml_nodes.items(root)
         for key, node, _ in entries:
             if key == INCLUDE:
                 for included in _include_paths(node):
                     self.read_file(_beside(path, included), (*including, path))
         self._add_layer(self._section(self._schema, [entry for entry in entries if entry[0] != INCLUDE], ""))
-
-    def _upgraded(self, root: yaml.Node | None) -> yaml.Node | None:
-        """Return the document, with a run's old settings under their new names if old names are accepted."""
-        if self._accept_old_names and self._schema is RunConfig and isinstance(root, yaml.MappingNode):
-            return upgrade(root)
-        return root
 
     def read_overrides(self, overrides: Sequence[str]) -> None:
         """Add `key=value` texts to the tree as one layer."""

@@ -174,7 +174,8 @@ def plain(node: yaml.Node, origins: Mapping[int, Any] | None = None) -> Any:
 
 def _switch_off(settings: Settings) -> Settings:
     for section, (switch, off, others) in _OFF.items():
-        if _is_null(settings, switch) if off == "null" else _is(settings, switch, off):
+        given = settings.get(switch)
+        if given is not None and (is_null(given) if off == "null" else given.value == off):
             same = [old for old, new in _SAME_VALUE.items() if new.startswith(f"{section}.")]
             settings = _switched_off(settings, [switch, *others, *same], section)
     return settings
@@ -353,10 +354,6 @@ def _without(settings: Settings, keys: list[str]) -> Settings:
 
 def _is(settings: Settings, key: str, *texts: str) -> bool:
     return key in settings and settings[key].value in texts
-
-
-def _is_null(settings: Settings, key: str) -> bool:
-    return key in settings and is_null(settings[key])
 
 
 def _is_true(node: yaml.Node) -> bool:

@@ -71,14 +71,14 @@ class _Writer:
             if isinstance(value, yaml.MappingNode) and value.value:
                 name, inner = before if before and isinstance(before[1], yaml.MappingNode) else (None, None)
                 if name and inner and inner.flow_style:
-                    yield f"{indent}{key.value}: {self._inline(value)}{self._beside(inner)}"
+                    yield f"{indent}{key.value}: {yaml_nodes.to_text(value)}{self._beside(inner)}"
                     continue
                 yield from self._comments(name, indent)
                 yield f"{indent}{key.value}:{self._beside(name) if name else ''}"
                 yield from self.block(value, inner, indent + "  ")
             else:
                 yield from self._comments(value, indent)
-                yield f"{indent}{key.value}: {self._inline(value)}{self._beside(value)}"
+                yield f"{indent}{key.value}: {yaml_nodes.to_text(value)}{self._beside(value)}"
         if isinstance(old, yaml.MappingNode) and not old.flow_style:
             yield from self._below(old, section)
 
@@ -124,11 +124,6 @@ class _Writer:
     def _beside(self, node: yaml.Node) -> str:
         rest = "".join(self._lines[node.end_mark.line :][:1])[node.end_mark.column :].lstrip(": ")
         return f"  {rest}" if rest.startswith("#") else ""
-
-    def _inline(self, node: yaml.Node) -> str:
-        if isinstance(node, yaml.MappingNode):
-            return "{" + ", ".join(f"{key.value}: {self._inline(value)}" for key, value in node.value) + "}"
-        return yaml_nodes.to_text(node)
 
 
 def _same(one: yaml.Node, other: yaml.Node) -> bool:

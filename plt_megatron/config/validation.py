@@ -191,23 +191,19 @@ def _check_packages(config: RunConfig, have_te: bool | None) -> Iterator[str]:
     """Yield each setting that needs modules of an extra that are not installed, and how to do without them."""
     needs_te = config.model.backend == "te" and have_te is not True
     optimizer, package = config.optimizer.name, optimizer_rules.optimizer_spec(config.optimizer).package
-    used: list[tuple[str, tuple[str, ...], str]] = [
-        ("model.backend te", ("transformer_engine",) if needs_te else (), "model.backend=torch"),
-        (
-            "evaluation",
-            ("lm_eval", "accelerate", "transformers") if config.evaluation is not None else (),
-            "evaluation=null",
-        ),
-        ("checkpoint.exports", ("transformers",) if config.checkpoint.exports else (), "checkpoint.exports=null"),
-        ("logging.straggler", ("nvidia_resiliency_ext",) if config.logging.straggler else (), "logging.straggler=null"),
-        ("logging.wandb_project", ("wandb",) if config.logging.wandb_project else (), "logging.wandb_project=null"),
-        (f"optimizer.name {optimizer}", (package,) if package is not None else (), "optimizer.name=adam"),
-        ("deepspeed", ("deepspeed",) if config.deepspeed is not None else (), "deepspeed=null"),
+    used: list[tuple[object, str, tuple[str, ...], str]] = [
+        (needs_te, "model.backend te", ("transformer_engine",), "model.backend=torch"),
+        (config.evaluation, "evaluation", ("lm_eval", "accelerate", "transformers"), "evaluation=null"),
+        (config.checkpoint.exports, "checkpoint.exports", ("transformers",), "checkpoint.exports=null"),
+        (config.logging.straggler, "logging.straggler", ("nvidia_resiliency_ext",), "logging.straggler=null"),
+        (config.logging.wandb_project, "logging.wandb_project", ("wandb",), "logging.wandb_project=null"),
+        (package, f"optimizer.name {optimizer}", (package or "",), "optimizer.name=adam"),
+        (config.deepspeed, "deepspeed", ("deepspeed",), "deepspeed=null"),
     ]
     for key, url in upload_rules.used_urls(config):
         modules = upload_rules.packages_for(upload_rules.protocol_of(url))
-        used.append((key, modules, f"{key.removesuffix('.to')}=null"))  # uploads are off without their section
-    for setting, modules, off in used:
-        if lacking(*modules):
+        used.append((url, key, modules, f"{key.removesuffix('.to')}=null"))  # uploads are off without their section
+    for is_used, setting, modules, off in used:
+        if is_used and lacking(*modules):
             yield f"{setting} {lacking(*modules)}, or set {off}"
     yield from deepspeed_rules.find_version_problem(config)

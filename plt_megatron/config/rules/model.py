@@ -84,9 +84,10 @@ def _loop_problems(config: RunConfig) -> Iterator[str]:
     if span is None:
         return
     if len(span) != 2 or not span[0] < span[1] <= model.num_layers:
+        example = [model.num_layers // 4, model.num_layers - model.num_layers // 4]
         yield (
             f"model.loop_span {span}: give the first layer that loops and the first after it that does not, counted "
-            f"from 0, as in {_example(model.num_layers)} of model.num_layers {model.num_layers}; null: all layers"
+            f"from 0, as in {example} of model.num_layers {model.num_layers}; null: all layers"
         )
         return
     yield from _check_loops(config)
@@ -134,10 +135,6 @@ def _check_order(config: RunConfig) -> Iterator[str]:
         if given:
             names = ", ".join(setting.partition("=")[0] for setting in settings.split())
             yield f"{names} with model.loop_order layer: {why}; set {settings}, or model.loop_order=stack"
-
-
-def _example(layers: int) -> list[int]:
-    return [layers // 4, layers - layers // 4]
 
 
 def _check_loops(config: RunConfig) -> Iterator[str]:

@@ -140,9 +140,7 @@ def find_problems(config: RunConfig) -> Iterator[str]:
 
 def _find_mup_problems(config: RunConfig) -> Iterator[str]:
     model = config.model
-    if model.mup_base_hidden_size is None:
-        return
-    if model.loop_norm == "final" and model.loop_count > 1:
+    if model.mup_base_hidden_size is not None and model.loop_norm == "final" and model.loop_count > 1:
         yield (
             "model.mup_base_hidden_size: the final norm's weight carries muP's multiplier of the logits, but with "
             "model.loop_norm final loops read it; set model.loop_norm=rms"
