@@ -179,11 +179,8 @@ def _export_bytes(config: RunConfig, estimate: RunEstimate, start: int) -> int:
     exports, steps = config.checkpoint.exports, derived.train_iters(config)
     if exports is None:
         return 0
-    return (
-        (-(-steps // exports.interval) - start // exports.interval)
-        * estimate.parameters_total
-        * BYTES[config.training.precision]
-    )
+    to_come = -(-steps // exports.interval) - start // exports.interval
+    return to_come * estimate.parameters_total * BYTES[config.training.precision]
 
 
 def memory_problems(ahead: Forecast, resources: Resources) -> list[str]:
