@@ -14,7 +14,6 @@ import os
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +22,8 @@ from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+from plt_megatron.runtime.local_processes import query_gpus
 
 _DISTRIBUTIONS = ("torch", "megatron-core", "transformer-engine", "flash-attn", "numpy", "nvidia-nccl-cu12",
                   "nvidia-nccl-cu13")  # fmt: skip
@@ -45,24 +46,14 @@ def gather_facts(run: Path) -> Facts:
     temporary = Path(os.environ.get("TMPDIR") or tempfile.gettempdir())
     with contextlib.suppress(OSError):  # reported as missing
         temporary.mkdir(parents=True, exist_ok=True)
+    found = query_gpus("name", "driver_version", "memory.total")
     return {
-        "devices": _devices(),
+        "devices": [{"name": row[0], "driver": row[1], "memory": row[2]} for row in found if len(row) == 3],
         "versions": _versions(),
         "space": {"/dev/shm": _free(Path("/dev/shm")), "temporary": _free(temporary), "run": _free(run)},
         "temporary": str(temporary),
         "run_error": _write_error(run),
     }
-
-
-def _devices() -> list[dict[str, str]]:
-    """List name, driver version and memory of each NVIDIA GPU that the driver lists."""
-    command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    rows = [[part.strip() for part in line.split(",")] for line in done.stdout.strip().splitlines()]
-    return [{"name": row[0], "driver": row[1], "memory": row[2]} for row in rows if len(row) == 3]
 
 
 def _versions() -> dict[str, str]:

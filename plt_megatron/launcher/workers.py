@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from plt_megatron.runtime.local_processes import die_with_parent
+from plt_megatron.runtime.local_processes import die_with_parent, query_gpus
 
 _CHUNK = 1 << 16
 _LONGEST_LINE = 1 << 16
@@ -177,12 +177,8 @@ def threads(share: set[int] | None, cpus: set[int], count: int, cpus_per_process
 
 def cpus_near_gpus(count: int) -> list[set[int] | None]:
     """Return the CPUs on the same NUMA node as each of the first `count` GPUs; None where unknown."""
-    command = ["nvidia-smi", "--query-gpu=pci.bus_id", "--format=csv,noheader"]
-    try:
-        lines = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()
-    except (OSError, subprocess.SubprocessError):
-        return [None] * count
-    return [_local_cpus(bus_id) for bus_id in [*lines, *[""] * count][:count]]
+    known = [_local_cpus(row[0]) for row in query_gpus("pci.bus_id")]
+    return [*known, *[None] * count][:count]
 
 
 def _local_cpus(bus_id: str, devices: Path = Path("/sys/bus/pci/devices")) -> set[int] | None:

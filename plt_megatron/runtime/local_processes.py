@@ -95,14 +95,20 @@ def local_gpus() -> list[str]:
     """List the GPUs that a process on this machine may use, named as in CUDA_VISIBLE_DEVICES."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-        except (OSError, subprocess.SubprocessError):  # no driver, or no GPU
-            return []
-        visible = ",".join(done.stdout.split())
+        visible = ",".join(row[0] for row in query_gpus("index"))
     names = [name.strip() for name in visible.split(",")]
     return names[: names.index("-1")] if "-1" in names else [name for name in names if name]
+
+
+def query_gpus(*properties: str) -> list[list[str]]:
+    """Return these properties of each NVIDIA GPU that the driver lists, as nvidia-smi names and prints them; nothing
+    without a driver or a GPU."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(properties)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [[part.strip() for part in line.split(",")] for line in done.stdout.strip().splitlines()]
 
 
 def rank_environment(rank: int, local: int, count: int, local_count: int, address: str, port: int) -> dict[str, str]:
