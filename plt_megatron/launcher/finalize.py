@@ -45,9 +45,7 @@ def finalize_job(run: Path, status: int) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     run_records = Records(run, allocation)
-    end = run_records.of_this_start()
-    if end is None:
-        end = _missing_end(run_records, status)
+    end = run_records.of_this_start() or _missing_end(run_records, status)
     decision = decisions.decide(run_records.events(), settings)
     scheduler = Scheduler(allocation.scheduler_id)
     return JobFinalizer(settings, run_records, scheduler, decision, end, status).act()
@@ -57,10 +55,7 @@ def _missing_end(run_records: Records, status: int) -> dict[str, Any]:
     """Record the end that the launchers could not record, and return it."""
     open_attempts = attempts.unended(run_records.events())
     attempt = open_attempts[-1]["attempt"] if open_attempts else run_records.begin()
-    outcome = _outcome_without_record(run_records.folder, status)
-    run_records.end(attempt, outcome)
-    end = run_records.of_this_start()
-    return end or {"attempt": attempt, "job_id": None, "nodes": [], "status": outcome.status, "step": 0, "reason": ""}
+    return run_records.end(attempt, _outcome_without_record(run_records.folder, status))
 
 
 def _outcome_without_record(folder: RunFolder, status: int) -> Outcome:

@@ -88,9 +88,9 @@ class Records:
         self._append(start | ({"warnings": warnings} if warnings else {}))
         return attempt
 
-    def end(self, attempt: int, outcome: Outcome) -> None:
-        """Record the end of an attempt of this job."""
-        self._end({"attempt": attempt, **self._job}, outcome)
+    def end(self, attempt: int, outcome: Outcome) -> dict[str, Any]:
+        """Record the end of an attempt of this job, and return the event."""
+        return self._end({"attempt": attempt, **self._job}, outcome)
 
     def stop(self, attempt: int, reason: str) -> None:
         """Record that the run has been given up."""
@@ -104,13 +104,13 @@ class Records:
                 return event if same and event["event"] == "end" else None
         return None
 
-    def _end(self, start: dict[str, Any], outcome: Outcome) -> None:
+    def _end(self, start: dict[str, Any], outcome: Outcome) -> dict[str, Any]:
         cause = outcome.failure
         failure = None
         if cause is not None:
             exit_text = describe_exit(cause.code)
             failure = {"rank": cause.rank, "node": cause.node, "exit": exit_text, "lines": cause.lines}
-        self._append(
+        return self._append(
             {name: start.get(name) for name in ("attempt", "job_id", "restart_count", "nodes")}
             | {
                 "event": "end",
@@ -125,7 +125,7 @@ class Records:
             | ({"output": outcome.output} if outcome.output else {})
         )
 
-    def _append(self, event: dict[str, Any]) -> None:
+    def _append(self, event: dict[str, Any]) -> dict[str, Any]:
         event = {"event": event["event"], "time": time.time()} | event
         path = self.folder.attempts_file
         try:
@@ -134,6 +134,7 @@ class Records:
         except OSError as error:  # a full disk: the run can continue without the record
             self._unwritten.append(event)
             print(f"error: {path}: {error.strerror}; not recorded: {json.dumps(event)}", file=sys.stderr)
+        return event
 
 
 def describe_end(folder: RunFolder, reason: str, end: dict[str, Any]) -> str:
