@@ -1,8 +1,7 @@
 """The callbacks of every run, called in this order.
 
-To add one, write a `Callback` (`base`) in its own file and list it here, and in `_NEEDED` if only some runs or ranks
-need it. Callbacks that change a step come before those that report on it, and `TrainLog` after those whose `after_step`
-prepares what their `on_log` returns.
+To add one, write a `Callback` (`base`) in its own file and list it here. Callbacks that change a step come before those
+that report on it, and `TrainLog` after those whose `after_step` prepares what their `on_log` returns.
 """
 
 from __future__ import annotations
@@ -19,29 +18,19 @@ from plt_megatron.train.callbacks.uploads import Uploads
 from plt_megatron.train.callbacks.validation import Validation
 from plt_megatron.train.callbacks.weight_ema import WeightEMA
 
-CALLBACKS: tuple[type[Callback], ...] = (
-    Profiling,
-    Stragglers,
-    ProgressBar,
-    Overview,
-    Throughput,
-    Incidents,
-    WeightEMA,
-    LoopMeasures,
-    LoopLosses,
-    Metrics,
-    TrainLog,
-    Validation,
-    Exports,
-    Uploads,
-)
-
-_NEEDED: dict[type[Callback], Callable[[Run], bool]] = {
+# Callback -> whether a rank of a run needs it; None: each does.
+CALLBACKS: dict[type[Callback], Callable[[Run], bool] | None] = {
+    Profiling: None,
     Stragglers: lambda run: run.config.logging.straggler is not None,
     ProgressBar: lambda run: run.is_first_rank,
+    Overview: None,
+    Throughput: None,
+    Incidents: None,
     WeightEMA: lambda run: run.config.training.ema_decay is not None,
+    LoopMeasures: None,
     LoopLosses: lambda run: bool(run.config.training.loop_schedule),
     Metrics: lambda run: run.is_first_rank,
+    TrainLog: None,
     Validation: lambda run: run.config.validation.iters > 0 and run.data.validation is not None,
     Exports: lambda run: run.is_first_rank and run.config.checkpoint.exports is not None,
     Uploads: lambda run: run.is_first_rank and bool(destinations(run.config)),
@@ -50,4 +39,5 @@ _NEEDED: dict[type[Callback], Callable[[Run], bool]] = {
 
 def is_needed(callback: type[Callback], run: Run) -> bool:
     """Return whether this rank of the run has a callback of this class."""
-    return callback not in _NEEDED or _NEEDED[callback](run)
+    needed = CALLBACKS.get(callback)
+    return needed is None or needed(run)
