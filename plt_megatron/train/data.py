@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,14 +42,6 @@ from plt_megatron.model.looped_gpt import MicroBatch
 from plt_megatron.run_folder.checkpoints import candidates, order_samples
 from plt_megatron.storage.copies import read_progress as read_uploaded_progress
 from plt_megatron.train.checkpoint.collective import on_rank_0
-
-
-class SampleSource(Protocol):
-    """A dataset like `Samples`: samples are dicts of tensors of equal shapes."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> dict[str, Tensor]: ...
 
 
 def collate(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -92,7 +84,7 @@ def micro_batch_indices(
         start += size
 
 
-def batches(dataset: SampleSource, indices: Iterator[list[int]], prefetch: int = 0) -> Generator[dict[str, Tensor]]:
+def batches(dataset: Samples, indices: Iterator[list[int]], prefetch: int = 0) -> Generator[dict[str, Tensor]]:
     """Iterate over microbatches, dicts of stacked tensors; `sample_ids` (int64 [micro batch]) has the sample numbers.
 
     Args:
