@@ -121,6 +121,15 @@ def from_plain(cls: type, values: Mapping[str, Any]) -> Any:
     return cls(**{name: _from_plain(field_types(cls)[name], value) for name, value in values.items()})
 
 
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of nested dictionaries; an empty one is a value."""
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
 def unknown_keys(cls: type, values: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Return the dotted keys of `values` that a dataclass, or a section in it, does not have."""
     found = [prefix + name for name in values if name not in field_types(cls)]

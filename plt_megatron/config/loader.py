@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from plt_megatron.config import yaml_nodes
-from plt_megatron.config.fields import RenamedFrom, field_types, find_type_problems, plain_type, section_of
+from plt_megatron.config.fields import RenamedFrom, field_types, find_type_problems, leaves, plain_type, section_of
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.upgrade import UPGRADE, new_name, new_section, upgrade
 from plt_megatron.config.yaml_nodes import Tree, describe, is_null, join, merge, supersede, where
@@ -372,13 +372,8 @@ def _type_name(plain: Any) -> str:
 
 def config_differences(before: RunConfig, now: RunConfig) -> dict[str, str]:
     """Return dotted key -> the difference in words, for every setting that differs."""
-    old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(now))
+    old, new = (
+        {key: value for key, value in leaves(dataclasses.asdict(config)) if value != {}} for config in (before, now)
+    )
     keys = dict.fromkeys((*old, *new))  # a section may be missing in one of them
     return {key: f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in keys if new.get(key) != old.get(key)}
-
-
-def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in section.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

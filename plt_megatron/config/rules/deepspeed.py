@@ -13,6 +13,7 @@ import importlib.metadata
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from plt_megatron.config.fields import leaves
 from plt_megatron.config.layout import num_microbatches
 from plt_megatron.config.rules.optimizer import optimizer_spec
 from plt_megatron.config.schema import DeepSpeedConfig, RunConfig
@@ -150,15 +151,7 @@ def written(config: RunConfig, world_size: int | None = None) -> dict[str, Any]:
 
 def raw(config: RunConfig) -> dict[str, Any]:
     """Return `deepspeed.config` by dotted keys."""
-    return dict(_leaves(zero_of(config).config, ""))
-
-
-def _leaves(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in section.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    return dict(leaves(zero_of(config).config))
 
 
 def deepspeed_config(config: RunConfig, world_size: int | None = None) -> dict[str, Any]:
