@@ -209,17 +209,23 @@ def _draws_anew(progress: dict[str, Any], config: RunConfig) -> bool:
 # ---------------------------------------------------------------- the model
 
 
+def check_vocabulary(path: Path, progress: dict[str, Any], vocab_size: int) -> None:
+    """Raise `UserError` if a checkpoint's vocabulary, without padding, has another size."""
+    saved = progress["vocab_size"]
+    if saved != vocab_size:
+        raise UserError(
+            f"checkpoint {path}: its vocabulary has {saved} entries, this run's {vocab_size}; use its tokenizer"
+        )
+
+
 def check_model(path: Path, progress: dict[str, Any], config: RunConfig, vocab_size: int | None) -> None:
     """Raise `UserError` if a checkpoint's tensors do not fit this model. Either may lack all gates, as with one loop.
 
     Args:
         vocab_size: the run's vocabulary size without padding; None: unknown.
     """
-    if vocab_size not in (None, progress["vocab_size"]):
-        raise UserError(
-            f"checkpoint {path}: its vocabulary has {progress['vocab_size']} entries, this run's {vocab_size}; use its "
-            "tokenizer"
-        )
+    if vocab_size is not None:
+        check_vocabulary(path, progress, vocab_size)
     settings = progress["config"]["model"]
     if unknown_keys(ModelConfig, settings):  # from another version
         return

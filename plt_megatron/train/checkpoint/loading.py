@@ -53,7 +53,7 @@ def load_checkpoint(
     path, progress = _find(Path(path))
     if progress.get("weights_only"):
         raise UserError(f"checkpoint {path} has only weights, no optimizer state; set checkpoint.weights_only=true")
-    _check_vocabulary(engine, path, progress)
+    resuming.check_vocabulary(path, progress, engine.stage.vocab_size)
     resuming.check_schedule(path, progress, engine.config, allow_other=allow_other_schedule)
     request = engine.state.request(optimizer=True)
     has_new = _fit(path, request)
@@ -77,7 +77,7 @@ def load_weights(engine: Engine, path: Path | str) -> dict[str, Any]:
     See `load_checkpoint` for arguments, errors and return value.
     """
     path, progress = _find(Path(path))
-    _check_vocabulary(engine, path, progress)
+    resuming.check_vocabulary(path, progress, engine.stage.vocab_size)
     request = engine.state.request(optimizer=False)
     _fit(path, request)
     engine.state.load(request, partial(_read, path, sharing=engine.groups.dp_cp))
@@ -128,12 +128,6 @@ def _find(path: Path) -> tuple[Path, dict[str, Any]]:
             say(problem, logging.WARNING)
     failure = AttemptFailed if any(checkpoints.UNREADABLE in each for each in damages) else UserError
     raise failure(damages[0] if len(damages) == 1 else f"{path}: no complete checkpoint there")
-
-
-def _check_vocabulary(engine: Engine, path: Path, progress: dict[str, Any]) -> None:
-    saved, own = progress["vocab_size"], engine.stage.vocab_size
-    if saved != own:
-        raise UserError(f"checkpoint {path}: its vocabulary has {saved} entries, this run's {own}; use its tokenizer")
 
 
 def _tell_differences(engine: Engine, progress: dict[str, Any]) -> None:
