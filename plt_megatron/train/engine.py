@@ -172,6 +172,16 @@ class Engine:
         """Complete the weights that the last step updated, before anything but a forward pass reads them. Collective;
         with `parallel.overlap_param_gather` a rank has only its own share of them until the next forward pass."""
 
+    def _count_tokens(self, batches: list[MicroBatch]) -> Tensor:
+        """Return how many tokens of the step count in the loss, float64 [1] on the device, equal on all ranks."""
+        counts = [
+            batch.tokens.numel() if batch.loss_mask is None else batch.loss_mask.sum(dtype=torch.float64)
+            for batch in batches
+        ]
+        counted = torch.zeros(1, dtype=torch.float64, device=torch.cuda.current_device()) + sum(counts)
+        dist.all_reduce(counted, group=self.groups.dp)
+        return counted
+
     @property
     def microbatch_losses(self) -> list[tuple[float, int]]:
         """(sum of token losses, tokens that count) of each microbatch of the latest step or evaluation, on the last

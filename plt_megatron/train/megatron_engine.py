@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -111,13 +110,8 @@ class MegatronEngine(Engine):
         megatron-core multiplies experts' auxiliary losses by the number of all tokens, but divides gradients by the
         number that counts. Times the whole step's share, their means weigh the same with any loss mask, in any layout.
         """
-        counts = [
-            batch.tokens.numel() if batch.loss_mask is None else batch.loss_mask.sum(dtype=torch.float64)
-            for batch in batches
-        ]
-        counted = torch.zeros(1, dtype=torch.float64, device=torch.cuda.current_device()) + sum(counts)
-        dist.all_reduce(counted, group=self.groups.dp)
-        return (counted / (self.groups.dp.size() * sum(batch.tokens.numel() for batch in batches))).float()
+        own = sum(batch.tokens.numel() for batch in batches)
+        return (self._count_tokens(batches) / (self.groups.dp.size() * own)).float()
 
     def _clip(self, grad_norm: float) -> None:
         if self.config.optimizer.clip_grad == 0:

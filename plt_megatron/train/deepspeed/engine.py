@@ -58,7 +58,8 @@ class DeepSpeedEngine(Engine):
         loop_count = loop_count or self.config.model.loop_count
         self._gradient_parts.expect(loop_count)
         self._leave_alone.begin_step(leaves_later_loops_out(self.config, loop_count))
-        tokens = self._count_tokens(batches)
+        # DeepSpeed averages gradients, so each microbatch's loss is divided by the tokens of the step beforehand.
+        tokens = int(self._count_tokens(batches))
         with self.times.measure("forward_backward"):
             result = self._mean(self._run(batches, loop_count, tokens))
         with self.times.measure("optimizer"):
@@ -73,17 +74,6 @@ class DeepSpeedEngine(Engine):
         with torch.no_grad():
             loss_sum, tokens, *_ = self._run(batches, loop_count, None)
             return loss_sum, int(tokens)
-
-    def _count_tokens(self, batches: list[MicroBatch]) -> int:
-        """Count the tokens of the whole step that count in the loss: DeepSpeed averages gradients, so each microbatch's
-        loss is divided by their number beforehand."""
-        device = torch.cuda.current_device()
-        own = sum(
-            batch.loss_mask.sum().double() if batch.loss_mask is not None else batch.tokens.numel() for batch in batches
-        )
-        total = torch.as_tensor(own, dtype=torch.float64, device=device).clone()
-        dist.all_reduce(total, group=self.groups.dp)
-        return int(total)
 
     def _run(self, batches: list[MicroBatch], loop_count: int, step_tokens: int | None) -> list[float]:
         """Run each microbatch forward and, if `step_tokens` is given, backward; return `_reduce`'s sums."""
