@@ -86,11 +86,6 @@ class ModelParallelUnit:
     get_tensor_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
     get_tensor_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
 
-    @staticmethod
-    def get_data_parallel_group_ranks() -> list[int]:
-        """Return the global ranks of this rank's data-parallel group."""
-        return dist.get_process_group_ranks(parallel_state.get_data_parallel_group())
-
 
 def start_deepspeed(
     deepspeed: ModuleType, model: nn.Module, parameter_groups: list[dict[str, Any]], config: dict[str, Any]
