@@ -32,21 +32,16 @@ def protocol_of(url: str) -> str:
     return url.partition("://")[0]
 
 
-def join(url: str, *names: str) -> str:
-    """Return the URL of a folder or file below a URL."""
-    return "/".join([url.rstrip("/"), *names])
-
-
 def exports_of(config: RunConfig) -> str | None:
     """Return the destination of a run's exports, its own folder or a repository; None if they are not uploaded."""
     to = dict(destinations(config)).get("checkpoint.exports.upload_to")
-    return to if to is None or protocol_of(to) == HUB else join(to, config.name)
+    return to if to is None or protocol_of(to) == HUB else f"{to.rstrip('/')}/{config.name}"
 
 
 def checkpoints_of(config: RunConfig) -> str | None:
     """Return the run's folder at the destination of checkpoints; None if they are not uploaded."""
     to = dict(destinations(config)).get("checkpoint.uploads.to")
-    return None if to is None else join(to, config.name)
+    return None if to is None else f"{to.rstrip('/')}/{config.name}"
 
 
 def url_problem(url: str) -> str | None:
