@@ -166,7 +166,8 @@ def fetch_checkpoint(url: str, directory: Path, beat: Callable[[], Any]) -> Path
     if there:
         return folder
     part = folder.with_suffix(".tmp")
-    problem = _in_turns(partial(_fetch, at, index, part), beat)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    problem = _in_turns(lambda: download_part(Place(at), index, part, rank, ranks), beat)
     if problem is not None:
         raise UserError(problem)
     on_rank_0(partial(finish_download, index, part, folder))
@@ -186,10 +187,6 @@ def _begin(url: str, directory: Path) -> tuple[str, Index, Path, bool]:
         shutil.rmtree(folder, ignore_errors=True)  # from before the same step was trained again
         folder.with_suffix(".tmp").mkdir(exist_ok=True)
     return place.url, index, folder, there
-
-
-def _fetch(url: str, index: Index, folder: Path) -> None:
-    download_part(Place(url), index, folder, dist.get_rank(), dist.get_world_size())
 
 
 def _in_turns(work: Callable[[], None], beat: Callable[[], Any]) -> str | None:
