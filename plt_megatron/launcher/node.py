@@ -241,16 +241,8 @@ class NodeLauncher:
         if self._task == "train":
             ended = "ended by its launcher" if self._stopping and code == -signal.SIGKILL else describe_exit(code)
             self._on_lines(worker.rank, [ended])
-        self._send(
-            {
-                "type": "exited",
-                "task": self._task,
-                "attempt": self._attempt,
-                "rank": worker.rank,
-                "code": code,
-                "lines": list(worker.tail),
-            }
-        )
+        end = {"rank": worker.rank, "code": code, "lines": list(worker.tail)}
+        self._send({"type": "exited", "task": self._task, "attempt": self._attempt, **end})
 
     def _leave(self) -> int:
         assert self._status is not None
