@@ -191,7 +191,8 @@ class Exports(WorkBeside):
             return
         self._checkpoint = waiting[0]
         shutil.rmtree(self._export, ignore_errors=True)  # from before the same step was trained again
-        self._start(_export_command(self._checkpoint, self._export), evaluates=False)
+        command = ["export", "--checkpoint", str(self._checkpoint), "--output", str(self._export)]
+        self._start(command, evaluates=False)
 
     def _start(self, command: list[str], *, evaluates: bool) -> None:
         self._process = BesideProcess(command, self._log)
@@ -243,10 +244,6 @@ class Exports(WorkBeside):
     @property
     def _log(self) -> Path:
         return self._checkpoint.with_suffix(".log")
-
-
-def _export_command(checkpoint: Path, export: Path) -> list[str]:
-    return ["export", "--checkpoint", str(checkpoint), "--output", str(export)]
 
 
 def _evaluation_command(export: Path, settings: EvaluationConfig) -> list[str]:

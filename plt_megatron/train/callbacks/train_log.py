@@ -128,15 +128,6 @@ class Metrics(Callback):
         self._board: Any = None
         self._wandb: Any = None
 
-    def _open_trackers(self) -> None:
-        config, folder = self.run.config, self.run.folder
-        if config.logging.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(folder.tensorboard))
-        if config.logging.wandb_project is not None:
-            self._wandb = self._open_wandb(config.logging.wandb_project)
-
     def _open_wandb(self, project: str) -> Any:
         """Open the run folder's one W&B run, however often the run is restarted."""
         require("logging.wandb_project", "wandb")
@@ -160,8 +151,14 @@ class Metrics(Callback):
 
     def on_start(self) -> None:
         """Open the files, and remove what an earlier attempt wrote after this step."""
-        self.run.folder.path.mkdir(parents=True, exist_ok=True)
-        self._open_trackers()
+        logging, folder = self.run.config.logging, self.run.folder
+        folder.path.mkdir(parents=True, exist_ok=True)
+        if logging.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder.tensorboard))
+        if logging.wandb_project is not None:
+            self._wandb = self._open_wandb(logging.wandb_project)
         self._rewind()
 
     def on_rollback(self, state: dict[str, Any]) -> None:
