@@ -93,7 +93,7 @@ class OptimizerPart:
             model: the model's sharded tensors.
         """
         self.allocate()
-        wholes, prefix = _wholes(model), state.OPTIMIZER_PREFIX
+        wholes, prefix = state.by_tensor(model), state.OPTIMIZER_PREFIX
         return {
             index: {
                 name: self._boxes(wholes[parameter], parameter, part.start, f"{prefix}{name}.", flat)
@@ -113,7 +113,7 @@ class OptimizerPart:
             pieces: tensors in the shapes of the method `pieces`, by the same indices.
             prefix: prefix of keys; the parameter's key follows.
         """
-        wholes = _wholes(model)
+        wholes = state.by_tensor(model)
         return {
             index: self._boxes(wholes[parameter], parameter, part.start, prefix, pieces[index])
             for index, parameter, part in self._owned()
@@ -210,11 +210,6 @@ class OptimizerPart:
             }
             for parameter in buffer.param_index_map:
                 yield parameter, owned.get(parameter)
-
-
-def _wholes(model: dict[str, Any]) -> dict[Tensor, ShardedTensor | ShardedTensorFactory]:
-    """Return the model's sharded tensors by its parameters."""
-    return {value.data: value for value in model.values() if isinstance(value, ShardedTensor | ShardedTensorFactory)}
 
 
 def _of_its_layer(box: ShardedTensor) -> ShardedTensor:

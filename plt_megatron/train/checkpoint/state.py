@@ -53,16 +53,13 @@ def kept_tensors(stage: LoopedGPT, name: str, tensors: Mapping[Any, Any]) -> dic
     """
     if not any(isinstance(tensor, Tensor) for tensor in tensors.values()):
         return dict(tensors)
-    names = {parameter: name for name, parameter in stage.named_parameters()}
-    sharded = {
-        names[value.data]: value
-        for value in model_state(stage).values()
-        if isinstance(value, ShardedTensor | ShardedTensorFactory) and value.data in names
-    }
-    return {
-        own: make_sharded_optimizer_tensor(sharded[own], tensor, f"{KEPT_PREFIX}{name}")
-        for own, tensor in tensors.items()
-    }
+    parameters, wholes, key = dict(stage.named_parameters()), by_tensor(model_state(stage)), f"{KEPT_PREFIX}{name}"
+    return {own: make_sharded_optimizer_tensor(wholes[parameters[own]], kept, key) for own, kept in tensors.items()}
+
+
+def by_tensor(model: dict[str, Any]) -> dict[Tensor, ShardedTensor | ShardedTensorFactory]:
+    """Return the sharded tensors of `model_state` by the stage's own parameters and buffers."""
+    return {value.data: value for value in model.values() if isinstance(value, ShardedTensor | ShardedTensorFactory)}
 
 
 def _is_empty_object(value: Any) -> bool:

@@ -61,13 +61,10 @@ class DeepSpeedState:
         self.later_step = 0
         names = {parameter: name for name, parameter in engine.stage.named_parameters()}
         self._entries: dict[str, _Entry] = {}
-        for sharded in state.model_state(engine.stage).values():
-            if isinstance(sharded, ShardedTensor | ShardedTensorFactory) and sharded.data in names:
-                parameter = sharded.data
-                meta = torch.empty_like(parameter, device="meta")
-                self._entries[names[parameter]] = _Entry(
-                    parameter, replace(sharded, data=meta), parameter.shape, parameter.dtype
-                )
+        for tensor, sharded in state.by_tensor(state.model_state(engine.stage)).items():
+            if isinstance(tensor, nn.Parameter):
+                without = replace(sharded, data=torch.empty_like(tensor, device="meta"))
+                self._entries[names[tensor]] = _Entry(tensor, without, tensor.shape, tensor.dtype)
         assert self._entries.keys() == set(names.values()), "a parameter is not in the sharded state dict"
 
     # Saving.
