@@ -110,7 +110,6 @@ class Channel:
         return messages
 
     def close(self) -> None:
-        """Close the connection."""
         self.closed = True
         self._socket.close()
 
@@ -174,7 +173,6 @@ class Hub:
         return any(channel.node is not None for channel in self._channels)
 
     def close(self) -> None:
-        """Close all connections."""
         for channel in list(self._channels):
             self._drop(channel)
         self._selector.unregister(self._server)

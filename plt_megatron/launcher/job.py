@@ -33,7 +33,6 @@ class JobSize:
 
     @property
     def world_size(self) -> int:
-        """Number of ranks."""
         return self.nodes * self.processes_per_node
 
     @property
@@ -72,7 +71,6 @@ def fields_of(kind: type, whole: Any) -> dict[str, Any]:
 
 
 def save_settings(settings: JobSettings, run: Path) -> None:
-    """Write `RUN/job.yaml`."""
     write_text(RunFolder(run).job_file, yaml_nodes.dump(dataclasses.asdict(settings)))
 
 
@@ -111,7 +109,6 @@ class Allocation:
 
     @property
     def node(self) -> str:
-        """This node's name."""
         return self.nodes[self.node_index]
 
     @property

@@ -196,7 +196,6 @@ class LogFile:
         self._torn = False
 
     def write(self, lines: Iterable[str]) -> None:
-        """Append lines."""
         lines = list(lines)
         if not lines:
             return

@@ -195,7 +195,6 @@ class Watchdog:
         ]
 
     def start(self) -> None:
-        """Start watching."""
         for thread in self._threads:
             thread.start()
 

@@ -99,7 +99,6 @@ class WorkerGroup:
                 worker.process.stdout.close()
 
     def signal(self, number: int) -> None:
-        """Send a signal to every running process."""
         for worker in self.workers:
             worker.process.send_signal(number)
 

@@ -198,7 +198,6 @@ class _Job:
         return [process for process in self.processes if process.poll() is None]
 
     def forward(self, number: int, frame: FrameType | None) -> None:
-        """Forward a signal to all processes."""
         self.received.append(number)
         if self._killed_by_user():
             return  # `wait` notices it, and the processes are killed

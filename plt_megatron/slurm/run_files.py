@@ -214,7 +214,6 @@ def write_run(
 
 
 def write_script(folder: Path, text: str) -> None:
-    """Write `folder`/job.sbatch."""
     path = RunFolder(folder).job_script
     write_text(path, text)
     path.chmod(0o755)

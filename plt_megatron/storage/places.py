@@ -114,7 +114,6 @@ class Place:
                 self._fs.rm_file(name)
 
     def remove_all(self) -> None:
-        """Remove the whole folder."""
         with failing(f"{self.url} cannot be removed"), suppress(FileNotFoundError):
             self._fs.invalidate_cache()
             self._fs.rm("", recursive=True)

@@ -83,7 +83,6 @@ class UploadQueue:
             entry.folder.rename(waiting)
 
     def done(self, entry: Waiting) -> None:
-        """Remove an uploaded entry."""
         _remove(entry.folder)
 
     def drop_older_checkpoints(self, step: int, keep_every: int) -> None:

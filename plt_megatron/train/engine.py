@@ -111,7 +111,6 @@ class StepResult:
 
 
 def finite_step(loss: float, grad_norm: float) -> bool:
-    """Return whether loss and gradient norm are finite."""
     return math.isfinite(loss) and math.isfinite(grad_norm)
 
 
@@ -235,7 +234,6 @@ class StepTimes:
             self._seconds[name] += time.perf_counter() - started
 
     def count_step(self) -> None:
-        """Count a finished step."""
         self._steps += 1
 
     def take(self) -> dict[str, float]:

@@ -73,7 +73,6 @@ class StopRequest:
         return _NOTHING
 
     def close(self) -> None:
-        """Restore the previous signal handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

@@ -96,7 +96,6 @@ class WorkBeside(Callback):
         self._advance()
 
     def is_working(self) -> bool:
-        """Return whether a process runs."""
         self._advance()
         return self._process is not None
 

@@ -141,7 +141,6 @@ class Profiling(Callback):
         self._profiler: Any = None
 
     def before_step(self, step: Step) -> None:
-        """Start or stop the trace if due."""
         if not self._wanted:
             return
         if self._profiler is not None and step.number > self._last:

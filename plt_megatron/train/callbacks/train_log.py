@@ -60,7 +60,6 @@ class LoopLosses(Callback):
         self._losses = state.get("losses", {})
 
     def after_step(self, step: Step, result: StepResult) -> None:
-        """Record the step's loss under its loop count."""
         self._loop_count = step.loop_count
         if result.updated:
             self._losses.setdefault(str(step.loop_count), []).append(result.loss)
@@ -80,7 +79,6 @@ class LoopMeasures(Callback):
         self._statistics: LoopStatistics | None = None
 
     def before_step(self, step: Step) -> None:
-        """Give the first microbatch of a step that will be logged an object to collect in."""
         self._statistics = None
         if self.run.is_due(self.run.config.logging.log_interval, step.number):
             self._statistics = step.batches[0].statistics = _empty(self.run.config.model, step.loop_count)
@@ -260,7 +258,6 @@ class ProgressBar(Callback):
         return f", {format_duration((time.monotonic() - self._started) / done * left)} left"
 
     def say(self, line: str) -> None:
-        """Print a line above the bar."""
         if self._bar is not None:
             self._bar.console.print(line, highlight=False, markup=False)
         else:

@@ -36,7 +36,6 @@ class WeightEMA(Callback):
         return {EMA: self._average.applied()} if self._average.updates else {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how many updates went into the average."""
         return {"updates": self._average.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

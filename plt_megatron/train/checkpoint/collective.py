@@ -63,6 +63,5 @@ def describe(error: BaseException) -> str:
 
 
 def say(message: str, level: int = logging.INFO) -> None:
-    """Log a message on rank 0."""
     if dist.get_rank() == 0:
         logger.log(level, "%s", message)

@@ -37,7 +37,6 @@ class _Entry:
     dtype: torch.dtype
 
     def with_data(self, data: Tensor) -> ShardedTensor | ShardedTensorFactory:
-        """Return the model's sharded tensor with this data."""
         return replace(self.sharded, data=data)
 
     def optimizer_tensor(self, key: str, data: Tensor) -> ShardedTensor | ShardedTensorFactory:
