@@ -201,14 +201,6 @@ def parse_duration(text: str) -> int | None:
     return None
 
 
-def time_limit(text: str, option: str = "--time") -> int:
-    """Parse a time limit above zero into seconds. Raises `UserError` if `text` is not a time, or is zero."""
-    seconds = parse_duration(text)
-    if not seconds:
-        raise UserError(f"{option} {text}: expected a time as in 24:00:00, 90 (minutes) or 2-12:00:00 (days-hours)")
-    return seconds
-
-
 def time_option(seconds: float) -> str:
     """Format seconds for sbatch: `90061.0` as `1-01:01:01`, `3661` as `01:01:01`."""
     minutes, second = divmod(max(0, round(seconds)), 60)
@@ -302,7 +294,6 @@ class Scheduler:
         return [job for job, path in jobs.items() if job != self.job and f"{path} ".startswith(f"{script} ")]
 
     def cancel(self, jobs: Sequence[str]) -> None:
-        """Cancel jobs."""
         if jobs:
             _ask("scancel", *jobs, tries=_TRIES)
 

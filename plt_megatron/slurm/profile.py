@@ -19,7 +19,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.installation import CONFIGS, find_config
 from plt_megatron.launcher.job import JobHandling, fields_of
 from plt_megatron.predict.cards import card_names
-from plt_megatron.slurm.client import time_limit
+from plt_megatron.slurm.client import parse_duration
 
 CLUSTERS = Path("configs") / "clusters"
 _VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -74,7 +74,11 @@ class ClusterProfile(SbatchOptions, JobHandling):
         text = given or self.default_time
         if text is None:
             raise UserError("give --time, as in --time 24:00:00 (or default_time in the cluster's profile)")
-        return time_limit(text, "--time" if given else "default_time")
+        seconds = parse_duration(text)
+        if not seconds:
+            source = "--time" if given else "default_time"
+            raise UserError(f"{source} {text}: expected a time as in 24:00:00, 90 (minutes) or 2-12:00:00 (days-hours)")
+        return seconds
 
 
 def load_profile(name: str) -> ClusterProfile:
