@@ -17,16 +17,11 @@ import dataclasses
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
-from plt_megatron.config.schema import BatchStage, DataConfig, DataSource, RunConfig
+from plt_megatron.config.schema import BatchStage, DataConfig, DataSource, DataStage, LengthStage, LoopStage, RunConfig
 
-
-class Stage(Protocol):
-    """A stage of a schedule; `until` is where it ends, in tokens or as a share of the run."""
-
-    @property
-    def until(self) -> float: ...
+# `until` is where it ends, in tokens or as a share of the run.
+Stage = BatchStage | LengthStage | DataStage | LoopStage
 
 
 class TokenSchedule:
