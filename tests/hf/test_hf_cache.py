@@ -8,8 +8,8 @@ import torch
 from plt_megatron.hf.modeling_plt import PLTCache
 from tests.hf.tiny import (
     ABLATIONS,
-    PATHS,
-    VARIANTS,
+    ALL,
+    TOLERANCE,
     decode,
     expected,
     full,
@@ -19,10 +19,9 @@ from tests.hf.tiny import (
     make_tokens,
 )
 
-TOLERANCE = 1e-4
-ALL = {**ABLATIONS, **VARIANTS, **PATHS}
-CACHED = ["vanilla", "plt", "clp", "clp_shared", "naive", "iquest", "span", "shifted_channels", "learned_shift"]
-CACHED += ["last_loop", "last_loop_shifted", "last_loop_serial", "span_last_loop"]
+# Models whose caches differ: rings, carries, stores of each loop, layers that run once, and their pairs.
+CACHED = ["vanilla", "plt", "clp_shared", "naive", "iquest", "span", "learned_shift"]
+CACHED += ["last_loop_shifted", "last_loop_serial", "span_last_loop"]
 
 
 def step(model, cache, tokens, **kwargs):
@@ -30,17 +29,16 @@ def step(model, cache, tokens, **kwargs):
         return model(tokens, cache=cache, **kwargs).logits
 
 
-@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("name", CACHED)
-def test_beam_reorder(name, static):
+def test_beam_reorder(name):
     model = make_model(**ALL[name])
     tokens = make_tokens(3, 20)
     order = torch.tensor([2, 2, 0])
-    cache = model.new_cache(30 if static else None)
-    decode(model, tokens[:, :14], 9, cache)
-    cache.reorder_cache(order)
-    mixed = torch.cat([tokens[order, :14], tokens[:, 14:]], 1)
-    assert (decode(model, tokens[:, 14:], 0, cache) - full(model, mixed)[:, 14:]).abs().max() < TOLERANCE
+    want = full(model, torch.cat([tokens[order, :14], tokens[:, 14:]], 1))[:, 14:]
+    for cache in (model.new_cache(), model.new_cache(30)):
+        decode(model, tokens[:, :14], 9, cache)
+        cache.reorder_cache(order)
+        assert (decode(model, tokens[:, 14:], 0, cache) - want).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize("name", CACHED)
@@ -55,18 +53,14 @@ def test_repeat_and_select(name):
     assert (decode(model, tokens[:, 12:], 0, cache) - full(model, tokens)[:, 12:]).abs().max() < TOLERANCE
 
 
-CROPS = [
-    pytest.param(removed, before, marks=[] if (removed, before) in ((1, 3), (4, 30), (9, 0)) else pytest.mark.slow)
-    for removed in (1, 4, 9)
-    for before in (0, 3, 30)
-]
+# Each model with each number of tokens that are removed and each of those before them.
+CROPS = [(name, n, (0, 3, 30)[(i + j) % 3]) for i, name in enumerate(CACHED) for j, n in enumerate((9, 1, 4))]
 
 
-@pytest.mark.parametrize(("removed", "before"), CROPS)
-@pytest.mark.parametrize("name", CACHED)
+@pytest.mark.parametrize(("name", "removed", "before"), CROPS)
 def test_crop(name, removed, before):
     """Tokens that turned out wrong leave no trace, whether they came one by one or at once."""
-    model = make_model(**{**ALL[name], "loop_count": min(3, ALL[name].get("loop_count", 3))})
+    model = make_model(**{"loop_count": 3, **ALL[name]})
     tokens, wrong = make_tokens(2, 50), make_tokens(2, removed, seed=9)
     for prefill in (0, removed):
         cache = model.new_cache()
@@ -107,19 +101,16 @@ def test_crop_of_what_is_gone_is_an_error(name):
         cache.crop(-3)
 
 
-@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("name", CACHED)
-def test_a_stored_prefix_is_continued_many_times(name, static):
+def test_a_stored_prefix_is_continued_many_times(name):
     model = make_model(**ALL[name])
-    prefix = make_tokens(1, 14)
-    stored = model.new_cache(30 if static else None)
-    step(model, stored, prefix)
-    for seed in (2, 3):
-        tail = make_tokens(1, 8, seed=seed)
-        cache = copy.deepcopy(stored)
-        logits = decode(model, tail, 0, cache)
-        assert (logits - full(model, torch.cat([prefix, tail], 1))[:, 14:]).abs().max() < TOLERANCE
-    assert int(stored.get_seq_length()) == 14
+    prefix, tails = make_tokens(1, 14), [make_tokens(1, 8, seed=seed) for seed in (2, 3)]
+    wanted = [full(model, torch.cat([prefix, tail], 1))[:, 14:] for tail in tails]
+    for stored in (model.new_cache(), model.new_cache(30)):
+        step(model, stored, prefix)
+        for tail, want in zip(tails, wanted, strict=True):
+            assert (decode(model, tail, 0, copy.deepcopy(stored)) - want).abs().max() < TOLERANCE
+        assert int(stored.get_seq_length()) == 14
 
 
 @pytest.mark.parametrize("static", [False, True])

@@ -3,42 +3,65 @@
 import pytest
 import torch
 
-from tests.hf.tiny import ABLATIONS, PATHS, VARIANTS, decode, expected, full, left_pad, make_model, make_tokens
+from tests.hf.tiny import (
+    ALL,
+    TOLERANCE,
+    close_to_each,
+    decode,
+    expected,
+    full,
+    left_pad,
+    make_model,
+    make_tokens,
+)
 
-TOLERANCE = 1e-4
-ALL = {**ABLATIONS, **VARIANTS, **PATHS}
-SHIFTED = ("shifted_channels", "learned_shift", "last_loop_shifted")
+MODES = ("parallel", "serial", "static", "eager")
+# Models that differ in what padding and chunks can touch: rings, carries, stores of each loop, layers that run once.
+STATES = ["vanilla", "plt", "loopcoder", "naive", "iquest", "span_clp", "span_last_loop", "learned_shift"]
+STATES += ["shifted_channels", "last_loop_shifted"]
+
+
+def decode_in(mode, tokens, prefill, mask=None, **changes):
+    """Logits of a model that decodes in one of MODES."""
+    model = make_model(attn_implementation="eager" if mode == "eager" else "sdpa", **changes)
+    cache = model.new_cache(tokens.shape[1] + 4 if mode == "static" else None)
+    return decode(model, tokens, prefill, cache, mask, loop_mode="serial" if mode == "serial" else None)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_forward_and_decode_follow_the_equations(name):
+    tokens = make_tokens(2, 26)
+    model, eager = (make_model(attn_implementation=attention, **ALL[name]) for attention in ("sdpa", "eager"))
+    want = expected(model, tokens)
+    assert (full(model, tokens) - want).abs().max() < TOLERANCE
+    assert (full(eager, tokens) - want).abs().max() < TOLERANCE
+    for mode in MODES:
+        assert (decode_in(mode, tokens, 6, **ALL[name]) - want).abs().max() < TOLERANCE, mode
+
+
+@pytest.mark.parametrize("loops", [1, 4])
+@pytest.mark.parametrize("name", ["scales", "loopcoder", "naive", "clp", "clp_shared", "iquest", "last_loop"])
+def test_fewest_and_many_loops(name, loops):
+    changes, tokens = {**ALL[name], "loop_count": loops}, make_tokens(1, 18)
+    want = expected(make_model(**changes), tokens)
+    assert (full(make_model(**changes), tokens) - want).abs().max() < TOLERANCE
+    assert (decode_in("eager", tokens, 4, **changes) - want).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"),
+    ("name", "static", "window", "length", "prefill"),
     [
-        pytest.param(name, mode, marks=pytest.mark.slow if mode == "serial" and name in PATHS else [])
-        for name in ALL
-        for mode in ("parallel", "serial", "static")
+        ("plt", False, 65, 220, 50),
+        ("last_loop", True, 65, 220, 50),
+        ("plt", True, 65, 40, 10),
+        ("last_loop", False, 65, 40, 10),
+        ("plt", True, 16, 150, 90),
+        ("last_loop", False, 16, 150, 90),
+        ("plt", False, 8, 40, 0),
+        ("last_loop", True, 8, 40, 0),
     ],
 )
-def test_decode_equals_the_full_forward(name, mode):
-    model = make_model(**ALL[name])
-    tokens = make_tokens(2, 26)
-    cache = model.new_cache(30 if mode == "static" else None)
-    logits = decode(model, tokens, 6, cache, loop_mode="serial" if mode == "serial" else None)
-    assert (logits - full(model, tokens)).abs().max() < TOLERANCE
-    assert (logits - expected(model, tokens)).abs().max() < TOLERANCE
-
-
-@pytest.mark.parametrize("loops", [1, 2, 3, 4])
-@pytest.mark.parametrize("name", ["plt", "scales", "loopcoder", "naive", "clp", "clp_shared", "iquest", "last_loop"])
-def test_every_loop_count_with_eager_attention(name, loops):
-    model = make_model(attn_implementation="eager", **{**ALL[name], "loop_count": loops})
-    tokens = make_tokens(1, 18)
-    assert (decode(model, tokens, 4) - full(model, tokens)).abs().max() < TOLERANCE
-
-
-@pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("name", ["plt", "last_loop"])
-@pytest.mark.parametrize(("window", "length", "prefill"), [(65, 220, 50), (65, 40, 10), (16, 150, 90), (8, 40, 0)])
-def test_rings_wrap_and_stay_short(window, length, prefill, name, static):
+def test_rings_wrap_and_stay_short(name, static, window, length, prefill):
     """More than two windows past the wrap, less than one, and from the first token on."""
     model = make_model(**ALL[name], window_size=window, loop_count=3, num_hidden_layers=1)
     tokens = make_tokens(1, length)
@@ -46,21 +69,19 @@ def test_rings_wrap_and_stay_short(window, length, prefill, name, static):
     assert (logits - full(model, tokens)).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("mode", ["parallel", "serial", "static", "eager"])
-@pytest.mark.parametrize(
-    "name", ["vanilla", "plt", "scales", "clp", "naive", "iquest", "span_clp", "span_last_loop", *SHIFTED]
-)
-def test_left_padded_batches(name, mode):
-    attention = "eager" if mode == "eager" else "sdpa"
-    model = make_model(
-        attn_implementation=attention, **{**ALL[name], "loop_count": min(3, ALL[name].get("loop_count", 3))}
-    )
-    rows = [make_tokens(n, seed=n) for n in (24, 15, 13)]
+@pytest.mark.parametrize("name", STATES)
+def test_left_padding_changes_nothing(name):
+    """In whole sequences, a single one included, and in steps."""
+    changes = {"loop_count": 3, **ALL[name]}
+    rows = [make_tokens(n, seed=n) for n in (24, 15, 13, 1)]
     tokens, mask = left_pad(rows)
-    cache = model.new_cache(24 if mode == "static" else None)
-    logits = decode(model, tokens, 12, cache, mask, loop_mode="serial" if mode == "serial" else None)
-    for index, row in enumerate(rows):
-        assert (logits[index, -len(row) :] - expected(model, row[None])[0]).abs().max() < TOLERANCE
+    model, eager = (make_model(attn_implementation=attention, **changes) for attention in ("sdpa", "eager"))
+    want = [expected(model, row[None])[0] for row in rows]
+    assert close_to_each(full(model, tokens, attention_mask=mask), rows, want)
+    assert close_to_each(full(eager, tokens, attention_mask=mask), rows, want)
+    assert close_to_each(full(model, tokens[1:2], attention_mask=mask[1:2]), rows[1:2], want[1:2])
+    for mode in MODES:
+        assert close_to_each(decode_in(mode, tokens, 12, mask, **changes), rows, want), mode
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -70,20 +91,18 @@ def test_a_sequence_that_starts_while_others_decode(static):
     rows = [make_tokens(20), make_tokens(6, seed=2)]
     tokens, mask = left_pad(rows)
     logits = decode(model, tokens, 5, model.new_cache(20 if static else None), mask)
-    for index, row in enumerate(rows):
-        assert (logits[index, -len(row) :] - expected(model, row[None])[0]).abs().max() < TOLERANCE
+    assert close_to_each(logits, rows, [expected(model, row[None])[0] for row in rows])
 
 
-@pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("name", ["vanilla", "plt", "loopcoder", "clp", "naive", "iquest", "span", *SHIFTED])
-def test_prefill_in_chunks(name, static):
+@pytest.mark.parametrize("name", STATES)
+def test_prefill_in_chunks(name):
     model = make_model(**{**ALL[name], "window_size": 9})
     rows = [make_tokens(37), make_tokens(22, seed=2)]
     tokens, mask = left_pad(rows)
+    want = [expected(model, row[None])[0] for row in rows]
     model.model.prefill_chunk_size = 8
-    logits = decode(model, tokens, 33, model.new_cache(40 if static else None), mask)
-    for index, row in enumerate(rows):
-        assert (logits[index, -len(row) :] - expected(model, row[None])[0]).abs().max() < TOLERANCE
+    for cache in (model.new_cache(), model.new_cache(40)):
+        assert close_to_each(decode(model, tokens, 33, cache, mask), rows, want)
 
 
 @pytest.mark.parametrize("name", ["plt", "last_loop"])
@@ -100,12 +119,12 @@ def test_chunks_of_any_size_after_a_prefix(name):
 
 
 @pytest.mark.parametrize("loops", [1, 2])
-@pytest.mark.parametrize("name", ["plt", "last_loop"])
+@pytest.mark.parametrize("name", ["plt", "naive", "loopcoder", "last_loop", "span_last_loop"])
 def test_loop_count_lowered_at_call_time(name, loops):
-    model = make_model(**ALL[name], loop_count=3)
-    tokens = make_tokens(1, 20)
-    logits = decode(model, tokens, 5, loop_count=loops)
-    assert (logits - expected(model, tokens, loops)).abs().max() < TOLERANCE
+    model, tokens = make_model(**{**ALL[name], "loop_count": 3}), make_tokens(1, 20)
+    want = expected(model, tokens, loops)
+    assert (full(model, tokens, loop_count=loops) - want).abs().max() < TOLERANCE
+    assert (decode(model, tokens, 5, loop_count=loops) - want).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["plt", "loopcoder"])

@@ -1,4 +1,4 @@
-"""The forward pass over whole sequences against the equations, padding and packing included."""
+"""The forward pass over whole sequences against the equations, packing included; test_hf_decode.py has the variants."""
 
 import pytest
 import torch
@@ -6,26 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from plt_megatron.hf.modeling_plt import CACHE_NAME
 from tests.hf.reference import Reference
-from tests.hf.tiny import ABLATIONS, PATHS, SIZES, VARIANTS, expected, full, left_pad, make_model, make_tokens
-
-TOLERANCE = 1e-4
-ALL = {**ABLATIONS, **VARIANTS, **PATHS}
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ALL)
-def test_forward_follows_the_equations(name, attention):
-    model = make_model(attn_implementation=attention, **ALL[name])
-    tokens = make_tokens(2, 23)
-    assert (full(model, tokens) - expected(model, tokens)).abs().max() < TOLERANCE
-
-
-@pytest.mark.parametrize("loops", [1, 2, 3, 4])
-@pytest.mark.parametrize("name", ["plt", "scales", "naive", "clp_shared", "last_loop"])
-def test_every_loop_count(name, loops):
-    model = make_model(**{**ALL[name], "loop_count": loops})
-    tokens = make_tokens(1, 19)
-    assert (full(model, tokens) - expected(model, tokens)).abs().max() < TOLERANCE
+from tests.hf.tiny import ALL, SIZES, TOLERANCE, VARIANTS, expected, full, left_pad, make_model, make_tokens
 
 
 @pytest.mark.parametrize(("window", "length"), [(65, 150), (65, 20), (7, 150), (64, 64), (64, 65), (3, 2)])
@@ -33,19 +14,6 @@ def test_windows_shorter_and_longer_than_the_text(window, length):
     model = make_model(window_size=window, num_hidden_layers=1)
     tokens = make_tokens(1, length)
     assert (full(model, tokens) - expected(model, tokens)).abs().max() < TOLERANCE
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize(
-    "name", ["vanilla", "plt", "scales", "naive", "clp", "iquest", "loopcoder", "learned_shift", "last_loop_shifted"]
-)
-def test_left_padding_changes_nothing(name, attention):
-    model = make_model(attn_implementation=attention, **ALL[name])
-    rows = [make_tokens(n, seed=n) for n in (21, 9, 1)]
-    tokens, mask = left_pad(rows)
-    logits = full(model, tokens, attention_mask=mask)
-    for index, row in enumerate(rows):
-        assert (logits[index, -len(row) :] - expected(model, row[None])[0]).abs().max() < TOLERANCE
 
 
 def test_right_padding_changes_nothing_before_it():
@@ -56,9 +24,10 @@ def test_right_padding_changes_nothing_before_it():
     assert (logits[:, :13] - expected(model, tokens[:, :13])).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(
-    "name", ["vanilla", "plt", "scales", "naive", "iquest", "shifted_channels", "last_loop_shifted"]
+    ("name", "attention"),
+    [("vanilla", "sdpa"), ("plt", "eager"), ("naive", "eager"), ("iquest", "sdpa")]
+    + [(name, attention) for name in ("shifted_channels", "last_loop_shifted") for attention in ("sdpa", "eager")],
 )
 def test_packed_documents_do_not_see_each_other(name, attention):
     model = make_model(attn_implementation=attention, **{**ALL[name], "window_size": 6})
@@ -85,22 +54,6 @@ def test_packed_documents_with_padding():
     logits = full(model, tokens, attention_mask=mask, position_ids=positions)
     for row, part in ((0, slice(8, 20)), (1, slice(0, 13)), (1, slice(13, 20))):
         assert (logits[row, part] - expected(model, tokens[row, part][None])[0]).abs().max() < TOLERANCE
-
-
-def test_left_padding_of_a_single_sequence():
-    model = make_model()
-    row = make_tokens(9)
-    tokens, mask = left_pad([row, make_tokens(14)])
-    logits = full(model, tokens[:1], attention_mask=mask[:1])
-    assert (logits[0, -9:] - expected(model, row[None])[0]).abs().max() < TOLERANCE
-
-
-@pytest.mark.parametrize("name", ["plt", "naive", "loopcoder", "last_loop", "span_last_loop"])
-@pytest.mark.parametrize("loops", [1, 2])
-def test_loop_count_lowered_at_call_time(name, loops):
-    model = make_model(**{**ALL[name], "loop_count": 3})
-    tokens = make_tokens(1, 17)
-    assert (full(model, tokens, loop_count=loops) - expected(model, tokens, loops)).abs().max() < TOLERANCE
 
 
 PUBLIC = {

@@ -20,9 +20,8 @@ from transformers import AutoModelForCausalLM
 from plt_megatron.hf import configuration_plt, model_card
 from plt_megatron.hf.configuration_plt import PLTConfig
 from plt_megatron.hf.modeling_plt import PLTForCausalLM, PLTModel
-from tests.hf.tiny import ABLATIONS, PATHS, SIZES, VARIANTS, full, make_model, make_tokens
+from tests.hf.tiny import ALL, SIZES, VARIANTS, full, make_model, make_tokens
 
-ALL = {**ABLATIONS, **VARIANTS, **PATHS}
 LOAD = """
 import json, sys
 import torch

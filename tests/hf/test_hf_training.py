@@ -7,10 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from plt_megatron.hf.modeling_plt import CACHE_NAME, PLTForCausalLM
-from tests.hf.tiny import ABLATIONS, PATHS, VARIANTS, decode, full, make_model, make_tokens
+from tests.hf.tiny import ALL, decode, full, make_model, make_tokens
 from tests.running import run
-
-ALL = {**ABLATIONS, **VARIANTS, **PATHS}
 
 
 def gradients(model, tokens, **kwargs):
@@ -31,12 +29,10 @@ def test_loss_is_the_last_loops_cross_entropy():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize(
-    "name", ["vanilla", "plt", "loopcoder", "clp", "naive", "iquest", "clp_shared", "span", "last_loop"]
-)
+@pytest.mark.parametrize("name", ["vanilla", "loopcoder", "naive", "iquest", "clp_shared", "span", "last_loop"])
 def test_gradient_checkpointing_changes_nothing(name, reentrant):
     """Gradients reach the first loop's keys and values through every later loop."""
-    model = make_model(**{**ALL[name], "loop_count": min(3, ALL[name].get("loop_count", 3))}).train()
+    model = make_model(**{"loop_count": 3, **ALL[name]}).train()
     tokens = make_tokens(2, 13)
     loss, plain = gradients(model, tokens)
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -171,11 +167,12 @@ def decode_on_two_gpus(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["plt", "loopcoder", "paper_norms", "olmo2", "learned_shift", "learned_shift_normed", "last_loop_shifted"]
+    ("name", "attention"),
+    [("loopcoder", "sdpa"), ("paper_norms", "eager"), ("olmo2", "sdpa"), ("learned_shift", "eager")]
+    + [(name, attention) for name in ("learned_shift_normed", "last_loop_shifted") for attention in ("sdpa", "eager")],
 )
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_autocast(name, attention):
-    learned = {**VARIANTS["learned_shift"], "qk_norm": True}
+    learned = {**ALL["learned_shift"], "qk_norm": True}
     model = make_model(attn_implementation=attention, **{**ALL, "learned_shift_normed": learned}[name])
     tokens = make_tokens(2, 20)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -114,6 +114,8 @@ PATHS = {
     "by_layer_last_loop": {**LAST_LOOP, "cross_loop_parallel": False, "loop_order": "layer", "qkv_bias": True},
     "by_layer_shared": {"cross_loop_parallel": False, "loop_order": "layer", "gate_input": "hidden"},
 }
+ALL = {**ABLATIONS, **VARIANTS, **PATHS}
+TOLERANCE = 1e-4
 
 
 def make_config(**changes):
@@ -163,6 +165,12 @@ def expected(model, tokens, loop_count=None):
     """The equations' logits [B, n, vocab] in fp32."""
     reference = Reference(model.config, model.state_dict(), loop_count)
     return torch.stack([reference.logits(row)[0] for row in tokens]).float()
+
+
+def close_to_each(logits, rows, wanted):
+    """Whether rows padded on the left have the logits of each row alone."""
+    parts = zip(logits, rows, wanted, strict=True)
+    return all((got[-len(row) :] - want).abs().max() < TOLERANCE for got, row, want in parts)
 
 
 def left_pad(rows):
