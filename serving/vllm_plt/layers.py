@@ -10,7 +10,7 @@ from torch import nn
 from vllm_plt.configuration_plt import PLTConfig
 from vllm_plt.heads import Heads, sharded_parameter
 from vllm_plt.key_shift import KeyCarry, KeyShift
-from vllm_plt.pass_state import PassState
+from vllm_plt.passes import PassState
 from vllm_plt.rope import rope_parameters
 from vllm_plt.vllm_internals import (
     Attention,

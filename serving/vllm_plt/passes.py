@@ -5,14 +5,55 @@ loops do, therefore need a class with its own code object; a shared one would si
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from types import FunctionType
 
 import torch
 from torch import nn
 
 from vllm_plt.key_shift import KeyCarry
-from vllm_plt.pass_state import FirstKeys, PassState
 from vllm_plt.vllm_internals import VllmConfig, set_model_tag, support_torch_compile
+
+
+class FirstKeys:
+    """Loop 1's keys of a step's tokens, to which later loops attend with their own values.
+
+    Args:
+        given: [T, layers, K * D], the keys of all layers, for a later loop's pass; None for loop 1's, which records its
+            own.
+    """
+
+    def __init__(self, given: torch.Tensor | None):
+        self.given = given
+        self.layers = 0
+        self._kept: list[torch.Tensor] = []
+
+    def keep(self, key: torch.Tensor) -> None:
+        """Record the next layer's key [T, K * D], as a copy that does not keep the whole projection output alive."""
+        self._kept.append(key.clone())
+
+    def take(self) -> torch.Tensor:
+        """Return the next layer's key, [T, K * D]."""
+        self.layers += 1
+        return self.given[:, self.layers - 1]
+
+    def kept(self) -> torch.Tensor:
+        return torch.stack(self._kept, 1)
+
+
+@dataclass
+class PassState:
+    """State of one pass through some layers.
+
+    Attributes:
+        loop: the loop of all rows, from 0; None if the rows are loops 1..L of N / L tokens, one loop after the other.
+        shifted: carry of the shifted keys; None if keys are not shifted.
+        first: loop 1's keys; None if later loops' passes do not need them.
+    """
+
+    loop: int | None
+    shifted: KeyCarry | None
+    first: FirstKeys | None = None
 
 
 class Stack:
