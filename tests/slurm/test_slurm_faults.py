@@ -30,27 +30,21 @@ def make_run(slurm, slurm_data, tmp_path):
     return make
 
 
-def test_a_node_that_loses_power(slurm, make_run, undisturbed):
-    """Slurm finds out and requeues; the third node takes its place."""
+@pytest.mark.parametrize(
+    ("lost", "left", "statuses"),
+    [("node2", ["node1", "node3"], ("node_failed", "killed")), ("node1", ["node2", "node3"], ("killed",))],
+)
+def test_a_node_that_loses_power(slurm, make_run, undisturbed, lost, left, statuses):
+    """Slurm finds out and requeues; the third node takes its place, also of the one that coordinates, and where the
+    batch script runs."""
     run = make_run()
     run.submit()
     run.wait_for_step(6)
-    slurm.control("node-off", "node2")
+    slurm.control("node-off", lost)
     run.wait_for_attempt(2)
-    assert run.events("start")[1]["nodes"] == ["node1", "node3"]
-    assert run.statuses()[0] in ("node_failed", "killed")
+    assert run.events("start")[1]["nodes"] == left
+    assert run.statuses()[0] in statuses
     run.end_like(undisturbed, run.statuses()[0], "finished")
-
-
-def test_the_first_node_loses_power(slurm, make_run, undisturbed):
-    """The one that coordinates, and where the batch script runs."""
-    run = make_run()
-    run.submit()
-    run.wait_for_step(6)
-    slurm.control("node-off", "node1")
-    run.wait_for_attempt(2)
-    assert run.events("start")[1]["nodes"] == ["node2", "node3"]
-    run.end_like(undisturbed, "killed", "finished")
 
 
 def test_a_killed_launcher(make_run, undisturbed):
