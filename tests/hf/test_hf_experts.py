@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from plt_megatron.hf.modeling_plt import PLTForCausalLM
-from tests.hf.tiny import TOLERANCE, decode, full, make_config, make_model, make_tokens
+from tests.hf.tiny import TOLERANCE, decode, expected, full, make_config, make_model, make_tokens
 
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 VARIANTS = {
@@ -20,40 +20,12 @@ VARIANTS = {
 }
 
 
-def plain(block, x):
-    """x [d] through the experts, one by one, in float64."""
-    logits, bias = block.gate.weight.double() @ x, block.gate.e_score_correction_bias
-    scores = logits.softmax(-1) if bias is None else 1 / (1 + torch.exp(-logits))
-    chosen = (scores if bias is None else scores + bias).argsort(descending=True)[: block.top_k]
-    weights = scores[chosen]
-    if block.norm_topk_prob:
-        weights = weights / weights.sum()
-    out = torch.zeros_like(x)
-    experts = [(block.experts[index], weight) for index, weight in zip(chosen.tolist(), weights, strict=True)]
-    if block.shared_expert is not None:
-        experts.append((block.shared_expert, 1.0))
-    for expert, weight in experts:
-        gate, up = (layer.weight.double() @ x for layer in (expert.gate_proj, expert.up_proj))
-        out += weight * (expert.down_proj.weight.double() @ (gate * torch.sigmoid(gate) * up))
-    return out
-
-
 @pytest.mark.parametrize("name", VARIANTS)
-def test_the_block_is_the_equation(name):
-    model = make_model(**{**EXPERTS, **VARIANTS[name]})
-    block = model.model.layers[1].mlp
-    x = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        actual = block(x)
-    expected = torch.stack([plain(block, row.double()) for row in x.flatten(0, 1)]).view(x.shape)
-    assert (actual - expected).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_decode_equals_the_full_forward(name):
+def test_forward_and_decode_follow_the_equations(name):
     model = make_model(**{"loop_count": 3, **EXPERTS, **VARIANTS[name]})
     tokens = make_tokens(2, 20)
-    want = full(model, tokens)
+    want = expected(model, tokens)
+    assert (full(model, tokens) - want).abs().max() < TOLERANCE
     for cache, mode in ((None, None), (None, "serial"), (model.new_cache(24), None)):
         assert (decode(model, tokens, 6, cache, loop_mode=mode) - want).abs().max() < TOLERANCE
 

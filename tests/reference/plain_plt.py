@@ -41,13 +41,15 @@ class PlainPLT:
     `hidden_scale` [1 or h], and of each layer
     `layers.<i>.`: `attention_norm`, `ffn_norm` [h], `q` [heads d, h], `k`, `v` [groups d, h], `o` [h, heads d],
     `gate_proj`, `up_proj` [f, h], `down_proj` [h, f]; where the settings ask for them `q_norm`, `k_norm` [d],
-    `q_bias` [heads d], `k_bias`, `v_bias` [groups d], `key_shift.key`, `key_shift.value` [groups],
-    `ffn_output_norm` [h], `gate.weight` [heads, d or h], `gate.bias` [heads], `gate.norm` [h]. A mixture of experts has
-    `router` [E, h], and `experts.<e>.` and `shared.` with what an FFN has, and where the settings ask for it
-    `router_bias` [E].
+    `key_shift.key`, `key_shift.value` [groups], `ffn_output_norm` [h], `gate.weight` [heads, d or h], `gate.bias`
+    [heads], `gate.norm` [h]. With norms on outputs alone (`norm_placement: post`), `attention_output_norm` [h] stands
+    in for the first two norms, and `q_norm` and `k_norm` are of all heads together. A linear layer may have a bias: of
+    `q`, `q_bias` [heads d]. A mixture of experts has `router` [E, h], and `experts.<e>.` and `shared.` with what an FFN
+    has, and where the settings ask for it `router_bias` [E].
 
     Attributes:
         loads: by layer, how many tokens have gone to each expert, all loops' together.
+        states: h(1) .. h(L) of the last pass, each normed if the next loop reads it so; none in the order by layer.
     """
 
     config: ModelConfig
@@ -55,6 +57,7 @@ class PlainPLT:
     balancing: list[Tensor] = field(default_factory=list)
     z_losses: list[Tensor] = field(default_factory=list)
     loads: dict[str, Tensor] = field(default_factory=dict)
+    states: list[Tensor] = field(default_factory=list)
 
     def losses(self, tokens: Tensor, labels: Tensor, starts: Tensor | None = None, loops: int | None = None) -> Tensor:
         """Cross-entropy of each token, [b, s]."""
@@ -73,13 +76,12 @@ class PlainPLT:
         self.windowed = {(loop, layer) for loop in range(1, count) for layer in range(first, last)}
         for layer in range(first):
             embeddings = self._layer(embeddings, layer, 1, starts, first_loop_kv)
-        hidden = embeddings
+        hidden, self.states = embeddings, []
         if config.loop_order == "layer":
             for layer, loop in ((layer, loop) for layer in range(first, last) for loop in range(1, count + 1)):
                 hidden = self._layer(hidden, layer, loop, starts, first_loop_kv)
         for loop in range(1, count + 1) if config.loop_order == "stack" else ():
-            if loop > 1 and config.loop_norm == "final":
-                hidden = self._norm(hidden, "final_norm")
+            hidden = self.states[-1] if loop > 1 else hidden
             if loop > 1 and config.cross_loop_parallel:
                 shifted = torch.zeros_like(hidden)
                 shifted[:, 1:] = hidden[:, :-1]
@@ -89,6 +91,7 @@ class PlainPLT:
                 hidden = self._loop_input(embeddings, hidden)
             for layer in range(first, last):
                 hidden = self._layer(hidden, layer, loop, starts, first_loop_kv)
+            self.states.append(self._norm(hidden, "final_norm") if config.loop_norm == "final" else hidden)
         for layer in range(last, config.num_layers):
             hidden = self._layer(hidden, layer, 1, starts, first_loop_kv)
         head = "embedding" if config.share_embeddings_and_output_weights else "head"
@@ -116,12 +119,13 @@ class PlainPLT:
 
     def _layer(self, x: Tensor, layer: int, loop: int, starts: Tensor, first_loop_kv: KV) -> Tensor:
         name = f"layers.{layer}."
-        factor = self._residual_factor()
-        x = x + factor * self._attention(x, layer, loop, starts, first_loop_kv)
-        normed = self._norm(x, name + "ffn_norm")
+        post, factor = self.config.norm_placement == "post", self._residual_factor()
+        out = self._attention(x, layer, loop, starts, first_loop_kv)
+        x = x + factor * (self._norm(out, name + "attention_output_norm") if post else out)
+        normed = x if post else self._norm(x, name + "ffn_norm")
         dense = self.config.moe is None or layer < self.config.moe.first_k_dense_replace
         out = self._ffn(normed, name) if dense else self._experts(normed, name)
-        if self.config.norm_placement == "pre_ffn_output":
+        if self.config.norm_placement != "pre":
             out = self._norm(out, name + "ffn_output_norm")
         return x + factor * out
 
@@ -134,8 +138,8 @@ class PlainPLT:
         return config.residual_scale / (config.loop_count * config.num_layers**0.5)
 
     def _ffn(self, x: Tensor, name: str) -> Tensor:
-        gate, up = x @ self.weights[name + "gate_proj"].T, x @ self.weights[name + "up_proj"].T
-        return (gate * torch.sigmoid(gate) * up) @ self.weights[name + "down_proj"].T
+        gate, up = self._linear(x, name + "gate_proj"), self._linear(x, name + "up_proj")
+        return self._linear(gate * torch.sigmoid(gate) * up, name + "down_proj")
 
     def _experts(self, x: Tensor, name: str) -> Tensor:
         """Every expert on every token, weighted: zero where a token has not chosen it. Notes what was chosen, and the
@@ -173,14 +177,11 @@ class PlainPLT:
 
     def _attention(self, x: Tensor, layer: int, loop: int, starts: Tensor, first_loop_kv: KV) -> Tensor:
         config, name = self.config, f"layers.{layer}."
-        normed = self._norm(x, name + "attention_norm")
+        normed = x if config.norm_placement == "post" else self._norm(x, name + "attention_norm")
         heads, groups = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
         query, key, value = (
-            self._projection(normed, name + kind).unflatten(-1, (count, -1))
-            for kind, count in (("q", heads), ("k", groups), ("v", groups))
+            self._heads(normed, name + kind, count) for kind, count in (("q", heads), ("k", groups), ("v", groups))
         )
-        if config.qk_layernorm:
-            query, key = self._norm(query, name + "q_norm"), self._norm(key, name + "k_norm")
         key, value = self._shifted(key, value, starts, name)
         positions = _positions(starts)
         query, key = (_rotate(tensor, positions, config) for tensor in (query, key))
@@ -199,7 +200,7 @@ class PlainPLT:
                 gate = activation(self._gate(query, x, name)).unsqueeze(-1)
                 first, second = (local, out) if config.gate_side == "local" else (out, local)
                 out = gate * first + (1 - gate) * second
-        return out.flatten(-2) @ self.weights[name + "o"].T
+        return self._linear(out.flatten(-2), name + "o")
 
     def _shifted(self, key: Tensor, value: Tensor, starts: Tensor, name: str) -> tuple[Tensor, Tensor]:
         """[b, s, groups, d]: with (some of) the previous token's, zero for the first of a document."""
@@ -220,9 +221,17 @@ class PlainPLT:
         of_key, of_value = (self.weights[f"{name}key_shift.{kind}"][:, None] for kind in ("key", "value"))
         return (1 - of_key) * key + of_key * before_key, (1 - of_value) * value + of_value * before_value
 
-    def _projection(self, x: Tensor, name: str) -> Tensor:
-        out = x @ self.weights[name].T
-        return out + self.weights[name + "_bias"] if self.config.qkv_bias else out
+    def _linear(self, x: Tensor, name: str) -> Tensor:
+        out, bias = x @ self.weights[name].T, self.weights.get(name + "_bias")
+        return out if bias is None else out + bias
+
+    def _heads(self, x: Tensor, name: str, count: int) -> Tensor:
+        """Queries, keys or values [b, s, count, d]."""
+        x, norms = self._linear(x, name), self.config.qk_layernorm and not name.endswith(".v")
+        if norms and self.config.norm_placement == "post":
+            return self._norm(x, name + "_norm").unflatten(-1, (count, -1))
+        x = x.unflatten(-1, (count, -1))
+        return self._norm(x, name + "_norm") if norms else x
 
     def _gate(self, query: Tensor, x: Tensor, name: str) -> Tensor:
         """[b, s, heads]"""

@@ -93,9 +93,10 @@ def save_loopcoder(folder, **changes):
 
 def published(**changes):
     """LoopCoder-v2's model in our terms, from what its report and its config say."""
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16, "rope_theta": 500000.0}
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     gates = {"window_size": 65, "gate_input": "hidden", "gate_side": "global", "norm_between_loops": True}
-    return PLTConfig(**{**sizes, **gates, "embedding_scale": 0.707, "hidden_scale": 0.053, "loop_count": 2, **changes})
+    others = {"rope_theta": 500000.0, "embedding_scale": 0.707, "hidden_scale": 0.053, "loop_count": 2}
+    return PLTConfig(**{**sizes, **gates, **others, **changes})
 
 
 @pytest.mark.parametrize(
