@@ -27,15 +27,9 @@ from plt_megatron.run_folder.files import write_json, writing
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.metrics import RunMetrics
 from plt_megatron.run_folder.status import read_run_status
-from plt_megatron.run_folder.text import plural
+from plt_megatron.run_folder.text import first_few, plural
 
 State = Literal["finished", "failed", "interrupted", "pending"]
-
-
-def first_few(names: Sequence[str], most: int = 6) -> str:
-    """List the first names: `a, b and 3 more`."""
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
 
 
 @dataclass

@@ -1,17 +1,21 @@
-"""Arguments and setup of the commands on Hugging Face models.
+"""Arguments, setup and output folders of the commands on Hugging Face models.
 
 The checks are cheap: they run before torch and transformers are imported, which takes seconds.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from plt_megatron.errors import UserError, run_command
 from plt_megatron.run_folder.checkpoints import candidates
@@ -25,6 +29,26 @@ def check_target(target: Path) -> None:
     """Raise `UserError` if the target exists."""
     if os.path.lexists(target):
         raise UserError(f"{target} exists: remove it, or choose another --output")
+
+
+@contextmanager
+def published_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `target` that gets its name at the end, or is removed on any error.
+
+    Raises:
+        UserError: `target` exists, or the disk cannot be written to.
+    """
+    check_target(target)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        check_target(target)
+        temporary.rename(target)
+    except OSError as error:
+        raise UserError(f"{error.filename or target}: {error.strerror or error}; nothing is written") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_model(path: Path) -> None:
@@ -41,6 +65,17 @@ def check_hf_folder(folder: Path) -> None:
     """Raise `UserError` if a folder does not exist, or has no config.json."""
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} has no {CONFIG}" if folder.is_dir() else f"{folder}: no such folder")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file of a Hugging Face folder. Raises `UserError` if it is not an object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return content
 
 
 def check_export(folder: Path) -> None:

@@ -15,12 +15,13 @@ from torch import Tensor
 from plt_megatron.config import derived
 from plt_megatron.config.schema import ModelConfig
 from plt_megatron.errors import UserError
+from plt_megatron.hf.arguments import published_folder
 from plt_megatron.hf.averaged_checkpoints import AverageOptions, find_checkpoints
 from plt_megatron.hf.checkpoint_writer import LazyTensor, padded, write_checkpoint
 from plt_megatron.hf.conversion import ParamMapping, mappings_for
-from plt_megatron.hf.publishing import published_folder
 from plt_megatron.hf.sources import PRECISIONS, check_ema, saved_model
 from plt_megatron.run_folder import checkpoints
+from plt_megatron.run_folder.text import first_few
 from plt_megatron.train.checkpoint.reading import Weights
 
 # Settings of a model that its weights do not depend on.
@@ -138,8 +139,7 @@ def _check_names(members: Sequence[_Member], mappings: Sequence[ParamMapping]) -
         known = set(member.weights.names)
         missing = [mapping.name for mapping in mappings if mapping.name not in known]
         if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise UserError(f"checkpoint {member.path} lacks {missing[0]}{more}, which its model has")
+            raise UserError(f"checkpoint {member.path} lacks {first_few(missing, 1)}, which its model has")
 
 
 # Writing the average.

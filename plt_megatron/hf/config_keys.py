@@ -15,7 +15,7 @@ from plt_megatron.config.fields import MAX_LOOP_COUNT
 from plt_megatron.config.schema import ModelConfig, MoeConfig, RopeScalingConfig, YarnConfig
 from plt_megatron.errors import UserError
 from plt_megatron.hf import switches
-from plt_megatron.hf.arguments import CONFIG, check_hf_folder
+from plt_megatron.hf.arguments import CONFIG, check_hf_folder, read_json_object
 from plt_megatron.hf.conversion import Style
 from plt_megatron.hf.switches import SWITCHES
 
@@ -232,11 +232,7 @@ def read_config(folder: Path) -> HFModelConfig:
     """
     path = folder / CONFIG
     check_hf_folder(folder)
-    try:
-        keys = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(keys, dict)
-    except (ValueError, AssertionError) as error:
-        raise UserError(f"{path}: not a JSON object") from error
+    keys = read_json_object(path)
     family = keys.get("model_type")
     if family not in _FAMILIES:
         known = ", ".join(sorted(_FAMILIES))

@@ -17,6 +17,7 @@ from torch import Tensor
 from plt_megatron.config.schema import ModelConfig
 from plt_megatron.errors import UserError
 from plt_megatron.model.parameters import EXPERT, LAYER, Parameter, Sizes, tensors_of
+from plt_megatron.run_folder.text import first_few
 
 # "loopcoder": the gate multiplies the global attention, whatever its side in the model.
 Style = Literal["plt", "loopcoder"]
@@ -141,7 +142,6 @@ def check_tensors(shapes: dict[str, tuple[int, ...]], mappings: Sequence[ParamMa
             raise UserError(f"{where}: {name} has shape {shapes[name]}, config.json says {shape}")
 
 
-def _enumerate(names: Iterable[str], shown: int = 3) -> str:
+def _enumerate(names: Iterable[str]) -> str:
     names = list(names)
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return f"{'tensors' if len(names) > 1 else 'tensor'} {', '.join(names[:shown])}{more}"
+    return f"{'tensors' if len(names) > 1 else 'tensor'} {first_few(names, 3)}"

@@ -9,11 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from plt_megatron.errors import UserError
-from plt_megatron.hf.arguments import CONFIG, check_target, parse_size
+from plt_megatron.hf.arguments import CONFIG, check_target, parse_size, published_folder
 from plt_megatron.hf.config_keys import loopcoder_keys, plt_keys
 from plt_megatron.hf.conversion import ParamMapping, Style, mappings_for, to_hf
 from plt_megatron.hf.model_card import model_card
-from plt_megatron.hf.publishing import published_folder
 from plt_megatron.hf.safetensors_files import SafetensorsWriter
 from plt_megatron.hf.sources import PRECISIONS, ModelSource, open_source
 from plt_megatron.hf.tokenizer_files import GENERATION_CONFIG, check_vocabulary, write_tokenizer

@@ -20,15 +20,15 @@ from plt_megatron.config.rules import model as model_rules
 from plt_megatron.config.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from plt_megatron.errors import UserError
 from plt_megatron.extras import require
-from plt_megatron.hf.arguments import check_target
+from plt_megatron.hf.arguments import check_target, published_folder
 from plt_megatron.hf.checkpoint_writer import LazyTensor, padded, write_checkpoint
 from plt_megatron.hf.config_keys import read_config
 from plt_megatron.hf.conversion import ParamMapping, mappings_for
-from plt_megatron.hf.publishing import published_folder
 from plt_megatron.hf.safetensors_files import SafetensorsFolder
 from plt_megatron.hf.sources import CARD, PRECISIONS, check_hf_tensors, hf_precision, read_lineage
 from plt_megatron.hf.switches import IMPORT_OPTIONS
 from plt_megatron.hf.tokenizer_files import copy_tokenizer
+from plt_megatron.run_folder.text import first_few
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -97,8 +97,7 @@ def _load(path: Path) -> tuple[Any, Any, Any]:
 def _check_read(reader: GGUFReader, model: Any, missing: set[str], path: Path) -> None:
     """Raise `UserError` if the model lacks a tensor, which is random then, or the file has more than the model."""
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{path}: no tensor there that transformers reads as {min(missing)}{more}")
+        raise UserError(f"{path}: no tensor there that transformers reads as {first_few(sorted(missing), 1)}")
     held, read = sum(int(tensor.n_elements) for tensor in reader.tensors), model.num_parameters()
     if held != read:
         raise UserError(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from plt_megatron.errors import UserError
+from plt_megatron.run_folder.text import first_few
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -149,8 +150,7 @@ class SafetensorsFolder:
             raise UserError(f"{index}: not a safetensors index") from error
         missing = sorted({name for name in weight_map.values() if not (self.folder / name).is_file()})
         if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise UserError(f"{self.folder}: {missing[0]}{more} is missing, which {INDEX} names")
+            raise UserError(f"{self.folder}: {first_few(missing, 1)} is missing, which {INDEX} names")
         return weight_map
 
     def _open(self, path: Path) -> None:

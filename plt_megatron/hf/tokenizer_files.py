@@ -13,6 +13,7 @@ import tokenizers
 from plt_megatron.data.hf_tokenizer import build_tokenizer_json
 from plt_megatron.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
+from plt_megatron.hf.arguments import read_json_object
 
 MODEL, JSON, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -41,11 +42,7 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
     path = folder / GENERATION_CONFIG
     if not path.is_file():
         return {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(settings, dict)
-    except (ValueError, AssertionError) as error:
-        raise UserError(f"{path}: not a JSON object") from error
+    settings = read_json_object(path)
     return {key: settings[key] for key in settings if key not in ("transformers_version", "_from_model_config")}
 
 

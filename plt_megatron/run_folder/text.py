@@ -50,6 +50,12 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{ending}"
 
 
+def first_few(names: Sequence[str], most: int = 6) -> str:
+    """List the first names: `a, b and 3 more`."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
 def format_table(rows: Sequence[Sequence[str]], *, header: Sequence[str] = (), indent: int = 0) -> str:
     """Align columns, two spaces apart, whatever their width. Numeric columns other than the first are flush right.
 
