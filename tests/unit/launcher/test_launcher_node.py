@@ -215,23 +215,16 @@ def test_a_signal_while_the_other_node_is_not_there_yet(two_nodes):
     assert job.wait() == [75], job.outputs()
 
 
-def test_the_other_nodes_launcher_dies(two_nodes):
+@pytest.mark.parametrize(("killed", "statuses"), [("other", [77, -9]), ("localhost", [-9, 77])])
+def test_a_nodes_launcher_dies(two_nodes, killed, statuses):
+    """The last that is heard of the first node's is its end: the others end their ranks and exit."""
     job = two_nodes(LISTEN)
     job.launch()
     job.wait_until(job.all_up)
-    job.launchers["other"].kill()
-    assert job.wait() == [77, -9], job.outputs()
-    assert job.events()[-1]["status"] == "node_failed" and "other is lost" in job.events()[-1]["reason"]
-    job.wait_until(lambda: job.alive() == [])
-
-
-def test_the_first_nodes_launcher_dies(two_nodes):
-    """Its message is the last: the others end their ranks and exit."""
-    job = two_nodes(LISTEN)
-    job.launch()
-    job.wait_until(job.all_up)
-    job.launchers["localhost"].kill()
-    assert job.wait() == [-9, 77], job.outputs()
+    job.launchers[killed].kill()
+    assert job.wait() == statuses, job.outputs()
+    if killed == "other":
+        assert job.events()[-1]["status"] == "node_failed" and "other is lost" in job.events()[-1]["reason"]
     job.wait_until(lambda: job.alive() == [])
 
 

@@ -240,19 +240,11 @@ def test_slow_phases_have_the_long_limit(ranks, phase):
         assert ranks(1, patience=0.05, slow=50.0).watchdogs[0].limit() == 50.0
 
 
-def test_the_limit_is_long_until_the_first_step_is_done_after_a_resume_too(ranks):
+@pytest.mark.parametrize("phases", [["training"], ["indexing", "starting", "loading"]])
+def test_the_limit_is_long_until_the_first_step_is_done_after_a_resume_too(ranks, phases):
     (watchdog,) = ranks(1, patience=1.0, slow=50.0).watchdogs
-    watchdog.beat("training", 700)
-    watchdog.beat("training", 700)
-    assert watchdog.limit() == 50.0
-    watchdog.beat("training", 701)
-    assert watchdog.limit() == 1.0
-
-
-def test_a_resumed_run_has_not_done_its_first_step_when_it_has_loaded(ranks):
-    (watchdog,) = ranks(1, patience=1.0, slow=50.0).watchdogs
-    for phase, step in [("indexing", 0), ("starting", 0), ("loading", 0), ("training", 700)]:
-        watchdog.beat(phase, step)
+    for phase in (*phases, "training"):
+        watchdog.beat(phase, 700 if phase == "training" else 0)
     assert watchdog.limit() == 50.0
     watchdog.beat("training", 701)
     assert watchdog.limit() == 1.0
