@@ -33,12 +33,15 @@ MODELS = CASES | {
 }
 
 
-@pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS.keys())
-def test_it_has_what_the_built_model_has(settings):
+@pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS.keys())
+def stage(request, one_process):
+    return build(request.param, random=False)
+
+
+def test_it_has_what_the_built_model_has(stage):
     """Names, shapes, counts, initial constants, and the axis that megatron-core's layers say they split."""
     from plt_megatron.model.build import global_tensors
 
-    stage = build(settings, random=False)
     sizes = Sizes.of(stage.plt, PADDED_VOCAB_SIZE)
     left = {(parameter.name, layer) for parameter in tensors_of(stage.plt) for layer in parameter.layers(stage.plt)}
     for name, tensor in global_tensors(stage):
@@ -57,14 +60,12 @@ def test_it_has_what_the_built_model_has(settings):
     assert counted == sum(parameter.numel() for parameter in stage.parameters())
 
 
-@pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS.keys())
-def test_weight_decay_is_megatrons(settings):
+def test_weight_decay_is_megatrons(stage):
     from megatron.core.optimizer import OptimizerConfig, get_standard_config_overrides
 
     from plt_megatron.config.schema import RunConfig
     from plt_megatron.train.optimizers import groups
 
-    stage = build(settings)
     overrides = get_standard_config_overrides(OptimizerConfig())
     own = groups(RunConfig(model=stage.plt))
     for name, tensor in stage.named_parameters():
@@ -73,9 +74,8 @@ def test_weight_decay_is_megatrons(settings):
         assert group.decay == (0 if undecayed else 1), name
 
 
-@pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS.keys())
-def test_what_only_loops_have_is_what_one_loop_lacks(settings):
-    model = make(ModelConfig, {**BASE, **settings})
+def test_what_only_loops_have_is_what_one_loop_lacks(stage):
+    model = stage.plt
     one = {parameter.name for parameter in parameters_of(dataclasses.replace(model, loop_count=1))}
     for parameter in parameters_of(model):
         assert parameter.only_in_loops == (parameter.name not in one)
