@@ -137,7 +137,7 @@ def test_device_map_of_two_gpus():
     In a process of its own: in the others of this suite, the CPU runtime turns CUDA devices into the CPU.
     """
     pytest.importorskip("accelerate")
-    names = ("plt", "loopcoder", "learned_shift", "last_loop_shifted")
+    names = ("loopcoder", "learned_shift", "last_loop_shifted")
     calls = "; ".join(f"decode_on_two_gpus({name!r})" for name in names)
     run([sys.executable, "-c", f"from tests.hf.test_hf_training import decode_on_two_gpus; {calls}"])
 

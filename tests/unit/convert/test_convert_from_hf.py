@@ -125,8 +125,8 @@ def test_and_are_the_start_of_a_plt_with_fresh_gates(tmp_path, name):
 
 @pytest.mark.parametrize(
     ("name", "switches"),
-    [(name, {}) for name in DENSE if name != "llama"]
-    + [("llama", {"loop_span": [0, 1]}), ("qwen3", {"loop_span": [1, 2]})]
+    [(name, {}) for name in ("llama, tied", "llama, yarn", "qwen2", "qwen3 moe, dense first", "olmo2")]
+    + [("llama 3.1", {"loop_span": [0, 1]}), ("qwen3", {"loop_span": [1, 2]})]
     + [("llama", {"full_attention": "last_loop"}), ("qwen2", {"full_attention": "last_loop", "key_shift": "learned"})],
 )
 def test_with_a_preset_the_first_logits_are_the_sources(tmp_path, name, switches):
