@@ -216,8 +216,10 @@ def expect(
     return results | gradients(weights)
 
 
-def assert_agree(stage: Any, data: dict[str, Tensor], packed: bool, loops: int | None = None, **mutations: Any) -> None:
-    """The model's tensors are the reference's."""
+def assert_agree(
+    stage: Any, data: dict[str, Tensor], packed: bool, loops: int | None = None, **mutations: Any
+) -> dict[str, Tensor]:
+    """The model's tensors are the reference's, which it returns."""
     reference = partial(expect, stage, data, packed, loops, **mutations)
     expected = reference()
     errors = differences(run(stage, data, packed, loops), expected)
@@ -227,34 +229,39 @@ def assert_agree(stage: Any, data: dict[str, Tensor], packed: bool, loops: int |
         bounds = {name: min(ROUNDINGS * max(move[name] for move in moves), 10 * TOLERANCE) for name in wrong}
         wrong = {name: error for name, error in wrong.items() if not error <= bounds[name]}
     assert not wrong, f"relative differences above {TOLERANCE} and above what rounding explains: {wrong}"
+    return expected
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES.keys())
 def test_logits_losses_and_every_gradient(settings, packed):
-    stage, data = build(settings), draw()
-    expected = expect(stage, data, packed)
+    expected = assert_agree(build(settings), draw(), packed)
     assert all(tensor.abs().max() > 0 for tensor in expected.values()), "an unused parameter proves nothing"
-    assert_agree(stage, data, packed)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
-@pytest.mark.parametrize("recompute", ["selective", "full"])
+RECOMPUTED: dict[str, dict[str, Any]] = {
+    "PLT-1": {"loop_count": 1},
+    "PLT-3": {"loop_count": 3},
+    "LoopCoder-v2": {**LOOPCODER_V2, "loop_count": 3},
+    "KV sharing": {**KV_SHARING, "loop_count": 3},
+    "last loop": {**LAST_LOOP, "loop_count": 3},
+    "experts": {**EXPERTS, "loop_count": 3},
+    "prelude and coda": SPANS["prelude and coda"],
+    "by layer": ORDERS["by layer, prelude and coda"],
+}
+
+
+# Rows of one text and packed ones take turns.
 @pytest.mark.parametrize(
-    "settings",
+    ("name", "recompute", "packed"),
     [
-        {"loop_count": 1},
-        {"loop_count": 3},
-        {**LOOPCODER_V2, "loop_count": 3},
-        {**KV_SHARING, "loop_count": 3},
-        {**LAST_LOOP, "loop_count": 3},
-        {**EXPERTS, "loop_count": 3},
-        SPANS["prelude and coda"],
-        ORDERS["by layer, prelude and coda"],
+        (name, recompute, (place + turn) % 2 == 1)
+        for place, name in enumerate(RECOMPUTED)
+        for turn, recompute in enumerate(("selective", "full"))
     ],
-    ids=["PLT-1", "PLT-3", "LoopCoder-v2", "KV sharing", "last loop", "experts", "prelude and coda", "by layer"],
 )
-def test_recomputation_changes_nothing(settings, recompute, packed):
+def test_recomputation_changes_nothing(name, recompute, packed):
+    settings = RECOMPUTED[name]
     stage, data = build(settings, recompute=recompute), draw()
     assert_agree(stage, data, packed)
 
