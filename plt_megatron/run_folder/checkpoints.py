@@ -10,6 +10,7 @@ A checkpoint appears under its name only when it is complete: `train.checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -35,7 +36,6 @@ EMA = "ema"  # name of the weights' moving average in progress.json and in tenso
 ORIGIN = ("imported_from", "special_tokens", "base_model", "license", "license_name", "license_link")
 LONGEST_TEXT = "max_position_embeddings"
 NAME = re.compile(r"step_(\d{8,})")
-UNREADABLE = "cannot be read"  # in a description of damage: the disk's fault, which may pass
 
 
 def folder_name(step: int) -> str:
@@ -69,8 +69,8 @@ def candidates(path: Path) -> list[Path]:
         return [path]
     directory = path / FOLDER if (path / FOLDER).is_dir() else path
     found = checkpoint_folders(directory)[::-1]
-    named = _pointed_at(directory)
-    if named is not None and named in found:
+    named = _pointed_at(directory) if found else None
+    if named in found:
         return found[found.index(named) :]
     return found
 
@@ -99,7 +99,11 @@ def latest_checkpoint(path: Path | str, verify: bool = True) -> Path | None:
 
 def latest_of_full_size(path: Path) -> Path | None:
     """Return the last checkpoint whose files all have their full size, for when checksums would take too long."""
-    return next((candidate for candidate in candidates(path) if damage(candidate, checksums=False) is None), None)
+    for candidate in candidates(path):
+        with contextlib.suppress(OSError):
+            if damage(candidate, checksums=False) is None:
+                return candidate
+    return None
 
 
 def latest_step(path: Path) -> int:
@@ -124,7 +128,7 @@ def superseded(steps: Collection[int], last: int, keep_last: int, keep_every: in
 def _pointed_at(directory: Path) -> Path | None:
     try:
         name = (directory / LATEST).read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):
+    except (FileNotFoundError, UnicodeDecodeError):
         return None
     return directory / name if NAME.fullmatch(name) else None
 
@@ -139,6 +143,9 @@ def damage(path: Path, part: int = 0, parts: int = 1, *, checksums: bool = True)
         checksums: whether to check files' SHA-256 besides their sizes.
         part, parts: check the checksums of every `parts`-th file only, from the `part`-th on, so that ranks can share
             the work.
+
+    Raises:
+        OSError: a file cannot be read. That may pass, so it is no damage.
     """
     try:
         files: dict[str, dict[str, Any]] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -153,7 +160,7 @@ def damage(path: Path, part: int = 0, parts: int = 1, *, checksums: bool = True)
         missing = Path(error.filename).name
         return f"checkpoint {path}: {missing} is missing" if path.is_dir() else f"checkpoint {path}: not found"
     except OSError as error:
-        return f"checkpoint {path}: {UNREADABLE}, {error.strerror or error}"
+        raise OSError(error.errno, error.strerror, error.filename or str(path)) from error
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"checkpoint {path}: {MANIFEST} is damaged"
     return None

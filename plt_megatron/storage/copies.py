@@ -66,12 +66,12 @@ def index_of(folder: Path) -> Index:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     manifest = folder / checkpoints.MANIFEST
-    if manifest.is_file():
-        damage = checkpoints.damage(folder)
-        if damage is not None:
-            raise UserError(damage)
-        return read_index(manifest.name, manifest.read_text(encoding="utf-8"))
     try:
+        if manifest.is_file():
+            damage = checkpoints.damage(folder)
+            if damage is not None:
+                raise UserError(damage)
+            return read_index(manifest.name, manifest.read_text(encoding="utf-8"))
         paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != INDEX)
         files = {
             path.relative_to(folder).as_posix(): Entry(path.stat().st_size, checkpoints.sha256(path)) for path in paths

@@ -88,18 +88,21 @@ def test_no_whole_checkpoint_left_is_an_error_not_a_fresh_start(run_distributed,
 
 
 def _kinds_of_io_errors(run, config):
-    """What loading raises where the disk answers with errors: to reading files, and to listing them."""
+    """What loading raises where the disk answers with errors: to reading the last one's files, and to listing all."""
     from plt_megatron.errors import UserError
     from plt_megatron.run_folder import checkpoints
     from plt_megatron.train.checkpoint.loading import load_checkpoint
 
-    engine, kinds = jobs.build(config), []
+    def read(path):
+        if path.parent.name == "step_00000001":
+            return sha256(path)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    engine, kinds, sha256 = jobs.build(config), [], checkpoints.sha256
     for name in ("sha256", "candidates"):
-        with mock.patch.object(checkpoints, name, side_effect=OSError(errno.EIO, os.strerror(errno.EIO), "file")):
-            try:
-                load_checkpoint(engine, run)
-            except UserError as error:
-                kinds.append(type(error).__name__)
+        with mock.patch.object(checkpoints, name, read), pytest.raises(UserError) as raised:
+            load_checkpoint(engine, run)
+        kinds.append(raised.type.__name__)
     return kinds
 
 

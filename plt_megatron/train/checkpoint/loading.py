@@ -115,7 +115,8 @@ def _find(path: Path) -> tuple[Path, dict[str, Any]]:
     candidates = on_rank_0(partial(checkpoints.candidates, path))
     damages: list[str] = []
     for candidate in candidates:
-        problem = first_of_all_ranks(checkpoints.damage(candidate, dist.get_rank(), dist.get_world_size()))
+        check = partial(checkpoints.damage, candidate, dist.get_rank(), dist.get_world_size())
+        problem = first_of_all_ranks(_agree(candidate, check))
         if problem is None:
             if damages:
                 say(f"using {candidate} instead")
@@ -126,8 +127,7 @@ def _find(path: Path) -> tuple[Path, dict[str, Any]]:
         damages.append(problem)
         if len(candidates) > 1:
             say(problem, logging.WARNING)
-    failure = AttemptFailed if any(checkpoints.UNREADABLE in each for each in damages) else UserError
-    raise failure(damages[0] if len(damages) == 1 else f"{path}: no complete checkpoint there")
+    raise UserError(damages[0] if len(damages) == 1 else f"{path}: no complete checkpoint there")
 
 
 def _tell_differences(engine: Engine, progress: dict[str, Any]) -> None:
