@@ -127,21 +127,28 @@ class Metrics(Callback):
         self._wandb: Any = None
 
     def _open_wandb(self, project: str) -> Any:
-        """Open the run folder's one W&B run, however often the run is restarted."""
+        """Open the run folder's one W&B run, however often the run is restarted; offline if the service refuses."""
         require("logging.wandb_project", "wandb")
         import wandb
 
         config, folder = self.run.config, self.run.folder
         if not folder.wandb_id_file.exists():
             write_text(folder.wandb_id_file, secrets.token_hex(8) + "\n")
-        opened = wandb.init(
-            project=project,
-            id=folder.wandb_id_file.read_text(encoding="ascii").strip(),
-            name=config.name,
-            dir=str(folder.path),
-            config=dataclasses.asdict(config),
-            resume="allow",
-        )
+        settings: dict[str, Any] = {
+            "project": project,
+            "id": folder.wandb_id_file.read_text(encoding="ascii").strip(),
+            "name": config.name,
+            "dir": str(folder.path),
+            "config": dataclasses.asdict(config),
+            "resume": "allow",
+        }
+        try:
+            opened = wandb.init(**settings)
+        except wandb.Error as error:  # no network, no key, or a wrong one
+            later = f"`wandb sync {folder.path}/wandb/offline-run-*` sends it later"
+            self.run.say(f"warning: Weights & Biases: {str(error).partition('\n')[0]}; logging offline, {later}")
+            wandb.teardown()  # its service holds the run's id
+            opened = wandb.init(**settings, mode="offline")
         # Our own axis: W&B drops values logged at an earlier step than its own, as after a rollback.
         for kind in ("train", "validation", "evaluation"):
             opened.define_metric(f"{kind}/*", step_metric="step")

@@ -70,11 +70,20 @@ def test_a_run_that_does_not_start_leaves_nothing(tmp_path):
 class WandB:
     """As much of W&B as is used: runs by id, and its rule that a log at a step already passed is dropped."""
 
-    def __init__(self) -> None:
+    def __init__(self, unreachable: bool = False) -> None:
+        self.unreachable, self.held = unreachable, set[str]()
+        self.teardown = self.held.clear
         self.runs: dict[str, list[dict]] = {}
         self.axes: dict[str, str] = {}
 
-    def init(self, *, id: str, resume: str, **settings) -> SimpleNamespace:
+    class Error(Exception):
+        pass
+
+    def init(self, *, id: str, resume: str, mode: str | None = None, **settings) -> SimpleNamespace:
+        assert id not in self.held, "run ID is in use"
+        if self.unreachable and mode != "offline":
+            self.held.add(id)
+            raise self.Error("timed out\nwhile retrying")
         logged = self.runs.setdefault(id, [])
         assert resume == "allow" and settings["project"] == "loops"
 
@@ -101,6 +110,15 @@ def test_wandb_has_one_run_a_folder_and_all_of_its_steps(tmp_path, monkeypatch):
     one, other = wandb.runs.values()
     assert [numbers["step"] for numbers in one] == [1, 2, 3, 2, 3] and len(other) == 1
     assert all(wandb.axes[f"{tag.split('/')[0]}/*"] == "step" for numbers in one for tag in numbers if tag != "step")
+
+
+def test_wandb_that_cannot_be_reached_logs_offline(tmp_path, monkeypatch):
+    wandb, run = WandB(unreachable=True), a_run(tmp_path, wandb_project="loops")
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    started(run).on_record(record(1))
+    assert [len(logged) for logged in wandb.runs.values()] == [1]
+    (line,) = run.said
+    assert line.startswith("warning: Weights & Biases: timed out; logging offline, `wandb sync ")
 
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
