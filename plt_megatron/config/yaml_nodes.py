@@ -64,7 +64,9 @@ def compose(text: str, name: str) -> yaml.Node | None:
     try:
         loader = _LOADER(_Named(text, name))
         try:
-            return typing.cast("yaml.Node | None", loader.get_single_node())
+            node = loader.get_single_node()
+            _refuse_loops(node, ())
+            return typing.cast("yaml.Node | None", node)
         finally:
             loader.dispose()
     except RecursionError as error:
@@ -76,6 +78,16 @@ def compose(text: str, name: str) -> yaml.Node | None:
         at = where_mark(mark) if mark else name
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{at}: not valid YAML: {problem}") from error
+
+
+def _refuse_loops(node: object, above: tuple[object, ...]) -> None:
+    """Raise `UserError` if an alias stands for a node that it lies in."""
+    if isinstance(node, yaml.CollectionNode):
+        if node in above:
+            raise UserError(f"{where(node)}: an alias inside this stands for all of it: write out what it means there")
+        for part in node.value:
+            for inner in part if isinstance(part, tuple) else (part,):
+                _refuse_loops(inner, (*above, node))
 
 
 def items(node: yaml.Node, what: str = "") -> list[tuple[str, yaml.Node, str]]:

@@ -145,6 +145,7 @@ def test_bad_includes_are_named(write, tmp_path):
         ),
         ("model: {<<: {num_layers: 3}}\n", "unknown key model.<<"),
         ("[1]: 3\n", "expected a setting's name"),
+        ("deepspeed: {config: &all {a: *all}}\n", ":1: an alias inside this stands for all of it"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_known_one(write, text, expected):
