@@ -5,6 +5,7 @@ The checks are cheap: they run before torch and transformers are imported, which
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import os
@@ -16,6 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from plt_megatron.errors import UserError, run_command
 from plt_megatron.run_folder.checkpoints import candidates
@@ -39,6 +42,7 @@ def published_folder(target: Path) -> Iterator[Path]:
         UserError: `target` exists, or the disk cannot be written to.
     """
     check_target(target)
+    _remove_leftovers(target)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         temporary.mkdir(parents=True)
@@ -49,6 +53,14 @@ def published_folder(target: Path) -> Iterator[Path]:
         raise UserError(f"{error.filename or target}: {error.strerror or error}; nothing is written") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what processes that were killed while they wrote `target` left; in a container one may have had our id."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
+        process = path.suffixes[-2][1:]
+        if process.isdecimal() and (int(process) == os.getpid() or not psutil.pid_exists(int(process))):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def check_model(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -175,6 +176,8 @@ def test_nothing_is_overwritten_and_nothing_left_behind(runs, monkeypatch, capsy
         quiet(["mine@2", "mine@4"], Path("taken"))
     monkeypatch.setattr(averaging, "_mean", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error", "x")))
     before = sorted(Path().iterdir())
+    Path(f".out.{os.getpid()}.partial").mkdir()  # as of a killed process of this id, and of one that is gone
+    Path(f".out.{2**31 - 1}.partial").mkdir()
     assert command.main(["mine@2", "mine@4", "--output", "out"]) == 2
     assert capsys.readouterr().err == "error: x: Input/output error; nothing is written\n"
     assert sorted(Path().iterdir()) == before
