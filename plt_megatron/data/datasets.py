@@ -161,26 +161,27 @@ def make_sample(
     begins, including the sample's first token. Positions restart there, and the loss mask is 0 where the label belongs
     to the next document, as after each end-of-document token: nothing predicts the start of an unrelated document.
     `masked_token` also zeroes the loss mask at each such token, like megatron-core's `eod_mask_loss`; `counted`,
-    uint8 [s + 1], zeroes it where the label is a token that does not count (see `indexed`).
+    uint8 [s + 1], zeroes it where the label is a token that does not count (see `indexed`). With both, `masked_token`
+    zeroes it where the label begins a document: in conversations that token may end each message.
     """
     tokens = torch.from_numpy(text[:-1].astype(np.int64))
     labels = torch.from_numpy(text[1:].astype(np.int64))
     size = len(text) - 1
     loss_mask = torch.ones(size, dtype=torch.float32)
-    if masked_token is not None:
-        loss_mask[tokens == masked_token] = 0.0
-    if counted is not None:
-        loss_mask *= torch.from_numpy(counted[1:].astype(np.float32))
-    positions = torch.arange(size)
-    sample = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": positions}
-    if not reset:
-        return sample
     starts = torch.zeros(size + 1, dtype=torch.bool)
     begin = 0
     for length in document_lengths:
         starts[begin] = True
         begin += int(length)
     assert begin == size + 1, "the document parts must add up to the sample"
+    if masked_token is not None:
+        loss_mask[tokens == masked_token if counted is None else starts[1:]] = 0.0
+    if counted is not None:
+        loss_mask *= torch.from_numpy(counted[1:].astype(np.float32))
+    positions = torch.arange(size)
+    sample = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": positions}
+    if not reset:
+        return sample
     loss_mask[starts[1:]] = 0.0
     starts = starts[:-1].clone()
     last_start = torch.cummax(torch.where(starts, positions, 0), dim=0).values
@@ -311,8 +312,9 @@ def _build_index(
     settings = settings_of(data, tokenizer, seed)
     for share in shares:
         rearranged = settings is not None and share.part == "train" and settings.rates[os.path.abspath(share.path)] > 0
-        setting = "data.fim.rate" if rearranged else "data.eod_mask_loss" if data.eod_mask_loss else None
-        if rearranged and has_mask(share.path):
+        masked = has_mask(share.path)
+        setting = "data.fim.rate" if rearranged else "data.eod_mask_loss" if data.eod_mask_loss and not masked else None
+        if rearranged and masked:
             raise UserError(
                 f"data.fim.rate: {mask_path(share.path)} does not fit rearranged documents: set the source's fim_rate "
                 "to 0"

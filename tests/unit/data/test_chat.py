@@ -263,6 +263,16 @@ def test_samples_count_what_the_mask_says(kind: str, reset: bool, tmp_path: Path
     assert len(seen) == len(sources)
 
 
+def test_a_token_that_ends_messages_does_not_end_conversations(chatml: Path, tmp_path: Path) -> None:
+    """As ChatML's, which a newline follows: `data.eod_mask_loss` leaves out a conversation's first token alone."""
+    tokenizer = load_tokenizer(chatml)
+    prefix = write_source(tmp_path / "one", np.tile([9, tokenizer.eod, 9, tokenizer.eod, 8], 50), np.full(50, 5))
+    np.ones(250, np.uint8).tofile(indexed.mask_path(prefix))
+    data = DataConfig(sources=[DataSource(prefix)], sequence_length=16, split="100,0,0", eod_mask_loss=True)
+    item = build(data, (8, 0, 0), tmp_path / "cache", tokenizer).train[0]
+    assert item["loss_mask"].tolist() == (item["tokens"] != 8).float().tolist()
+
+
 def test_a_mask_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     source = masked_source(tmp_path / "one", 1)
     data = DataConfig(sources=[source], sequence_length=16, split="100,0,0")
