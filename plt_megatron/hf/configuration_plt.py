@@ -240,6 +240,10 @@ class PLTConfig(PreTrainedConfig):
             return range(1, loop_count)
         return range(self.full_loops(loop_count).start)
 
+    def loops_with_keys(self, loop_count: int) -> int:
+        """Return how many loops of a pass, counted from the first, use their own keys or values."""
+        return loop_count if self.gated_window or not self.shares_values else 1
+
     @property
     def shares_values(self) -> bool:
         """Whether loops >= 2 attend to the first loop's values, not only to its keys or to neither."""

@@ -344,12 +344,11 @@ class PLTCache(Cache):
         full, windows = config.full_loops(self.loop_count), config.window_loops(self.loop_count)
         key_loops = range(1) if config.share_kv else full
         value_loops = range(1) if config.shares_values else full
-        own = self.loop_count if config.gated_window or not config.shares_values else 1  # loops whose keys are used
         layers = []
         for index in range(config.num_hidden_layers):
             loops = index in config.looped_layers
             kept = (key_loops, value_loops, windows) if loops else (range(1), range(1), range(0))
-            carry = PLTCarry(own if loops else 1, PLTKeyShift.width(config))
+            carry = PLTCarry(config.loops_with_keys(self.loop_count) if loops else 1, PLTKeyShift.width(config))
             layers.append(PLTCacheLayer(*kept, config.window_size, carry, max_cache_len))
         super().__init__(layers=layers)
         self.static_length = max_cache_len

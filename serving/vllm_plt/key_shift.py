@@ -21,11 +21,6 @@ def previous_rows(rows: torch.Tensor, starts: torch.Tensor, carried: torch.Tenso
     return before[:-1]
 
 
-def loops_with_keys(config: PLTConfig, loops: int) -> int:
-    """Return how many loops, counted from the first, use their own keys or values."""
-    return loops if config.gated_window or not config.shares_values else 1
-
-
 class KeyCarry:
     """The previous tokens' keys that a pass reads, layer by layer, and the keys that it hands on.
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from vllm_plt.carry import CODA_KEYS, HIDDEN, KEYS, PRELUDE_KEYS, Carry
-from vllm_plt.key_shift import loops_with_keys, previous_rows
+from vllm_plt.key_shift import previous_rows
 from vllm_plt.layers import PLTDecoderLayer
 from vllm_plt.lora import RowAdapters
 from vllm_plt.memory import say_what_chunks_cost
@@ -131,7 +131,7 @@ class PLTModel(nn.Module):
             states[HIDDEN] = (loops - 1, config.hidden_size)
         if attention.key_shift is not None:
             width, first, end = attention.key_shift.width, self.looped.start, self.looped.stop
-            states[KEYS] = (loops_with_keys(config, loops), len(self.looped) * width)
+            states[KEYS] = (config.loops_with_keys(loops), len(self.looped) * width)
             once = {PRELUDE_KEYS: (1, first * width), CODA_KEYS: (1, (layers - end) * width)}
             states |= {kind: state for kind, state in once.items() if state[1]}
         return Carry(states, loops, attention.attn, prefix, (2 * loops - 1) * layers, vllm_config) if states else None
