@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.distributed.pool import WorkerPool
+from tests.fuzz.branch import Branch
 from tests.fuzz.parity import Parity
 from tests.fuzz.refusals import Refusals
 from tests.fuzz.resume import Resume
@@ -24,7 +25,7 @@ class Pools:
 
 
 KINDS: dict[str, type[Kind]] = {
-    kind.name: kind for kind in (Parity, Refusals, Resume, RoundTrip, TransformerEngine, Fp8)
+    kind.name: kind for kind in (Parity, Refusals, Resume, RoundTrip, Branch, TransformerEngine, Fp8)
 }
 
 

@@ -30,7 +30,7 @@ from tests.fuzz.search import Kind
 STEPS = 8
 TOLERANCE = 2e-4  # of another layout, after so many steps
 ROUNDING = 0.2  # of it, by which layouts that nothing disturbs may differ
-_SECTIONS = ("model", "parallel", "data", "training", "optimizer", "validation", "checkpoint")
+_SECTIONS = ("model", "parallel", "data", "training", "optimizer", "validation", "checkpoint", "logging")
 _LEG, _BAD = "leg.", "bad."  # settings of a case that are none of a configuration
 _LAYOUTS: tuple[dict[str, Any], ...] = (
     {},

@@ -94,7 +94,7 @@ def test_an_error_of_the_code_is_a_finding():
 def test_one_case_of_each_kind():
     search = [sys.executable, "-m", "tests.fuzz", "--seed", "1", "--cases", "1", "--no-shrink"]
     done = run(search, timeout=3600)
-    assert "1 parity, 1 refusals, 1 resume, 1 round_trip" in done.stdout and "nothing found" in done.stdout
+    assert "1 parity, 1 refusals, 1 resume, 1 round_trip, 1 branch" in done.stdout and "nothing found" in done.stdout
 
 
 def test_a_chaotic_run_is_compared_until_it_is_one():
