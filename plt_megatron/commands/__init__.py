@@ -11,12 +11,20 @@ import importlib
 import keyword
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType, TracebackType
 from typing import Any, NoReturn
 
 import plt_megatron
-from plt_megatron.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, hear_every_interrupt, prepare_streams, print_error
+from plt_megatron.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    UserError,
+    hear_every_interrupt,
+    prepare_streams,
+    print_error,
+    run_command,
+)
 
 # What `plt --help` shows.
 GROUPS = {
@@ -72,6 +80,11 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(prog=f"plt {name}".strip(), **options)
         self.add_argument("--version", action="version", version=f"plt-megatron {plt_megatron.__version__}")
 
+    def add_config(self, example: str = "model.loop_count=3") -> None:
+        """Add a run's configuration, `config`, and settings to change, `overrides`."""
+        self.add_argument("config", metavar="CONFIG.yaml", help="a run configuration, as in configs/runs")
+        self.add_argument("overrides", nargs="*", metavar="key=value", help=f"a setting to change, as in {example}")
+
     def parse_known_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse as argparse does; an argument that is not UTF-8 is an error."""
         prepare_streams()
@@ -86,6 +99,42 @@ class CommandParser(argparse.ArgumentParser):
         """Print one line, like every other error, instead of the usage, and exit with status 2."""
         print_error(f"{' '.join(message.split())}; see {self.prog} --help")
         sys.exit(EXIT_USER_ERROR)
+
+
+def command(
+    name: str,
+    description: str | None,
+    add_arguments: Callable[[CommandParser], None],
+    work: Callable[[argparse.Namespace], int | None],
+    *,
+    interrupted: str = "interrupted",
+) -> Callable[[Sequence[str]], int]:
+    """Return the `main` of a command.
+
+    Args:
+        work: takes the parsed arguments, and returns the exit status or, for 0, None. An `argparse.ArgumentError` that
+            it raises ends like any other error in the arguments.
+        interrupted: the line that Ctrl-C prints.
+    """
+
+    def main(argv: Sequence[str]) -> int:
+        parser = CommandParser(name, description=description)
+        add_arguments(parser)
+        arguments = parser.parse_intermixed_args(argv)
+        try:
+            return run_command(lambda: work(arguments), interrupted)
+        except argparse.ArgumentError as error:
+            parser.error(str(error))
+
+    return main
+
+
+def check_at_least(arguments: argparse.Namespace, **least: int) -> None:
+    """Raise `UserError` if an option that is given is too small. `least`: the smallest value, by the option's name."""
+    for name, smallest in least.items():
+        value = getattr(arguments, name)
+        if value is not None and value < smallest:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {smallest:,}, got {value:,}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,30 +8,31 @@ they are; checkpoints, exports, logs, figures and reports are left out. The same
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
 from pathlib import Path
 
-from plt_megatron.commands import CommandParser
-from plt_megatron.errors import UserError, run_command
+from plt_megatron.commands import CommandParser, command
+from plt_megatron.errors import UserError
 from plt_megatron.run_folder.archive import ARCHIVE, write_archive
 
 
-def main(argv: Sequence[str]) -> int:
-    parser = CommandParser("archive", description=__doc__)
+def _arguments(parser: CommandParser) -> None:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of a sweep or study, or of several")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder for the archive; may be FOLDER")
-    arguments = parser.parse_args(argv)
-    return run_command(lambda: _archive(arguments.folder, arguments.output))
 
 
-def _archive(folder: Path, output: Path) -> None:
+def _archive(arguments: argparse.Namespace) -> None:
     from plt_megatron.experiments.records import note_finished, state_of
     from plt_megatron.experiments.sweep_plan import FILE_NAME, load_plan
 
+    folder, target = arguments.folder, arguments.output / ARCHIVE
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     for plan in sorted(folder.rglob(FILE_NAME)):
         # The archive has no checkpoints: what ran as a Slurm job is known as finished by this note alone.
         note_finished(run for run in load_plan(plan.parent).runs if state_of(run) == "finished")
-    count = write_archive(folder, output / ARCHIVE)
-    print(f"{output / ARCHIVE}: {count} files, {(output / ARCHIVE).stat().st_size:,} bytes")
+    count = write_archive(folder, target)
+    print(f"{target}: {count} files, {target.stat().st_size:,} bytes")
+
+
+main = command("archive", __doc__, _arguments, _archive)

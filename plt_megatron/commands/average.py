@@ -10,18 +10,13 @@ The output is laid out like a run's folder: plt export reads it, and a run start
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
-from plt_megatron.commands import CommandParser
+from plt_megatron.commands import CommandParser, command
 
 
-def _parser() -> CommandParser:
-    parser = CommandParser(
-        "average",
-        description=__doc__,
-        epilog="The output appears complete or not at all. Exit status: 0 written, 2 something for you to fix.",
-    )
+def _arguments(parser: CommandParser) -> None:
+    parser.epilog = "The output appears complete or not at all. Exit status: 0 written, 2 something for you to fix."
     parser.add_argument(
         "sources",
         nargs="+",
@@ -41,12 +36,13 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--dtype", dest="precision", choices=("fp32", "bf16"), help="output precision (default: the last checkpoint's)"
     )
-    return parser
 
 
 def _average(arguments: argparse.Namespace) -> None:
+    from plt_megatron.hf.arguments import prepare_conversion
     from plt_megatron.hf.averaged_checkpoints import AverageOptions, find_checkpoints
 
+    prepare_conversion()
     options = AverageOptions(**vars(arguments))
     find_checkpoints(options)
     from plt_megatron.hf.averaging import average
@@ -57,8 +53,4 @@ def _average(arguments: argparse.Namespace) -> None:
     print(f"start a run from it with checkpoint.load={result.output} checkpoint.weights_only=true")
 
 
-def main(argv: Sequence[str]) -> int:
-    arguments = _parser().parse_args(argv)
-    from plt_megatron.hf.arguments import run_conversion
-
-    return run_conversion(lambda: _average(arguments))
+main = command("average", __doc__, _arguments, _average, interrupted="interrupted: nothing is written")

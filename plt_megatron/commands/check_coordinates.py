@@ -8,29 +8,22 @@ Trains tiny variants of the configuration for a few steps on random tokens, in s
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
-from plt_megatron.commands import CommandParser
-from plt_megatron.errors import run_command
+from plt_megatron.commands import CommandParser, check_at_least, command
 
 AXES = ("width", "depth", "loops")
 
 
-def main(argv: Sequence[str]) -> int:
-    parser = CommandParser("check-coordinates", description=__doc__)
-    parser.add_argument("config", help="a run's configuration")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+def _arguments(parser: CommandParser) -> None:
+    parser.add_config()
     parser.add_argument("--axes", nargs="+", choices=AXES, default=AXES, help="what to vary (default: all)")
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps (default 5)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write a plot to this .png, .svg or .pdf file")
-    arguments = parser.parse_intermixed_args(argv)
-    if arguments.steps < 1:
-        parser.error(f"--steps must be at least 1, got {arguments.steps}")
-    return run_command(lambda: _check(arguments))
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    check_at_least(arguments, steps=1)
     import logging
 
     from plt_megatron.config.loader import load_config
@@ -49,3 +42,6 @@ def _check(arguments: argparse.Namespace) -> int:
         plot(results, arguments.output)
         print(arguments.output)
     return 0 if all(result.is_flat for result in results) else 1
+
+
+main = command("check-coordinates", __doc__, _arguments, _check)

@@ -12,10 +12,9 @@ import argparse
 import contextlib
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from plt_megatron.commands import COMMANDS, CommandParser, load
-from plt_megatron.errors import run_command
+from plt_megatron.commands import COMMANDS, CommandParser, command, load
 
 # `_plt_words COMMAND WORD` prints the candidates for WORD; an empty COMMAND stands for plt's first argument.
 _WORDS = """\
@@ -47,11 +46,8 @@ compdef _plt plt
 }
 
 
-def main(argv: Sequence[str]) -> int:
-    parser = CommandParser("completion", description=__doc__)
+def _arguments(parser: CommandParser) -> None:
     parser.add_argument("shell", choices=sorted(_FRONT))
-    arguments = parser.parse_args(argv)
-    return run_command(lambda: _print(arguments))
 
 
 def _print(arguments: argparse.Namespace) -> None:
@@ -79,3 +75,6 @@ def _help(name: str) -> str:
     with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
         load(name).main(["--help"])
     return shown.getvalue()
+
+
+main = command("completion", __doc__, _arguments, _print)

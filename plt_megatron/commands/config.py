@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
-from plt_megatron.commands import CommandParser
-from plt_megatron.errors import run_command
+from plt_megatron.commands import CommandParser, command
 
 
-def _parser() -> CommandParser:
-    parser = CommandParser(
-        "config",
-        description=__doc__,
-        epilog="Run folders and checkpoints do not need this: they are read whatever version wrote them.",
-    )
+def _arguments(parser: CommandParser) -> None:
+    parser.epilog = "Run folders and checkpoints do not need this: they are read whatever version wrote them."
     parser.add_argument("action", choices=["upgrade"], help="upgrade: rewrite the files, keeping comments")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a run's configuration, or part of one")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file has old names")
-    return parser
 
 
 def _upgrade(arguments: argparse.Namespace) -> int:
@@ -41,6 +34,4 @@ def _upgrade(arguments: argparse.Namespace) -> int:
     return 1 if old and arguments.check else 0
 
 
-def main(argv: Sequence[str]) -> int:
-    arguments = _parser().parse_args(argv)
-    return run_command(lambda: _upgrade(arguments))
+main = command("config", __doc__, _arguments, _upgrade)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from plt_megatron.commands import CommandParser
-from plt_megatron.errors import run_command
+from plt_megatron.commands import CommandParser, command
 
 
-def main(argv: Sequence[str]) -> int:
-    CommandParser("demo", description=__doc__, epilog="All output goes to .demo in the current folder.").parse_args(
-        argv
-    )
-    return run_command(_demo, "interrupted: run it again to continue")
+def _arguments(parser: CommandParser) -> None:
+    parser.epilog = "All output goes to .demo in the current folder."
 
 
-def _demo() -> None:
+def _demo(_: object) -> None:
     from plt_megatron.demo.run import run_demo
 
     run_demo()
+
+
+main = command("demo", __doc__, _arguments, _demo, interrupted="interrupted: run it again to continue")

@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from plt_megatron.commands import CommandParser
+from plt_megatron.commands import CommandParser, check_at_least, command
 from plt_megatron.data.formats import ReadOptions, describe_formats, open_inputs
-from plt_megatron.errors import UserError, run_command
 
 
-def _parser() -> CommandParser:
-    parser = CommandParser("diagnose", description=__doc__)
+def _arguments(parser: CommandParser) -> None:
     parser.add_argument(
         "model", type=Path, metavar="MODEL", help="a run's folder, a checkpoint of any layout, or a Hugging Face folder"
     )
@@ -58,7 +55,6 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )
-    return parser
 
 
 def _show_progress(done: int, total: int) -> None:
@@ -75,9 +71,7 @@ def _diagnose(arguments: argparse.Namespace) -> None:
     checks.check_file("--tokenizer", arguments.tokenizer)
     if not Path(f"{arguments.data}.idx").is_file() and not arguments.data.endswith((".bin", ".idx")):
         open_inputs([arguments.data], ReadOptions())
-    for name, least in (("max_tokens", 2), ("sequence_length", 2), ("seed", 0)):
-        if (value := getattr(arguments, name)) is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    check_at_least(arguments, max_tokens=2, sequence_length=2, seed=0)
     checks.prepare_imports()
     from plt_megatron.experiments.diagnostics.report import DiagnoseOptions, run_diagnosis
 
@@ -86,6 +80,4 @@ def _diagnose(arguments: argparse.Namespace) -> None:
     print(f"\n{result.folder}/index.html")
 
 
-def main(argv: Sequence[str]) -> int:
-    arguments = _parser().parse_args(argv)
-    return run_command(lambda: _diagnose(arguments))
+main = command("diagnose", __doc__, _arguments, _diagnose)

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 
-from plt_megatron.commands import CommandParser
-from plt_megatron.errors import run_command
+from plt_megatron.commands import CommandParser, command
 
 
-def main(argv: Sequence[str]) -> int:
-    parser = CommandParser("doctor", description=__doc__, epilog="Exit status: 0 if this machine can train, else 1.")
+def _arguments(parser: CommandParser) -> None:
+    parser.epilog = "Exit status: 0 if this machine can train, else 1."
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-    arguments = parser.parse_args(argv)
-    return run_command(lambda: _doctor(arguments))
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -25,3 +21,6 @@ def _doctor(arguments: argparse.Namespace) -> int:
     else:
         doctor.render(report)
     return 0 if report.can_train else 1
+
+
+main = command("doctor", __doc__, _arguments, _doctor)

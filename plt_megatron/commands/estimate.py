@@ -9,22 +9,13 @@ docs/estimates.md says how each figure is calculated and how far to trust it.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 
-from plt_megatron.commands import CommandParser
-from plt_megatron.errors import run_command
+from plt_megatron.commands import CommandParser, check_at_least, command
 
 
-def _parser() -> CommandParser:
-    parser = CommandParser(
-        "estimate",
-        description=__doc__,
-        epilog="Exit status: 0 done, 1 --search found no layout that fits, 2 something for you to fix.",
-    )
-    parser.add_argument("path", metavar="CONFIG.yaml", help="a run configuration, as in configs/runs")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="a setting to change, as in model.loop_count=3"
-    )
+def _arguments(parser: CommandParser) -> None:
+    parser.epilog = "Exit status: 0 done, 1 --search found no layout that fits, 2 something for you to fix."
+    parser.add_config()
     parser.add_argument("--gpu", default="h100", metavar="CARD", help="h100 (default), h200, a100, b200, l40s, cpu ...")
     parser.add_argument(
         "--layout", metavar="LAYOUT", help="as reports print it: 'TP2 SP PP4 CP2 DP8 MB1 full', 'TP2 DP8 ZeRO3 offload'"
@@ -32,33 +23,22 @@ def _parser() -> CommandParser:
     parser.add_argument("--nodes", type=int, metavar="N", help="default: as many as the layout asks for")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="default: 8")
     parser.add_argument(
-        "--context",
-        dest="context_length",
-        type=int,
-        metavar="TOKENS",
-        help="context length when decoding; default: the sequence length",
+        "--context", type=int, metavar="TOKENS", help="context length when decoding; default: the sequence length"
     )
     parser.add_argument(
-        "--batch",
-        dest="batch_size",
-        type=int,
-        default=1,
-        metavar="SEQUENCES",
-        help="batch size when decoding; default: 1",
+        "--batch", type=int, default=1, metavar="SEQUENCES", help="batch size when decoding; default: 1"
     )
     parser.add_argument("--search", action="store_true", help="propose layouts that fit on these cards, best first")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts that --search shows; default: 10")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    return parser
-
-
-def main(argv: Sequence[str]) -> int:
-    arguments = _parser().parse_intermixed_args(argv)
-    return run_command(lambda: _estimate(arguments))
 
 
 def _estimate(arguments: argparse.Namespace) -> int:
+    check_at_least(arguments, nodes=1, gpus_per_node=1, batch=1, context=1, top=1)
     from plt_megatron.data.tokenizer import load_tokenizer
     from plt_megatron.predict.report import print_estimate
 
     return print_estimate(arguments, lambda path: load_tokenizer(path).vocab_size)
+
+
+main = command("estimate", __doc__, _arguments, _estimate)

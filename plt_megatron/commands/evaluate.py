@@ -9,18 +9,13 @@ Hugging Face's cache: nothing is downloaded without --download. Python in the mo
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
-from plt_megatron.commands import CommandParser
+from plt_megatron.commands import CommandParser, command
 
 
-def _parser() -> CommandParser:
-    parser = CommandParser(
-        "evaluate",
-        description=__doc__,
-        epilog="Exit status: 0 evaluated, 2 something for you to fix.",
-    )
+def _arguments(parser: CommandParser) -> None:
+    parser.epilog = "Exit status: 0 evaluated, 2 something for you to fix."
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="a folder written by plt export")
     parser.add_argument("--tasks", required=True, type=_names, metavar="NAMES", help="task names, separated by commas")
     parser.add_argument("--include-path", type=Path, metavar="DIR", help="a folder of task files")
@@ -28,7 +23,6 @@ def _parser() -> CommandParser:
     parser.add_argument("--limit", type=int, metavar="N", help="rows of each task (default: all)")
     parser.add_argument("--chat", action="store_true", help="apply the tokenizer's chat template")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
-    return parser
 
 
 def _names(text: str) -> list[str]:
@@ -36,9 +30,14 @@ def _names(text: str) -> list[str]:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    if not arguments.tasks:
+        raise argparse.ArgumentError(None, "--tasks names no task")
+    if arguments.limit is not None and arguments.limit < 1:
+        raise argparse.ArgumentError(None, "--limit must be above 0")
     from plt_megatron.extras import require
     from plt_megatron.hf import arguments as checks
 
+    checks.prepare_conversion()
     require("plt evaluate", "lm_eval", "accelerate", "transformers")
     checks.check_export(arguments.model)
     checks.check_file("--include-path", arguments.include_path)
@@ -51,13 +50,4 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print(format_table([[name, f"{value:.4f}"] for name, value in scores.items()]))
 
 
-def main(argv: Sequence[str]) -> int:
-    parser = _parser()
-    arguments = parser.parse_args(argv)
-    if not arguments.tasks:
-        parser.error("--tasks names no task")
-    if arguments.limit is not None and arguments.limit < 1:
-        parser.error("--limit must be above 0")
-    from plt_megatron.hf.arguments import run_conversion
-
-    return run_conversion(lambda: _evaluate(arguments))
+main = command("evaluate", __doc__, _arguments, _evaluate, interrupted="interrupted: nothing is written")

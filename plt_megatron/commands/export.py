@@ -8,19 +8,14 @@ The folder then works with `AutoModelForCausalLM.from_pretrained(folder, trust_r
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
-from plt_megatron.commands import CommandParser
+from plt_megatron.commands import CommandParser, command
 from plt_megatron.run_folder.text import format_bytes, plural
 
 
-def _parser() -> CommandParser:
-    parser = CommandParser(
-        "export",
-        description=__doc__,
-        epilog="The output appears complete or not at all. Exit status: 0 written, 2 something for you to fix.",
-    )
+def _arguments(parser: CommandParser) -> None:
+    parser.epilog = "The output appears complete or not at all. Exit status: 0 written, 2 something for you to fix."
     parser.add_argument(
         "--checkpoint",
         required=True,
@@ -48,13 +43,13 @@ def _parser() -> CommandParser:
         help="run text through the training model and the export; fail if fp32 logits differ by more than 2e-5 of "
         "the largest",
     )
-    return parser
 
 
 def _export(arguments: argparse.Namespace) -> None:
     from plt_megatron.extras import require
     from plt_megatron.hf import arguments as checks
 
+    checks.prepare_conversion()
     require("plt export", "transformers")
     checks.check_target(arguments.output)
     checks.check_model(arguments.checkpoint)
@@ -67,8 +62,4 @@ def _export(arguments: argparse.Namespace) -> None:
     print(f"{result.output}: {result.tensors} tensors, {format_bytes(result.total_bytes)} in {files}")
 
 
-def main(argv: Sequence[str]) -> int:
-    arguments = _parser().parse_args(argv)
-    from plt_megatron.hf.arguments import run_conversion
-
-    return run_conversion(lambda: _export(arguments))
+main = command("export", __doc__, _arguments, _export, interrupted="interrupted: nothing is written")

@@ -10,15 +10,12 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from plt_megatron.commands import CommandParser
-from plt_megatron.errors import run_command
+from plt_megatron.commands import CommandParser, command
 
 
-def _parser() -> CommandParser:
-    parser = CommandParser("generate", description="Continue a text with an exported model.")
+def _arguments(parser: CommandParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="a folder written by plt export")
     parser.add_argument("--prompt", required=True)
     parser.add_argument(
@@ -27,22 +24,15 @@ def _parser() -> CommandParser:
     parser.add_argument("--max-new-tokens", type=int, default=100)
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     parser.add_argument("--seed", type=int, default=0)
-    return parser
-
-
-def main(argv: Sequence[str]) -> int:
-    parser = _parser()
-    arguments = parser.parse_args(argv)
-    if arguments.max_new_tokens < 1:
-        parser.error("--max-new-tokens must be above 0")
-    if not 0 <= arguments.temperature < math.inf:
-        parser.error("--temperature must be 0 or above")
-    if not 0 <= arguments.seed < 2**32:
-        parser.error("--seed must be from 0 to 4294967295")
-    return run_command(lambda: _generate(arguments))
 
 
 def _generate(arguments: argparse.Namespace) -> None:
+    if arguments.max_new_tokens < 1:
+        raise argparse.ArgumentError(None, "--max-new-tokens must be above 0")
+    if not 0 <= arguments.temperature < math.inf:
+        raise argparse.ArgumentError(None, "--temperature must be 0 or above")
+    if not 0 <= arguments.seed < 2**32:
+        raise argparse.ArgumentError(None, "--seed must be from 0 to 4294967295")
     from plt_megatron.hf.arguments import check_export, prepare_imports
 
     check_export(Path(arguments.model))
@@ -54,3 +44,6 @@ def _generate(arguments: argparse.Namespace) -> None:
     print(found.text)
     hint = "; the model has a chat template, which --chat applies" if found.has_chat_template > arguments.chat else ""
     print(f"[{found.seconds:.1f} s{hint}]", file=sys.stderr)
+
+
+main = command("generate", "Continue a text with an exported model.", _arguments, _generate)

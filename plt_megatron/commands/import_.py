@@ -9,22 +9,17 @@ A run starts from it with `include: ../../runs/qwen3/model.yaml` in its configur
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
-from plt_megatron.commands import CommandParser
+from plt_megatron.commands import CommandParser, command
 from plt_megatron.config.presets import LOOP_PRESETS
 from plt_megatron.errors import UserError
 from plt_megatron.hf.switches import IMPORT_OPTIONS
 from plt_megatron.run_folder.text import plural
 
 
-def _parser() -> CommandParser:
-    parser = CommandParser(
-        "import",
-        description=__doc__,
-        epilog="The output appears complete or not at all. Exit status: 0 written, 2 something for you to fix.",
-    )
+def _arguments(parser: CommandParser) -> None:
+    parser.epilog = "The output appears complete or not at all. Exit status: 0 written, 2 something for you to fix."
     parser.add_argument(
         "--model",
         required=True,
@@ -55,16 +50,15 @@ def _parser() -> CommandParser:
         choices=("fp32", "bf16"),
         help="precision of the weights (default: the files'; fp32 for fp16)",
     )
-    return parser
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    from plt_megatron.extras import require
-
-    require("plt import", "transformers")
     from plt_megatron.config import derived
+    from plt_megatron.extras import require
     from plt_megatron.hf import arguments as checks
 
+    checks.prepare_conversion()
+    require("plt import", "transformers")
     checks.check_target(arguments.output)
     if arguments.model.suffix == ".gguf":
         require("reading a GGUF file", "gguf", "safetensors")
@@ -92,8 +86,4 @@ def _import(arguments: argparse.Namespace) -> None:
     print(f"start from it with `include: {(result.output / MODEL_YAML).absolute()}`")
 
 
-def main(argv: Sequence[str]) -> int:
-    arguments = _parser().parse_args(argv)
-    from plt_megatron.hf.arguments import run_conversion
-
-    return run_conversion(lambda: _import(arguments))
+main = command("import", __doc__, _arguments, _import, interrupted="interrupted: nothing is written")

@@ -11,18 +11,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
 
-from plt_megatron.commands import CommandParser
-from plt_megatron.errors import UserError, run_command
+from plt_megatron.commands import CommandParser, check_at_least, command
 
 
-def _parser() -> CommandParser:
-    parser = CommandParser("inspect-data", description=__doc__)
-    parser.add_argument("config", metavar="CONFIG.yaml", help="a run configuration, as in configs/runs")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="a setting to change, as in data.sequence_length=512"
-    )
+def _arguments(parser: CommandParser) -> None:
+    parser.add_config("data.sequence_length=512")
     parser.add_argument("--part", choices=("train", "validation"), default="train", help="default: train")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="the N-th global batch, from 1; default: 1")
     parser.add_argument("--samples", type=int, default=4, metavar="N", help="samples of that batch to show; default: 4")
@@ -38,18 +32,10 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--span-tokens", type=int, default=50, metavar="N", help="shortest shared span to report; default: 50"
     )
-    return parser
-
-
-def main(argv: Sequence[str]) -> int:
-    arguments = _parser().parse_intermixed_args(argv)
-    return run_command(lambda: _inspect(arguments))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    for name, least in (("batch", 1), ("samples", 1), ("width", 0), ("span_tokens", 8)):
-        if getattr(arguments, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least:,}, got {getattr(arguments, name):,}")
+    check_at_least(arguments, batch=1, samples=1, width=0, span_tokens=8)
     from plt_megatron.config.loader import load_config
     from plt_megatron.config.validation import validate
     from plt_megatron.runtime.environment import quiet_imports
@@ -75,3 +61,6 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
         write_page(arguments.html, config, batch, found, inspector)
         print(f"\npage: {arguments.html}")
+
+
+main = command("inspect-data", __doc__, _arguments, _inspect)

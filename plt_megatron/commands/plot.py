@@ -8,27 +8,25 @@ One page, one color per run. Without --output the plot is metrics.png in the fir
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
-from plt_megatron.commands import CommandParser
-from plt_megatron.errors import run_command
+from plt_megatron.commands import CommandParser, command
 
 
-def main(argv: Sequence[str]) -> int:
-    parser = CommandParser("plot", description=__doc__)
+def _arguments(parser: CommandParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument("--output", type=Path, metavar="FILE", help="a .png, .svg or .pdf file")
     parser.add_argument("--labels", nargs="+", metavar="NAME", help="names of the runs; default: their folders' names")
-    arguments = parser.parse_args(argv)
-    if arguments.labels is not None and len(arguments.labels) != len(arguments.runs):
-        parser.error(f"{len(arguments.labels)} labels for {len(arguments.runs)} runs")
-    return run_command(lambda: _plot(arguments))
 
 
 def _plot(arguments: argparse.Namespace) -> None:
+    if arguments.labels is not None and len(arguments.labels) != len(arguments.runs):
+        raise argparse.ArgumentError(None, f"{len(arguments.labels)} labels for {len(arguments.runs)} runs")
     from plt_megatron.experiments.plots import plot_metrics
 
     output = arguments.output or arguments.runs[0] / "metrics.png"
     plot_metrics(arguments.runs, output, arguments.labels)
     print(output)
+
+
+main = command("plot", __doc__, _arguments, _plot)

@@ -8,22 +8,13 @@ docs/estimates.md says which problems it finds and which it cannot.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 
-from plt_megatron.commands import CommandParser
-from plt_megatron.errors import UserError, run_command
+from plt_megatron.commands import CommandParser, check_at_least, command
 
 
-def _parser() -> CommandParser:
-    parser = CommandParser(
-        "rehearse",
-        description=__doc__,
-        epilog="Exit status: 0 nothing found, 1 problems found, 2 something for you to fix.",
-    )
-    parser.add_argument("config", metavar="CONFIG.yaml", help="a run configuration, as in configs/runs")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="a setting to change, as in model.loop_count=3"
-    )
+def _arguments(parser: CommandParser) -> None:
+    parser.epilog = "Exit status: 0 nothing found, 1 problems found, 2 something for you to fix."
+    parser.add_config()
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="default: 1")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="default: 8")
     parser.add_argument("--gpu", default="h100", metavar="CARD", help="h100 (default), h200, a100, b200, l40s ...")
@@ -31,12 +22,6 @@ def _parser() -> CommandParser:
         "--processes", type=int, metavar="N", help="ranks to run at a time; default: the number of cores, at most 4"
     )
     parser.add_argument("--json", action="store_true", help="print JSON, with every call of every rank")
-    return parser
-
-
-def main(argv: Sequence[str]) -> int:
-    arguments = _parser().parse_intermixed_args(argv)
-    return run_command(lambda: _rehearse(arguments))
 
 
 def _rehearse(arguments: argparse.Namespace) -> int:
@@ -44,16 +29,13 @@ def _rehearse(arguments: argparse.Namespace) -> int:
     from plt_megatron.data.tokenizer import load_tokenizer
     from plt_megatron.predict.rehearsal.rehearse import rehearse
     from plt_megatron.predict.rehearsal.report import to_json, to_text
-    from plt_megatron.predict.run_estimate import known_vocab_size, tokenizer_vocab_size
+    from plt_megatron.predict.run_estimate import known_vocab_size
 
-    for name in ("nodes", "gpus_per_node", "processes"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
+    check_at_least(arguments, nodes=1, gpus_per_node=1, processes=1)
     config = load_config(arguments.config, arguments.overrides)
-    vocab_size = tokenizer_vocab_size(config, lambda path: load_tokenizer(path).vocab_size)
     found = rehearse(
         config,
-        known_vocab_size(config, vocab_size),
+        known_vocab_size(config, lambda path: load_tokenizer(path).vocab_size),
         world_size=arguments.nodes * arguments.gpus_per_node,
         gpu=arguments.gpu,
         gpus_per_node=arguments.gpus_per_node,
@@ -61,3 +43,6 @@ def _rehearse(arguments: argparse.Namespace) -> int:
     )
     print(to_json(found) if arguments.json else to_text(found))
     return 1 if found.problems else 0
+
+
+main = command("rehearse", __doc__, _arguments, _rehearse)

@@ -9,14 +9,11 @@ unfinished sweep, and says what is missing.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 
-from plt_megatron.commands import CommandParser
-from plt_megatron.errors import run_command
+from plt_megatron.commands import CommandParser, command
 
 
-def _parser() -> CommandParser:
-    parser = CommandParser("report", description=__doc__)
+def _arguments(parser: CommandParser) -> None:
     parser.add_argument("sweep", metavar="SWEEP_DIR", help="a folder made by plt sweep")
     parser.add_argument("--output", metavar="DIR", help="default: SWEEP_DIR/report")
     decode = parser.add_argument_group("decoding time")
@@ -30,10 +27,11 @@ def _parser() -> CommandParser:
         "--decode-prefill", type=int, default=128, metavar="N", help="tokens in the cache beforehand (default: 128)"
     )
     decode.add_argument("--decode-tokens", type=int, default=96, metavar="N", help="tokens to decode (default: 96)")
-    return parser
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    if min(arguments.decode_batch, arguments.decode_prefill, arguments.decode_tokens) < 1:
+        raise argparse.ArgumentError(None, "the sizes of the decoding measurement must be at least 1")
     from plt_megatron.extras import require
 
     require("plt report", "jinja2", "scipy", *(["transformers"] if arguments.measure_decode else []))
@@ -55,9 +53,4 @@ def _report(arguments: argparse.Namespace) -> None:
     print(f"report: {report.folder / PAGE}")
 
 
-def main(argv: Sequence[str]) -> int:
-    parser = _parser()
-    arguments = parser.parse_args(argv)
-    if min(arguments.decode_batch, arguments.decode_prefill, arguments.decode_tokens) < 1:
-        parser.error("the sizes of the decoding measurement must be at least 1")
-    return run_command(lambda: _report(arguments))
+main = command("report", __doc__, _arguments, _report)

@@ -9,26 +9,20 @@ Reads Slurm and the runs' folders; without Slurm, only the folders.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 
-from plt_megatron.commands import CommandParser
-from plt_megatron.errors import run_command
+from plt_megatron.commands import CommandParser, command
 
 
-def _parser() -> CommandParser:
-    parser = CommandParser("status", description="Show the state of runs, from Slurm and from their folders.")
+def _arguments(parser: CommandParser) -> None:
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders, or folders of runs; default: all")
     parser.add_argument("--output-dir", default="runs", metavar="DIR", help="folder of all runs; default: runs")
     parser.add_argument("--json", action="store_true", help="one JSON object per run")
-    return parser
-
-
-def main(argv: Sequence[str]) -> int:
-    arguments = _parser().parse_args(argv)
-    return run_command(lambda: _status(arguments))
 
 
 def _status(arguments: argparse.Namespace) -> None:
     from plt_megatron.slurm.status import report
 
     print(report(arguments.runs, arguments.output_dir, arguments.json))
+
+
+main = command("status", "Show the state of runs, from Slurm and from their folders.", _arguments, _status)

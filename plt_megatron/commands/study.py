@@ -11,18 +11,14 @@ stopped, so the same command continues a study. docs/sweeps.md describes the fil
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 
-from plt_megatron.commands import CommandParser, sweep
-from plt_megatron.errors import run_command
+from plt_megatron.commands import CommandParser, command, sweep
 
 
-def _parser() -> CommandParser:
-    parser = CommandParser(
-        "study",
-        description=__doc__,
-        epilog="Exit status: 0 decided, the budget spent, or submitted; 1 a run failed, 2 something for you to fix, 75 "
-        "stopped (the running runs saved their state).",
+def _arguments(parser: CommandParser) -> None:
+    parser.epilog = (
+        "Exit status: 0 decided, the budget spent, or submitted; 1 a run failed, 2 something for you to fix, 75 "
+        "stopped (the running runs saved their state)."
     )
     parser.add_argument("config", metavar="STUDY.yaml", help="a study, as in configs/studies")
     parser.add_argument(
@@ -35,19 +31,12 @@ def _parser() -> CommandParser:
     parser.add_argument("--report", action="store_true", help="report on the existing runs, and run nothing")
     parser.add_argument("--retry-failed", action="store_true", help="run failed runs again")
     sweep.add_options(parser)
-    return parser
-
-
-def main(argv: Sequence[str]) -> int:
-    parser = _parser()
-    arguments = parser.parse_intermixed_args(argv)
-    sweep.check_options(parser, arguments)
-    if arguments.report and (arguments.dry_run or arguments.retry_failed):
-        parser.error("--report runs nothing: leave out --dry-run and --retry-failed")
-    return run_command(lambda: _study(arguments))
 
 
 def _study(arguments: argparse.Namespace) -> int:
+    sweep.check_options(arguments)
+    if arguments.report and (arguments.dry_run or arguments.retry_failed):
+        raise argparse.ArgumentError(None, "--report runs nothing: leave out --dry-run and --retry-failed")
     from plt_megatron.extras import require
 
     require("plt study", "jinja2", "scipy")
@@ -57,3 +46,6 @@ def _study(arguments: argparse.Namespace) -> int:
     options = StudyOptions(**sweep.run_options(arguments), **own)
     budget = [f"budget={arguments.budget}"] if arguments.budget else []
     return run_study(arguments.config, [*arguments.settings, *budget], options)
+
+
+main = command("study", __doc__, _arguments, _study)

@@ -15,8 +15,8 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from plt_megatron.commands import CommandParser
-from plt_megatron.errors import UserError, run_command
+from plt_megatron.commands import CommandParser, command
+from plt_megatron.errors import UserError
 from plt_megatron.installation import ROOT
 from plt_megatron.run_folder.resuming import add_branch_options
 
@@ -26,12 +26,8 @@ if TYPE_CHECKING:
     from plt_megatron.slurm.submission import Options
 
 
-def _parser() -> CommandParser:
-    parser = CommandParser(
-        "submit",
-        description="Train a configuration on a Slurm cluster. Options override the cluster's profile.",
-        epilog="See docs/slurm.md.",
-    )
+def _arguments(parser: CommandParser) -> None:
+    parser.epilog = "See docs/slurm.md."
     parser.add_argument("arguments", nargs="*", metavar="CONFIG.yaml key=value", help="a run, and settings to change")
     add_branch_options(parser)
     size = parser.add_argument_group("the job")
@@ -57,12 +53,6 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--follow", action="store_true", help="show progress until the job ends; Ctrl-C leaves it running"
     )
-    return parser
-
-
-def main(argv: Sequence[str]) -> int:
-    arguments = _parser().parse_intermixed_args(argv)
-    return run_command(lambda: _submit(arguments))
 
 
 def _submit(arguments: argparse.Namespace) -> int:
@@ -93,7 +83,9 @@ def _rehearsed(config: RunConfig, vocab_size: int, resources: Resources) -> list
 
 def read_options(argv: Sequence[str]) -> Options:
     """Parse the options for a caller that supplies the runs and settings."""
-    arguments = _parser().parse_args(argv)
+    parser = CommandParser("submit", description="")
+    _arguments(parser)
+    arguments = parser.parse_args(argv)
     if arguments.arguments or arguments.follow or arguments.rehearse or arguments.dry_run:
         raise UserError(
             "--submit takes options of plt submit, but no configurations, settings, --rehearse, --follow or --dry-run"
@@ -108,3 +100,8 @@ def _options(arguments: argparse.Namespace) -> Options:
     words, _, _ = given.pop("arguments"), given.pop("follow"), given.pop("rehearse")
     config = None if arguments.array or arguments.branch_from or not words else words[0]
     return Options(config=config, overrides=words if config is None else words[1:], **given)
+
+
+main = command(
+    "submit", "Train a configuration on a Slurm cluster. Options override the cluster's profile.", _arguments, _submit
+)

@@ -12,19 +12,15 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Sequence
 from typing import Any
 
-from plt_megatron.commands import CommandParser, submit
-from plt_megatron.errors import run_command
+from plt_megatron.commands import CommandParser, command, submit
 
 
-def _parser() -> CommandParser:
-    parser = CommandParser(
-        "sweep",
-        description=__doc__,
-        epilog="Exit status: 0 done, 1 a run failed, 2 something for you to fix, 75 stopped (the running runs "
-        "saved their state).",
+def _arguments(parser: CommandParser) -> None:
+    parser.epilog = (
+        "Exit status: 0 done, 1 a run failed, 2 something for you to fix, 75 stopped (the running runs saved their "
+        "state)."
     )
     parser.add_argument("config", metavar="CONFIG.yaml", help="a sweep, as in configs/sweeps")
     parser.add_argument(
@@ -34,7 +30,6 @@ def _parser() -> CommandParser:
         help="a setting of the sweep (seeds=[1,2], match_budget=tokens, axes.model.loop_count=[1,2]) or of every run",
     )
     add_options(parser)
-    return parser
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -56,24 +51,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
 
 
-def check_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Exit with an error if options contradict each other."""
+def check_options(arguments: argparse.Namespace) -> None:
+    """Raise `ArgumentError` if options contradict each other."""
     if arguments.slurm != (arguments.cluster is not None):
-        parser.error("--slurm and --cluster NAME go together")
+        raise argparse.ArgumentError(None, "--slurm and --cluster NAME go together")
     if (arguments.max_concurrent is not None or arguments.submit) and not arguments.slurm:
-        parser.error("--max-concurrent and --submit are for --slurm; on this machine use --jobs")
+        raise argparse.ArgumentError(None, "--max-concurrent and --submit are for --slurm; on this machine use --jobs")
     if arguments.jobs < 1 or (arguments.max_concurrent or 1) < 1:
-        parser.error("--jobs and --max-concurrent must be at least 1")
-
-
-def main(argv: Sequence[str]) -> int:
-    parser = _parser()
-    arguments = parser.parse_intermixed_args(argv)
-    check_options(parser, arguments)
-    return run_command(lambda: _sweep(arguments))
+        raise argparse.ArgumentError(None, "--jobs and --max-concurrent must be at least 1")
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
+    check_options(arguments)
     from plt_megatron.experiments.sweep import RunOptions, run_sweep
 
     return run_sweep(arguments.config, arguments.settings, RunOptions(**run_options(arguments)))
@@ -88,3 +77,6 @@ def run_options(arguments: argparse.Namespace) -> dict[str, Any]:
             given += ["--max-concurrent", str(arguments.max_concurrent)]
         options["submit"] = submit.read_options(given)
     return options
+
+
+main = command("sweep", __doc__, _arguments, _sweep)

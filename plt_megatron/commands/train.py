@@ -14,9 +14,8 @@ import resource
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
 
-from plt_megatron.commands import CommandParser
+from plt_megatron.commands import CommandParser, command
 from plt_megatron.config import derived
 from plt_megatron.config.layout import layout_of, num_microbatches
 from plt_megatron.config.loader import dump_config, load_config
@@ -24,7 +23,7 @@ from plt_megatron.config.loop_schedule import LoopSchedule
 from plt_megatron.config.schedules import BatchSchedule, LengthSchedule
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import processes_on, validate
-from plt_megatron.errors import UserError, go_on_without_readers, run_command
+from plt_megatron.errors import UserError, go_on_without_readers
 from plt_megatron.installation import python_path
 from plt_megatron.predict.flops import run_flops_per_token
 from plt_megatron.predict.parameters import count_parameters
@@ -42,12 +41,10 @@ from plt_megatron.storage.queue import UploadQueue
 _OPEN_FILES = 128  # enough for a training process, as far as observed
 
 
-def _parser() -> CommandParser:
-    parser = CommandParser(
-        "train",
-        description="Train a configuration on this machine.",
-        epilog="The number of processes is tensor x pipeline x context x data parallel size. Unless set, the last is "
-        "as large as this machine's GPUs allow; without a GPU it is 1.",
+def _arguments(parser: CommandParser) -> None:
+    parser.epilog = (
+        "The number of processes is tensor x pipeline x context x data parallel size. Unless set, the last is as "
+        "large as this machine's GPUs allow; without a GPU it is 1."
     )
     parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="a run configuration, as in configs/runs")
     parser.add_argument(
@@ -56,15 +53,6 @@ def _parser() -> CommandParser:
     add_branch_options(parser)
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, and stop")
-    return parser
-
-
-def main(argv: Sequence[str]) -> int:
-    parser = _parser()
-    arguments = parser.parse_intermixed_args(argv)
-    if arguments.branch_from is None and (arguments.config is None or arguments.decay_steps is not None):
-        parser.error("give a CONFIG.yaml, or --branch-from RUN@STEP; --decay-steps goes with the latter")
-    return run_command(lambda: _train(arguments))
 
 
 def _load(arguments: argparse.Namespace) -> RunConfig:
@@ -75,6 +63,9 @@ def _load(arguments: argparse.Namespace) -> RunConfig:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    if arguments.branch_from is None and (arguments.config is None or arguments.decay_steps is not None):
+        words = "give a CONFIG.yaml, or --branch-from RUN@STEP; --decay-steps goes with the latter"
+        raise argparse.ArgumentError(None, words)
     config = _load(arguments)
     if arguments.print_config:
         print(dump_config(config), end="")
@@ -214,3 +205,6 @@ def _lengths(config: RunConfig) -> list[tuple[str, str]]:
 
 def _under(title: str, rows: list[str]) -> list[tuple[str, str]]:
     return [(title if number == 0 else "", row) for number, row in enumerate(rows)]
+
+
+main = command("train", "Train a configuration on this machine.", _arguments, _train)

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
 
-from plt_megatron.commands import CommandParser
+from plt_megatron.commands import CommandParser, command
 from plt_megatron.data.command_line import INPUT_HELP, add_reading_arguments, read_options
-from plt_megatron.errors import run_command
 
 
-def _parser() -> CommandParser:
-    parser = CommandParser(
-        "train-tokenizer",
-        description=__doc__,
-        epilog="Writes tokenizer.model, tokenizer.json and tokenizer_config.json, after checking on the corpus and on "
-        "hostile strings that all encode identically.",
+def _arguments(parser: CommandParser) -> None:
+    parser.epilog = (
+        "Writes tokenizer.model, tokenizer.json and tokenizer_config.json, after checking on the corpus and on "
+        "hostile strings that all encode identically."
     )
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=INPUT_HELP)
     parser.add_argument("--output", required=True, metavar="FOLDER", help="folder for the tokenizer")
@@ -50,10 +46,16 @@ def _parser() -> CommandParser:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     add_reading_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
-    return parser
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    for name, most in (("vocab_size", 10_000_000), ("max_sample_mb", 1 << 20), ("threads", 1024)):
+        value = getattr(arguments, name)
+        if not 1 <= value <= most:
+            raise argparse.ArgumentError(None, f"--{name.replace('_', '-')} must be from 1 to {most:,}, got {value}")
+    coverage = arguments.character_coverage
+    if not 0.98 <= coverage <= 1:  # sentencepiece's own limits
+        raise argparse.ArgumentError(None, f"--character-coverage must be from 0.98 to 1, got {coverage:g}")
     from plt_megatron.data.tokenizer_training import TrainingOptions, train_tokenizer
 
     result = train_tokenizer(
@@ -77,12 +79,4 @@ def _train(arguments: argparse.Namespace) -> None:
     print(result.summary)
 
 
-def main(argv: Sequence[str]) -> int:
-    parser = _parser()
-    arguments = parser.parse_args(argv)
-    for name, most in (("vocab_size", 10_000_000), ("max_sample_mb", 1 << 20), ("threads", 1024)):
-        if not 1 <= getattr(arguments, name) <= most:
-            parser.error(f"--{name.replace('_', '-')} must be from 1 to {most:,}, got {getattr(arguments, name)}")
-    if not 0.98 <= arguments.character_coverage <= 1:  # sentencepiece's own limits
-        parser.error(f"--character-coverage must be from 0.98 to 1, got {arguments.character_coverage:g}")
-    return run_command(lambda: _train(arguments))
+main = command("train-tokenizer", __doc__, _arguments, _train)

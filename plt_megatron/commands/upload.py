@@ -14,19 +14,14 @@ import argparse
 import signal
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
-from plt_megatron.commands import CommandParser
-from plt_megatron.errors import UserError, run_command
+from plt_megatron.commands import CommandParser, command
+from plt_megatron.errors import UserError
 
 
-def _parser() -> CommandParser:
-    parser = CommandParser(
-        "upload",
-        description=__doc__,
-        epilog="Exit status: 0 everything is there, 1 an upload of a run failed, 2 something for you to fix.",
-    )
+def _arguments(parser: CommandParser) -> None:
+    parser.epilog = "Exit status: 0 everything is there, 1 an upload of a run failed, 2 something for you to fix."
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a run's folder, or an export or a checkpoint")
     parser.add_argument(
         "--to",
@@ -38,10 +33,10 @@ def _parser() -> CommandParser:
         "--verify", action="store_true", help="read copies back from a bucket or folder and compare their SHA-256"
     )
     parser.add_argument("--waiting", action="store_true", help="upload only what a run's training has queued")
-    return parser
 
 
 def _upload(arguments: argparse.Namespace) -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     from plt_megatron.run_folder.folder import RunFolder
     from plt_megatron.storage.run_uploads import RunUploads, describe, upload_folder
 
@@ -66,7 +61,4 @@ def _upload(arguments: argparse.Namespace) -> int:
     return 0 if uploads.work(verify=arguments.verify) else 1
 
 
-def main(argv: Sequence[str]) -> int:
-    arguments = _parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    return run_command(lambda: _upload(arguments), "interrupted: the same command continues")
+main = command("upload", __doc__, _arguments, _upload, interrupted="interrupted: the same command continues")

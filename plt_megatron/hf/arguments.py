@@ -13,14 +13,14 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from plt_megatron.errors import UserError, run_command
+from plt_megatron.errors import UserError
 from plt_megatron.run_folder.checkpoints import candidates
 from plt_megatron.runtime.environment import quiet_imports
 
@@ -120,11 +120,10 @@ def parse_size(text: str) -> int:
     return size
 
 
-def run_conversion(convert: Callable[[], None]) -> int:
-    """Run a conversion, which never leaves partial output, and return the exit status."""
+def prepare_conversion() -> None:
+    """Prepare the imports of a command that leaves no partial output when it is terminated."""
     prepare_imports()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    return run_command(convert, "interrupted: nothing is written")
 
 
 def prepare_imports() -> None:

@@ -14,22 +14,15 @@ from plt_megatron.config.loop_schedule import LoopSchedule
 from plt_megatron.config.schedules import BatchSchedule
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
-from plt_megatron.predict.cards import GPUSpec, find_gpu_spec
+from plt_megatron.predict.cards import GIB, GPUSpec, find_gpu_spec
 from plt_megatron.predict.decode_cost import DecodeCost, decode_cost
 from plt_megatron.predict.flops import flops_of_loops
 from plt_megatron.predict.layout import layout_overrides, problems_on
 from plt_megatron.predict.parameters import count_parameters
-from plt_megatron.predict.run_estimate import (
-    USABLE_SHARE,
-    RunEstimate,
-    estimate_run,
-    known_vocab_size,
-    tokenizer_vocab_size,
-)
+from plt_megatron.predict.run_estimate import USABLE_SHARE, RunEstimate, estimate_run, known_vocab_size
 from plt_megatron.predict.search import Candidate, SearchResult, model_flops_share, search
 from plt_megatron.run_folder.text import format_bytes, format_duration, format_memory, format_table, plural
 
-GIB = 1 << 30
 UNITS = {"GiB": GIB, "MiB": 1 << 20}
 
 
@@ -40,16 +33,10 @@ def print_estimate(options: Namespace, tokenizer_size: Callable[[str], int]) -> 
     configurations that do not set it. Raises `UserError` on a configuration that validation refuses (without checking
     files on this machine).
     """
-    for name in ("nodes", "gpus_per_node", "batch_size", "context_length", "top"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(
-                f"--{name.replace('_', '-').removesuffix('-size').removesuffix('-length')} must be at least 1"
-            )
     world_size = None if options.nodes is None else options.nodes * options.gpus_per_node
     layout = layout_overrides(options.layout) if options.layout else []
-    config = load_config(options.path, layout + options.overrides)
-    vocab_size = known_vocab_size(config, tokenizer_vocab_size(config, tokenizer_size))
+    config = load_config(options.config, layout + options.overrides)
+    vocab_size = known_vocab_size(config, tokenizer_size)
     if options.search:
         return _answer_search(options, config, vocab_size, world_size or layout_of(config).world_size)
     problems = problems_on(config, world_size, find_gpu_spec(options.gpu).capability)
@@ -65,8 +52,8 @@ def print_estimate(options: Namespace, tokenizer_size: Callable[[str], int]) -> 
     decoding = decode_cost(
         config.model,
         vocab_size=vocab_size,
-        context_length=options.context_length or config.data.sequence_length,
-        batch_size=options.batch_size,
+        context_length=options.context or config.data.sequence_length,
+        batch_size=options.batch,
         gpu=options.gpu,
     )
     if options.json:
@@ -179,10 +166,10 @@ def _time_rows(config: RunConfig, estimate: RunEstimate, card: GPUSpec) -> list[
 
 
 def _decode_rows(options: Namespace, config: RunConfig, decoding: DecodeCost) -> list[list[str]]:
-    context = options.context_length or config.data.sequence_length
+    context = options.context or config.data.sequence_length
     rows = [
         ["decode step", f"{decoding.milliseconds:.3g} ms", f"bound by {decoding.bound}"],
-        ["", format_bytes(decoding.bytes), f"read for {plural(options.batch_size, 'sequence')} of {context:,} tokens"],
+        ["", format_bytes(decoding.bytes), f"read for {plural(options.batch, 'sequence')} of {context:,} tokens"],
         ["", f"{decoding.flops / 1e9:.3g} GFLOP", ""],
         ["KV cache", format_bytes(decoding.kv_cache_bytes), "per sequence"],
         ["other state", format_bytes(decoding.state_bytes), "per sequence: windows and carried states"],

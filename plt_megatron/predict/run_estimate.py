@@ -88,7 +88,7 @@ def estimate_run(
     `vocab_size`: the tokenizer's; None: `model.vocab_size`. `gpu` is one of `cards.card_names()`. Raises `UserError` if
     it is not, or if the vocabulary size is unknown.
     """
-    vocab_size = known_vocab_size(config, vocab_size)
+    vocab_size = vocab_size or known_vocab_size(config)
     layout = estimate_layout(config, world_size, on_cpu=gpu == "cpu")
     card = find_gpu_spec(gpu, min(gpus_per_node, layout.world_size))
     counted = count_parameters(config.model, vocab_size, layout.tensor)
@@ -149,20 +149,14 @@ def _with_batch(layout: Layout, global_batch_size: int) -> Layout:
     return dataclasses.replace(layout, microbatches=microbatches)
 
 
-def tokenizer_vocab_size(config: RunConfig, tokenizer_size: Callable[[str], int]) -> int | None:
-    """Return the vocabulary size of the configuration's tokenizer file, read by `tokenizer_size`; None if
-    `model.vocab_size` is set or there is no such file."""
-    tokenizer = config.data.tokenizer
-    if config.model.vocab_size is not None or tokenizer is None or not Path(tokenizer).is_file():
-        return None
-    return tokenizer_size(tokenizer)
+def known_vocab_size(config: RunConfig, tokenizer_size: Callable[[str], int] | None = None) -> int:
+    """Return the configuration's vocabulary size, else that of its tokenizer file, which `tokenizer_size` reads.
 
-
-def known_vocab_size(config: RunConfig, vocab_size: int | None = None) -> int:
-    """Return the vocabulary size to estimate with; `UserError` if neither argument nor configuration gives it."""
-    vocab_size = vocab_size or config.model.vocab_size
+    Raises `UserError` if neither is known."""
+    vocab_size, tokenizer = config.model.vocab_size, config.data.tokenizer
+    if vocab_size is None and tokenizer_size is not None and tokenizer is not None and Path(tokenizer).is_file():
+        vocab_size = tokenizer_size(tokenizer)
     if vocab_size is None:
-        tokenizer = config.data.tokenizer
         missing = f"the tokenizer {tokenizer} does not exist" if tokenizer else "there is no data.tokenizer"
         raise UserError(
             f"the vocabulary is unknown: {missing}; create the tokenizer, or set the size it will have, as in "
