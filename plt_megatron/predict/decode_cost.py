@@ -12,6 +12,7 @@ anyway.
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -150,8 +151,4 @@ def _first_batch(model: ModelConfig, vocab_size: int, context: int, card: GPUSpe
         high *= 2
         if high > MAX_BATCH:
             return None
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if costs(middle) else (middle, high)
-    return high
+    return bisect_left(range(high), True, lo=high // 2 + 1, key=costs)

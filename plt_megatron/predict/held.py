@@ -123,7 +123,6 @@ class Held:
 
     @property
     def in_matrices(self) -> int:
-        """Elements of all matrices."""
         return sum(matrix.size for rank in self.matrices for matrix in rank)
 
     @property
@@ -172,7 +171,6 @@ class Stage:
 
     @property
     def held(self) -> tuple[Held, Held]:
-        """`dense` and `experts`."""
         return self.dense, self.experts
 
 

@@ -106,7 +106,7 @@ _SIZES = {word: f"parallel.{setting}" for word, (_, setting) in DIMENSIONS.items
     "MB": "training.micro_batch_size",
     "ZERO": "deepspeed.zero_stage",
 }
-_RECOMPUTE = ("none", "selective", "full")
+RECOMPUTE = ("none", "selective", "full")
 
 
 def layout_overrides(text: str) -> list[str]:
@@ -137,7 +137,7 @@ def _meaning(word: str) -> dict[str, str]:
         return {"parallel.sequence_parallel": "true"}
     if word == "OFFLOAD":
         return {"deepspeed.offload_optimizer": "cpu"}
-    if word.lower() in _RECOMPUTE:
+    if word.lower() in RECOMPUTE:
         return {"parallel.recompute_granularity": word.lower()}
     raise UserError(
         f"--layout: {word} is not known; write it as in 'TP2 SP PP4 CP1 DP8 MB1 full' or 'TP2 DP8 ZeRO3 offload'"

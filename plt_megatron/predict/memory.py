@@ -218,7 +218,6 @@ COMPONENTS = (
 
 
 def estimate_memory(step: Step) -> list[MemoryEstimate]:
-    """Return one estimate per pipeline stage."""
     return [_stage_memory(step, stage) for stage in step.stages]
 
 

@@ -13,12 +13,11 @@ from plt_megatron.config.layout import layout_of
 from plt_megatron.config.rules.parallel import uneven_settings
 from plt_megatron.config.schema import ParallelConfig, RunConfig
 from plt_megatron.predict.cards import GPUSpec, find_gpu_spec
-from plt_megatron.predict.layout import problems_on
+from plt_megatron.predict.layout import RECOMPUTE, problems_on
 from plt_megatron.predict.run_estimate import RunEstimate, estimate_run
 
 MAX_MICRO_BATCH = 64
 MIN_CONTEXT_ROWS = 4096  # tokens of a sequence per rank: with fewer, little work hides context-parallel traffic
-RECOMPUTE = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)

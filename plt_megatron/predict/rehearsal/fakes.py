@@ -83,9 +83,6 @@ class _Message:
         self.log.add_wait(self.position)
         return True
 
-    def is_completed(self) -> bool:
-        return True
-
 
 def _note_waits(log: Log) -> None:
     for name in ("isend", "irecv"):

@@ -76,7 +76,6 @@ class Observer:
         self._count = None
 
     def after(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Record an operation that has run."""
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._hold(leaf)
@@ -103,11 +102,9 @@ class Observer:
         self._recomputing += self.log.phase.startswith("backward")
 
     def leave_layer(self) -> None:
-        """Note that this forward has ended."""
         self._recomputing -= self.log.phase.startswith("backward")
 
     def waits_for_device(self, what: str) -> None:
-        """Record that the host waits for the device."""
         self.waits[self.log.phase, f"{_place()}: {what}"] += 1
 
     # Memory.

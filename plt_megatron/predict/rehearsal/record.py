@@ -123,7 +123,6 @@ class Log:
         return self._keys[group]
 
     def add_objects(self, operation: str, group: dist.ProcessGroup | None) -> None:
-        """Record an exchange of Python objects."""
         group = group or dist.group.WORLD
         assert group is not None
         self.calls.append(Call(operation, described(group), self.key_of(group), phase=self.phase, work=self.work))

@@ -8,16 +8,14 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from plt_megatron.predict.cards import GIB
 from plt_megatron.predict.rehearsal.compare import sent_by_purpose
 from plt_megatron.predict.rehearsal.record import RankRecord
 from plt_megatron.predict.rehearsal.rehearse import NOT_SEEN, Rehearsal
 from plt_megatron.run_folder.text import format_bytes, format_table, plural
 
-_GB = 2**30
-
 
 def to_text(found: Rehearsal) -> str:
-    """Format everything as text."""
     layout = found.estimate.layout
     ranks = ", ".join(f"{record.rank} ({_place(record)})" for record in found.records)
     lines = [
@@ -82,8 +80,8 @@ def _place(record: RankRecord) -> str:
 
 def _memory(records: Sequence[RankRecord]) -> list[str]:
     names = list(dict.fromkeys(name for record in records for name in record.memory))
-    rows = [[name, *(f"{record.memory.get(name, 0) / _GB:.2f}" for record in records)] for name in names]
-    rows.append(["total", *(f"{record.peak / _GB:.2f}" for record in records)])
+    rows = [[name, *(f"{record.memory.get(name, 0) / GIB:.2f}" for record in records)] for name in names]
+    rows.append(["total", *(f"{record.peak / GIB:.2f}" for record in records)])
     peaks = ", ".join(dict.fromkeys(record.peak_phase for record in records))
     return [
         f"peak memory, GiB, by holder or phase of allocation (the peak is in {peaks})",

@@ -155,7 +155,6 @@ class PartOfOtherRank(OptimizerPart):
         """Do nothing: these tensors have no memory."""
 
     def parameter_parts(self) -> Iterator[tuple[Tensor, Any]]:
-        """See `OptimizerPart`."""
         for buffer in self.optimizer.buffers:
             owned: dict[Tensor, Any] = {}
             for bucket in buffer.buckets:
@@ -172,7 +171,6 @@ class PartOfOtherRank(OptimizerPart):
                 yield parameter, part
 
     def main_parameter(self, parameter: Tensor) -> Tensor:
-        """See `OptimizerPart`."""
         return torch.empty(self._sizes[parameter], device="meta")
 
     def _tensors(self, parameter: Tensor) -> dict[str, Tensor]:
