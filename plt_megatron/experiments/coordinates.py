@@ -95,7 +95,6 @@ def verdict(result: Result) -> str:
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
-    """Plot one panel per axis."""
     panels = []
     for place, result in enumerate(results):
         curves = [

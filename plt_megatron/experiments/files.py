@@ -33,7 +33,6 @@ from plt_megatron.errors import UserError
 from plt_megatron.predict.cards import card_names
 
 Hold = Literal["tokens", "training_flops", "effective_depth", "parameters", "decode_latency"]
-HOLDS: tuple[str, ...] = typing.get_args(Hold)
 LOOP_SWITCHES = tuple(
     f"model.{name}" for name in ("loop_count", "cross_loop_parallel", "share_kv", "gated_window", "full_attention")
 )
@@ -147,7 +146,6 @@ class FileOfRuns:
 
     @property
     def overrides(self) -> Settings:
-        """Settings of every run."""
         return Settings([*(f"{key}={text}" for key, text in self.set.items()), *self.settings])
 
     def common_problems(self, what: str, owned: Mapping[str, str], groups: Mapping[str, Set[str]]) -> Iterator[str]:

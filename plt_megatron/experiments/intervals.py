@@ -113,7 +113,6 @@ class Intervals:
     high: np.ndarray
 
     def at(self, *index: int) -> Interval:
-        """Return the interval at one index."""
         return Interval(float(self.mean[index]), float(self.low[index]), float(self.high[index]))
 
 
@@ -130,7 +129,8 @@ class Bootstrap:
         self._counts = rng.multinomial(sequences, np.full(sequences, 1 / sequences), size=RESAMPLES).astype(np.float64)
         tail = (1 - LEVEL) / 2
         if sequences > 1:
-            tail = normal_tail(math.sqrt(sequences / (sequences - 1)) * t_quantile(1 - tail, sequences - 1))
+            wider = math.sqrt(sequences / (sequences - 1)) * t_quantile(1 - tail, sequences - 1)
+            tail = math.erfc(wider / math.sqrt(2)) / 2  # how often a standard normal variable exceeds it
         self._quantiles = (tail, 1 - tail)
 
     def intervals(self, values: np.ndarray) -> Intervals:
@@ -155,11 +155,6 @@ class Bootstrap:
         if enough.any():
             bounds[:, enough] = mean[enough] + np.nanquantile(resampled[:, enough], self._quantiles, axis=0)
         return mean, bounds[0], bounds[1]
-
-
-def normal_tail(z: float) -> float:
-    """Return the probability that a standard normal variable exceeds z."""
-    return math.erfc(z / math.sqrt(2)) / 2
 
 
 # ---------------------------------------------------------------- of a law

@@ -85,11 +85,9 @@ class LawFit:
 
     @property
     def phis(self) -> dict[str, Interval]:
-        """phi by variant."""
         return {name: self.interval(self._rows[:, self.phi_column(name)]) for name in self.data.variants}
 
     def phi_column(self, variant: str) -> int:
-        """Return the index of the variant's phi in theta."""
         return 5 + self.data.variants.index(variant)
 
     def difference(self, variant: str, reference: str) -> Interval:
@@ -324,11 +322,8 @@ def profile(fit: LawFit, variant: str, points: int = 25) -> tuple[np.ndarray, np
     column = fit.phi_column(variant)
     center, spread = fit.theta[column], max(float(np.std(fit.samples[:, column])), 1e-3)
     values = center + np.linspace(-4, 4, points) * spread
-    costs = []
-    for value in values:
-        found = solve(fit.data, fit.data.loss, fit.weights, fit.theta[3:], {column - 3: float(value)})
-        costs.append(found.cost)
-    return values, np.array(costs) / max(fit.cost, 1e-300) - 1
+    fits = [solve(fit.data, fit.data.loss, fit.weights, fit.theta[3:], {column - 3: float(value)}) for value in values]
+    return values, np.array([found.cost for found in fits]) / max(fit.cost, 1e-300) - 1
 
 
 def equal_phis(fit: LawFit, variants: Sequence[str], draws: int = 200, seed: int = 0) -> float:

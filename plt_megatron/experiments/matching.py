@@ -25,7 +25,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.experiments.files import LOOP_SWITCHES, DecodeSettings, Hold
 from plt_megatron.predict.decode_cost import decode_milliseconds
 from plt_megatron.predict.flops import run_flops_per_token
-from plt_megatron.predict.parameters import count_parameters
+from plt_megatron.predict.parameters import ParameterCount, count_parameters
 
 # How far a width may be changed to meet a target: beyond it, the model would be of another kind.
 _WIDTH_RANGE = (0.5, 2.0)
@@ -47,9 +47,8 @@ def flops_per_token(config: RunConfig, vocab: int) -> float:
     return run_flops_per_token(config, padded).total
 
 
-def parameters(config: RunConfig, vocab: int) -> int:
-    """Return the total number of parameters."""
-    return count_parameters(config.model, vocab, config.parallel.tensor_model_parallel_size).total
+def parameters(config: RunConfig, vocab: int) -> ParameterCount:
+    return count_parameters(config.model, vocab, config.parallel.tensor_model_parallel_size)
 
 
 def match_budget(
@@ -109,8 +108,8 @@ def _match_depth(config: RunConfig, reference: RunConfig) -> MatchedConfig:
 
 def _match_parameters(config: RunConfig, reference: RunConfig, vocab: int) -> MatchedConfig:
     layers = config.model.num_layers
-    shapes = [(layers, w, parameters(_with_shape(config, layers, w), vocab)) for w in _widths(config, 1)]
-    return _nearest_shape(config, shapes, parameters(reference, vocab))
+    shapes = [(layers, w, parameters(_with_shape(config, layers, w), vocab).total) for w in _widths(config, 1)]
+    return _nearest_shape(config, shapes, parameters(reference, vocab).total)
 
 
 def _match_latency(config: RunConfig, reference: RunConfig, vocab: int, decode: DecodeSettings) -> MatchedConfig:

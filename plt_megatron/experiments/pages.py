@@ -94,8 +94,6 @@ def interval_columns(
 
 
 class Table:
-    """A table and its notes."""
-
     def __init__(self, columns: Sequence[Column], items: Iterable[Any], notes: Sequence[str] = ()) -> None:
         self.columns, self.notes = columns, notes
         self.rows = [[column.cell(item) for column in columns] for item in items]

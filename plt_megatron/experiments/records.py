@@ -55,7 +55,6 @@ def read_record(folder: RunFolder) -> RunRecord | None:
 
 
 def write_record(folder: RunFolder, record: RunRecord) -> None:
-    """Write the note atomically."""
     write_json(folder.sweep_note, asdict(record), indent=None)
 
 

@@ -44,7 +44,6 @@ class Shape:
     loops: int
 
     def trained(self, tokens: float, loss: float = 0.0, block: str = "", seed: int = 1) -> Run:
-        """Return a run of this model."""
         return Run(self.variant, self.once, self.looped, self.loops, tokens, loss, block, seed)
 
 

@@ -30,7 +30,6 @@ from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
 from plt_megatron.experiments import matching
 from plt_megatron.experiments.files import FileOfRuns, SweepFile
-from plt_megatron.predict.parameters import count_parameters
 from plt_megatron.run_folder.archive import ARCHIVE, unpack_command, unpacked
 from plt_megatron.run_folder.files import write_text
 from plt_megatron.run_folder.folder import RunFolder, save_config
@@ -74,13 +73,12 @@ class PlannedRun:
 
     @property
     def parameters(self) -> int:
-        return matching.parameters(self.config, self.vocab)
+        return matching.parameters(self.config, self.vocab).total
 
     @property
     def non_embedding_parameters(self) -> int:
         """Parameters without the embedding table and the output layer."""
-        tp = self.config.parallel.tensor_model_parallel_size
-        return count_parameters(self.config.model, self.vocab, tp).non_embedding
+        return matching.parameters(self.config, self.vocab).non_embedding
 
     @cached_property
     def folder(self) -> RunFolder:
@@ -109,9 +107,6 @@ class SweepPlan:
     compare: str | None = None
     baseline: str | None = None
     questions: dict[str, list[str]] = field(default_factory=dict)
-
-    def run(self, name: str) -> PlannedRun:
-        return next(run for run in self.runs if run.name == name)
 
 
 def make_plan(sweep: SweepFile, check_files: bool = True) -> SweepPlan:
@@ -289,7 +284,6 @@ def _is_archived(folder: Path) -> bool:
 
 
 def config_path(plan: SweepPlan, run: PlannedRun) -> Path:
-    """Return the path of the run's resolved configuration."""
     return plan.folder / CONFIGS / f"{run.name}.yaml"
 
 

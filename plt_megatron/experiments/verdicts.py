@@ -149,7 +149,7 @@ class LoopLaw:
     farther: Interval | None = None
 
 
-def fit_laws(rows: Sequence[Row], bootstraps: int = 400) -> list[LoopLaw]:
+def fit_laws(rows: Sequence[Row]) -> list[LoopLaw]:
     """Fit a law per label, over the sizes and budgets of all groups. N counts parameters without embeddings."""
     laws = []
     for label in dict.fromkeys(row.label for row in rows):
@@ -165,7 +165,7 @@ def fit_laws(rows: Sequence[Row], bootstraps: int = 400) -> list[LoopLaw]:
             laws.append(LoopLaw(label, None, "no fit: runs of one size and budget differ in other settings"))
             continue
         try:
-            fit = fit_law(points, with_phi=False, bootstraps=bootstraps)
+            fit = fit_law(points, with_phi=False)
             laws.append(LoopLaw(label, fit, farther=_farther(fit)))
         except UserError as error:
             laws.append(LoopLaw(label, None, str(error)))

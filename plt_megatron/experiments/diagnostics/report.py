@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,14 @@ from plt_megatron.experiments.diagnostics.decision import RULE, Decision, decide
 from plt_megatron.experiments.diagnostics.diagnose import DIFFERENCES, MEASURES, Diagnosis, Measure, diagnose
 from plt_megatron.experiments.diagnostics.inputs import HeldOut, build_model, draw_sequences, open_model
 from plt_megatron.experiments.figures import MARKERS, Curve, Named, Panel, draw
-from plt_megatron.experiments.intervals import LEVEL, RESAMPLES, Interval, Intervals
+from plt_megatron.experiments.intervals import LEVEL, RESAMPLES, Intervals
 from plt_megatron.experiments.pages import (
     Cell,
     Column,
     Page,
     Part,
     Table,
+    Value,
     Verdict,
     check_packages,
     interval_cell,
@@ -252,23 +252,21 @@ def _page(diagnosis: Diagnosis, decision: Decision, about: dict[str, Any]) -> Pa
 
 
 def csv_text(diagnosis: Diagnosis) -> str:
-    """Write one number per line: measure, loop, layer, head (from 0; empty: the mean over them), value, low, high."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["measure", "loop", "layer", "head", "value", "low", "high"])
-    for name, place, number in _all_numbers(diagnosis):
-        places = [*map(str, place), "", ""][:3]
-        writer.writerow([name, *places, *("" if math.isnan(value) else repr(value) for value in vars(number).values())])
-    return stream.getvalue()
+    """Return one number per line: measure, loop, layer, head (from 0; empty: the mean over them), value, low, high."""
+    names = ("measure", "loop", "layer", "head", "value", "low", "high")
+    columns = [Column(name, name, itemgetter(place)) for place, name in enumerate(names)]
+    return Table(columns, _all_numbers(diagnosis)).csv()
 
 
-def _all_numbers(diagnosis: Diagnosis) -> Iterator[tuple[str, tuple[int, ...], Interval]]:
+def _all_numbers(diagnosis: Diagnosis) -> Iterator[tuple[Value, ...]]:
     changes = {f"{name}_change": intervals for name, intervals in diagnosis.differences.items()}
     for group in (diagnosis.loops, changes, diagnosis.details):
         for name, intervals in group.items():
             for place in np.ndindex(intervals.mean.shape):
-                if not np.isnan(intervals.mean[place]):
-                    yield name, place, intervals.at(*place)
+                found = intervals.at(*place)
+                if not math.isnan(found.value):
+                    ends = (found.low, found.high) if found.is_known else (None, None)
+                    yield name, *[*place, None, None][:3], found.value, *ends
 
 
 def as_json(diagnosis: Diagnosis, decision: Decision, about: dict[str, Any]) -> dict[str, Any]:

@@ -131,27 +131,27 @@ def choose_runs(
     return min(designs, key=lambda design: planner.criterion(np.linalg.inv(design.covariance)[None])[0])
 
 
+@dataclass
 class _Planner:
     """Information of arms, and the greedy choice among them."""
 
-    def __init__(
-        self,
-        arms: Sequence[Arm],
-        horizons: Horizons,
-        theta: np.ndarray,
-        variants: tuple[str, ...],
-        noise: NoiseSettings,
-        contrasts: np.ndarray | None,
-        closed: Collection[int],
-    ) -> None:
-        self.arms, self.horizons, self.variants, self.noise, self.closed = arms, horizons, variants, noise, closed
-        count = len(variants)
+    arms: Sequence[Arm]
+    horizons: Horizons
+    theta: np.ndarray
+    variants: tuple[str, ...]
+    noise: NoiseSettings
+    contrasts: np.ndarray | None
+    closed: Collection[int]
+
+    def __post_init__(self) -> None:
+        count = len(self.variants)
         self.prior = np.diag(1.0 / np.array([*_BELIEF, *[_BELIEF_PHI] * count]) ** 2)
         phis = np.eye(5 + count)[5:]
-        self.interests = phis if contrasts is None else np.concatenate([phis, contrasts])
-        runs = to_arrays([arm.trained(tokens) for arm in arms for tokens in horizons.tokens], variants)
+        self.interests = phis if self.contrasts is None else np.concatenate([phis, self.contrasts])
+        tokens = self.horizons.tokens
+        runs = to_arrays([arm.trained(each) for arm in self.arms for each in tokens], self.variants)
         # Derivatives [arms, horizons, p] of the losses.
-        self.slopes = jacobian(theta, runs).reshape(len(arms), len(horizons.tokens), -1)
+        self.slopes = jacobian(self.theta, runs).reshape(len(self.arms), len(tokens), -1)
         self.information = functools.cache(self._information)
 
     def _information(self, arm: int, tokens: tuple[float, ...]) -> np.ndarray:

@@ -19,9 +19,9 @@ from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.files import StudyFile
+from plt_megatron.experiments.matching import parameters
 from plt_megatron.experiments.study.design import Arm, Horizons
 from plt_megatron.experiments.sweep_plan import PlannedRun, name_clashes, slug, vocab_of
-from plt_megatron.predict.parameters import count_parameters
 from plt_megatron.run_folder.checkpoints import folder_name, step_of
 from plt_megatron.run_folder.text import plural
 
@@ -216,7 +216,7 @@ def _arms(study: StudyFile, size: str, variant: str, loops: int, config: RunConf
 
 def loop_parameters(config: RunConfig, vocab: int) -> tuple[float, float]:
     """Return the parameters without embeddings that a token passes once, and in each loop."""
-    counted = count_parameters(config.model, vocab, config.parallel.tensor_model_parallel_size)
+    counted = parameters(config, vocab)
     once = counted.final_norm + counted.loop_input
     return float(once), float(counted.non_embedding - once)
 

@@ -63,6 +63,10 @@ def saved_plan(folder: Path, text: str = LOOPS, settings: tuple[str, ...] = ()) 
     return plan
 
 
+def planned(plan: SweepPlan, name: str) -> PlannedRun:
+    return next(run for run in plan.runs if run.name == name)
+
+
 def finish(run: PlannedRun, loss: float, upto: float = 1.0, fingerprint: dict[str, Any] | None = None) -> None:
     """Make the run's folder look as after training to `upto` of its steps: a falling curve that ends at `loss`."""
     steps, per_step = derived.train_iters(run.config), derived.tokens_per_step(run.config)

@@ -13,7 +13,6 @@ from plt_megatron.experiments.intervals import (
     Bootstrap,
     Interval,
     estimate,
-    normal_tail,
     paired_difference,
     t_quantile,
 )
@@ -133,7 +132,3 @@ def test_the_seed_decides_and_columns_do_not_matter(monkeypatch):
     monkeypatch.setattr(module, "_COLUMNS", 4)
     np.testing.assert_allclose(Bootstrap(9, 1).intervals(values).high, first.high)
     assert first.at(4, 2) == Interval(first.mean[4, 2], first.low[4, 2], first.high[4, 2])
-
-
-def test_the_normal_distributions_tail():
-    assert normal_tail(0) == 0.5 and normal_tail(1.959964) == pytest.approx(0.025, rel=1e-5)

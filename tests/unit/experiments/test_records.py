@@ -8,7 +8,7 @@ import re
 import shutil
 
 import pytest
-from sweep_helpers import FINGERPRINT, LOOPS, finish, saved_plan
+from sweep_helpers import FINGERPRINT, LOOPS, finish, planned, saved_plan
 
 from plt_megatron.config.loader import load_config
 from plt_megatron.errors import UserError
@@ -89,7 +89,7 @@ def test_unfinished_and_missing_runs_are_in_no_mean(tmp_path):
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, math.log(256) + 0.1], ids=["nan", "inf", "above guessing"])
 def test_a_diverged_run_is_named_and_in_no_mean(finished, loss):
-    run = finished.run("1_loop-seed2")
+    run = planned(finished, "1_loop-seed2")
     edit_metrics(run, lambda r: {**r, "loss": loss} if r["step"] == 100 else r)
     results = load_results(finished.folder)
     assert statuses(results) == {"1_loop-seed2": "diverged"}
@@ -104,8 +104,10 @@ def test_a_diverged_run_is_named_and_in_no_mean(finished, loss):
 def test_a_failed_run_is_told_with_its_reason(tmp_path):
     plan = saved_plan(tmp_path)
     finish_all(plan, **{"1_loop-seed1": {"loss": 3.0, "upto": 0.5}, "2_loops-seed1": {"loss": 3.0, "upto": 0.5}})
-    write_record(plan.run("1_loop-seed1").folder, RunRecord(status="failed", reason="exit status 1: no luck today"))
-    slurm = plan.run("2_loops-seed1").folder  # as plt_megatron/launcher leaves it
+    write_record(
+        planned(plan, "1_loop-seed1").folder, RunRecord(status="failed", reason="exit status 1: no luck today")
+    )
+    slurm = planned(plan, "2_loops-seed1").folder  # as plt_megatron/launcher leaves it
     slurm.why_file.write_text("out of memory\n")
     events = [{"event": "start", "attempt": 1}, {"event": "stop", "reason": "rank 3 was killed by signal 9"}]
     slurm.attempts_file.write_text("".join(json.dumps(event) + "\n" for event in events))
@@ -117,7 +119,7 @@ def test_a_failed_run_is_told_with_its_reason(tmp_path):
 
 def test_the_seconds_of_slurms_jobs_count(finished):
     """Of two attempts, the second on another clock; and of one here and one there."""
-    slurm, both, unknown = (finished.run(f"1_loop-seed{seed}") for seed in (1, 2, 3))
+    slurm, both, unknown = (planned(finished, f"1_loop-seed{seed}") for seed in (1, 2, 3))
     times = [("start", 1, 100.0), ("end", 1, 160.0), ("start", 2, 200.0), ("end", 2, 190.0), ("stop", 2, 500.0)]
     for run in (slurm, both):
         run.folder.attempts_file.write_text(
@@ -135,21 +137,21 @@ def test_runs_on_other_data_are_set_aside_and_nothing_is_decided(tmp_path):
     finish_all(plan, **{"2_loops-seed3": {"fingerprint": other}})
     results = load_results(plan.folder)
     assert statuses(results) == {"2_loops-seed3": "other data"}
-    reason = results.runs[plan.runs.index(plan.run("2_loops-seed3"))].reason
-    assert reason == "read other data than 1_loop-seed1: other train data or weights"
-    assert results.runs[plan.runs.index(plan.run("2_loops-seed3"))].loss is None
+    aside = next(result for result in results.runs if result.run.name == "2_loops-seed3")
+    assert aside.reason == "read other data than 1_loop-seed1: other train data or weights"
+    assert aside.loss is None
     found = answers(results)
     assert all(verdict.winner is None and "different data" in verdict.text for verdict in found.values())
 
 
 def test_runs_whose_data_nobody_recorded_are_said_to_be_so(finished):
-    (progress,) = finished.run("1_loop-seed1").folder.path.glob("checkpoints/step_*/progress.json")
+    (progress,) = planned(finished, "1_loop-seed1").folder.path.glob("checkpoints/step_*/progress.json")
     progress.write_text(json.dumps({"format": 1, "step": 100}))
     assert any("no data fingerprint" in problem for problem in load_results(finished.folder).problems)
 
 
 def test_a_run_with_other_settings_than_planned_is_in_no_mean(finished):
-    run = finished.run("3_loops-seed1")
+    run = planned(finished, "3_loops-seed1")
     changed = load_config(finished.folder / "plan" / f"{run.name}.yaml", ["optimizer.lr=0.5", "logging.log_interval=3"])
     save_config(changed, run.folder.config_file)
     results = load_results(finished.folder)
@@ -167,14 +169,14 @@ def test_a_run_with_other_settings_than_planned_is_in_no_mean(finished):
     ],
 )
 def test_a_broken_file_costs_its_run_alone(finished, text, said):
-    finished.run("1_loop-seed1").folder.metrics_file.write_text(text)
+    planned(finished, "1_loop-seed1").folder.metrics_file.write_text(text)
     results = load_results(finished.folder)
     assert statuses(results) == {"1_loop-seed1": "unreadable"}
     assert any(said in problem and "1_loop-seed1" in problem for problem in results.problems)
 
 
 def test_steps_that_were_skipped_are_told(finished):
-    incidents = finished.run("2_loops-seed2").folder.incidents
+    incidents = planned(finished, "2_loops-seed2").folder.incidents
     incidents.mkdir()
     (incidents / "step_00000007.json").write_text("{}")
     assert "2_loops-seed2: 1 step skipped or rolled back" in load_results(finished.folder).problems

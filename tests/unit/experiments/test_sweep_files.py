@@ -11,7 +11,7 @@ import pytest
 
 from plt_megatron.config.loader import load_config
 from plt_megatron.errors import UserError
-from plt_megatron.experiments.files import HOLDS, SweepFile, read_study, read_sweep
+from plt_megatron.experiments.files import Hold, SweepFile, read_study, read_sweep
 from plt_megatron.experiments.records import Status
 from plt_megatron.experiments.sweep_plan import make_plan
 from tests.unit.experiments.study.study_helpers import STUDY, write_study
@@ -150,7 +150,7 @@ def test_the_ablation_is_large_enough_to_mean_something():
 def test_the_documentation_names_every_key_preset_and_status():
     text = (ROOT / "docs/sweeps.md").read_text(encoding="utf-8")
     keys = [f.name for f in dataclasses.fields(SweepFile) if f.init]
-    missing = [key for key in [*keys, *HOLDS] if not re.search(rf"\b{key}\b", text)]
+    missing = [key for key in [*keys, *typing.get_args(Hold)] if not re.search(rf"\b{key}\b", text)]
     missing += [path.name for path in PRESETS if path.name not in text]
     missing += [status for status in typing.get_args(Status) if not re.search(rf"^\| .*{status}.* \|", text, re.M)]
     assert missing == []

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import yaml
-from sweep_helpers import LOOPS, plan_of, saved_plan
+from sweep_helpers import LOOPS, plan_of, planned, saved_plan
 
 from plt_megatron.config import derived
 from plt_megatron.config.loop_schedule import with_loop_count
@@ -111,7 +111,7 @@ match_budget: parameters
 def test_gates_alone_change_no_width(tmp_path):
     plan = plan_of(tmp_path, match_on("parameters"))
     assert {run.config.model.ffn_hidden_size for run in plan.runs} == {64}
-    assert 0 < plan.run("2_loops-seed1").deviation < 0.02
+    assert 0 < planned(plan, "2_loops-seed1").deviation < 0.02
 
 
 def test_equal_latency_on_paper(tmp_path):
@@ -135,7 +135,7 @@ def test_equal_latency_by_a_measured_table(tmp_path):
     table = tmp_path / "table.csv"
     table.write_text("\n".join([columns, *rows]) + "\n")
     text = match_on("decode_latency").replace("[1, 2, 3]}", "[1, 2]}") + f"decode: {{table: {table}}}\n"
-    two = plan_of(tmp_path, text).run("2_loops-seed1")
+    two = planned(plan_of(tmp_path, text), "2_loops-seed1")
     assert (two.config.model.num_layers, two.config.model.ffn_hidden_size) == (3, 72)
     assert two.change == "layers 3, FFN width 72" and two.deviation == pytest.approx(0.005)
     with pytest.raises(UserError, match="has no row for num_layers 4, ffn_hidden_size 64, loop_count 3"):
@@ -172,7 +172,7 @@ def test_a_plan_reads_back_as_it_was_even_when_moved(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     plan.folder.rename(elsewhere)
     moved = load_plan(elsewhere)
-    assert moved.run("2_loops-seed3").folder.path == elsewhere / "2_loops-seed3"
+    assert planned(moved, "2_loops-seed3").folder.path == elsewhere / "2_loops-seed3"
     assert [dataclasses.replace(run, config=plan.runs[0].config) for run in moved.runs] == [
         dataclasses.replace(run, config=plan.runs[0].config) for run in plan.runs
     ]
