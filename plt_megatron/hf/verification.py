@@ -173,25 +173,23 @@ def _hf_logits(folder: Path, tokens: Tensor, style: str) -> Tensor:
 
 def load_any(folder: Path) -> Any:
     """Load a folder of any family that we read (LoopCoder-v2's too) into our modeling code, in fp32."""
-    from plt_megatron.hf.config_keys import plt_keys
-    from plt_megatron.hf.configuration_plt import PLTConfig
-    from plt_megatron.hf.modeling_plt import PLTForCausalLM
-
-    source = open_source(folder)
-    keys = plt_keys(source.model, source.vocab_size, source.max_position_embeddings, source.tokens, "float32")
-    model = PLTForCausalLM(PLTConfig.from_dict(keys)).float()
-    fill_export(model, source)
-    return model
+    return export_of(open_source(folder), torch.float32)
 
 
 @torch.no_grad()
-def fill_export(model: Any, source: ModelSource) -> None:
-    """Load a source's weights into a `PLTForCausalLM` of any precision, in which buffers stay in fp32."""
+def export_of(source: ModelSource, dtype: torch.dtype) -> Any:
+    """Build a `PLTForCausalLM` with a source's weights, read one tensor at a time. Buffers stay in fp32."""
+    from plt_megatron.hf.config_keys import plt_keys
+    from plt_megatron.hf.configuration_plt import PLTConfig
     from plt_megatron.hf.conversion import to_hf
+    from plt_megatron.hf.modeling_plt import PLTForCausalLM
 
+    keys = plt_keys(source.model, source.vocab_size, source.max_position_embeddings, source.tokens, "float32")
+    model: Any = PLTForCausalLM(PLTConfig.from_dict(keys)).to(dtype)
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     for name, tensor in to_hf(source.weights(), mappings_for(source.model, source.vocab_size)):
         if is_buffer(name):
             buffers[name].data = tensor.float().clone()
         else:
             parameters[name].copy_(tensor)
+    return model

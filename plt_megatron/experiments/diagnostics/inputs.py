@@ -17,10 +17,9 @@ from plt_megatron.data.indexed import flat_tokens, read_index
 from plt_megatron.data.mix import check_tokenizer
 from plt_megatron.data.tokenizer import Tokenizer
 from plt_megatron.errors import UserError
-from plt_megatron.hf.config_keys import plt_keys
 from plt_megatron.hf.sources import PRECISIONS, ModelSource, open_source
 from plt_megatron.hf.tokenizer_files import check_vocabulary
-from plt_megatron.hf.verification import fill_export
+from plt_megatron.hf.verification import export_of
 
 # Of a text file, this many times the wanted sequences are tokenized and drawn from.
 POOL = 32
@@ -47,7 +46,7 @@ def open_model(path: Path, tokenizer: Path | None = None) -> ModelSource:
 
 
 def build_model(source: ModelSource, *, precision: str, device: str) -> Any:
-    """Build a `PLTForCausalLM` in evaluation mode with the source's weights, read one tensor at a time.
+    """Build the source's `PLTForCausalLM` in evaluation mode.
 
     Args:
         precision: `fp32` or `bf16`; measures are always computed in fp32 and fp64.
@@ -56,20 +55,11 @@ def build_model(source: ModelSource, *, precision: str, device: str) -> Any:
     Raises:
         UserError: `cuda` is requested but not available, or the weights do not fit the settings.
     """
-    from plt_megatron.hf.configuration_plt import PLTConfig
-    from plt_megatron.hf.modeling_plt import PLTForCausalLM
-
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    keys = plt_keys(source.model, source.vocab_size, source.max_position_embeddings, source.tokens, "float32")
-    config = PLTConfig.from_dict(keys)
-    config._attn_implementation = "sdpa"
-    model: Any = PLTForCausalLM(config)
-    model.to(PRECISIONS[precision]).eval()
-    fill_export(model, source)
-    return model.requires_grad_(False).to(device)
+    return export_of(source, PRECISIONS[precision]).eval().requires_grad_(False).to(device)
 
 
 # ---------------------------------------------------------------- text as sequences
