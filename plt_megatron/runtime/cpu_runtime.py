@@ -140,18 +140,22 @@ class Stream(_Done):
 
 
 def _replace_device_queries() -> None:
-    cuda = torch.cuda
-    stream = Stream()
-    cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda device=None: None
+    # With PYTORCH_NVML_BASED_CUDA_CHECK=1, which importing DeepSpeed sets, torch would use the number of devices.
+    torch.cuda.is_available = lambda: False
+    pretend_one_device(Stream, Event)
+
+
+def pretend_one_device(streams: type[Stream], events: type[Event]) -> None:
+    """Let `torch.cuda` have one device, with streams and events of these types."""
+    cuda, current = torch.cuda, streams()
     cuda.device_count = lambda: 1
-    # With PYTORCH_NVML_BASED_CUDA_CHECK=1, which importing DeepSpeed sets, torch would use the count above.
-    cuda.is_available = lambda: False
     cuda.set_device = lambda device: None
-    cuda.synchronize = lambda device=None: None
-    cuda.current_stream = lambda device=None: stream  # type: ignore[assignment,return-value]
-    cuda.default_stream = lambda device=None: stream  # type: ignore[assignment,return-value]
-    cuda.Stream = Stream  # type: ignore[assignment,misc]
-    cuda.Event = Event  # type: ignore[assignment,misc]
+    cuda.current_stream = lambda device=None: current  # type: ignore[assignment,return-value]
+    cuda.default_stream = lambda device=None: current  # type: ignore[assignment,return-value]
+    cuda.Stream = streams  # type: ignore[assignment,misc]
+    cuda.Event = events  # type: ignore[assignment,misc]
     cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment,return-value]
     cuda.empty_cache = lambda: None
 

@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from plt_megatron.predict.rehearsal.observer import Observer, plausible_value
 from plt_megatron.predict.rehearsal.record import Log
-from plt_megatron.runtime.cpu_runtime import Event, Stream
+from plt_megatron.runtime.cpu_runtime import Event, Stream, pretend_one_device
 
 _A_GROUP = [(None, False)]  # megatron-core's key of parameters that are no experts, with the rates of all
 # Number of groups the world creates, by megatron-core's description.
@@ -188,23 +188,11 @@ def _replace_cuda_queries(observer: Observer) -> None:
         def record_event(self, event: Any = None) -> Event:
             return event or WaitedEvent()
 
+    pretend_one_device(EventStream, WaitedEvent)
     cuda = torch.cuda
-    stream = EventStream()
-    replaced: dict[str, Any] = {
-        "current_device": lambda: 0,
-        "device_count": lambda: 1,
-        "get_device_capability": lambda device=None: (9, 0),
-        "set_device": lambda device: None,
-        "synchronize": lambda device=None: observer.waits_for_device("torch.cuda.synchronize"),
-        "current_stream": lambda device=None: stream,
-        "default_stream": lambda device=None: stream,
-        "Stream": EventStream,
-        "Event": WaitedEvent,
-        "stream": lambda stream: contextlib.nullcontext(),
-        "empty_cache": lambda: None,
-    }
-    for name, function in replaced.items():
-        setattr(cuda, name, function)
+    cuda.current_device = lambda: 0
+    cuda.get_device_capability = lambda device=None: (9, 0)
+    cuda.synchronize = lambda device=None: observer.waits_for_device("torch.cuda.synchronize")
     for module in (cuda, cuda.random):
         module.get_rng_state = lambda device=None: torch.empty(16, dtype=torch.uint8)  # type: ignore[attr-defined]
         module.set_rng_state = lambda state, device=None: None  # type: ignore[attr-defined]
