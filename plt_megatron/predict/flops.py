@@ -34,9 +34,8 @@ from plt_megatron.config import derived
 from plt_megatron.config.loop_schedule import LoopSchedule
 from plt_megatron.config.schema import ModelConfig, RunConfig
 from plt_megatron.model.parameters import Component
-from plt_megatron.model.trainable import trains
 from plt_megatron.predict.layers import runs
-from plt_megatron.predict.parameters import FFN, Weights
+from plt_megatron.predict.parameters import FFN, Weights, check_trained
 
 TRAINING_OVER_FORWARD = 3  # forward, gradients of the inputs, gradients of the weights
 
@@ -165,8 +164,8 @@ def _without_frozen_weights(trained: Weights, flops: Flops) -> Flops:
 
 def run_flops_per_token(config: RunConfig, padded_vocab_size: int, start: int = 0) -> Flops:
     """Return the mean training FLOPs per token over the run's steps after `start`: `training.loop_schedule` sets their
-    loops, `data.length_schedule` their sequence lengths. Raises `UserError` as `trains`."""
-    trains(config)  # a step of fewer loops may lack what the run is to train
+    loops, `data.length_schedule` their sequence lengths. Raises `UserError` as `check_trained`."""
+    check_trained(config)
     total = Flops(0, 0, 0, 0, 0, 0)
     for kind, share in LoopSchedule(config).kind_token_shares(start).items():
         total += step_flops_per_token(config, padded_vocab_size, kind.loop_count, kind.sequence_length).times(share)
