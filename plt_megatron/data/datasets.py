@@ -168,12 +168,10 @@ def make_sample(
     labels = torch.from_numpy(text[1:].astype(np.int64))
     size = len(text) - 1
     loss_mask = torch.ones(size, dtype=torch.float32)
+    begins = np.cumsum([0, *document_lengths])
+    assert begins[-1] == size + 1, "the document parts must add up to the sample"
     starts = torch.zeros(size + 1, dtype=torch.bool)
-    begin = 0
-    for length in document_lengths:
-        starts[begin] = True
-        begin += int(length)
-    assert begin == size + 1, "the document parts must add up to the sample"
+    starts[begins[:-1]] = True
     if masked_token is not None:
         loss_mask[tokens == masked_token if counted is None else starts[1:]] = 0.0
     if counted is not None:

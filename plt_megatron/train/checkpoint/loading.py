@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from plt_megatron.errors import AttemptFailed, UserError
 from plt_megatron.model.parameters import only_in_loops
 from plt_megatron.run_folder import checkpoints, resuming
+from plt_megatron.run_folder.text import first_few
 from plt_megatron.train.checkpoint import saving, state
 from plt_megatron.train.checkpoint.collective import describe, first_of_all_ranks, on_rank_0, say
 from plt_megatron.train.engine import Engine
@@ -167,9 +168,8 @@ def _fit(path: Path, request: dict[str, Any]) -> bool:
         both_loop = any(map(only_in_loops, others))  # gates of another kind, or a learned scale
         strange = [key for key in keys if both_loop or not only_in_loops(key)]
         if strange:
-            more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
             other = "which this model needs" if fault == "lacks" else "which this model lacks"
-            raise UserError(f"checkpoint {path} {fault} the tensor {strange[0]}{more}, {other}")
+            raise UserError(f"checkpoint {path} {fault} the tensor {first_few(strange, 1)}, {other}")
     if missing:
         _take_out(request, set(missing))
         say(f"{path} has no {_loop_parameters(missing)}: this model's are new, with fresh optimizer state")
