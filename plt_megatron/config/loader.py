@@ -114,7 +114,9 @@ class _Reader:
             if key == INCLUDE:
                 for included in _include_paths(node):
                     self.read_file(_beside(path, included), (*including, path))
-        self._add_layer(self._section(self._schema, [entry for entry in entries if entry[0] != INCLUDE], ""))
+        layer = self._section(self._schema, [entry for entry in entries if entry[0] != INCLUDE], "")
+        # A program writes all settings of its version: what it does not give is newer, and not the preset's.
+        self._add_layer(layer, expand_presets=not self._accept_old_names)
 
     def read_overrides(self, overrides: Sequence[str]) -> None:
         """Add `key=value` texts to the tree as one layer."""
@@ -129,8 +131,9 @@ class _Reader:
             merge(layer, self._path_to(self._schema, key.strip().split("."), node, at, ""))
         self._add_layer(layer)
 
-    def _add_layer(self, layer: Tree) -> None:
-        self._expand_presets(self._schema, layer, "")
+    def _add_layer(self, layer: Tree, expand_presets: bool = True) -> None:
+        if expand_presets:
+            self._expand_presets(self._schema, layer, "")
         supersede(self._schema, self.tree, layer, "")
         merge(self.tree, layer)
 

@@ -1,14 +1,15 @@
-"""Named parameterisations of the loop (`model.loop_preset`): input of loops >= 2, gate, scales, initial weights.
+"""Named forms of the loop (`model.loop_preset`): how loops >= 2 are parameterised, and what they attend to.
 
 A preset expands to its settings in the file or on the command line that names it; settings beside it or later win.
-A preset sets neither the switches of the ablation nor the loop count or window size.
+A preset sets neither the loop count nor the window size, nor `cross_loop_parallel`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-_PAPER: dict[str, Any] = {
+# Input of loops >= 2, gate and scales.
+_PARAMETERISATION: dict[str, Any] = {
     "input_injection": False,
     "gate_input": "query",
     "gate_side": "local",
@@ -20,6 +21,15 @@ _PAPER: dict[str, Any] = {
     "residual_scaling": "none",
     "residual_scale": 1.0,
 }
+PARAMETERISATION = frozenset(_PARAMETERISATION)  # what `plt import` takes of a preset for new loops
+ATTENTION = ("share_kv", "gated_window", "full_attention")  # what each loop attends to
+_PAPER: dict[str, Any] = {
+    **_PARAMETERISATION,
+    "key_shift": "none",
+    "share_kv": True,
+    "gated_window": True,
+    "full_attention": "every_loop",
+}
 LOOP_PRESETS: dict[str, dict[str, Any]] = {
     "paper": _PAPER,
     "loopcoder": {
@@ -30,7 +40,8 @@ LOOP_PRESETS: dict[str, dict[str, Any]] = {
         "embedding_scale": 0.707,
         "hidden_scale": 0.053,
     },
-    # Chosen by measurements (docs/decisions.md): h is normalized, with a learned scale per channel that starts at 0.
+    # Chosen by measurements (docs/decisions.md): h is normalized, with a learned scale per channel that starts at 0; at
+    # the end of training full attention in the last loop is worth more than the paper's sharing (results/depth_gain).
     "recommended": {
         **_PAPER,
         "input_injection": True,
@@ -39,5 +50,9 @@ LOOP_PRESETS: dict[str, dict[str, Any]] = {
         "hidden_scale": 0.0,
         "residual_scaling": "layers",
         "residual_scale": 4.0,
+        "key_shift": "heads",
+        "share_kv": False,
+        "gated_window": False,
+        "full_attention": "last_loop",
     },
 }

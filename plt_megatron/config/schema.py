@@ -104,7 +104,7 @@ class ModelConfig:
     # pre: norms on the inputs of attention and FFN; pre_ffn_output: also on the FFN's output, before the residual is
     # added; post: on the outputs instead of the inputs, and qk_layernorm over all heads (OLMo-2).
     norm_placement: Literal["pre", "pre_ffn_output", "post"] = "pre"
-    # Take keys from the previous token (model/key_shift.py): those of half the groups, the slow half of each key's
+    # Take keys from the previous token (model/attention.py): those of half the groups, the slow half of each key's
     # channels, or a learned share.
     key_shift: Literal["none", "heads", "channels", "learned"] = "none"
     init_method_std: Positive = 0.02

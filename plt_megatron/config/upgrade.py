@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from plt_megatron.config import yaml_nodes
+from plt_megatron.config.presets import LOOP_PRESETS, PARAMETERISATION
 from plt_megatron.config.rules.deepspeed import ADDABLE, DECIDED_BY, REFUSED
 from plt_megatron.config.yaml_nodes import is_null
 
@@ -131,7 +132,7 @@ def upgrade(document: yaml.MappingNode) -> yaml.MappingNode:
     sections = {key[: match.start()] for key in moved for match in re.finditer(r"\.", key)}
     if moved == settings or sections & moved.keys():  # a section beside its old settings: the loader reports it
         return document
-    return _nested(document, moved)
+    return _nested(document, _pin_preset(moved))
 
 
 def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,6 +242,17 @@ def _upgrade_hidden_scale(settings: Settings) -> Settings:
         given, embedding, std = (_number(settings, name, default) for name, default in factors)
         value = given * abs(embedding) * std
     return _without(settings, [key]) | {scale: _scalar(yaml_nodes.text_of(value), ratio)}
+
+
+def _pin_preset(settings: Settings) -> Settings:
+    """Give beside `recommended` what it left to the paper's defaults when settings had their old names."""
+    preset = settings.get("model.loop_preset")
+    if preset is None or preset.value != "recommended":
+        return settings
+    paper = {f"model.{name}": value for name, value in LOOP_PRESETS["paper"].items() if name not in PARAMETERISATION}
+    return settings | {
+        key: _scalar(yaml_nodes.text_of(value), preset) for key, value in paper.items() if key not in settings
+    }
 
 
 def _number(settings: Settings, key: str, default: float) -> float:

@@ -27,15 +27,14 @@ from plt_megatron.config.fields import (
     field_types,
 )
 from plt_megatron.config.loader import check, load
+from plt_megatron.config.presets import ATTENTION
 from plt_megatron.config.yaml_nodes import describe, is_null, items, to_text, where
 from plt_megatron.demo.steps import DemoCorpus
 from plt_megatron.errors import UserError
 from plt_megatron.predict.cards import card_names
 
 Hold = Literal["tokens", "training_flops", "effective_depth", "parameters", "decode_latency"]
-LOOP_SWITCHES = tuple(
-    f"model.{name}" for name in ("loop_count", "cross_loop_parallel", "share_kv", "gated_window", "full_attention")
-)
+LOOP_SWITCHES = tuple(f"model.{name}" for name in ("loop_count", "cross_loop_parallel", *ATTENTION))
 SEED_KEY = "training.seed"
 OWNED = {"name": "name", "output_dir": "output_dir", SEED_KEY: "seeds"}  # run setting -> the file's own key for it
 _HOURS = {"m": 1 / 60, "min": 1 / 60, "h": 1.0, "d": 24.0}

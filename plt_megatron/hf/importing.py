@@ -15,7 +15,7 @@ from torch import Tensor
 
 from plt_megatron.config import derived, yaml_nodes
 from plt_megatron.config.fields import MAX_LOOP_COUNT
-from plt_megatron.config.presets import LOOP_PRESETS
+from plt_megatron.config.presets import LOOP_PRESETS, PARAMETERISATION
 from plt_megatron.config.rules import model as model_rules
 from plt_megatron.config.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from plt_megatron.errors import UserError
@@ -243,7 +243,7 @@ def _model(options: ImportOptions, source: ModelConfig, data: DataConfig) -> Mod
 
 
 def _with_preset(model: ModelConfig, source: ModelConfig, preset: str) -> ModelConfig:
-    """Return the model with the preset's loops around the source's layers, which stay as they are.
+    """Return the model with the preset's parameterisation of loops; layers and what they attend to stay as they are.
 
     Raises:
         UserError: there are no new loops, or the preset's would change the first logits.
@@ -255,7 +255,8 @@ def _with_preset(model: ModelConfig, source: ModelConfig, preset: str) -> ModelC
     if model.loop_count == 1:
         raise UserError("--preset says how later loops are parameterized: also give --loop-count 2 or more")
     branches = {name: getattr(source, name) for name in ("residual_scaling", "residual_scale")}
-    loops = {**LOOP_PRESETS[preset], "gate_activation": "tanh", "loop_order": "stack"}
+    loops = {name: LOOP_PRESETS[preset][name] for name in PARAMETERISATION}
+    loops |= {"gate_activation": "tanh", "loop_order": "stack"}
     model = dataclasses.replace(model, **{**loops, **branches})
     if not derived.starts_as_one_loop(model):
         read = f"{model.embedding_scale:g} E + {model.hidden_scale:g} h"

@@ -12,7 +12,12 @@ from plt_megatron.config.schema import ModelConfig, RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
 
-NAIVE = ["model.cross_loop_parallel=false", "model.share_kv=false", "model.gated_window=false"]
+NAIVE = {
+    "model.cross_loop_parallel": "false",
+    "model.share_kv": "false",
+    "model.gated_window": "false",
+    "model.full_attention": "every_loop",
+}
 
 
 def write(folder, text, name="run.yaml"):
@@ -21,13 +26,13 @@ def write(folder, text, name="run.yaml"):
 
 
 @pytest.mark.parametrize("preset", LOOP_PRESETS)
-@pytest.mark.parametrize("rows", [[], NAIVE, ["model.loop_count=1"]], ids=["PLT", "naive loop", "one loop"])
-def test_a_preset_is_a_model_in_every_row_of_the_ablation(tmp_path, preset, rows):
+@pytest.mark.parametrize("row", [{}, NAIVE, {"model.loop_count": "1"}], ids=["PLT", "naive loop", "one loop"])
+def test_a_preset_is_a_model_in_every_row_of_the_ablation(tmp_path, preset, row):
     path = write(tmp_path, "training: {train_iters: 1}\nmodel: {vocab_size: 100}\ndata: {sources: [{path: x}]}\n")
-    config = load_config(path, [f"model.loop_preset={preset}", *rows])
+    config = load_config(path, [f"model.loop_preset={preset}", *(f"{key}={value}" for key, value in row.items())])
     assert not find_problems(config, check_files=False)
     for setting, value in LOOP_PRESETS[preset].items():
-        assert getattr(config.model, setting) == value
+        assert getattr(config.model, setting) == value or f"model.{setting}" in row
     again = write(tmp_path, dump_config(config), "resolved.yaml")
     assert dataclasses.asdict(load_config(again)) == dataclasses.asdict(config)
 
@@ -35,6 +40,18 @@ def test_a_preset_is_a_model_in_every_row_of_the_ablation(tmp_path, preset, rows
 def test_all_presets_set_the_same_settings_and_the_papers_are_the_defaults():
     assert len({frozenset(settings) for settings in LOOP_PRESETS.values()}) == 1
     assert all(getattr(ModelConfig(), setting) == value for setting, value in LOOP_PRESETS["paper"].items())
+
+
+def test_what_a_run_folder_leaves_out_is_newer_than_it_and_not_the_presets(tmp_path):
+    """As of a version without `full_attention`; a user's file of the same text takes the preset's."""
+    text = "model: {loop_preset: recommended, share_kv: false, gated_window: false, loop_norm: rms}\n"
+    users, written = (load_config(write(tmp_path, text, name)).model for name in ("run.yaml", "config.yaml"))
+    assert (users.full_attention, users.key_shift, users.residual_scale) == ("last_loop", "heads", 4.0)
+    assert written == dataclasses.replace(
+        ModelConfig(), loop_preset="recommended", share_kv=False, gated_window=False, loop_norm="rms"
+    )
+    later = load_config(tmp_path / "config.yaml", ["model.loop_preset=paper"]).model
+    assert later.share_kv and later.loop_norm == "none"
 
 
 def test_what_is_set_beside_it_or_later_wins(tmp_path):

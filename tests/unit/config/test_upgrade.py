@@ -14,6 +14,7 @@ import pytest
 
 from plt_megatron.commands import config as command
 from plt_megatron.config.loader import dump_config, load_config
+from plt_megatron.config.presets import LOOP_PRESETS, PARAMETERISATION
 from plt_megatron.config.schema import (
     DeepSpeedConfig,
     EvaluationConfig,
@@ -43,6 +44,8 @@ _CHANGED = (
     "configs/models/plt2_ablation",
     "configs/models/loopcoder",
 )
+# What `recommended` left to the paper's defaults in that version.
+PINNED = "key_shift: none, share_kv: true, gated_window: true, full_attention: every_loop"
 _SIGMOID: dict[str, Any] = {"router_score_function": "sigmoid", "router_bias_update_rate": 1e-3}
 # What the settings of a run folder that its name tells of are now; all others are those of plt2_tiny.yaml.
 MEANT: dict[str, dict[str, dict[str, Any]]] = {
@@ -84,12 +87,19 @@ def rewritten(old, tmp_path) -> Path:
 
 
 def test_every_file_of_that_version_is_read_as_its_rewritten_text(old, rewritten, monkeypatch):
-    """The run folders' were resolved by that version's own loader, before it knew of sections."""
+    """The run folders' were resolved by that version's own loader, before it knew of sections, and before
+    `recommended`, which `plt2_demo.yaml` names, set keys and attention too."""
+    recommended = LOOP_PRESETS["recommended"].keys() - PARAMETERISATION
     for name in RUNS:
         monkeypatch.chdir(rewritten)
         config = load_config(rewritten / name)
         monkeypatch.chdir(old)
-        assert load_config(old / name, accept_old_names=True) == config, name
+        if name == "configs/runs/plt2_demo.yaml":
+            assert config.model.full_attention == "last_loop"
+            paper = {setting: LOOP_PRESETS["paper"][setting] for setting in recommended}
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, **paper))
+        else:
+            assert load_config(old / name, accept_old_names=True) == config, name
         assert load_config(old / "run_folders" / Path(name).stem / "config.yaml") == config, name
     text = (rewritten / "configs/models/plt2_moe_1b_7b.yaml").read_text()
     assert "  moe:\n    num_experts: 64\n" in text and "num_moe_experts" not in text
@@ -254,12 +264,19 @@ def test_plain_values_keep_their_types(old):
         ("{norm_between_loops: false, hidden_norm: false}", "{loop_norm: none}"),
         ("{norm_between_loops: false}", "{loop_norm: none}"),
         ("{loop_preset: loopcoder, norm_between_loops: false}", "{loop_preset: loopcoder, loop_norm: none}"),
-        ("{loop_preset: recommended, norm_between_loops: false}", "{loop_preset: recommended}"),
+        ("{loop_preset: recommended, norm_between_loops: false}", f"{{loop_preset: recommended, {PINNED}}}"),
         ("{loop_preset: loopcoder, hidden_norm: false}", "{loop_preset: loopcoder}"),
         ("{hidden_scale_ratio: null, hidden_scale: 0.3}", "{hidden_scale: 0.3}"),
         ("{hidden_scale_ratio: 0.0, hidden_scale: 1.0}", "{hidden_scale: 0.0}"),
-        ("{loop_preset: recommended, hidden_scale_ratio: null}", "{loop_preset: recommended, hidden_scale: 1.0}"),
-        ("{loop_preset: recommended, hidden_scale_ratio: 0}", "{loop_preset: recommended, hidden_scale: 0.0}"),
+        (
+            "{loop_preset: recommended, hidden_scale_ratio: null}",
+            f"{{loop_preset: recommended, hidden_scale: 1.0, {PINNED}}}",
+        ),
+        (
+            "{loop_preset: recommended, key_shift: heads, hidden_scale_ratio: 0}",
+            "{loop_preset: recommended, key_shift: heads, hidden_scale: 0.0, "
+            f"{PINNED.removeprefix('key_shift: none, ')}}}",
+        ),
         (
             "{hidden_scale_ratio: 0.5, embedding_scale: -0.7, init_method_std: 0.1}",
             f"{{embedding_scale: -0.7, init_method_std: 0.1, hidden_scale: {0.5 * 0.7 * 0.1}}}",
@@ -270,8 +287,8 @@ def test_settings_that_are_one_with_another_now(tmp_path, old, new):
     (tmp_path / "old.yaml").write_text(f"model: {old}\n")
     (tmp_path / "new.yaml").write_text(f"model: {new}\n")
     assert upgrade_text(f"model: {old}\n", "part") == f"model: {new}\n"
-    model = load_config(tmp_path / "new.yaml").model
-    assert load_config(tmp_path / "old.yaml", accept_old_names=True).model == model
+    old_model, model = (load_config(tmp_path / f"{name}.yaml", accept_old_names=True).model for name in ("old", "new"))
+    assert old_model == model
     with pytest.raises(UserError, match="is now model"):
         load_config(tmp_path / "old.yaml")
 

@@ -69,7 +69,7 @@ INSTEAD = [
     (r"^plt report runs/sweeps/loop_count", "plt report results/paper_ablation", "the sweep was not trained"),
     (r" --measure-decode\b", "", "needs the checkpoints of a trained sweep"),
     (r"^plt train .*pipeline_model_parallel_size=2$", r"\g<0> training.train_iters=3", "tests/distributed trains more"),
-    (r"^plt check-coordinates .* --axes depth loops$", r"\g<0> --steps 2", "test_coordinates.py takes more"),
+    (r"^plt check-coordinates .* --axes depth loops$", r"\g<0> --steps 4", "test_coordinates.py takes more"),
     (r"^plt check-coordinates .*mup_base.*", r"\g<0> --axes width", "the page's first one has the other axes"),
     (r"^plt diagnose .*heldout.jsonl$", "plt diagnose --help", "README's commands have diagnosed this run"),
     (r"^plt diagnose exported .*", "plt diagnose --help", "README's commands have diagnosed this model's run"),
