@@ -195,9 +195,11 @@ def measure(models: dict[str, PLTForCausalLM], batch: int, args: argparse.Namesp
     for name, model in models.items():
         cache, timings[name].prefill_seconds = prefill(model, args, batch)
         decoders[name] = Decoder(model, cache, batch, args)
-    for _ in range(args.decode // args.slice):
-        for name, decoder in decoders.items():
-            timings[name].slices.append(decoder.time(args.slice))
+    names = [*decoders]
+    for turn in range(args.decode // args.slice):
+        first = turn % len(names)  # who always came first would pay for what the last row left in the caches
+        for name in names[first:] + names[:first]:
+            timings[name].slices.append(decoders[name].time(args.slice))
     for name, decoder in decoders.items():
         timings[name].kv_bytes = decoder.cache.memory_bytes() // batch
         timings[name].kv_tokens = int(decoder.cache.get_seq_length())

@@ -6,6 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.gpu_steps import VOCAB_SIZE
+from plt_megatron.config.presets import LOOP_PRESETS
+
+# The loops whose gradients are compared, by what follows a mode's name. h counts from the start, so that the first loop
+# has gradients.
+FORMS: dict[str, dict[str, Any]] = {"": {}, ", recommended": {**LOOP_PRESETS["recommended"], "hidden_scale": 0.5}}
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,8 @@ def modes(sizes: Sizes) -> dict[str, dict[str, Any]]:
 
 
 def run_config(model: dict[str, int], length: int, mode: dict[str, Any], micro_batch_size: int = 4) -> Any:
-    """Return the configuration of a run on one device with one microbatch per step."""
+    """Return the configuration of a run on one device with one microbatch per step; `loops` of a mode are settings of
+    the model."""
     from plt_megatron.config.schema import (
         DataConfig,
         ModelConfig,
@@ -82,7 +88,9 @@ def run_config(model: dict[str, int], length: int, mode: dict[str, Any], micro_b
     )
 
     return RunConfig(
-        model=ModelConfig(**model, loop_count=2, vocab_size=VOCAB_SIZE, backend=mode["backend"]),  # type: ignore[arg-type]
+        model=ModelConfig(
+            **{**model, **mode.get("loops", {})}, loop_count=2, vocab_size=VOCAB_SIZE, backend=mode["backend"]
+        ),
         parallel=ParallelConfig(**mode.get("fusions", {})),
         data=DataConfig(sequence_length=length),
         training=TrainingConfig(

@@ -139,9 +139,11 @@ def _take_turns(models: Mapping[str, Any], protocol: DecodeProtocol) -> tuple[di
         cache.batch_repeat_interleave(protocol.batch)
         steps[name] = (model, cache, torch.zeros(protocol.batch, 1, dtype=torch.long))
         _decode(*steps[name], _WARM_UP)
+    names = [*models]
     slices: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(max(1, protocol.decode // protocol.slice)):
-        for name in models:
+    for turn in range(max(1, protocol.decode // protocol.slice)):
+        first = turn % len(names)  # who always came first would pay for what the last row left in the caches
+        for name in names[first:] + names[:first]:
             slices[name].append(_decode(*steps[name], protocol.slice))
     return slices, {name: steps[name][1].memory_bytes() // protocol.batch for name in models}
 

@@ -28,10 +28,12 @@ def run_parts(folder: Path) -> dict[str, Any]:
 
 def test_every_mode_runs(run_te, tmp_path):
     results = run_te(run_parts, 1, tmp_path, timeout_s=240)
-    assert results["correctness"].keys() == MODES | {"te bf16 against torch bf16"}
+    compared = MODES | {"te bf16 against torch bf16"}
+    assert results["correctness"].keys() == compared | {f"{name}, recommended" for name in compared}
     errors = {name: figures["median gradient"] for name, figures in results["correctness"].items()}
-    assert 1e-4 < errors["te bf16"] < 0.02 < errors["te fp8"] < 0.3
-    assert errors["te bf16 against torch bf16"] < 0.02
+    for form in ("", ", recommended"):
+        assert 1e-4 < errors[f"te bf16{form}"] < 0.02 < errors[f"te fp8{form}"] < 0.3
+        assert errors[f"te bf16 against torch bf16{form}"] < 0.02
     assert results["training"]["curves"].keys() == MODES
     for losses in results["training"]["curves"].values():
         assert losses[-1] < losses[0]
@@ -59,13 +61,13 @@ def gradients_after_a_collection() -> dict[str, float]:
     from plt_megatron.runtime.process_groups import init_process_groups
 
     init_process_groups(ParallelConfig())
-    text = gpu.text
+    random_tokens = gpu.random_tokens
 
     def collect_before(*args: Any, **kwargs: Any) -> Any:
         gc.collect()
-        return text(*args, **kwargs)
+        return random_tokens(*args, **kwargs)
 
-    with mock.patch.object(gpu, "text", collect_before):
+    with mock.patch.object(gpu, "random_tokens", collect_before):
         found = gpu.gradients(gpu.run_config(gpu.DRY.small, gpu.DRY.small_length, {"backend": "torch"}))
     return {name: float(gradient.abs().max()) for name, gradient in found.items()}
 
