@@ -34,7 +34,7 @@ $(READY): pyproject.toml tools/make_venv.sh
 
 te: $(READY) $(TE) $(NVRX) ## the Python of Transformer Engine and nvidia-resiliency-ext, for tests on a CPU, which `make test` then runs (13 MB)
 
-demo: $(READY) ## train a small PLT and its one-loop baseline on text this machine has (five minutes on two cores)
+demo: $(READY) ## train a small PLT and its one-loop baseline on text this machine has (four minutes on two cores)
 	@$(PY) tools/demo.py
 
 test: $(READY) ## the test suite (5 to 10 minutes on 2 cores)

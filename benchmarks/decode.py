@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from plt_megatron.experiments.turns import in_turn
 from plt_megatron.hf.configuration_plt import PLTConfig
 from plt_megatron.hf.modeling_plt import PLTCache, PLTForCausalLM
 from plt_megatron.run_folder.text import format_memory, format_table
@@ -195,10 +196,8 @@ def measure(models: dict[str, PLTForCausalLM], batch: int, args: argparse.Namesp
     for name, model in models.items():
         cache, timings[name].prefill_seconds = prefill(model, args, batch)
         decoders[name] = Decoder(model, cache, batch, args)
-    names = [*decoders]
     for turn in range(args.decode // args.slice):
-        first = turn % len(names)  # who always came first would pay for what the last row left in the caches
-        for name in names[first:] + names[:first]:
+        for name in in_turn(decoders, turn):
             timings[name].slices.append(decoders[name].time(args.slice))
     for name, decoder in decoders.items():
         timings[name].kv_bytes = decoder.cache.memory_bytes() // batch

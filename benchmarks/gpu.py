@@ -71,14 +71,10 @@ def text(rows: int, length: int, seed: int) -> Any:
     """Return a microbatch of Python source, one token per byte, which a model can learn."""
     import torch
 
-    from plt_megatron.model.looped_gpt import MicroBatch
-
     files = sorted(Path(argparse.__file__).parent.glob("*.py"))[:60]
     corpus = torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in files)), dtype=torch.uint8)
     starts = torch.randint(0, len(corpus) - length - 1, (rows,), generator=torch.Generator().manual_seed(seed))
-    tokens = torch.stack([corpus[start : start + length + 1] for start in starts.tolist()]).long()
-    tokens = tokens.to(torch.cuda.current_device())
-    return MicroBatch(tokens[:, :-1].contiguous(), labels=tokens[:, 1:].contiguous())
+    return _microbatch(torch.stack([corpus[start : start + length + 1] for start in starts.tolist()]).long())
 
 
 def random_tokens(rows: int, length: int, seed: int) -> Any:
@@ -86,10 +82,16 @@ def random_tokens(rows: int, length: int, seed: int) -> Any:
     a CPU, which is off by 7 % for the spaces of `text`."""
     import torch
 
+    return _microbatch(torch.randint(VOCAB_SIZE, (rows, length + 1), generator=torch.Generator().manual_seed(seed)))
+
+
+def _microbatch(tokens: Any) -> Any:
+    """Return the microbatch of tokens [rows, length + 1], each of which is to predict the next."""
+    import torch
+
     from plt_megatron.model.looped_gpt import MicroBatch
 
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(VOCAB_SIZE, (rows, length + 1), generator=generator).to(torch.cuda.current_device())
+    tokens = tokens.to(torch.cuda.current_device())
     return MicroBatch(tokens[:, :-1].contiguous(), labels=tokens[:, 1:].contiguous())
 
 

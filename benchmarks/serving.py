@@ -21,8 +21,10 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "serving")]  # for the modeling file and LoRA adapters
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "serving"))  # for LoRA adapters
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from plt_megatron.experiments.turns import in_turn
 
 ROWS = {
     "vanilla": {"loop_count": 1},
@@ -192,19 +194,13 @@ class Decoding:
             self.engine.step()
 
 
-def rotated(names: list[str], turn: int) -> list[str]:
-    """Return the names in a turn's order. Beginning always with the same one would cost it 7 to 9 % here."""
-    first = turn % len(names)
-    return names[first:] + names[:first]
-
-
 def decode_times(engines: dict, batch: int, args: argparse.Namespace) -> dict[str, list[float]]:
     """Return milliseconds per decode step, by row and turn."""
     tokens = (args.turns + 1) * args.steps + 8
     decodings = {name: Decoding(engine, batch, args.prompt, tokens) for name, engine in engines.items()}
     times: dict[str, list[float]] = {name: [] for name in engines}
     for turn in range(args.turns + 1):
-        for name in rotated([*decodings], turn):
+        for name in in_turn(decodings, turn):
             milliseconds = decodings[name].milliseconds(args.steps)
             if turn:  # the first one warms up
                 times[name].append(milliseconds)

@@ -21,9 +21,11 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from serving import add_options, add_request, keep_engines_here, make_engine, make_prompt, ratio, rotated
+from plt_megatron.experiments.turns import in_turn
+from serving import add_options, add_request, keep_engines_here, make_engine, make_prompt, ratio
 
 ENGINES = ("vanilla", "PLT-2")
 TO_VANILLA = 2.1  # for the same prompt: two loops compute twice as much
@@ -54,7 +56,7 @@ def measure(engines: dict, args: argparse.Namespace) -> dict[str, dict[int, list
     times: dict[str, dict[int, list[float]]] = {name: {count: [] for count in args.tokens} for name in engines}
     for turn in range(args.turns + 1):
         for count in args.tokens:
-            for name in rotated([*engines], turn):
+            for name in in_turn(engines, turn):
                 taken = milliseconds(engines[name], count, turn)
                 if turn:  # the first one warms up
                     times[name][count].append(taken)

@@ -20,6 +20,7 @@ from typing import Any
 
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.records import RunResult, SweepResults
+from plt_megatron.experiments.turns import in_turn
 from plt_megatron.experiments.verdicts import Row, Timing, baseline_of, make_rows
 from plt_megatron.extras import require
 from plt_megatron.run_folder.files import write_json
@@ -139,11 +140,9 @@ def _take_turns(models: Mapping[str, Any], protocol: DecodeProtocol) -> tuple[di
         cache.batch_repeat_interleave(protocol.batch)
         steps[name] = (model, cache, torch.zeros(protocol.batch, 1, dtype=torch.long))
         _decode(*steps[name], _WARM_UP)
-    names = [*models]
     slices: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(max(1, protocol.decode // protocol.slice)):
-        first = turn % len(names)  # who always came first would pay for what the last row left in the caches
-        for name in names[first:] + names[:first]:
+        for name in in_turn(models, turn):
             slices[name].append(_decode(*steps[name], protocol.slice))
     return slices, {name: steps[name][1].memory_bytes() // protocol.batch for name in models}
 

@@ -74,12 +74,13 @@ class Throughput(Callback):
         """Return rates since the last record (`mfu` is None if the peak is unknown), memory, and time by part of a
         step; what is timed has six digits."""
         seconds = self._seconds or 1.0
-        rate, achieved = self._tokens / seconds, self._flops / seconds / 1e12
+        achieved = _six_digits(self._flops / seconds / 1e12)
+        rate = _six_digits(self._tokens / seconds)
         self._tokens, self._flops, self._seconds = 0, 0.0, 0.0
         return {
-            "tokens_per_second": _six_digits(rate),
-            "model_tflops": _six_digits(achieved),
-            "mfu": _six_digits(achieved / self.peak) if self.peak else None,
+            "tokens_per_second": rate,
+            "model_tflops": achieved,
+            "mfu": achieved / self.peak if self.peak else None,
             "peak_memory_bytes": peak_memory_bytes(),
             "step_seconds": {part: _six_digits(seconds) for part, seconds in self.run.engine.times.take().items()},
         }
