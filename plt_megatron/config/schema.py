@@ -91,9 +91,9 @@ class ModelConfig:
     hidden_size: Size = 128
     ffn_hidden_size: Size = 384
     num_attention_heads: Size = 4
-    num_query_groups: Size | None = None  # key/value heads; None: as many as attention heads
-    kv_channels: Size | None = None  # head dimension; None: hidden_size // num_attention_heads
-    vocab_size: Size | None = None  # None: the tokenizer's
+    num_query_groups: Size | None = None  # key/value heads; null: as many as attention heads
+    kv_channels: Size | None = None  # head dimension; null: hidden_size // num_attention_heads
+    vocab_size: Size | None = None  # null: the tokenizer's
     make_vocab_size_divisible_by: Size = 128  # the embedding is padded to a multiple of this times TP
     share_embeddings_and_output_weights: bool = True  # tied embeddings
     rotary_base: Positive = 10000.0
@@ -129,8 +129,7 @@ class ModelConfig:
     fused_gated_window: bool = False  # window, blend and gate in one Triton kernel; GPU only, not yet measured on one
     gate_input: Literal["query", "hidden"] = "query"  # what the gate reads (model/attention.py)
     gate_side: Literal["local", "global"] = "local"  # which of the two attentions the gate multiplies
-    # Applied to the gate's logit, which starts at zero: sigmoid starts with an even blend, tanh with only the attention
-    # that the gate does not multiply.
+    # Of the gate's logit, which starts at zero: sigmoid starts with an even blend, tanh with the ungated side alone.
     gate_activation: Literal["sigmoid", "tanh"] = "sigmoid"
     # What normalizes h between loops. rms: a later loop's input divides it by its RMS before scaling it, as an RMSNorm
     # whose weight is the scale; final: the final norm follows every loop instead of the last.
@@ -142,7 +141,7 @@ class ModelConfig:
     # loops_sqrt_layers: residual_scale / (N sqrt(L)) (arXiv 2606.18524); layers: residual_scale / L (arXiv 2505.01618).
     residual_scaling: Literal["none", "loops_sqrt_layers", "layers"] = "none"
     residual_scale: Positive = 1.0
-    # muP: tune initial weights and rates at this width, transfer them to hidden_size (docs/model.md). None: no muP.
+    # muP: tune initial weights and rates at this width, transfer them to hidden_size (docs/model.md). null: no muP.
     mup_base_hidden_size: Size | None = None
     moe: MoeConfig | None = None  # null: a dense model
     backend: Literal["auto", "torch", "te"] = "auto"  # te: Transformer Engine; auto: te on a GPU that has it
@@ -154,7 +153,7 @@ class ParallelConfig:
 
     tensor_model_parallel_size: Ranks = 1
     pipeline_model_parallel_size: Ranks = 1  # loops are its virtual stages
-    # Layers of the first and last stage; None: as many as the others. Or count embedding and head as a layer each.
+    # Layers of the first and last stage; null: as many as the others. Or count embedding and head as a layer each.
     num_layers_in_first_pipeline_stage: Size | None = None
     num_layers_in_last_pipeline_stage: Size | None = None
     account_for_embedding_in_pipeline_split: bool = False
@@ -166,7 +165,7 @@ class ParallelConfig:
     window_cp_comm_type: Annotated[Literal["a2a", "all_gather"], RenamedFrom("local_cp_comm_type")] = "a2a"
     expert_model_parallel_size: Ranks = 1  # ranks that share out a layer's experts, among TP x CP x DP
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"  # how tokens reach their experts
-    # None: world size / (TP * PP * CP). plt train uses the machine's GPUs; without a GPU, 1 or as many as experts need.
+    # null: world size / (TP * PP * CP). plt train uses the machine's GPUs; without a GPU, 1 or as many as experts need.
     data_parallel_size: Ranks | None = None
     sequence_parallel: bool = False
     overlap_grad_reduce: bool = False
@@ -248,7 +247,7 @@ class DataConfig:
     reset_at_document_boundaries: bool = False  # packed documents: reset attention, positions, shift and loss
     eod_mask_loss: bool = False  # no loss on the token after an end of document, packed or not
     fim: FimConfig | None = None  # fill-in-the-middle; null: none
-    index_cache: str | None = None  # directory for cached sample indices; None: the run's folder
+    index_cache: str | None = None  # directory for cached sample indices; null: the run's folder
 
 
 @dataclass(frozen=True)
@@ -282,8 +281,8 @@ class OptimizerConfig:
     min_lr: NotNegative = 3e-5
     lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
     lr_warmup_iters: Steps = 0
-    lr_decay_iters: PositiveSteps | None = None  # None: train_iters
-    lr_wsd_decay_iters: PositiveSteps | None = None  # WSD: number of final decay steps; None: a tenth of lr_decay_iters
+    lr_decay_iters: PositiveSteps | None = None  # null: train_iters
+    lr_wsd_decay_iters: PositiveSteps | None = None  # WSD: number of final decay steps; null: a tenth of lr_decay_iters
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "linear"
     weight_decay: NotNegative = 0.1
     lr_mult: RateFactors = field(default_factory=RateFactors)
@@ -314,8 +313,7 @@ class LoopStage:
     until: Annotated[float, Range(0, 1, low_excluded=True)] = 1.0  # end, as a share of the run
     loop_count: LoopCount | None = None  # loops of every step; null: model.loop_count
     loop_shares: list[Share] = field(default_factory=list)  # shares of steps with 1, 2, ... loops
-    # Share of the stage over which its loops phase in: their probability rises from 0 to 1, and other steps use the
-    # loops of the stage before.
+    # Share of the stage over which its loops replace the stage before's, with a probability that rises from 0 to 1.
     ramp: Share = 0.0
 
 
@@ -367,8 +365,7 @@ class TrainingConfig:
     # Weights of losses on the outputs of loops 1, 2, ...; the last loop's weight is 1. A single number applies to all
     # earlier loops; empty: none.
     loop_loss_weights: list[NotNegative] = field(default_factory=list)
-    # Weight of PaLM's z-loss, log(Z)^2 with Z the sum of the exponentials of the last loop's logits; PaLM: 1e-4. Not
-    # part of the reported `loss`.
+    # Weight of PaLM's z-loss, logsumexp(logits)^2 of the last loop; PaLM: 1e-4. Not part of the reported `loss`.
     z_loss_coeff: NotNegative = 0.0
     # Parameters to train, by parts of their names in a checkpoint, with *, ? and [0-9]: ["layers.2[0-9]", plt_gate].
     # The others keep their values and have neither gradients nor optimizer state. Empty: train all.
@@ -379,7 +376,7 @@ class TrainingConfig:
     # EMA decay of the weights (docs/checkpoints.md); null: no average.
     ema_decay: BelowOne | None = None
     deterministic: bool = False
-    threads_per_process: PositiveCount | None = None  # CPU only; None: this machine's cores / processes
+    threads_per_process: PositiveCount | None = None  # CPU only; null: this machine's cores / processes
     # A bad step is reported in <run folder>/incidents. skip: keep the weights; rollback: return to the last checkpoint
     # and continue with the data after the bad step.
     on_nonfinite: Literal["fail", "skip", "rollback"] = "skip"  # loss or gradient norm is infinite or not a number
@@ -404,7 +401,7 @@ class ExportsConfig:
     """Exports of checkpoints to Hugging Face's format, in `<run folder>/exports`."""
 
     interval: PositiveSteps  # steps: a multiple of save_interval
-    # Upload finished exports here while training (docs/checkpoints.md); None: no upload. A bucket or folder
+    # Upload finished exports here while training (docs/checkpoints.md); null: no upload. A bucket or folder
     # (s3://bucket/folder, file:///folder) gets a folder with the run's name, a hub (hf://owner/name) a branch each.
     upload_to: str | None = None
 
@@ -427,7 +424,7 @@ class CheckpointConfig:
     exports: ExportsConfig | None = None  # null: none
     uploads: UploadsConfig | None = None  # of checkpoints; null: none
     async_save: bool = False  # write while training continues; published at a later step
-    # Another run's folder or checkpoint to start from, local or where uploads.to put it; None: resume this run's own
+    # Another run's folder or checkpoint to start from, local or where uploads.to put it; null: resume this run's own
     load: str | None = None
     weights_only: bool = False  # with `load`: load the weights only; reset optimizer, schedule, data and step
     allow_other_data: bool = False  # resume with other data, tokenizer or sampling than the checkpoint's
@@ -440,8 +437,8 @@ class EvaluationConfig:
     """lm-evaluation-harness tasks for a run's exports (`checkpoint.exports`), on the CPU beside training."""
 
     tasks: Annotated[list[str], NotEmpty("each task once, or set evaluation=null")]
-    include_path: str | None = None  # folder of task files; None: lm-evaluation-harness's own, with cached data
-    limit: PositiveCount | None = None  # rows of each task; None: all
+    include_path: str | None = None  # folder of task files; null: lm-evaluation-harness's own, with cached data
+    limit: PositiveCount | None = None  # rows of each task; null: all
 
 
 @dataclass
@@ -468,7 +465,7 @@ class LoggingConfig:
     log_interval: PositiveSteps = 10  # steps
     tensorboard: bool = True
     wandb_project: str | None = None
-    peak_tflops: Positive | None = None  # one device's dense peak for MFU; None: datasheet, or measured on a CPU
+    peak_tflops: Positive | None = None  # one device's dense peak for MFU; null: datasheet, or measured on a CPU
     profile: ProfileConfig | None = None
     straggler: StragglerConfig | None = None
 

@@ -61,7 +61,7 @@ def data_steps(
     Args:
         corpus, tokenizer, data: folders.
         prefix: prefix of the stamps' names, if several tokenizers share a corpus and a folder of stamps.
-        domains: names in `domain_corpus.DOMAINS`, in addition to the demo's corpus.
+        domains: names in `demo_corpus.DOMAINS`, in addition to the demo's corpus.
     """
     code = [corpus / f"{part}.jsonl" for part in PARTS]
     others = {domain: domain_files(corpus, domain) for domain in domains}

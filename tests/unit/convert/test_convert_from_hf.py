@@ -14,16 +14,15 @@ import yaml
 from convert_helpers import (
     VARIANTS,
     VOCAB,
-    hf_logits,
     imported,
     make_model,
     make_tokens,
-    megatron_gradients,
     megatron_logits,
     quiet,
     random_weights,
     save_run,
 )
+from dense_models import DENSE, LLAMA3_ROPE, TINY, YARN_ROPE, save_dense
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -38,64 +37,6 @@ from plt_megatron.hf.sources import open_source, read_lineage
 from plt_megatron.train.checkpoint.reading import read_weights
 from tests.checkpoints import read_progress
 
-TINY = {
-    "vocab_size": VOCAB,
-    "hidden_size": 48,
-    "intermediate_size": 56,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-MOE = {"head_dim": 20, "num_experts_per_tok": 2, "moe_intermediate_size": 28, "norm_topk_prob": True}
-YARN_ROPE = {
-    "rope_type": "yarn",
-    "rope_theta": 100.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 16,
-    "beta_fast": 2.0,
-    "truncate": False,
-}
-DENSE = {
-    "llama": ("LlamaConfig", {"head_dim": 16, "rms_norm_eps": 1e-6}),
-    "llama, tied": ("LlamaConfig", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
-    "llama 3.1": ("LlamaConfig", {"rope_parameters": LLAMA3_ROPE}),
-    "llama, yarn": ("LlamaConfig", {"rope_parameters": YARN_ROPE}),
-    "mistral": ("MistralConfig", {"sliding_window": None}),
-    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
-    "qwen3": ("Qwen3Config", {"head_dim": 20}),
-    "qwen3 moe": ("Qwen3MoeConfig", {**MOE, "num_experts": 6}),
-    "qwen3 moe, dense first": ("Qwen3MoeConfig", {**MOE, "num_experts": 4, "mlp_only_layers": [0]}),
-    "olmo2": ("Olmo2Config", {}),
-}
-
-
-def save_dense(folder, name, dtype=torch.float32, **others):
-    """A random model of transformers, norms and biases included; (model, its logits of `make_tokens()`)."""
-    import transformers
-
-    kind, settings = DENSE[name]
-    config = getattr(transformers, kind)(**{**TINY, **settings})
-    torch.manual_seed(7)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    for key, parameter in model.named_parameters():
-        parameter.data.normal_(1.0 if "norm" in key else 0.0, 0.2)
-    model = model.to(dtype)
-    model.save_pretrained(folder, **others)
-    with torch.no_grad():
-        return model, model.float()(make_tokens(), use_cache=False).logits
-
 
 @pytest.mark.parametrize("name", DENSE)
 def test_dense_models_compute_the_same_as_one_loop(tmp_path, name):
@@ -105,149 +46,6 @@ def test_dense_models_compute_the_same_as_one_loop(tmp_path, name):
     actual = megatron_logits(result.model, weights, make_tokens())
     assert expected.std() > 0.1
     assert (actual - expected).abs().max() < 2e-5
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen2", "olmo2"])
-def test_and_are_the_start_of_a_plt_with_fresh_gates(tmp_path, name):
-    _, expected = save_dense(tmp_path / "hf", name)
-    result, weights = imported(tmp_path / "hf", tmp_path / "run", loop_count=3)
-    model = result.model
-    assert (model.loop_count, model.cross_loop_parallel, model.share_kv, model.gated_window) == (3, True, True, True)
-    gates = {key: tensor for key, tensor in weights.items() if ".plt_gate." in key}
-    assert len(gates) == result.fresh == 4 and not any(tensor.any() for tensor in gates.values())
-    one_loop = megatron_logits(model, weights, make_tokens(), loop_count=1)
-    assert (one_loop - expected).abs().max() < 2e-5
-    quiet((tmp_path / "run", tmp_path / "out"))
-    loops = hf_logits(tmp_path / "out", make_tokens())
-    assert (loops - megatron_logits(model, weights, make_tokens())).abs().max() < 2e-5
-    assert (loops - expected).abs().max() > 0.1
-
-
-@pytest.mark.parametrize(
-    ("name", "switches"),
-    [(name, {}) for name in ("llama, tied", "llama, yarn", "qwen2", "qwen3 moe, dense first", "olmo2")]
-    + [("llama 3.1", {"loop_span": [0, 1]}), ("qwen3", {"loop_span": [1, 2]})]
-    + [("llama", {"full_attention": "last_loop"}), ("qwen2", {"full_attention": "last_loop", "key_shift": "learned"})],
-)
-def test_with_a_preset_the_first_logits_are_the_sources(tmp_path, name, switches):
-    """At any loop count, in a text longer than the window, trained or exported."""
-    source, _ = save_dense(tmp_path / "hf", name)
-    options = {"loop_count": 3, "preset": "recommended", "switches": switches}
-    result, weights = imported(tmp_path / "hf", tmp_path / "run", **options)
-    gates = 0 if "full_attention" in switches else 1 if "loop_span" in switches else 2
-    assert sum(".plt_gate.weight" in key for key in weights) == gates
-    tokens = make_tokens(2, 80)
-    assert result.model.window_size < 80 and result.new_loops
-    with torch.no_grad():
-        expected = source(tokens, use_cache=False).logits
-    bound = 1e-5 * expected.abs().max()
-    for loops in (1, 2, 3):
-        logits = megatron_logits(result.model, weights, tokens, loop_count=loops)
-        assert (logits - expected).abs().max() < bound
-    quiet((tmp_path / "run", tmp_path / "out"))
-    assert (hf_logits(tmp_path / "out", tokens) - expected).abs().max() < bound
-
-
-def test_what_is_new_is_learned_from_the_first_step(tmp_path):
-    save_dense(tmp_path / "hf", "llama")
-    result, weights = imported(tmp_path / "hf", tmp_path / "run", loop_count=2, preset="recommended")
-    gradients = megatron_gradients(result.model, weights, make_tokens(2, 80))
-    new = {name for name in weights if ".plt_gate." in name or name == "loop_input.hidden_scale"}
-    assert len(new) == result.fresh == 5 and not any(weights[name].any() for name in new)
-    largest = gradients["final_layernorm.weight"].abs().max()
-    assert all(gradients[name].abs().max() > 1e-3 * largest for name in new)
-    # With h let in and the gates open, later loops change what comes out.
-    opened = {name: tensor + 0.1 if name in new else tensor for name, tensor in weights.items()}
-    one, two = (megatron_logits(result.model, opened, make_tokens(), loop_count=loops) for loops in (1, 2))
-    assert (one - two).abs().max() > 0.01
-
-
-def test_learned_shares_of_the_previous_token_are_added_once(tmp_path):
-    """To a model of any loop count."""
-    model, learned = make_model(), {"switches": {"key_shift": "learned"}}
-    weights = random_weights(model)
-    quiet((save_run(tmp_path / "run", model, weights), tmp_path / "out"))
-    result, shifted = imported(tmp_path / "out", tmp_path / "shifted", **learned)
-    assert result.fresh == 4 and load_config(tmp_path / "shifted" / "model.yaml").model.key_shift == "learned"
-    expected = megatron_logits(model, weights, make_tokens())
-    assert (megatron_logits(result.model, shifted, make_tokens()) - expected).abs().max() < 1e-5
-    quiet((tmp_path / "shifted", tmp_path / "again"))
-    assert "| keys of the previous token | learned shares |" in (tmp_path / "again" / "README.md").read_text()
-    with pytest.raises(UserError, match="--key-shift .* key_shift learned"):
-        import_model(ImportOptions(tmp_path / "again", tmp_path / "fails", **learned))
-
-
-def test_what_one_loop_leaves_unused_cannot_contradict_new_loops(tmp_path):
-    model = make_model(loop_count=1, loop_order="layer")
-    weights = random_weights(model)
-    quiet((save_run(tmp_path / "run", model, weights), tmp_path / "out"))
-    with pytest.raises(UserError, match=r"out: model\.cross_loop_parallel with model\.loop_order layer: "):
-        import_model(ImportOptions(tmp_path / "out", tmp_path / "fails", loop_count=2))
-    result, again = imported(tmp_path / "out", tmp_path / "two", loop_count=2, preset="recommended")
-    expected = megatron_logits(model, weights, make_tokens())
-    assert (megatron_logits(result.model, again, make_tokens()) - expected).abs().max() < 1e-5
-
-
-def test_the_layers_stay_the_sources(tmp_path):
-    """The preset scales branches; those of a trained model are as they are, and come back with it."""
-    model = make_model(loop_count=1, residual_scaling="layers", residual_scale=3.0)
-    weights = random_weights(model)
-    quiet((save_run(tmp_path / "run", model, weights), tmp_path / "out"))
-    result, back = imported(tmp_path / "out", tmp_path / "back", loop_count=2, preset="recommended")
-    assert derived.residual_factor(result.model) == 1.5 and not result.model.loop_preset
-    expected = megatron_logits(model, weights, make_tokens(2, 80))
-    assert (megatron_logits(result.model, back, make_tokens(2, 80)) - expected).abs().max() < 1e-5
-    settings = load_config(tmp_path / "back" / "model.yaml").model
-    assert settings == result.model
-
-
-def test_a_schedule_switches_the_new_loop_on_without_a_jump(tmp_path):
-    """While steps of one loop train the source's weights, two loops compute the same; then they do not."""
-    save_dense(tmp_path / "hf", "llama")
-    imported(tmp_path / "hf", tmp_path / "run", loop_count=2, preset="recommended")
-    schedule = "training.loop_schedule=[{until: 0.5, loop_count: 1}, {loop_count: 2}]"
-    settings = ["training.precision=fp32", "training.train_iters=4", "training.global_batch_size=2", schedule]
-    config = load_config(
-        tmp_path / "run" / "model.yaml", [*settings, "model.backend=torch", "model.window_size=5", "optimizer.lr=0.01"]
-    )
-    config.training.micro_batch_size = 2
-    from plt_megatron.hf.verification import single_process
-
-    with single_process():
-        from plt_megatron.model.looped_gpt import MicroBatch
-        from plt_megatron.train.checkpoint.store import CheckpointStore
-        from plt_megatron.train.megatron_engine import MegatronEngine
-
-        engine = MegatronEngine(config, VOCAB)
-        assert CheckpointStore(tmp_path / "new" / "checkpoints", config, {}).load(engine) is None
-        tokens = make_tokens()
-        batches = [MicroBatch(tokens[:, :-1], labels=tokens[:, 1:])]
-        losses = []
-        for loops in (1, 1, 2, 2):
-            losses.append([engine.evaluate(batches, count)[0] for count in (1, 2)])
-            assert engine.train_step(batches, loop_count=loops).updated
-        one, two = (engine.evaluate(batches, count)[0] for count in (1, 2))
-    assert all(first == pytest.approx(second, rel=1e-6) for first, second in losses[:3])
-    assert losses[2][0] < losses[0][0] and two != pytest.approx(one, rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"loop_count": 2, "preset": "paper"}, r"--preset paper: .* read 1 E \+ 1 h instead of E, .*use --preset rec"),
-        ({"loop_count": 2, "preset": "loopcoder"}, r"--preset loopcoder: .* read 0\.707 E \+ 0\.053 h instead of E"),
-        ({"switches": {"loop_span": [0, 1]}}, "--loop-span says which layers loop: also give --loop-count 2 or more"),
-        ({"loop_count": 2, "switches": {"loop_span": [1, 3]}}, "--loop-span 1 3: give 0 <= FIRST < LAST <= 2, the mod"),
-        ({"loop_count": 2, "switches": {"loop_span": [1, 1]}}, "--loop-span 1 1: give 0 <= FIRST < LAST <= 2, the mod"),
-        ({"switches": {"full_attention": "last_loop"}}, "--full-attention is about later loops: .* --loop-count 2"),
-        ({"preset": "recommended"}, "--preset says how later loops are .*: also give --loop-count 2 or more"),
-    ],
-)
-def test_presets_that_do_not_start_as_the_source(tmp_path, options, message):
-    save_dense(tmp_path / "hf", "llama")
-    with pytest.raises(UserError, match=message) as error:
-        import_model(ImportOptions(tmp_path / "hf", tmp_path / "run", **options))
-    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", VARIANTS)
