@@ -115,8 +115,7 @@ class _Reader:
                 for included in _include_paths(node):
                     self.read_file(_beside(path, included), (*including, path))
         layer = self._section(self._schema, [entry for entry in entries if entry[0] != INCLUDE], "")
-        # A program writes all settings of its version: what it does not give is newer, and not the preset's.
-        self._add_layer(layer, expand_presets=not self._accept_old_names)
+        self._add_layer(layer)
 
     def read_overrides(self, overrides: Sequence[str]) -> None:
         """Add `key=value` texts to the tree as one layer."""
@@ -131,9 +130,8 @@ class _Reader:
             merge(layer, self._path_to(self._schema, key.strip().split("."), node, at, ""))
         self._add_layer(layer)
 
-    def _add_layer(self, layer: Tree, expand_presets: bool = True) -> None:
-        if expand_presets:
-            self._expand_presets(self._schema, layer, "")
+    def _add_layer(self, layer: Tree) -> None:
+        self._expand_presets(self._schema, layer, "")
         supersede(self._schema, self.tree, layer, "")
         merge(self.tree, layer)
 
@@ -143,6 +141,8 @@ class _Reader:
             if not isinstance(chosen, yaml.ScalarNode):
                 continue
             settings = presets.get(chosen.value, {})
+            if all(2 * len(known.keys() & layer.keys()) > len(known) for known in (settings, field_types(cls))):
+                continue  # a program gives all settings of its version: what is missing is newer, not the preset's
             for other in settings.keys() - layer.keys():
                 layer[other] = yaml.ScalarNode("", yaml_nodes.text_of(settings[other]), chosen.start_mark)
                 at = self.places[join(section, name)]

@@ -22,6 +22,7 @@ _PARAMETERISATION: dict[str, Any] = {
     "residual_scale": 1.0,
 }
 PARAMETERISATION = frozenset(_PARAMETERISATION)  # what `plt import` takes of a preset for new loops
+OF_ONE_LOOP = ("key_shift", "residual_scaling", "residual_scale")  # settings of presets that one loop has too
 ATTENTION = ("share_kv", "gated_window", "full_attention")  # what each loop attends to
 _PAPER: dict[str, Any] = {
     **_PARAMETERISATION,

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plt_megatron.config.rules import model as model_rules
 from plt_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.figures import Curve, Panel, draw, save
@@ -68,6 +69,8 @@ def check_coordinates(config: RunConfig, axes: Mapping[str, Sequence[int]] = SIZ
         raise UserError("the coordinate check needs models whose layers all loop; set model.loop_span=null")
     if config.optimizer.name != "adam":
         raise UserError(f"the coordinate check needs Adam, not {config.optimizer.name}; set optimizer.name=adam")
+    for problem in model_rules.find_problems(config):
+        raise UserError(problem)
     results = []
     with single_process():
         for axis, sizes in axes.items():
@@ -157,7 +160,7 @@ def _resized(model: ModelConfig, size: dict[str, int]) -> ModelConfig:
         loop_count=size["loops"],
         ffn_hidden_size=max(1, model.ffn_hidden_size * size["width"] // model.hidden_size),
         num_attention_heads=heads,
-        num_query_groups=max(1, heads // 2),
+        num_query_groups=max(2, heads // 2),  # shifted keys need two
         kv_channels=HEAD_DIM,
         window_size=TOKENS // 2,
         vocab_size=VOCAB_SIZE,

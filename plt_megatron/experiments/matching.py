@@ -181,7 +181,14 @@ def _match_measured_latency(config: RunConfig, reference: RunConfig, table: Path
 
 
 def _table_key(model: ModelConfig) -> tuple[str, ...]:
-    return tuple(str(getattr(model, name)).lower() for name in (*_SHAPE, *_SWITCHES))
+    return _key({name: str(getattr(model, name)).lower() for name in (*_SHAPE, *_SWITCHES)})
+
+
+def _key(values: dict[str, str]) -> tuple[str, ...]:
+    """Return shape and switches; one loop, where the other switches have no effect, has their defaults."""
+    if values["loop_count"] == "1":
+        values |= {name: str(getattr(ModelConfig(), name)).lower() for name in _SWITCHES if name != "loop_count"}
+    return tuple(values.values())
 
 
 def _describe_key(key: tuple[str, ...]) -> str:
@@ -202,6 +209,6 @@ def _read_table(path: Path) -> Iterator[tuple[tuple[str, ...], float]]:
                     milliseconds = float(row["milliseconds"])
                 except ValueError:
                     raise UserError(f"{path}:{number}: milliseconds: expected a number") from None
-                yield tuple(row[name].strip().lower() for name in columns[:-1]), milliseconds
+                yield _key({name: row[name].strip().lower() for name in columns[:-1]}), milliseconds
     except OSError as error:
         raise UserError(f"decode.table: cannot read {path}: {error.strerror}") from error

@@ -122,7 +122,7 @@ def stated(model: ModelConfig) -> dict[str, Any]:
         keys |= zip(switch.keys, switch.write(getattr(model, switch.setting)), strict=True)
     keys["share_values"] = model.share_values or not model.share_kv
     keys["gated_window"] = model.gated_window and model.share_kv
-    keys["full_attention"] = model.full_attention if derived.windows_earlier_loops(model) else "every_loop"
+    keys["full_attention"] = "every_loop" if model.share_kv else model.full_attention
     if not derived.adds_embeddings(model):
         keys |= {"embedding_scale": 1.0, "hidden_scale": 1.0, "hidden_norm": False, "learned_hidden_scale": "none"}
     return keys

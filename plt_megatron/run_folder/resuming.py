@@ -17,11 +17,12 @@ from plt_megatron.config import derived
 from plt_megatron.config.branching import branch_settings, decay_steps
 from plt_megatron.config.fields import from_plain, unknown_keys
 from plt_megatron.config.loader import load_config
+from plt_megatron.config.presets import LOOP_PRESETS, OF_ONE_LOOP
 from plt_megatron.config.rules.optimizer import settings_of_others
 from plt_megatron.config.rules.uploads import is_url
 from plt_megatron.config.schema import ModelConfig, RunConfig, TrainingConfig
 from plt_megatron.errors import UserError
-from plt_megatron.model.parameters import Sizes, only_in_loops, parameters_of
+from plt_megatron.model.parameters import Sizes, parameters_of
 from plt_megatron.run_folder import checkpoints
 from plt_megatron.run_folder.folder import RunFolder
 
@@ -72,7 +73,7 @@ def find_start(config: RunConfig) -> Start | None:
 
 def start_problems(start: Start, config: RunConfig, vocab_size: int | None) -> list[str]:
     """List why a checkpoint cannot continue with a configuration's model and schedule; `vocab_size` None: unknown."""
-    checks = [partial(check_model, start.path, start.progress, config, vocab_size)]
+    checks = [partial(check_model, start, config, vocab_size)]
     if start.is_own or not config.checkpoint.weights_only:
         allow_other = config.checkpoint.allow_other_schedule
         checks.append(partial(check_schedule, start.path, start.progress, config, allow_other=allow_other))
@@ -218,38 +219,48 @@ def check_vocabulary(path: Path, progress: dict[str, Any], vocab_size: int) -> N
         )
 
 
-def check_model(path: Path, progress: dict[str, Any], config: RunConfig, vocab_size: int | None) -> None:
-    """Raise `UserError` if a checkpoint's tensors do not fit this model. Either may lack all gates, as with one loop.
+def check_model(start: Start, config: RunConfig, vocab_size: int | None) -> None:
+    """Raise `UserError` if a checkpoint's tensors do not fit this model, or if a run's own is of another form of the
+    loop. Either may lack all gates, as with one loop.
 
     Args:
         vocab_size: the run's vocabulary size without padding; None: unknown.
     """
     if vocab_size is not None:
-        check_vocabulary(path, progress, vocab_size)
-    settings = progress["config"]["model"]
+        check_vocabulary(start.path, start.progress, vocab_size)
+    settings = start.progress["config"]["model"]
     if unknown_keys(ModelConfig, settings):  # from another version
         return
-    saved = from_plain(ModelConfig, settings)
-    if _fit(saved, config.model):
+    saved, own = from_plain(ModelConfig, settings), config.model
+    fits, form = _fit(saved, own), _changes_of_form(saved, own)
+    if fits and not (form and start.is_own):
         return
-    changed = {name: getattr(saved, name) for name in settings if getattr(saved, name) != getattr(config.model, name)}
-    causes = {
-        name: value
-        for name, value in changed.items()
-        if _shapes(config.model) != _shapes(dataclasses.replace(config.model, **{name: value}))
-    }
-    differences = [f"model.{name} {value} (now {getattr(config.model, name)})" for name, value in causes.items()]
+    changed = [item.name for item in dataclasses.fields(saved) if getattr(saved, item.name) != getattr(own, item.name)]
+    causes = [
+        name
+        for name in changed
+        if name in form or _shapes(own) != _shapes(dataclasses.replace(own, **{name: getattr(saved, name)}))
+    ]
+    differences = [f"model.{name} {getattr(saved, name)} (now {getattr(own, name)})" for name in causes]
+    shapes = "" if fits else ", and has tensors of other shapes"
+    kept = f", as in {RunFolder.of(config).config_file}" if start.is_own else ""
     raise UserError(
-        f"checkpoint {path} was trained with {', '.join(differences)}, and has tensors of other shapes; restore that, "
-        "or start a run of another name"
+        f"checkpoint {start.path} was trained with {', '.join(differences)}{shapes}; restore that{kept}, or start a "
+        "run of another name"
     )
+
+
+def _changes_of_form(saved: ModelConfig, own: ModelConfig) -> list[str]:
+    """Return the settings of presets, which another version may have expanded otherwise, that differ with effect."""
+    names = LOOP_PRESETS["paper"].keys() if min(saved.loop_count, own.loop_count) > 1 else OF_ONE_LOOP
+    return [name for name in names if getattr(saved, name) != getattr(own, name)]
 
 
 def _fit(saved: ModelConfig, own: ModelConfig) -> bool:
     before, now = _shapes(saved), _shapes(own)
     if any(before[name] != now[name] for name in before.keys() & now.keys()):
         return False
-    loops = [{name for name in names if only_in_loops(name)} for names in (before, now)]
+    loops = [{item.name for item in parameters_of(model) if item.only_in_loops} for model in (saved, own)]
     return before.keys() - loops[0] == now.keys() - loops[1] and (loops[0] == loops[1] or not all(loops))
 
 

@@ -27,7 +27,7 @@ def _check_layers(config: RunConfig) -> Iterator[str]:
     if model.loop_count > 1 and model.gated_window and not model.share_kv:
         yield (
             "model.gated_window needs model.share_kv: without sharing, the later loops' attention is already "
-            "their own; set model.gated_window=false or model.share_kv=true"
+            "their own; set model.gated_window=false, or model.share_kv=true and model.full_attention=every_loop"
         )
     if model.loop_count > 1 and not model.share_values and not model.share_kv:
         yield (

@@ -1,4 +1,4 @@
-"""Which settings of losses on earlier loops a checkpoint is resumed with unasked."""
+"""Which settings of losses on earlier loops, and which form of the loop, a checkpoint is resumed with unasked."""
 
 from __future__ import annotations
 
@@ -54,3 +54,36 @@ def test_what_was_set_is_compared_and_what_it_stands_for(before, now, refused, e
     with nullcontext() if refused is None else pytest.raises(UserError) as error:
         resuming.check_schedule(Path("checkpoint"), json.loads(json.dumps(progress)), own, allow_other=False)
     assert refused is None or f"was trained with {NAME} {refused}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "refused"),
+    [
+        ({}, {"window_size": 9, "rotary_base": 5e5}, ()),
+        ({}, {"key_shift": "heads"}, ("key_shift none (now heads)",)),
+        ({}, {"embedding_scale": 0.7}, ("embedding_scale 1.0 (now 0.7)",)),
+        ({"loop_count": 1}, {"loop_count": 1, "embedding_scale": 0.7, "share_kv": False}, ()),
+        ({"loop_count": 1}, {"embedding_scale": 0.7}, ()),
+        ({"loop_count": 1}, {"loop_count": 1, "residual_scale": 2.0}, ("residual_scale 1.0 (now 2.0)",)),
+        (
+            {},
+            {"key_shift": "heads", "share_kv": False, "gated_window": False, "full_attention": "last_loop"},
+            ("key_shift none", "share_kv True", "gated_window True", "full_attention every_loop"),
+        ),
+        (
+            {},
+            {"hidden_size": 64, "key_shift": "heads"},
+            ("hidden_size 128", "key_shift none", "tensors of other shapes"),
+        ),
+    ],
+)
+def test_a_run_goes_on_with_the_form_that_it_has(before, now, refused):
+    """All that changed is named at once. Another run may start from its weights in another form of the same shapes."""
+    saved, own = run([], 2), run([], 2)
+    saved.model, own.model = (dataclasses.replace(saved.model, **settings) for settings in (before, now))
+    start = resuming.Start(Path("checkpoint"), {"config": dataclasses.asdict(saved)}, is_own=True)
+    with pytest.raises(UserError) if refused else nullcontext() as error:
+        resuming.check_model(start, own, None)
+    assert not refused or all(part in str(error.value) for part in (*refused, "runs/run/config.yaml"))
+    with pytest.raises(UserError) if "hidden_size" in now else nullcontext():
+        resuming.check_model(dataclasses.replace(start, is_own=False), own, None)

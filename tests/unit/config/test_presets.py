@@ -42,14 +42,19 @@ def test_all_presets_set_the_same_settings_and_the_papers_are_the_defaults():
     assert all(getattr(ModelConfig(), setting) == value for setting, value in LOOP_PRESETS["paper"].items())
 
 
-def test_what_a_run_folder_leaves_out_is_newer_than_it_and_not_the_presets(tmp_path):
-    """As of a version without `full_attention`; a user's file of the same text takes the preset's."""
-    text = "model: {loop_preset: recommended, share_kv: false, gated_window: false, loop_norm: rms}\n"
-    users, written = (load_config(write(tmp_path, text, name)).model for name in ("run.yaml", "config.yaml"))
-    assert (users.full_attention, users.key_shift, users.residual_scale) == ("last_loop", "heads", 4.0)
-    assert written == dataclasses.replace(
-        ModelConfig(), loop_preset="recommended", share_kv=False, gated_window=False, loop_norm="rms"
-    )
+def test_what_a_programs_file_leaves_out_is_newer_than_it_and_not_the_presets(tmp_path):
+    """Whatever its name, and included. A user's file, which a run folder's name does not make a program's, takes it."""
+    users = "model: {loop_preset: recommended, share_kv: false, gated_window: false, loop_norm: rms, num_layers: 3}\n"
+    expected = load_config(write(tmp_path, users)).model
+    assert (expected.full_attention, expected.key_shift, expected.residual_scale) == ("last_loop", "heads", 4.0)
+    assert load_config(write(tmp_path, users, "config.yaml")).model == expected
+    newer = ("  key_shift:", "  full_attention:", "  gate_activation:", "  loop_norm:", "  mup_base_hidden_size:")
+    lines = dump_config(RunConfig(model=expected)).splitlines(keepends=True)
+    text = "".join(line for line in lines if not line.startswith(newer))
+    include = write(tmp_path, "include: copied.yaml\n", "including.yaml")
+    for path in (write(tmp_path, text, "config.yaml"), write(tmp_path, text, "copied.yaml"), include):
+        model = load_config(path).model
+        assert model == dataclasses.replace(expected, key_shift="none", full_attention="every_loop", loop_norm="none")
     later = load_config(tmp_path / "config.yaml", ["model.loop_preset=paper"]).model
     assert later.share_kv and later.loop_norm == "none"
 

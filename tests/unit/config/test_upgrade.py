@@ -210,6 +210,15 @@ def test_a_run_folders_settings_are_meant_as_they_were(old, name):
     assert load_back(config, old) == config
 
 
+def test_a_preset_leaves_to_an_included_file_what_it_left_to_it(tmp_path):
+    (tmp_path / "base.yaml").write_text("model: {gated_window: false, key_shift: channels}\n")
+    text = "include: base.yaml\nmodel: {loop_preset: recommended, hidden_norm: false, gate_side: global}\n"
+    (tmp_path / "run.yaml").write_text(upgrade_text(text, "run"))
+    model = load_config(tmp_path / "run.yaml").model
+    assert (model.gated_window, model.key_shift, model.share_kv) == (False, "channels", True)
+    assert (model.loop_norm, model.gate_side, model.hidden_scale) == ("none", "global", 0.0)
+
+
 def test_deepspeed_is_its_section(old):
     plain = load_config(old / "run_folders/deepspeed_plain/config.yaml")
     assert plain.deepspeed == DeepSpeedConfig()

@@ -164,3 +164,14 @@ def test_presets_that_do_not_start_as_the_source(tmp_path, options, message):
     with pytest.raises(UserError, match=message) as error:
         import_model(ImportOptions(tmp_path / "hf", tmp_path / "run", **options))
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_new_loops_of_our_own_model_attend_as_it_says(tmp_path):
+    """A model of one loop has no use for the setting, and keeps it for those that it gets."""
+    for name, last in (("paper", False), ("recommended", True)):
+        model = make_model(
+            loop_count=1, **({"full_attention": "last_loop", "share_kv": False, "gated_window": False} if last else {})
+        )
+        quiet((save_run(tmp_path / name / "run", model, random_weights(model)), tmp_path / name / "out"))
+        result, _ = imported(tmp_path / name / "out", tmp_path / name / "two", loop_count=2, preset="recommended")
+        assert (result.model.full_attention == "last_loop") == (not result.model.share_kv) == last

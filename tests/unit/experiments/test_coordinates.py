@@ -41,6 +41,11 @@ def test_layers_that_run_once_are_refused(capsys):
     assert "whose layers all loop; set model.loop_span=null" in capsys.readouterr().err
 
 
+def test_models_that_contradict_themselves_are_refused(capsys):
+    assert main([CONFIG, ADAM, "model.loop_preset=recommended", "model.share_kv=true"]) == 2
+    assert "model.full_attention last_loop needs model.share_kv=false" in capsys.readouterr().err
+
+
 def test_other_optimizers_are_refused(capsys):
     assert main([CONFIG, "optimizer.name=muon"]) == 2
     assert "not muon; set optimizer.name=adam" in capsys.readouterr().err

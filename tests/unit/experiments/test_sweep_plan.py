@@ -130,7 +130,7 @@ def test_equal_latency_on_paper(tmp_path):
 def test_equal_latency_by_a_measured_table(tmp_path):
     switches = "loop_count,cross_loop_parallel,share_kv,gated_window,full_attention"
     columns = f"num_layers,ffn_hidden_size,{switches},milliseconds"
-    rows = ["4,64,1,true,true,true,every_loop,2.0", "4,64,2,true,true,true,every_loop,2.5"]
+    rows = ["4,64,1,true,false,false,last_loop,2.0", "4,64,2,true,true,true,every_loop,2.5"]
     rows += ["3,72,2,true,true,true,every_loop,2.01"]
     table = tmp_path / "table.csv"
     table.write_text("\n".join([columns, *rows]) + "\n")
