@@ -1,10 +1,10 @@
-"""Runs commands to their end, and waits for that of processes."""
+"""Runs commands to their end, and waits for that of processes and for anything else."""
 
 from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,23 @@ def is_gone(pid: int) -> bool:
 
 def wait_until_gone(*pids: int) -> None:
     """Wait until processes have ended, for a minute at most."""
-    deadline = time.monotonic() + 60
-    while not all(map(is_gone, pids)):
-        assert time.monotonic() < deadline, [pid for pid in pids if not is_gone(pid)]
-        time.sleep(0.02)
+    wait_for(lambda: not alive(pids), "the end of processes", details=lambda: alive(pids))
+
+
+def alive(pids: Iterable[int]) -> list[int]:
+    """Those of the processes that have not ended."""
+    return [pid for pid in pids if not is_gone(pid)]
+
+
+def wait_for(
+    condition: Callable[[], Any],
+    what: str = "what comes next",
+    seconds: float = 60,
+    details: Callable[[], Any] = str,
+    interval: float = 0.02,
+) -> None:
+    """Wait until a condition holds; `interval`: seconds between looks."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}: {details()}"
+        time.sleep(interval)

@@ -109,21 +109,13 @@ def averaged(data, tmp_path_factory, run_distributed) -> RunConfig:
     return config
 
 
-def test_what_a_callback_keeps_goes_on_bit_for_bit(averaged, tmp_path, run_distributed):
-    config = as_after_step(averaged, 4, "resumed", tmp_path, checkpoint={"async_save": True})
-    assert run_distributed(train_with, 2, config, Average)[0] is True
-    assert numbers(config) == numbers(averaged)
-    assert [record["average_updates"] for record in numbers(config, "train")] == [1, 2, 3, 4, 5, 6]
-    ours, theirs = kept_tensors(config, 6), kept_tensors(averaged, 6)
-    assert ours.keys() == theirs.keys() and len(ours) >= 10
-    assert all(torch.equal(ours[key], theirs[key]) and ours[key].dtype == torch.float32 for key in ours)
-
-
 def test_what_a_callback_keeps_is_loaded_in_another_layout(averaged, tmp_path, run_distributed):
     one_process = {"tensor_model_parallel_size": 1, "sequence_parallel": False}
     config = as_after_step(averaged, 4, "alone", tmp_path, parallel=one_process)
     assert run_distributed(train_with, 1, config, Average)[0] is True
+    assert [record["average_updates"] for record in numbers(config, "train")] == [1, 2, 3, 4, 5, 6]
     ours, theirs = kept_tensors(config, 6), kept_tensors(averaged, 6)
+    assert ours.keys() == theirs.keys() and len(ours) >= 10
     for key, tensor in theirs.items():
         rows = min(len(tensor), len(ours[key]))  # the vocabulary is padded for each layout
         torch.testing.assert_close(ours[key][:rows], tensor[:rows], rtol=1e-2, atol=1e-3, msg=key)

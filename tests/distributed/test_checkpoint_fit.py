@@ -13,7 +13,6 @@ from plt_megatron.hf.sources import open_source
 from plt_megatron.run_folder.checkpoints import doubt
 from tests.checkpoints import read_progress
 from tests.distributed import checkpoint_jobs as jobs
-from tests.distributed.pool import DistributedFailure
 
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
@@ -136,17 +135,6 @@ def test_another_vocabulary_is_refused_although_its_padded_size_fits(run_distrib
     assert error.endswith("its vocabulary has 117 entries, this run's 118; use its tokenizer")
 
 
-def test_another_schedule_only_when_asked_explicitly(run_distributed, two_loops):
-    config = jobs.run_config()
-    config.optimizer.lr = 1e-3
-    config.training.train_iters = 40
-    error = run_distributed(jobs.error_of_load, 1, two_loops, config)
-    assert "training.train_iters 20 (now 40)" in error and "optimizer.lr 0.003 (now 0.001)" in error
-    assert "checkpoint.allow_other_schedule=true" in error
-    seen = run_distributed(jobs.load_and_train, 1, two_loops, config, then=1, allow_other_schedule=True)
-    assert seen["progress"]["step"] == 3
-
-
 def test_weights_alone_start_a_new_run(run_distributed, two_loops):
     config = jobs.run_config(PP2, "bf16")
     config.optimizer.lr = 1e-3
@@ -171,11 +159,6 @@ def test_fp32_state_goes_on_in_bf16_with_an_exact_main_copy(run_distributed, two
     seen = run_distributed(jobs.main_parameters, 1, two_loops, jobs.run_config(precision="bf16"))
     exact = run_distributed(jobs.main_parameters, 1, two_loops, dataclasses.replace(jobs.run_config()))
     assert seen == exact
-
-
-def test_errors_of_a_job_reach_the_caller(run_distributed, tmp_path):
-    with pytest.raises(DistributedFailure, match="UserError: .*no complete checkpoint there"):
-        run_distributed(jobs.load_and_train, 1, tmp_path / "nothing", jobs.run_config())
 
 
 FACTOR = {"lr_mult": RateFactors(embedding=4.0)}

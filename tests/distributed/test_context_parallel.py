@@ -146,7 +146,7 @@ def test_shift(run_distributed, ranks, context_ranks, length):
 @pytest.mark.parametrize(("ranks", "length"), [(2, 24), (3, 24), (4, 8), (4, 48)])
 def test_attention(run_distributed, ranks, length):
     """Windows shorter and longer than a chunk, than several chunks, than the sequence; odd and even."""
-    windows = [None, 1, 2, 3, 5, 7, 8, 13, 23, length + 1]
+    windows = [None, 1, 2, 3, 5, 6, 7, 8, 13, 23, length + 1]
     _assert_equal(run_distributed(compare_attention, ranks, length, windows, all_ranks=True), tolerance=1e-10)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.distributed.cases import LOOPCODER, VOCAB_SIZE, Case, Layout
-from tests.distributed.params import layouts, slow
+from tests.distributed.params import slow
 
 # A norm of an output that starts small would amplify rounding: hence its epsilon.
 POST_NORM = {"norm_placement": "post", "qk_layernorm": True, "layernorm_epsilon": 1e-2}
@@ -131,9 +131,3 @@ def test_exports_are_the_training_model_of_every_layout(run_distributed, tmp_pat
         assert logits.shape[-1] == VOCAB_SIZE and logits.std() > 0.1
         losses = F.cross_entropy(logits.transpose(1, 2), torch.from_numpy(outcome["labels"]), reduction="none")
         assert np.abs(losses.numpy() - outcome["losses"]).max() < 2e-5, names[number]
-
-
-@layouts("TP2 SP", slow="TP2, TP2 SP PP2")
-def test_post_norm_trains_alike_in_every_layout(check, layout):
-    cases = [Case(1, model=POST_NORM), Case(2, model={**POST_NORM, "gate_input": "hidden"})]
-    check(layout, cases, "norms on outputs", ["PLT-1", "PLT-2, hidden gate"])

@@ -20,7 +20,7 @@ from tests.checkpoints import read_progress
 from tests.distributed.params import slow
 from tests.distributed.pool import DistributedFailure
 from tests.distributed.training_jobs import diverging_config, make_data, run_config, train, train_beside_an_export
-from tests.distributed.whole_runs import as_after_step, folder, numbers
+from tests.distributed.whole_runs import folder, numbers
 
 ROOT = Path(__file__).resolve().parents[2]
 TP_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -102,13 +102,6 @@ def test_a_run_with_a_z_loss_says_so_and_is_not_gone_on_without(finished, data, 
     without = dataclasses.replace(whole, training=dataclasses.replace(whole.training, z_loss_coeff=0.0))
     with pytest.raises(DistributedFailure, match=r"trained with training\.z_loss_coeff 0\.01 \(now 0\.0\)"):
         run_distributed(train, 2, without)
-
-
-def test_metrics_beyond_the_checkpoint_are_written_once(finished, tmp_path, run_distributed):
-    """A run killed after step 6's metrics but before its checkpoint repeats the steps since the last one."""
-    config = as_after_step(finished, 4, "killed", tmp_path)
-    assert run_distributed(train, 2, config) is True
-    assert numbers(config) == numbers(finished)
 
 
 @pytest.mark.parametrize(

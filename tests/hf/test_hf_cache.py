@@ -53,8 +53,10 @@ def test_repeat_and_select(name):
     assert (decode(model, tokens[:, 12:], 0, cache) - full(model, tokens)[:, 12:]).abs().max() < TOLERANCE
 
 
-# Each model with each number of tokens that are removed and each of those before them.
-CROPS = [(name, n, (0, 3, 30)[(i + j) % 3]) for i, name in enumerate(CACHED) for j, n in enumerate((9, 1, 4))]
+# Three models with each number of tokens that are removed and each of those before them.
+CROPPED = ("plt", "span", "last_loop_shifted")
+CROPS = [(name, n, (0, 3, 30)[(i + j) % 3]) for i, name in enumerate(CROPPED) for j, n in enumerate((9, 1, 4))]
+CROPS += [(name, 9, 30) for name in CACHED if name not in CROPPED]
 
 
 @pytest.mark.parametrize(("name", "removed", "before"), CROPS)

@@ -49,45 +49,16 @@ def test_plt_evaluate(folder):
     assert f"| choice/acc | {scores['choice/acc']:.4f} |" in card and "| rows of each task | 4 |" in card
 
 
-@pytest.mark.parametrize(
-    ("model", "task", "words"),
-    [
-        ("", "choice", "no exported model there"),
-        pytest.param(
-            "model", "chance", "there is no task 'chance' in lm-evaluation-harness", marks=pytest.mark.slow
-        ),  # it reads the names of some ten thousand tasks
-    ],
-)
-def test_errors(folder, monkeypatch, capsys, model, task, words):
+@pytest.mark.slow
+def test_errors(folder, monkeypatch, capsys):
+    """It reads the names of some ten thousand tasks."""
     from plt_megatron.commands import evaluate
 
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    assert evaluate.main(["--model", str(folder / model), "--tasks", task]) == 2
+    assert evaluate.main(["--model", str(folder / "model"), "--tasks", "chance"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ") and words in error
+    assert error.startswith("error: ") and "there is no task 'chance' in lm-evaluation-harness" in error
     assert not (folder / "model/evaluation.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--tasks", ","], "--tasks names no task"),
-        (["--tasks", "choice", "--limit", "0"], "--limit must be above 0"),
-        (["--tasks", "choice", "--device", "cuda:99"], "error: --device cuda:99: "),
-        (["--tasks", "choice", "--device", "nonsense"], "error: --device nonsense: "),
-    ],
-)
-def test_options_that_cannot_be(folder, monkeypatch, capsys, options, words):
-    from plt_megatron.commands import evaluate
-
-    monkeypatch.setattr(os, "environ", dict(os.environ))
-    command = ["--model", str(folder / "model"), "--include-path", str(folder), *options]
-    if words.startswith("--"):
-        with pytest.raises(SystemExit, match="2"):
-            evaluate.main(command)
-    else:
-        assert evaluate.main(command) == 2
-    assert words in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_an_export_without_a_tokenizer_is_refused(folder, monkeypatch, capsys):
@@ -100,18 +71,14 @@ def test_an_export_without_a_tokenizer_is_refused(folder, monkeypatch, capsys):
 
 
 def test_tasks_that_are_not_there_are_one_line(folder):
-    """Data of the hub that no cache has: before the model is loaded. A folder that does not exist: before anything."""
+    """Data of the hub that no cache has: before the model is loaded."""
     (folder / "far.yaml").write_text((folder / "choice.yaml").read_text().replace("task: choice", "task: far"))
     text = re.sub("dataset_path.*\n.*\n.*\n", "dataset_path: nobody/has-it\n", (folder / "far.yaml").read_text())
     (folder / "far.yaml").write_text(text)
-    command = ["plt_megatron", "evaluate", "--model", "model", "--tasks", "far", "--include-path"]
-    done = run(folder, *command, ".")
+    done = run(folder, "plt_megatron", "evaluate", "--model", "model", "--tasks", "far", "--include-path", ".")
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and "nobody/has-it" in line and "HF_HOME" in line and "--tasks far --download" in line
     assert "Traceback" not in done.stderr and not (folder / "model/evaluation.json").exists()
-    done = run(folder, *command, "gone")
-    (line,) = done.stderr.splitlines()
-    assert done.returncode == 2 and line.startswith("error: --include-path gone")
 
 
 @pytest.mark.slow

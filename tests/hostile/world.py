@@ -62,15 +62,9 @@ class World:
 
     def _break(self) -> None:
         self._write("empty.yaml", "")
-        self._write("broken.yaml", "model: {num_layers: [1")
-        self._write("list.yaml", "- 1\n- 2\n")
-        self._write("circle.yaml", "include: circle.yaml\n")
-        self._write("includes_nothing.yaml", "include: nowhere.yaml\n")
-        self._write("twice.yaml", "name: a\nname: b\n")
         self._write("notes.txt", "a note\n")
         self._write("empty.jsonl", "")
         self._write("latin.jsonl", b'{"text": "\xe9\xe8"}\n')
-        self._write("latin.yaml", b"name: \xe9\n")
         self._write("no_json.jsonl", "this is no JSON\n")
         self._write("broken_hf/config.json", "{")
         self._write("other_hf/config.json", '{"model_type": "resnet"}')

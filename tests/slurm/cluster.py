@@ -6,10 +6,9 @@ import contextlib
 import os
 import re
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+from tests.running import wait_for
 
 SCRIPT = Path(__file__).with_name("cluster.sh")
 
@@ -91,17 +90,3 @@ def processes() -> dict[int, tuple[list[bytes], list[bytes]]]:
                 command, environment = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
                 found[int(folder.name)] = (command.split(b"\0"), environment.split(b"\0"))
     return found
-
-
-def wait_for(
-    condition: Callable[[], Any],
-    what: str,
-    seconds: float = 300,
-    details: Callable[[], Any] = str,
-    interval: float = 0.05,
-) -> None:
-    """Wait until a condition holds; `interval`: seconds between looks, which take a process if Slurm is asked."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}: {details()}"
-        time.sleep(interval)

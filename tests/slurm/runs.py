@@ -22,7 +22,8 @@ from plt_megatron.slurm.run_files import job_name, write_run
 from plt_megatron.slurm.script import TEMPLATE, Script
 from tests.distributed.training_jobs import run_config
 from tests.distributed.whole_runs import MACHINE_FIELDS
-from tests.slurm.cluster import SlurmCluster, processes, wait_for
+from tests.running import wait_for
+from tests.slurm.cluster import SlurmCluster, processes
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, SAVE_INTERVAL = 24, 4

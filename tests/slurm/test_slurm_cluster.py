@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.slurm.cluster import SCRIPT, SlurmCluster, processes, wait_for
+from tests.running import wait_for
+from tests.slurm.cluster import SCRIPT, SlurmCluster, processes
 
 ROOT = Path(__file__).resolve().parents[2]
 

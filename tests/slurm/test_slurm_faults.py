@@ -14,7 +14,7 @@ import pytest
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import DataConfig, DataSource
 from plt_megatron.run_folder.folder import save_config
-from tests.slurm.cluster import wait_for
+from tests.running import wait_for
 from tests.slurm.runs import SAVE_INTERVAL, SlurmRun, make_config, submit
 
 pytestmark = pytest.mark.slurm_faults
@@ -85,11 +85,11 @@ def test_slurms_own_warning_before_the_limit(slurm, make_run, undisturbed):
     """Not sent by the test: Slurm sends it between 60 and 120 s after the start, and would end the job 60 s later."""
     run = make_run({"parallel": {"distributed_timeout_minutes": 10.0}})
     run.submit("--time=3", "--signal=B:USR1@60")
-    wait_for((run.folder / "logs" / "rank-0003.log").exists, "the ranks to be started", details=run.outputs)
+    wait_for((run.folder / "logs" / "rank-0003.log").exists, "the ranks to be started", 300, run.outputs)
     process = run.rank_process(3)
     os.kill(process, signal.SIGSTOP)  # before the first step: a hang there is not taken for one
     try:
-        wait_for(lambda: run.said("asked to stop"), "Slurm's signal", details=run.outputs)
+        wait_for(lambda: run.said("asked to stop"), "Slurm's signal", 300, run.outputs)
     finally:
         os.kill(process, signal.SIGCONT)
     wait_for(run.over, "the end", 500, run.outputs)

@@ -248,23 +248,9 @@ def test_the_log_says_what_the_card_computes_in_fp8(run_te):
     assert "NVIDIA H100 (emulated) (sm90): linear layers in FP8 (hybrid, recipe tensorwise), attention in BF16" in log
 
 
-@pytest.mark.parametrize(
-    ("case", "generation", "named"),
-    [
-        (fp8_case(2, "mxfp8"), 9, ["training.fp8.recipe mxfp8", "sm100", "sm90"]),
-        (fp8_case(2, "delayed", attention=True), 9, ["training.fp8.attention", "sm90", "128", "model.kv_channels"]),
-        (
-            fp8_case(2, "tensorwise", attention=True, kv_channels=128),
-            9,
-            ["training.fp8.attention", "tensorwise", "Blackwell", "sm90", "delayed"],
-        ),
-        (fp8_case(2, "delayed"), 8, ["sm80", "FP8"]),
-    ],
-    ids=["no recipe", "head dimension", "attention's recipe", "no FP8"],
-)
-def test_what_the_card_has_no_kernel_for_is_refused_before_the_first_step(run_te, case, generation, named):
-    error, _ = run_te(refusal, 1, case, generation)
-    assert [name for name in named if name not in error] == [], error
+def test_what_the_card_has_no_kernel_for_is_refused_before_the_first_step(run_te):
+    error, _ = run_te(refusal, 1, fp8_case(2, "delayed"), 8)
+    assert "sm80" in error and "FP8" in error, error
 
 
 def test_deterministic_runs_are_allowed_and_repeat_bit_for_bit(run_te):

@@ -13,7 +13,7 @@ def in_pool(run_te, check, *args):
 # ---------------------------------------------------------------- quantization
 
 
-def round_trip(kind: str, settings: dict, shape: tuple[int, ...], scale: float) -> None:
+def round_trip(kind: str, settings: dict, shape: tuple[int, ...]) -> None:
     """Both copies of a tensor decode to within half a unit of its last place, at the scale of its block."""
     import torch
     from transformer_engine.pytorch import constants, tensor
@@ -22,7 +22,8 @@ def round_trip(kind: str, settings: dict, shape: tuple[int, ...], scale: float) 
 
     settings = dict(settings)
     dtype = constants.DType[settings.pop("dtype")]
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32) * scale
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    values *= 1e-4  # unscaled, too small for either format
     values[0] = 0.0
     if kind == "Float8Quantizer":
         amax = torch.zeros(1)
@@ -47,7 +48,6 @@ def round_trip(kind: str, settings: dict, shape: tuple[int, ...], scale: float) 
         assert amax.item() == values.abs().max()
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-4, 3e3])
 @pytest.mark.parametrize("dtype", ["kFloat8E4M3", "kFloat8E5M2"])
 @pytest.mark.parametrize(
     ("kind", "settings"),
@@ -60,8 +60,8 @@ def round_trip(kind: str, settings: dict, shape: tuple[int, ...], scale: float) 
     ],
     ids=["delayed", "tensorwise", "blocks 1 x 128", "blocks 128 x 128", "mxfp8"],
 )
-def test_quantized_tensors_decode_to_what_was_quantized(run_te, kind, settings, dtype, scale):
-    in_pool(run_te, round_trip, kind, {**settings, "dtype": dtype}, (64, 3, 160), scale)
+def test_quantized_tensors_decode_to_what_was_quantized(run_te, kind, settings, dtype):
+    in_pool(run_te, round_trip, kind, {**settings, "dtype": dtype}, (64, 3, 160))
 
 
 def amax_histories(algorithm: str) -> list[tuple[float, float]]:
@@ -210,20 +210,20 @@ def attention(layout: str, mask: str, window: tuple[int, int], bottom_right: boo
     torch.testing.assert_close(lse.reshape(b, heads, n).double(), expected_lse, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["sbhd", "bshd", "thd"])
 @pytest.mark.parametrize(
-    ("mask", "window", "bottom_right", "n", "m"),
+    ("layout", "mask", "window", "bottom_right", "n", "m"),
     [
-        ("causal", (-1, 0), False, 7, 7),
-        ("causal", (2, 0), False, 7, 7),
-        ("causal_bottom_right", (-1, 0), True, 3, 7),
-        ("causal_bottom_right", (1, 0), True, 3, 7),
-        ("no_mask", (-1, -1), False, 3, 7),
+        ("sbhd", "causal", (-1, 0), False, 7, 7),
+        ("sbhd", "causal", (2, 0), False, 7, 7),
+        ("sbhd", "causal_bottom_right", (-1, 0), True, 3, 7),
+        ("sbhd", "causal_bottom_right", (1, 0), True, 3, 7),
+        ("sbhd", "no_mask", (-1, -1), False, 3, 7),
+        ("bshd", "causal_bottom_right", (1, 0), True, 3, 7),
+        ("thd", "padding_causal", (2, 0), False, 7, 7),
+        ("thd", "padding", (-1, -1), False, 3, 7),
     ],
 )
 def test_fused_attention(run_te, layout, mask, window, bottom_right, n, m):
-    if layout == "thd":
-        mask = {"no_mask": "padding"}.get(mask, f"padding_{mask}")
     in_pool(run_te, attention, layout, mask, window, bottom_right, n, m)
 
 

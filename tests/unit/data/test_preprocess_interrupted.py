@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from data_helpers import ROOT, digest, documents, expected, make_texts, run_prep
 from plt_megatron.data import preprocess as module
 from plt_megatron.data.preprocess import PreprocessOptions
 from plt_megatron.errors import UserError
+from tests.running import wait_for, wait_until_gone
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
@@ -32,15 +32,10 @@ def start(*arguments: object) -> subprocess.Popen[str]:
     )
 
 
-def wait_until(condition: Any, process: subprocess.Popen[str] | None = None, seconds: float = 60) -> bool:
-    """Poll; False if the process ends first."""
-    end = time.monotonic() + seconds
-    while not condition():
-        if process is not None and process.poll() is not None:
-            return False
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.002)
-    return True
+def wait_until(condition: Any, process: subprocess.Popen[str]) -> bool:
+    """Wait; False if the process ends first."""
+    wait_for(lambda: process.poll() is not None or condition(), interval=0.002)
+    return process.poll() is None
 
 
 def test_killed_and_resumed(bpe_model: Path, tmp_path: Path) -> None:
@@ -62,7 +57,7 @@ def test_killed_and_resumed(bpe_model: Path, tmp_path: Path) -> None:
             workers = psutil.Process(process.pid).children(recursive=True)
             process.kill()
             kills += 1
-            wait_until(lambda workers=workers: not any(map(alive, workers)))
+            wait_until_gone(*(worker.pid for worker in workers))
         process.communicate()
         for path in work.glob("0*.json"):
             assert stamps.setdefault(path.name, path.stat().st_mtime_ns) == path.stat().st_mtime_ns
@@ -73,13 +68,6 @@ def test_killed_and_resumed(bpe_model: Path, tmp_path: Path) -> None:
     assert "resuming: " in error and "of the input is already encoded" in error
     assert digest(tmp_path / "x") == digest(tmp_path / "whole")
     assert not work.exists()
-
-
-def alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def test_killed_while_publishing(
@@ -173,5 +161,5 @@ def test_interrupted_by_the_user(bpe_model: Path, tmp_path: Path) -> None:
     error = process.communicate()[1]
     assert process.returncode == 130, error
     assert error == "interrupted: the same command continues where this one stopped\n"
-    wait_until(lambda: not any(map(alive, workers)))
+    wait_until_gone(*(worker.pid for worker in workers))
     assert list((tmp_path / "x.partial").glob("0*.json"))

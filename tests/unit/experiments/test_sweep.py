@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -33,6 +32,7 @@ from plt_megatron.experiments.sweep_plan import load_plan
 from plt_megatron.run_folder.files import locked
 from plt_megatron.slurm import submission
 from plt_megatron.slurm.submission import Options
+from tests.running import wait_for
 
 # Behaves as the run's folder says: `behave` holds fail, hang (until SIGTERM, saving half) or nothing (finish).
 LAUNCHER = """
@@ -322,10 +322,3 @@ def test_time_is_told_from_what_was_measured(tmp_path):
     assert remaining_seconds([run], rate) == pytest.approx(50 * 64 / 1000.0)
     same = [r for r in plan.runs if r.labels == run.labels]
     assert remaining_seconds(same, rate, jobs=2) == pytest.approx(100 * 64 / 1000.0 + 50 * 64 / 1000.0)
-
-
-def wait_for(condition, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        threading.Event().wait(0.02)

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -20,8 +19,7 @@ from jobs import job_settings
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.launcher.job import Allocation, save_settings
 from plt_megatron.run_folder.folder import save_config
-
-ROOT = Path(__file__).resolve().parents[3]
+from tests.running import ROOT, alive, wait_for
 
 # Stands in for the interpreter: `-P -m plt_megatron.launcher.preflight` or `-P -m plt_megatron.train.main CONFIG`.
 PROGRAM = """#!{python} -S
@@ -88,11 +86,8 @@ class TwoNodes:
     def wait(self) -> list[int]:
         return [launcher.wait(60) for launcher in self.launchers.values()]
 
-    def wait_until(self, condition: Callable[[], object], seconds: float = 60) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, self.outputs()
-            time.sleep(0.02)
+    def wait_until(self, condition: Callable[[], object]) -> None:
+        wait_for(condition, details=self.outputs)
 
     def pids(self) -> dict[int, list[int]]:
         return {int(path.suffix[1:]): [*map(int, path.read_text().split())] for path in self.run.glob("up.*")}
@@ -107,9 +102,7 @@ class TwoNodes:
         return [json.loads(line) for line in (self.run / "attempts.jsonl").read_text().splitlines()]
 
     def alive(self) -> list[int]:
-        pids = [pid for own in self.pids().values() for pid in own]
-        stats = {pid: Path(f"/proc/{pid}/stat") for pid in pids}
-        return [pid for pid, stat in stats.items() if stat.exists() and stat.read_text().split()[2] != "Z"]
+        return alive(pid for own in self.pids().values() for pid in own)
 
     def end(self) -> None:
         for launcher in self.launchers.values():

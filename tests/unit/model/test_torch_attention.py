@@ -88,11 +88,9 @@ def _assert_equals_whole(inputs: list[Tensor], cp: int, window: int | None, star
 
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
 @pytest.mark.parametrize("window", [None, 1, 3, 5, 6, 7, 8, 15, 16, 17, 64])
-@pytest.mark.parametrize(
-    ("cp", "s"), [(1, 1), (1, 2), (1, 5), (1, 16), (1, 23), (2, 24), (3, 24), (4, 8), (4, 48)], ids=str
-)
-def test_attention(cp, s, window, packed):
-    _assert_equals_whole(_draw(s), cp, window, _starts(s) if packed else None)
+@pytest.mark.parametrize("s", [1, 2, 5, 16, 23])
+def test_attention(s, window, packed):
+    _assert_equals_whole(_draw(s), 1, window, _starts(s) if packed else None)
 
 
 @pytest.mark.parametrize("cp", [1, 2])

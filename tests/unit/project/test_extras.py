@@ -127,13 +127,8 @@ WITHOUT = [
     ("upload model --to s3://nowhere", "upload"),
     ("preprocess --input text.parquet --tokenizer .demo/tokenizer.model --output-prefix out", "data"),
     ("preprocess --input text.jsonl.zst --tokenizer .demo/tokenizer.model --output-prefix out", "data"),
-    ("train configs/runs/plt2_tiny.yaml optimizer.name=muon", "muon"),
-    ("train configs/runs/plt2_tiny.yaml deepspeed={}", "deepspeed"),
     (EXPORTING, "hf"),
     (f"{EXPORTING} evaluation.tasks=[choice]", "eval"),
-    ("train configs/runs/plt2_tiny.yaml checkpoint.uploads.to=s3://nowhere", "upload"),
-    ("train configs/runs/plt2_tiny.yaml logging.wandb_project=mine", "track"),
-    ("train configs/runs/plt2_tiny.yaml logging.straggler.interval=100", "resilience"),
 ]
 
 

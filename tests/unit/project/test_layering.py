@@ -191,9 +191,3 @@ def test_help_comes_from_any_folder_before_anything_heavy(script, tmp_path):
         (tmp_path / f"{name}.py").write_text("raise RuntimeError(f'{__name__} imported')")
     env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path)}
     assert run([sys.executable, script, "--help"], tmp_path, env=env).stdout.startswith("usage:")
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_an_unknown_option_is_refused_with_status_2(script, tmp_path):
-    done = run([sys.executable, script, "--no-such-option"], tmp_path, status=2)
-    assert "Traceback" not in done.stderr

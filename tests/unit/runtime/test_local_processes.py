@@ -16,8 +16,7 @@ import pytest
 
 from plt_megatron.runtime import local_processes
 from plt_megatron.runtime.local_processes import run_processes, threads_per_process, usable_cores
-
-ROOT = Path(__file__).resolve().parents[3]
+from tests.running import ROOT, alive, wait_for, wait_until_gone
 
 
 def run(code: str, count: int = 2, **arguments: float) -> int:
@@ -171,18 +170,11 @@ def driver(folder: Path, listener: str = LISTENER) -> Iterator[subprocess.Popen[
     env = os.environ | {"PYTHONPATH": str(ROOT), "TEST_FOLDER": str(folder)}
     process = subprocess.Popen([sys.executable, "-c", DRIVER, listener], env=env)
     try:
-        wait_until(lambda: all((folder / f"up.{rank}").exists() for rank in range(2)))
+        wait_for(lambda: all((folder / f"up.{rank}").exists() for rank in range(2)))
         yield process
     finally:
         process.kill()
         process.wait()
-
-
-def wait_until(condition, seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened in time"
-        time.sleep(0.01)
 
 
 def heard(folder: Path) -> list[list[str]]:
@@ -190,18 +182,16 @@ def heard(folder: Path) -> list[list[str]]:
     return [file.read_text().split() if file.exists() else [] for file in files]
 
 
-def alive(folder: Path) -> list[int]:
-    pids = [int((folder / f"up.{rank}").read_text()) for rank in range(2)]
-    states = [Path(f"/proc/{pid}/stat") for pid in pids]
-    return [p for p, s in zip(pids, states, strict=True) if s.exists() and s.read_text().split()[2] != "Z"]
+def pids(folder: Path) -> list[int]:
+    return [int((folder / f"up.{rank}").read_text()) for rank in range(2)]
 
 
 def test_signals_reach_every_process_and_preemption_is_reported(tmp_path):
     with driver(tmp_path) as process:
         process.send_signal(signal.SIGUSR1)
-        wait_until(lambda: heard(tmp_path) == [["SIGUSR1"]] * 2)
+        wait_for(lambda: heard(tmp_path) == [["SIGUSR1"]] * 2)
         process.send_signal(signal.SIGINT)
-        wait_until(lambda: heard(tmp_path) == [["SIGUSR1", "SIGINT"]] * 2)
+        wait_for(lambda: heard(tmp_path) == [["SIGUSR1", "SIGINT"]] * 2)
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 75
     assert heard(tmp_path) == [["SIGUSR1", "SIGINT", "SIGTERM"]] * 2
@@ -218,10 +208,10 @@ def test_who_is_interrupted_puts_things_in_order_though_others_are_done(tmp_path
 def test_a_second_interrupt_kills(tmp_path):
     with driver(tmp_path) as process:
         process.send_signal(signal.SIGINT)
-        wait_until(lambda: heard(tmp_path) == [["SIGINT"]] * 2)
+        wait_for(lambda: heard(tmp_path) == [["SIGINT"]] * 2)
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 130
-    assert alive(tmp_path) == []
+    assert alive(pids(tmp_path)) == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal")
@@ -229,7 +219,7 @@ def test_no_process_outlives_a_killed_launcher(tmp_path):
     with driver(tmp_path) as process:
         process.kill()
         process.wait(10)
-        wait_until(lambda: alive(tmp_path) == [])
+        wait_until_gone(*pids(tmp_path))
     assert heard(tmp_path) == [["SIGTERM"]] * 2
 
 
@@ -237,7 +227,7 @@ def test_no_process_outlives_a_killed_launcher(tmp_path):
 def test_each_process_holds_the_launchers_lock(tmp_path):
     """So that no other training begins while ranks of a killed launcher still save."""
     with driver(tmp_path):
-        for pid in alive(tmp_path):
+        for pid in pids(tmp_path):
             assert str(tmp_path / "lock") in [os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()]
 
 

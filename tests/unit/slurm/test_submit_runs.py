@@ -184,8 +184,13 @@ def test_a_name_is_never_code(folder, slurm, checkout, job, name):
     assert not list(folder.glob("**/injected"))
 
 
-@pytest.mark.parametrize("option", ["partition", "account", "qos", "constraint", "exclude"])
-@pytest.mark.parametrize("value", ["two words", "x' --wrap='id", 'x" --wrap="id', "$(id)", "a --wrap=id", "# c"])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *((option, "x' --wrap='id") for option in ("partition", "account", "qos", "constraint", "exclude")),
+        *(("partition", value) for value in ("two words", 'x" --wrap="id', "$(id)", "a --wrap=id", "# c")),
+    ],
+)
 def test_an_options_value_is_one_word(folder, slurm, checkout, option, value):
     slurm.answer("sinfo", f"{value}*|up|infinite|16|128|2000000|gpu:h100:8")
     submit_run(root=checkout, **{option: value})
