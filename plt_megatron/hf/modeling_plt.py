@@ -110,7 +110,8 @@ class PLTCarry:
             self.past = self.past or list(self.last.clone().split(1, 1))
             for row, loop in enumerate(range(self.loops)[loops]):
                 self.past[loop] = torch.cat([self.past[loop], states[:, :, row]], 1)
-        self.last[:, loops] = states[:, -1]
+        own = self.last if states.shape[2] == self.loops else self.last[:, loops]
+        own.copy_(states[:, -1])
 
     def crop(self, removed: int) -> None:
         """Remove the last tokens'."""
@@ -676,7 +677,7 @@ class PLTAttention(nn.Module):
             if cache is not None and not cache.layers[self.layer_idx].is_initialized:
                 cache.layers[self.layer_idx].lazy_initialization(key.transpose(1, 2), value.transpose(1, 2))
             if self.key_shift is not None:
-                key, value = self.key_shift(key, value, self._before(key, value, state, cache))
+                key, value = self._shifted(key, value, state, cache)
             key = rotate(key, state.cos, state.sin)
         if state.loop is None or (cache is not None and query.shape[1] == 1):
             out, weights = self._step(query, key, value, residual, state, cache)
@@ -695,16 +696,21 @@ class PLTAttention(nn.Module):
             return self._split(x)
         return norm(self._split(x)) if self.norm_heads else self._split(norm(x))
 
-    def _before(self, key: torch.Tensor, value: torch.Tensor, state: PLTPass, cache: PLTCache | None) -> torch.Tensor:
-        """Return what the tokens before hand on to key and value [B, T, K, D], as [B, T, P]."""
+    def _shifted(
+        self, key: torch.Tensor, value: torch.Tensor, state: PLTPass, cache: PLTCache | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Combine key and value [B, T, K, D] with what the tokens before hand on."""
         taken = self.key_shift.taken(key, value)
         carry = None if cache is None else cache.layers[self.layer_idx].carry
-        if state.loop is not None:
-            return shift(taken, state.loop, state, carry)
-        loops = slice(0, taken.shape[1])
-        before = carry.last[:, loops].clone()
+        rows, loop = taken.shape[1], state.loop
+        if loop is not None and (carry is None or rows > 1 or state.continues is not None):
+            return self.key_shift(key, value, shift(taken, loop, state, carry))
+        # One token, in all loops at once or in one: with as few operations as it takes.
+        loops = slice(0, rows) if loop is None else slice(loop, loop + 1)
+        before = carry.last if rows == carry.loops else carry.last[:, loops]
+        combined = self.key_shift(key, value, before)  # a copy, since the carry is overwritten next
         carry.keep(taken.unsqueeze(1), loops, state)
-        return before
+        return combined
 
     def _kv_input(self, hidden_states: torch.Tensor, state: PLTPass) -> torch.Tensor | None:
         """Return the rows whose own keys and values are attended to: without a window, only the first loop's."""
