@@ -44,7 +44,7 @@ test-all: $(READY) ## every test, including slow ones
 	$(PYTEST)
 
 test-faults: $(READY) ## whole runs under faults, such as ranks killed at 20 random times (10 minutes)
-	$(PYTEST) -m "not bench" tests/distributed/test_run_faults.py tests/distributed/test_checkpoint_kills.py
+	$(PYTEST) -m "not bench" tests/distributed/test_run_faults.py
 
 test-slurm: $(READY) ## every kind of fault, on a Slurm cluster started on this machine; needs root
 	$(PYTEST) -m "not bench" tests/slurm

@@ -133,13 +133,6 @@ def test_the_covering_design_has_every_pair():
     assert len(COVERING) <= 12
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_every_combination(check, layout, stage):
-    check(layout, _cases([setting for setting in EVERYTHING if setting[1] == stage], layout))
-
-
 # A small bucket: several reductions are made. A small persistence threshold: no parameter stays whole.
 SMALL_BUCKET = (("reduce_bucket_size", 2000),)
 NOTHING_STAYS = (("stage3_param_persistence_threshold", 0), ("stage3_prefetch_bucket_size", 100))

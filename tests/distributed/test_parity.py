@@ -160,13 +160,7 @@ def test_the_covering_design_has_every_pair():
     assert len(COVERING) <= 42 and len(QUICK_COVERING) <= 36
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout.cp == 1], ids=str)
-def test_two_loops_in_every_combination(check, layout):
-    check(layout, [_case(2, recompute, overlap) for recompute in RECOMPUTE for overlap in OVERLAP], "matrix")
-
-
-# ---------------------------------------------------------------- packed documents and variants
+# ---------------------------------------------------------------- packed documents
 
 
 @layouts("", slow="TP2, TP2 SP, PP2, DP2, TP2 SP PP2 DP2, CP4, TP2 SP CP2")
@@ -177,22 +171,6 @@ def test_packed_documents(check, layout):
         _case(1, packed=True),
     ]
     check(layout, cases, "packed", ["PLT-3", "LoopCoder-v2", "PLT-1"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("layout", "recompute", "overlap"),
-    [
-        (Layout(tp=2), "none", False),
-        (Layout(tp=2, sp=True, pp=2), "full", True),
-        (Layout(pp=4), "selective", True),
-        (Layout(cp=2), "selective", False),
-    ],
-    ids=str,
-)
-def test_variants(check, layout, recompute, overlap):
-    cases = [_case(2, recompute, overlap, **model) for model in VARIANTS.values()]
-    check(layout, cases, "variants", list(VARIANTS))
 
 
 @layouts("TP2 SP PP2", slow="PP2 DP2")
