@@ -247,23 +247,16 @@ def _upgrade_hidden_scale(settings: Settings) -> Settings:
 def _pin_preset(settings: Settings) -> Settings:
     """Give beside `recommended` what it left to the paper's defaults when settings had their old names. In a file that
     includes others, which could set that, give what it set instead of it."""
-    preset, own = settings.get("model.loop_preset"), LOOP_PRESETS["recommended"]
+    preset = settings.get("model.loop_preset")
     if preset is None or preset.value != "recommended":
         return settings
     included = "include" in settings
-    values = {name: own[name] if included else value for name, value in LOOP_PRESETS["paper"].items()}
     pinned = {
         key: _scalar(yaml_nodes.text_of(value), preset)
-        for name, value in values.items()
+        for name, value in LOOP_PRESETS["recommended" if included else "paper"].items()
         if (name in PARAMETERISATION) == included and (key := f"model.{name}") not in settings
     }
-    if not included:
-        return settings | pinned
-    return {
-        name: value
-        for key, node in settings.items()
-        for name, value in (pinned if node is preset else {key: node}).items()
-    }
+    return _without(settings | pinned, ["model.loop_preset"] if included else [])
 
 
 def _number(settings: Settings, key: str, default: float) -> float:

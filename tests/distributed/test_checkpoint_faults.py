@@ -48,10 +48,6 @@ def _flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def _truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 2)  # more than a last line's end
-
-
 @pytest.mark.parametrize(
     ("name", "harm", "message"),
     [
