@@ -116,7 +116,13 @@ class Place:
     def remove_all(self) -> None:
         with failing(f"{self.url} cannot be removed"), suppress(FileNotFoundError):
             self._fs.invalidate_cache()
-            self._fs.rm("", recursive=True)
+            found = self._fs.find("", withdirs=True, detail=True)
+            # One by one: fsspec's recursive `rm` takes * ? [ in the path of the place itself for a pattern.
+            for path in sorted(found, reverse=True):
+                if found[path]["type"] != "directory":
+                    self._fs.rm_file(path)
+                elif self._has_folders:
+                    self._fs.rmdir(path)
 
     def _make_folder_of(self, name: str) -> None:
         if self._has_folders:

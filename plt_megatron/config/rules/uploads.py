@@ -19,6 +19,7 @@ _MODELS_INSTEAD = {
     "checkpoint.uploads.to": "give a bucket or folder (checkpoint.exports.upload_to takes a hub)",
     "checkpoint.load": "plt import converts a downloaded model",
 }
+_MARKS = ("::", "?", "#", "*")  # fsspec's own, or a pattern's
 _EXAMPLES = "such as s3://bucket/folder, file:///folder or hf://owner/name"
 
 
@@ -52,8 +53,8 @@ def url_problem(url: str) -> str | None:
     protocol, rest = match.groups()
     if protocol != HUB and ":" in rest.split("/")[0].rpartition("@")[0]:
         return "it contains a password, which belongs in the environment or its library's own configuration"
-    if any(mark in url for mark in ("::", "?", "#", "*")):
-        return f"{protocol}://... contains one of :: ? # *; give a plain URL, {_EXAMPLES}"
+    if any(mark in url for mark in _MARKS):
+        return f"{protocol}://... contains one of {' '.join(_MARKS)}; give a plain URL, {_EXAMPLES}"
     if protocol == "file" and not rest.startswith("/"):
         return f"{url} is not absolute: file:///folder has three slashes"
     if protocol == HUB and _REPOSITORY.fullmatch(rest) is None:
@@ -69,6 +70,8 @@ def find_problems(config: RunConfig) -> Iterator[str]:
         elif protocol_of(url) == HUB and key in _MODELS_INSTEAD:
             yield f"{key}: a hub holds models, not checkpoints; {_MODELS_INSTEAD[key]}"
     for key, url in destinations(config):
+        if protocol_of(url) != HUB and any(mark in config.name for mark in (*_MARKS, "[")):
+            yield f"name: {config.name!r} contains one of {' '.join(_MARKS)} [, but is a folder's name in {key}"
         folder = Path(url.removeprefix("file://")) / config.name
         if url.startswith("file:///") and _overlap(folder, derived.run_folder(config)):
             yield f"{key}: {url} contains the run's own folder, or lies in it; give another one"

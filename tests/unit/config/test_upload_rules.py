@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,13 @@ def test_what_looks_right(checkpoint):
 def test_what_does_not(checkpoint, expected):
     found = problems(**checkpoint)
     assert found == [] if expected is None else (len(found) == 1 and expected in found[0])
+
+
+@pytest.mark.parametrize("name", ["a*", "a[b]", "a?", "a#1", "a::b"])
+def test_a_runs_name_that_its_destination_would_read_as_more_than_a_name(name):
+    found = find_problems(dataclasses.replace(a_config(to="gs://bucket"), name=name), check_files=False)
+    assert len(found) == 1 and name in found[0] and "checkpoint.uploads.to" in found[0]
+    assert find_problems(dataclasses.replace(a_config(export_to="hf://owner/model"), name=name), check_files=False) == []
 
 
 def test_a_password_in_a_url_is_refused_and_not_repeated():

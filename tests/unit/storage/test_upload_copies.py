@@ -287,6 +287,21 @@ def test_folders_are_made_wherever_paths_begin_with_a_slash(tmp_path, monkeypatc
     assert (tmp_path / "new/folder/deeper/name").read_text() == "text"
 
 
+@pytest.mark.parametrize("url", ["file://{}", "memory://runs"])
+def test_a_removed_folder_leaves_those_that_its_name_would_match_as_a_pattern(tmp_path, url):
+    root = url.format(tmp_path)
+    others = [Place(f"{root}/{name}/step") for name in ("ab", "a")]
+    for place in others:
+        place.write_text("deeper/file", "kept")
+    for name in ("a*", "a?", "a[b]"):
+        place = Place(f"{root}/{name}/step")
+        place.write_text("deeper/file", "gone")
+        place.remove_all()
+        assert not place.files() and not Place(f"{root}/{name}").folders()
+        place.remove_all()  # there is none
+    assert all(place.read_text("deeper/file") == "kept" for place in others)
+
+
 def test_a_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
     with pytest.raises(UserError, match=r"needs the package s3fs: pip install 'plt-megatron\[upload\]'"):

@@ -104,6 +104,14 @@ def test_checkpoints_are_kept_there_and_come_back(tmp_path, bucket):
     assert checkpoints.damage(tmp_path / "step_00000006") is None
 
 
+def test_a_removed_folder_leaves_those_that_its_name_would_match_as_a_pattern(bucket):
+    kept, gone = Place(f"s3://{bucket}/ab/step"), Place(f"s3://{bucket}/a[b]/step")
+    for place in (kept, gone):
+        place.write_text("deeper/file", "text")
+    gone.remove_all()
+    assert stored(bucket) == {"ab/step/deeper/file": b"text"}
+
+
 def test_a_missing_bucket_is_refused_and_not_made(tmp_path, bucket, capsys):
     run = a_run(tmp_path, to="s3://no-such-bucket/runs", export_to=None)
     assert command.main([str(run.path), "--check"]) == 2
