@@ -23,6 +23,7 @@ _NULL = re.compile(r"~|null|Null|NULL|")
 _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _INT = re.compile(r"[-+]?[0-9][0-9_]*")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_FLOW_MARKS = re.compile(r"[,\[\]{}]")
 _LONGEST = 60  # characters of a value that a message quotes
 
 
@@ -181,8 +182,16 @@ def to_text(node: yaml.Node) -> str:
     if isinstance(node, yaml.ScalarNode):
         return str(node.value) if not node.style else yaml.serialize(node, width=10**9).strip()
     if isinstance(node, yaml.SequenceNode):
-        return "[" + ", ".join(map(to_text, node.value)) + "]"
-    return "{" + ", ".join(f"{to_text(key)}: {to_text(value)}" for key, value in node.value) + "}"
+        return "[" + ", ".join(map(_text_inside, node.value)) + "]"
+    return "{" + ", ".join(f"{_text_inside(key)}: {_text_inside(value)}" for key, value in node.value) + "}"
+
+
+def _text_inside(node: yaml.Node) -> str:
+    """Format a node in brackets, where an unquoted scalar may be neither empty nor have marks that end it."""
+    text = to_text(node)
+    if not isinstance(node, yaml.ScalarNode) or node.style or (text and not _FLOW_MARKS.search(text)):
+        return text
+    return "'" + text.replace("'", "''") + "'" if text else "null"
 
 
 # Sections are trees, values the YAML nodes they are read from.

@@ -28,13 +28,14 @@ from plt_megatron.config.fields import (
 )
 from plt_megatron.config.loader import check, load
 from plt_megatron.config.presets import ATTENTION
-from plt_megatron.config.yaml_nodes import describe, is_null, items, to_text, where
+from plt_megatron.config.yaml_nodes import OVERRIDE, compose, describe, is_null, items, to_text, where
 from plt_megatron.demo.steps import DemoCorpus
 from plt_megatron.errors import UserError
 from plt_megatron.predict.cards import card_names
 
 Hold = Literal["tokens", "training_flops", "effective_depth", "parameters", "decode_latency"]
 LOOP_SWITCHES = tuple(f"model.{name}" for name in ("loop_count", "cross_loop_parallel", *ATTENTION))
+_CHANGES_LOOPS = {*LOOP_SWITCHES, "model.loop_preset"}
 SEED_KEY = "training.seed"
 OWNED = {"name": "name", "output_dir": "output_dir", SEED_KEY: "seeds"}  # run setting -> the file's own key for it
 _HOURS = {"m": 1 / 60, "min": 1 / 60, "h": 1.0, "d": 24.0}
@@ -72,7 +73,18 @@ class Settings(tuple[str, ...]):
         return cls(() if is_null(node) else (f"{name}={to_text(value)}" for name, value, _ in items(node, key)))
 
     def keys(self) -> set[str]:
-        return {text.partition("=")[0].strip() for text in self}
+        """Return the dotted keys, those inside of sections too."""
+        found: set[str] = set()
+        for text in self:
+            key, _, value = text.partition("=")
+            found |= _keys(key.strip(), compose(value, f"{OVERRIDE}{text!r}"))
+        return found
+
+
+def _keys(key: str, value: yaml.Node | None) -> set[str]:
+    if not isinstance(value, yaml.MappingNode):
+        return {key}
+    return {key}.union(*(_keys(f"{key}.{name}", inner) for name, inner, _ in items(value, key)))
 
 
 @dataclass(frozen=True)
@@ -156,7 +168,8 @@ class FileOfRuns:
         """
         for place, keys in {**groups, "set": self.overrides.keys()}.items():
             for key in sorted(keys & owned.keys()):
-                at = f"set.{key}" if place == "set" else place
+                written = next((name for name in self.set if f"{key}.".startswith(f"{name}.")), key)
+                at = f"set.{written}" if place == "set" else place
                 yield f"{at}: {key} is set by the {what}; use {owned[key]}"
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             yield "seeds: give at least one, each once"
@@ -188,7 +201,7 @@ class SweepFile(FileOfRuns):
         if self.compare is not None:
             return self.axes[self.compare]
         axes = list(self.axes.values())
-        touching = [a for a in axes if any(choice.overrides.keys() & set(LOOP_SWITCHES) for choice in a.choices)]
+        touching = [a for a in axes if any(choice.overrides.keys() & _CHANGES_LOOPS for choice in a.choices)]
         return next(iter(touching or axes), None)
 
 
@@ -233,6 +246,10 @@ def _sweep_problems(sweep: SweepFile) -> Iterator[str]:
         for axis in sweep.axes.values()
     }
     yield from sweep.common_problems("sweep", OWNED, axes)
+    for axis in sweep.axes.values():
+        always = set[str].intersection(*(choice.overrides.keys() for choice in axis.choices))
+        for key in sorted(always & Settings(sweep.settings).keys()):
+            yield f"{key}: axes.{axis.name} sets it in every run; change that, or leave this out"
     if sweep.compare is not None and sweep.compare not in sweep.axes:
         yield f"compare: there is no axis {sweep.compare!r}; the axes are {', '.join(sweep.axes) or 'none'}"
         return

@@ -11,6 +11,7 @@ A configuration that misses its target by more than the sweep's tolerance is ref
 
 from __future__ import annotations
 
+import bisect
 import csv
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -52,9 +53,17 @@ def parameters(config: RunConfig, vocab: int) -> ParameterCount:
 
 
 def match_budget(
-    config: RunConfig, reference: RunConfig, what: Hold, vocab: int, decode: DecodeSettings, tolerance: float
+    config: RunConfig,
+    reference: RunConfig,
+    what: Hold,
+    vocabs: tuple[int, int],
+    decode: DecodeSettings,
+    tolerance: float,
 ) -> MatchedConfig:
     """Change `config` so that `what` equals the reference's. `reference` itself is returned unchanged.
+
+    Args:
+        vocabs: vocabulary sizes of `config` and of `reference`.
 
     Raises `UserError` (a reason without the run's name) if the target cannot be met within `tolerance`.
     """
@@ -67,10 +76,10 @@ def match_budget(
         )
     held = {
         "tokens": lambda: MatchedConfig(config, run_tokens(config) / run_tokens(reference) - 1),
-        "training_flops": lambda: _match_flops(config, reference, vocab),
+        "training_flops": lambda: _match_flops(config, reference, vocabs),
         "effective_depth": lambda: _match_depth(config, reference),
-        "parameters": lambda: _match_parameters(config, reference, vocab),
-        "decode_latency": lambda: _match_latency(config, reference, vocab, decode),
+        "parameters": lambda: _match_parameters(config, reference, vocabs),
+        "decode_latency": lambda: _match_latency(config, reference, vocabs, decode),
     }[what]()
     if abs(held.deviation) > tolerance:
         change = f" with {held.change}" if held.change else ""
@@ -81,18 +90,30 @@ def match_budget(
     return held
 
 
-def _match_flops(config: RunConfig, reference: RunConfig, vocab: int) -> MatchedConfig:
-    target = run_tokens(reference) * flops_per_token(reference, vocab)
-    batches, wanted = BatchSchedule(config), target / flops_per_token(config, vocab)
-    fitting = max(1, batches.steps(int(wanted)))
-    steps = min(fitting, fitting + 1, key=lambda steps: abs(batches.tokens(steps) - wanted))
+def _match_flops(config: RunConfig, reference: RunConfig, vocabs: tuple[int, int]) -> MatchedConfig:
+    vocab, of_reference = vocabs
+    target = run_tokens(reference) * flops_per_token(reference, of_reference)
+
+    def flops(steps: int) -> float:
+        held = _of_steps(config, steps)
+        return run_tokens(held) * flops_per_token(held, vocab)
+
+    # FLOPs per token may vary with the number of steps: row lengths and loops can follow the tokens seen.
+    above = 1
+    while flops(above) <= target:
+        above *= 2
+    fitting = max(1, bisect.bisect_right(range(above), target, lo=1, key=flops) - 1)
+    steps = min(fitting, fitting + 1, key=lambda steps: abs(flops(steps) - target))
+    held = _of_steps(config, steps)
+    return MatchedConfig(held, flops(steps) / target - 1, f"tokens {run_tokens(held):,}")
+
+
+def _of_steps(config: RunConfig, steps: int) -> RunConfig:
     training = dataclasses.replace(config.training, train_iters=steps, train_tokens=None)
     if config.training.train_tokens is not None and config.training.batch_schedule:
         # Steps differ in tokens: the learning rate's clock, which counts what the length counts, stays the reference's.
-        training = dataclasses.replace(config.training, train_tokens=batches.tokens(steps))
-    held = dataclasses.replace(config, training=training)
-    deviation = run_tokens(held) * flops_per_token(held, vocab) / target - 1
-    return MatchedConfig(held, deviation, f"tokens {run_tokens(held):,}")
+        training = dataclasses.replace(config.training, train_tokens=BatchSchedule(config).tokens(steps))
+    return dataclasses.replace(config, training=training)
 
 
 def _match_depth(config: RunConfig, reference: RunConfig) -> MatchedConfig:
@@ -106,17 +127,19 @@ def _match_depth(config: RunConfig, reference: RunConfig) -> MatchedConfig:
     return _nearest_shape(config, [(target // loops, config.model.ffn_hidden_size, 1.0)], 1.0)
 
 
-def _match_parameters(config: RunConfig, reference: RunConfig, vocab: int) -> MatchedConfig:
-    layers = config.model.num_layers
+def _match_parameters(config: RunConfig, reference: RunConfig, vocabs: tuple[int, int]) -> MatchedConfig:
+    layers, (vocab, of_reference) = config.model.num_layers, vocabs
     shapes = [(layers, w, parameters(_with_shape(config, layers, w), vocab).total) for w in _widths(config, 1)]
-    return _nearest_shape(config, shapes, parameters(reference, vocab).total)
+    return _nearest_shape(config, shapes, parameters(reference, of_reference).total)
 
 
-def _match_latency(config: RunConfig, reference: RunConfig, vocab: int, decode: DecodeSettings) -> MatchedConfig:
+def _match_latency(
+    config: RunConfig, reference: RunConfig, vocabs: tuple[int, int], decode: DecodeSettings
+) -> MatchedConfig:
     if decode.table is not None:
         return _match_measured_latency(config, reference, Path(decode.table))
 
-    def milliseconds(model: ModelConfig) -> float:
+    def milliseconds(model: ModelConfig, vocab: int = vocabs[0]) -> float:
         return decode_milliseconds(model, vocab, decode.context_length, decode.batch_size, decode.gpu)
 
     stages = config.parallel.pipeline_model_parallel_size
@@ -125,7 +148,7 @@ def _match_latency(config: RunConfig, reference: RunConfig, vocab: int, decode: 
         for layers in range(stages, 2 * config.model.num_layers + 1, stages)
         for width in _widths(config, _WIDTH_STEP)
     ]
-    return _nearest_shape(config, shapes, milliseconds(reference.model), exact=1e-3)
+    return _nearest_shape(config, shapes, milliseconds(reference.model, vocabs[1]), exact=1e-3)
 
 
 def _widths(config: RunConfig, step: int) -> Iterable[int]:

@@ -131,9 +131,10 @@ def make_plan(sweep: SweepFile, check_files: bool = True) -> SweepPlan:
         vocab = vocab_of(config, sweep)
         if sweep.match_budget is not None and compare is not None:
             reference = rows[tuple({**labels, compare.name: str(baseline)}.values())]
+            vocabs = vocab, vocab_of(reference, sweep)
             try:
                 held = matching.match_budget(
-                    config, reference, sweep.match_budget, vocab, sweep.decode, sweep.tolerance
+                    config, reference, sweep.match_budget, vocabs, sweep.decode, sweep.tolerance
                 )
             except UserError as error:
                 problems.append(f"{', '.join(row)}: {error}")

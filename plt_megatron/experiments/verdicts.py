@@ -200,10 +200,10 @@ def _equal_or_curves(
     results: SweepResults, group: Sequence[Row], *, what: str, amount: Callable[[Row], float], hold: str
 ) -> tuple[str | None, str]:
     """Decide by final losses if every row has spent the same; else say what the curves show, which decides nothing."""
-    amounts = [amount(row) for row in group]
-    if max(amounts) <= min(amounts) * (1 + results.plan.tolerance):
+    reference = amount(baseline_of(group, results.plan.baseline))
+    if all(abs(amount(row) / reference - 1) <= results.plan.tolerance for row in group):
         return _best(group)
-    common = min(amounts)
+    common = min(amount(row) for row in group)
     parts = []
     for row in group:
         share = common / amount(row)

@@ -65,16 +65,21 @@ def url_problem(url: str) -> str | None:
 def find_problems(config: RunConfig) -> Iterator[str]:
     """Yield the conflicts between settings, one line each."""
     for key, url in used_urls(config):
-        if (problem := url_problem(url)) is not None:
+        if (problem := url_problem(url) or _name_problem(config, key, url)) is not None:
             yield f"{key}: {problem}"
         elif protocol_of(url) == HUB and key in _MODELS_INSTEAD:
             yield f"{key}: a hub holds models, not checkpoints; {_MODELS_INSTEAD[key]}"
     for key, url in destinations(config):
-        if protocol_of(url) != HUB and any(mark in config.name for mark in (*_MARKS, "[")):
-            yield f"name: {config.name!r} contains one of {' '.join(_MARKS)} [, but is a folder's name in {key}"
         folder = Path(url.removeprefix("file://")) / config.name
         if url.startswith("file:///") and _overlap(folder, derived.run_folder(config)):
             yield f"{key}: {url} contains the run's own folder, or lies in it; give another one"
+
+
+def _name_problem(config: RunConfig, key: str, url: str) -> str | None:
+    marks = (*_MARKS, "[")
+    if key == "checkpoint.load" or protocol_of(url) == HUB or not any(mark in config.name for mark in marks):
+        return None
+    return f"the run's name, {config.name!r}, is a folder's there and cannot contain {' '.join(marks)}"
 
 
 def packages_for(protocol: str) -> tuple[str, ...]:

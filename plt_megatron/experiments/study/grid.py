@@ -18,7 +18,7 @@ from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
-from plt_megatron.experiments.files import StudyFile
+from plt_megatron.experiments.files import Settings, StudyFile
 from plt_megatron.experiments.matching import parameters
 from plt_megatron.experiments.study.design import Arm, Horizons
 from plt_megatron.experiments.sweep_plan import PlannedRun, name_clashes, slug, vocab_of
@@ -185,12 +185,12 @@ def _check_schedules(study: StudyFile, config: RunConfig) -> None:
 
 
 def _config(study: StudyFile, size: str, variant: str, loops: int, width: int) -> RunConfig:
-    own = [*study.sizes[size], *(study.variants[variant] if loops > 1 else ())]
+    own = Settings([*study.sizes[size], *(study.variants[variant] if loops > 1 else ())])
     common = [f"model.loop_count={loops}", "training.train_iters=2", f"output_dir={study.folder}"]
     config = load_config(study.base, [*study.overrides, *own, *common, "optimizer.lr_decay_style=WSD"])
     _check_schedules(study, config)
     factor = (width / config.model.hidden_size) ** study.lr_exponent_of_width
-    if "optimizer.lr" in {text.partition("=")[0] for text in own}:
+    if "optimizer.lr" in own.keys():
         factor = 1.0
     lr, min_lr = factor * config.optimizer.lr, factor * config.optimizer.min_lr
     lengths = _lengths(study, derived.tokens_per_step(config))

@@ -83,7 +83,9 @@ def test_what_does_not(checkpoint, expected):
 def test_a_runs_name_that_its_destination_would_read_as_more_than_a_name(name):
     found = find_problems(dataclasses.replace(a_config(to="gs://bucket"), name=name), check_files=False)
     assert len(found) == 1 and name in found[0] and "checkpoint.uploads.to" in found[0]
-    assert find_problems(dataclasses.replace(a_config(export_to="hf://owner/model"), name=name), check_files=False) == []
+    assert (
+        find_problems(dataclasses.replace(a_config(export_to="hf://owner/model"), name=name), check_files=False) == []
+    )
 
 
 def test_a_password_in_a_url_is_refused_and_not_repeated():

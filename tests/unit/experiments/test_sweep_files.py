@@ -74,6 +74,34 @@ def test_the_compared_axis_is_the_one_that_changes_the_loops(tmp_path):
     )
     assert read_sweep(write(tmp_path, text)).compared_axis().name == "row"
     assert read_sweep(write(tmp_path, text), ["compare=model.num_layers"]).compared_axis().name == "model.num_layers"
+    for loops in ("model: [{loop_count: 1}, {loop_count: 2}]", "model.loop_preset: [paper, recommended]"):
+        text = f"base: a.yaml\naxes: {{model.num_layers: [1, 2], {loops}}}\n"
+        assert read_sweep(write(tmp_path, text)).compared_axis().name == loops.partition(":")[0]
+
+
+def test_blocks_may_hold_marks_that_brackets_give_a_meaning(tmp_path):
+    text = """
+base: a.yaml
+set:
+  data:
+    split: 95,5,0
+  training.trainable:
+    - layers.[0-9]
+    - it's, {x}
+  data.sources: [{path: x, weight: }]
+"""
+    (tmp_path / "a.yaml").write_text("")
+    overrides = read_sweep(write(tmp_path, text)).overrides
+    config = load_config(tmp_path / "a.yaml", overrides[:2])
+    assert config.data.split == "95,5,0" and config.training.trainable == ["layers.[0-9]", "it's, {x}"]
+    assert overrides[2] == "data.sources=[{path: x, weight: null}]"
+
+
+def test_a_setting_that_every_run_overrides_is_refused(tmp_path):
+    path = write(tmp_path, "base: a.yaml\naxes: {model.loop_count: [1, 2], row: {a: {model.share_kv: false}, b: {}}}")
+    with pytest.raises(UserError, match=r"model.loop_count: axes.model.loop_count sets it in every run"):
+        read_sweep(path, ["model: {loop_count: 4}".replace(": ", "=", 1)])
+    assert read_sweep(path, ["model.share_kv=true"]).settings == ["model.share_kv=true"]
 
 
 @pytest.mark.parametrize(
@@ -93,6 +121,7 @@ def test_the_compared_axis_is_the_one_that_changes_the_loops(tmp_path):
             ":2: axes.training.seed: training.seed is set by the sweep; use seeds",
         ),
         ("base: a.yaml\nset: {output_dir: x}", ":2: set.output_dir: output_dir is set by the sweep"),
+        ("base: a.yaml\nset: {training: {seed: 7}}", ":2: set.training: training.seed is set by the sweep"),
         ("base: a.yaml\naxes: {r: {a: {}, b: {}}}\nbaseline: c", "baseline: 'c' is not one of a, b"),
         ("base: a.yaml\naxes: {r: {a: {}}}\ncompare: s", "there is no axis 's'; the axes are r"),
         ("base: a.yaml\naxes: {r: {a: {}}}\nquestions: {q: [a]}", "questions.q: expected two labels"),

@@ -14,7 +14,7 @@ from plt_megatron.config.loop_schedule import with_loop_count
 from plt_megatron.config.schedules import BatchSchedule
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.sweep_plan import FILE_NAME, config_path, load_plan, merge
-from plt_megatron.predict.decode_cost import decode_cost
+from plt_megatron.predict.decode_cost import decode_cost, decode_milliseconds
 
 
 def match_on(what: str) -> str:
@@ -81,6 +81,29 @@ def test_a_curriculum_is_an_axis_and_costs_what_its_stages_cost(tmp_path):
     assert late.flops_per_token == pytest.approx((one.flops_per_token + always.flops_per_token) / 2, rel=0.005)
     assert late.deviation == pytest.approx(late.total_flops / always.total_flops - 1)
     assert late.tokens > always.tokens == 100 * 64 and abs(late.deviation) < 0.01
+
+
+def test_equal_training_flops_of_rows_that_grow_with_the_tokens_seen(tmp_path):
+    """A shorter run has fewer long rows: its FLOPs per token are not the whole run's."""
+    growing = ("data.sequence_length=4096", "data.length_schedule=[{until: 1000000, sequence_length: 64}]")
+    one, *others = first_seed(plan_of(tmp_path, match_on("training_flops"), (*growing, "training.train_iters=400")))
+    for run in others:
+        assert abs(run.total_flops - one.total_flops) <= run.flops_per_token * 2 * 4096
+        assert run.deviation == pytest.approx(run.total_flops / one.total_flops - 1)
+
+
+@pytest.mark.parametrize("what", ["training_flops", "parameters", "decode_latency"])
+def test_a_rows_own_vocabulary_counts_for_it_alone(tmp_path, what):
+    axes = "axes: {rows: {small: {model.vocab_size: 256}, large: {model.vocab_size: 1024}}}"
+    text = match_on(what).replace("axes: {model.loop_count: [1, 2, 3]}", axes) + "tolerance: 0.1\n"
+    small, large = first_seed(plan_of(tmp_path, text, ("model.hidden_size=64", "model.ffn_hidden_size=1024")))
+    amounts = {
+        "training_flops": lambda run: run.total_flops,
+        "parameters": lambda run: run.parameters,
+        "decode_latency": lambda run: decode_milliseconds(run.config.model, run.vocab, 2048, 4, "h100"),
+    }
+    assert amounts[what](large) / amounts[what](small) - 1 == pytest.approx(large.deviation) and large.change
+    assert abs(large.deviation) < 0.1
 
 
 def test_equal_effective_depth_needs_layers_that_divide(tmp_path):

@@ -120,6 +120,16 @@ def test_equal_tokens_do_not_decide_at_equal_flops_and_the_other_way_round(tmp_p
     assert (found["tokens"].winner, found["training FLOPs"].winner) == (None, "3 loops")
 
 
+def test_rows_within_the_tolerance_of_the_baseline_are_equal(tmp_path):
+    """Two on either side of it are farther apart."""
+    losses = {"1 loop": by_seed(3.0), "2 loops": by_seed(2.9), "3 loops": by_seed(2.8)}
+    text = FIVE_SEEDS.replace("match_budget: tokens", "match_budget: training_flops")
+    plan = saved_plan(tmp_path, text, ("training.train_iters=38",))
+    off = sorted({run.deviation for run in plan.runs})
+    assert off[0] < 0 < off[-1] < plan.tolerance < off[-1] - off[0]
+    assert judge(plan, losses)[0]["training FLOPs"].winner == "3 loops"
+
+
 def test_at_equal_latency_only_rows_that_are_as_fast_compete(tmp_path):
     losses = {"1 loop": by_seed(3.0), "2 loops": by_seed(2.9), "3 loops": by_seed(2.8)}
     plan = saved_plan(tmp_path, FIVE_SEEDS)
