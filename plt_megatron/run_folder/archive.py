@@ -11,7 +11,7 @@ import lzma
 import shlex
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -20,13 +20,13 @@ from plt_megatron.run_folder.files import replacing, writing
 from plt_megatron.run_folder.metrics import METRICS
 
 ARCHIVE = "records.tar.xz"
-# Folders of a run that hold no runs.
-WITHOUT_RUNS = {
+# Folders of a run or sweep that hold no runs.
+_WITHOUT_RUNS = {
     *("checkpoints", "code", "logs", "tensorboard", "index_cache", "incidents", "exports", "exporting"),
     *("uploading", "loaded"),
 }
 # Folders that no report reads, or that reports write themselves.
-_FOLDERS = WITHOUT_RUNS - {"incidents"} | {"profile", "report"}
+_UNREAD = _WITHOUT_RUNS - {"incidents"} | {"profile", "report"}
 _SUFFIXES = {".log", ".md", ".png", ".xz"}
 _PRESET: Final = 8  # matches up to 32 MiB apart: a run's configuration and its copy in the plan are stored once
 
@@ -55,8 +55,20 @@ def write_archive(folder: Path, archive: Path) -> int:
 
 def _records(folder: Path) -> Iterator[Path]:
     for at, folders, names in folder.walk(follow_symlinks=True):
-        folders[:] = [name for name in folders if name not in _FOLDERS and not name.startswith(".")]
+        folders[:] = _below(folders, names, _UNREAD)
         yield from (at / name for name in names if Path(name).suffix not in _SUFFIXES and not name.startswith("."))
+
+
+def folders_with_runs(folders: Iterable[str], files: Collection[str]) -> list[str]:
+    """Return those of a folder's subfolders that may hold runs. `files`: the names of its files."""
+    return _below(folders, files, _WITHOUT_RUNS)
+
+
+def _below(folders: Iterable[str], files: Collection[str], inner: Collection[str]) -> list[str]:
+    # Elsewhere the same names are those of runs and sweeps.
+    is_run_or_sweep = METRICS in files or any(name.endswith(".yaml") for name in files)
+    left_out = inner if is_run_or_sweep else ()
+    return [name for name in folders if name not in left_out and not name.startswith(".")]
 
 
 def unpack_command(folder: Path) -> str:

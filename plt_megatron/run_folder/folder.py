@@ -13,7 +13,7 @@ from plt_megatron.config.loader import WRITTEN, dump_config, load_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder import attempts, checkpoints, json_lines
-from plt_megatron.run_folder.archive import ARCHIVE, WITHOUT_RUNS, unpack_command
+from plt_megatron.run_folder.archive import ARCHIVE, folders_with_runs, unpack_command
 from plt_megatron.run_folder.files import LOCK, write_text, writing
 from plt_megatron.run_folder.metrics import METRICS, RunMetrics, read_metrics
 
@@ -205,5 +205,5 @@ def _find_runs(folder: Path, on_unreadable: Callable[[OSError], None]) -> list[P
         if is_run:
             found.append(at)
         below = [] if is_run or len(at.relative_to(folder).parts) == _DEPTH else folders
-        folders[:] = sorted(name for name in below if name not in WITHOUT_RUNS and not name.startswith("."))
+        folders[:] = sorted(folders_with_runs(below, files))
     return found

@@ -12,6 +12,7 @@ import pytest
 
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.archive import ARCHIVE, unpack_command, unpacked, write_archive
+from plt_megatron.run_folder.folder import runs_named
 
 RECORDS = {
     "sweep.yaml": b"format: 1\n",
@@ -23,7 +24,7 @@ RECORDS = {
     f"deep/{'long' * 60}/metrics.jsonl": "Zeile ü\n".encode(),
 }
 LEFT_OUT = ["README.md", "rates.png", ".lock", "report/rows.csv", "a b/train.log", "a b/checkpoints/latest", ARCHIVE]
-LEFT_OUT += ["a b/.former_config.yaml", "a b/exports/step_1/config.json", "deep/run/logs/1.out", "a b/metrics.png"]
+LEFT_OUT += ["a b/.former_config.yaml", "a b/exports/step_1/config.json", "logs/1.out", "a b/metrics.png"]
 
 
 def write(folder: Path, files: dict[str, bytes]) -> Path:
@@ -41,6 +42,17 @@ def test_records_come_out_as_they_went_in_and_nothing_else(tmp_path):
     folder = write(tmp_path / "sweep", RECORDS | dict.fromkeys(LEFT_OUT, b"other"))
     assert write_archive(folder, tmp_path / "kept" / ARCHIVE) == len(RECORDS)
     assert files(unpacked(tmp_path / "kept" / ARCHIVE)) == RECORDS
+
+
+def test_sweeps_and_runs_may_be_called_like_a_runs_own_folders(tmp_path):
+    for name in ("code", "report", "logs/run"):
+        write(tmp_path / "runs" / name, {"config.yaml": b"", "metrics.jsonl": b"", "code/a/config.yaml": b""})
+    write(tmp_path / "runs" / "logs", {"sweep.yaml": b"", "code/a/config.yaml": b""})
+    write_archive(tmp_path / "runs", tmp_path / ARCHIVE)
+    kept = {path.rpartition("/")[0] for path in files(unpacked(tmp_path / ARCHIVE))}
+    assert kept == {"code", "report", "logs", "logs/run"}
+    found = runs_named([], str(tmp_path / "runs"), print)
+    assert [path.relative_to(tmp_path / "runs").as_posix() for path in found] == ["code", "logs/run", "report"]
 
 
 def test_the_same_records_give_the_same_bytes(tmp_path):
