@@ -83,10 +83,6 @@ class LoopSchedule:
         """Return loop count -> share of the steps after `start`."""
         return _by_loops(self.step_shares(start))
 
-    def token_shares(self, start: int = 0) -> dict[int, float]:
-        """Return loop count -> share of the tokens after `start`, which differs if batch sizes change."""
-        return _by_loops(self.kind_token_shares(start))
-
     def kind_token_shares(self, start: int = 0) -> dict[StepKind, float]:
         """Return each kind's share of the tokens of the steps after `start`."""
         weighted = {kind: share * kind.global_batch_size for kind, share in self.step_shares(start).items()}

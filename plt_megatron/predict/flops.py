@@ -12,7 +12,7 @@ Per token and forward pass, with `n` tokens in a sequence, `d` hidden, `h` heads
     gate          2 h * (c or d)                     per layer and loop >= 2, with gated_window
     output        2 d V                              once
 
-Layers that run once count as part of the first loop.
+A layer that runs once counts in the first loop if it comes before those that loop, and in the last one otherwise.
 
 `K` is the mean number of keys a query sees under the causal mask: K(n) = (n + 1) / 2, and for w <= n
 K(n, w) = w - w (w - 1) / (2 n).
@@ -67,6 +67,11 @@ class Flops(Parts):
     output: float
 
     @property
+    def matmuls(self) -> float:
+        """FLOPs of the matrix products: everything but attention."""
+        return self.total - self.global_attention - self.local_attention
+
+    @property
     def looped(self) -> float:
         """FLOPs of the transformer stack: everything but the output layer."""
         return self.total - self.output
@@ -79,12 +84,17 @@ def mean_keys(sequence_length: int, window_size: int | None = None) -> float:
     return w - w * (w - 1) / (2 * n)
 
 
-def forward_flops(model: ModelConfig, keys: float, window_keys: float, padded_vocab_size: int) -> Flops:
+def forward_flops(
+    model: ModelConfig, keys: float, window_keys: float, padded_vocab_size: int, loop: int | None = None
+) -> Flops:
     """Count the FLOPs of one token's forward pass, logits included, that sees `keys` keys, and `window_keys` in a
-    window. In training both are means over a sequence; in decoding they follow from the context length."""
-    ran, later = _ran(model)
+    window. In training both are means over a sequence; in decoding they follow from the context length.
+
+    `loop`: count the layers of this loop alone, from 1.
+    """
+    ran, later = _ran(model, loop)
     gated = later if derived.has_gates(model) else []
-    local = sum(run.local for run in runs(model, range(model.num_layers)))
+    local = sum(run.local for run in runs(model, range(model.num_layers), loop))
     weights = Weights(model)
     key_value_width = derived.num_query_groups(model) * derived.head_dim(model)
     unused = (not derived.later_loops_use_keys(model)) + (not derived.later_loops_use_values(model))
@@ -99,9 +109,10 @@ def forward_flops(model: ModelConfig, keys: float, window_keys: float, padded_vo
     )
 
 
-def _ran(model: ModelConfig) -> tuple[list[int], list[int]]:
-    """Return the layers that a forward pass runs, each as often as it does, and those that run again."""
-    found = runs(model, range(model.num_layers))
+def _ran(model: ModelConfig, loop: int | None) -> tuple[list[int], list[int]]:
+    """Return the layers that a forward pass, or one loop of it, runs, each as often as it does, and those that run
+    again."""
+    found = runs(model, range(model.num_layers), loop)
     return [run.layer for run in found], [run.layer for run in found if run.part == "later"]
 
 
@@ -110,11 +121,13 @@ def forward_flops_per_token(
     sequence_length: int,
     padded_vocab_size: int,
     loop_count: int | None = None,
+    loop: int | None = None,
 ) -> Flops:
-    """Count the FLOPs per token of one forward pass over a sequence. `loop_count` None: the model's."""
+    """Count the FLOPs per token of one forward pass over a sequence. `loop_count` None: the model's; `loop`: as in
+    `forward_flops`."""
     model = dataclasses.replace(model, loop_count=model.loop_count if loop_count is None else loop_count)
     window_keys = mean_keys(sequence_length, model.window_size)
-    return forward_flops(model, mean_keys(sequence_length), window_keys, padded_vocab_size)
+    return forward_flops(model, mean_keys(sequence_length), window_keys, padded_vocab_size, loop)
 
 
 def training_flops_per_token(
@@ -122,31 +135,36 @@ def training_flops_per_token(
     sequence_length: int,
     padded_vocab_size: int,
     loop_count: int | None = None,
+    loop: int | None = None,
 ) -> Flops:
     """Count the model FLOPs per token of one training step (forward and backward, no recomputation)."""
-    forward = forward_flops_per_token(model, sequence_length, padded_vocab_size, loop_count)
+    forward = forward_flops_per_token(model, sequence_length, padded_vocab_size, loop_count, loop)
     return forward.times(TRAINING_OVER_FORWARD)
 
 
 def step_flops_per_token(
-    config: RunConfig, padded_vocab_size: int, loop_count: int, sequence_length: int | None = None
+    config: RunConfig,
+    padded_vocab_size: int,
+    loop_count: int,
+    sequence_length: int | None = None,
+    loop: int | None = None,
 ) -> Flops:
     """Count the training FLOPs per token of a run's step with `loop_count` loops: the output layer runs once per loop
     with a loss (`training.loop_loss_weights`), and frozen weights have no gradients. `sequence_length` None:
-    `data.sequence_length`."""
+    `data.sequence_length`; `loop`: as in `forward_flops`."""
     length = sequence_length or config.data.sequence_length
-    flops = training_flops_per_token(config.model, length, padded_vocab_size, loop_count)
+    flops = training_flops_per_token(config.model, length, padded_vocab_size, loop_count, loop)
     trained = Weights.trained(config)
     if not trained.is_whole:
         model = dataclasses.replace(config.model, loop_count=loop_count)
-        flops = _without_frozen_weights(dataclasses.replace(trained, model=model), flops)
+        flops = _without_frozen_weights(dataclasses.replace(trained, model=model), flops, loop)
     outputs = len(derived.loops_with_loss(config, loop_count))
     return dataclasses.replace(flops, output=outputs * flops.output)
 
 
-def _without_frozen_weights(trained: Weights, flops: Flops) -> Flops:
+def _without_frozen_weights(trained: Weights, flops: Flops, loop: int | None) -> Flops:
     """Return the training FLOPs without the gradients of weights that are not trained."""
-    ran, later = _ran(trained.model)
+    ran, later = _ran(trained.model, loop)
 
     def without(part: float, layers: list[int], *components: Component) -> float:
         all_weights = Weights(trained.model).matmuls(layers, *components)
@@ -172,10 +190,12 @@ def run_flops_per_token(config: RunConfig, padded_vocab_size: int, start: int = 
     return total
 
 
-def flops_of_loops(model: ModelConfig, sequence_length: int, padded_vocab_size: int) -> list[float]:
-    """Return the training FLOPs per token of each loop, without the output layer; loops >= 2 add a window and gate."""
-    totals = [
-        training_flops_per_token(model, sequence_length, padded_vocab_size, loops).looped
-        for loops in range(1, model.loop_count + 1)
-    ]
-    return [total - before for total, before in zip(totals, [0.0, *totals], strict=False)]
+def flops_of_loops(config: RunConfig, padded_vocab_size: int) -> list[float]:
+    """Return the training FLOPs per token of each loop, without the output layer, averaged as in
+    `run_flops_per_token`."""
+    totals = [0.0] * config.model.loop_count
+    for kind, share in LoopSchedule(config).kind_token_shares().items():
+        for loop in range(1, kind.loop_count + 1):
+            flops = step_flops_per_token(config, padded_vocab_size, kind.loop_count, kind.sequence_length, loop)
+            totals[loop - 1] += share * flops.looped
+    return totals

@@ -95,12 +95,10 @@ def _flops_rows(config: RunConfig, vocab_size: int, estimate: RunEstimate) -> li
     parts = dataclasses.asdict(estimate.flops)
     rows += [[name.replace("_", " "), *_share(part, estimate.flops_per_token)] for name, part in parts.items() if part]
     padded = derived.padded_vocab_size(config.model, vocab_size, estimate.layout.tensor)
-    loops = flops_of_loops(config.model, config.data.sequence_length, padded)
-    shares = LoopSchedule(config).token_shares()
-    for loop, part in enumerate(loops, start=1):
-        reached = sum(share for loop_count, share in shares.items() if loop_count >= loop)
-        rows.append([f"loop {loop}", *_share(reached * part, estimate.flops_per_token)])
-    return rows
+    loops = flops_of_loops(config, padded)
+    return rows + [
+        [f"loop {loop}", *_share(part, estimate.flops_per_token)] for loop, part in enumerate(loops, start=1)
+    ]
 
 
 def _share(part: float, whole: float) -> tuple[str, str]:

@@ -169,7 +169,7 @@ def _matmul_seconds(config: RunConfig, card: GPUSpec, flops: Flops) -> float:
     """Return the seconds of matrix products per token. Linear layers may run in FP8, which reaches less of its peak."""
     peak = card.flops_per_second(config.training.precision) * card.matmul_efficiency
     linear = flops.projections + flops.ffn
-    seconds = (flops.total - flops.global_attention - flops.local_attention) / peak
+    seconds = flops.matmuls / peak
     if config.training.fp8 is None:
         return seconds
     fp8_peak = card.flops_per_second(config.training.precision, fp8=True) * card.matmul_efficiency * FP8_EFFICIENCY
@@ -188,7 +188,7 @@ def _memory_bound(step: Step, card: GPUSpec) -> float:
 
 def _recompute(step: Step, matmul: float, attention: float, memory_bound: float, flops: Flops) -> float:
     """Return the seconds of another forward pass, a third of a step, over the recomputed part."""
-    layout = step.layout
+    layout, products = step.layout, flops.matmuls
     if layout.recompute == "none":
         return 0.0
     if layout.recompute == "selective":
@@ -198,10 +198,10 @@ def _recompute(step: Step, matmul: float, attention: float, memory_bound: float,
             dense = [layer for layer in layers if layer in derived.dense_layers(model)]
             weights = Weights(model)
             share = weights.matmuls(dense, *FFN) / (weights.matmuls(layers, *FFN) or 1)
-            parts += matmul * flops.ffn / flops.total * share
+            parts += matmul * flops.ffn / products * share
         return parts / 3
-    looped = flops.looped / flops.total
-    return (matmul * looped + attention) / 3 + memory_bound * looped * 2 / PASSES_OVER_ACTIVATIONS
+    recomputed = matmul * (products - flops.output) / products + attention
+    return recomputed / 3 + memory_bound * flops.looped / flops.total * 2 / PASSES_OVER_ACTIVATIONS
 
 
 def _bandwidth(card: GPUSpec, ranks: int, gpus_per_node: int) -> float:

@@ -7,13 +7,15 @@ import itertools
 
 import pytest
 
-from plt_megatron.config.schema import ModelConfig
+from plt_megatron.config.schema import LengthStage, LoopStage, ModelConfig, RunConfig
 from plt_megatron.predict.flops import (
+    flops_of_loops,
     forward_flops_per_token,
     mean_keys,
+    run_flops_per_token,
     training_flops_per_token,
 )
-from tests.settings import changed
+from tests.settings import changed, make
 
 MODEL = ModelConfig(
     num_layers=3,
@@ -107,7 +109,10 @@ def ffn_widths(model: ModelConfig) -> list[int]:
 )
 def test_forward_equals_the_count_by_hand(changes):
     model = changed(MODEL, changes)
-    assert forward_flops_per_token(model, N, V).total * N == pytest.approx(brute_force(model, N, V), rel=1e-12)
+    whole = forward_flops_per_token(model, N, V)
+    assert whole.total * N == pytest.approx(brute_force(model, N, V), rel=1e-12)
+    loops = [forward_flops_per_token(model, N, V, loop=loop).looped for loop in range(1, model.loop_count + 1)]
+    assert sum(loops) == pytest.approx(whole.looped)
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 64])
@@ -137,6 +142,29 @@ def test_loops_multiply_the_stack_and_not_the_head():
     assert one.output == two.output == three.output
     assert two.ffn == 2 * one.ffn and three.ffn == 3 * one.ffn
     assert three.looped - two.looped == pytest.approx(two.looped - one.looped)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"training.trainable": ["plt_gate"]},
+        {"data.length_schedule": [LengthStage(131072, 16)], "data.sequence_length": 512},
+        {"training.loop_schedule": [LoopStage(0.5, 1), LoopStage(loop_count=2)], "training.loop_loss_weights": [0.5]},
+    ],
+    ids=str,
+)
+def test_a_runs_loops_and_output_are_all_of_its_flops(settings):
+    settings = {"model": MODEL, "training.train_iters": 64, "training.global_batch_size": 8, **settings}
+    config = make(RunConfig, {"data.sequence_length": 64, **settings})
+    run, loops = run_flops_per_token(config, V), flops_of_loops(config, V)
+    assert sum(loops) == pytest.approx(run.looped) and loops[0] > 0 and loops[1] > 0
+
+
+def test_full_attention_costs_in_the_last_loop():
+    model = changed(MODEL, {"gated_window": False, "share_kv": False, "full_attention": "last_loop"})
+    first, last = (forward_flops_per_token(model, 4096, V, loop=loop) for loop in (1, 2))
+    assert first.global_attention == last.local_attention == 0
+    assert last.global_attention == pytest.approx(first.local_attention * mean_keys(4096) / mean_keys(4096, 5))
 
 
 def test_six_times_the_parameters_for_a_short_plain_transformer():

@@ -293,6 +293,15 @@ def test_recomputation_saves_memory_and_costs_time(backend):
     assert kinds[0].step_seconds < kinds[1].step_seconds < kinds[2].step_seconds
 
 
+@pytest.mark.parametrize("length", [256, 65536])
+def test_a_recomputed_ffn_costs_a_third_of_its_products(length):
+    """However much of the FLOPs attention takes."""
+    config = run(recompute_granularity="selective", recompute_modules=["mlp"])
+    estimate = estimate_run(dataclasses.replace(config, data=DataConfig(sequence_length=length)))
+    products = estimate.flops.matmuls
+    assert estimate.times.recompute / estimate.times.matmul == pytest.approx(estimate.flops.ffn / products / 3)
+
+
 def test_parallel_sizes_divide_memory_and_time():
     one = estimate_run(run())
     for parallel in (
