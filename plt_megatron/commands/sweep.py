@@ -72,7 +72,10 @@ def run_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of `RunOptions`."""
     options = {name: getattr(arguments, name) for name in ("dry_run", "jobs", "gpu")}
     if arguments.slurm:
-        given = ["--cluster", arguments.cluster, *shlex.split(arguments.submit)]
+        try:
+            given = ["--cluster", arguments.cluster, *shlex.split(arguments.submit)]
+        except ValueError as error:  # an open quotation
+            raise argparse.ArgumentError(None, f"--submit: {error}: {arguments.submit}") from error
         if arguments.max_concurrent is not None:
             given += ["--max-concurrent", str(arguments.max_concurrent)]
         options["submit"] = submit.read_options(given)

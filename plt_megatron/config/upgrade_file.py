@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import yaml
@@ -71,6 +72,7 @@ class _Writer:
             if isinstance(value, yaml.MappingNode) and value.value:
                 name, inner = before if before and isinstance(before[1], yaml.MappingNode) else (None, None)
                 if name and inner and inner.flow_style:
+                    self._refuse_comments(inner)
                     yield f"{indent}{key.value}: {yaml_nodes.to_text(value)}{self._beside(inner)}"
                     continue
                 yield from self._comments(name, indent)
@@ -116,13 +118,19 @@ class _Writer:
         line = node.start_mark.line
         return [indent + text.strip() for text in self._lines[_with_comments(self._lines, line, 0) : line]]
 
+    def _refuse_comments(self, braces: yaml.MappingNode) -> None:
+        """Raise `UserError` if there are comments between braces, which are rewritten as one line."""
+        for line in self._text[braces.start_mark.index : braces.end_mark.index].splitlines()[:-1]:
+            if re.search(r"(^|\s)#", line):
+                raise UserError(f"{yaml_nodes.where(braces)}: comments between braces would be lost: edit it by hand")
+
     def _is_first(self, node: yaml.Node) -> bool:
         """Return whether no other setting precedes the node in its line."""
         before = self._lines[node.start_mark.line][: node.start_mark.column]
         return "{" not in before and before.count(":") <= 1
 
     def _beside(self, node: yaml.Node) -> str:
-        rest = "".join(self._lines[node.end_mark.line :][:1])[node.end_mark.column :].lstrip(": ")
+        rest = "".join(self._lines[node.end_mark.line :][:1])[node.end_mark.column :].lstrip(": \t")
         return f"  {rest}" if rest.startswith("#") else ""
 
 

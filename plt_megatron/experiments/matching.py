@@ -14,6 +14,8 @@ from __future__ import annotations
 import bisect
 import csv
 import dataclasses
+import io
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from plt_megatron.config import derived
 from plt_megatron.config.derived import run_tokens
 from plt_megatron.config.schedules import BatchSchedule
 from plt_megatron.config.schema import ModelConfig, RunConfig
+from plt_megatron.config.yaml_nodes import read_text
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.files import LOOP_SWITCHES, DecodeSettings, Hold
 from plt_megatron.predict.decode_cost import decode_milliseconds
@@ -221,17 +224,19 @@ def _describe_key(key: tuple[str, ...]) -> str:
 def _read_table(path: Path) -> Iterator[tuple[tuple[str, ...], float]]:
     """Yield (shape and switches, milliseconds) of each row of a CSV."""
     columns = (*_SHAPE, *_SWITCHES, "milliseconds")
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            missing = [name for name in columns if name not in (reader.fieldnames or [])]
-            if missing:
-                raise UserError(f"{path} lacks the column(s) {', '.join(missing)}")
-            for number, row in enumerate(reader, start=2):
-                try:
-                    milliseconds = float(row["milliseconds"])
-                except ValueError:
-                    raise UserError(f"{path}:{number}: milliseconds: expected a number") from None
-                yield _key({name: row[name].strip().lower() for name in columns[:-1]}), milliseconds
-    except OSError as error:
-        raise UserError(f"decode.table: cannot read {path}: {error.strerror}") from error
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    missing = [name for name in columns if name not in (reader.fieldnames or [])]
+    if missing:
+        raise UserError(f"{path} lacks the column(s) {', '.join(missing)}")
+    for number, row in enumerate(reader, start=2):
+        values = {name: (row[name] or "").strip().lower() for name in columns}
+        text = values.pop("milliseconds")
+        try:
+            milliseconds, smallest = float(text), min(int(values[name]) for name in _SHAPE)
+        except ValueError:
+            milliseconds = smallest = 0
+        if not (0 < milliseconds < math.inf and smallest > 0):
+            raise UserError(
+                f"{path}:{number}: expected whole {', '.join(_SHAPE)} and a number of milliseconds, all above 0"
+            )
+        yield _key(values), milliseconds

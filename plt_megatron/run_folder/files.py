@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import secrets
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,8 @@ LOCK = ".lock"
 def replacing(path: Path | str, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a new file for writing, which replaces `path` if the block succeeds and is removed otherwise.
 
-    The new file is beside `path`, whose folder is created, and is flushed to the disk before it is renamed.
+    The new file is beside `path`, whose folder is created, and is flushed to the disk before it is renamed. It has the
+    permissions of the file that it replaces.
 
     Args:
         mode: `w` for UTF-8 text, `wb` for bytes.
@@ -34,6 +36,8 @@ def replacing(path: Path | str, mode: str = "w") -> Iterator[IO[Any]]:
     try:
         with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copymode(path, temporary)
         publish(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

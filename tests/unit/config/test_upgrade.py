@@ -6,6 +6,7 @@ The archive has every YAML of configs/ as of that version, and `config.yaml` as 
 from __future__ import annotations
 
 import dataclasses
+import stat
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -190,9 +191,11 @@ def test_a_second_time_changes_nothing(rewritten, capsys):
 def test_a_link_stays_one(tmp_path):
     real, link = tmp_path / "real.yaml", tmp_path / "link.yaml"
     real.write_text("model: {norm_between_loops: true}\n")
+    real.chmod(0o640)
     link.symlink_to(real)
     assert command.main(["upgrade", str(link)]) == 0
     assert link.is_symlink() and real.read_text() == "model: {loop_norm: final}\n"
+    assert stat.S_IMODE(real.stat().st_mode) == 0o640
 
 
 def test_a_file_that_would_change_is_told_and_left_alone(old, capsys):
@@ -401,6 +404,10 @@ logging:
     assert upgrade_text(old, "old") == new.replace("  profile_ranks:\n    - 0", "    ranks: [0]")
     flow = "model: {norm_between_loops: true}  # the model\n"
     assert upgrade_text(flow, "old") == "model: {loop_norm: final}  # the model\n"
+    tab = "model:\n  norm_between_loops: true\t# tab\n"
+    assert upgrade_text(tab, "old") == "model:\n  loop_norm: final  # tab\n"
+    with pytest.raises(UserError, match="old:1: comments between braces"):
+        upgrade_text("model: {norm_between_loops: true,  # first\n  loop_count: 2}\n", "old")
 
 
 def test_a_section_is_off_until_a_setting_turns_it_on(tmp_path):

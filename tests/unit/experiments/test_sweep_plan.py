@@ -166,6 +166,13 @@ def test_equal_latency_by_a_measured_table(tmp_path):
     table.write_text(columns.replace("share_kv,", "") + "\n")
     with pytest.raises(UserError, match="lacks the column"):
         plan_of(tmp_path, text)
+    for bad in ("4,64,1", rows[0].replace("4,", "four,", 1), *(rows[0].replace("2.0", ms) for ms in ("0", "nan", "x"))):
+        table.write_text("\n".join([columns, rows[1], bad]) + "\n")
+        with pytest.raises(UserError, match=r"table.csv:3: .*num_layers.*milliseconds"):
+            plan_of(tmp_path, text)
+    table.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"table.csv: not UTF-8"):
+        plan_of(tmp_path, text)
 
 
 def test_rows_that_set_their_tokens_do_not_hold_them(tmp_path):
