@@ -29,6 +29,18 @@ class AttemptFailed(UserError):
     again, as after a crash."""
 
 
+# What a network file system answers while it is away.
+_PASSING = {
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO, errno.ESHUTDOWN),
+    *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ENOTCONN, errno.ECONNRESET),
+}
+
+
+def file_error(message: str, error: OSError) -> UserError:
+    """Return the error with a message for the user: an `AttemptFailed` if the file system did not answer."""
+    return (AttemptFailed if error.errno in _PASSING else UserError)(message)
+
+
 def run_command(main: Callable[[], int | None], interrupted: str = "interrupted") -> int:
     """Run a command's `main`; returns its exit status.
 

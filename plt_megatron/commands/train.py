@@ -82,8 +82,8 @@ def _train(arguments: argparse.Namespace) -> int:
     _check_environment()
     folder, start = RunFolder.of(config), resuming.find_start(config)
     done = start is not None and start.is_own and _has_nothing_to_do(config, start, folder)
-    if done or (start is None and arguments.dry_run):  # nothing reads the data, so numpy is not imported
-        problems = resuming.start_problems(start, config, config.model.vocab_size) if start is not None else []
+    if start is not None and done:  # nothing reads the data, so numpy is not imported
+        problems = resuming.start_problems(start, config, config.model.vocab_size)
     else:
         problems = _start_problems(config)
     if problems:

@@ -49,7 +49,7 @@ from plt_megatron.data.mix import (
     split_matrix,
 )
 from plt_megatron.data.tokenizer import Tokenizer
-from plt_megatron.errors import UserError
+from plt_megatron.errors import AttemptFailed, UserError, file_error
 from plt_megatron.run_folder.files import publish
 
 logger = logging.getLogger(__name__)
@@ -250,7 +250,7 @@ def build_datasets(
     missing or damaged, was made with another tokenizer, or cannot provide the samples.
     """
     folder = Path(cache_dir).absolute()
-    outcome: list[Any] = [None, None]  # what rank 0 built, and why it could not
+    outcome: list[Any] = [None, None, UserError]  # what rank 0 built, and why it could not
     failure: Exception | None = None
     is_alone = not dist.is_initialized() or dist.get_world_size() == 1
     waiting = None if is_alone else dist.new_group(backend="gloo", timeout=timedelta(minutes=INDEX_TIMEOUT_MINUTES))
@@ -258,18 +258,19 @@ def build_datasets(
         try:
             outcome[0] = _build_index(data, num_samples, seed, folder, tokenizer)
         except OSError as error:
-            failure = UserError(_index_failure(folder, error))
+            failure = file_error(_index_failure(folder, error), error)
         except Exception as error:  # of any kind: the other ranks must not be left waiting
             failure = error
         if failure is not None:
             is_known = isinstance(failure, UserError)
             outcome[1] = str(failure) if is_known else f"rank 0 could not build the sample index: {failure!r}"
+            outcome[2] = AttemptFailed if isinstance(failure, AttemptFailed) else UserError
     if waiting is not None:
         _broadcast(outcome, waiting)
     if failure is not None:
         raise failure
     if outcome[1] is not None:
-        raise UserError(outcome[1])
+        raise outcome[2](outcome[1])
     index, key, shares = outcome[0]
     if not os.path.isdir(index):
         raise UserError(

@@ -28,8 +28,8 @@ from plt_megatron.data import indexed
 from plt_megatron.data.fill_in_middle import ADDED_TOKENS, find_tokens
 from plt_megatron.data.indexed import IndexedFile, files_of, flat_tokens, map_files, read_index, read_manifest
 from plt_megatron.data.tokenizer import Tokenizer
-from plt_megatron.errors import UserError
-from plt_megatron.run_folder.checkpoints import candidates, order_samples, read_verified_progress
+from plt_megatron.errors import UserError, file_error
+from plt_megatron.run_folder.checkpoints import candidates, order_samples, read_verified_progress, sequence_length
 from plt_megatron.run_folder.text import format_table
 
 PARTS = ("train", "validation", "test")
@@ -259,7 +259,8 @@ def content_hash(prefix: str) -> str:
             for start in _starts(len(content), _BLOCK):
                 digest.update(content[start : start + _BLOCK].tobytes())
     except OSError as error:
-        raise UserError(f"{error.filename or prefix}: cannot be read ({error.strerror})") from error
+        name = error.filename if isinstance(error.filename, str) else prefix
+        raise file_error(f"{name}: cannot be read ({error.strerror})", error) from error
     return digest.hexdigest()
 
 
@@ -338,9 +339,13 @@ def fingerprint_differences(saved: dict[str, Any], current: dict[str, Any]) -> l
     return words
 
 
-def training_fingerprint(config: RunConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Return the fingerprint of the run's training samples, before its index is built."""
-    seed, samples = config.training.seed, training_samples(config)
+def training_fingerprint(
+    config: RunConfig, tokenizer: Tokenizer | None, progress: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the fingerprint of the run's training samples, before its index is built. `progress`: the record of the
+    checkpoint that it starts from; None: as `training_samples` finds it."""
+    seed = config.training.seed
+    samples = training_samples(config) if progress is None else samples_after(config, progress)
     return fingerprint(config.data, tokenizer, seed=seed, num_samples=samples)
 
 
@@ -358,21 +363,27 @@ def check_data(source: Path, progress: dict[str, Any], own: dict[str, Any], conf
 def training_samples(config: RunConfig) -> int:
     """Return the number of samples that the run's order is drawn from. A run whose length is given in tokens keeps its
     initial number, since another batch size would change it slightly, and with it the order."""
+    progress = _recorded_progress(config) if config.training.train_tokens is not None else None
+    return required_samples(config)[0] if progress is None else samples_after(config, progress)
+
+
+def samples_after(config: RunConfig, progress: dict[str, Any]) -> int:
+    """Return `training_samples` of a run that starts from a checkpoint with this record. If its run had another length
+    or rows of another length, nothing of its order is kept."""
     own = required_samples(config)[0]
-    if config.training.train_tokens is None or config.data.order_samples is not None:
+    tokens, before = config.training.train_tokens, progress["config"]
+    if tokens is None or config.data.order_samples is not None or before["training"].get("train_tokens") != tokens:
         return own
-    return _recorded_samples(config) or own
+    length = config.data.sequence_length
+    return (order_samples(progress) or own) if sequence_length(progress) in (None, length) else own
 
 
-def _recorded_samples(config: RunConfig) -> int | None:
-    """Return `order_samples` of the checkpoint that the run resumes from, if the run's length was the same."""
+def _recorded_progress(config: RunConfig) -> dict[str, Any] | None:
+    """Return the record of the checkpoint that the run starts from, if it has one on this machine."""
     settings = config.checkpoint
     places = [derived.run_folder(config)] if settings.enabled else []
     places += [Path(settings.load)] if settings.load is not None and not settings.weights_only else []
     for checkpoint in itertools.chain.from_iterable(map(candidates, places)):
         with contextlib.suppress(OSError, ValueError):  # damaged: loading will skip it too, and log it
-            progress = read_verified_progress(checkpoint)
-            if progress["config"]["training"]["train_tokens"] != config.training.train_tokens:
-                return None
-            return order_samples(progress)
+            return read_verified_progress(checkpoint)
     return None

@@ -228,6 +228,12 @@ def trained_tokens(progress: dict[str, Any]) -> int:
     return progress["step"] * config["training"]["global_batch_size"] * config["data"]["sequence_length"]
 
 
+def sequence_length(progress: dict[str, Any]) -> int | None:
+    """Return the tokens of a sample of a checkpoint's run; None if not recorded (old versions)."""
+    length: int | None = progress.get("config", {}).get("data", {}).get("sequence_length")
+    return length
+
+
 def order_samples(progress: dict[str, Any]) -> int | None:
     """Return how many training samples the order of a checkpoint's run covers; None if not recorded (old versions)."""
     return (progress.get("data_fingerprint") or {}).get("sampling", {}).get("num_samples")

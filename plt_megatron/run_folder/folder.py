@@ -75,7 +75,7 @@ class RunFolder:
 
     def try_config(self, config: RunConfig) -> None:
         """Write config.yaml for a start that may be refused. `restore_config` can undo it until `keep_config`."""
-        self.restore_config()  # after a start that was killed
+        self._undo_try()  # after a start that was killed
         with writing(self.path):
             text = self.config_file.read_text(encoding="utf-8") if self.config_file.is_file() else ""
             if text != dump_config(config):
@@ -87,17 +87,25 @@ class RunFolder:
         self.former_config_file.unlink(missing_ok=True)
 
     def restore_config(self) -> None:
-        """Restore what `try_config` has replaced: the run has not started."""
-        former = self.former_config_file
-        if not former.is_file():
+        """Restore what `try_config` has replaced, and give up the lock of a run that is not there then: it has not
+        started, and this process ends."""
+        if not self._undo_try():
             return
-        if former.stat().st_size:
-            former.replace(self.config_file)
-            return
-        for path in (self.config_file, former, self.path / LOCK):
-            path.unlink(missing_ok=True)
+        (self.path / LOCK).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # the folder has other files
             self.path.rmdir()
+
+    def _undo_try(self) -> bool:
+        """Restore the former configuration, if a start has not gone far; return whether there was none before."""
+        former = self.former_config_file
+        if not former.is_file():
+            return False
+        if former.stat().st_size:
+            former.replace(self.config_file)
+            return False
+        for path in (self.config_file, former):
+            path.unlink(missing_ok=True)
+        return True
 
     def config(self) -> RunConfig:
         """Load the run's configuration, even from an older version. Raises `UserError` if it is missing or broken."""

@@ -144,7 +144,7 @@ def start_problems(config: RunConfig, tokenizer: Tokenizer | None, vocab_size: i
     problems = resuming.start_problems(start, config, vocab_size)
     if not problems and (start.is_own or not settings.weights_only):  # another schedule reads other data, and says so
         try:
-            check_data(start.path, start.progress, training_fingerprint(config, tokenizer), config)
+            check_data(start.path, start.progress, training_fingerprint(config, tokenizer, start.progress), config)
         except UserError as error:
             problems = str(error).splitlines()
     # As a path, a URL has lost one of its two slashes.

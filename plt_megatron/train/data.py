@@ -33,13 +33,14 @@ from plt_megatron.data.mix import (
     index_folder,
     part_sources,
     required_samples,
+    samples_after,
     training_samples,
 )
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.model.loop_context import document_lengths
 from plt_megatron.model.looped_gpt import MicroBatch
-from plt_megatron.run_folder.checkpoints import candidates, order_samples
+from plt_megatron.run_folder.checkpoints import candidates
 from plt_megatron.storage.copies import read_progress as read_uploaded_progress
 from plt_megatron.train.checkpoint.collective import on_rank_0
 
@@ -124,7 +125,7 @@ class RunData:
         self.tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
         self.vocab_size = _vocab_size(config, self.tokenizer)
         _, validation, test = required_samples(config)
-        self._samples = on_rank_0(lambda: _samples_of_upload(config) or training_samples(config))
+        self._samples = on_rank_0(lambda: _training_samples(config))
         built = self._build(config.data, (self._samples, validation, test))
         assert built.train is not None
         self.train, self.validation = built.train, built.validation
@@ -229,18 +230,14 @@ def in_rows(batch: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tens
     return rows
 
 
-def _samples_of_upload(config: RunConfig) -> int | None:
-    """Return `training_samples` as of a checkpoint that the run has yet to fetch, or None if there is none to use."""
-    settings, training = config.checkpoint, config.training
-    if training.train_tokens is None or config.data.order_samples is not None:
-        return None
-    if settings.load is None or settings.weights_only or not is_url(settings.load):
-        return None
-    if settings.enabled and candidates(derived.run_folder(config)):
-        return None  # the run has checkpoints of its own
-    progress = read_uploaded_progress(settings.load)
-    same = progress["config"]["training"].get("train_tokens") == training.train_tokens
-    return order_samples(progress) if same else None
+def _training_samples(config: RunConfig) -> int:
+    """Return `training_samples`, also as of a checkpoint that the run has yet to fetch."""
+    settings = config.checkpoint
+    has_own = settings.enabled and candidates(derived.run_folder(config))
+    load = None if settings.weights_only or has_own else settings.load
+    if config.training.train_tokens is None or load is None or not is_url(load):
+        return training_samples(config)
+    return samples_after(config, read_uploaded_progress(load))
 
 
 def _vocab_size(config: RunConfig, tokenizer: Tokenizer | None) -> int:

@@ -44,6 +44,8 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         if first_here:
             print_error(error)
+        if isinstance(error, AttemptFailed):  # before the first step: the next attempt may fare better
+            return ExitStatus.FAILED
         if first:
             RunFolder(Path(arguments[0]).parent).restore_config()
         return ExitStatus.USER_ERROR

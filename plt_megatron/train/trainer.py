@@ -24,7 +24,7 @@ from plt_megatron.config import derived
 from plt_megatron.config.loop_schedule import LoopSchedule
 from plt_megatron.config.schedules import BatchSchedule, LengthSchedule
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.run_folder.checkpoints import trained_tokens
+from plt_megatron.run_folder.checkpoints import sequence_length, trained_tokens
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.train.build_engine import build_engine
 from plt_megatron.train.callbacks.base import Callback, Clock, Step, TrainingFailed
@@ -192,7 +192,8 @@ class Trainer:
         progress = self._load()
         if progress is None:
             return
-        self.clock.samples = progress["consumed_samples"]
+        length = self.config.data.sequence_length
+        self.clock.samples = progress["consumed_samples"] * (sequence_length(progress) or length) // length
         for callback in self.callbacks:
             if callback.name in progress:
                 callback.load_state_dict(progress[callback.name])

@@ -58,6 +58,20 @@ def test_of_an_uploaded_checkpoint_it_reads_on_in_the_order_too(whole, tmp_path,
     assert done.result is True and done.steps == [list(range(32, 42))]
 
 
+@pytest.mark.parametrize(("length", "batch", "first", "last"), [(64, 4, 16, 24), (16, 16, 64, 96)])
+def test_with_rows_of_another_length_it_reads_on_at_the_same_token(
+    whole, tmp_path, run_distributed, length, batch, first, last
+):
+    """Not at the same sample: four steps have read 32 of them, 1,024 tokens."""
+    data = dataclasses.replace(whole.data, sequence_length=length)
+    config = run_config("other rows", tmp_path, data, BY_TOKENS, training={"global_batch_size": batch})
+    config.checkpoint = dataclasses.replace(
+        config.checkpoint, load=f"{folder(whole)}/checkpoints/step_00000004", allow_other_data=True
+    )
+    done = run_distributed(train_and_tell, 1, config)
+    assert done.result is True and sum(done.steps, []) == list(range(first, last))
+
+
 def test_after_a_change_of_batch_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, run_distributed):
     smaller = {"global_batch_size": 4}
     one, other = (as_after_step(whole, 4, name, tmp_path, training=smaller) for name in ("one", "other"))

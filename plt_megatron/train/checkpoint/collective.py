@@ -18,8 +18,8 @@ def on_rank_0[T](function: Callable[[], T]) -> T:
     """Run `function` on rank 0 and give every rank its result. Collective.
 
     Raises:
-        UserError: on all ranks, if it raised one on rank 0; an AttemptFailed for an OSError. Any other error is raised
-            unchanged on rank 0, and the other ranks raise a RuntimeError instead of waiting.
+        UserError: on all ranks, if it raised one on rank 0; an AttemptFailed for an OSError too. Any other error is
+            raised unchanged on rank 0, and the other ranks raise a RuntimeError instead of waiting.
     """
     outcome: list[Any] = [None, None, UserError]
     unexpected: Exception | None = None
@@ -27,7 +27,7 @@ def on_rank_0[T](function: Callable[[], T]) -> T:
         try:
             outcome[0] = function()
         except (OSError, UserError) as error:
-            outcome[1:] = describe(error), AttemptFailed if isinstance(error, OSError) else UserError
+            outcome[1:] = describe(error), AttemptFailed if isinstance(error, OSError | AttemptFailed) else UserError
         except Exception as error:
             outcome[1:] = f"rank 0 failed: {describe(error)}", RuntimeError
             unexpected = error

@@ -1,18 +1,23 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from data_helpers import Tool, build, write_source
 
 from plt_megatron.config.schema import DataConfig, DataSource
+from plt_megatron.data import datasets, mix
 from plt_megatron.data.indexed import write_index
 from plt_megatron.data.mix import consumed_epochs, describe_mix, fingerprint, fingerprint_differences, mix_shares
 from plt_megatron.data.tokenizer import load_tokenizer
+from plt_megatron.errors import AttemptFailed, UserError
 
 
 def source(folder: Path, name: str, lengths: list[int]) -> str:
@@ -76,6 +81,17 @@ def test_fingerprint(tmp_path: Path, bpe_model: Path, unigram_model: Path) -> No
         file.seek(1234)
         file.write(bytes([byte[0] ^ 1]))
     assert differences(data) == [everywhere]
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.ESTALE, AttemptFailed), (errno.EACCES, UserError)])
+def test_data_on_a_disk_that_does_not_answer_may_be_there_next_time(tmp_path, monkeypatch, number, kind):
+    data = DataConfig(sources=[DataSource(source(tmp_path, "a", [100] * 20))], sequence_length=10)
+    error = OSError(number, os.strerror(number))
+    for place, name in ((mix, "map_files"), (datasets, "_build_index")):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=os.strerror(number)) as raised:
+            patch.setattr(place, name, Mock(side_effect=error))
+            datasets.build_datasets(data, num_samples=(10, 0, 0), seed=1, cache_dir=str(tmp_path), tokenizer=None)
+        assert type(raised.value) is kind and "[" not in str(raised.value)
 
 
 def test_building_the_index_ahead(tmp_path: Path, run_tool: Tool, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import pytest
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import CheckpointConfig, RunConfig
 from plt_megatron.errors import UserError
+from plt_megatron.run_folder.files import locked
 from plt_megatron.run_folder.folder import RunFolder, save_config
 from plt_megatron.run_folder.resuming import find_start
 
@@ -48,6 +49,18 @@ def test_the_configuration_comes_back_and_says_where_its_run_lies(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         save_config(config, tmp_path / "file" / "config.yaml")
+
+
+def test_a_start_after_a_killed_one_keeps_its_lock(tmp_path):
+    run, config = RunFolder(tmp_path / "run"), RunConfig(name="run", output_dir=str(tmp_path))
+    with locked(run.path, "training"):
+        run.try_config(config)  # and ends here, before its first step
+    with locked(run.path, "training"):
+        run.try_config(config)
+        with pytest.raises(UserError, match="training"), locked(run.path, "training"):
+            pass
+    run.restore_config()
+    assert not run.path.exists()
 
 
 def test_a_run_with_checkpoints_is_not_begun_anew_without(tmp_path):

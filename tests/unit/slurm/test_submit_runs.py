@@ -302,6 +302,17 @@ def test_a_checkpoint_to_start_from_is_checked_wherever_it_is(folder, slurm):
     submit_run(*weights, "optimizer.lr=1e-3")
 
 
+def test_a_run_in_tokens_goes_on_with_another_batch_wherever_its_checkpoint_is(folder, slurm):
+    """In the order that its samples were drawn in, which another batch would make a few samples shorter."""
+    length = ("training.train_iters=null", "training.train_tokens=30000")
+    write_checkpoint(folder / "other" / "checkpoints", load_config("run.yaml", length), 2)
+    for number, load in enumerate((folder / "other", f"file://{folder}/other")):
+        batch = ("training.global_batch_size=24", "checkpoint.allow_other_schedule=true", f"name=try{number}")
+        submit_run(*length, *batch, f"checkpoint.load={load}")
+        (line, *_) = refusal(*length, *batch, f"checkpoint.load={load}", "training.seed=5", f"name=no{number}")
+        assert "other data" in line
+
+
 def test_a_decay_branch_has_a_folder_of_its_own_and_only_its_steps_ahead(folder, slurm, capsys):
     submit_run("optimizer.lr_decay_style=WSD", "checkpoint.keep_every=900")
     write_progress(folder / "runs/try", [900], checkpoint=900)
