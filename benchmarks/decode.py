@@ -217,7 +217,7 @@ def profile_parts(decoder: Decoder, steps: int = 3) -> dict[str, float]:
     parts = {"linear": 0.0, "attention": 0.0, "other": 0.0}
     for event in profile.key_averages():
         name = event.key.lower()
-        is_linear = any(word in name for word in ("mm", "gemm", "gemv", "linear", "cutlass"))
+        is_linear = any(word in name for word in ("mm", "gemm", "gemv", "linear", "cutlass", "nvjet", "splitk"))
         part = "attention" if "attention" in name or "flash" in name else "linear" if is_linear else "other"
         parts[part] += event.self_device_time_total if cuda else event.self_cpu_time_total
     total = sum(parts.values()) or 1.0

@@ -13,6 +13,14 @@ from plt_megatron.config.schedules import BatchSchedule
 from plt_megatron.config.schema import DataConfig, DataSource, FimConfig, ModelConfig, RunConfig
 
 
+def backend(model: ModelConfig, precision: str, have_te: bool) -> str:
+    """Return `torch` or `te`, resolving `model.backend: auto`: Transformer Engine where it can be used (`have_te`), but
+    not in fp32, for which it has no fused attention and rounds products to TF32."""
+    if model.backend != "auto":
+        return model.backend
+    return "te" if have_te and precision != "fp32" else "torch"
+
+
 def head_dim(model: ModelConfig) -> int:
     """Return the channels of one attention head."""
     return model.kv_channels or model.hidden_size // model.num_attention_heads

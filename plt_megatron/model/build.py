@@ -102,7 +102,8 @@ def build_stage(config: RunConfig, vocab_size: int) -> LoopedGPT:
     Process groups must exist. Also seeds megatron-core's RNG states.
     """
     training, parallel = config.training, config.parallel
-    if resolve_backend(config.model) == "te":
+    backend = resolve_backend(config.model, training.precision)
+    if backend == "te":
         require_transformer_engine()
         check_kernels(config)
     tensor_parallel.model_parallel_cuda_manual_seed(training.seed)
@@ -113,7 +114,7 @@ def build_stage(config: RunConfig, vocab_size: int) -> LoopedGPT:
             precision=training.precision,
             deterministic=training.deterministic,
             fp8=choose_fp8(config),
-            fusions=choose_fusions(config, resolve_backend(config.model), vocab_size),
+            fusions=choose_fusions(config, backend, vocab_size),
             packed_documents=config.data.reset_at_document_boundaries,
         ),
         vocab_size,

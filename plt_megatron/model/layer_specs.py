@@ -36,7 +36,6 @@ from plt_megatron.model.attention import PLTSelfAttention, TEGatedAttention, Tor
 from plt_megatron.model.loop_context import ExpertStatistics, LoopContext
 from plt_megatron.model.norms import AllHeadsRMSNorm, NormColumnParallelLinear, RMSNorm
 from plt_megatron.model.te_attention import require_transformer_engine
-from plt_megatron.model.transformer_config import resolve_backend
 from plt_megatron.runtime.cpu_runtime import patch_token_dispatcher
 
 
@@ -144,7 +143,7 @@ class _OutputNorm:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config: Any = self.config  # type: ignore[attr-defined]
-        norm = norm_class(resolve_backend(config.plt))
+        norm = norm_class(config.backend)
         self.output_norm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:

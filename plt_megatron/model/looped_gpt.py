@@ -37,7 +37,7 @@ from plt_megatron.model.loop_input import LoopInput, shift
 from plt_megatron.model.loss import attach_loss, sum_of_losses
 from plt_megatron.model.parameters import tensors_of
 from plt_megatron.model.rotary import RotaryAngles
-from plt_megatron.model.transformer_config import PLTTransformerConfig, resolve_backend
+from plt_megatron.model.transformer_config import PLTTransformerConfig
 from plt_megatron.model.z_loss import HeadZLoss
 
 
@@ -144,7 +144,6 @@ class LoopedGPT(LanguageModule):
         self.model_type = ModelType.encoder_or_decoder
         self.context_rows = SequenceShard.of(self.pg_collection, sequence_parallel=False)
         self.hidden_rows = SequenceShard.of(self.pg_collection, config.sequence_parallel)
-        backend = resolve_backend(self.plt)
         if pre_process:
             self.embedding = LanguageModelEmbedding(
                 config=config,
@@ -158,14 +157,14 @@ class LoopedGPT(LanguageModule):
         # The final norm belongs to the model, not the block: it closes the last loop only, or every loop.
         self.decoder = TransformerBlock(
             config=config,
-            spec=layer_specs(self.plt, backend, self._own_layers()),
+            spec=layer_specs(self.plt, config.backend, self._own_layers()),
             post_layer_norm=False,
             pre_process=True,
             post_process=post_process,
             pg_collection=self.pg_collection,
         )
         if post_process:
-            self._build_head(backend)
+            self._build_head(config)
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
 
@@ -175,9 +174,8 @@ class LoopedGPT(LanguageModule):
         first = get_transformer_layer_offset(config, pp_rank=rank)
         return range(first, first + get_num_layers_to_build(config, pp_rank=rank))
 
-    def _build_head(self, backend: str) -> None:
-        config = self.config
-        self.final_layernorm = norm_class(backend)(
+    def _build_head(self, config: PLTTransformerConfig) -> None:
+        self.final_layernorm = norm_class(config.backend)(
             config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
         )
         # Transformer Engine has no such layer; megatron-core's would accumulate its gradient with an apex kernel.

@@ -74,7 +74,7 @@ def aligned(tensor: Tensor) -> Tensor:
 
 def _fused_causal(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None) -> Tensor:
     """Causal attention of query [b, heads, n, d], the last n of the m tokens of key and value [b, groups, m, d]."""
-    grouped = query.shape[1] != key.shape[1]
+    key, value, grouped = _repeated(query, key, value)
     n, m = query.shape[2], key.shape[2]
     if n == m:
         return F.scaled_dot_product_attention(
@@ -96,6 +96,17 @@ def _fused_causal(query: Tensor, key: Tensor, value: Tensor, softmax_scale: floa
             )
         )
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+
+
+def _repeated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Return keys and values [b, groups, m, d], and whether they have fewer heads than query [b, heads, n, d].
+
+    A GPU's only fused attention in fp32 does not share them among heads: it gets copies.
+    """
+    per_group = query.shape[1] // key.shape[1]
+    if per_group > 1 and query.is_cuda and query.dtype == torch.float32:
+        return key.repeat_interleave(per_group, dim=1), value.repeat_interleave(per_group, dim=1), False
+    return key, value, per_group > 1
 
 
 def _lower_right(n: int, m: int, device: torch.device) -> Tensor:
@@ -168,7 +179,7 @@ def _window_with_mask(
     seen = (j <= i) & (j > i - w)
     if segments is not None:
         seen = (seen & (segments[:, m - n :, None] == segments[:, None, :])).unsqueeze(1)
-    grouped = query.shape[1] != key.shape[1]
+    key, value, grouped = _repeated(query, key, value)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=softmax_scale, enable_gqa=grouped)
     return out.permute(2, 0, 1, 3)
 

@@ -27,7 +27,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass
 class PLTTransformerConfig(TransformerConfig):
-    """megatron-core's configuration of a layer stack, with PLT's own as `plt`.
+    """megatron-core's configuration of a layer stack, with PLT's own as `plt`; `backend`: `torch` or `te`.
 
     `cp_comm_type` is how the global attention communicates under context parallelism, `window_cp_comm_type` how the
     local one does; both apply to Transformer Engine. Attention multiplies queries and keys after RoPE by
@@ -36,20 +36,17 @@ class PLTTransformerConfig(TransformerConfig):
     """
 
     plt: ModelConfig = field(default_factory=ModelConfig)
+    backend: str = "torch"
     window_cp_comm_type: str = "a2a"
     yarn_rotary_scaling_factor: float = 1.0
     packed_documents: bool = False
 
 
-def resolve_backend(model: ModelConfig) -> str:
-    """Return `torch` or `te`, resolving `model.backend: auto` for this machine."""
-    if model.backend != "auto":
-        return model.backend
-    if is_cpu_runtime():
-        return "torch"
+def resolve_backend(model: ModelConfig, precision: str) -> str:
+    """Return `derived.backend` on this machine."""
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
-    return "te" if HAVE_TE else "torch"
+    return derived.backend(model, precision, HAVE_TE and not is_cpu_runtime())
 
 
 def transformer_config(
@@ -69,13 +66,14 @@ def transformer_config(
     Raises:
         UserError: `fp8` with a backend other than Transformer Engine.
     """
-    backend = resolve_backend(model)
+    backend = resolve_backend(model, precision)
     if fp8 is not None and backend != "te":
         raise UserError("training.fp8 needs Transformer Engine, which cannot be used here; set training.fp8=null")
     if deterministic and backend == "te":
         os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # TE's attention requires it and chooses kernels by it
     return PLTTransformerConfig(
         plt=model,
+        backend=backend,
         packed_documents=packed_documents,
         **_layer_settings(model),
         **_parallel_settings(parallel),

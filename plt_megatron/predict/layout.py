@@ -75,13 +75,10 @@ class Layout(ParallelLayout):
 def estimate_layout(config: RunConfig, world_size: int | None = None, *, on_cpu: bool = False) -> Layout:
     """Return the layout of a validated configuration on `world_size` ranks (None: as many as it asks for).
 
-    `model.backend: auto` means Transformer Engine on a GPU and torch on a CPU.
+    A GPU is taken to have Transformer Engine.
     """
-    parallel, backend = config.parallel, config.model.backend
-    deepspeed = config.deepspeed
+    parallel, deepspeed = config.parallel, config.deepspeed
     zero = deepspeed_config(config)["zero_optimization"] if deepspeed else {}
-    if backend == "auto":
-        backend = "torch" if on_cpu else "te"
     return Layout(
         **dataclasses.asdict(layout_of(config, world_size)),
         zero_stage=deepspeed.zero_stage if deepspeed else 1,  # 1: megatron-core's distributed optimizer, always on
@@ -97,7 +94,7 @@ def estimate_layout(config: RunConfig, world_size: int | None = None, *, on_cpu:
         microbatches=max(1, num_microbatches(config, world_size)),
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=derived.overlap_param_gather(config),
-        backend=backend,
+        backend=derived.backend(config.model, config.training.precision, have_te=not on_cpu),
         on_cpu=on_cpu,
     )
 

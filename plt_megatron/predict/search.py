@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from plt_megatron.config.derived import num_query_groups
+from plt_megatron.config import derived
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.rules.parallel import uneven_settings
 from plt_megatron.config.schema import ParallelConfig, RunConfig
@@ -165,7 +165,7 @@ def _even_stages(config: RunConfig) -> dict[str, object]:
 def _exchanges(config: RunConfig, tensor: int, context: int) -> dict[str, object]:
     """Return overrides of how ranks exchange parts of a sequence that Transformer Engine's attention needs: `a2a` for
     packed documents, and not `a2a` where the ranks outnumber the heads."""
-    if context == 1 or config.model.backend == "torch":
+    if context == 1 or derived.backend(config.model, config.training.precision, have_te=True) == "torch":
         return {}
     changes: dict[str, object] = {}
     for name in ("cp_comm_type", "window_cp_comm_type"):
@@ -173,7 +173,8 @@ def _exchanges(config: RunConfig, tensor: int, context: int) -> dict[str, object
         if config.data.reset_at_document_boundaries:
             wanted = "a2a"
         else:
-            wanted = "all_gather" if kind == "a2a" and num_query_groups(config.model) % (tensor * context) else kind
+            divisible = derived.num_query_groups(config.model) % (tensor * context) == 0
+            wanted = "all_gather" if kind == "a2a" and not divisible else kind
         if wanted != kind:
             changes[f"parallel.{name}"] = wanted
     return changes

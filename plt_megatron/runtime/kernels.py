@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import logging
 import re
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -51,9 +53,62 @@ def check_kernels(config: RunConfig) -> None:
     """
     if not torch.cuda.is_available():
         return
-    problems = list(kernel_rules.find_problems(config, torch.cuda.get_device_capability(), _versions()))
+    versions = _versions()
+    problems = list(kernel_rules.find_problems(config, torch.cuda.get_device_capability(), versions))
+    if not problems and (lacking := _without_fused_attention(config)):
+        problems = [
+            f"model.backend te: {torch.cuda.get_device_name()} with {versions} has no fused attention for {lacking}: "
+            "set model.backend=torch, or install flash-attn"
+        ]
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _without_fused_attention(config: RunConfig) -> str:
+    """Describe the attention for which Transformer Engine's own selection falls back to one that holds all scores, or
+    fails under context parallelism; empty if there is none."""
+    from transformer_engine.pytorch.attention.dot_product_attention import utils
+
+    model, parallel = config.model, config.parallel
+    known = {field.name for field in dataclasses.fields(utils.AttentionParams)}
+    asked: list[tuple[str, int | None, str]] = [("", None, parallel.cp_comm_type)]
+    if derived.has_windows(model):
+        asked.append((" in a window", model.window_size, parallel.window_cp_comm_type))
+    for where, window, exchange in asked:
+        settings = _attention_settings(config, window, exchange)
+        params = utils.AttentionParams(**{name: value for name, value in settings.items() if name in known})
+        flash, fused, *_ = utils.get_attention_backend(params)[-1]
+        if not (flash or fused):
+            kind = "packed documents" if config.data.reset_at_document_boundaries else "whole rows"
+            return f"{config.training.precision}, heads of {derived.head_dim(model)} channels, {kind}{where}"
+    return ""
+
+
+def _attention_settings(config: RunConfig, window: int | None, exchange: str) -> dict[str, Any]:
+    """Return a rank's attention, as `model.te_attention` calls it, in Transformer Engine's `AttentionParams`."""
+    model, parallel, data = config.model, config.parallel, config.data
+    packed, rows, cp = data.reset_at_document_boundaries, config.training.micro_batch_size, 1
+    ranks = parallel.tensor_model_parallel_size
+    if packed:  # context-parallel ranks divide the heads, not the rows
+        ranks *= parallel.context_parallel_size
+    else:
+        cp = parallel.context_parallel_size
+    return {
+        "qkv_dtype": {"bf16": torch.bfloat16, "fp32": torch.float32}[config.training.precision],
+        "qkv_layout": "_".join(["thd" if packed else "sbhd"] * 3),
+        "batch_size": rows,
+        "num_heads": max(1, model.num_attention_heads // ranks),
+        "num_gqa_groups": max(1, derived.num_query_groups(model) // ranks),
+        **dict.fromkeys(("max_seqlen_q", "max_seqlen_kv"), data.sequence_length // cp),
+        **dict.fromkeys(("num_tokens_q", "num_tokens_kv"), rows * data.sequence_length if packed else 0),
+        **dict.fromkeys(("head_dim_qk", "head_dim_v"), derived.head_dim(model)),
+        "attn_mask_type": "padding_causal" if packed else "causal",
+        "window_size": (-1 if window is None else window - 1, 0),
+        "context_parallel": cp > 1,
+        "cp_comm_type": exchange,
+        "cp_size": cp,
+        "deterministic": config.training.deterministic,
+    }
 
 
 def _versions() -> Versions:

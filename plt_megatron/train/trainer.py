@@ -131,6 +131,7 @@ class Trainer:
         step = self._next_step()
         self._each(Callback.before_step, step)
         result = self.engine.train_step(step.batches, self._accept, step.loop_count)
+        torch.cuda.synchronize()  # the update still runs on a GPU; `agree` below would wait for it anyway
         step.seconds = time.perf_counter() - started
         self._move_clock(step)
         if not result.updated:

@@ -210,6 +210,53 @@ def choice(backend: str, vocab_size: int = 50, oldest: str | None = None, **para
             return str(error)
 
 
+def attention(**settings: Any) -> str:
+    """Say why a run's attention would not be fused, by Transformer Engine's own rules."""
+    import torch
+    import transformer_engine_torch as extension
+    from transformer_engine.pytorch.attention.dot_product_attention import utils
+
+    from plt_megatron.config.schema import RunConfig
+    from plt_megatron.errors import UserError
+    from plt_megatron.runtime import kernels
+
+    stock = extension.get_fused_attn_backend
+
+    def cudnn(params: Any) -> tuple[int, str]:
+        return (-1, "head dims are multiples of 8") if params.head_dim_qk % 8 else stock(params)
+
+    config = make(RunConfig, {"training.precision": "bf16", "model.hidden_size": 64, **settings})
+    real = mock.patch.object(utils, "torch", torch)  # the stand-in's attends float32
+    with real, mock.patch.object(extension, "get_fused_attn_backend", cudnn):
+        try:
+            kernels.check_kernels(config)
+        except UserError as error:
+            return str(error)
+    return "fused"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention_that_would_hold_all_scores_is_refused(run_te, packed):
+    """cuDNN and flash-attn have none in fp32, nor for heads of 20 channels; where ranks split rows nothing is left."""
+    packed = {"data.reset_at_document_boundaries": packed}
+    wide = {"model.kv_channels": 32, **packed}
+    assert (
+        run_te(attention, 1, **wide)
+        == run_te(attention, 1, **wide, **{"model.full_attention": "every_loop"})
+        == "fused"
+    )
+    split = {"parallel.context_parallel_size": 2, "parallel.cp_comm_type": "a2a"}
+    assert run_te(attention, 1, **wide, **split) == "fused"
+    for settings in (
+        {"training.precision": "fp32"},
+        {"training.precision": "fp32", **split},
+        {"model.kv_channels": 20},
+    ):
+        error = run_te(attention, 1, **{**wide, **settings})
+        assert "no fused attention" in error and "model.backend=torch" in error
+        assert ("packed documents" in error) == packed["data.reset_at_document_boundaries"]
+
+
 def test_what_is_on_where_nothing_is_set(run_te):
     everything = "gradient_accumulation_fusion, apply_rope_fusion, cross_entropy_loss_fusion"
     assert run_te(choice, 1, "te") == everything

@@ -51,9 +51,9 @@ def obstacles(config: RunConfig, backend: str) -> dict[str, str]:
 
 
 def find_problems(config: RunConfig) -> Iterator[str]:
-    """Yield requested fusions and overlaps that are not possible, one line each. `model.backend: auto` is taken to be
-    te."""
-    why = obstacles(config, "te" if config.model.backend == "auto" else config.model.backend)
+    """Yield requested fusions and overlaps that are not possible, one line each; Transformer Engine is taken to be
+    there."""
+    why = obstacles(config, derived.backend(config.model, config.training.precision, have_te=True))
     overlap = derived.overlap_obstacle(config)
     return refusals(config, why | ({} if overlap is None else {"overlap_param_gather": overlap}))
 

@@ -1,7 +1,8 @@
 """Rules for the library versions that a run on Transformer Engine needs; for its card see `fp8`.
 
 The rules are those of Transformer Engine's own selectors (2.20), checked before a run starts. Where no fused attention
-is left it silently falls back to one that holds all scores, which is refused here.
+is left it silently falls back to one that holds all scores, which is refused: here where it can be foreseen, else by
+`runtime.kernels`, which asks the selectors.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ class Versions:
     cuda: Version | None
     cudnn: Version | None
     flash_attn: Version | None
+
+    def __str__(self) -> str:
+        return f"cuDNN {_text(self.cudnn)} and flash-attn {_text(self.flash_attn)}"
 
 
 def find_problems(config: RunConfig, capability: Capability, versions: Versions) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""megatron-core's groups for a single process, on the CPU runtime where there is no GPU."""
+"""megatron-core's groups for a single process, on the CPU runtime, on machines with a GPU too."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from plt_megatron.runtime.cpu_runtime import enter_cpu_runtime
 
-enter_cpu_runtime()
+enter_cpu_runtime(force=True)
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,14 @@
 """The fused gated window against dense attention in float64, as a program: prints the errors of each case as JSON.
 
 Without arguments, every case; with `quick`, those that between them have every way through the kernels.
-In a process of its own, since Triton's interpreter (TRITON_INTERPRET=1) has to be chosen before Triton is imported.
-On a machine with a GPU the same cases run compiled, without that variable.
+In a process of its own, since Triton's interpreter has to be chosen before Triton is imported. On a machine with a GPU
+the same cases run compiled, without it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -15,14 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plt_megatron.config.schema import ParallelConfig
-from plt_megatron.model.gated_window_kernel import gated_window
-from plt_megatron.model.loop_context import LoopStatistics
-from plt_megatron.model.looped_gpt import MicroBatch
-from tests.unit.model.tiny_models import LOOPCODER_V2, build, differences
-from tests.unit.model.tiny_models import draw as draw_batch
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from plt_megatron.config.schema import ParallelConfig  # noqa: E402
+from plt_megatron.model.gated_window_kernel import gated_window  # noqa: E402
+from plt_megatron.model.loop_context import LoopStatistics  # noqa: E402
+from plt_megatron.model.looped_gpt import MicroBatch  # noqa: E402
+from tests.unit.model.tiny_models import LOOPCODER_V2, build, differences  # noqa: E402
+from tests.unit.model.tiny_models import draw as draw_batch  # noqa: E402
 
 
 def mend_interpreter() -> None:

@@ -32,10 +32,7 @@ def run_script(path: str, *arguments: str, **environment: str) -> Any:
 )
 def test_the_kernels_equal_dense_attention(which, count):
     """Output and gradients, of the kernels and of whole models."""
-    import torch
-
-    interpreter = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    results = run_script("tests/unit/model/gated_window_cases.py", *which, **interpreter)
+    results = run_script("tests/unit/model/gated_window_cases.py", *which)
     wrong = {}
     for name, errors in {**results["cases"], **results["models"]}.items():
         bound = BOUNDS.get(name.partition(",")[0], FP32)

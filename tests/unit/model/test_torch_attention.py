@@ -29,6 +29,24 @@ def _draw(s: int, b: int = 2, heads: int = 4, groups: int = 2, d: int = 8, dtype
     return [2 * torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
+@pytest.mark.parametrize(("dtype", "shares"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_a_gpus_attention_in_fp32_gets_copies_of_the_keys(monkeypatch, dtype, shares):
+    """It has no fused kernel that shares them among heads, and would hold all scores instead."""
+    seen = []
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool, **_: Any) -> Tensor:
+        assert enable_gqa == (query.shape[1] != key.shape[1]) and key.shape == value.shape
+        seen.append(enable_gqa)
+        return torch.empty_like(query)
+
+    monkeypatch.setattr(torch_attention.F, "scaled_dot_product_attention", attend)
+    monkeypatch.setattr(Tensor, "is_cuda", property(lambda _: True))
+    inputs = _draw(6, b=1, dtype=dtype)
+    causal_attention(*inputs)
+    window_attention(*inputs, window_size=6, runs=[range(3, 9)], before=[(inputs[1][:3], inputs[2][:3])])
+    assert seen == [shares, shares]
+
+
 def _starts(s: int) -> Tensor:
     """Documents across chunks, documents of one token at a chunk's border and at the end, and one that fills a row."""
     starts = torch.rand(2, s, generator=torch.Generator().manual_seed(7)) < 0.15
