@@ -144,7 +144,7 @@ class ModelConfig:
     # muP: tune initial weights and rates at this width, transfer them to hidden_size (docs/model.md). null: no muP.
     mup_base_hidden_size: Size | None = None
     moe: MoeConfig | None = None  # null: a dense model
-    backend: Literal["auto", "torch", "te"] = "auto"  # te: Transformer Engine; auto: te on a GPU that has it
+    backend: Literal["auto", "torch", "te"] = "auto"  # te: Transformer Engine; auto: te in bf16 on a GPU with it
 
 
 @dataclass
