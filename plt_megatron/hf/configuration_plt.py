@@ -260,6 +260,8 @@ class PLTConfig(PreTrainedConfig):
             raise ValueError("share_values false needs share_kv: the loops share keys alone, or nothing")
         if self.full_attention == "last_loop" and self.share_kv:
             raise ValueError('full_attention "last_loop" needs share_kv false: no other loop keeps keys to share')
+        if self.norm_between_loops and self.hidden_norm:
+            raise ValueError("norm_between_loops and hidden_norm are mutually exclusive: a loop's input has one norm")
         scales = (self.embedding_scale, self.hidden_scale, self.hidden_norm, self.learned_hidden_scale)
         if not (self.cross_loop_parallel or self.input_injection) and scales != (1.0, 1.0, False, "none"):
             raise ValueError(

@@ -297,10 +297,9 @@ def _run_config(output: Path, model: ModelConfig, data: DataConfig, precision: s
 
 
 def _model_yaml(config: RunConfig, output: Path) -> str:
-    """Return the YAML for a run's configuration to include."""
-    defaults = dataclasses.asdict(ModelConfig())
-    model = {name: value for name, value in dataclasses.asdict(config.model).items() if value != defaults[name]}
-    model["loop_count"] = config.model.loop_count
+    """Return the YAML for a run's configuration to include: all settings of the model, whatever is included before."""
+    own = ("loop_preset", "backend", "fused_gated_window")  # the run's
+    model = {name: value for name, value in dataclasses.asdict(config.model).items() if name not in own}
     settings = {"model": model, "checkpoint": {"load": str(output), "weights_only": True}}
     if config.data.tokenizer is not None:
         settings["data"] = {"tokenizer": config.data.tokenizer}

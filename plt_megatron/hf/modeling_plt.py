@@ -990,7 +990,7 @@ class PLTMoE(nn.Module):
         counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
         out = torch.zeros_like(rows)
         for expert, assigned in zip(self.experts, order.split(counts), strict=True):
-            if len(assigned):
+            if len(assigned) or torch.is_grad_enabled():  # DDP expects a gradient of every expert, zero too
                 row = assigned // self.top_k
                 weighted = expert(rows[row]) * weights.flatten()[assigned].to(rows.dtype).unsqueeze(-1)
                 out = out.index_add(0, row, weighted)

@@ -85,6 +85,14 @@ def test_routers_start_like_linear_layers():
     assert not router.e_score_correction_bias.any()
 
 
+def test_an_expert_without_tokens_has_a_gradient_of_zero():
+    """DistributedDataParallel waits for one from each."""
+    model = make_model(**{**EXPERTS, "num_experts": 64}).train()
+    model(make_tokens(1, 4), labels=make_tokens(1, 4)).loss.backward()
+    gradients = [parameter.grad for name, parameter in model.named_parameters() if ".experts." in name]
+    assert all(gradient is not None for gradient in gradients) and not all(map(torch.any, gradients))
+
+
 def test_every_expert_learns_and_none_is_a_constant():
     model = make_model(loop_count=2, **EXPERTS).train()
     model(make_tokens(4, 40), labels=make_tokens(4, 40, seed=2)).loss.backward()
@@ -98,6 +106,10 @@ def test_every_expert_learns_and_none_is_a_constant():
         ({"num_experts_per_tok": 7}, "num_experts_per_tok 7 exceeds num_experts 6"),
         ({"moe_intermediate_size": None}, "moe_intermediate_size must be a positive integer"),
         ({"mlp_bias": True}, "mlp_bias is not supported with experts"),
+        (
+            {"norm_between_loops": True, "hidden_norm": True},
+            "hidden_norm are mutually exclusive",
+        ),
         ({"scoring_func": "relu"}, "scoring_func must be one of softmax, sigmoid, not 'relu'"),
         ({"use_routing_bias": True}, 'use_routing_bias needs scoring_func "sigmoid"'),
         (

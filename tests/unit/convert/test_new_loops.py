@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from convert_helpers import (
@@ -64,6 +66,18 @@ def test_with_a_preset_the_first_logits_are_the_sources(tmp_path, name, switches
         assert (logits - expected).abs().max() < bound
     quiet((tmp_path / "run", tmp_path / "out"))
     assert (hf_logits(tmp_path / "out", tokens) - expected).abs().max() < bound
+
+
+def test_a_run_included_before_an_import_does_not_change_its_model(tmp_path):
+    """Nor a preset of it: the later file wins, and gives every setting of the model."""
+    save_dense(tmp_path / "hf", "llama")
+    result, _ = imported(tmp_path / "hf", tmp_path / "run", loop_count=2)
+    other = "model: {loop_preset: recommended, rotary_base: 5e5, layernorm_epsilon: 0.1, fused_gated_window: true}\n"
+    (tmp_path / "other.yaml").write_text(other)
+    (tmp_path / "new.yaml").write_text("include: [other.yaml, run/model.yaml]\n")
+    found = load_config(tmp_path / "new.yaml").model
+    assert found.loop_preset == "recommended" and found.fused_gated_window
+    assert dataclasses.replace(found, loop_preset=None, fused_gated_window=False) == result.model
 
 
 def test_what_is_new_is_learned_from_the_first_step(tmp_path):
