@@ -29,16 +29,17 @@ class AttemptFailed(UserError):
     again, as after a crash."""
 
 
-# What a network file system answers while it is away.
+# What a network or its file system answers while it is away.
 _PASSING = {
     *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO, errno.ESHUTDOWN),
     *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ENOTCONN, errno.ECONNRESET),
 }
 
 
-def file_error(message: str, error: OSError) -> UserError:
-    """Return the error with a message for the user: an `AttemptFailed` if the file system did not answer."""
-    return (AttemptFailed if error.errno in _PASSING else UserError)(message)
+def file_error(message: str, error: Exception) -> UserError:
+    """Return the error with a message for the user: an `AttemptFailed` if the other side did not answer."""
+    away = isinstance(error, ConnectionError | TimeoutError) or getattr(error, "errno", None) in _PASSING
+    return (AttemptFailed if away else UserError)(message)
 
 
 def run_command(main: Callable[[], int | None], interrupted: str = "interrupted") -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.config.rules.uploads import packages_for, protocol_of
-from plt_megatron.errors import UserError
+from plt_megatron.errors import UserError, file_error
 from plt_megatron.extras import require
 
 # Attributes of a file that change with its content; the first that the file system has is used.
@@ -139,13 +139,13 @@ def _stored(info: dict[str, Any]) -> Stored:
 
 @contextmanager
 def failing(what: str) -> Iterator[None]:
-    """Turn any library error in the block into a `UserError`: "`what`: reason"."""
+    """Turn any library error in the block into a `UserError`: "`what`: reason"; see `file_error`."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # the libraries' own errors have no common base class
-        raise UserError(f"{what}: {reason(error)}") from error
+        raise file_error(f"{what}: {reason(error)}", error) from error
 
 
 def reason(error: BaseException) -> str:

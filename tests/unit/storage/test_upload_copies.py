@@ -6,11 +6,12 @@ import hashlib
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import fsspec.implementations.local
 import pytest
 
-from plt_megatron.errors import UserError
+from plt_megatron.errors import AttemptFailed, UserError
 from plt_megatron.run_folder import checkpoints
 from plt_megatron.storage import copies, places
 from plt_megatron.storage.copies import (
@@ -300,6 +301,17 @@ def test_a_removed_folder_leaves_those_that_its_name_would_match_as_a_pattern(tm
         assert not place.files() and not Place(f"{root}/{name}").folders()
         place.remove_all()  # there is none
     assert all(place.read_text("deeper/file") == "kept" for place in others)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"), [(ConnectionResetError(104, "reset"), AttemptFailed), (PermissionError(13, "denied"), UserError)]
+)
+def test_a_network_that_does_not_answer_may_answer_the_next_attempt(tmp_path, monkeypatch, error, kind):
+    place = place_at(tmp_path)
+    monkeypatch.setattr(place._fs, "get_file", Mock(side_effect=error))
+    with pytest.raises(UserError, match="file cannot be read") as raised:
+        place.get("file", tmp_path / "copy")
+    assert type(raised.value) is kind
 
 
 def test_a_missing_package_names_the_extra(monkeypatch):
