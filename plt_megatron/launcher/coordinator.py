@@ -23,7 +23,7 @@ from plt_megatron.run_folder.text import plural
 JOIN_SECONDS = 300.0  # for all nodes to join: containers may start slowly
 PROBE_SECONDS = 180.0  # for the check of devices and links, including imports from a busy file system
 SILENCE_SECONDS = 900.0  # a launcher that is silent for so long is gone; a node, once its kernel does not answer
-_SUSPICIOUS_SECONDS = 8.0  # the same, when Slurm ends the job at that time
+_SUSPICIOUS_SECONDS = 8.0  # the same, before and again after Slurm asks the job to stop
 SETTLE_SECONDS = 3.0  # after a failure, for other ranks to report a more likely cause
 # The same while no rank has reported a cause. Rank 0 reports a hung rank, and its watchdog ends it last: up to four of
 # its intervals of 5 s later on a machine that is not overloaded.
@@ -67,6 +67,8 @@ class Coordinator:
         self._gone: set[str] = set()
         self._heard = {node: clock() for node in allocation.nodes}
         self._preempted = False
+        self._asked = 0.0  # to stop, and by then silent nodes with the time at which they were heard last
+        self._suspects: dict[str, float] = {}
         self._restarts = 0
         self._state, self._deadline = "", 0.0
         self._node_of: dict[int, str] = {}  # of each process of the preflight check
@@ -96,13 +98,11 @@ class Coordinator:
         if self._preempted or self.status is not None:
             return
         self._preempted = True
-        now = self._clock()
-        silent = [node for node, heard in self._heard.items() if now - heard > _SUSPICIOUS_SECONDS]
-        if silent and self._state == "training":
-            self.lost(silent[0], f"silent for {now - self._heard[silent[0]]:.0f} s when Slurm ended the job")
-            return
         self._say("asked to stop: saving")
         if self._state == "training":
+            # Their messages may be waiting to be read: `tick` judges.
+            self._asked = now = self._clock()
+            self._suspects = {node: at for node, at in self._heard.items() if now - at > _SUSPICIOUS_SECONDS}
             self._send_all({"type": "preempt"})
         elif self._state in ("joining", "preflight"):
             self._stop(Outcome(attempts.PREEMPTED, "asked to stop before training began"))
@@ -123,7 +123,9 @@ class Coordinator:
             return
         now = self._clock()
         for node, heard in list(self._heard.items()):
-            if now - heard > SILENCE_SECONDS and self._state != "joining":
+            is_suspect = self._suspects.get(node) == heard and self._state == "training"
+            gone = now - heard > SILENCE_SECONDS or (is_suspect and now - self._asked > _SUSPICIOUS_SECONDS)
+            if gone and self._state != "joining":
                 self.lost(node, f"its launcher has been silent for {now - heard:.0f} s")
         if self.status is None and now >= self._deadline:
             self._on_deadline()
@@ -285,7 +287,8 @@ class Coordinator:
         self._send_all({"type": "quit", "status": self.status, "reason": outcome.reason})
 
     def _may_restart(self, outcome: Outcome) -> bool:
-        if outcome.status != attempts.FAILED or self._preempted or self._gone:
+        # Where processes could not be ended, they still hold their GPUs.
+        if outcome.status != attempts.FAILED or self._preempted or self._gone or self._waiting_for:
             return False
         decision = decisions.decide(self._records.events(), self._settings)
         return decision.action == decisions.AGAIN and self._restarts < self._settings.max_restarts

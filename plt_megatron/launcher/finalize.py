@@ -6,11 +6,13 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plt_megatron.errors import describe_os_error
 from plt_megatron.launcher import decisions
 from plt_megatron.launcher.decisions import last_error
 from plt_megatron.launcher.job import JobSettings, load_settings, read_allocation
@@ -24,6 +26,7 @@ from plt_megatron.slurm.client import Scheduler, SlurmError
 # Set by job.sbatch to the line at which its setup stopped; empty: unknown.
 SETUP_FAILED = "PLT_SETUP_FAILED"
 _NOT_STARTED = (ExitStatus.USER_ERROR, 126, 127)  # 126, 127: the shell's statuses for a command that it cannot start
+_TRIES, _PAUSE_SECONDS = 20, 15.0
 _LINES = 20  # lines of the job's output in why.txt
 _ECHO = re.compile(r"srun: (error: .*: tasks? .*: Exited with|Terminating )|slurmstepd: .*CANCELLED")
 
@@ -45,10 +48,21 @@ def finalize_job(run: Path, status: int) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     run_records = Records(run, allocation)
-    end = run_records.of_this_start() or _missing_end(run_records, status)
-    decision = decisions.decide(run_records.events(), settings)
+    end = _patiently(lambda: run_records.of_this_start() or _missing_end(run_records, status))
+    decision = decisions.decide(_patiently(run_records.events), settings)
     scheduler = Scheduler(allocation.scheduler_id)
     return JobFinalizer(settings, run_records, scheduler, decision, end, status).act()
+
+
+def _patiently[T](read: Callable[[], T]) -> T:
+    """Return what `read` returns, though a disk does not answer for some minutes. Raises its last `OSError`."""
+    for _ in range(_TRIES):
+        try:
+            return read()
+        except OSError as error:
+            print(f"error: {describe_os_error(error)}; trying again", file=sys.stderr, flush=True)
+            time.sleep(_PAUSE_SECONDS)
+    return read()
 
 
 def _missing_end(run_records: Records, status: int) -> dict[str, Any]:

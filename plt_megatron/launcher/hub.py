@@ -31,13 +31,30 @@ _CHUNK = 1 << 16
 _LONGEST = 1 << 24  # maximum bytes of a message, far more than any of ours
 
 
+class AwakeClock:
+    """Seconds that this process spent in turns: time for which it was suspended, or stuck in a write, counts little,
+    since what others sent meanwhile is still to be read."""
+
+    def __init__(self) -> None:
+        self._seconds, self._last = 0.0, time.monotonic()
+
+    def __call__(self) -> float:
+        now = time.monotonic()
+        self._seconds += min(now - self._last, BEAT_SECONDS)
+        self._last = now
+        return self._seconds
+
+
+awake = AwakeClock()
+
+
 class Channel:
     """One connection.
 
     Attributes:
         node: in the hub, the node whose launcher is at the other side; None until it has introduced itself.
         closed: whether the other side is gone or sent something other than messages.
-        heard: `time.monotonic()` when data last came in.
+        heard: `awake()` when data last came in.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -52,7 +69,7 @@ class Channel:
         self._incoming, self._outgoing = bytearray(), bytearray()
         self.node: str | None = None
         self.closed = False
-        self.heard = time.monotonic()
+        self.heard = awake()
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -90,7 +107,7 @@ class Channel:
             if not data:
                 self.closed = True
             self._incoming += data
-            self.heard = time.monotonic()
+            self.heard = awake()
         return self._parse()
 
     def _parse(self) -> list[dict[str, Any]]:
@@ -146,7 +163,7 @@ class Hub:
         self._beat = Every(BEAT_SECONDS)
         self._server = _listen(allocation.launcher_port)
         selector.register(self._server, selectors.EVENT_READ, self._accept)
-        self.coordinator = Coordinator(allocation, settings, Records(run, allocation), self._send, self.say)
+        self.coordinator = Coordinator(allocation, settings, Records(run, allocation), self._send, self.say, awake)
 
     def say(self, text: str) -> None:
         """Write a message about the job to its output and to the merged log."""
@@ -206,6 +223,9 @@ class Hub:
         return node if message["type"] == "hello" and ours and node in allocation.nodes and not known else None
 
     def _hear(self, node: str, message: dict[str, Any]) -> None:
+        if message["type"] == "hello" and self.coordinator.status is not None:  # over, before it was introduced
+            self._send(node, {"type": "quit", "status": self.coordinator.status})
+            return
         if message["type"] == "hello" and node not in self._hellos:
             # The message may have waited while the first node checked itself: ask for the clock now.
             self._hellos[node] = message

@@ -17,9 +17,10 @@ sys.path[0] = __file__.rsplit("/", 3)[0]
 import argparse  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from plt_megatron.errors import run_command  # noqa: E402
+from plt_megatron.errors import describe_os_error, print_error, run_command  # noqa: E402
 from plt_megatron.launcher.finalize import finalize_job  # noqa: E402
 from plt_megatron.launcher.node import launch_node  # noqa: E402
+from plt_megatron.run_folder.attempts import ExitStatus  # noqa: E402
 
 
 def main() -> int:
@@ -32,7 +33,11 @@ def main() -> int:
     finalize.add_argument("--status", metavar="N", type=int, required=True, help="srun's exit status")
     arguments = parser.parse_args()
     if arguments.command == "node":
-        return launch_node(arguments.run)
+        try:
+            return launch_node(arguments.run)
+        except OSError as error:  # not for the user to fix: the next attempt may fare better
+            print_error(describe_os_error(error))
+            return ExitStatus.FAILED
     return finalize_job(arguments.run, arguments.status)
 
 

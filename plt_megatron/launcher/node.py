@@ -19,7 +19,7 @@ from typing import Any
 
 from plt_megatron.errors import print_error
 from plt_megatron.launcher import coordinator, preflight, workers
-from plt_megatron.launcher.hub import BEAT_SECONDS, Channel, Every, Hub
+from plt_megatron.launcher.hub import BEAT_SECONDS, Channel, Every, Hub, awake
 from plt_megatron.launcher.job import SCRATCH, Allocation, JobSettings, load_settings, read_allocation
 from plt_megatron.launcher.preflight import MARK
 from plt_megatron.launcher.records import LogFile, stamp
@@ -145,7 +145,7 @@ class NodeLauncher:
             self._told_to_stop = True
             channel.send({"type": "preempt"})
         channel.flush()
-        silent = time.monotonic() - channel.heard > coordinator.SILENCE_SECONDS
+        silent = awake() - channel.heard > coordinator.SILENCE_SECONDS
         if self._status is None and (channel.closed or silent):
             self._lose(f"the coordinating node {self._allocation.first_node} is gone")
 

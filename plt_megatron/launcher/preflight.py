@@ -94,7 +94,9 @@ def judge(facts: Mapping[str, Facts], gpus_per_node: int) -> dict[str, str]:
         facts: facts by node, the first node first; with `skew`, the seconds its clock is ahead of the first node's.
         gpus_per_node: devices that each node must have.
     """
-    problems: dict[str, list[str]] = {node: list(_own_problems(facts[node], gpus_per_node)) for node in facts}
+    skews = [own.get("skew", 0.0) for own in facts.values()]
+    usual = min(statistics.median_low(skews), statistics.median_high(skews), key=abs)  # of two nodes, the first's
+    problems = {node: list(_own_problems(facts[node], gpus_per_node, usual)) for node in facts}
     if gpus_per_node:
         kinds = {node: _kinds(facts[node]["devices"][:gpus_per_node]) for node in facts}
         for node, text in _odd_ones(kinds, "devices").items():
@@ -104,7 +106,7 @@ def judge(facts: Mapping[str, Facts], gpus_per_node: int) -> dict[str, str]:
     return {node: "; ".join(found) for node, found in problems.items() if found}
 
 
-def _own_problems(facts: Facts, gpus_per_node: int) -> list[str]:
+def _own_problems(facts: Facts, gpus_per_node: int, usual_skew: float) -> list[str]:
     found = []
     if len(facts["devices"]) < gpus_per_node:
         found.append(f"{len(facts['devices'])} GPUs respond instead of {gpus_per_node}")
@@ -115,8 +117,9 @@ def _own_problems(facts: Facts, gpus_per_node: int) -> list[str]:
         if free is None or free < least:
             there = "missing" if free is None else f"{free >> 20} MiB free"
             found.append(f"{name}: {there}, {least >> 20} MiB needed")
-    if abs(facts.get("skew", 0.0)) > _LARGEST_SKEW:
-        found.append(f"its clock is {facts['skew']:+.1f} s off the first node's")
+    skew = facts.get("skew", 0.0) - usual_skew
+    if abs(skew) > _LARGEST_SKEW:
+        found.append(f"its clock is {skew:+.1f} s off the others'")
     if facts.get("run_error"):
         found.append(facts["run_error"])
     return found

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from plt_megatron.errors import describe_os_error
 from plt_megatron.launcher.job import Allocation
 from plt_megatron.run_folder import json_lines
 from plt_megatron.run_folder.attempts import KILLED, describe_exit, last_attempt, setup_warnings, unended
@@ -116,7 +117,7 @@ class Records:
                 "event": "end",
                 "status": outcome.status,
                 "step": self.folder.last_step(),
-                "checkpoint": latest_step(self.folder.path),
+                "checkpoint": self._checkpoint(),
                 "reason": outcome.reason,
                 "retry": outcome.retry,
                 "bad_nodes": outcome.bad_nodes,
@@ -124,6 +125,14 @@ class Records:
             }
             | ({"output": outcome.output} if outcome.output else {})
         )
+
+    def _checkpoint(self) -> int | None:
+        """Return the step of the last checkpoint; None if a disk does not answer."""
+        try:
+            return latest_step(self.folder.path)
+        except OSError as error:
+            print(f"error: {describe_os_error(error)}", file=sys.stderr, flush=True)
+            return None
 
     def _append(self, event: dict[str, Any]) -> dict[str, Any]:
         event = {"event": event["event"], "time": time.time()} | event

@@ -70,16 +70,23 @@ def plan_array(
 ) -> Array:
     """Return the array of these runs; its folder is next to theirs.
 
-    Members read the folder's list when they start, so a folder with a pending or running job (`job_of`) is not reused:
-    the new one gets a number.
+    Members read the folder's list when they start, and run its code, also when they are continued by themselves: a
+    folder with a pending or running job (`job_of`), its own or a member's, is not reused. The new one gets a number.
     """
     path = Path(source)
     name = name or (path.resolve().name if path.is_dir() else path.stem)
     parent = Path(os.path.commonpath([run.parent for run in runs]))
     stem = name.replace(os.sep, "-")
     names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
-    folder = next(path for path in (parent / (stem + SUFFIX) for stem in names) if job_of(path) is None)
+    folders = (parent / (stem + SUFFIX) for stem in names)
+    folder = next(path for path in folders if all(job_of(each) is None for each in (path, *_members(path))))
     return Array(folder, run_files.job_name(folder, name), len(runs), max_concurrent)
+
+
+def _members(folder: Path) -> list[Path]:
+    """Return the runs of an array's folder; none if it is not there."""
+    listing = Array(folder, "", 0, None).runs_file
+    return [Path(line) for line in listing.read_text(encoding="utf-8").splitlines()] if listing.is_file() else []
 
 
 def write_array(array: Array, runs: Sequence[Path], script: str, root: Path) -> Path:

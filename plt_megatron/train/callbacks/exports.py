@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from plt_megatron.config.schema import EvaluationConfig
+from plt_megatron.installation import python_path
 from plt_megatron.run_folder.checkpoints import checkpoint_folders, read_verified_progress, step_of, trained_tokens
 from plt_megatron.run_folder.metrics import read_scores
 from plt_megatron.storage.queue import link_folder
@@ -48,7 +49,7 @@ class BesideProcess:
         self._moved = time.monotonic()
         with log.open("wb") as stderr:
             self._process = subprocess.Popen(
-                ["nice", "-n", "10", sys.executable, "-c", _MAIN, *command],
+                ["nice", "-n", "10", *own_python(), "-c", _MAIN, *command],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
@@ -113,10 +114,16 @@ class WorkBeside(Callback):
             self._process = None
 
 
+def own_python() -> list[str]:
+    """Return the command of a Python that imports this process's code, a run's snapshot in a job: not what the folder
+    that the job runs in has become."""
+    return [sys.executable, "-P"]
+
+
 def environment() -> dict[str, str]:
     """Return this process's environment, for a process that is not a rank."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(_OF_A_RANK)}
-    return own | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return own | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
 
 
 class Exports(WorkBeside):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.text import plural
 from plt_megatron.storage.queue import CHECKPOINT, EXPORT, UploadQueue, Waiting
 from plt_megatron.train.callbacks.base import Run
-from plt_megatron.train.callbacks.exports import BesideProcess, WorkBeside, environment
+from plt_megatron.train.callbacks.exports import BesideProcess, WorkBeside, environment, own_python
 from plt_megatron.train.checkpoint.collective import on_rank_0
 
 _LOOK_S = 5.0  # between checks of whether an upload still makes progress
@@ -175,7 +174,7 @@ def _check(config: RunConfig) -> None:
     folder = RunFolder.of(config)
     if not folder.config_file.is_file():  # training was started without plt train; uploads read this file
         folder.save_config(config)
-    command = [sys.executable, "-m", "plt_megatron", "upload", str(folder.path), "--check"]
+    command = [*own_python(), "-m", "plt_megatron", "upload", str(folder.path), "--check"]
     minutes = _SHARE * config.parallel.distributed_timeout_minutes
     try:
         found = subprocess.run(

@@ -325,8 +325,35 @@ def test_slurm_ends_the_job_since_a_node_is_gone(play):
     play.now += 15
     play.coordinator.handle("a", {"type": "beat"})
     play.coordinator.preempt()
+    play.now += 9
+    play.coordinator.handle("a", {"type": "beat"})
+    play.coordinator.tick()
     play.stopped("a")
-    assert play.ends[0]["status"] == "node_failed" and "b is lost: silent for 15 s" in play.ends[0]["reason"]
+    assert play.ends[0]["status"] == "node_failed" and "b is lost: " in play.ends[0]["reason"]
+    assert "silent for 24 s" in play.ends[0]["reason"]
+
+
+def test_a_node_whose_messages_are_read_late_saves_too(play):
+    """The first node's launcher stood still for a while, and reads one connection after the other."""
+    play.train()
+    play.now += 15
+    play.coordinator.preempt()
+    play.coordinator.tick()
+    assert play.told("preempt") == ["a", "b"]
+    play.after(9)
+    play.all_exited(75)
+    play.stopped()
+    assert play.ends[0]["status"] == "preempted"
+
+
+def test_no_restart_beside_processes_that_could_not_be_ended(play):
+    """They hold their GPUs: the next attempt is another start of the job."""
+    play.train()
+    play.exited(0, 1, lines=["error: no"])
+    play.after(5)
+    play.stopped("a")
+    play.after(31)
+    assert play.coordinator.status == ExitStatus.FAILED and len(play.ends) == 1 and play.coordinator.attempt == 1
 
 
 def test_ranks_that_do_not_leave_with_the_others(play):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import signal
+import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from jobs import job_settings
 
-from plt_megatron.launcher import finalize, records
+from plt_megatron.launcher import finalize, in_job, records
 from plt_megatron.launcher.finalize import finalize_job
 from plt_megatron.launcher.job import read_allocation, save_settings
 from plt_megatron.launcher.records import Exit, Outcome, Records
@@ -141,6 +143,27 @@ def test_a_users_error_that_no_disk_took_is_not_tried_again(job, monkeypatch):
     monkeypatch.setattr(records.json_lines, "append", full)
     assert job.ends(Outcome("failed", "no tokenizer", retry=False), 2) == 2
     assert job.asked == [] and "attempt 2" in (job.run / "why.txt").read_text()
+
+
+def test_a_disk_that_does_not_answer_for_a_while_takes_no_requeue_away(job, monkeypatch):
+    """Neither the step that the end is recorded with nor the record itself can be read at first."""
+    away = OSError(errno.EIO, "Input/output error")
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "latest_step", Mock(side_effect=away))
+        own = Records(job.run, read_allocation())
+        own.end(own.begin(), SAVED)
+    assert RunFolder(job.run).attempts()[-1]["checkpoint"] is None
+    read = Records.events
+    monkeypatch.setattr(finalize, "_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(Records, "events", Mock(side_effect=[away, away, *[read(own)] * 9]))
+    assert finalize_job(job.run, 75) == 75 and job.asked == ["scontrol requeue 7"]
+
+
+def test_a_launcher_without_its_disk_has_failed_and_is_not_given_up(job, monkeypatch):
+    monkeypatch.setattr(in_job, "launch_node", Mock(side_effect=OSError(errno.ESTALE, "Stale file handle", "runs/x")))
+    monkeypatch.setattr(sys, "argv", ["in_job.py", "node", str(job.run)])
+    assert in_job.main() == 1
+    assert finalize_job(job.run, 1) == 1 and job.asked == ["scontrol requeue 7"]
 
 
 def test_a_requeue_that_is_refused_is_a_reason(job):

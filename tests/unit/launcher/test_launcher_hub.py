@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import socket
+from unittest.mock import Mock
 
 import pytest
 
+from plt_megatron.launcher import hub
 from plt_megatron.launcher.hub import Channel, _listen, clock_skew
 
 
@@ -24,6 +26,22 @@ def test_nodes_may_connect_by_either_kind_of_address():
     with _listen(0) as server:
         for address in ("127.0.0.1", "::1"):
             socket.create_connection((address, server.getsockname()[1]), 5).close()
+
+
+def test_time_in_which_a_launcher_stands_still_is_no_silence(monkeypatch):
+    times = iter([100.0, 100.1, 1100.1, 1100.3])
+    monkeypatch.setattr(hub.time, "monotonic", lambda: next(times))
+    clock = hub.AwakeClock()
+    assert [clock() for _ in range(3)] == pytest.approx([0.1, 2.1, 2.3])
+
+
+def test_who_joins_when_all_is_over_is_told(tmp_path, monkeypatch):
+    sent = []
+    monkeypatch.setattr(hub.Hub, "_send", lambda self, node, message: sent.append((node, message)))
+    late = hub.Hub.__new__(hub.Hub)
+    late.coordinator, late._hellos = Mock(status=2), {}
+    late._hear("b", {"type": "hello", "node": "b"})
+    assert sent == [("b", {"type": "quit", "status": 2})]
 
 
 # Messages over real sockets: whole, in order, whatever the network does to them.

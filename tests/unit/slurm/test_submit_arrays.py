@@ -98,6 +98,16 @@ def test_a_second_array_leaves_the_list_and_code_of_a_waiting_one_alone(folder, 
     assert (first / "runs.txt").read_text().split() == [str(members[3])], "nobody reads the first any more"
 
 
+def test_an_array_leaves_the_code_of_a_member_that_goes_on_by_itself_alone(folder, slurm, checkout, members):
+    submit_run(root=checkout, array="list.txt")
+    slurm.jobs(("200", "RUNNING", directives(members[1] / "job.sbatch")["--job-name"]))
+    (folder / "list.txt").write_text("config3.yaml\n")
+    submit_run(root=checkout, array="list.txt")
+    array = folder / "runs/sweep/list.array"
+    assert (members[1] / "code").resolve() == array / "code" and not (array / "code.1").exists()
+    assert (members[3] / "code").resolve() == folder / "runs/sweep/list-2.array/code"
+
+
 def test_two_members_of_one_folder_are_refused(folder, slurm, members):
     (folder / "list.txt").write_text("config0.yaml\nconfig0.yaml\n")
     assert "2 configurations have the run folder" in refusal(array="list.txt")[0]

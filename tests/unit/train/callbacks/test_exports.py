@@ -233,7 +233,7 @@ def test_without_a_task_nothing_is_evaluated(run, callback):
     save(callback, 4, "lucky")
     let_go(run)
     finish(callback)
-    assert [command[6] for command in run.commands] == ["export"] and exported(run) == {"step_00000004": "lucky"}
+    assert [command[7] for command in run.commands] == ["export"] and exported(run) == {"step_00000004": "lucky"}
 
 
 def test_exports_are_evaluated_one_by_one(run, callback):
@@ -244,7 +244,7 @@ def test_exports_are_evaluated_one_by_one(run, callback):
     finish(callback)
     assert "warning: the evaluation of step 4 failed: no task 'choice'" in run.said
     assert run.records == [{"kind": "evaluation", "step": 8, "tokens": 72, "scores": {"choice/acc": 0.5}}]
-    assert run.commands[-1][6:] == [
+    assert run.commands[-1][7:] == [
         *("evaluate", "--model", str(run.folder.exports / "step_00000008")),
         *("--tasks", "choice", "--include-path", "tasks", "--limit", "3"),
     ]

@@ -18,6 +18,7 @@ from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.storage import run_uploads
 from plt_megatron.storage.run_uploads import RunUploads
 from plt_megatron.train.callbacks import exports, uploads
+from tests.running import wait_for
 from tests.unit.storage.test_upload_copies import an_export
 from tests.unit.storage.test_upload_runs import a_run as a_run_folder
 from tests.unit.storage.test_upload_runs import saved, steps
@@ -216,10 +217,13 @@ def test_where_no_links_can_be_made_it_says_so(run, callback, monkeypatch):
 
 
 def test_a_process_beside_training_is_no_rank_and_is_seen_to_move(tmp_path, monkeypatch):
-    """A real one, of a `plt` that reads a file when it is told to."""
+    """A real one, of a `plt` that reads a file when it is told to; its code is the run's, not the working folder's."""
     monkeypatch.setenv("RANK", "3")
-    monkeypatch.chdir(tmp_path)
-    package = tmp_path / "plt_megatron"
+    monkeypatch.setattr(exports, "python_path", lambda: str(tmp_path / "snapshot"))
+    (tmp_path / "checkout/plt_megatron").mkdir(parents=True)
+    (tmp_path / "checkout/plt_megatron/__init__.py").write_text("raise ImportError('half edited')\n")
+    monkeypatch.chdir(tmp_path / "checkout")
+    package = tmp_path / "snapshot/plt_megatron"
     (package / "runtime").mkdir(parents=True)
     (package / "__init__.py").touch()
     (package / "runtime/local_processes.py").write_text("def die_with_parent(): ...\n")
@@ -231,8 +235,8 @@ def test_a_process_beside_training_is_no_rank_and_is_seen_to_move(tmp_path, monk
     fifo, never = tmp_path / "fifo", tmp_path / "never"
     subprocess.run(["mkfifo", fifo, never], check=True)
     process = exports.BesideProcess(["mover", str(fifo), str(never)], tmp_path / "log")
-    while not (tmp_path / "log").read_text():
-        time.sleep(0.01)
+    wait_for((tmp_path / "log").read_text)
+    assert process.poll() is None, process.last_words()
     while (quiet := process.quiet_seconds()) < 0.05:  # it may be on its way from there to the pipe
         time.sleep(0.01)
     fifo.open("w").close()
