@@ -7,6 +7,7 @@ including the tokens that end them, count in the loss.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -78,7 +79,7 @@ class ChatEncoder(Encoder):
         from transformers import AutoTokenizer
 
         folder = Path(tokenizer.path).parent
-        if Path(tokenizer.path).suffix != ".json":
+        if Path(tokenizer.path).name != "tokenizer.json":  # the one that transformers reads
             raise UserError(f"--chat: {tokenizer.path} has no chat template; pass a folder with a tokenizer.json")
         self._templates = AutoTokenizer.from_pretrained(folder)
         if not self._templates.chat_template:
@@ -106,13 +107,19 @@ class ChatEncoder(Encoder):
         return Encoded(flat, np.asarray([len(ids) for ids, _ in found], np.int64), mask, bad)
 
     def _encode(self, messages: list[Any], tools: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Return a conversation's tokens, and its loss mask, uint8 of the same length."""
+        """Return a conversation's tokens, and its loss mask, uint8 of the same length.
+
+        A token counts that has a character of an answer, though it may begin with the prompt's last space.
+        """
+        # As `apply_chat_template` does; the marked answers are found without it.
+        messages = [{name: value for name, value in each.items() if value is not None} for each in messages]
         text = self._apply(messages, tools)
         encoded = self._templates(text, add_special_tokens=False, return_offsets_mapping=True)
-        starts = np.asarray([start for start, _ in encoded["offset_mapping"]], np.int64)
+        starts, ends = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
         ids, counted = np.asarray(encoded["input_ids"], np.int64), np.zeros(len(starts), np.uint8)
+        self._check_ids(ids)
         for begin, end in self._answers(text, messages, tools):
-            counted[(starts >= begin) & (starts < end)] = 1
+            counted[(ends > begin) & (starts < end)] = 1
         if not counted.any():
             raise _BadConversation("the chat template renders no token of an answer")
         last, eod = int((starts < len(text.rstrip())).sum()) - 1, self._tokenizer.eod
@@ -121,6 +128,12 @@ class ChatEncoder(Encoder):
             ids = np.append(ids, eod)
             counted = np.append(counted, np.uint8(messages[-1]["role"] == "assistant"))
         return ids, counted
+
+    def _check_ids(self, ids: np.ndarray) -> None:
+        foreign = ids[ids >= self._tokenizer.vocab_size]
+        if foreign.size:
+            names = ", ".join(self._templates.convert_ids_to_tokens(sorted(set(foreign.tolist()))))
+            raise UserError(f"--chat: {self._tokenizer.path} lacks tokens that tokenizer_config.json names: {names}")
 
     def _answers(self, text: str, messages: list[Any], tools: Any) -> Iterator[tuple[int, int]]:
         """Yield the character range [begin, end) of each answer in the conversation's text."""
@@ -152,17 +165,27 @@ class ChatEncoder(Encoder):
         from transformers.utils.chat_template_utils import render_jinja_template
 
         render, names = cast(Any, render_jinja_template), self._templates.special_tokens_map
-        _, spans = render([messages], tools=tools, chat_template=template, return_assistant_tokens_mask=True, **names)
+        with _rejecting():
+            _, spans = render(
+                [messages], tools=tools, chat_template=template, return_assistant_tokens_mask=True, **names
+            )
         return spans[0]
 
     def _apply(self, messages: Sequence[Any], tools: Any, **options: Any) -> str:
-        import jinja2
-
-        try:
+        with _rejecting():
             return str(self._templates.apply_chat_template(list(messages), tools=tools, tokenize=False, **options))
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise _BadConversation(f"the chat template rejects it: {reason}") from error
+
+
+@contextlib.contextmanager
+def _rejecting() -> Iterator[None]:
+    """Raise `_BadConversation` for what a template, or its rendering, raises."""
+    import jinja2
+
+    try:
+        yield
+    except (jinja2.TemplateError, TypeError, ValueError, RecursionError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise _BadConversation(f"the chat template rejects it: {reason}") from error
 
 
 def _append_token(flat: np.ndarray, lengths: np.ndarray, token: int) -> tuple[np.ndarray, np.ndarray]:

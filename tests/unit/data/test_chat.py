@@ -40,6 +40,17 @@ OPEN = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
+SPACED, SPACED_MARKED = (
+    "{% for m in messages %}{{ m['role'] }}: " + begin + "{{ m['content'] }}<|im_end|>" + end + "{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+    for begin, end in (
+        ("", ""),
+        (
+            "{% if m['role'] == 'assistant' %}{% generation %}",
+            "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}",
+        ),
+    )
+)
 STRICT = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('roles must alternate') }}{% endif %}" + CHATML
 
 
@@ -97,6 +108,39 @@ def test_tokens_and_mask_are_those_of_transformers(chatml: Path, tmp_path: Path)
         assert encode(chatml, conversation) == expected
 
 
+def test_a_field_without_a_value_moves_no_mask(chatml: Path, tmp_path: Path) -> None:
+    """transformers leaves such fields out, as a template that joins strings needs it."""
+    from transformers import AutoTokenizer
+
+    marked = chat_tokenizer(tmp_path / "marked", MARKED_CHATML)
+    called = {"role": "assistant", "content": None, "tool_calls": [{"name": "clock"}]}
+    messages = [say("user", "two?"), called, say("user", "three?"), say("assistant", "3") | {"tool_calls": None}]
+    reference = AutoTokenizer.from_pretrained(marked).apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True
+    )
+    expected = reference["input_ids"], reference["assistant_masks"]
+    assert encode(marked, {"messages": messages}) == encode(chatml, {"messages": messages}) == expected
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_token_that_begins_in_the_prompts_last_space_counts(marked: bool, tmp_path: Path) -> None:
+    folder = chat_tokenizer(tmp_path / "spaced", SPACED_MARKED if marked else SPACED)
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    word = max((name for name in vocabulary if name.startswith("\u0120") and name[1:].isascii()), key=len)
+    ids, mask = encode(folder, {"messages": [say("user", "a"), say("assistant", word[1:])]})
+    assert [number for number, counted in zip(ids, mask, strict=True) if counted] == [vocabulary[word], 2]
+
+
+def test_tokens_that_the_tokenizers_file_lacks_are_named(tmp_path: Path) -> None:
+    """transformers numbers them from the vocabulary's size on."""
+    folder = chat_tokenizer(tmp_path / "more", CHATML.replace("<|im_start|>", "<|turn|>"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["additional_special_tokens"] = ["<|turn|>", "<|unused|>"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"tokenizer_config.json names: <\|turn\|>$"):
+        encode(folder, {"messages": [say("user", "two?"), say("assistant", "2")]})
+
+
 def test_what_counts_is_what_the_assistant_says(chatml: Path) -> None:
     messages = [say("user", "two?"), say("assistant", "2"), say("user", "three?"), say("assistant", "3 \u65e5")]
     ids, mask = encode(chatml, {"messages": messages})
@@ -123,6 +167,13 @@ BAD = {
     "no answer": ({"messages": [say("user", "a")]}, "assistant"),
     "no messages field": ({"text": "a"}, "'messages'"),
     "refused by the template": ({"messages": [say("assistant", "a")]}, "roles must alternate"),
+    "tools nested too deeply": (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "tools": [{"name": '
+        + "[" * 3000
+        + "]" * 3000
+        + "}]}",
+        "recursion",
+    ),  # fmt: skip
     "lone surrogate": ('{"messages": [{"role": "assistant", "content": "\\ud800"}]}', "surrogate"),
 }
 
