@@ -240,9 +240,10 @@ def svg(named: Named) -> str:
     text = stream.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"(\.\d\d)\d+", r"\1", text)  # hundredths of a point
     text = re.sub(r"\n\s*", "\n", text)
     text = re.sub(r'<g id="title:([^"]*)">', r"<g><title>\1</title>", text)
+    # Coordinates to hundredths of a point; what is between tags is read.
+    text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), text)
     # Figures on one page must not share ids.
     text = re.sub(r'\bid="', f'id="{named.name}-', text)
     text = re.sub(r'(href="|url\()#', rf"\1#{named.name}-", text)

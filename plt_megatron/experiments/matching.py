@@ -112,11 +112,15 @@ def _match_flops(config: RunConfig, reference: RunConfig, vocabs: tuple[int, int
 
 
 def _of_steps(config: RunConfig, steps: int) -> RunConfig:
+    """Return the run with another number of steps; a decay that it gives in steps keeps its share of them."""
+    share, optimizer = steps / derived.train_iters(config), config.optimizer
+    given = {name: getattr(optimizer, name) for name in ("lr_decay_iters", "lr_wsd_decay_iters")}
+    decays = {name: max(1, round(share * value)) for name, value in given.items() if value is not None}
     training = dataclasses.replace(config.training, train_iters=steps, train_tokens=None)
     if config.training.train_tokens is not None and config.training.batch_schedule:
         # Steps differ in tokens: the learning rate's clock, which counts what the length counts, stays the reference's.
         training = dataclasses.replace(config.training, train_tokens=BatchSchedule(config).tokens(steps))
-    return dataclasses.replace(config, training=training)
+    return dataclasses.replace(config, training=training, optimizer=dataclasses.replace(optimizer, **decays))
 
 
 def _match_depth(config: RunConfig, reference: RunConfig) -> MatchedConfig:

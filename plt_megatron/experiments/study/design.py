@@ -190,13 +190,15 @@ class _Planner:
     def _skeleton(self, seconds: float) -> list[tuple[int, tuple[float, ...], float]]:
         """Return the runs any law needs, with the largest size that `seconds` pay for; none if they do not suffice."""
         arms, tokens = self.arms, self.horizons.tokens
-        single = sorted((i for i, arm in enumerate(arms) if arm.loops == 1), key=lambda i: arms[i].looped)
+        left = [i for i in range(len(arms)) if i not in self.closed]
+        single = sorted((i for i in left if arms[i].loops == 1), key=lambda i: arms[i].looped)
         sizes = list(dict.fromkeys(arms[i].size for i in single))
         for largest in range(len(sizes) - 1, 1, -1):
             chosen = [next(i for i in single if arms[i].size == sizes[at]) for at in (0, largest // 2, largest)]
             for variant in self.variants:
                 for size, pick in ((sizes[0], max), (sizes[largest // 2], min)):
-                    own = [i for i, a in enumerate(arms) if a.variant == variant and a.loops > 1 and a.size == size]
+                    looped = [i for i in left if arms[i].variant == variant and arms[i].loops > 1]
+                    own = [i for i in looped if arms[i].size == size]
                     chosen += [pick(own, key=lambda i: arms[i].loops)] if own else []
             prices = [self.horizons.new_tokens([], tokens) * arms[i].seconds_per_token for i in chosen]
             if sum(prices) <= seconds:

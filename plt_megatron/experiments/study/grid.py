@@ -79,10 +79,8 @@ class Grid:
         source = _source(own, step)
         load = None if source is None else str(source[0].folder.checkpoints / folder_name(source[1]))
         config = replace(
-            arm.config,
+            _lasting(arm.config, step, decay),
             name=name,
-            training=replace(arm.config.training, train_iters=step + decay),
-            optimizer=replace(arm.config.optimizer, lr_decay_iters=step + decay, lr_wsd_decay_iters=decay),
             checkpoint=replace(arm.config.checkpoint, load=load, allow_other_schedule=source is not None),
         )
         labels = {
@@ -94,6 +92,16 @@ class Grid:
         }
         change = "" if source is None else f"branch of {source[0].name} at step {source[1]}"
         return PlannedRun(name, labels, arm.seed, config, arm.vocab, change)
+
+
+def _lasting(config: RunConfig, step: int, decay: int) -> RunConfig:
+    """Return an arm's configuration of a run of `step` steps with a constant rate and `decay` steps of its decay."""
+    return replace(
+        config,
+        name="run",
+        training=replace(config.training, train_iters=step + decay),
+        optimizer=replace(config.optimizer, lr_decay_iters=step + decay, lr_wsd_decay_iters=decay),
+    )
 
 
 def make_grid(study: StudyFile) -> Grid:
@@ -108,7 +116,10 @@ def make_grid(study: StudyFile) -> Grid:
     for size in study.sizes:
         for variant, loops in wirings:
             config = _config(study, size, variant, loops, width)
-            found = find_problems(replace(config, name="run"), check_files=False)
+            lengths = _lengths(study, derived.tokens_per_step(config))
+            # The longest horizon's settings first: its problems are the others' too.
+            lasting = [_lasting(config, *lengths[place]) for place in (-1, 0)]
+            found = next(filter(None, (find_problems(each, check_files=False) for each in lasting)), [])
             if config.validation.iters == 0:
                 found.append("validation.iters: a study compares validated losses; must be above 0")
             if study.measure == "bits_per_byte" and not config.validation.by_source:

@@ -207,21 +207,25 @@ def _scaled(model: ModelConfig, scale: float) -> ModelConfig:
     heads = new_groups * ratio
     # The head dimension may differ from width / heads; the ratio of width to heads is kept.
     width = max(1, round(model.hidden_size / model.num_attention_heads)) * heads
+    layers = max(1, round(model.num_layers * scale))
     return dataclasses.replace(
         model,
-        num_layers=max(1, round(model.num_layers * scale)),
+        num_layers=layers,
         hidden_size=width,
         ffn_hidden_size=max(8, 8 * round(model.ffn_hidden_size * width / model.hidden_size / 8)),
         num_attention_heads=heads,
         num_query_groups=new_groups,
         kv_channels=head,
-        moe=None if model.moe is None else _scaled_experts(model.moe, scale),
+        moe=None if model.moe is None else _scaled_experts(model.moe, scale, layers),
     )
 
 
-def _scaled_experts(moe: MoeConfig, scale: float) -> MoeConfig:
+def _scaled_experts(moe: MoeConfig, scale: float, layers: int) -> MoeConfig:
     own, shared = _times(moe.ffn_hidden_size, scale), _times(moe.shared_expert_intermediate_size, scale)
-    return dataclasses.replace(moe, ffn_hidden_size=own, shared_expert_intermediate_size=shared)
+    dense = min(round(moe.first_k_dense_replace * scale), layers - 1)  # of `layers`, some have experts
+    return dataclasses.replace(
+        moe, ffn_hidden_size=own, shared_expert_intermediate_size=shared, first_k_dense_replace=dense
+    )
 
 
 def _times(width: int | None, scale: float) -> int | None:

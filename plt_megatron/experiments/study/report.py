@@ -50,17 +50,20 @@ _SOURCES = (
     Column("phi", "phi", lambda row: row[3], ".3f"),
     Column("answer", "at equal decoding latency", lambda row: row[0].answer.text if row[1] else ""),
 )
-# Columns for (result, its residual).
-_RUNS = (
-    Column("run", "run", lambda row: row[0].run.name),
-    Column("round", "round", lambda row: int(row[0].run.labels["round"]), "d"),
-    Column("status", "status", lambda row: row[0].status),
-    Column("loss", "loss", lambda row: row[0].loss, ".4f"),
-    Column("law", "less the law's", lambda row: row[1], "+.4f"),
-    Column("tokens", "tokens", lambda row: row[0].run.tokens, ","),
-    Column("from", "starts from", lambda row: _start(row[0].run)),
-    Column("reason", "why it does not count", lambda row: row[0].reason),
-)
+
+
+def _run_columns(measure: str) -> tuple[Column, ...]:
+    """Return the columns for (result, its residual in the unit of `measure`)."""
+    return (
+        Column("run", "run", lambda row: row[0].run.name),
+        Column("round", "round", lambda row: int(row[0].run.labels["round"]), "d"),
+        Column("status", "status", lambda row: row[0].status),
+        Column("loss", "loss, nats per token", lambda row: row[0].loss, ".4f"),
+        Column("law", f"{UNITS[measure]}, less the law's", lambda row: row[1], "+.4f"),
+        Column("tokens", "tokens", lambda row: row[0].run.tokens, ","),
+        Column("from", "starts from", lambda row: _start(row[0].run)),
+        Column("reason", "why it does not count", lambda row: row[0].reason),
+    )
 
 
 def write_report(grid: Grid, plan: SweepPlan, known: Knowledge, ended: str) -> Path:
@@ -100,7 +103,7 @@ def _parts(known: Knowledge) -> list[Part]:
         parts.append(Part("Learning curves", figures=[curves_figure(known.results)]))
     counted, residuals = set(known.counted()), iter(known.fit.residuals.tolist() if known.fit is not None else [])
     runs = [(r, next(residuals, None) if r.run.name in counted else None) for r in known.results]
-    return [*parts, Part("Runs", tables={"runs": Table(_RUNS, runs)})]
+    return [*parts, Part("Runs", tables={"runs": Table(_run_columns(known.measure), runs)})]
 
 
 def _frontiers(known: Knowledge, fit: LawFit) -> Part:
@@ -228,7 +231,7 @@ def phi_figure(fit: LawFit) -> Named:
         curves += [
             Curve(values, excess, place, label=f"{variant}: {phi.value:.2f}"),
             Curve([phi.low, phi.high], [level, level], place, look=thick),
-            Curve([phi.value], [level], place, "", MARKERS[place]),
+            Curve([phi.value], [level], place, "", MARKERS[place % len(MARKERS)]),
         ]
     panel = Panel(
         curves,
@@ -247,7 +250,14 @@ def residual_figure(fit: LawFit, names: Sequence[str], held: HeldOut | None) -> 
     data, fitted = fit.data, fit.data.loss - fit.residuals
     loops = data.loops.astype(int).tolist()
     curves = [
-        Curve([x], [y], loops[n] - 1, "", MARKERS[data.variant[n]], title=f"{names[n]}: loss {x + y:.4f}, law {x:.4f}")
+        Curve(
+            [x],
+            [y],
+            loops[n] - 1,
+            "",
+            MARKERS[data.variant[n] % len(MARKERS)],
+            title=f"{names[n]}: loss {x + y:.4f}, law {x:.4f}",
+        )
         for n, (x, y) in enumerate(zip(fitted, fit.residuals, strict=True))
     ]
     curves += [Curve(color=r - 1, line="", marker="o", label=plural(r, "loop")) for r in sorted(set(loops))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,16 @@ from matplotlib.image import imread
 
 from plt_megatron.errors import UserError
 from plt_megatron.experiments import plots
-from plt_megatron.experiments.figures import smooth
+from plt_megatron.experiments.figures import Named, new_figure, smooth, svg
+
+
+def test_a_pages_figure_has_its_numbers_whole_and_its_coordinates_short():
+    figure, (axes,) = new_figure(4, 3)
+    axes.plot([0.0005, 0.0015], [2.0975, 2.1594], label="naive loop: 2.0975", gid="title:loss 2.3456 < 2.4")
+    axes.legend()
+    text = svg(Named("losses", "Losses", figure))
+    assert "naive loop: 2.0975" in text and ">0.0006<" in text and "loss 2.3456" in text
+    assert not re.search(r"<[^>]*\.\d{3}[^>]*>", text)
 
 
 @pytest.fixture

@@ -83,6 +83,13 @@ def test_a_curriculum_is_an_axis_and_costs_what_its_stages_cost(tmp_path):
     assert late.tokens > always.tokens == 100 * 64 and abs(late.deviation) < 0.01
 
 
+def test_equal_training_flops_let_each_rate_decay_over_its_own_run(tmp_path):
+    decays = ("optimizer.lr_decay_iters=100", "optimizer.lr_decay_style=WSD", "optimizer.lr_wsd_decay_iters=20")
+    for run in first_seed(plan_of(tmp_path, match_on("training_flops"), decays)):
+        steps, optimizer = derived.train_iters(run.config), run.config.optimizer
+        assert optimizer.lr_decay_iters == steps and optimizer.lr_wsd_decay_iters == pytest.approx(steps / 5, abs=0.5)
+
+
 def test_equal_training_flops_of_rows_that_grow_with_the_tokens_seen(tmp_path):
     """A shorter run has fewer long rows: its FLOPs per token are not the whole run's."""
     growing = ("data.sequence_length=4096", "data.length_schedule=[{until: 1000000, sequence_length: 64}]")

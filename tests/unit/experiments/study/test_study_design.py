@@ -58,6 +58,13 @@ def test_horizons_of_an_arm_are_branches_of_one_trunk():
     assert horizons.new_tokens([4.0], [1.0]) == pytest.approx(0.2)
 
 
+def test_after_a_first_round_without_a_usable_run_others_are_chosen():
+    own, horizons = arms(seeds=(1, 2)), Horizons(HORIZONS, 0.2)
+    first = {arm for arm, _ in choose_runs(own, horizons, THETA, NAMES, 4e4, noise=NOISE).chosen}
+    again = choose_runs(own, horizons, THETA, NAMES, 4e4, noise=NOISE, closed=first).chosen
+    assert first and again and not first & {arm for arm, _ in again}
+
+
 def test_the_budget_is_kept_and_more_of_it_tells_more():
     own = arms(seeds=(1, 2))
     widths = []

@@ -12,7 +12,7 @@ from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.files import read_study
 from plt_megatron.experiments.study.grid import Grid, make_grid, source_of, start_step, trained_steps
-from plt_megatron.experiments.study.knowledge import make_candidates
+from plt_megatron.experiments.study.knowledge import _ladder, make_candidates
 from plt_megatron.predict.parameters import count_parameters
 from tests.unit.experiments.study.study_helpers import STUDY, write_study
 
@@ -83,10 +83,11 @@ STAGES = "{training.loop_schedule: [{until: 0.5, loop_count: 1}, {loop_count: 2}
         ),
         ("L: {model.hidden_size: 64", "L: {model.hidden_size: 66", r"size L, every, 1 loop: .*66"),
         ("set: {", "set: {model.loop_span: [0, 1], ", "model.loop_span: a study's law needs all layers to loop; leave"),
+        ("lr_warmup_iters: 4", "lr_warmup_iters: 60", "optimizer.lr_warmup_iters 60"),
         ("  M:", "  s:", "'every, S, 1,280 tokens' and 'every, s, 1,280 tokens' would both be every-s-1x-seed1-1.28k"),
         ("  naive loop:", "  plt+:", "'PLT, S, 1,280 tokens' and 'plt+, S, 1,280 tokens' would both be plt-s-2x-seed1"),
     ],
-    ids=["horizons", "batches", "stages of loops", "a size", "layers that run once", "case", "signs"],
+    ids=["horizons", "batches", "stages of loops", "a size", "layers that run once", "warm-up", "case", "signs"],
 )
 def test_what_no_study_can_be_made_of_is_refused(tmp_path, old, new, said):
     path = write_study(tmp_path, STUDY.replace(old, new, 1))
@@ -126,6 +127,17 @@ def test_shapes_are_the_largest_sizes_at_its_proportions(grid):
         assert looped.flops > one.flops and looped.memory > one.memory
     plt = [c for c in candidates if c.variant == "PLT" and c.loops == 2]
     assert plt[-1].latency_ms < 1.05 * single[-1].latency_ms
+
+
+def test_shapes_with_experts_have_their_share_of_dense_layers(tmp_path):
+    experts = (
+        "model.num_layers: 8, model.moe.num_experts: 4, model.moe.router_topk: 2, model.moe.first_k_dense_replace: 3"
+    )
+    study = read_study(write_study(tmp_path, STUDY.replace("set: {", f"set: {{{experts}, ")))
+    config = next(own.config for own in make_grid(study).arms if own.size == "L" and own.loops == 1)
+    for model in (scaled.model for scaled in _ladder(config)):
+        dense = model.moe.first_k_dense_replace
+        assert dense < model.num_layers and abs(dense - model.num_layers * 3 / 8) <= 1
 
 
 def test_a_grid_is_the_same_wherever_it_is_made(grid, tmp_path):
