@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +44,8 @@ from plt_megatron.model.looped_gpt import MicroBatch
 from plt_megatron.run_folder.checkpoints import candidates
 from plt_megatron.storage.copies import read_progress as read_uploaded_progress
 from plt_megatron.train.checkpoint.collective import on_rank_0
+
+logger = logging.getLogger(__name__)
 
 
 def collate(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -132,6 +135,7 @@ class RunData:
         self.fingerprint, self._shares = built.fingerprint, built.shares
         self.by_source = self._build_by_source(validation) if config.validation.by_source and validation else {}
         self._bytes: dict[str, int] = {}
+        self._byte_lengths = _byte_lengths(self.tokenizer) if self.by_source else None
 
     def _build(self, data: DataConfig, num_samples: tuple[int, int, int]) -> Datasets:
         seed, folder = self._config.training.seed, index_folder(self._config)
@@ -149,11 +153,12 @@ class RunData:
         return found
 
     def validation_bytes(self, source: str) -> int | None:
-        """Return the bytes of text to predict in a source's validation samples, or None without a tokenizer."""
-        if self.tokenizer is None:
+        """Return the bytes of text to predict in a source's validation samples; None without a tokenizer, or with one
+        whose tokens do not tell them."""
+        if self._byte_lengths is None:
             return None
         if source not in self._bytes:
-            lengths, samples = torch.from_numpy(self.tokenizer.byte_lengths()), self.by_source[source]
+            lengths, samples = self._byte_lengths, self.by_source[source]
             counts = (lengths[samples[i]["labels"]] @ samples[i]["loss_mask"].long() for i in range(len(samples)))
             self._bytes[source] = int(sum(counts))
         return self._bytes[source]
@@ -238,6 +243,15 @@ def _training_samples(config: RunConfig) -> int:
     if config.training.train_tokens is None or load is None or not is_url(load):
         return training_samples(config)
     return samples_after(config, read_uploaded_progress(load))
+
+
+def _byte_lengths(tokenizer: Tokenizer | None) -> Tensor | None:
+    try:
+        return None if tokenizer is None else torch.from_numpy(tokenizer.byte_lengths())
+    except UserError as error:
+        if dist.get_rank() == 0:
+            logger.warning("losses of sources are not given in bits per byte: %s", error)
+        return None
 
 
 def _vocab_size(config: RunConfig, tokenizer: Tokenizer | None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 from plt_megatron.config import derived, schedules
@@ -20,7 +19,7 @@ def find_problems(config: RunConfig) -> Iterator[str]:
                 yield f"data.{part}[{index}].fim_rate: only training documents are rearranged; leave it out"
     yield from _check_parts(config)
     yield from _check_fill_in_middle(data)
-    yield from schedules.data_stage_problems(data)
+    yield from schedules.source_problems(data)
 
 
 def _check_parts(config: RunConfig) -> Iterator[str]:
@@ -40,14 +39,8 @@ def _check_parts(config: RunConfig) -> Iterator[str]:
 
 
 def _check_fill_in_middle(data: DataConfig) -> Iterator[str]:
-    key = "sources" if data.sources else "train_sources"
-    sources = getattr(data, key)
-    rates: dict[str, float] = {}
-    for index, source in enumerate(sources):
-        rate = derived.fim_rate(data, source)
-        if rates.setdefault(os.path.abspath(source.path), rate) != rate:
-            yield f"data.{key}[{index}].fim_rate {rate:g}: {source.path} is already a source, with another rate"
-    if any(rates.values()) and data.tokenizer is None:
+    rates = [derived.fim_rate(data, source) for source in data.sources or data.train_sources]
+    if any(rates) and data.tokenizer is None:
         yield "data.fim.rate needs data.tokenizer, which has the tokens that mark prefix, middle and suffix"
     given = derived.fim(data).tokens
     if given is not None and (len(given) != 3 or len(set(given)) < 3 or not all(given)):

@@ -281,7 +281,7 @@ def test_unusable_data(
         ),
         (
             {"train_sources": [DataSource("a"), DataSource("./a", fim_rate=0.5)]},
-            "data.train_sources[1].fim_rate 0.5: ./a is already a source, with another rate",
+            "a is listed twice, and its samples would come twice, in one order: add up its weights",
         ),
     ],
 )

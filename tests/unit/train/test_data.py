@@ -3,12 +3,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from itertools import islice, repeat
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from plt_megatron.config.schedules import BatchSchedule
 from plt_megatron.config.schema import BatchStage, RunConfig
+from plt_megatron.errors import UserError
+from plt_megatron.train import data
 from plt_megatron.train.data import batches, collate, micro_batch_indices
 
 
@@ -53,6 +56,14 @@ def numbers(
 ) -> list[list[int]]:
     found = batches(Numbers(length), indices(length, consumed, micro, total, rank, ranks), prefetch)
     return [batch["tokens"][:, 0].tolist() for batch in found]
+
+
+def test_a_tokenizer_that_does_not_tell_its_bytes_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would be at its first validation by source: losses are then in nats alone."""
+    monkeypatch.setattr(data.dist, "get_rank", lambda: 0)
+    run = data.RunData.__new__(data.RunData)
+    run._byte_lengths = data._byte_lengths(Mock(byte_lengths=Mock(side_effect=UserError("no bytes"))))
+    assert run.validation_bytes("text") is None
 
 
 @pytest.mark.parametrize(("micro", "ranks"), [(1, 1), (2, 1), (12, 1), (1, 4), (3, 2), (6, 2), (1, 12)])
