@@ -22,17 +22,20 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from plt_megatron.config.schema import ModelConfig
 from plt_megatron.model.layer_specs import layer_spec
-from plt_megatron.model.transformer_config import resolve_backend
+from plt_megatron.model.transformer_config import PLTTransformerConfig
 
 
 def deeper_gpt(
-    model: ModelConfig, layers_config: Callable[[ModelConfig], TransformerConfig], vocab_size: int, sequence_length: int
+    model: ModelConfig,
+    layers_config: Callable[[ModelConfig], PLTTransformerConfig],
+    vocab_size: int,
+    sequence_length: int,
 ) -> GPTModel:
     """Return a GPTModel of the width of `model` and twice its layers, with random weights, as `layers_config` says."""
     plain = dataclasses.replace(model, num_layers=2 * model.num_layers, loop_count=1)
-    backend = resolve_backend(plain)
-    spec = get_gpt_layer_with_transformer_engine_spec() if backend == "te" else layer_spec(plain, backend)
     config = layers_config(plain)
+    te = config.backend == "te"
+    spec = get_gpt_layer_with_transformer_engine_spec() if te else layer_spec(plain, config.backend)
     with _output_layer_without_apex():
         gpt = GPTModel(
             config,

@@ -39,7 +39,7 @@ def gpt_step(config: Any, batch: Any, graphs: bool = False) -> Callable[[], None
     from plt_megatron.runtime.kernels import choose_fp8, choose_fusions
     from plt_megatron.train.megatron_engine import wrap_ddp
 
-    fusions = choose_fusions(config, resolve_backend(config.model), VOCAB_SIZE)
+    fusions = choose_fusions(config, resolve_backend(config.model, config.training.precision), VOCAB_SIZE)
     how = {"precision": "bf16", "fp8": choose_fp8(config), "fusions": fusions}
     if graphs:  # a captured layer needs a random state that graphs can advance
         tensor_parallel.model_parallel_cuda_manual_seed(1, use_cudagraphable_rng=True, force_reset_rng=True)
