@@ -63,6 +63,14 @@ def in_tree(tree: Path, *command: str, text: str | None = None) -> subprocess.Co
     return run(list(command), tree, status=None, timeout=600, env=environment, input=text)
 
 
+def take_back(example: Example, tree: Path) -> None:
+    """Leave the tree without a change that it has."""
+    taken_back = in_tree(tree, "git", "apply", "--recount", "--reverse", "-", text=example.patch)
+    assert taken_back.returncode == 0, taken_back.stderr
+    for name in example.new:
+        (tree / name).unlink()
+
+
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A copy of what is in the repository."""
@@ -91,8 +99,7 @@ def test_a_setting_is_told_in_at_most_eight_files(setting):
 def test_the_change_touches_the_files_that_it_says_and_can_be_taken_back(example, tree):
     stated = re.search(r"It touches (\d+) files?\b", example.prose)
     assert stated is not None and int(stated[1]) == len(example.files), example.files
-    taken_back = in_tree(tree, "git", "apply", "--recount", "--reverse", "-", text=example.patch)
-    assert taken_back.returncode == 0, taken_back.stderr
+    take_back(example, tree)
 
 
 @pytest.mark.slow
@@ -100,7 +107,5 @@ def test_the_change_touches_the_files_that_it_says_and_can_be_taken_back(example
 def test_the_check_passes_with_the_change_and_fails_without_it(example, tree):
     passed = in_tree(tree, sys.executable, "-c", example.check)
     assert passed.returncode == 0, passed.stdout + passed.stderr[-3000:]
-    in_tree(tree, "git", "apply", "--recount", "--reverse", "-", text=example.patch)
-    for name in example.new:
-        (tree / name).unlink()
+    take_back(example, tree)
     assert in_tree(tree, sys.executable, "-c", example.check).returncode != 0
