@@ -302,18 +302,8 @@ def all_sources(data: DataConfig) -> Iterator[tuple[str, DataSource]]:
 # ---------------------------------------------------------------- checks
 
 
-_LISTS = ("sources", "train_sources", "validation_sources", "test_sources")
-
-
-def source_problems(data: DataConfig) -> Iterator[str]:
-    """Yield the problems of the sources and of the stages, one line each, assuming that each number is in range."""
-    lists = {f"data.stages[{number}].sources": stage.sources for number, stage in enumerate(data.stages)}
-    lists |= {f"data.{name}": getattr(data, name) for name in _LISTS}
-    for key, sources in lists.items():
-        paths = [os.path.abspath(source.path) for source in sources]
-        double = next((path for path in paths if paths.count(path) > 1), None)
-        if double is not None:
-            yield f"{key}: {double} is listed twice, and its samples would come twice, in one order: add up its weights"
+def data_stage_problems(data: DataConfig) -> Iterator[str]:
+    """Yield the problems of the stages, one line each, assuming that each number is in range."""
     if not data.stages:
         return
     rates = [data.fim is not None and data.fim.rate, *(source.fim_rate for _, source in all_sources(data))]

@@ -339,14 +339,9 @@ def fingerprint_differences(saved: dict[str, Any], current: dict[str, Any]) -> l
     return words
 
 
-def training_fingerprint(
-    config: RunConfig, tokenizer: Tokenizer | None, progress: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """Return the fingerprint of the run's training samples, before its index is built. `progress`: the record of the
-    checkpoint that it starts from; None: as `training_samples` finds it."""
-    seed = config.training.seed
-    samples = training_samples(config) if progress is None else samples_after(config, progress)
-    return fingerprint(config.data, tokenizer, seed=seed, num_samples=samples)
+def training_fingerprint(config: RunConfig, tokenizer: Tokenizer | None, samples: int) -> dict[str, Any]:
+    """Return the fingerprint of the run's training samples, whose order is of `samples`, before its index is built."""
+    return fingerprint(config.data, tokenizer, seed=config.training.seed, num_samples=samples)
 
 
 def check_data(source: Path, progress: dict[str, Any], own: dict[str, Any], config: RunConfig) -> None:

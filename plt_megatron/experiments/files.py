@@ -246,9 +246,9 @@ def _sweep_problems(sweep: SweepFile) -> Iterator[str]:
         for axis in sweep.axes.values()
     }
     yield from sweep.common_problems("sweep", OWNED, axes)
+    given = Settings(sweep.settings).keys()
     for axis in sweep.axes.values():
-        always = set[str].intersection(*(choice.overrides.keys() for choice in axis.choices))
-        for key in sorted(always & Settings(sweep.settings).keys()):
+        for key in sorted(given.intersection(*(choice.overrides.keys() for choice in axis.choices))):
             yield f"{key}: axes.{axis.name} sets it in every run; change that, or leave this out"
     if sweep.compare is not None and sweep.compare not in sweep.axes:
         yield f"compare: there is no axis {sweep.compare!r}; the axes are {', '.join(sweep.axes) or 'none'}"

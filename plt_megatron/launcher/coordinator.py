@@ -67,8 +67,7 @@ class Coordinator:
         self._gone: set[str] = set()
         self._heard = {node: clock() for node in allocation.nodes}
         self._preempted = False
-        self._asked = 0.0  # to stop, and by then silent nodes with the time at which they were heard last
-        self._suspects: dict[str, float] = {}
+        self._asked = 0.0  # when Slurm asked to stop, while training
         self._restarts = 0
         self._state, self._deadline = "", 0.0
         self._node_of: dict[int, str] = {}  # of each process of the preflight check
@@ -100,9 +99,7 @@ class Coordinator:
         self._preempted = True
         self._say("asked to stop: saving")
         if self._state == "training":
-            # Their messages may be waiting to be read: `tick` judges.
-            self._asked = now = self._clock()
-            self._suspects = {node: at for node, at in self._heard.items() if now - at > _SUSPICIOUS_SECONDS}
+            self._asked = self._clock()  # silent nodes' messages may be waiting to be read: `tick` judges
             self._send_all({"type": "preempt"})
         elif self._state in ("joining", "preflight"):
             self._stop(Outcome(attempts.PREEMPTED, "asked to stop before training began"))
@@ -123,8 +120,8 @@ class Coordinator:
             return
         now = self._clock()
         for node, heard in list(self._heard.items()):
-            is_suspect = self._suspects.get(node) == heard and self._state == "training"
-            gone = now - heard > SILENCE_SECONDS or (is_suspect and now - self._asked > _SUSPICIOUS_SECONDS)
+            was_silent = self._state == "training" and self._asked - heard > _SUSPICIOUS_SECONDS
+            gone = now - heard > SILENCE_SECONDS or (was_silent and now - self._asked > _SUSPICIOUS_SECONDS)
             if gone and self._state != "joining":
                 self.lost(node, f"its launcher has been silent for {now - heard:.0f} s")
         if self.status is None and now >= self._deadline:

@@ -17,7 +17,7 @@ from plt_megatron.config.rules.uploads import destinations, is_url, protocol_of
 from plt_megatron.config.schedules import all_sources
 from plt_megatron.config.schema import DataConfig, RunConfig
 from plt_megatron.data.indexed import check_mask, open_index, part_prefixes, read_manifest, total_size
-from plt_megatron.data.mix import check_data, training_fingerprint
+from plt_megatron.data.mix import check_data, samples_after, training_fingerprint
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.model import trainable
@@ -144,7 +144,8 @@ def start_problems(config: RunConfig, tokenizer: Tokenizer | None, vocab_size: i
     problems = resuming.start_problems(start, config, vocab_size)
     if not problems and (start.is_own or not settings.weights_only):  # another schedule reads other data, and says so
         try:
-            check_data(start.path, start.progress, training_fingerprint(config, tokenizer, start.progress), config)
+            own = training_fingerprint(config, tokenizer, samples_after(config, start.progress))
+            check_data(start.path, start.progress, own, config)
         except UserError as error:
             problems = str(error).splitlines()
     # As a path, a URL has lost one of its two slashes.

@@ -217,8 +217,8 @@ class Engine:
 
 class StepTimes:
     """Accumulates host seconds by name. GPU work counts where the host waits for it, once per step, when it reads loss
-    and gradient norm after forward and backward: these are timed whole, while the optimizer's kernels run on into the
-    next step."""
+    and gradient norm after forward and backward: these are timed whole. The optimizer's kernels run on after its part
+    has been timed; only the whole step's seconds (`Step.seconds`) have them."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = defaultdict(float)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Iterator
 
 from plt_megatron.config import derived, schedules
@@ -19,7 +21,8 @@ def find_problems(config: RunConfig) -> Iterator[str]:
                 yield f"data.{part}[{index}].fim_rate: only training documents are rearranged; leave it out"
     yield from _check_parts(config)
     yield from _check_fill_in_middle(data)
-    yield from schedules.source_problems(data)
+    yield from _check_listed_once(data)
+    yield from schedules.data_stage_problems(data)
 
 
 def _check_parts(config: RunConfig) -> Iterator[str]:
@@ -36,6 +39,16 @@ def _check_parts(config: RunConfig) -> Iterator[str]:
         where = f"data.split {data.split} keeps nothing for this" if getattr(data, key) else f"data.{key} is empty"
         yield f"{where}: {need}"
         return
+
+
+def _check_listed_once(data: DataConfig) -> Iterator[str]:
+    times: Counter[tuple[str, str]] = Counter()
+    for key, source in schedules.all_sources(data):
+        listed = key.rpartition("[")[0], os.path.abspath(source.path)
+        times[listed] += 1
+        if times[listed] == 2:
+            where, path = listed
+            yield f"{where}: {path} is listed twice, and its samples would come twice, in one order: add up its weights"
 
 
 def _check_fill_in_middle(data: DataConfig) -> Iterator[str]:

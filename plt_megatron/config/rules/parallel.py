@@ -203,9 +203,11 @@ def find_te_problems(config: RunConfig, have_te: bool | None) -> Iterator[str]:
     """
     parallel, model = config.parallel, config.model
     cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    if cp == 1:
+        return
     if have_te is None:
         have_te = importlib.util.find_spec("transformer_engine") is not None
-    if cp == 1 or derived.backend(model, config.training.precision, have_te) == "torch":
+    if derived.backend(model, config.training.precision, have_te) == "torch":
         return
     packed, other = config.data.reset_at_document_boundaries, "or set model.backend=torch"
     kinds = [("cp_comm_type", parallel.cp_comm_type)]

@@ -98,7 +98,6 @@ def _lasting(config: RunConfig, step: int, decay: int) -> RunConfig:
     """Return an arm's configuration of a run of `step` steps with a constant rate and `decay` steps of its decay."""
     return replace(
         config,
-        name="run",
         training=replace(config.training, train_iters=step + decay),
         optimizer=replace(config.optimizer, lr_decay_iters=step + decay, lr_wsd_decay_iters=decay),
     )
@@ -116,10 +115,10 @@ def make_grid(study: StudyFile) -> Grid:
     for size in study.sizes:
         for variant, loops in wirings:
             config = _config(study, size, variant, loops, width)
-            lengths = _lengths(study, derived.tokens_per_step(config))
-            # The longest horizon's settings first: its problems are the others' too.
-            lasting = [_lasting(config, *lengths[place]) for place in (-1, 0)]
-            found = next(filter(None, (find_problems(each, check_files=False) for each in lasting)), [])
+            named = replace(config, name="run")
+            shortest = _lasting(named, *_lengths(study, derived.tokens_per_step(config))[0])
+            # What is wrong with the longest horizon is wrong with the others too, and said once.
+            found = find_problems(named, check_files=False) or find_problems(shortest, check_files=False)
             if config.validation.iters == 0:
                 found.append("validation.iters: a study compares validated losses; must be above 0")
             if study.measure == "bits_per_byte" and not config.validation.by_source:
@@ -205,13 +204,12 @@ def _config(study: StudyFile, size: str, variant: str, loops: int, width: int) -
         factor = 1.0
     lr, min_lr = factor * config.optimizer.lr, factor * config.optimizer.min_lr
     lengths = _lengths(study, derived.tokens_per_step(config))
-    longest, decay = sum(lengths[-1]), lengths[-1][1]
     every = math.gcd(*(step for step, _ in lengths))
+    longest = _lasting(config, *lengths[-1])
     return replace(
-        config,
-        optimizer=replace(config.optimizer, lr=lr, min_lr=min_lr, lr_decay_iters=longest, lr_wsd_decay_iters=decay),
-        training=replace(config.training, train_iters=longest),
-        data=replace(config.data, order_samples=longest * config.training.global_batch_size),
+        longest,
+        optimizer=replace(longest.optimizer, lr=lr, min_lr=min_lr),
+        data=replace(config.data, order_samples=sum(lengths[-1]) * config.training.global_batch_size),
         checkpoint=replace(config.checkpoint, save_interval=every, keep_every=every),
     )
 

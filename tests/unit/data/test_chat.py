@@ -173,7 +173,7 @@ BAD = {
         + "]" * 3000
         + "}]}",
         "recursion",
-    ),  # fmt: skip
+    ),
     "lone surrogate": ('{"messages": [{"role": "assistant", "content": "\\ud800"}]}', "surrogate"),
 }
 

@@ -100,7 +100,7 @@ set:
 def test_a_setting_that_every_run_overrides_is_refused(tmp_path):
     path = write(tmp_path, "base: a.yaml\naxes: {model.loop_count: [1, 2], row: {a: {model.share_kv: false}, b: {}}}")
     with pytest.raises(UserError, match=r"model.loop_count: axes.model.loop_count sets it in every run"):
-        read_sweep(path, ["model: {loop_count: 4}".replace(": ", "=", 1)])
+        read_sweep(path, ["model={loop_count: 4}"])
     assert read_sweep(path, ["model.share_kv=true"]).settings == ["model.share_kv=true"]
 
 

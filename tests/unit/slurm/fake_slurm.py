@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.data.mix import training_fingerprint
+from plt_megatron.data.mix import training_fingerprint, training_samples
 from plt_megatron.run_folder import resuming
 
 # Answers from files; sbatch counts job ids up.
@@ -118,7 +118,7 @@ def write_checkpoint(folder: Path, config: RunConfig, step: int) -> Path:
         "schedule": resuming.schedule(config, tokens),
         "schedule_step_tokens": tokens,
         "vocab_size": config.model.vocab_size,
-        "data_fingerprint": training_fingerprint(config, None),
+        "data_fingerprint": training_fingerprint(config, None, training_samples(config)),
     }
     (path / "progress.json").write_text(json.dumps(progress))
     content = (path / "progress.json").read_bytes()
