@@ -38,8 +38,18 @@ _PASSING = {
 
 def file_error(message: str, error: Exception) -> UserError:
     """Return the error with a message for the user: an `AttemptFailed` if the other side did not answer."""
-    away = isinstance(error, ConnectionError | TimeoutError) or getattr(error, "errno", None) in _PASSING
-    return (AttemptFailed if away else UserError)(message)
+    return (AttemptFailed if _is_away(error) else UserError)(message)
+
+
+def _is_away(error: BaseException | None) -> bool:
+    """Whether the error, or one that it came from, is a connection's: libraries of storage have errors of their own."""
+    from socket import EAI_AGAIN  # the name's server did not answer
+
+    while error is not None:
+        if isinstance(error, ConnectionError | TimeoutError) or getattr(error, "errno", None) in {EAI_AGAIN, *_PASSING}:
+            return True
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return False
 
 
 def run_command(main: Callable[[], int | None], interrupted: str = "interrupted") -> int:

@@ -263,8 +263,17 @@ class Scheduler:
         job = self._job()
         if job.get("PreemptTime", "None") == "None" or job.get("Requeue") != "1":
             return False
-        partition = _fields(_ask("scontrol", "show", "partition", job.get("Partition", ""), tries=_TRIES))
-        return "REQUEUE" in partition.get("PreemptMode", "").split(",")
+        return "REQUEUE" in self._preempt_mode(job).upper().split(",")
+
+    def _preempt_mode(self, job: dict[str, str]) -> str:
+        """Return what Slurm does with the job when it preempts it. With preempt/qos the partition has no say in it."""
+        config = dict(re.findall(r"^(\w+) *= (\S+)", _ask("scontrol", "show", "config", tries=_TRIES), re.MULTILINE))
+        if config.get("PreemptType") != "preempt/qos":
+            partition = _ask("scontrol", "show", "partition", job.get("Partition", ""), tries=_TRIES)
+            return _fields(partition).get("PreemptMode", "")
+        query = ("sacctmgr", "--noheader", "--parsable2", "show", "qos", job.get("QOS", ""), "format=PreemptMode")
+        mode = _ask(*query, tries=_TRIES).strip()
+        return config.get("PreemptMode", "") if mode == "cluster" else mode
 
     def requeue(self, without: Sequence[str] = ()) -> None:
         """Requeue the job, on nodes other than `without`. Slurm then ends this job's processes.

@@ -47,6 +47,7 @@ INSTEAD = [
     ),
     (r"^plt train configs/runs/plt2_tiny.yaml --dry-run\b", r"\g<0> name=dry", "README has trained the run"),
     (r"^plt train configs/runs/plt2_moe_tiny.*", r"\g<0> --dry-run", "trained by tests/distributed"),
+    (r"^plt train .* name=longer .*", r"\g<0> training.train_iters=3", "the first run has taken more"),
     (r"^plt train .* name=tiny_l1 .*", r"\g<0> --dry-run", "README's commands have trained this configuration"),
     (r"^plt train .* name=from_average .*", r"\g<0> --dry-run", "tests/distributed starts one"),
     (r"^plt export .* --ema .*", "plt export --help", "seconds; tests/distributed exports one"),

@@ -17,7 +17,8 @@ class Fake:
     def __call__(self, *command, tries) -> str:
         assert tries > 1
         self.asked.append(list(command))
-        return self.answers.get(command[0] if command[0] != "scontrol" else command[1], "")
+        words = [word for word in command[:3] if word in self.answers]
+        return self.answers[words[-1]] if words else ""
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def show(state: str = "RUNNING", excluded: str = "(null)", requeue: int = 1, pre
     return (
         f"JobId=7 JobName=x\n   JobState={state} Reason=None Dependency=(null)\n   Requeue={requeue} Restarts=0\n"
         f"   PreemptEligibleTime=2026-11-25T09:25:45 PreemptTime={preempted}\n"
-        f"   Partition=main AllocNode:Sid=ctl:1\n   ReqNodeList=(null) ExcNodeList={excluded}\n"
+        f"   QOS=low Partition=main AllocNode:Sid=ctl:1\n   ReqNodeList=(null) ExcNodeList={excluded}\n"
     )
 
 
@@ -76,13 +77,16 @@ def test_a_job_that_is_not_to_be_requeued_is_for_once(ask):
     ],
 )
 def test_a_preempted_job_may_be_requeued_by_slurm(job, mode, expected, ask):
-    class Cluster(Fake):
-        def __call__(self, *command, tries) -> str:
-            if "partition" in command:
-                return f"PartitionName=main\n   PreemptMode={mode}\n"
-            return super().__call__(*command, tries=tries)
+    fake = Fake(show=job, config="PreemptType = preempt/partition_prio\n", partition=f"PreemptMode={mode}\n")
+    assert ask("7", fake).is_requeued_by_slurm() is expected
 
-    assert ask("7", Cluster(show=job)).is_requeued_by_slurm() is expected
+
+@pytest.mark.parametrize("of_qos, of_cluster", [("requeue", "CANCEL"), ("cluster", "REQUEUE"), ("cancel", "REQUEUE")])
+def test_with_preemption_by_qos_the_partition_has_no_say(of_qos, of_cluster, ask):
+    config = f"PreemptMode             = {of_cluster}\nPreemptType             = preempt/qos\n"
+    fake = Fake(show=show(preempted="2026-11-25T09:25:46"), config=config, sacctmgr=f"{of_qos}\n")
+    assert ask("7", fake).is_requeued_by_slurm() is (of_qos != "cancel")
+    assert "low" in fake.asked[-1]
 
 
 def test_nodes_are_excluded_besides_those_that_were(ask):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import fsspec
 import pytest
 
 from plt_megatron.commands import upload as command
-from plt_megatron.errors import UserError
+from plt_megatron.errors import AttemptFailed, UserError
 from plt_megatron.run_folder import checkpoints
 from plt_megatron.storage import copies
 from plt_megatron.storage.copies import download_part, find_checkpoint, finish_download, read_manifest, upload
@@ -139,3 +140,13 @@ def test_what_is_not_allowed_is_one_line_without_the_key(tmp_path, bucket, monke
 def test_a_file_that_cannot_be_read_back_is_one_line(tmp_path, bucket):
     with pytest.raises(UserError, match=r"s3://models/nowhere/file cannot be read: ."):
         Place(f"s3://{bucket}/nowhere").get("file", tmp_path / "file")
+
+
+def test_a_server_that_is_away_may_answer_the_next_attempt(bucket, monkeypatch):
+    """The client's own error is no OSError; the refused connection, from which it came, is."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and does not listen
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*closed.getsockname()))
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        with pytest.raises(AttemptFailed, match=f"s3://{bucket}/run/file cannot be read"):
+            Place(f"s3://{bucket}/run").read_text("file")
