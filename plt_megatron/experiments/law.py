@@ -27,11 +27,13 @@ from plt_megatron.experiments.intervals import LEVEL, Interval, adjusted_residua
 from plt_megatron.experiments.solver import (
     EXPONENTS,
     PHIS,
+    SAME,
     UNIT_D,
     UNIT_N,
     Arrays,
     Run,
     Solution,
+    distinct,
     evaluate,
     jacobian,
     looped_variants,
@@ -42,7 +44,6 @@ from plt_megatron.experiments.solver import (
 FARTHEST = 10.0  # factor beyond its runs up to which the law is trusted
 _SPARE = 2  # a fit has at least this many more points than coefficients
 _DISTINCT = 3  # distinct sizes, and distinct token counts, that their exponents need
-SAME = 0.05  # relative: nearer sizes count as one
 _HUBER = 1.345  # standard deviations beyond which a residual counts less: 95 % efficient for normal errors
 _ROUNDS = 12  # rounds of reweighting, at most
 _TINY = 1e-12  # replaces a coefficient of 0 in logarithms
@@ -209,8 +210,7 @@ def what_is_missing(data: Arrays) -> str | None:
     if not (data.loops == 1).any():
         return "no finished run has one loop, which every variant is measured against"
     for values, name in ((data.looped, "sizes"), (data.tokens, "numbers of tokens")):
-        # Variants of one size differ by their gates; such sizes count as one.
-        count = 1 + int((np.diff(np.sort(np.log(values))) > SAME).sum())
+        count = distinct(values)
         if count < _DISTINCT:
             return f"{count} {name}; an exponent needs at least {_DISTINCT}"
     return _too_few(data, "finished runs")
@@ -218,7 +218,7 @@ def what_is_missing(data: Arrays) -> str | None:
 
 def _missing_without_phi(data: Arrays) -> str | None:
     for values, name in ((data.looped, "model sizes"), (data.tokens, "token budgets")):
-        count = len(np.unique(values))
+        count = distinct(values)
         if 1 < count < _DISTINCT:
             return f"{count} {name}; an exponent needs at least {_DISTINCT}, or one to leave it out"
     if not any(data.terms):

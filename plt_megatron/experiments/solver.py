@@ -22,6 +22,7 @@ from plt_megatron.errors import UserError
 # The ranges searched; a fit at either end is not determined by the data.
 EXPONENTS = (0.02, 3.0)
 PHIS = (-2.0, 4.0)
+SAME = 0.05  # relative: nearer sizes, or token counts, are one
 # A and B are fitted for sizes and tokens in these units, where they hardly depend on the exponents.
 UNIT_N, UNIT_D = 1e6, 1e7
 _STARTS = 3
@@ -64,6 +65,11 @@ class Run(Shape):
     seed: int = 1
 
 
+def distinct(values: np.ndarray) -> int:
+    """Count sizes, or token counts; nearer ones than `SAME` are one, as of gates or of budgets of equal FLOPs."""
+    return 1 + int((np.diff(np.sort(np.log(values))) > SAME).sum())
+
+
 @dataclass(frozen=True)
 class Arrays:
     """Runs as arrays [n].
@@ -94,7 +100,7 @@ class Arrays:
         absent term is 0."""
         if self.variants:
             return True, True
-        return len(np.unique(self.looped)) > 1, len(np.unique(self.tokens)) > 1
+        return distinct(self.looped) > 1, distinct(self.tokens) > 1
 
     @property
     def coefficients(self) -> int:

@@ -250,6 +250,14 @@ def test_one_size_leaves_its_term_to_e():
         predict(fit, 2e8, 1e9)
 
 
+def test_budgets_that_hardly_differ_are_one():
+    """Runs of equal FLOPs differ by a step of tokens, of which no exponent can be told."""
+    sizes = [1e7, 3e7, 1e8, 3e8, 1e9]
+    fit = fit_curve([point(n, 1e9 * (1 + k / 200), planted(n, 1e9)) for k, n in enumerate(sizes)], bootstraps=10)
+    assert set(fit.coefficients) == {"E", "A", "alpha"} and "part of E" in fit.notes[0]
+    assert fit.coefficients["alpha"].value == pytest.approx(CHINCHILLA["alpha"], rel=1e-3)
+
+
 def test_a_fit_is_the_minimum():
     """The fitted law's weighted squared error is below that of any law nearby, and that of the planted one."""
     noisy = points(noise=0.01, seed=3)
