@@ -90,8 +90,9 @@ class ChatEncoder(Encoder):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the template."""
-        return hashlib.sha256(str(self._templates.chat_template).encode()).hexdigest()
+        """SHA-256 of the template and of the special tokens, which it may print."""
+        content = [self._templates.chat_template, self._templates.special_tokens_map]
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
     def __call__(self, texts: Sequence[str]) -> Encoded:
         found: list[tuple[np.ndarray, np.ndarray]] = []

@@ -249,13 +249,15 @@ def test_workers_shards_and_another_run_make_the_same_mask(chatml: Path, tmp_pat
     assert not indexed.has_mask(tmp_path / "many")
 
 
-def test_another_template_is_another_output(chatml: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("changed", [{"chat_template": OPEN}, {"bos_token": "<|im_start|>"}])
+def test_another_template_is_another_output(chatml: Path, tmp_path: Path, changed: dict[str, str]) -> None:
+    """So are other special tokens, which a template may print."""
     corpus = write_lines(tmp_path / "chat.jsonl", conversations(4))
     folder = tmp_path / "copy"
     shutil.copytree(chatml, folder)
     run_preprocess([corpus], tmp_path / "out", folder, read=ReadOptions("messages", chat=True))
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": OPEN}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | changed))
     with pytest.raises(UserError, match="--overwrite"):
         run_preprocess([corpus], tmp_path / "out", folder, read=ReadOptions("messages", chat=True))
 
