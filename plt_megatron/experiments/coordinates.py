@@ -43,10 +43,10 @@ class Result:
     measured: dict[int, dict[str, float]]
 
     def spread(self) -> dict[str, float]:
-        """Return the ratio of largest to smallest of each quantity; infinite if one is not finite."""
+        """Return the ratio of largest to smallest of each quantity; infinite if one is not finite, or 0."""
         every = {name: [one[name] for one in self.measured.values()] for name in next(iter(self.measured.values()))}
         return {
-            name: max(values) / min(values) if all(map(math.isfinite, values)) else math.inf
+            name: max(values) / min(values) if all(map(math.isfinite, values)) and min(values) > 0 else math.inf
             for name, values in every.items()
         }
 

@@ -16,6 +16,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.legend import Legend
 from matplotlib.ticker import EngFormatter, FuncFormatter
 
 from plt_megatron.errors import UserError
@@ -204,7 +205,13 @@ def add_legend(axes: Axes, size: int = 9, *, beside: bool = False) -> None:
         to_scale = axes.yaxis.get_transform()
         bottom, top = to_scale.transform(axes.get_ylim())
         axes.set_ylim(top=float(to_scale.inverted().transform(bottom + (top - bottom) / (1 - room))))
-    axes.legend(frameon=False, fontsize=size, **where)
+    as_written(axes.legend(frameon=False, fontsize=size, **where))
+
+
+def as_written(legend: Legend) -> None:
+    """Show each `$` of a label: names of runs are no formulas."""
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def smooth(values: Sequence[float]) -> list[float]:

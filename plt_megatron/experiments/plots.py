@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.errors import UserError
-from plt_megatron.experiments.figures import LINES, MARKERS, TOKENS, Curve, Panel, color, draw, save, smooth
+from plt_megatron.experiments.figures import (
+    LINES,
+    MARKERS,
+    TOKENS,
+    Curve,
+    Panel,
+    as_written,
+    color,
+    draw,
+    save,
+    smooth,
+)
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.metrics import RunMetrics
 from plt_megatron.run_folder.text import plural
@@ -81,7 +92,7 @@ def plot_metrics(
     size = (9, 5.4) if len(panels) == 1 else (5, 3.5)
     figure = draw(panels, *size, _COLUMNS)
     handles = [figure.axes[0].plot([], [], color=color(index), linewidth=2)[0] for index in range(len(runs))]
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(runs)), frameon=False)
+    as_written(figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(runs)), frameon=False))
     save(figure, out_path)
 
 
@@ -106,7 +117,8 @@ def _panel(quantity: _Quantity, runs: Sequence[RunMetrics]) -> Panel:
         limits = _loss_limits(runs)
     elif not quantity.log and quantity.field not in ("loss_by_loops", "lr") and highest > 0:
         limits = (0, 1.08 * highest)  # keeps the curve off the frame
-    return Panel(curves, TOKENS, quantity.unit, quantity.title, log_y=quantity.log, limits=limits, legend=8)
+    log_y = quantity.log and highest > 0  # a scale that a diverged run's norms, which are no numbers, do not have
+    return Panel(curves, TOKENS, quantity.unit, quantity.title, log_y=log_y, limits=limits, legend=8)
 
 
 def _points(quantity: _Quantity, metrics: RunMetrics) -> dict[str, list[tuple[int, float]]]:
