@@ -6,10 +6,12 @@ everything it depends on, including the data's content, and published by renamin
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
+import pickle
 import re
 import secrets
 import shutil
@@ -54,6 +56,7 @@ from plt_megatron.run_folder.files import publish
 
 logger = logging.getLogger(__name__)
 
+_ABANDONED_SECONDS = 24 * 3600
 INDEX_TIMEOUT_MINUTES = 60.0  # ranks wait for rank 0 to build the sample index
 
 
@@ -92,6 +95,7 @@ class _DocumentDataset(GPTDataset):
         self._mask: Any = open_mask(dataset_path, open_index(dataset_path).tokens) if has_mask(dataset_path) else None
         assert self._mask is None or self._rearranged is None, "_build_index refuses it"
         super().__init__(self._rearranged or indexed_dataset, dataset_path, indices, num_samples, split, config)
+        self.indices = indices[:0].copy()  # 4 bytes a document, read only while the index is built
 
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: Any) -> IndexedDataset:
@@ -253,7 +257,6 @@ def build_datasets(
     outcome: list[Any] = [None, None, UserError]  # what rank 0 built, and why it could not
     failure: Exception | None = None
     is_alone = not dist.is_initialized() or dist.get_world_size() == 1
-    waiting = None if is_alone else dist.new_group(backend="gloo", timeout=timedelta(minutes=INDEX_TIMEOUT_MINUTES))
     if is_alone or dist.get_rank() == 0:
         try:
             outcome[0] = _build_index(data, num_samples, seed, folder, tokenizer)
@@ -265,8 +268,8 @@ def build_datasets(
             is_known = isinstance(failure, UserError)
             outcome[1] = str(failure) if is_known else f"rank 0 could not build the sample index: {failure!r}"
             outcome[2] = AttemptFailed if isinstance(failure, AttemptFailed) else UserError
-    if waiting is not None:
-        _broadcast(outcome, waiting)
+    if not is_alone:
+        outcome = _from_rank_0(outcome)
     if failure is not None:
         raise failure
     if outcome[1] is not None:
@@ -288,16 +291,21 @@ def _index_failure(folder: Path, error: OSError) -> str:
     return f"the sample index cannot be built: {where} cannot be read: {why}"
 
 
-def _broadcast(outcome: list[Any], group: Any) -> None:
-    """Replace `outcome` with rank 0's on all ranks."""
+def _from_rank_0(outcome: list[Any]) -> list[Any]:
+    """Return rank 0's outcome on all ranks, by the job's store: NCCL does not wait that long, and a gloo group of all
+    ranks connects each with every other."""
+    store = dist.distributed_c10d._get_default_store()
+    key = f"sample index {store.add(f'sample indices of rank {dist.get_rank()}', 1)}"
     try:
-        dist.broadcast_object_list(outcome, src=0, group=group, device=torch.device("cpu"))
+        if dist.get_rank() == 0:
+            store.set(key, pickle.dumps(outcome))  # type: ignore[arg-type]
+        store.wait([key], timedelta(minutes=INDEX_TIMEOUT_MINUTES))
+        return pickle.loads(store.get(key))
     except RuntimeError as error:
         raise UserError(
             f"rank {dist.get_rank()} waited {INDEX_TIMEOUT_MINUTES:g} minutes for rank 0 to build the sample index: "
             f"build it ahead of time with plt preprocess --build-index ({str(error).splitlines()[0]})"
         ) from error
-    dist.destroy_process_group(group)
 
 
 def _build_index(
@@ -337,6 +345,7 @@ def _build_in(
     """Build the index under a temporary name and rename it once it is complete."""
     started = time.monotonic()
     logger.info("building the sample index in %s", target)
+    _remove_abandoned(target)
     temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")  # two nodes may have equal process ids
     temporary.mkdir(parents=True)
     try:
@@ -349,6 +358,15 @@ def _build_in(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     logger.info("built the sample index in %.1f s", time.monotonic() - started)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what builds of this index have left that were killed: what nothing has been written to for a day."""
+    for folder in target.parent.glob(f"{target.name}.*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            newest = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+            if time.time() - newest > _ABANDONED_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _load(

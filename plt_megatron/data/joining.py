@@ -96,7 +96,11 @@ def _check_complete(prefixes: Sequence[str], manifests: Sequence[dict[str, Any]]
     of = next((shard[1] for shard in shards if shard), None)
     if of is None:
         return
-    inputs = [{**identity, "shard": None} for identity in made_from]
+    # Without dates: a portion made before a file was touched is done, as its command says.
+    inputs = [
+        {**identity, "shard": None, "sources": [stamp[:3] for stamp in identity.get("sources", ())]}
+        for identity in made_from
+    ]
     other = next((prefix for prefix, made in zip(prefixes, inputs, strict=True) if made != inputs[0]), None)
     if other is not None:
         raise UserError(f"{other} was made from other inputs or settings than {prefixes[0]}")

@@ -35,6 +35,7 @@ from plt_megatron.run_folder.text import format_table
 PARTS = ("train", "validation", "test")
 _BLOCKS = 64  # blocks of a file that are hashed or checked
 _BLOCK = 1 << 16  # bytes
+_MOST_DOCUMENTS = 2**31 - 1  # of a source: megatron-core's numbers are int32
 
 
 def required_samples(config: RunConfig) -> tuple[int, int, int]:
@@ -138,6 +139,11 @@ def _share(
     bounds: tuple[float, float],
     samples: int,
 ) -> SourceShare:
+    if index.documents > _MOST_DOCUMENTS:
+        raise UserError(
+            f"{source.path}: {index.documents:,} documents, over the {_MOST_DOCUMENTS:,} that megatron-core numbers: "
+            "list its parts as sources"
+        )
     weight = source.weight / sum(other.weight for other in sources)
     first, last = (int(round(bound * float(index.documents))) for bound in bounds)
     tokens = int(index.lengths[first:last].sum(dtype=np.int64))
@@ -154,7 +160,7 @@ def _share(
         tokens=tokens,
         samples=drawn,
         epochs=(drawn * data.sequence_length + 1) / read if tokens else math.inf,
-        max_epochs=source.max_epochs,
+        max_epochs=source.max_epochs if part == "train" else None,
     )
 
 

@@ -331,17 +331,18 @@ class _Job:
         """List the bad lines in `prefix`.bad_lines.jsonl (no file if there are none) and show the first few."""
         path = Path(f"{self.prefix}.bad_lines.jsonl")
         path.unlink(missing_ok=True)
-        lines = list(self._bad_lines(reports))
-        if not lines:
+        kept = sum(len(report["bad_lines"]) for report in reports)
+        if not kept:
             return
+        lines = self._bad_lines(reports)
         with open(path, "w", encoding="utf-8") as file:
-            for source, line, reason in lines:
+            for number, (source, line, reason) in enumerate(lines):
                 file.write(json.dumps({"file": source, "line": line, "reason": reason}) + "\n")
-        for source, line, reason in lines[:_BAD_LINES_SHOWN]:
-            _say(f"bad line {source}:{line}: {reason}")
+                if number < _BAD_LINES_SHOWN:
+                    _say(f"bad line {source}:{line}: {reason}")
         total = sum(sum(report["bad"].values()) for report in reports)
         if total > _BAD_LINES_SHOWN:
-            listed = "all" if total == len(lines) else f"the first of each shard, {len(lines):,} of {total:,},"
+            listed = "all" if total == kept else f"the first of each shard, {kept:,} of {total:,},"
             _say(f"... {listed} are in {path}")
 
     def _bytes_done(self) -> int:

@@ -169,7 +169,7 @@ def publish_json(path: Path, value: Any) -> None:
 
 
 def _with_breakage(documents: Iterator[Document], broken: str) -> Iterator[Document]:
-    """Yield documents; turn damage of a compressed file, found now or before (`broken`), into a last bad line."""
+    """Yield documents; turn damage, found now or, in a compressed file, before (`broken`), into a last bad line."""
     line = 0
     try:
         for document in documents:
@@ -178,7 +178,7 @@ def _with_breakage(documents: Iterator[Document], broken: str) -> Iterator[Docum
     except BrokenStream as error:
         broken = str(error)
     if broken:
-        yield Document(line + 1, 0, None, "broken file", f"{broken}: the rest of the file is lost")
+        yield Document(line + 1, 0, None, "broken file", f"{broken}: the rest is lost")
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

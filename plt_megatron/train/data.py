@@ -144,9 +144,12 @@ class RunData:
     def _build_by_source(self, samples: int) -> dict[str, Samples]:
         data = self._config.data
         part = "sources" if data.sources else "validation_sources"
+        others: dict[str, Any] = (
+            {} if data.sources else {"train_sources": [], "test_sources": []}
+        )  # which would be checked again
         found = {}
         for source in part_sources(data)[1]:
-            alone: dict[str, Any] = {part: [source], "stages": []}
+            alone: dict[str, Any] = {part: [source], "stages": [], **others}
             built = self._build(dataclasses.replace(data, **alone), (0, samples, 0))
             assert built.validation is not None
             found[derived.source_name(source)] = built.validation
@@ -154,13 +157,16 @@ class RunData:
 
     def validation_bytes(self, source: str) -> int | None:
         """Return the bytes of text to predict in a source's validation samples; None without a tokenizer, or with one
-        whose tokens do not tell them."""
+        whose tokens do not tell them. Collective: each rank reads its share."""
         if self._byte_lengths is None:
             return None
         if source not in self._bytes:
-            lengths, samples = self._byte_lengths, self.by_source[source]
-            counts = (lengths[samples[i]["labels"]] @ samples[i]["loss_mask"].long() for i in range(len(samples)))
-            self._bytes[source] = int(sum(counts))
+            data = self.by_source[source]
+            own = (data[index] for index in range(dist.get_rank(), len(data), dist.get_world_size()))
+            counts = (int(self._byte_lengths[sample["labels"]] @ sample["loss_mask"].long()) for sample in own)
+            total = torch.tensor(sum(counts), dtype=torch.int64, device=torch.cuda.current_device())
+            dist.all_reduce(total)
+            self._bytes[source] = int(total)
         return self._bytes[source]
 
     def describe(self) -> str:

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+from plt_megatron.data.compressed import BrokenStream
 from plt_megatron.data.formats.reader import Document, Reader, ReadOptions, Span, check_text, not_utf8, too_long
 from plt_megatron.errors import UserError
 
@@ -36,8 +37,10 @@ class Parquet(Reader):
             for row, (value, number) in enumerate(self._values(start, end), 1):
                 yield _read_value(row, value, number, self.options)
         except (OSError, pyarrow.ArrowException) as error:
-            where = f"after row {row}, counted from row group {start}"
-            raise UserError(f"{self.path}: damaged Parquet file {where} ({_first_line(error)})") from error
+            if getattr(error, "errno", None) is not None:  # the disk's, not the data's
+                raise
+            groups = f"row groups {start} to {'the last' if end is None else end - 1}"
+            raise BrokenStream(f"broken Parquet data after row {row} of {groups} ({_first_line(error)})") from error
 
     def _values(self, start: int, end: int | None) -> Iterator[tuple[Any, Any]]:
         """Yield each row's text and quality (None without a quality filter)."""

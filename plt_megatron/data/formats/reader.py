@@ -163,7 +163,7 @@ class Reader(ABC):
     def read(self, start: int = 0, end: int | None = None) -> Iterator[Document]:
         """Yield the documents and bad lines of a span, in order.
 
-        Raises `BrokenStream` where a compressed file is damaged, and `UserError` if a file cannot be read.
+        Raises `BrokenStream` where a compressed or Parquet file is damaged, and `UserError` if a file cannot be read.
         """
 
     def lines_before(self, start: int) -> int:

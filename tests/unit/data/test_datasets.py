@@ -208,9 +208,13 @@ def test_a_killed_build_leaves_no_index(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(np, "save", save)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # as if killed with SIGKILL
         build(config(prefix), (60, 0, 0), tmp_path, tokenizer)
+    (left,) = tmp_path.iterdir()
+    for path in (left, *left.iterdir()):
+        os.utime(path, (1, 1))
     train = build(config(prefix), (60, 0, 0), tmp_path, tokenizer).train
-    assert len(texts_of(train)) == 60
+    assert len(texts_of(train)) == 60 and len(list(tmp_path.iterdir())) == 1
 
 
 def test_new_data_at_an_old_path(copy: str, tokenizer: Tokenizer, bpe_model: Path, tmp_path: Path) -> None:

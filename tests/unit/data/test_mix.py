@@ -122,6 +122,19 @@ def test_building_the_index_ahead(tmp_path: Path, run_tool: Tool, capsys: pytest
     assert "train_iters" in capsys.readouterr().err
 
 
+def test_max_epochs_counts_training_alone(tmp_path: Path) -> None:
+    """A tenth of the text, validated on a hundred times, is trained on less than once."""
+    data = DataConfig([DataSource(source(tmp_path, "a", [100] * 200), max_epochs=1)], split="90,10,0")
+    trained, validated = mix_shares(data, (60, 1000, 0))
+    assert trained.epochs < 1 < 100 < validated.epochs
+
+
+def test_more_documents_than_megatron_numbers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mix, "_MOST_DOCUMENTS", 199)
+    with pytest.raises(UserError, match="200 documents"):
+        mix_shares(DataConfig([DataSource(source(tmp_path, "a", [100] * 200))]), (10, 0, 0))
+
+
 def test_indices_are_written_in_parts(tmp_path: Path) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 

@@ -265,6 +265,18 @@ def test_its_own_parts_may_be_joined_again(shards):
         check_output(target, overwrite=False, parts=list(map(str, shards[:2])))
 
 
+def test_a_portion_made_before_a_file_was_touched_joins(shards, tmp_path):
+    path = Path(f"{shards[1]}.manifest.json")
+    manifest = json.loads(path.read_text())
+    manifest["identity"]["sources"][0][3] += 1
+    path.write_text(json.dumps(manifest))
+    join([f"{shards[0].parent}/text.shard-*"], str(tmp_path / "again"))
+    manifest["identity"]["sources"][0][2] += 1
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="other inputs"):
+        join([f"{shards[0].parent}/text.shard-*"], str(tmp_path / "third"))
+
+
 def test_what_is_there_already_stays(shards, whole, tmp_path):
     target = shards[0].parent / "text"
     before = digest(shards[0])

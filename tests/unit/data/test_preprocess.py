@@ -156,8 +156,21 @@ def test_a_file_that_breaks_off(spooled: bool, texts: list[str], bpe_model: Path
     assert 100 < read < len(texts)
     assert found == expected(bpe_model, texts[:read] + texts[:5])
     bad = [json.loads(entry) for entry in (tmp_path / "x.bad_lines.jsonl").read_text().splitlines()]
-    assert "broken gzip data" in bad[-1]["reason"] and bad[-1]["reason"].endswith("the rest of the file is lost")
+    assert "broken gzip data" in bad[-1]["reason"] and bad[-1]["reason"].endswith("the rest is lost")
     assert manifest["bad_lines"]["broken file"] == 1
+
+
+def test_a_damaged_page_loses_the_rest_of_its_shard(texts: list[str], bpe_model: Path, tmp_path: Path) -> None:
+    """The footer, read before the start, is sound; a disk's error is no damage."""
+    path = write_parquet(tmp_path / "a.parquet", {"text": texts}, row_group_size=100)
+    content = bytearray(path.read_bytes())
+    content[4 + len(content) // 3 : 204 + len(content) // 3] = bytes(200)
+    path.write_bytes(content)
+    manifest = run_preprocess([path], tmp_path / "x", bpe_model, shard_bytes=1)
+    (bad,) = [json.loads(entry) for entry in (tmp_path / "x.bad_lines.jsonl").read_text().splitlines()]
+    assert "broken Parquet data" in bad["reason"] and manifest["bad_lines"]["broken file"] == 1
+    assert documents(tmp_path / "x")[:100] == expected(bpe_model, texts[:100])
+    assert documents(tmp_path / "x")[-100:] == expected(bpe_model, texts[-100:])
 
 
 def test_line_numbers_across_shards(texts: list[str], bpe_model: Path, tmp_path: Path, capsys: Any) -> None:
