@@ -29,6 +29,7 @@ SETTLE_SECONDS = 3.0  # after a failure, for other ranks to report a more likely
 # its intervals of 5 s later on a machine that is not overloaded.
 UNEXPLAINED_SECONDS = 60.0
 STOP_SECONDS = 30.0  # for the nodes to end their processes
+_LEAVE_SECONDS = 30.0  # for what follows: records, and the requeue
 _STRAGGLER_SECONDS = 1800.0  # for the other processes, after the first has exited cleanly
 
 _NEXT_TRY_STATUS = {
@@ -66,6 +67,7 @@ class Coordinator:
         self._facts: dict[str, preflight.Facts] = {}
         self._gone: set[str] = set()
         self._heard = {node: clock() for node in allocation.nodes}
+        self._limit = clock() + (allocation.end_time - time.time())  # when Slurm ends the job
         self._preempted = False
         self._asked = 0.0  # when Slurm asked to stop, while training
         self._restarts = 0
@@ -100,6 +102,8 @@ class Coordinator:
         self._say("asked to stop: saving")
         if self._state == "training":
             self._asked = self._clock()  # silent nodes' messages may be waiting to be read: `tick` judges
+            # A job that Slurm ends at its limit is not requeued: end before, whatever hangs.
+            self._deadline = min(self._deadline, max(self._asked, self._limit - STOP_SECONDS - _LEAVE_SECONDS))
             self._send_all({"type": "preempt"})
         elif self._state in ("joining", "preflight"):
             self._stop(Outcome(attempts.PREEMPTED, "asked to stop before training began"))
@@ -264,7 +268,9 @@ class Coordinator:
             self._probe_failed(f"the check of devices and links took longer than {PROBE_SECONDS:.0f} s")
         elif self._state == "training":
             missing_ranks = sorted(set(range(self._settings.world_size)) - {end.rank for end in self._exits})
-            self._stop(Outcome(attempts.FAILED, f"ranks {missing_ranks} did not end with the others"))
+            late = f"before the time limit, {self._clock() - self._asked:.0f} s after they were asked to save"
+            when = late if self._preempted else "with the others"
+            self._stop(Outcome(attempts.FAILED, f"ranks {missing_ranks} did not end {when}"))
         elif self._state == "settling":
             self._stop(outcome_of(self._exits, self._preempted))
         elif self._outcome is not None:

@@ -21,13 +21,17 @@ from plt_megatron.run_folder import attempts
 from plt_megatron.run_folder.attempts import ExitStatus
 from plt_megatron.run_folder.files import write_text
 from plt_megatron.run_folder.folder import RunFolder
-from plt_megatron.slurm.client import Scheduler, SlurmError
+from plt_megatron.slurm.client import Scheduler, SlurmError, expand_nodes
 
 # Set by job.sbatch to the line at which its setup stopped; empty: unknown.
 SETUP_FAILED = "PLT_SETUP_FAILED"
+# Set by job.sbatch to the size of the job's output at its start: what is before is of a start before a requeue.
+OUTPUT_BEGINS = "PLT_OUTPUT_BEGINS"
 _NOT_STARTED = (ExitStatus.USER_ERROR, 126, 127)  # 126, 127: the shell's statuses for a command that it cannot start
 _TRIES, _PAUSE_SECONDS = 20, 15.0
 _LINES = 20  # lines of the job's output in why.txt
+_SRUN_LINES = 2000  # lines of it in which srun may say which launchers ended
+_EXITED = re.compile(r"srun: error: (\S+): tasks? \S+: Exited with exit code (\d+)")
 _ECHO = re.compile(r"srun: (error: .*: tasks? .*: Exited with|Terminating )|slurmstepd: .*CANCELLED")
 
 
@@ -72,14 +76,23 @@ def _missing_end(run_records: Records, status: int) -> dict[str, Any]:
     return run_records.end(attempt, _outcome_without_record(run_records.folder, status))
 
 
+def _nodes_that_left(output: Path | None, start: int) -> dict[str, str]:
+    """Return the nodes whose launchers ended before the others, which srun then killed; none if all did."""
+    found: dict[str, str] = {}
+    for line in last_lines(output, _SRUN_LINES, start) if output else ():
+        if ended := _EXITED.match(line):
+            found |= dict.fromkeys(expand_nodes(ended[1]), f"its launcher ended with status {ended[2]}")
+    return found if len(found) < len(read_allocation().nodes) else {}
+
+
 def _outcome_without_record(folder: RunFolder, status: int) -> Outcome:
     """Infer how the launchers ended, or why they did not start, from what the batch script alone knows."""
     if status == ExitStatus.NODE_LOST:
         return Outcome(attempts.NODE_FAILED, "the first node's launcher is gone")
     if status == ExitStatus.PREEMPTED:
         return Outcome(attempts.PREEMPTED, "asked to stop before training began")
-    stopped_at, output = os.environ.get(SETUP_FAILED), own_output()
-    lines = last_lines(output, _LINES) if output else []
+    stopped_at, output, start = os.environ.get(SETUP_FAILED), own_output(), int(os.environ.get(OUTPUT_BEGINS) or 0)
+    lines = last_lines(output, _LINES, start) if output else []
     said = last_error(lines) or next((line for line in reversed(lines) if not _ECHO.match(line)), "")
     ends = f": {said}; see {output}" if said else ""
     if stopped_at is not None:
@@ -88,7 +101,10 @@ def _outcome_without_record(folder: RunFolder, status: int) -> Outcome:
         return Outcome(attempts.FAILED, f"{reason}; {advice}", retry=False, output=lines)
     if status in _NOT_STARTED:
         return Outcome(attempts.FAILED, f"the launchers did not start{ends}", retry=False, output=lines)
-    return Outcome(attempts.FAILED, f"the launchers ended with status {status}, without a record{ends}", output=lines)
+    left = _nodes_that_left(output, start)
+    named = "; ".join(f"{node}: {why}" for node, why in left.items())
+    reason = f"{named or f'the launchers ended with status {status}'}, without a record{ends}"
+    return Outcome(attempts.NODE_FAILED if left else attempts.FAILED, reason, bad_nodes=left, output=lines)
 
 
 @dataclass(frozen=True)

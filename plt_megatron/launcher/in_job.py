@@ -1,5 +1,6 @@
 """Entry point inside a Slurm job, run as a file by job.sbatch in the run's folder, which plt submit writes.
 
+    in_job.py check RUN                on the first node: does another job train the run?
     srun ... in_job.py node RUN        one launcher per node: checks it, starts the run's processes and monitors them
     in_job.py finalize RUN --status N  after they have exited: finish, requeue, exclude a bad node, or give up
 
@@ -19,19 +20,22 @@ from pathlib import Path  # noqa: E402
 
 from plt_megatron.errors import describe_os_error, print_error, run_command  # noqa: E402
 from plt_megatron.launcher.finalize import finalize_job  # noqa: E402
-from plt_megatron.launcher.node import launch_node  # noqa: E402
+from plt_megatron.launcher.node import check_no_other_job, launch_node  # noqa: E402
 from plt_megatron.run_folder.attempts import ExitStatus  # noqa: E402
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Runs inside a Slurm job; called by its batch script.")
     commands = parser.add_subparsers(dest="command", required=True)
+    check = commands.add_parser("check", help="whether another job trains the run; outside any container")
     node = commands.add_parser("node", help="the launcher of one node; srun starts it once per node")
     finalize = commands.add_parser("finalize", help="decide what follows after the launchers have exited")
-    for command in (node, finalize):
+    for command in (check, node, finalize):
         command.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
     finalize.add_argument("--status", metavar="N", type=int, required=True, help="srun's exit status")
     arguments = parser.parse_args()
+    if arguments.command == "check":
+        return check_no_other_job(arguments.run)
     if arguments.command == "node":
         try:
             return launch_node(arguments.run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from plt_megatron.slurm.client import expand_nodes
 
 # Below Linux's ephemeral ports, which begin at 32768, so that no outgoing connection takes one of these.
 _FIRST_PORT, _PORTS_PER_JOB, _SLOTS = 16000, 4, 4000
+PROFILE_VALUE = "PLT_ENVIRONMENT_"  # prefix of copies of the profile's `environment`, which no image sets
 SCRATCH = "PLT_SCRATCH"  # environment variable with the node's `scratch` folder
 
 
@@ -99,6 +101,7 @@ class Allocation:
         restart_count: how often Slurm has requeued the job.
         nodes: node names, in Slurm's order.
         node_index: this node's index in `nodes`.
+        end_time: when the time limit ends the job, seconds since 1970; infinite if Slurm does not say.
     """
 
     job_id: int
@@ -106,6 +109,7 @@ class Allocation:
     restart_count: int
     nodes: tuple[str, ...]
     node_index: int
+    end_time: float = math.inf
 
     @property
     def node(self) -> str:
@@ -143,4 +147,5 @@ def read_allocation(env: Mapping[str, str] | None = None) -> Allocation:
         restart_count=int(env.get("SLURM_RESTART_COUNT", "0")),
         nodes=nodes,
         node_index=index,
+        end_time=float(env.get("SLURM_JOB_END_TIME", math.inf)),
     )

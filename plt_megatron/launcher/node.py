@@ -20,7 +20,7 @@ from typing import Any
 from plt_megatron.errors import print_error
 from plt_megatron.launcher import coordinator, preflight, workers
 from plt_megatron.launcher.hub import BEAT_SECONDS, Channel, Every, Hub, awake
-from plt_megatron.launcher.job import SCRATCH, Allocation, JobSettings, load_settings, read_allocation
+from plt_megatron.launcher.job import PROFILE_VALUE, SCRATCH, Allocation, JobSettings, load_settings, read_allocation
 from plt_megatron.launcher.preflight import MARK
 from plt_megatron.launcher.records import LogFile, stamp
 from plt_megatron.launcher.workers import Worker, WorkerGroup
@@ -36,6 +36,19 @@ _CONNECT_SECONDS = 5.0
 _FLUSH_SECONDS = 5.0
 
 
+def check_no_other_job(run: Path) -> int:
+    """Return `ExitStatus.RUN_BUSY` if another job trains the run, else 0. Asks Slurm, so not in a container.
+
+    Two jobs would overwrite each other's work. Jobs of one script run one at a time; those of an array do not.
+    """
+    others = [str(event.get("job_id")) for event in attempts.unended(RunFolder(run).attempts())]
+    other = job_at_work([job for job in others if job != read_allocation().scheduler_id])
+    if other is None:
+        return 0
+    print_error(f"job {other} is training {run}: wait until it has ended, or scancel {other}")
+    return ExitStatus.RUN_BUSY
+
+
 def launch_node(run: Path) -> int:
     """Start the run's processes on one node, and monitor them until all nodes are done; return the `ExitStatus`, which
     is the same on every node.
@@ -44,14 +57,10 @@ def launch_node(run: Path) -> int:
     save and exit. Raises `UserError` if this is not a Slurm job, or if plt submit did not make the run's folder.
     """
     settings, allocation = load_settings(run), read_allocation()
-    others = [str(event.get("job_id")) for event in attempts.unended(RunFolder(run).attempts())]
-    other = job_at_work([job for job in others if job != allocation.scheduler_id])
-    if other is not None:
-        # Two jobs would overwrite each other's work. Jobs of one script run one at a time; those of an array do not.
-        print_error(f"job {other} is training {run}: wait until it has ended, or scancel {other}")
-        return ExitStatus.RUN_BUSY
     if SCRATCH in os.environ:
         os.environ["TMPDIR"] = os.environ[SCRATCH]  # srun has set it to /tmp if it could not create the folder
+    for name in settings.environment:  # an image's own value has replaced the profile's
+        os.environ[name] = os.environ.get(PROFILE_VALUE + name, os.environ.get(name, ""))
     launcher = NodeLauncher(run, settings, allocation)
     # SIGUSR1 comes before the time limit, SIGTERM on preemption and requeue.
     with signals_handled((signal.SIGUSR1, signal.SIGTERM, signal.SIGINT), launcher.ask_to_stop):

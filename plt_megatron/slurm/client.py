@@ -13,12 +13,13 @@ from pathlib import Path
 
 from plt_megatron.errors import UserError
 
-_TIMEOUT_SECONDS = 20
+_TIMEOUT_SECONDS, _SUBMIT_SECONDS = 20, 180
 # For queries from within a job, which nobody would repeat by hand.
 _TRIES, _PAUSE_SECONDS, _PATIENCE_SECONDS = 4, 5.0, 60
 # Slurm's variables are removed, since they would add options and the job script is complete; these two choose the
 # cluster.
-_KEPT_VARIABLES = ("SLURM_CONF", "SLURM_CLUSTERS")
+# Where the controller is and who asks, which are no options.
+_KEPT_VARIABLES = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_SACK_SOCKET")
 _ENDED = (
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"),
     *("OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "REVOKED"),
@@ -92,7 +93,7 @@ def partitions() -> list[Partition]:
     """List all partitions that this user can see, in sinfo's order. Raises `SlurmError` if Slurm does not answer."""
     found: dict[str, tuple[str, str, list[NodeGroup]]] = {}
     # One line per partition and kind of node.
-    for line in _ask("sinfo", "--noheader", "--exact", "--format=%P|%a|%l|%D|%c|%m|%G").splitlines():
+    for line in _ask("sinfo", "--all", "--noheader", "--exact", "--format=%P|%a|%l|%D|%c|%m|%G").splitlines():
         fields = line.split("|", 6)
         if len(fields) != 7:
             continue
@@ -140,15 +141,18 @@ def submit(script: Path, *options: str) -> str:
     Raises:
         SlurmError: sbatch refused; with its reason.
     """
-    answer = _ask("sbatch", "--parsable", *options, str(script)).strip().splitlines()
+    # The controller may carry out what it has not answered: better to wait than to submit twice.
+    answer = _ask("sbatch", "--parsable", *options, str(script), seconds=_SUBMIT_SECONDS).strip().splitlines()
     job_id = answer[-1].partition(";")[0] if answer else ""
     if not re.fullmatch(r"\d+", job_id):
         raise SlurmError(f"sbatch returned {' '.join(answer)!r} instead of a job id")
     return job_id
 
 
-def _ask(*command: str, tries: int = 1) -> str:
-    """Run a command and return its output. `tries`: how often to ask a controller that does not answer."""
+def _ask(*command: str, tries: int = 1, seconds: float | None = None) -> str:
+    """Run a command and return its output. `tries`: how often to ask a controller that does not answer, for `seconds`
+    each."""
+    seconds = seconds or (_TIMEOUT_SECONDS if tries == 1 else _PATIENCE_SECONDS)
     name = " ".join(command[: 2 if command[0] == "scontrol" else 1])
     problem = ""
     for attempt in range(tries):
@@ -160,7 +164,7 @@ def _ask(*command: str, tries: int = 1) -> str:
                 capture_output=True,
                 text=True,
                 errors="replace",
-                timeout=_TIMEOUT_SECONDS if tries == 1 else _PATIENCE_SECONDS,
+                timeout=seconds,
                 check=False,
                 env=environment(),
                 stdin=subprocess.DEVNULL,
@@ -169,6 +173,8 @@ def _ask(*command: str, tries: int = 1) -> str:
             raise SlurmError(f"{command[0]} is not installed here; it is on a cluster's login nodes") from None
         except subprocess.TimeoutExpired as error:
             problem = f"{name} did not answer in {error.timeout:.0f} s: is Slurm's controller down?"
+            if command[0] == "sbatch":
+                problem += " The job may be queued all the same: look with squeue --me"
             continue
         if done.returncode == 0:
             return done.stdout

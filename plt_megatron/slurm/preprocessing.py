@@ -70,12 +70,12 @@ def submit_preprocessing(
         command=f'{plt} {shard} --shard "$SLURM_ARRAY_TASK_ID/{nodes}"',
     )
     shorter = min(settings.time_limit_seconds, _FOLLOWING_SECONDS)
-    # All of the node's CPUs for an index, since memory mostly comes with them: it takes 24 bytes a document.
-    alone = replace(array, settings=replace(settings, time_limit_seconds=shorter), array=None)
     scripts = {"shard": array}
     for name, words in following.items():
-        scripts[name] = replace(alone, command=f"{plt} {shlex.join(words)}")
-    scripts["join"] = replace(scripts["join"], settings=replace(scripts["join"].settings, cpus_per_process=1))
+        # All of the node's CPUs for an index, since memory mostly comes with them: it takes 24 bytes a document.
+        cpus = settings.cpus_per_process if name == "index" else 1
+        size = replace(settings, cpus_per_process=cpus, time_limit_seconds=shorter)
+        scripts[name] = replace(array, settings=size, array=None, command=f"{plt} {shlex.join(words)}")
     return _submit(folder, scripts), folder
 
 

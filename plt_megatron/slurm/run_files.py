@@ -36,6 +36,7 @@ _RECORDED = (
 )
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL", re.IGNORECASE)
 _GIT_SECONDS = 10
+RUNS = "runs.txt"  # in an array's folder; line i is the run folder of member i
 
 
 def snapshot_code(root: Path, run: Path) -> None:
@@ -240,10 +241,26 @@ def active_jobs() -> list[client.Job]:
 
 
 def jobs_of(folder: Path, jobs: Sequence[client.Job]) -> list[client.Job]:
-    """Select the jobs of a run or an array: by name, to include those submitted by hand, and by id, since members of an
-    array share its name."""
-    known, suffix = set(submitted_jobs(folder)), name_suffix(folder)
-    return [job for job in jobs if job.id in known or job.name.endswith(suffix)]
+    """Select the jobs of a run or an array: by name, to include those submitted by hand, by id, since members of an
+    array share its name, and a member of an array submitted by hand by its number."""
+    known, suffix, member = set(submitted_jobs(folder)), name_suffix(folder), _membership(folder)
+    return [
+        job
+        for job in jobs
+        if job.id in known
+        or job.name.endswith(suffix)
+        or (member is not None and job.name.endswith(member[0]) and job.id.endswith(member[1]))
+    ]
+
+
+def _membership(run: Path) -> tuple[str, str] | None:
+    """Return how the names, and the ids, of its array's jobs end that are this run's; None unless it is a member."""
+    array = RunFolder(run).code.resolve().parent
+    try:
+        runs = [os.path.realpath(line) for line in (array / RUNS).read_text(encoding="utf-8").splitlines()]
+        return name_suffix(array), f"_{1 + runs.index(os.path.realpath(run))}"
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def job_of(folder: Path, jobs: Callable[[], Sequence[client.Job]]) -> client.Job | None:

@@ -8,10 +8,11 @@ from pathlib import Path
 from shlex import quote
 
 from plt_megatron.errors import UserError
-from plt_megatron.launcher.job import SCRATCH, JobSettings, fields_of
+from plt_megatron.launcher.job import PROFILE_VALUE, SCRATCH, JobSettings, fields_of
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.slurm.client import time_option
 from plt_megatron.slurm.profile import ClusterProfile, Container, SbatchOptions
+from plt_megatron.slurm.run_files import RUNS
 
 TEMPLATE = Path("plt_megatron") / "slurm" / "job.sbatch"
 _MARK = re.compile(r"#(?:SBATCH @DIRECTIVES|SETUP @SETUP|SCRATCH @SCRATCH)@|@[A-Z_]+@")
@@ -64,7 +65,7 @@ class Array:
 
     @property
     def runs_file(self) -> Path:
-        return self.folder / "runs.txt"
+        return self.folder / RUNS
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class Script:
         for name, value in self.settings.environment.items():
             for used in variables(value):
                 lines.append(f'[[ -v {used} ]] || warn "environment: {used} is not set, and is empty in {name}"')
-            lines.append(f"export {name}={expandable(value)}")
+            lines.append(f'export {name}={expandable(value)} && export {PROFILE_VALUE}{name}="${name}"')
         return lines or ["# The cluster's profile has no setup."]
 
     def _scratch(self) -> str:
@@ -194,9 +195,10 @@ class Script:
         return [*command, expandable(container.image)]
 
     def _mounts(self, container: Container) -> list[str]:
-        """Return the profile's mounts, plus the working directory, the run's parent folder and the scratch folder's
-        fixed part unless already below one."""
+        """Return the profile's mounts, plus the working directory, the run's parent folder, where links in these two
+        lead, and the scratch folder's fixed part unless already below one."""
         own = [str(self.workdir), str(self.run.parent)]
+        own += [str(Path(path).resolve()) for path in own] + [str(self.run.resolve().parent)]
         for path in own:
             if "," in path or ":" in path or "$" in path:
                 raise UserError(f"{path}: a container cannot mount a path with a comma, colon or dollar sign")

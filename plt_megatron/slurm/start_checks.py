@@ -113,8 +113,15 @@ def mount_problems(config: RunConfig, container: Container, mounted: Sequence[Pa
     return [
         f"{what} is not in a folder that the container sees: add one to container.mounts of the cluster's profile"
         for what, path in read
-        if not any(Path(os.path.abspath(path)).is_relative_to(folder) for folder in visible)
+        if not _is_seen(Path(os.path.abspath(path)), visible)
     ]
+
+
+def _is_seen(path: Path, folders: Sequence[Path]) -> bool:
+    """Whether a path is in one of the mounted folders, and where its links lead is too."""
+    above = [folder for folder in folders if path.is_relative_to(folder)]
+    reached = [*(folder.resolve() for folder in above), *(folders if above else ())]
+    return any(path.resolve().is_relative_to(folder) for folder in reached)
 
 
 def _parts(prefix: str) -> list[str]:

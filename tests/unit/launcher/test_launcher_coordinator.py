@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from pathlib import Path
 
 import pytest
@@ -28,11 +30,11 @@ FACTS = {
 class Play:
     """Two nodes of two processes, unless `nodes` says otherwise."""
 
-    def __init__(self, run: Path, nodes: tuple[str, ...] = ("a", "b"), **settings) -> None:
+    def __init__(self, run: Path, nodes: tuple[str, ...] = ("a", "b"), end_time: float = math.inf, **settings) -> None:
         self.run, self.now, self.nodes = run, 0.0, nodes
         self.sent: list[tuple[str, dict]] = []
         self.said: list[str] = []
-        allocation = Allocation(7, "7", 0, nodes, 0)
+        allocation = Allocation(7, "7", 0, nodes, 0, end_time)
         job = job_settings(nodes=len(nodes), **settings)
         self.coordinator = Coordinator(
             allocation,
@@ -300,6 +302,20 @@ def test_a_request_to_stop_reaches_all_and_is_no_failure(play):
     play.all_exited(75)
     play.stopped()
     assert play.coordinator.status == 75 and play.ends[0]["status"] == "preempted" and play.ends[0]["retry"]
+
+
+def test_what_does_not_save_before_the_time_limit_is_ended_before_slurm_ends_the_job(tmp_path):
+    """A job that is out of time is not requeued. The limit is 200 s away when Slurm warns."""
+    play = Play(tmp_path, end_time=time.time() + 500)
+    play.train()
+    play.after(300)
+    play.coordinator.preempt()
+    play.after(200 - coordinating.STOP_SECONDS - coordinating._LEAVE_SECONDS - 5)
+    assert play.coordinator.status is None and not play.told("stop")
+    play.after(6)
+    assert play.told("stop") == ["a", "b"]
+    play.stopped()
+    assert play.ends[0]["status"] == "failed" and play.ends[0]["retry"] and "time limit" in play.ends[0]["reason"]
 
 
 @pytest.mark.parametrize("joined", [0, 1, 2])

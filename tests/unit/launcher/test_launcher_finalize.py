@@ -244,6 +244,22 @@ def test_launchers_that_did_not_start_are_told_by_the_jobs_output(job, monkeypat
     assert all(f"    {line}\n" in (job.run / "why.txt").read_text() for line in lines)
 
 
+@pytest.mark.parametrize("others", ["node", "all"])
+def test_a_node_whose_launcher_left_the_others_is_left_out(job, monkeypatch, tmp_path, others):
+    """srun then kills the others; lines of a start before a requeue say nothing of this one."""
+    before = "srun: error: n1: task 0: Exited with exit code 75\n"
+    left = "n2: task 1" if others == "node" else "n[1-2]: tasks 0-1"
+    monkeypatch.setenv("PLT_OUTPUT_BEGINS", str(len(before)))
+    said = f"{before}srun: error: {left}: Exited with exit code 127\nsrun: error: n1: task 0: Killed\n"
+    assert outcome(job, 137, said, monkeypatch, tmp_path)[0] == 137
+    end = RunFolder(job.run).attempts()[1]
+    if others == "all":
+        assert end["status"] == "failed" and job.asked == ["scontrol requeue 7"]
+        return
+    assert end["status"] == "node_failed" and end["reason"].startswith("n2: its launcher ended with status 127")
+    assert job.asked == ["scontrol requeue 7", "scontrol update JobId=7 ExcNodeList=n2"]
+
+
 def test_a_job_told_to_leave_before_it_began_is_preempted(job):
     assert finalize_job(job.run, 75) == 75
     assert RunFolder(job.run).attempts()[-1]["status"] == "preempted" and job.asked == ["scontrol requeue 7"]

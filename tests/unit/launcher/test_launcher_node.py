@@ -12,11 +12,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from jobs import job_settings
 
 from plt_megatron.config.schema import RunConfig
+from plt_megatron.launcher import node as launching
 from plt_megatron.launcher.job import Allocation, save_settings
 from plt_megatron.run_folder.folder import save_config
 from tests.running import ROOT, alive, wait_for
@@ -55,6 +57,18 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 # The first node's coordinator hardly waits for other causes of a failure; test_launcher_coordinator.py waits.
 SETTLES_AT_ONCE = {"localhost": "from plt_megatron.launcher import coordinator\ncoordinator.SETTLE_SECONDS = 0.3"}
+
+
+def test_ranks_have_the_profiles_values_where_an_image_has_its_own(tmp_path, monkeypatch):
+    """As pyxis leaves them: the image's come first."""
+    save_settings(job_settings(environment={"LD_LIBRARY_PATH": "$HERE/lib", "MINE": "1"}), tmp_path)
+    monkeypatch.setattr(launching, "NodeLauncher", Mock())
+    for name, value in (("LD_LIBRARY_PATH", "/image"), ("PLT_ENVIRONMENT_LD_LIBRARY_PATH", "/here/lib"), ("MINE", "1")):
+        monkeypatch.setenv(name, value)
+    for name, value in (("SLURM_JOB_ID", "7"), ("SLURM_JOB_NODELIST", "n1"), ("SLURMD_NODENAME", "n1")):
+        monkeypatch.setenv(name, value)
+    launching.launch_node(tmp_path)
+    assert (os.environ["LD_LIBRARY_PATH"], os.environ["MINE"]) == ("/here/lib", "1")
 
 
 class TwoNodes:

@@ -19,8 +19,8 @@ LAUNCHER = "plt_megatron/launcher/in_job.py"
 IN_JOB = """
 import json, os, signal, sys, time
 told = []
-if sys.argv[1] == "--help":
-    sys.exit()
+if sys.argv[1] == "check":
+    sys.exit(int(os.environ.get("BUSY", "0")))
 if sys.argv[1] == "node":
     signal.signal(signal.SIGUSR1, lambda number, frame: told.append(number))
     open("ready", "w").close()

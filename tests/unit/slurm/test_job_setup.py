@@ -99,6 +99,12 @@ def test_an_environment_that_python_cannot_start_in_is_a_reason(run_with):
     assert (ended, calls) == (2, ["finalize"]) and "in_job.py" in str(told["FAILED"])
 
 
+def test_a_run_that_another_job_trains_is_left_alone(run_with, monkeypatch):
+    """Asked outside the container, where Slurm answers: no launcher starts, and nothing is decided about the run."""
+    monkeypatch.setenv("BUSY", "78")
+    assert run_with()[:2] == (78, [])
+
+
 def test_without_python_the_script_itself_writes_why(run_with, folder, monkeypatch):
     monkeypatch.setattr("sys.executable", "/nosuch/python")
     assert run_with(setup=["exit 3"])[:2] == (2, [])

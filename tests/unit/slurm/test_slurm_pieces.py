@@ -183,8 +183,10 @@ def test_data_outside_of_a_containers_mounts_is_refused(folder, slurm):
     (line,) = refusal(f"data.sources=[{{path: {elsewhere}/corpus}}]", cluster="./c.yaml")
     assert f"{elsewhere}/corpus" in line and "container.mounts" in line
     join([str(elsewhere / "corpus")], str(folder / "data" / "joined"))  # its part lies elsewhere
-    (line,) = refusal(f"data.sources=[{{path: {folder}/data/joined}}]", cluster="./c.yaml")
-    assert f"{elsewhere}/corpus" in line
+    (folder / "linked").symlink_to(elsewhere)
+    for path in ("data/joined", "linked/corpus"):
+        (line,) = refusal(f"data.sources=[{{path: {folder}/{path}}}]", cluster="./c.yaml")
+        assert "corpus" in line and "container.mounts" in line
     settings = (f"checkpoint.uploads.to=file://{elsewhere}", "checkpoint.load=s3://bucket/run")
     lines = refusal(*settings, "checkpoint.weights_only=true", cluster="./c.yaml")
     (line,) = [line for line in lines if line.startswith("checkpoint.")]
@@ -343,7 +345,8 @@ def test_a_tokenizing_job_finds_its_code_account_and_files(folder, slurm, monkey
     done = subprocess.run(["bash", script], capture_output=True, text=True, check=True, env=env)
     said, code = done.stdout.splitlines(), f"{tmp_path}/link/out/text.slurm/code"
     assert said[0] == f"{tmp_path}/link" and f"PYTHONPATH={code}:/modules" in said and said[-1] == "1/2"
-    assert f"--container-mounts={tmp_path}/link:{tmp_path}/link" in said and Path(code, "plt_megatron").is_dir()
+    mounts = ",".join(f"{path}:{path}" for path in (tmp_path / "link", folder.resolve()))
+    assert f"--container-mounts={mounts}" in said and Path(code, "plt_megatron").is_dir()
     text = script.read_text()
     assert "#SBATCH --account=ours" in text and f"#SBATCH --output={tmp_path}/link/out/text.slurm/logs/" in text
     slurm.jobs(("7", "PENDING", directives(script)["--job-name"]))

@@ -10,7 +10,7 @@ from fake_slurm import RUN, write_progress
 from submitting import LAUNCHER, directives, refusal, submit_run
 
 from plt_megatron.config.loader import load_config
-from plt_megatron.slurm.run_files import submitted_jobs
+from plt_megatron.slurm.run_files import active_jobs, jobs_of, submitted_jobs
 
 
 @pytest.fixture
@@ -106,6 +106,13 @@ def test_an_array_leaves_the_code_of_a_member_that_goes_on_by_itself_alone(folde
     array = folder / "runs/sweep/list.array"
     assert (members[1] / "code").resolve() == array / "code" and not (array / "code.1").exists()
     assert (members[3] / "code").resolve() == folder / "runs/sweep/list-2.array/code"
+
+
+def test_members_of_an_array_submitted_by_hand_are_found_by_their_number(folder, slurm, checkout, members):
+    """As plt submit itself advises; the members' records do not know such a job."""
+    submit_run(root=checkout, array="list.txt")
+    slurm.jobs(("900_2", "RUNNING", directives(folder / "runs/sweep/list.array/job.sbatch")["--job-name"]))
+    assert [bool(jobs_of(run, active_jobs())) for run in members[:3]] == [False, True, False]
 
 
 def test_two_members_of_one_folder_are_refused(folder, slurm, members):
