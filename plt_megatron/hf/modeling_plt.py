@@ -989,8 +989,10 @@ class PLTMoE(nn.Module):
         order = chosen.flatten().argsort(stable=True)
         counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
         out = torch.zeros_like(rows)
+        # DDP expects a gradient of every expert, zero too; ZeRO-3 gathers weights in one order on all ranks.
+        every = torch.is_grad_enabled() or hasattr(next(self.experts.parameters(), None), "ds_id")
         for expert, assigned in zip(self.experts, order.split(counts), strict=True):
-            if len(assigned) or torch.is_grad_enabled():  # DDP expects a gradient of every expert, zero too
+            if len(assigned) or every:
                 row = assigned // self.top_k
                 weighted = expert(rows[row]) * weights.flatten()[assigned].to(rows.dtype).unsqueeze(-1)
                 out = out.index_add(0, row, weighted)
@@ -1081,8 +1083,6 @@ class PLTPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: PLTConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
-        # Which experts run is known only at run time.
-        self._can_compile_fullgraph = config.num_experts is None
         if config.loop_count == 1:
             # A PLT loaded as a plain transformer has no use for its gates and its scale of h.
             self._keys_to_ignore_on_load_unexpected = [r"\.plt_gate\.", r"\bloop_input\.hidden_scale$"]
@@ -1641,6 +1641,10 @@ class PLTForCausalLM(PLTPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
+        """Which experts run is known only at run time: each choice of them would be compiled anew."""
+        return self.config.num_experts is None and super()._valid_auto_compile_criteria(*args, **kwargs)
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

@@ -210,7 +210,9 @@ class RunData:
             data_parallel_size=layout.data,
             wrap_to=wrap_to,
         )
-        with contextlib.closing(batches(dataset, indices, prefetch=2)) as micro_batches:
+        # All of the next step's: what is read between two steps, the GPU waits for.
+        ahead = max(2, layout.num_microbatches(training.global_batch_size, training.micro_batch_size))
+        with contextlib.closing(batches(dataset, indices, prefetch=ahead)) as micro_batches:
             for size, length in steps():
                 count = layout.num_microbatches(size, training.micro_batch_size)
                 batch = [_to_microbatch(in_rows(part, length)) for part in itertools.islice(micro_batches, count)]

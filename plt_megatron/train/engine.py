@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.model.build import build_stage
-from plt_megatron.model.looped_gpt import MicroBatch
+from plt_megatron.model.looped_gpt import LoopedGPT, MicroBatch
 from plt_megatron.model.loss import sum_of_losses
 from plt_megatron.model.parameters import only_in_loops
 from plt_megatron.train.checkpoint.state import EngineState
@@ -26,6 +26,13 @@ from plt_megatron.train.optimizers import LearningRate
 
 if TYPE_CHECKING:
     from plt_megatron.train.checkpoint.megatron_state import OptimizerPart
+
+
+def summed_over_tensor_parallel(name: str, parameter: nn.Parameter, stage: LoopedGPT) -> bool:
+    """Return whether each tensor-parallel rank has a part of the gradient; the rule is megatron-core's own."""
+    if stage.config.sequence_parallel and getattr(parameter, "sequence_parallel", False):
+        return True
+    return stage.config.qk_layernorm and ("q_layernorm" in name or "k_layernorm" in name)
 
 
 def leaves_later_loops_out(config: RunConfig, loop_count: int) -> bool:

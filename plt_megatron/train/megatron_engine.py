@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from plt_megatron.config import derived
 from plt_megatron.config.rules.optimizer import optimizer_spec
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.model.looped_gpt import MicroBatch
+from plt_megatron.model.looped_gpt import LoopedGPT, MicroBatch
 from plt_megatron.model.parameters import hidden_matrix
 from plt_megatron.model.pipeline import (
     LoopChunk,
@@ -44,6 +45,7 @@ from plt_megatron.train.engine import (
     leaves_later_loops_out,
     left_alone,
     masked_loss,
+    summed_over_tensor_parallel,
 )
 from plt_megatron.train.optimizers import LearningRate, build_optimizer, distributed_parts, squared_grad_norm
 
@@ -66,6 +68,7 @@ class MegatronEngine(Engine):
         self.scheduler = LearningRate(config, self.optimizer)
         self.state = MegatronState(config, self.stage, distributed_parts(self.optimizer), matrices)
         self._expected = ExpectedGradients(self.ddp)
+        self._replicas = unreduced_replicas(self.stage)
         self._counted_share = torch.ones(1, device=torch.cuda.current_device())
         self._chunks: dict[int, tuple[list[LoopChunk], Any]] = {}
 
@@ -193,6 +196,34 @@ class MegatronEngine(Engine):
         self.on_progress()
         with self.times.measure("gradient_reduction"):  # nested in forward_backward
             finalize_model_grads([self.ddp], num_tokens, **kwargs)
+            self._share_gradients_of_replicas()
+
+    @torch.no_grad()
+    def _share_gradients_of_replicas(self) -> None:
+        """Give all tensor-parallel ranks the first one's gradients of what each holds whole. Each has its own
+        data-parallel group, and NCCL promises no order of summation that is the same in all: copies would drift."""
+        if not self._replicas:
+            return
+        gradients = [parameter.main_grad for parameter in self._replicas]  # type: ignore[attr-defined]
+        shared = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.broadcast(shared, group=self.groups.tp, group_src=0)
+        for gradient, part in zip(gradients, shared.split([each.numel() for each in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def unreduced_replicas(stage: LoopedGPT) -> list[nn.Parameter]:
+    """Return the trained parameters that each of several tensor-parallel ranks holds whole, and whose gradients
+    megatron-core does not sum over these ranks, after which they are equal."""
+    if stage.pg_collection.tp.size() == 1:
+        return []
+    return [
+        parameter
+        for name, parameter in stage.named_parameters()
+        if parameter.requires_grad
+        and not getattr(parameter, "tensor_model_parallel", False)
+        and ".mlp.experts." not in name
+        and not summed_over_tensor_parallel(name, parameter, stage)
+    ]
 
 
 def zero_gradients(ddp: DistributedDataParallel) -> None:

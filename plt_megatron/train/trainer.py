@@ -135,6 +135,7 @@ class Trainer:
         step.seconds = time.perf_counter() - started
         self._move_clock(step)
         if not result.updated:
+            self.beat("saving")
             self.checkpoints.close()  # an asynchronous save is of an earlier step: publish it before the run may end
             if any(self._each(Callback.on_rejected, step, result)):
                 return

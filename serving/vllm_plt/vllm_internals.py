@@ -38,6 +38,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsQuant
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
+from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -129,8 +130,9 @@ def check_block_size(attention: Attention, vllm_config: VllmConfig) -> None:
 
 
 def can_fold(attention: Attention) -> bool:
-    """Return True if `attend_folded` works with this layer's backend."""
-    return not attention.attn_backend.forward_includes_kv_cache_update and attention.query_quant is None
+    """Return True if `attend_folded` works with this layer's backend. The reader has no scales of a quantized cache."""
+    plain = not is_quantized_kv_cache(attention.kv_cache_dtype) and attention.query_quant is None
+    return plain and not attention.attn_backend.forward_includes_kv_cache_update
 
 
 def attend_folded(owner: Attention, reader: Attention, query, key, value) -> torch.Tensor:

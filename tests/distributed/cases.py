@@ -150,3 +150,10 @@ def train_cases(layout: Layout, cases: list[Case]) -> list[Outcome]:
     from tests.distributed.parity import train_all
 
     return train_all(layout, cases)
+
+
+def train_with_other_sums(layout: Layout, case: Case) -> Outcome:
+    """Train a case as if tensor-parallel ranks' data-parallel groups summed gradients in other orders, as NCCL may."""
+    from tests.distributed import parity
+
+    return parity.train_with_other_sums(layout, case)

@@ -252,8 +252,8 @@ def save_from(folder: Path, places: list[Place]) -> list[float]:
     return losses
 
 
-def save_copies_that_differ(folder: Path, place: Place) -> str:
-    """Save although rank 1 holds another final norm; return the error."""
+def save_copies_that_differ(folder: Path, place: Place, factor: float) -> str:
+    """Save although rank 1 holds `factor` times the final norm; return the error, or what its copies are then."""
     import torch.distributed as dist
 
     from plt_megatron.errors import UserError
@@ -265,12 +265,14 @@ def save_copies_that_differ(folder: Path, place: Place) -> str:
     norm = dict(engine.stage.named_parameters())["final_layernorm.weight"]
     pieces = engine.state._optimizer
     whole = pieces.gather(norm, "param").clone()
-    pieces.scatter(norm, "param", whole * 1.01 if dist.get_rank() == 1 else whole)
+    pieces.scatter(norm, "param", whole * factor if dist.get_rank() == 1 else whole)
     try:
         save_checkpoint(engine, folder, {"step": 1})
     except UserError as error:
         return str(error)
-    return "saved"
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, pieces.gather(norm, "param").tolist())
+    return "equal" if everyones[0] == everyones[1] else "different"
 
 
 def weights_then_all(folder: Path, place: Place) -> dict[str, Any]:

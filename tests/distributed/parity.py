@@ -32,6 +32,7 @@ from plt_megatron.model.build import global_tensors, initialize
 from plt_megatron.model.loop_context import Documents
 from plt_megatron.model.looped_gpt import LoopedGPT, MicroBatch
 from plt_megatron.runtime.process_groups import init_process_groups
+from plt_megatron.train import megatron_engine
 from plt_megatron.train.megatron_engine import MegatronEngine
 from tests.distributed.cases import (
     GLOBAL_BATCH_SIZE,
@@ -71,6 +72,21 @@ def _train(layout: Layout, case: Case) -> Outcome:
     outcome.final = _gather(engine.stage)
     outcome.dispatched = _gather_objects(dispatched)
     return outcome
+
+
+def train_with_other_sums(layout: Layout, case: Case) -> Outcome:
+    """As if each tensor-parallel rank's data-parallel group summed gradients in an order of its own, as NCCL may."""
+    finalize = megatron_engine.finalize_model_grads
+
+    def finalize_with_other_rounding(chunks: list[Any], *args: Any, **kwargs: Any) -> None:
+        finalize(chunks, *args, **kwargs)
+        for parameter in chunks[0].parameters():
+            if not getattr(parameter, "tensor_model_parallel", False):
+                parameter.main_grad *= 1 + 1e-6 * parallel_state.get_tensor_model_parallel_rank()
+
+    init_process_groups(_parallel(layout, case))
+    with mock.patch.object(megatron_engine, "finalize_model_grads", finalize_with_other_rounding):
+        return _train(layout, case)
 
 
 def train_case(engine: Any, layout: Layout, case: Case, count: int) -> dict[str, float]:

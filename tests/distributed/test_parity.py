@@ -36,6 +36,7 @@ from tests.distributed.cases import (
     Layout,
     Outcome,
     train_cases,
+    train_with_other_sums,
 )
 from tests.distributed.covering import covering_design, pairs
 from tests.distributed.params import layouts, slow
@@ -246,6 +247,16 @@ def test_full_attention_in_the_last_loop(check, layout):
         _case(2, "selective", overlap=layout.dp > 1, loop_loss_weights=(0.5,), cross_loop_parallel=False, **own),
     ]
     check(layout, cases, "full attention in the last loop", ["three loops, packed, keys shifted", "serial"])
+
+
+# ---------------------------------------------------------------- copies on tensor-parallel ranks
+
+
+def test_copies_stay_equal_though_each_rank_sums_in_another_order(run_distributed, reference):
+    """Else no checkpoint could be saved: norms, the hidden gate, learned shifts. `_gather` compares bit for bit."""
+    case = _case(2, gate_input="hidden", key_shift="learned")
+    outcome = run_distributed(train_with_other_sums, 2, Layout(tp=2), case)
+    assert max(differences(outcome, reference(case)).values()) < TOLERANCE
 
 
 # ---------------------------------------------------------------- z-loss of the head

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GenerationMixin
 
 from plt_megatron.hf.modeling_plt import PLTForCausalLM
 from tests.hf.tiny import TOLERANCE, decode, expected, full, make_config, make_model, make_tokens
@@ -91,6 +92,25 @@ def test_an_expert_without_tokens_has_a_gradient_of_zero():
     model(make_tokens(1, 4), labels=make_tokens(1, 4)).loss.backward()
     gradients = [parameter.grad for name, parameter in model.named_parameters() if ".experts." in name]
     assert all(gradient is not None for gradient in gradients) and not all(map(torch.any, gradients))
+
+
+def test_where_weights_are_partitioned_every_rank_runs_every_expert():
+    """ZeRO-3 gathers them as they are used, from all ranks at once: without gradients too, in one order."""
+    model, used = make_model(**{**EXPERTS, "num_experts": 64}).eval(), set()
+    for name, module in model.named_modules():
+        if name.endswith("gate_proj") and ".experts." in name:
+            module.register_forward_hook(lambda *_, name=name: used.add(name))
+            module.weight.ds_id = 0
+    with torch.no_grad():
+        model(make_tokens(1, 4))
+    assert len(used) == 64 * model.config.num_hidden_layers
+
+
+def test_generate_compiles_no_experts(monkeypatch):
+    """Each choice of them would be another graph."""
+    monkeypatch.setattr(GenerationMixin, "_valid_auto_compile_criteria", lambda *_: True)
+    compiled = [make_model(**settings)._valid_auto_compile_criteria({}, None) for settings in ({}, EXPERTS)]
+    assert compiled == [True, False]
 
 
 def test_every_expert_learns_and_none_is_a_constant():

@@ -80,7 +80,8 @@ def begin_save(
         async_strategy="mcore",
         content_metadata={"distrib_optim_sharding_type": "fully_reshardable"},
     )
-    buckets = FileSystemWriterAsync.preload_tensors(strategy.writer.write_buckets, non_blocking=True)
+    # Not pinned: torch rounds pinned blocks up to a power of two, and keeps them for the whole run.
+    buckets = FileSystemWriterAsync.preload_tensors(strategy.writer.write_buckets, non_blocking=False)
     if staged:
         buckets = _copy_live(buckets, engine, kept)
     text = json.dumps(describe_run(engine, progress), indent=1)

@@ -28,6 +28,7 @@ from plt_megatron.config.schema import ParallelConfig, RunConfig
 from plt_megatron.model.looped_gpt import LoopedGPT
 from plt_megatron.model.parameters import Parameter, find, layer_of
 from plt_megatron.runtime.cpu_runtime import is_cpu_runtime
+from plt_megatron.train.engine import summed_over_tensor_parallel
 
 _engines: weakref.WeakSet[Any] = weakref.WeakSet()  # of this process, while they live
 
@@ -164,13 +165,6 @@ def _all_reduce(group: dist.ProcessGroup, grad: Tensor) -> Tensor:
     summed = grad.to(torch.float32, copy=True)
     dist.all_reduce(summed, group=group)
     return summed.to(grad.dtype)
-
-
-def summed_over_tensor_parallel(name: str, parameter: nn.Parameter, stage: LoopedGPT) -> bool:
-    """Return whether each tensor-parallel rank has a part of the gradient; the rule is megatron-core's own."""
-    if stage.config.sequence_parallel and getattr(parameter, "sequence_parallel", False):
-        return True
-    return stage.config.qk_layernorm and ("q_layernorm" in name or "k_layernorm" in name)
 
 
 def expected_parts(name: str, config: RunConfig, loop_count: int) -> int:

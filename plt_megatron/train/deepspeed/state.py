@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from plt_megatron.model.parameters import only_in_loops
 from plt_megatron.train.checkpoint import state
 from plt_megatron.train.checkpoint.state import Reader
 
+_ROUNDING = 0.02  # of the largest element: what rounding may move a copy between two saves
 _MAIN = "param"  # the fp32 copy's name in checkpoints
 _ELEMENTS_AT_ONCE = 100_000_000  # read in one go: 1.2 GB in fp32 with both moments
 
@@ -71,6 +73,7 @@ class DeepSpeedState:
     def to_save(self) -> dict[str, Any]:
         """Each data-parallel rank gets its share of the parameters, each whole, in CPU memory."""
         self._optimizer.allocate()
+        self._share_replicas()
         model: dict[str, Any] = {}
         optimizer: dict[int, Any] = {}
         for number, (name, owner) in enumerate(self._owners()):
@@ -85,6 +88,25 @@ class DeepSpeedState:
             optimizer[number] = {key: own.optimizer_tensor(key, tensor) for key, tensor in tensors.items()}
         steps = {"optimizer_step": self._optimizer.step, "optimizer_later_step": self.later_step}
         return {"model": model, "optimizer": {0: optimizer}, **steps}
+
+    @torch.no_grad()
+    def _share_replicas(self) -> None:
+        """Give all tensor-parallel ranks the first one's copies of what each holds whole. They drift between saves:
+        each has its own data-parallel group, and NCCL promises no order of summation that is the same in all. Copies
+        that differ by more than rounding stay, and the save is refused."""
+        group = self._engine.groups.tp
+        if group.size() == 1:
+            return
+        for entry in self._entries.values():
+            if getattr(entry.parameter, "tensor_model_parallel", False):
+                continue
+            for key in (_MAIN, *self._keys):
+                own = self._optimizer.gather(entry.parameter, key).to(torch.cuda.current_device())
+                first = own.clone()
+                dist.broadcast(first, group=group, group_src=0)
+                if (own - first).abs().max() <= _ROUNDING * first.abs().max() or key != _MAIN:
+                    self._optimizer.scatter(entry.parameter, key, first.view(entry.shape))
+        self._optimizer.update_weights()
 
     def live_tensors(self) -> Iterator[Tensor]:
         """The tensors of `to_save` are gathered copies."""
