@@ -52,13 +52,13 @@ def finalize_job(run: Path, status: int) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     run_records = Records(run, allocation)
-    end = _patiently(lambda: run_records.of_this_start() or _missing_end(run_records, status))
-    decision = decisions.decide(_patiently(run_records.events), settings)
+    end = patiently(lambda: run_records.of_this_start() or _missing_end(run_records, status))
+    decision = decisions.decide(patiently(run_records.events), settings)
     scheduler = Scheduler(allocation.scheduler_id)
     return JobFinalizer(settings, run_records, scheduler, decision, end, status).act()
 
 
-def _patiently[T](read: Callable[[], T]) -> T:
+def patiently[T](read: Callable[[], T]) -> T:
     """Return what `read` returns, though a disk does not answer for some minutes. Raises its last `OSError`."""
     for _ in range(_TRIES):
         try:

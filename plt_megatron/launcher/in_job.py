@@ -19,7 +19,7 @@ import argparse  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from plt_megatron.errors import describe_os_error, print_error, run_command  # noqa: E402
-from plt_megatron.launcher.finalize import finalize_job  # noqa: E402
+from plt_megatron.launcher.finalize import finalize_job, patiently  # noqa: E402
 from plt_megatron.launcher.node import check_no_other_job, launch_node  # noqa: E402
 from plt_megatron.run_folder.attempts import ExitStatus  # noqa: E402
 
@@ -35,7 +35,7 @@ def main() -> int:
     finalize.add_argument("--status", metavar="N", type=int, required=True, help="srun's exit status")
     arguments = parser.parse_args()
     if arguments.command == "check":
-        return check_no_other_job(arguments.run)
+        return patiently(lambda: check_no_other_job(arguments.run))
     if arguments.command == "node":
         try:
             return launch_node(arguments.run)

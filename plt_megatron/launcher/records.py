@@ -182,7 +182,7 @@ def own_output() -> Path | None:
 def last_lines(path: Path, count: int, start: int = 0) -> list[str]:
     """Return the last non-empty lines of a text file from byte `start` on, bash's errors without their position; none
     if it cannot be read."""
-    text = json_lines.tail(path, min(_TAIL_BYTES, max(0, os.path.getsize(path) - start))).decode(errors="replace")
+    text = json_lines.tail(path, _TAIL_BYTES, start).decode(errors="replace")
     lines = [_SHELL.sub("", line.rstrip()) for line in text.splitlines() if line.strip()]
     return lines[-count:]
 

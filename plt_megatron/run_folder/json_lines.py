@@ -65,11 +65,11 @@ def last(path: Path, count: int, wanted: Callable[[Record], bool] = lambda recor
     return records[::-1]
 
 
-def tail(path: Path, size: int) -> bytes:
-    """Return the last `size` bytes of a file; none if it cannot be read."""
+def tail(path: Path, size: int, start: int = 0) -> bytes:
+    """Return the last `size` bytes of a file, or those from byte `start` on; none if it cannot be read."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+            file.seek(max(start, file.seek(0, os.SEEK_END) - size))
             return file.read()
     except OSError:
         return b""

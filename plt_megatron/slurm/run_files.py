@@ -257,10 +257,13 @@ def _membership(run: Path) -> tuple[str, str] | None:
     """Return how the names, and the ids, of its array's jobs end that are this run's; None unless it is a member."""
     array = RunFolder(run).code.resolve().parent
     try:
-        runs = [os.path.realpath(line) for line in (array / RUNS).read_text(encoding="utf-8").splitlines()]
-        return name_suffix(array), f"_{1 + runs.index(os.path.realpath(run))}"
-    except (FileNotFoundError, ValueError):
+        runs = (array / RUNS).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
         return None
+    for number, line in enumerate(runs, 1):
+        if os.path.basename(line) == run.name and os.path.realpath(line) == os.path.realpath(run):
+            return name_suffix(array), f"_{number}"
+    return None
 
 
 def job_of(folder: Path, jobs: Callable[[], Sequence[client.Job]]) -> client.Job | None:
