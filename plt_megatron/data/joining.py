@@ -12,6 +12,7 @@ from typing import Any
 from plt_megatron.config.derived import SOURCE_PARTS
 from plt_megatron.data import indexed
 from plt_megatron.data.indexed import IndexedFile, part_prefixes, read_index, read_manifest, write_index
+from plt_megatron.data.preprocess import undated
 from plt_megatron.data.shards import publish_json
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import replacing
@@ -96,11 +97,7 @@ def _check_complete(prefixes: Sequence[str], manifests: Sequence[dict[str, Any]]
     of = next((shard[1] for shard in shards if shard), None)
     if of is None:
         return
-    # Without dates: a portion made before a file was touched is done, as its command says.
-    inputs = [
-        {**identity, "shard": None, "sources": [stamp[:3] for stamp in identity.get("sources", ())]}
-        for identity in made_from
-    ]
+    inputs = [{**undated(identity), "shard": None} for identity in made_from]
     other = next((prefix for prefix, made in zip(prefixes, inputs, strict=True) if made != inputs[0]), None)
     if other is not None:
         raise UserError(f"{other} was made from other inputs or settings than {prefixes[0]}")

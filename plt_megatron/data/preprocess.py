@@ -144,9 +144,7 @@ class _Job:
         before, now = manifest["identity"], self.identity
         if before == now:
             return True
-        if {**before, "sources": 0} != {**now, "sources": 0}:
-            return False
-        if [stamp[:3] for stamp in before["sources"]] != [stamp[:3] for stamp in now["sources"]]:
+        if undated(before) != undated(now):
             return False
         entries = zip(manifest["sources"], self.sources, strict=True)
         return all(entry["sha256"] in (None, _file_hash(source.path)) for entry, source in entries)
@@ -334,9 +332,8 @@ class _Job:
         kept = sum(len(report["bad_lines"]) for report in reports)
         if not kept:
             return
-        lines = self._bad_lines(reports)
         with open(path, "w", encoding="utf-8") as file:
-            for number, (source, line, reason) in enumerate(lines):
+            for number, (source, line, reason) in enumerate(self._bad_lines(reports)):
                 file.write(json.dumps({"file": source, "line": line, "reason": reason}) + "\n")
                 if number < _BAD_LINES_SHOWN:
                     _say(f"bad line {source}:{line}: {reason}")
@@ -354,6 +351,11 @@ class _Job:
 def _file_hash(path: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def undated(identity: dict[str, Any]) -> dict[str, Any]:
+    """Return a job's identity without the dates of its inputs: a file that was touched may still be the same."""
+    return {**identity, "sources": [stamp[:3] for stamp in identity.get("sources", ())]}
 
 
 def _stamp(source: Reader) -> list[Any]:

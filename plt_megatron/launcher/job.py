@@ -20,8 +20,7 @@ from plt_megatron.slurm.client import expand_nodes
 
 # Below Linux's ephemeral ports, which begin at 32768, so that no outgoing connection takes one of these.
 _FIRST_PORT, _PORTS_PER_JOB, _SLOTS = 16000, 4, 4000
-PROFILE_VALUE = "PLT_ENVIRONMENT_"  # prefix of copies of the profile's `environment`, which no image sets
-SCRATCH = "PLT_SCRATCH"  # environment variable with the node's `scratch` folder
+COPY = "PLT_COPY_"  # prefix of copies of variables that srun or an image may set to something else
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from typing import Any
 from plt_megatron.errors import print_error
 from plt_megatron.launcher import coordinator, preflight, workers
 from plt_megatron.launcher.hub import BEAT_SECONDS, Channel, Every, Hub, awake
-from plt_megatron.launcher.job import PROFILE_VALUE, SCRATCH, Allocation, JobSettings, load_settings, read_allocation
+from plt_megatron.launcher.job import COPY, Allocation, JobSettings, load_settings, read_allocation
 from plt_megatron.launcher.preflight import MARK
 from plt_megatron.launcher.records import LogFile, stamp
 from plt_megatron.launcher.workers import Worker, WorkerGroup
@@ -57,10 +57,8 @@ def launch_node(run: Path) -> int:
     save and exit. Raises `UserError` if this is not a Slurm job, or if plt submit did not make the run's folder.
     """
     settings, allocation = load_settings(run), read_allocation()
-    if SCRATCH in os.environ:
-        os.environ["TMPDIR"] = os.environ[SCRATCH]  # srun has set it to /tmp if it could not create the folder
-    for name in settings.environment:  # an image's own value has replaced the profile's
-        os.environ[name] = os.environ.get(PROFILE_VALUE + name, os.environ.get(name, ""))
+    for name in [name for name in os.environ if name.startswith(COPY)]:
+        os.environ[name.removeprefix(COPY)] = os.environ[name]
     launcher = NodeLauncher(run, settings, allocation)
     # SIGUSR1 comes before the time limit, SIGTERM on preemption and requeue.
     with signals_handled((signal.SIGUSR1, signal.SIGTERM, signal.SIGINT), launcher.ask_to_stop):

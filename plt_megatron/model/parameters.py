@@ -211,6 +211,12 @@ class Parameter:
     def per_expert(self) -> bool:
         return EXPERT in self.name
 
+    @property
+    def is_replicated(self) -> bool:
+        """Whether each tensor-parallel rank has all of it. An expert is only on some ranks, and those are data-parallel
+        ranks of each other."""
+        return self.split is None and not self.per_expert
+
     def constant(self, model: ModelConfig) -> float | None:
         """Return the initial value of all its elements, or None if they are drawn."""
         if self.init == "hidden_scale":

@@ -148,7 +148,7 @@ def _whole_gradients(step: Step, layers: range) -> float:
         return 0.0
     trained = step.shapes.trained
     counted = [*trained.elements(layers, experts=1), *trained.elements(None, "final_norm")]
-    at_once = (each for each in counted if not (each[0].split or each[0].per_expert or each[0].mixes_tokens))
+    at_once = (each for each in counted if each[0].is_replicated and not each[0].mixes_tokens)
     return 2 * _share(step.layout.tensor) * FP32 * sum(number for _, number in at_once)
 
 

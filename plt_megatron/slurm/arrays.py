@@ -79,14 +79,8 @@ def plan_array(
     stem = name.replace(os.sep, "-")
     names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
     folders = (parent / (stem + SUFFIX) for stem in names)
-    folder = next(path for path in folders if all(job_of(each) is None for each in (path, *_members(path))))
+    folder = next(path for path in folders if all(job_of(each) is None for each in (path, *run_files.members_of(path))))
     return Array(folder, run_files.job_name(folder, name), len(runs), max_concurrent)
-
-
-def _members(folder: Path) -> list[Path]:
-    """Return the runs of an array's folder; none if it is not there."""
-    listing = Array(folder, "", 0, None).runs_file
-    return [Path(line) for line in listing.read_text(encoding="utf-8").splitlines()] if listing.is_file() else []
 
 
 def write_array(array: Array, runs: Sequence[Path], script: str, root: Path) -> Path:

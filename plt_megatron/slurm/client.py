@@ -16,9 +16,8 @@ from plt_megatron.errors import UserError
 _TIMEOUT_SECONDS, _SUBMIT_SECONDS = 20, 180
 # For queries from within a job, which nobody would repeat by hand.
 _TRIES, _PAUSE_SECONDS, _PATIENCE_SECONDS = 4, 5.0, 60
-# Slurm's variables are removed, since they would add options and the job script is complete; these two choose the
-# cluster.
-# Where the controller is and who asks, which are no options.
+# Slurm's variables are removed, since they would add options and the job script is complete; these say where the
+# controller is, and who asks.
 _KEPT_VARIABLES = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_SACK_SOCKET")
 _ENDED = (
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"),

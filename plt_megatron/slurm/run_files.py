@@ -256,14 +256,16 @@ def jobs_of(folder: Path, jobs: Sequence[client.Job]) -> list[client.Job]:
 def _membership(run: Path) -> tuple[str, str] | None:
     """Return how the names, and the ids, of its array's jobs end that are this run's; None unless it is a member."""
     array = RunFolder(run).code.resolve().parent
-    try:
-        runs = (array / RUNS).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return None
-    for number, line in enumerate(runs, 1):
-        if os.path.basename(line) == run.name and os.path.realpath(line) == os.path.realpath(run):
+    for number, member in enumerate(members_of(array), 1):
+        if member.name == run.name and member.resolve() == run.resolve():
             return name_suffix(array), f"_{number}"
     return None
+
+
+def members_of(array: Path) -> list[Path]:
+    """Return the runs of an array's folder; none if it is not there, or no array's."""
+    listing = array / RUNS
+    return [Path(line) for line in listing.read_text(encoding="utf-8").splitlines()] if listing.is_file() else []
 
 
 def job_of(folder: Path, jobs: Callable[[], Sequence[client.Job]]) -> client.Job | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from shlex import quote
 
 from plt_megatron.errors import UserError
-from plt_megatron.launcher.job import PROFILE_VALUE, SCRATCH, JobSettings, fields_of
+from plt_megatron.launcher.job import COPY, JobSettings, fields_of
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.slurm.client import time_option
 from plt_megatron.slurm.profile import ClusterProfile, Container, SbatchOptions
@@ -52,6 +52,12 @@ def check_one_line(text: str, what: str) -> None:
     """Raise `UserError` if `text` contains line breaks or other control characters."""
     if any(ord(character) < 32 or ord(character) == 127 for character in text):
         raise UserError(f"{what} must not contain line breaks or control characters, got {text!r}")
+
+
+def _export(name: str, value: str) -> list[str]:
+    """Return lines that export a variable, and a copy of it for the launcher: an image's own value would replace the
+    variable, and srun makes TMPDIR /tmp on a node where it cannot create the folder."""
+    return [f"export {name}={expandable(value)}", f'export {COPY}{name}="${name}"']
 
 
 @dataclass(frozen=True)
@@ -148,14 +154,13 @@ class Script:
         for name, value in self.settings.environment.items():
             for used in variables(value):
                 lines.append(f'[[ -v {used} ]] || warn "environment: {used} is not set, and is empty in {name}"')
-            lines.append(f'export {name}={expandable(value)} && export {PROFILE_VALUE}{name}="${name}"')
+            lines += _export(name, value)
         return lines or ["# The cluster's profile has no setup."]
 
     def _scratch(self) -> str:
         if not self.settings.scratch:
             return "# The cluster's profile has no scratch."
-        # Exported twice: on a node where srun cannot create the folder it changes TMPDIR to /tmp, but not the copy.
-        return f"export TMPDIR={expandable(self.settings.scratch)}\nexport {SCRATCH}=$TMPDIR"
+        return "\n".join(_export("TMPDIR", self.settings.scratch))
 
     def _srun_options(self) -> list[str]:
         settings = self.settings

@@ -120,8 +120,8 @@ def mount_problems(config: RunConfig, container: Container, mounted: Sequence[Pa
 def _is_seen(path: Path, folders: Sequence[Path]) -> bool:
     """Whether a path is in one of the mounted folders, and where its links lead is too."""
     above = [folder for folder in folders if path.is_relative_to(folder)]
-    reached = [*(folder.resolve() for folder in above), *(folders if above else ())]
-    return any(path.resolve().is_relative_to(folder) for folder in reached)
+    reached = (*folders, *(folder.resolve() for folder in above))
+    return bool(above) and any(path.resolve().is_relative_to(folder) for folder in reached)
 
 
 def _parts(prefix: str) -> list[str]:

@@ -144,12 +144,10 @@ class RunData:
     def _build_by_source(self, samples: int) -> dict[str, Samples]:
         data = self._config.data
         part = "sources" if data.sources else "validation_sources"
-        others: dict[str, Any] = (
-            {} if data.sources else {"train_sources": [], "test_sources": []}
-        )  # which would be checked again
         found = {}
         for source in part_sources(data)[1]:
-            alone: dict[str, Any] = {part: [source], "stages": [], **others}
+            # The others would be checked again.
+            alone: dict[str, Any] = {"stages": [], "train_sources": [], "test_sources": [], part: [source]}
             built = self._build(dataclasses.replace(data, **alone), (0, samples, 0))
             assert built.validation is not None
             found[derived.source_name(source)] = built.validation

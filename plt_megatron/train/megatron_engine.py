@@ -25,7 +25,7 @@ from plt_megatron.config import derived
 from plt_megatron.config.rules.optimizer import optimizer_spec
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.model.looped_gpt import LoopedGPT, MicroBatch
-from plt_megatron.model.parameters import hidden_matrix
+from plt_megatron.model.parameters import find, hidden_matrix
 from plt_megatron.model.pipeline import (
     LoopChunk,
     MicroBatches,
@@ -220,8 +220,7 @@ def unreduced_replicas(stage: LoopedGPT) -> list[nn.Parameter]:
         parameter
         for name, parameter in stage.named_parameters()
         if parameter.requires_grad
-        and not getattr(parameter, "tensor_model_parallel", False)
-        and ".mlp.experts." not in name
+        and find(stage.config.plt, name).is_replicated
         and not summed_over_tensor_parallel(name, parameter, stage)
     ]
 

@@ -142,10 +142,10 @@ def test_a_run_that_was_saved_goes_on_bit_for_bit(travel, place):
 @pytest.mark.parametrize("zero", [Zero(3), slow(Zero(1))], ids=str)
 def test_copies_that_differ_are_not_written(run_deepspeed, tmp_path, zero):
     """Unless by rounding: tensor-parallel ranks' groups may sum in other orders. A save makes copies equal again."""
-    error = run_deepspeed(save_copies_that_differ, 2, tmp_path / "refused", Place(zero, 2), 1.1)
+    error = run_deepspeed(save_copies_that_differ, 2, tmp_path, Place(zero, 2), 1.01)
     assert "ranks 0 and 1 hold different copies of " in error and "final_layernorm.weight" in error
-    assert not list(tmp_path.rglob("*.distcp"))
-    assert run_deepspeed(save_copies_that_differ, 2, tmp_path / "saved", Place(zero, 2), 1 + 1e-6) == "equal"
+    assert not list(tmp_path.iterdir())
+    assert run_deepspeed(save_copies_that_differ, 2, tmp_path, Place(zero, 2), 1 + 1e-6) == "equal"
 
 
 # ---------------------------------------------------------------- other models, weights alone, exports

@@ -228,9 +228,11 @@ def test_uneven_stages_of_experts_and_with_muon(check):
 @layouts("TP4", slow="TP4 SP, TP2 SP CP2, CP4, PP2 DP2")
 def test_shifted_keys(check, layout):
     """On four tensor-parallel ranks two share each key/value group."""
-    cases = [_case(3, packed=True, key_shift="heads")]
-    if layout != Layout(tp=4):  # whose ranks share a key/value head, which has a test of its own
-        cases.append(_case(2, "selective", packed=True, key_shift="channels", num_query_groups=1))
+    cases = [
+        _case(3, packed=True, key_shift="heads"),
+        _case(2, "selective", packed=True, key_shift="channels", num_query_groups=1),
+    ]
+    if layout != Layout(tp=4):  # which `test_several_ranks_share_a_key_value_head` does with it
         cases.append(_case(2, "full", overlap=layout.dp > 1, key_shift="learned"))
     names = ["by heads, packed", "by channels, packed, one group", "learned"]
     check(layout, cases, "shifted keys", names[: len(cases)])

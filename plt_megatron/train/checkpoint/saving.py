@@ -263,16 +263,13 @@ def replica_difference(engine: Engine, saved: dict[str, Any]) -> str | None:
     state, found = {name: saved[name] for name in ("model", "optimizer")}, None
     # Training uses the same groups. Stages between the first and the last are not in the embedding's group.
     embedding = groups.embd if tied else None
-    for group, is_held in ((groups.tp, _is_whole), (embedding, lambda parameter: parameter.component == "embedding")):
+    for group, is_held in (
+        (groups.tp, lambda parameter: parameter.is_replicated),
+        (embedding, lambda parameter: parameter.component == "embedding"),
+    ):
         if group is not None and group.size() > 1:
             found = _difference(dict(_checksums(state, is_held)), group) or found
     return first_of_all_ranks(found)
-
-
-def _is_whole(parameter: Parameter) -> bool:
-    """Return whether each tensor-parallel rank has all of it. An expert is only on some ranks, and those are
-    data-parallel ranks of each other."""
-    return parameter.split is None and not parameter.per_expert
 
 
 def _checksums(state: dict[str, Any], is_held: Callable[[Parameter], bool]) -> Iterator[tuple[Place, int]]:

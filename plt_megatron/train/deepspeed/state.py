@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from plt_megatron.config.rules.deepspeed import zero_of
 from plt_megatron.config.rules.optimizer import optimizer_spec
 from plt_megatron.model.build import initial_value
-from plt_megatron.model.parameters import only_in_loops
+from plt_megatron.model.parameters import find, only_in_loops
 from plt_megatron.train.checkpoint import state
 from plt_megatron.train.checkpoint.state import Reader
 
-_ROUNDING = 0.02  # of the largest element: what rounding may move a copy between two saves
+_ROUNDING = 0.005  # of the largest element: what rounding may move a copy between two saves
 _MAIN = "param"  # the fp32 copy's name in checkpoints
 _ELEMENTS_AT_ONCE = 100_000_000  # read in one go: 1.2 GB in fp32 with both moments
 
@@ -97,14 +97,14 @@ class DeepSpeedState:
         group = self._engine.groups.tp
         if group.size() == 1:
             return
-        for entry in self._entries.values():
-            if getattr(entry.parameter, "tensor_model_parallel", False):
+        for name, entry in self._entries.items():
+            if not find(self._engine.config.model, name).is_replicated:
                 continue
             for key in (_MAIN, *self._keys):
                 own = self._optimizer.gather(entry.parameter, key).to(torch.cuda.current_device())
                 first = own.clone()
                 dist.broadcast(first, group=group, group_src=0)
-                if (own - first).abs().max() <= _ROUNDING * first.abs().max() or key != _MAIN:
+                if key != _MAIN or (own - first).abs().max() <= _ROUNDING * first.abs().max():
                     self._optimizer.scatter(entry.parameter, key, first.view(entry.shape))
         self._optimizer.update_weights()
 

@@ -63,7 +63,7 @@ def test_ranks_have_the_profiles_values_where_an_image_has_its_own(tmp_path, mon
     """As pyxis leaves them: the image's come first."""
     save_settings(job_settings(environment={"LD_LIBRARY_PATH": "$HERE/lib", "MINE": "1"}), tmp_path)
     monkeypatch.setattr(launching, "NodeLauncher", Mock())
-    for name, value in (("LD_LIBRARY_PATH", "/image"), ("PLT_ENVIRONMENT_LD_LIBRARY_PATH", "/here/lib"), ("MINE", "1")):
+    for name, value in (("LD_LIBRARY_PATH", "/image"), ("PLT_COPY_LD_LIBRARY_PATH", "/here/lib"), ("MINE", "1")):
         monkeypatch.setenv(name, value)
     for name, value in (("SLURM_JOB_ID", "7"), ("SLURM_JOB_NODELIST", "n1"), ("SLURMD_NODENAME", "n1")):
         monkeypatch.setenv(name, value)
