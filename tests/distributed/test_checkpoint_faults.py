@@ -219,11 +219,12 @@ def _save_copies_that_differ(directory, config, name, main):
         tensor = dict(engine.stage.named_parameters())[name]
         tensor = engine.state.parts[0].main_parameter(tensor) if main else tensor
         with torch.no_grad():
-            tensor.view(-1)[5] *= 1.01
+            tensor.view(-1)[5] += 0.01
     return _save_with_fault(engine, directory)
 
 
 EMBEDDING = "embedding.word_embeddings.weight"
+GATE = "decoder.layers.2.self_attention.core_attention.plt_gate.weight"
 
 
 @pytest.mark.parametrize(
@@ -232,12 +233,13 @@ EMBEDDING = "embedding.word_embeddings.weight"
         (PP2, "output_layer.weight", False, EMBEDDING),
         (PP2, "output_layer.weight", True, f"optimizer.state.param.{EMBEDDING}"),
         (TP2, "decoder.layers.2.mlp.linear_fc1.layer_norm_weight", False, "decoder.layers.mlp.linear_fc1."),
+        (TP2, GATE, False, "decoder.layers.self_attention.core_attention.plt_gate."),
     ],
-    ids=["embedding", "main weights", "norm"],
+    ids=["embedding", "main weights", "norm", "gate on hidden states"],
 )
 def test_copies_that_differ_are_not_written(run_distributed, tmp_path, layout, name, main, named):
     """One element of one rank does; in bf16, where a weight may not show yet what the optimizer has."""
-    config = jobs.run_config(layout, "bf16")
+    config = jobs.run_config(layout, "bf16", gate_input="hidden")
     errors = run_distributed(_save_copies_that_differ, 2, tmp_path, config, name, main, all_ranks=True)
     assert errors[0] == errors[1] and "\n" not in errors[0]
     assert errors[0].startswith(f"cannot save step 3: ranks 0 and 1 hold different copies of {named}")

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from plt_megatron.config.layout import layout_of
 from plt_megatron.errors import AttemptFailed, UserError
-from plt_megatron.model.parameters import Parameter, find_in_any
+from plt_megatron.model.parameters import find
 from plt_megatron.run_folder import checkpoints, resuming
 from plt_megatron.run_folder.files import write_text
 from plt_megatron.train.checkpoint import publishing, state
@@ -257,24 +257,23 @@ def replica_difference(engine: Engine, saved: dict[str, Any]) -> str | None:
     Args:
         saved: what the engine is about to save: the sharded tensors of `model` and `optimizer`.
     """
-    groups, tied = engine.groups, engine.config.model.share_embeddings_and_output_weights
+    groups, model = engine.groups, engine.config.model
     if groups.tp.size() == groups.pp.size() == 1:
         return None
     state, found = {name: saved[name] for name in ("model", "optimizer")}, None
     # Training uses the same groups. Stages between the first and the last are not in the embedding's group.
-    embedding = groups.embd if tied else None
-    for group, is_held in (
-        (groups.tp, lambda parameter: parameter.is_replicated),
-        (embedding, lambda parameter: parameter.component == "embedding"),
-    ):
+    embedding = groups.embd if model.share_embeddings_and_output_weights else None
+    is_replicated: Callable[[str], bool] = lambda key: find(model, key).is_replicated
+    is_embedding: Callable[[str], bool] = lambda key: find(model, key).component == "embedding"
+    for group, is_held in ((groups.tp, is_replicated), (embedding, is_embedding)):
         if group is not None and group.size() > 1:
             found = _difference(dict(_checksums(state, is_held)), group) or found
     return first_of_all_ranks(found)
 
 
-def _checksums(state: dict[str, Any], is_held: Callable[[Parameter], bool]) -> Iterator[tuple[Place, int]]:
-    """Yield (place, checksum) of the state's entries for parameters that satisfy `is_held`."""
-    held: list[ShardedTensor] = [tensor for tensor in sharded_tensors(state) if is_held(find_in_any(tensor.key))]
+def _checksums(state: dict[str, Any], is_held: Callable[[str], bool]) -> Iterator[tuple[Place, int]]:
+    """Yield (place, checksum) of the state's tensors whose keys satisfy `is_held`."""
+    held: list[ShardedTensor] = [tensor for tensor in sharded_tensors(state) if is_held(tensor.key)]
     if held:
         sums = torch.stack([_checksum(tensor.data) for tensor in held]).tolist()
         yield from zip(((tensor.key, tuple(tensor.global_offset)) for tensor in held), sums, strict=True)
