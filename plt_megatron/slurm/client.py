@@ -171,9 +171,7 @@ def _ask(*command: str, tries: int = 1, seconds: float | None = None) -> str:
         except FileNotFoundError:
             raise SlurmError(f"{command[0]} is not installed here; it is on a cluster's login nodes") from None
         except subprocess.TimeoutExpired as error:
-            problem = f"{name} did not answer in {error.timeout:.0f} s: is Slurm's controller down?"
-            if command[0] == "sbatch":
-                problem += " The job may be queued all the same: look with squeue --me"
+            problem = f"{name} timed out after {error.timeout:.0f} s: is Slurm's controller down?"
             continue
         if done.returncode == 0:
             return done.stdout
@@ -182,6 +180,8 @@ def _ask(*command: str, tries: int = 1, seconds: float | None = None) -> str:
         problem = f"{name}: {'; '.join(words) or f'exit status {done.returncode}'}"
         if "Unable to contact" not in done.stderr and "timed out" not in done.stderr:
             break
+    if command[0] == "sbatch" and "timed out" in problem:  # sbatch's own words too, after MessageTimeout
+        problem += "; the job may be queued all the same: look with squeue --me"
     raise SlurmError(problem)
 
 

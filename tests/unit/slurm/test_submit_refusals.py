@@ -275,10 +275,14 @@ def test_no_slurm_at_all(folder, monkeypatch, tmp_path):
     assert len(lines) == 1 and "sinfo is not installed here" in lines[0]
 
 
-def test_sbatch_refuses(folder, slurm):
-    slurm.fail("sbatch", "sbatch: error: Batch job submission failed: Invalid account or account/partition combination")
+@pytest.mark.parametrize(
+    ("reason", "may_be_queued"),
+    [("Invalid account or account/partition combination", False), ("Socket timed out on send/recv operation", True)],
+)
+def test_sbatch_refuses(folder, slurm, reason, may_be_queued):
+    slurm.fail("sbatch", f"sbatch: error: Batch job submission failed: {reason}")
     lines = refusal()
-    assert len(lines) == 1 and "Invalid account" in lines[0]
+    assert len(lines) == 1 and reason in lines[0] and ("squeue --me" in lines[0]) == may_be_queued
     assert f"sbatch {folder}/runs/try/job.sbatch" in lines[0]
 
 
