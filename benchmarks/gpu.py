@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """GPU benchmark: correctness of the kernels, FP8 training, and speed of training and decoding.
 
-    python benchmarks/gpu.py --output results/h100          # under 8 minutes on an H100; h100.json and h100.md
+    python benchmarks/gpu.py --output results/h100          # should take 8 minutes on an H100; h100.json and h100.md
     python benchmarks/gpu.py --output gpu --dry-run         # tiny sizes, on a CPU too: does the script run?
     python benchmarks/gpu.py --output gpu --only speed      # one part; others keep what the file has
 

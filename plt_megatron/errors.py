@@ -25,8 +25,8 @@ class UserError(ValueError):
 
 
 class AttemptFailed(UserError):
-    """What ended a rank may not end the next attempt, such as a file system that did not answer: a launcher tries
-    again, as after a crash."""
+    """An error that may not recur, such as a file system that did not answer: a launcher tries again, as after a
+    crash."""
 
 
 # What a network or its file system answers while it is away.
@@ -43,7 +43,7 @@ def file_error(message: str, error: Exception) -> UserError:
 
 def _is_away(error: BaseException | None) -> bool:
     """Whether the error, or one that it came from, is a connection's: libraries of storage have errors of their own."""
-    from socket import EAI_AGAIN  # the name's server did not answer
+    from socket import EAI_AGAIN  # the name server did not answer
 
     while error is not None:
         if isinstance(error, ConnectionError | TimeoutError) or getattr(error, "errno", None) in {EAI_AGAIN, *_PASSING}:

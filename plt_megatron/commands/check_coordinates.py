@@ -1,8 +1,8 @@
-"""Check that activations, updates and logits keep their size when a model gets wider, deeper or loops more.
+"""Check that activations, updates and logits keep their size as width, depth or loop count grows.
 
     plt check-coordinates configs/runs/plt2_demo.yaml [key=value ...] [--axes depth loops] --output coordinates.png
 
-Trains tiny variants of the configuration for a few steps on random tokens, in seconds. Exit status 1: not flat.
+Trains tiny variants of the configuration for a few steps on random tokens, in seconds. Exit status 1: sizes change.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def _arguments(parser: CommandParser) -> None:
         "--reset-at-document-boundaries",
         dest="reset",
         action=argparse.BooleanOptionalAction,
-        help="documents in a sequence do not see each other (default: as in training; exports: no)",
+        help="keep attention within each document (default: as in training; exports: no)",
     )
     parser.add_argument(
         "--dtype",

@@ -20,7 +20,7 @@ def _arguments(parser: CommandParser) -> None:
     parser.add_argument(
         "--layout", metavar="LAYOUT", help="as reports print it: 'TP2 SP PP4 CP2 DP8 MB1 full', 'TP2 DP8 ZeRO3 offload'"
     )
-    parser.add_argument("--nodes", type=int, metavar="N", help="default: as many as the layout asks for")
+    parser.add_argument("--nodes", type=int, metavar="N", help="default: as many as the layout needs")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="default: 8")
     parser.add_argument(
         "--context", type=int, metavar="TOKENS", help="context length when decoding; default: the sequence length"

@@ -2,8 +2,8 @@
 
     plt evaluate --model exported --tasks reading,arithmetic --include-path tasks
 
-Prints the scores and stores them in the export's evaluation.json and model card. Task data are local files or in
-Hugging Face's cache: nothing is downloaded without --download. Python in the model's folder is not run.
+Prints the scores and stores them in the export's evaluation.json and model card. Reads task data from local files or
+Hugging Face's cache; only --download downloads. Python in the model's folder is not run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def _arguments(parser: CommandParser) -> None:
     parser.add_argument("--tasks", required=True, type=_names, metavar="NAMES", help="task names, separated by commas")
     parser.add_argument("--include-path", type=Path, metavar="DIR", help="a folder of task files")
     parser.add_argument("--download", action="store_true", help="download task data missing from Hugging Face's cache")
-    parser.add_argument("--limit", type=int, metavar="N", help="rows of each task (default: all)")
+    parser.add_argument("--limit", type=int, metavar="N", help="examples per task (default: all)")
     parser.add_argument("--chat", action="store_true", help="apply the tokenizer's chat template")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
 

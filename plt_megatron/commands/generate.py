@@ -1,6 +1,6 @@
 """Continue a text with an exported model, decoding its loops in parallel.
 
-plt generate --model exported --prompt 'def main():'
+    plt generate --model exported --prompt 'def main():'
 
 The model runs with this installation's code; Python in its folder is not run.
 """
@@ -21,9 +21,9 @@ def _arguments(parser: CommandParser) -> None:
     parser.add_argument(
         "--chat", action="store_true", help="apply the tokenizer's chat template to the prompt, and print the answer"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=100)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-new-tokens", type=int, default=100, help="default 100")
+    parser.add_argument("--temperature", type=float, default=0.8, help="default 0.8; 0: greedy decoding")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -46,4 +46,4 @@ def _generate(arguments: argparse.Namespace) -> None:
     print(f"[{found.seconds:.1f} s{hint}]", file=sys.stderr)
 
 
-main = command("generate", "Continue a text with an exported model.", _arguments, _generate)
+main = command("generate", __doc__, _arguments, _generate)

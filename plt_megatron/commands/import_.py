@@ -39,8 +39,8 @@ def _arguments(parser: CommandParser) -> None:
     parser.add_argument(
         "--preset",
         choices=LOOP_PRESETS,
-        help="parameterisation of the new loops of a one-loop model; recommended keeps its logits until training "
-        "(default: as in the paper, which changes them)",
+        help="parameterisation of a one-loop model's new loops; recommended starts with its logits "
+        "(default: the paper's, which changes them)",
     )
     for name, option in IMPORT_OPTIONS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **option.argument)

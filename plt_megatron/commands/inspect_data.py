@@ -3,7 +3,7 @@
     plt inspect-data configs/runs/plt2_tiny.yaml --batch 3
     plt inspect-data configs/runs/plt2_tiny.yaml --duplicates --html data.html
 
-Shows each sample's text, the documents it is cut from, and the tokens with a loss. Builds the run's sample index if it
+Shows each sample's text, its source documents, and which tokens count in the loss. Builds the run's sample index if it
 is missing, as the run would. See docs/data.md.
 """
 
@@ -27,7 +27,7 @@ def _arguments(parser: CommandParser) -> None:
     parser.add_argument(
         "--duplicates",
         action="store_true",
-        help="search the whole training part for the documents that the run's validation reads",
+        help="search all training data for the run's validation documents",
     )
     parser.add_argument(
         "--span-tokens", type=int, default=50, metavar="N", help="shortest shared span to report; default: 50"

@@ -1,4 +1,4 @@
-"""Plot runs' records: losses, gradients, speed, memory, gates and hidden states per loop, time by part of a step.
+"""Plot what runs recorded: losses, gradients, speed, memory, gates and hidden states per loop, step time by part.
 
     plt plot runs/plt2_demo [runs/other ...] --output metrics.png
 

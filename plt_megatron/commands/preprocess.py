@@ -36,7 +36,7 @@ def _parser() -> CommandParser:
         "--join",
         nargs="+",
         metavar="PREFIX",
-        help="instead of --input: make one source of tokenized ones, which stay in place; glob matches in name order",
+        help="instead of --input: combine tokenized sources into one, leaving them in place; globs match in name order",
     )
     data.add_argument("--overwrite", action="store_true", help="replace an existing output that has other contents")
     reading = parser.add_argument_group("documents")
@@ -60,24 +60,22 @@ def _parser() -> CommandParser:
     work.add_argument(
         "--shard",
         metavar="I/N",
-        help="tokenize the Ith of N portions of the input, as one of N machines, to <output-prefix>.shard-I-of-N; "
-        "--join makes one source of them",
+        help="tokenize the Ith of N portions of the input, one per machine, to <output-prefix>.shard-I-of-N; --join "
+        "combines them",
     )
     work.add_argument("--shard-mb", type=float, default=64, help="input per unit of work, in MiB (default: 64)")
     jobs = parser.add_argument_group("on a cluster")
     jobs.add_argument(
         "--cluster", metavar="NAME", help="submit to Slurm with this profile: a name in configs/clusters, or a path"
     )
-    jobs.add_argument(
-        "--nodes", type=int, default=1, metavar="N", help="shards of the input, one node each (default: 1)"
-    )
+    jobs.add_argument("--nodes", type=int, default=1, metavar="N", help="input shards, one per node (default: 1)")
     jobs.add_argument("--time", metavar="LIMIT", help="time limit per job, as in 24:00:00 (default: the profile's)")
     index = parser.add_argument_group("sample index")
     index.add_argument(
         "--build-index",
         metavar="CONFIG",
-        help="build the sample index that a run of this configuration needs, instead of tokenizing; with --cluster: as "
-        "a job after it",
+        help="instead of tokenizing, build the sample index for this configuration; with --cluster: build it in a job "
+        "after tokenizing",
     )
     return parser
 

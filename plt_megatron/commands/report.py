@@ -2,8 +2,8 @@
 
     plt report runs/sweeps/paper_ablation --measure-decode
 
-Writes index.html (one page, works offline and prints), report.md, CSVs and PNGs to SWEEP_DIR/report. Also reports on an
-unfinished sweep, and says what is missing.
+Writes index.html (one page, works offline and prints), report.md, CSVs and PNGs to SWEEP_DIR/report. Reports on
+unfinished sweeps too, and says what is missing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from plt_megatron.commands import CommandParser, command
 
 
 def _arguments(parser: CommandParser) -> None:
-    parser.add_argument("sweep", metavar="SWEEP_DIR", help="a folder made by plt sweep")
+    parser.add_argument("sweep", metavar="SWEEP_DIR", help="a sweep's folder or its archive")
     parser.add_argument("--output", metavar="DIR", help="default: SWEEP_DIR/report")
     decode = parser.add_argument_group("decoding time")
     decode.add_argument(
@@ -24,7 +24,7 @@ def _arguments(parser: CommandParser) -> None:
     )
     decode.add_argument("--decode-batch", type=int, default=4, metavar="N", help="sequences in a batch (default: 4)")
     decode.add_argument(
-        "--decode-prefill", type=int, default=128, metavar="N", help="tokens in the cache beforehand (default: 128)"
+        "--decode-prefill", type=int, default=128, metavar="N", help="tokens already in the cache (default: 128)"
     )
     decode.add_argument("--decode-tokens", type=int, default=96, metavar="N", help="tokens to decode (default: 96)")
 

@@ -25,4 +25,4 @@ def _status(arguments: argparse.Namespace) -> None:
     print(report(arguments.runs, arguments.output_dir, arguments.json))
 
 
-main = command("status", "Show the state of runs, from Slurm and from their folders.", _arguments, _status)
+main = command("status", __doc__, _arguments, _status)

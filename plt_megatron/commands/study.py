@@ -4,7 +4,7 @@
     plt study configs/studies/loop_law.yaml --jobs 2 --budget 40h
     plt study configs/studies/cluster.yaml --slurm --cluster mine
 
-Each round is printed before it runs, with what it will show. Finished runs are skipped and others resume where they
+Prints each round, with what it should tell, before running it. Skips finished runs and resumes others where they
 stopped, so the same command continues a study. docs/sweeps.md describes the file.
 """
 

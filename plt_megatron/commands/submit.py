@@ -3,8 +3,8 @@
     plt submit configs/runs/plt2_1b.yaml --cluster h100_modules --nodes 16 --time 24:00:00 --chain 5
     plt submit --branch-from runs/trunk@20000 name=shorter --cluster h100_modules --nodes 16 --time 24:00:00
 
-Everything is checked before anything is submitted. The run's folder then holds everything its job needs, with the job
-script as a plain file: sbatch RUN/job.sbatch submits it again. See docs/slurm.md.
+Checks everything before it submits anything. Options override the cluster's profile. The run's folder then holds all
+that its job needs, with the job script as a plain file: sbatch RUN/job.sbatch submits it again. See docs/slurm.md.
 
 Exit status: 0 submitted (with --follow: finished), 1 --follow saw the run fail or stop, 2 something for you to fix.
 """
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 
 def _arguments(parser: CommandParser) -> None:
-    parser.epilog = "See docs/slurm.md."
     parser.add_argument("arguments", nargs="*", metavar="CONFIG.yaml key=value", help="a run, and settings to change")
     add_branch_options(parser)
     size = parser.add_argument_group("the job")
@@ -38,14 +37,14 @@ def _arguments(parser: CommandParser) -> None:
     for name in ("partition", "account", "qos", "constraint", "exclude"):
         size.add_argument(f"--{name}", metavar=name.upper(), help="as for sbatch")
     longer = parser.add_argument_group("runs longer than the time limit")
-    longer.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs, one after the other")
+    longer.add_argument("--chain", type=int, default=1, metavar="N", help="submit N jobs in sequence")
     longer.add_argument("--requeue", action="store_true", help="requeue the job until the run is finished")
     longer.add_argument("--signal-margin", type=int, metavar="SECONDS", help="save this long before the limit")
     several = parser.add_argument_group("several runs")
     several.add_argument(
         "--array", metavar="FILE", help="a list of configuration files, one per line, or a folder of run folders"
     )
-    several.add_argument("--max-concurrent", type=int, metavar="N", help="runs of the array at a time")
+    several.add_argument("--max-concurrent", type=int, metavar="N", help="array runs at a time")
     parser.add_argument("--name", help="name of the run or array, whose folder is OUTPUT_DIR/NAME")
     parser.add_argument("--accept-changes", action="store_true", help="resume a run with a changed configuration")
     parser.add_argument("--rehearse", action="store_true", help="rehearse the job here first, which takes a minute")
@@ -102,6 +101,4 @@ def _options(arguments: argparse.Namespace) -> Options:
     return Options(config=config, overrides=words if config is None else words[1:], **given)
 
 
-main = command(
-    "submit", "Train a configuration on a Slurm cluster. Options override the cluster's profile.", _arguments, _submit
-)
+main = command("submit", __doc__, _arguments, _submit)

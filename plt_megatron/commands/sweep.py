@@ -4,7 +4,7 @@
     plt sweep configs/sweeps/paper_ablation.yaml --jobs 2
     plt sweep configs/sweeps/loops.yaml seeds=[1,2] model.num_layers=8 --slurm --cluster mine
 
-The plan is printed first. Finished runs are skipped and others resume where they stopped, so the same command continues
+Prints the plan first. Skips finished runs and resumes the others where they stopped, so the same command continues
 a sweep. docs/sweeps.md describes the file.
 """
 

@@ -43,8 +43,8 @@ _OPEN_FILES = 128  # enough for a training process, as far as observed
 
 def _arguments(parser: CommandParser) -> None:
     parser.epilog = (
-        "The number of processes is tensor x pipeline x context x data parallel size. Unless set, the last is as "
-        "large as this machine's GPUs allow; without a GPU it is 1."
+        "Starts tensor x pipeline x context x data parallel size processes. Unless set, the last fills this machine's "
+        "GPUs; without a GPU it is 1, or what experts need."
     )
     parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="a run configuration, as in configs/runs")
     parser.add_argument(
@@ -207,4 +207,4 @@ def _under(title: str, rows: list[str]) -> list[tuple[str, str]]:
     return [(title if number == 0 else "", row) for number, row in enumerate(rows)]
 
 
-main = command("train", "Train a configuration on this machine.", _arguments, _train)
+main = command("train", __doc__, _arguments, _train)

@@ -36,7 +36,7 @@ def _arguments(parser: CommandParser) -> None:
         "--character-coverage",
         type=float,
         default=0.9995,
-        help="share of characters with pieces of their own; the rest is bytes (default: 0.9995)",
+        help="share of characters in the vocabulary; the rest fall back to bytes (default: 0.9995)",
     )
     parser.add_argument("--keep-digits-together", action="store_true", help="allow pieces of several digits")
     parser.add_argument(

@@ -1,11 +1,11 @@
-"""Upload exports and checkpoints to a bucket, a folder or a hub, or finish what was interrupted.
+"""Upload exports and checkpoints to a bucket, a folder or a hub, or finish an interrupted upload.
 
     plt upload runs/mine
     plt upload exported --to hf://owner/name@main
 
 A run's exports and checkpoints go where its configuration says (checkpoint.exports.upload_to, checkpoint.uploads.to):
-those that its training has queued, and whatever else is not there yet. What has arrived is not sent again. The file
-that marks a copy as complete is written last.
+those queued by training, and any others missing there. Does not resend what has arrived. Writes the file that marks a
+copy as complete last.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _arguments(parser: CommandParser) -> None:
     parser.add_argument(
         "--verify", action="store_true", help="read copies back from a bucket or folder and compare their SHA-256"
     )
-    parser.add_argument("--waiting", action="store_true", help="upload only what a run's training has queued")
+    parser.add_argument("--waiting", action="store_true", help="upload only what training has queued")
 
 
 def _upload(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Metadata of a setting's type: its range, that it may not be empty, and the name it had before.
+"""Metadata of a setting's type: its range, whether it may be empty, and its former name.
 
 They are given with `typing.Annotated`, so that a schema states them once, where the setting is:
 

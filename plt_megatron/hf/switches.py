@@ -176,7 +176,7 @@ IMPORT_OPTIONS = {
             "nargs": 2,
             "type": int,
             "metavar": ("FIRST", "LAST"),
-            "help": "layers of a one-loop model that will loop: FIRST (counted from 0) up to, but not including, LAST; "
+            "help": "layers of a one-loop model to loop: FIRST (counted from 0) up to, but not including, LAST; "
             "the others run once (default: all loop)",
         },
         _span_problem,
@@ -193,8 +193,8 @@ IMPORT_OPTIONS = {
     "full_attention": ImportOption(
         {
             "choices": ["last_loop"],
-            "help": "give each new loop keys and values of its own, and only the last the whole context "
-            "(model.full_attention); without it later loops share the first loop's and have gated windows",
+            "help": "give each loop its own keys and values, and only the last the full context "
+            "(model.full_attention); otherwise later loops share the first loop's and add gated windows",
         },
         _full_attention_problem,
         {"share_kv": False, "share_values": True, "gated_window": False},

@@ -1,7 +1,7 @@
 """One optimizer step of a run as its ranks see it: the input of the memory, traffic and time estimates, and its time.
 
-    step = (matrix products + attention + memory-bound operations + exposed tensor-parallel traffic) * (1 + bubble)
-           + exposed gradient and weight traffic + the optimizer
+    step = (matrix products + attention + memory-bound operations + recomputation + exposed tensor-parallel traffic)
+           * (1 + bubble) + exposed gradient, weight and pipeline traffic + the optimizer
 
 docs/estimates.md explains the shares and how far to trust the result.
 """

@@ -281,7 +281,7 @@ def add_branch_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--branch-from",
         metavar="RUN@STEP",
-        help="instead of CONFIG.yaml: decay a WSD run from its checkpoint of this step, as a run in its own folder",
+        help="instead of CONFIG.yaml: start the decay of a WSD run from this checkpoint, in a new run folder",
     )
     parser.add_argument(
         "--decay-steps", type=int, metavar="N", help="length of --branch-from's decay (default: a tenth of the branch)"

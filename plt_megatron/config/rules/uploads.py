@@ -79,7 +79,7 @@ def _name_problem(config: RunConfig, key: str, url: str) -> str | None:
     marks = (*_MARKS, "[")
     if key == "checkpoint.load" or protocol_of(url) == HUB or not any(mark in config.name for mark in marks):
         return None
-    return f"the run's name, {config.name!r}, is a folder's there and cannot contain {' '.join(marks)}"
+    return f"the run's name, {config.name!r}, names a folder there and cannot contain {' '.join(marks)}"
 
 
 def packages_for(protocol: str) -> tuple[str, ...]:

@@ -263,9 +263,10 @@ def replica_difference(engine: Engine, saved: dict[str, Any]) -> str | None:
     state, found = {name: saved[name] for name in ("model", "optimizer")}, None
     # Training uses the same groups. Stages between the first and the last are not in the embedding's group.
     embedding = groups.embd if model.share_embeddings_and_output_weights else None
-    is_replicated: Callable[[str], bool] = lambda key: find(model, key).is_replicated
-    is_embedding: Callable[[str], bool] = lambda key: find(model, key).component == "embedding"
-    for group, is_held in ((groups.tp, is_replicated), (embedding, is_embedding)):
+    for group, is_held in (
+        (groups.tp, lambda key: find(model, key).is_replicated),
+        (embedding, lambda key: find(model, key).component == "embedding"),
+    ):
         if group is not None and group.size() > 1:
             found = _difference(dict(_checksums(state, is_held)), group) or found
     return first_of_all_ranks(found)
