@@ -1,6 +1,6 @@
 """Check that activations, updates and logits keep their size as width, depth or loop count grows.
 
-    plt check-coordinates configs/runs/plt2_demo.yaml [key=value ...] [--axes depth loops] --output coordinates.png
+    plt check-coordinates configs/runs/plt2_demo.yaml optimizer.name=adam [--axes depth loops] --output coordinates.png
 
 Trains tiny variants of the configuration for a few steps on random tokens, in seconds. Exit status 1: sizes change.
 """

@@ -39,6 +39,8 @@ def _report(arguments: argparse.Namespace) -> None:
     from plt_megatron.experiments.pages import PAGE
     from plt_megatron.experiments.sweep_report import write_report
 
+    if arguments.decode_tokens % DecodeProtocol.slice:
+        raise argparse.ArgumentError(None, f"--decode-tokens must be a multiple of {DecodeProtocol.slice}")
     protocol = None
     if arguments.measure_decode:
         protocol = DecodeProtocol(arguments.decode_batch, arguments.decode_prefill, arguments.decode_tokens)

@@ -33,7 +33,10 @@ _WARM_UP = 4  # warm-up tokens, not timed
 
 @dataclass(frozen=True)
 class DecodeProtocol:
-    """The workload to time: `decode` tokens in slices, for `batch` sequences with `prefill` tokens in the cache."""
+    """The workload to time: `decode` tokens in slices, for `batch` sequences with `prefill` tokens in the cache.
+
+    `decode` is a multiple of `slice`.
+    """
 
     batch: int = 4
     prefill: int = 128
@@ -141,7 +144,7 @@ def _take_turns(models: Mapping[str, Any], protocol: DecodeProtocol) -> tuple[di
         steps[name] = (model, cache, torch.zeros(protocol.batch, 1, dtype=torch.long))
         _decode(*steps[name], _WARM_UP)
     slices: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(max(1, protocol.decode // protocol.slice)):
+    for turn in range(protocol.decode // protocol.slice):
         for name in in_turn(models, turn):
             slices[name].append(_decode(*steps[name], protocol.slice))
     return slices, {name: steps[name][1].memory_bytes() // protocol.batch for name in models}

@@ -113,14 +113,15 @@ def _match_flops(config: RunConfig, reference: RunConfig, vocabs: tuple[int, int
 
 def _of_steps(config: RunConfig, steps: int) -> RunConfig:
     """Return the run with another number of steps; a decay that it gives in steps keeps its share of them."""
-    share, optimizer = steps / derived.train_iters(config), config.optimizer
-    given = {name: getattr(optimizer, name) for name in ("lr_decay_iters", "lr_wsd_decay_iters")}
-    decays = {name: max(1, round(share * value)) for name, value in given.items() if value is not None}
     training = dataclasses.replace(config.training, train_iters=steps, train_tokens=None)
     if config.training.train_tokens is not None and config.training.batch_schedule:
         # Steps differ in tokens: the learning rate's clock, which counts what the length counts, stays the reference's.
         training = dataclasses.replace(config.training, train_tokens=BatchSchedule(config).tokens(steps))
-    return dataclasses.replace(config, training=training, optimizer=dataclasses.replace(optimizer, **decays))
+    held, optimizer = dataclasses.replace(config, training=training), config.optimizer
+    share = derived.lr_iters(held) / derived.lr_iters(config)
+    given = {name: getattr(optimizer, name) for name in ("lr_decay_iters", "lr_wsd_decay_iters")}
+    decays = {name: max(1, round(share * value)) for name, value in given.items() if value is not None}
+    return dataclasses.replace(held, optimizer=dataclasses.replace(optimizer, **decays))
 
 
 def _match_depth(config: RunConfig, reference: RunConfig) -> MatchedConfig:
@@ -194,11 +195,17 @@ def _with_shape(config: RunConfig, layers: int, width: int) -> RunConfig:
 # ---------------------------------------------------------------- measured latency
 
 _SHAPE = ("num_layers", "ffn_hidden_size")
+_NOT_IN_TABLE = ("hidden_size", "window_size", "share_values")  # what changes times, and has no column
 _SWITCHES = tuple(key.rpartition(".")[2] for key in LOOP_SWITCHES)
 
 
 def _match_measured_latency(config: RunConfig, reference: RunConfig, table: Path) -> MatchedConfig:
     """Choose the table's shape that decodes nearest to the reference's time, with the run's own loop switches."""
+    has_windows = min(config.model.loop_count, reference.model.loop_count) > 1
+    unseen = _NOT_IN_TABLE if has_windows else _NOT_IN_TABLE[:1]
+    others = [name for name in unseen if getattr(config.model, name) != getattr(reference.model, name)]
+    if others:
+        raise UserError(f"{table} cannot tell models of other {', '.join(others)} apart: leave out decode.table")
     rows = list(_read_table(table))
     target = next((ms for key, ms in rows if key == _table_key(reference.model)), None)
     if target is None:

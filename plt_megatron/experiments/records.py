@@ -106,10 +106,15 @@ def forget_failure(run: PlannedRun) -> None:
             folder.why_file.replace(folder.logs / f"why-before-attempt-{last_attempt(folder.attempts()) + 1}.txt")
     if folder.attempts_file.is_file():
         json_lines.append(folder.attempts_file, {"event": "again"})
-    record = read_record(folder)
+    forget_note_of_failure(run)
+
+
+def forget_note_of_failure(run: PlannedRun) -> None:
+    """Turn the sweep's note on a failed run into that on an interrupted one."""
+    record = read_record(run.folder)
     if record is not None and record.status == "failed":
         record.status, record.reason = "interrupted", ""
-        write_record(folder, record)
+        write_record(run.folder, record)
 
 
 # ---------------------------------------------------------------- data
@@ -235,11 +240,6 @@ class SweepResults:
     def used(self) -> list[RunResult]:
         return [result for result in self.runs if result.status == "used"]
 
-    @property
-    def has_one_data(self) -> bool:
-        """Whether all runs that have started have read the same data."""
-        return not any(result.status == "other data" for result in self.runs)
-
 
 def load_results(folder: str | Path) -> SweepResults:
     """Read the sweep in `folder`. Raises `UserError` if there is none; runs with broken files are left out of the
@@ -251,7 +251,11 @@ def load_results(folder: str | Path) -> SweepResults:
             runs.append(_read_run(run))
         except UserError as error:
             runs.append(RunResult(run, "unreadable", str(error)))
-    _set_other_data_aside(runs)
+    groups: dict[tuple[str, ...], list[RunResult]] = {}
+    for result in runs:
+        groups.setdefault(plan.group_of(result.run), []).append(result)
+    for group in groups.values():
+        _set_other_data_aside(group)
     return SweepResults(plan, runs, list(_problems(plan, runs)))
 
 
@@ -287,10 +291,10 @@ def _status(run: PlannedRun, curve: Sequence[tuple[int, float]], metrics: RunMet
     if state == "pending":
         return "missing", "not begun"
     guessing = math.log(run.vocab)  # the loss of a model that knows nothing
-    bad = [r["loss"] for r in (*metrics.train, *metrics.validation) if not math.isfinite(r["loss"])]
     last = curve[-1][1] if curve else None
-    if (last is not None and not last < guessing) or (bad and state != "finished"):
-        return "diverged", f"the loss is {last if last is not None else bad[-1]:.4g} (guessing: {guessing:.2f})"
+    newest = last if state == "finished" else metrics.train[-1]["loss"] if metrics.train else None
+    if newest is not None and not newest < (guessing if state == "finished" else math.inf):
+        return "diverged", f"the loss is {newest:.4g} (guessing: {guessing:.2f})"
     if state == "interrupted":
         return "partial", f"at {metrics.tokens / run.tokens:.0%} of its tokens"
     if last is None:
@@ -308,7 +312,7 @@ def _other_settings(run: PlannedRun) -> str:
 
 
 def _set_other_data_aside(runs: Sequence[RunResult]) -> None:
-    """Leave runs that read other data than most out of the means."""
+    """Leave runs of a group that read other data than most out of the means."""
     seen = {id(r): repr(sorted(data_part(r.fingerprint).items())) for r in runs if r.status == "used" and r.fingerprint}
     if len(set(seen.values())) < 2:
         return

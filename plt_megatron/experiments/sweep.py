@@ -30,6 +30,9 @@ from plt_megatron.experiments.records import (
     State,
     check_same_data,
     data_fingerprint,
+    failure_of,
+    forget_failure,
+    forget_note_of_failure,
     measured_flops_rate,
     note_finished,
     read_record,
@@ -87,6 +90,8 @@ def launch(plan: SweepPlan, todo: Sequence[PlannedRun], options: RunOptions) -> 
     """
     if options.submit is not None:
         submit(plan, todo, options.submit)
+        for run in todo:  # from now on its job says how it ended
+            forget_note_of_failure(run)
         return None
     local = LocalSweep(plan, todo, options.jobs)
     return local.run(), local
@@ -150,11 +155,17 @@ class LocalSweep:
 
     def _start_some(self) -> None:
         while self.waiting and len(self.running) < self.jobs and not self._signals:
-            run = self.waiting.pop(0)
+            run = self.waiting[0]
+            fingerprint = data_fingerprint(run)
+            if self._signals:  # heard while the data were read
+                return
+            self.waiting.pop(0)
+            if failure_of(run) is not None:  # here or in a job
+                forget_failure(run)
             record = read_record(run.folder) or RunRecord()
             record.status, record.reason, record.exit_status = "started", "", None
             record.attempts += 1
-            record.fingerprint = data_fingerprint(run)
+            record.fingerprint = fingerprint
             write_record(run.folder, record)
             # One GPU each if several run at a time; all of them for a single run.
             gpu = min(self._gpus, key=[item.gpu for item in self.running].count, default=None)
@@ -170,6 +181,8 @@ class LocalSweep:
                     preexec_fn=die_with_parent,
                 )
             self.running.append(_Running(run, process, time.monotonic(), record, gpu))
+            if self._signals:  # heard before it was among the running
+                process.send_signal(signal.SIGTERM)
             print(f"{self._place(run)} {run.name}: started, {run.tokens:,} tokens", flush=True)
 
     def _threads(self) -> dict[str, str]:

@@ -108,6 +108,10 @@ class SweepPlan:
     baseline: str | None = None
     questions: dict[str, list[str]] = field(default_factory=dict)
 
+    def group_of(self, run: PlannedRun) -> tuple[str, ...]:
+        """Return the run's labels of all axes but the compared one; runs are compared within a group."""
+        return tuple(label for axis, label in run.labels.items() if axis != self.compare)
+
 
 def make_plan(sweep: SweepFile, check_files: bool = True) -> SweepPlan:
     """Plan every combination of the axes' values and the seeds, with the budget held equal.
@@ -163,6 +167,9 @@ def _problems(rows: Mapping[tuple[str, ...], RunConfig], check_files: bool) -> l
     for row, config in rows.items():
         for problem in find_problems(dataclasses.replace(config, name="run"), check_files=check_files):
             found.setdefault(problem, []).append(", ".join(row))
+        if not config.validation.iters or config.model.loop_count not in derived.validation_loop_counts(config):
+            problem = "validation: runs are compared by it; measure at model.loop_count (iters, loop_counts)"
+            found.setdefault(problem, []).append(", ".join(row))
     return [p if len(named) == len(rows) else f"{named[0]}: {p}" for p, named in found.items()]
 
 
@@ -201,7 +208,7 @@ def name_clashes(runs: Iterable[tuple[str, str]]) -> list[str]:
 
 def slug(label: str) -> str:
     """Convert a label to a part of a folder's name: `+ KV sharing` to `kv_sharing`; `loop_count=2` stays."""
-    return re.sub(r"[^a-z0-9=.-]+", "_", label.lower()).strip("_") or "x"
+    return re.sub(r"[^a-z0-9=.-]+", "_", label.lower()).lstrip("._").rstrip("_") or "x"
 
 
 # ---------------------------------------------------------------- sweep.yaml
@@ -255,7 +262,9 @@ def load_plan(folder: str | Path) -> SweepPlan:
         values = {name: content[name] for name in ("name", "title", *_IDENTITY, "tolerance")}
         values["questions"] = content.get("questions", {})
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}: {folder} is not a sweep (plt sweep)") from error
+        inside = f", nor is what {ARCHIVE} has; if that is several: {unpack_command(folder)}"
+        hint = inside if _is_archived(folder) else " (plt sweep)"
+        raise UserError(f"{path}: {error.strerror}: {folder} is not a sweep{hint}") from error
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a sweep's plan ({error!r}); was it edited?") from error
     return SweepPlan(folder=folder, runs=runs, **values)

@@ -19,7 +19,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.experiments.intervals import LEVEL, Interval, estimate, paired_difference
 from plt_megatron.experiments.law import LawFit, fit_law
 from plt_megatron.experiments.pages import Verdict
-from plt_megatron.experiments.records import RunResult, SweepResults
+from plt_megatron.experiments.records import RunResult, SweepResults, data_part
 from plt_megatron.experiments.solver import Run
 from plt_megatron.experiments.sweep_plan import PlannedRun
 from plt_megatron.predict.decode_cost import kv_cache_bytes, state_bytes
@@ -105,10 +105,8 @@ def make_rows(results: SweepResults, timings: Mapping[str, Timing] | None = None
     compare = results.plan.compare
     rows: dict[tuple[tuple[str, ...], str], list[RunResult]] = {}
     for result in results.runs:
-        labels = result.run.labels
-        group = tuple(label for axis, label in labels.items() if axis != compare)
-        label = labels[compare] if compare is not None else "all"
-        rows.setdefault((group, label), []).append(result)
+        label = result.run.labels[compare] if compare is not None else "all"
+        rows.setdefault((results.plan.group_of(result.run), label), []).append(result)
     order = list(dict.fromkeys(group for group, _ in rows))
     made = [Row(group, label, found) for (group, label), found in rows.items()]
     made.sort(key=lambda row: order.index(row.group))  # stable: a group's rows stay in the plan's order
@@ -129,6 +127,11 @@ def groups(rows: Sequence[Row]) -> list[list[Row]]:
     for row in rows:
         found.setdefault(row.group, []).append(row)
     return list(found.values())
+
+
+def has_one_data(group: Sequence[Row]) -> bool:
+    """Return whether all runs of a group that have started have read the same data."""
+    return not any(result.status == "other data" for row in group for result in row.results)
 
 
 def baseline_of(group: Sequence[Row], baseline: str | None) -> Row:
@@ -161,6 +164,10 @@ def fit_laws(rows: Sequence[Row]) -> list[LoopLaw]:
         if not points:
             laws.append(LoopLaw(label, None, "no fit: no finished run"))
             continue
+        read = [r.fingerprint for row in own for r in row.results if r.status == "used" and r.fingerprint]
+        if len({repr(sorted(data_part(fingerprint).items())) for fingerprint in read}) > 1:
+            laws.append(LoopLaw(label, None, "no fit: its runs have read different data"))
+            continue
         if len({(row.run.non_embedding_parameters, row.run.tokens) for row in own}) < len(own):
             laws.append(LoopLaw(label, None, "no fit: runs of one size and budget differ in other settings"))
             continue
@@ -190,7 +197,7 @@ def verdicts(results: SweepResults, rows: Sequence[Row]) -> list[Verdict]:
     for group in groups(rows):
         for question, answer in _QUESTIONS.items():
             winner, text = None, "not decided: the runs have read different data (see the problems above)"
-            if results.has_one_data:
+            if has_one_data(group):
                 winner, text = answer(results, group)
             found.append(Verdict(text, winner is not None, question, ", ".join(group[0].group), winner))
     return found
@@ -224,6 +231,9 @@ def _at_equal_latency(results: SweepResults, group: Sequence[Row]) -> tuple[str 
     timed = [row for row in group if row.decode is not None]
     if not timed:
         return None, "not measured: report with --measure-decode"
+    if len(timed) < len(group):
+        untimed = ", ".join(row.label for row in group if row.decode is None)
+        return None, f"not decided: {untimed} not timed yet: report with --measure-decode once all rows are finished"
     reference = baseline_of(timed, results.plan.baseline)
     ratios = {row.label: row.decode.relative for row in timed if row.decode is not None}
     equal = [row for row in timed if abs(ratios[row.label] - 1) <= SAME_LATENCY]
@@ -328,18 +338,18 @@ def answer_questions(results: SweepResults, rows: Sequence[Row]) -> list[Compari
     labels = {row.label for row in rows}
     questions = {text: pair for text, pair in results.plan.questions.items() if labels.issuperset(pair)}
     for group in groups(rows):
-        by_label = {row.label: row for row in group}
+        by_label, is_fair = {row.label: row for row in group}, has_one_data(group)
         for question, (label, reference) in questions.items():
             difference = None
-            if label in by_label and reference in by_label and results.has_one_data:
+            if label in by_label and reference in by_label and is_fair:
                 difference = paired_difference(by_label[label].losses, by_label[reference].losses, LEVEL)
-            text = _in_words(difference, results.has_one_data)
+            text = _in_words(difference, is_fair)
             answers.append(Comparison(question, ", ".join(group[0].group), label, reference, difference, text))
     return answers
 
 
-def _in_words(difference: Interval | None, has_one_data: bool) -> str:
-    if not has_one_data:
+def _in_words(difference: Interval | None, is_fair: bool) -> str:
+    if not is_fair:
         return "not answered: the runs have read different data"
     if difference is None:
         return "not answered: no seed has a usable run of both"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import io
 import lzma
+import re
 import shlex
 import tarfile
 import tempfile
@@ -23,7 +24,7 @@ ARCHIVE = "records.tar.xz"
 # Folders of a run or sweep that hold no runs.
 _WITHOUT_RUNS = {
     *("checkpoints", "code", "logs", "tensorboard", "index_cache", "incidents", "exports", "exporting"),
-    *("uploading", "loaded"),
+    *("uploading", "loaded", "wandb"),
 }
 # Folders that no report reads, or that reports write themselves.
 _UNREAD = _WITHOUT_RUNS - {"incidents"} | {"profile", "report"}
@@ -66,9 +67,10 @@ def folders_with_runs(folders: Iterable[str], files: Collection[str]) -> list[st
 
 def _below(folders: Iterable[str], files: Collection[str], inner: Collection[str]) -> list[str]:
     # Elsewhere the same names are those of runs and sweeps.
-    is_run_or_sweep = METRICS in files or any(name.endswith(".yaml") for name in files)
+    is_run_or_sweep = METRICS in files or any(name.endswith((".yaml", ".sbatch")) for name in files)
     left_out = inner if is_run_or_sweep else ()
-    return [name for name in folders if name not in left_out and not name.startswith(".")]
+    # A second snapshot of an array's code is code.1.
+    return [name for name in folders if re.sub(r"\.\d+$", "", name) not in left_out and not name.startswith(".")]
 
 
 def unpack_command(folder: Path) -> str:

@@ -329,7 +329,8 @@ def make_figures(diagnosis: Diagnosis) -> list[Named]:
     """Draw the figures that the model has numbers for."""
 
     def panels(name: str, caption: str, names: Sequence[str], kind: Callable[..., Panel], columns: int) -> Named:
-        found = [kind(diagnosis, each) for each in names if each in diagnosis.loops]
+        known = (each for each in names if each in diagnosis.loops)  # a cosine has no value if no loop moves anything
+        found = [kind(diagnosis, each) for each in known if not np.isnan(diagnosis.loops[each].mean).all()]
         return Named(name, caption, draw(found, _WIDTH, _HEIGHT, columns))
 
     bars = "95 % bootstrap intervals over sequences."

@@ -121,6 +121,10 @@ def make_grid(study: StudyFile) -> Grid:
             found = find_problems(named, check_files=False) or find_problems(shortest, check_files=False)
             if config.validation.iters == 0:
                 found.append("validation.iters: a study compares validated losses; must be above 0")
+            if loops not in derived.validation_loop_counts(config):
+                found.append(
+                    f"validation.loop_counts: a study compares losses at the run's own loops; must have {loops}"
+                )
             if study.measure == "bits_per_byte" and not config.validation.by_source:
                 found.append("measure: bits_per_byte needs validation.by_source=true")
             if config.model.loop_span is not None:

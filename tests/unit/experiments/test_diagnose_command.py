@@ -247,6 +247,19 @@ def test_a_model_of_one_loop_says_what_is_missing(tmp_path, place):
     assert "update_cosine" not in read(result.folder)["measures"]
 
 
+def test_loops_that_change_nothing_yet_have_no_direction(tmp_path, place):
+    """As with gates and a scale of new loops that start at zero."""
+    model = make_model(loop_count=2, hidden_scale=0.0)
+    weights = random_weights(model, IDS)
+    for name, weight in weights.items():
+        if "linear_proj" in name or "linear_fc2" in name:
+            weight.zero_()
+    save_run(tmp_path / "idle", model, weights, tokenizer=place.tokenizer)
+    result = place.diagnose(tmp_path / "idle", max_tokens=2 * 64)
+    assert not any(value is not None for value in read(result.folder)["measures"]["update_cosine"]["value"])
+    assert (result.folder / "states.png").exists()
+
+
 def test_full_attention_in_the_last_loop_is_said(tmp_path, place):
     """The losses after earlier loops are not those of fewer loops."""
     form = {"share_kv": False, "gated_window": False, "full_attention": "last_loop"}

@@ -15,7 +15,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.experiments.records import RunRecord, load_results, write_record
 from plt_megatron.experiments.sweep_plan import SweepPlan
 from plt_megatron.experiments.sweep_report import main_table, write_report
-from plt_megatron.experiments.verdicts import make_rows, verdicts
+from plt_megatron.experiments.verdicts import fit_laws, make_rows, verdicts
 from plt_megatron.run_folder.folder import save_config
 
 LOSS = {"1 loop": 3.0, "2 loops": 2.9, "3 loops": 2.95}
@@ -142,6 +142,33 @@ def test_runs_on_other_data_are_set_aside_and_nothing_is_decided(tmp_path):
     assert aside.loss is None
     found = answers(results)
     assert all(verdict.winner is None and "different data" in verdict.text for verdict in found.values())
+
+
+def test_groups_may_read_data_of_their_own(tmp_path):
+    """Rows are compared within a group; only a law would mix them."""
+    plan = saved_plan(tmp_path, LOOPS.replace("axes: {", "axes: {data.sequence_length: [32, 64], "))
+    for run in plan.runs:
+        length = run.config.data.sequence_length
+        own = {**FINGERPRINT, "sequence_length": length}
+        finish(run, LOSS[run.labels["model.loop_count"]] + 0.001 * run.seed, fingerprint=own)
+    results = load_results(plan.folder)
+    rows = make_rows(results, {})
+    assert statuses(results) == {}
+    found = [verdict.winner for verdict in verdicts(results, rows) if verdict.question == "tokens"]
+    assert found == ["2 loops", "2 loops"]
+    assert [law.reason for law in fit_laws(rows)] == ["no fit: its runs have read different data"] * 3
+
+
+def test_a_run_under_way_has_not_diverged_by_what_it_has_left_behind(tmp_path):
+    plan = saved_plan(tmp_path)
+    early, recovered, lost = (planned(plan, f"1_loop-seed{seed}") for seed in (1, 2, 3))
+    for run in (early, recovered, lost):
+        finish(run, 3.0, upto=0.6)
+    edit_metrics(early, lambda r: {**r, "loss": 9.0} if r["kind"] == "validation" else r)
+    edit_metrics(recovered, lambda r: {**r, "loss": math.nan} if r["step"] == 20 else r)
+    edit_metrics(lost, lambda r: {**r, "loss": math.nan} if r["step"] == 60 else r)
+    found = statuses(load_results(plan.folder))
+    assert [found[run.name] for run in (early, recovered, lost)] == ["partial", "partial", "diverged"]
 
 
 def test_runs_whose_data_nobody_recorded_are_said_to_be_so(finished):

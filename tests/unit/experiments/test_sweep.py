@@ -21,6 +21,7 @@ from plt_megatron.experiments.records import (
     RunRecord,
     data_fingerprint,
     data_part,
+    failure_of,
     measured_flops_rate,
     read_record,
     remaining_seconds,
@@ -153,6 +154,29 @@ def test_a_stopped_sweep_goes_on(tmp_path, launcher):
     assert read_record(first.folder).attempts == 2 and state_of(first) == "finished"
 
 
+def test_a_stop_while_a_run_is_being_started_is_heard(tmp_path, launcher, monkeypatch):
+    """Before it is there to be told, while its data are read, and once it has been started."""
+    plan = small(tmp_path)
+    run = plan.runs[0]
+    behave(plan, run.name, "hang")
+
+    def stop_and(go_on):
+        def stopping(*args, **kwargs):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return go_on(*args, **kwargs)
+
+        return stopping
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "data_fingerprint", stop_and(sweep.data_fingerprint))
+        local = LocalSweep(plan, plan.runs)
+        assert local.run() == 75 and local.waiting == plan.runs and local.outcome == {}
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", stop_and(subprocess.Popen))
+        local = LocalSweep(plan, plan.runs)
+        assert local.run() == 75 and local.outcome == {run.name: "interrupted"}
+
+
 def test_a_failure_is_noted_and_the_others_go_on(tmp_path, launcher, capsys):
     plan = small(tmp_path)
     for run, how in zip(plan.runs, ("fail", "crash", "lie"), strict=False):
@@ -165,6 +189,13 @@ def test_a_failure_is_noted_and_the_others_go_on(tmp_path, launcher, capsys):
     assert reasons[1].startswith("was killed by SIGSEGV")
     assert reasons[2].startswith("ended with status 0 before")
     assert [state_of(run) for run in plan.runs[:2]] == ["failed", "failed"]
+    # A job's failure is the past, too, once the run has been started again.
+    events = [{"event": "start", "attempt": 1}, {"event": "stop", "reason": "rank 3 was killed by signal 9"}]
+    plan.runs[0].folder.attempts_file.write_text("".join(json.dumps(event) + "\n" for event in events))
+    for run in plan.runs[:3]:
+        behave(plan, run.name, "")
+    assert LocalSweep(plan, plan.runs[:3]).run() == 0
+    assert [failure_of(run) for run in plan.runs[:3]] == [None] * 3
     assert "no luck today" in capsys.readouterr().out
 
 
@@ -206,6 +237,7 @@ def test_a_cluster_gets_what_is_not_finished_as_one_array(tmp_path, monkeypatch,
     settings = [f"output_dir={tmp_path / 'sweeps'}", "seeds=[1]"]
     plan = saved_plan(tmp_path, LOOPS, ("seeds=[1]",))
     finish(plan.runs[0], 3.0, fingerprint=data_fingerprint(plan.runs[0]))
+    write_record(plan.runs[1].folder, RunRecord(status="failed", reason="no luck here"))
     profile = tmp_path / "mine.yaml"
     profile.write_text("gpu: a100\n")
     options = RunOptions(submit=Options(None, cluster=str(profile), max_concurrent=2, time="1:00:00"))
@@ -215,6 +247,7 @@ def test_a_cluster_gets_what_is_not_finished_as_one_array(tmp_path, monkeypatch,
     assert given == dataclasses.replace(options.submit, array=str(listing), name="loops")
     assert [Path(line).stem for line in listing.read_text().splitlines()] == ["2_loops-seed1", "3_loops-seed1"]
     assert all(Path(line).is_file() for line in listing.read_text().splitlines())
+    assert failure_of(plan.runs[1]) is None
     assert "GPU hours on a100" in capsys.readouterr().out
     profile.write_text("processes_per_node: 2\n")
     assert sweep.run_sweep(str(path), settings, dataclasses.replace(options, dry_run=True)) == 0

@@ -69,6 +69,10 @@ def test_equal_training_flops_leave_the_learning_rates_clock(tmp_path):
             assert derived.lr_position(run.config, step) / derived.lr_iters(run.config) == pytest.approx(
                 tokens, abs=0.02
             )
+    # A decay given in steps counts those of the schedule, too.
+    decay = ("optimizer.lr_decay_iters=50", "optimizer.lr_warmup_iters=2")
+    for run in first_seed(plan_of(tmp_path, match_on("training_flops"), (*ramp, *length, *decay))):
+        assert run.config.optimizer.lr_decay_iters == pytest.approx(derived.lr_iters(run.config) / 2, abs=0.5)
 
 
 def test_a_curriculum_is_an_axis_and_costs_what_its_stages_cost(tmp_path):
@@ -168,6 +172,9 @@ def test_equal_latency_by_a_measured_table(tmp_path):
     two = planned(plan_of(tmp_path, text), "2_loops-seed1")
     assert (two.config.model.num_layers, two.config.model.ffn_hidden_size) == (3, 72)
     assert two.change == "layers 3, FFN width 72" and two.deviation == pytest.approx(0.005)
+    wider = text.replace("model.loop_count: [1, 2]}", "size: {1x: {model.loop_count: 1}, 2x: {model.hidden_size: 64}}}")
+    with pytest.raises(UserError, match="cannot tell models of other hidden_size apart"):
+        plan_of(tmp_path, wider)
     with pytest.raises(UserError, match="has no row for num_layers 4, ffn_hidden_size 64, loop_count 3"):
         plan_of(tmp_path, text.replace("[1, 2]", "[1, 2, 3]"))
     table.write_text(columns.replace("share_kv,", "") + "\n")
@@ -196,6 +203,9 @@ def test_a_rows_problem_is_told_with_its_name_and_everybodys_once(tmp_path):
     with pytest.raises(UserError) as raised:
         plan_of(tmp_path, LOOPS, ("model.hidden_size=30",))
     assert str(raised.value).count("\n") == 0 and str(raised.value).startswith("model.hidden_size 30 is not divisible")
+    for unmeasured, row in (("validation.loop_counts=[1]", "2 loops: "), ("validation.iters=0", "")):
+        with pytest.raises(UserError, match=f"^{row}validation: .*loop_count.*iters"):
+            plan_of(tmp_path, LOOPS.replace("[1, 2, 3]}", "[2, 1]}"), (unmeasured,))
     with pytest.raises(UserError, match="unknown key model.loops"):
         plan_of(tmp_path, LOOPS, ("model.loops=3",))
 
@@ -242,7 +252,9 @@ def test_two_sweeps_that_contradict_each_other_are_refused(tmp_path, settings, s
 
 
 @pytest.mark.parametrize(
-    ("first", "second"), [("A B", "a_b"), ("+ KV sharing", "KV sharing"), ("小", "大")], ids=["case", "sign", "letters"]
+    ("first", "second"),
+    [("A B", "a_b"), ("+ KV sharing", "KV sharing"), ("小", "大"), (".5x", "5x")],
+    ids=["case", "sign", "letters", "dot"],
 )
 def test_two_rows_of_one_folder_are_refused(tmp_path, first, second):
     axis = f'size: {{"{first}": {{model.num_layers: 2}}, "{second}": {{model.num_layers: 4}}}}'
