@@ -17,11 +17,14 @@ import time
 from pathlib import Path
 
 from plt_megatron.commands import CommandParser, command
-from plt_megatron.errors import UserError
+from plt_megatron.errors import AttemptFailed, UserError, print_error
 
 
 def _arguments(parser: CommandParser) -> None:
-    parser.epilog = "Exit status: 0 everything is there, 1 an upload of a run failed, 2 something for you to fix."
+    parser.epilog = (
+        "Exit status: 0 everything is there, 1 an upload of a run failed or --check got no answer, 2 something for you "
+        "to fix."
+    )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a run's folder, or an export or a checkpoint")
     parser.add_argument(
         "--to",
@@ -53,7 +56,11 @@ def _upload(arguments: argparse.Namespace) -> int:
         raise UserError("--to is for one export or checkpoint; a run's configuration names its destinations")
     uploads = RunUploads(run.config(), run, lambda line: print(line, flush=True))
     if arguments.check:
-        uploads.check()
+        try:
+            uploads.check()
+        except AttemptFailed as error:
+            print_error(error)
+            return 1
         print("all destinations can be written")
         return 0
     if not arguments.waiting:

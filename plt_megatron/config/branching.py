@@ -46,7 +46,12 @@ def stages_problem(config: RunConfig) -> str | None:
 
 
 def branch_settings(
-    trunk: RunConfig, checkpoint: str, step: int, decay: int, order_samples: int | None = None
+    trunk: RunConfig,
+    checkpoint: str,
+    step: int,
+    decay: int,
+    order_samples: int | None = None,
+    clock: tuple[int, int] | None = None,
 ) -> list[str]:
     """Return the `key=value` settings that turn a trunk's configuration into a branch's.
 
@@ -55,6 +60,8 @@ def branch_settings(
         decay: number of final steps over which the rate decays.
         order_samples: length of the sample permutation that the checkpoint's run drew, if known. The configuration may
             give another: a run whose length is in tokens may have begun with another batch size.
+        clock: the tokens trained on at the checkpoint, and those that its learning rate schedule counts as one step, if
+            known; for the same reason.
 
     Raises:
         UserError: the trunk's rate is not constant at that step, its loops depend on its length, or its permutation is
@@ -68,14 +75,10 @@ def branch_settings(
             f"{trunk.name} has optimizer.lr_decay_style {trunk.optimizer.lr_decay_style}: only WSD runs have a "
             "constant rate to branch from"
         )
-    # The branch counts its warm-up in its own steps.
-    first, last = max(_warmup_steps(trunk), trunk.optimizer.lr_warmup_iters), first_decay_step(trunk)
-    if not first <= step <= last:
-        raise UserError(
-            f"{trunk.name} has a constant rate from step {first} to {last}: it cannot branch at step {step}"
-        )
+    _check_rate(trunk, step, clock)
     length = step + decay
-    samples = BatchSchedule(trunk).tokens(length) // trunk.data.sequence_length
+    tokens = BatchSchedule(trunk).tokens(step) if clock is None else clock[0]
+    samples = BatchSchedule(trunk).tokens(decay, tokens) // trunk.data.sequence_length
     drawn = order_samples or derived.order_samples(trunk)
     order = max(drawn, samples)
     if order > drawn:
@@ -92,3 +95,17 @@ def branch_settings(
         "checkpoint.weights_only=false",
         "checkpoint.allow_other_schedule=true",
     ]
+
+
+def _check_rate(trunk: RunConfig, step: int, clock: tuple[int, int] | None) -> None:
+    warmup = trunk.optimizer.lr_warmup_iters  # which the branch counts in its own steps
+    if clock is None or trunk.training.train_tokens is None:
+        first, last = max(_warmup_steps(trunk), warmup), first_decay_step(trunk)
+        where, constant, is_constant = f"step {step}", f"step {first} to {last}", first <= step <= last
+    else:
+        tokens, per_step = clock
+        last = derived.lr_decay_iters(trunk, per_step) - derived.lr_wsd_decay_iters(trunk, per_step)
+        where, constant = f"step {step}, {tokens:,} tokens", f"{warmup * per_step:,} to {last * per_step:,} tokens"
+        is_constant = step >= warmup and warmup * per_step <= tokens <= last * per_step
+    if not is_constant:
+        raise UserError(f"{trunk.name} has a constant rate from {constant}: it cannot branch at {where}")

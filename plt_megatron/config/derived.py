@@ -306,6 +306,11 @@ def run_folder(config: RunConfig) -> Path:
     return Path(config.output_dir) / config.name
 
 
+def has_checkpoints(config: RunConfig) -> bool:
+    """Return whether the run's folder has checkpoints of its own, from which the run would go on."""
+    return config.checkpoint.enabled and any((run_folder(config) / "checkpoints").glob("step_*[0-9]"))
+
+
 def split_shares(split: str) -> tuple[float, float, float] | None:
     """Parse `"95,5,0"` into three shares that sum to 1; None if not three numbers >= 0 with a positive sum."""
     try:

@@ -76,10 +76,10 @@ def tail(path: Path, size: int, start: int = 0) -> bytes:
 
 
 def rewind(path: Path, keep: Callable[[Record], bool]) -> None:
-    """Drop all records but those to `keep`, atomically: a reader sees the old file or the new one."""
+    """Drop all records but those to `keep`, and broken lines, atomically: a reader sees the old file or the new one."""
     if not path.exists():
         return
-    kept = [record for record in read(path) if keep(record)]
+    kept = [record for record in read(path, skip_broken=True) if keep(record)]
     with replacing(path) as file:
         file.writelines(json.dumps(record) + "\n" for record in kept)
 

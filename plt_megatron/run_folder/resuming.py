@@ -18,7 +18,7 @@ from plt_megatron.config.branching import branch_settings, decay_steps
 from plt_megatron.config.fields import from_plain, unknown_keys
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.presets import LOOP_PRESETS, OF_ONE_LOOP
-from plt_megatron.config.rules.optimizer import settings_of_others
+from plt_megatron.config.rules.optimizer import find_decay_problems, settings_of_others
 from plt_megatron.config.rules.uploads import is_url
 from plt_megatron.config.schema import ModelConfig, RunConfig, TrainingConfig
 from plt_megatron.errors import UserError
@@ -64,7 +64,10 @@ def find_start(config: RunConfig) -> Start | None:
         return None
     try:
         path = checkpoints.latest_of_full_size(own if is_own else Path(settings.load or ""))
-        return None if path is None else Start(path, checkpoints.read_verified_progress(path), is_own)
+        start = None if path is None else Start(path, checkpoints.read_verified_progress(path), is_own)
+        if start is not None and is_own and start.progress.get("weights_only"):
+            raise UserError(f"{own} has the weights of an import or average, no run's: give the run another name")
+        return start
     except UserError:
         raise
     except (OSError, ValueError, KeyError):
@@ -113,6 +116,9 @@ def schedule(config: RunConfig, step_tokens: int) -> dict[str, Any]:
         "training.z_loss_coeff": config.training.z_loss_coeff,
         "model.mup_base_hidden_size": config.model.mup_base_hidden_size,
     }
+    if len(stages) > 1:  # they end at shares of it
+        length = config.training.train_iters if config.training.train_tokens is None else config.training.train_tokens
+        loops["training.loop_schedule over"] = length
     factors = {name: settings.pop(name) for name in ("lr_mult", "wd_mult")}
     settings |= {f"{name}.{kind}": value for name, kinds in factors.items() for kind, value in kinds.items()}
     return {f"optimizer.{name}": value for name, value in settings.items()} | loops
@@ -126,7 +132,10 @@ def schedule_step_tokens(progress: dict[str, Any]) -> int:
 
 
 def check_schedule(path: Path, progress: dict[str, Any], config: RunConfig, *, allow_other: bool) -> None:
-    """Raise `UserError` if a checkpoint was trained with another optimizer or, unless allowed, another schedule."""
+    """Raise `UserError` if a checkpoint was trained with another optimizer or, unless allowed, another schedule; or if
+    the schedule leaves no steps to decay."""
+    for problem in find_decay_problems(config, schedule_step_tokens(progress)):
+        raise UserError(problem)
     own = schedule(config, schedule_step_tokens(progress))
     before, now = progress["schedule"].get("optimizer.name", "adam"), own["optimizer.name"]  # formerly always Adam
     if before != now:
@@ -309,12 +318,18 @@ def branch_config(source: str, settings: Sequence[str], decay: int | None = None
     folder, step = RunFolder(name), int(text)
     trunk = folder.config()
     checkpoint = folder.checkpoint_at(step)
-    drawn = None
-    with contextlib.suppress(OSError, ValueError):  # damaged: loading it will report it
-        drawn = checkpoints.order_samples(checkpoints.read_verified_progress(checkpoint))
-    own = branch_settings(trunk, str(checkpoint), step, decay or decay_steps(step), drawn)
+    drawn = clock = None
+    with contextlib.suppress(OSError, ValueError, KeyError):  # damaged: loading it will report it
+        progress = checkpoints.read_verified_progress(checkpoint)
+        drawn = checkpoints.order_samples(progress)
+        clock = checkpoints.trained_tokens(progress), schedule_step_tokens(progress)
+    own = branch_settings(trunk, str(checkpoint), step, decay or decay_steps(step), drawn, clock)
     defaults = [f"name={trunk.name}_branch_{step}", f"output_dir={folder.path.parent}"]
     config = load_config(folder.config_file, [*defaults, *own, *settings], accept_old_names=True)
     if RunFolder.of(config).path.resolve() == folder.path.resolve():
         raise UserError(f"--branch-from {source}: the branch needs a name of its own: name=...")
+    start = find_start(config)
+    if start is not None and start.is_own:  # a branch that has begun, unless this is another one
+        allow_other = any(setting.startswith("checkpoint.allow_other_schedule=") for setting in settings)
+        check_schedule(start.path, start.progress, config, allow_other=allow_other)
     return config

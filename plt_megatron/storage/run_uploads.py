@@ -143,7 +143,7 @@ class RunUploads:
             try:
                 self._claim(self._to[kind])
             except UserError as error:
-                raise UserError(f"{key}: {error}") from error
+                raise type(error)(f"{key}: {error}") from error
 
     def _claim(self, to: str | None) -> None:
         """Mark a destination as this run's, once; this also shows that it can be written."""

@@ -79,17 +79,6 @@ def squared_grad_norm(optimizer: Any) -> Tensor:
     return total.double()
 
 
-class ElementwiseOptimizer(DistributedOptimizer):
-    """megatron-core's distributed optimizer around a torch optimizer other than Adam."""
-
-    spec: OptimizerSpec
-
-    @property
-    def optimizer_state_keys(self) -> tuple[str, ...]:
-        """Names of each parameter's state; megatron-core's own property knows only Adam's and Lion's."""
-        return tuple(self.spec.state)
-
-
 def _exchange(part: DistributedOptimizer, spec: OptimizerSpec, settings: OptimizerConfig) -> None:
     """Replace Adam with another torch optimizer over the same pieces of parameters.
 
@@ -102,8 +91,7 @@ def _exchange(part: DistributedOptimizer, spec: OptimizerSpec, settings: Optimiz
     inner.param_groups = part.optimizer.param_groups
     for group in inner.param_groups:  # each group keeps its current rate
         group |= {key: value for key, value in inner.defaults.items() if key not in ("lr", "weight_decay")}
-    part.optimizer, part.spec = inner, spec
-    part.__class__ = ElementwiseOptimizer
+    part.optimizer = inner
 
 
 def megatron_settings(config: RunConfig) -> MegatronOptimizerConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -98,6 +99,29 @@ def fetch(url: str, folder: Path) -> tuple[str, int]:
         return str(fetch_checkpoint(url, folder, lambda: beats.append(None))), len(beats)
     except UserError as error:
         return str(error), len(beats)
+
+
+def fetch_and_lose_the_connection(url: str, folder: Path) -> str:
+    """On the second rank, while files arrive. Returns the kind of error."""
+    from plt_megatron.errors import AttemptFailed, UserError
+    from plt_megatron.storage.places import Place
+    from plt_megatron.train.checkpoint.store import fetch_checkpoint
+
+    lost = mock.patch.object(Place, "get", side_effect=AttemptFailed("the server went away"))
+    with lost if os.environ["RANK"] == "1" else contextlib.nullcontext():
+        try:
+            fetch_checkpoint(url, folder, lambda: None)
+        except UserError as error:
+            return f"{type(error).__name__}: {error}"
+    return "fetched"
+
+
+def test_a_connection_that_is_lost_while_a_checkpoint_arrives_is_tried_again(tmp_path, run_distributed):
+    a_checkpoint(tmp_path / "bucket" / "checkpoints", 4)
+    said = run_distributed(
+        fetch_and_lose_the_connection, 2, f"file://{tmp_path}/bucket", tmp_path / "loaded", all_ranks=True
+    )
+    assert said == ["AttemptFailed: the server went away"] * 2
 
 
 def test_ranks_share_the_files_of_a_checkpoint_they_fetch(tmp_path, run_distributed):

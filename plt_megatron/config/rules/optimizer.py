@@ -172,7 +172,6 @@ def _find_state_problems(config: RunConfig) -> Iterator[str]:
 
 def _find_schedule_problems(config: RunConfig) -> Iterator[str]:
     optimizer = config.optimizer
-    steps, warmup = derived.lr_decay_iters(config), optimizer.lr_warmup_iters
     samples = derived.run_tokens(config) // config.data.sequence_length
     order = config.data.order_samples
     if order is not None and not samples <= order <= MAX_SAMPLES:
@@ -184,7 +183,16 @@ def _find_schedule_problems(config: RunConfig) -> Iterator[str]:
         )
     if optimizer.lr < optimizer.min_lr:
         yield f"optimizer.lr {optimizer.lr:g} is below optimizer.min_lr {optimizer.min_lr:g}"
-    decay = derived.lr_wsd_decay_iters(config) if optimizer.lr_decay_style == "WSD" else 1
+    # A run given in tokens goes on in steps of the batch size that it began with (`resuming.check_schedule`).
+    if config.training.train_tokens is None or not derived.has_checkpoints(config):
+        yield from find_decay_problems(config)
+
+
+def find_decay_problems(config: RunConfig, step_tokens: int | None = None) -> Iterator[str]:
+    """Yield why the learning rate cannot decay after its warm-up. `step_tokens`: see `derived.lr_iters`."""
+    optimizer, is_wsd = config.optimizer, config.optimizer.lr_decay_style == "WSD"
+    steps, warmup = derived.lr_decay_iters(config, step_tokens), optimizer.lr_warmup_iters
+    decay = derived.lr_wsd_decay_iters(config, step_tokens) if is_wsd else 1
     if warmup + decay > steps:
-        least = f"optimizer.lr_wsd_decay_iters {decay}" if optimizer.lr_decay_style == "WSD" else "one"
+        least = f"optimizer.lr_wsd_decay_iters {decay}" if is_wsd else "one"
         yield f"optimizer.lr_warmup_iters {warmup} must leave {least} of the schedule's {steps} steps to decay"

@@ -136,10 +136,11 @@ class StepGuard:
         """Restore what `state` returned."""
         self.restore_losses(state)
         self._skipped.extend(state["skipped"])
-        self._step, self._in_a_row = state["step"], state["in_a_row"]
+        self._in_a_row = state["in_a_row"]
 
     def restore_losses(self, state: dict[str, Any]) -> None:
-        """Restore only the losses that `state` returned; keep the count of rejected steps."""
+        """Restore the losses that `state` returned, and the step, from which rejected ones are counted; keep these."""
+        self._step = state.get("step", self._step)
         self._recent.clear()
         # Older checkpoints have losses without their kinds.
         self._recent.extend((StepKind(*kind), loss) for kind, loss in state.get("recent", []))

@@ -9,7 +9,7 @@ from typing import Any
 
 from plt_megatron.config.rules.uploads import checkpoints_of, destinations, exports_of
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.errors import UserError
+from plt_megatron.errors import EXIT_USER_ERROR, AttemptFailed, UserError
 from plt_megatron.run_folder import json_lines
 from plt_megatron.run_folder.checkpoints import step_of
 from plt_megatron.run_folder.folder import RunFolder
@@ -181,7 +181,7 @@ def _check(config: RunConfig) -> None:
             command, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60 * minutes
         )
     except subprocess.TimeoutExpired as error:
-        raise UserError(f"the upload destination has not answered within {minutes:g} minutes") from error
+        raise AttemptFailed(f"the upload destination has not answered within {minutes:g} minutes") from error
     if found.returncode != 0:
         words = found.stderr.strip().splitlines() or [f"plt upload --check: exit status {found.returncode}"]
-        raise UserError(words[-1].removeprefix("error: "))
+        raise (UserError if found.returncode == EXIT_USER_ERROR else AttemptFailed)(words[-1].removeprefix("error: "))

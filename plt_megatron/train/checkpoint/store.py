@@ -17,7 +17,7 @@ import torch.distributed as dist
 from plt_megatron.config.rules.uploads import is_url
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.data.mix import check_data
-from plt_megatron.errors import UserError
+from plt_megatron.errors import AttemptFailed, UserError
 from plt_megatron.run_folder import checkpoints
 from plt_megatron.run_folder.files import write_text
 from plt_megatron.run_folder.folder import RunFolder
@@ -160,16 +160,15 @@ def fetch_checkpoint(url: str, directory: Path, beat: Callable[[], Any]) -> Path
         beat: called while files arrive.
 
     Raises:
-        UserError: on all ranks, if there is no complete checkpoint or it could not be read.
+        UserError: on all ranks, if there is no complete checkpoint or it could not be read; an AttemptFailed if that
+            may pass.
     """
     at, index, folder, there = on_rank_0(partial(_begin, url, directory))
     if there:
         return folder
     part = folder.with_suffix(".tmp")
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    problem = _in_turns(lambda: download_part(Place(at), index, part, rank, ranks), beat)
-    if problem is not None:
-        raise UserError(problem)
+    _in_turns(lambda: download_part(Place(at), index, part, rank, ranks), beat)
     on_rank_0(partial(finish_download, index, part, folder))
     return folder
 
@@ -189,19 +188,22 @@ def _begin(url: str, directory: Path) -> tuple[str, Index, Path, bool]:
     return place.url, index, folder, there
 
 
-def _in_turns(work: Callable[[], None], beat: Callable[[], Any]) -> str | None:
-    """Do the work in a thread, however long it takes, and return the lowest rank's problem with it. Collective."""
-    problems: list[str] = []
+def _in_turns(work: Callable[[], None], beat: Callable[[], Any]) -> None:
+    """Do the work in a thread, however long it takes. Collective; raises the lowest rank's problem on all ranks."""
+    problems: list[Exception] = []
 
     def try_it() -> None:
         try:
             work()
         except Exception as error:  # the other ranks must hear of it, whatever it is
-            problems.append(describe(error))
+            problems.append(error)
 
     thread = threading.Thread(target=try_it, name="download", daemon=True)
     thread.start()
     while any_rank(thread.is_alive()):
         beat()
         time.sleep(_TURN_S)  # on all ranks alike, whether their own work is done or not
-    return first_of_all_ranks(problems[0] if problems else None)
+    problem = first_of_all_ranks(describe(problems[0]) if problems else None)
+    if problem is not None:
+        may_pass = any_rank(any(isinstance(error, OSError | AttemptFailed) for error in problems))
+        raise (AttemptFailed if may_pass else UserError)(problem)

@@ -11,9 +11,13 @@ from typing import Any
 import pytest
 
 from plt_megatron.config import derived
-from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.loader import load_config
+from plt_megatron.config.schema import LoopStage, RunConfig
+from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder import resuming
+from plt_megatron.run_folder.folder import RunFolder
+from tests.unit.slurm.fake_slurm import write_checkpoint
 
 NAME = "training.loop_loss_weights"
 
@@ -54,6 +58,50 @@ def test_what_was_set_is_compared_and_what_it_stands_for(before, now, refused, e
     with nullcontext() if refused is None else pytest.raises(UserError) as error:
         resuming.check_schedule(Path("checkpoint"), json.loads(json.dumps(progress)), own, allow_other=False)
     assert refused is None or f"was trained with {NAME} {refused}" in str(error.value)
+
+
+def progress_of(config: RunConfig, step_tokens: int) -> dict[str, Any]:
+    progress = {"schedule": resuming.schedule(config, step_tokens), "config": dataclasses.asdict(config)}
+    return json.loads(json.dumps(progress | {"schedule_step_tokens": step_tokens, "step": 6, "consumed_tokens": 6}))
+
+
+def test_stages_at_shares_of_the_run_belong_to_its_length():
+    before, now = run([], 2), run([], 2)
+    for config in (before, now):
+        config.optimizer.lr_decay_style = "constant"
+        config.training.loop_schedule = [LoopStage(0.5, 1), LoopStage(loop_count=2)]
+    now.training.train_iters = 20
+    progress = progress_of(before, 1)
+    with pytest.raises(UserError, match=r"training.loop_schedule.* 10 .now 20"):
+        resuming.check_schedule(Path("checkpoint"), progress, now, allow_other=False)
+    resuming.check_schedule(Path("checkpoint"), progress, now, allow_other=True)
+    del progress["schedule"]["training.loop_schedule over"]  # of an earlier version
+    resuming.check_schedule(Path("checkpoint"), progress, now, allow_other=False)
+
+
+def test_a_run_is_not_called_like_the_import_that_it_starts_from(tmp_path):
+    config = load_config("configs/runs/plt2_tiny.yaml", [f"output_dir={tmp_path}", "checkpoint.weights_only=true"])
+    own = RunFolder.of(config).checkpoints
+    write_checkpoint(own, config, 0, weights_only=True, data_fingerprint={})
+    with pytest.raises(UserError, match=f"{own} has the weights of an import.*another name"):
+        resuming.find_start(config)
+
+
+def test_a_larger_batch_leaves_the_schedule_the_steps_that_it_began_with(tmp_path):
+    length = ["training.train_iters=null", "training.train_tokens=1024000", "training.global_batch_size=4"]
+    wsd = ["optimizer.lr_decay_style=WSD", "optimizer.lr_warmup_iters=50", "optimizer.lr_wsd_decay_iters=200"]
+    settings = [*length, *wsd, f"output_dir={tmp_path}", "name=run", "data.sequence_length=256"]
+    config = load_config("configs/runs/plt2_tiny.yaml", settings)
+    progress = progress_of(config, 1024)
+    now = dataclasses.replace(config, training=dataclasses.replace(config.training, global_batch_size=32))
+    said = "lr_warmup_iters 50 must leave optimizer.lr_wsd_decay_iters 200 of the schedule's 125 steps"
+    assert any(said in problem for problem in find_problems(now, check_files=False))
+    (tmp_path / "run/checkpoints/step_00000006").mkdir(parents=True)
+    assert not any("must leave" in problem for problem in find_problems(now, check_files=False))
+    resuming.check_schedule(Path("checkpoint"), progress, now, allow_other=False)
+    now.training.train_tokens = 128_000
+    with pytest.raises(UserError, match="must leave"):
+        resuming.check_schedule(Path("checkpoint"), progress, now, allow_other=True)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.resuming import branch_config
+from tests.unit.slurm.fake_slurm import write_checkpoint
 
 TRUNK = [
     "name=trunk",
@@ -50,6 +51,36 @@ def test_the_order_is_the_one_that_the_trunk_has_drawn(trunk):
     drawn = {"format": 1, "data_fingerprint": {"sampling": {"seed": 1234, "num_samples": 403}}}
     (trunk.checkpoints / "step_00000036" / "progress.json").write_text(json.dumps(drawn))
     assert branch_config(f"{trunk.path}@36", []).data.order_samples == 403
+
+
+def test_another_branch_of_the_same_name_does_not_go_on_with_the_first(trunk):
+    first = branch_config(f"{trunk.path}@36", [])
+    checkpoint = write_checkpoint(RunFolder.of(first).checkpoints, first, 38, data_fingerprint={})
+    assert branch_config(f"{trunk.path}@36", []) == first
+    with pytest.raises(UserError, match=f"{checkpoint} was trained with .*lr_wsd_decay_iters 4 .now 8"):
+        branch_config(f"{trunk.path}@36", [], 8)
+    assert branch_config(f"{trunk.path}@36", ["checkpoint.allow_other_schedule=true"], 8).training.train_iters == 44
+
+
+@pytest.mark.parametrize(("first", "later", "constant"), [(4, 16, True), (16, 4, False)])
+def test_a_trunk_that_changed_its_batch_branches_by_the_tokens_that_it_has_seen(tmp_path, first, later, constant):
+    """In a run given in tokens, whose schedule counts steps of the first batch; the decay is the last tenth."""
+    length = ["training.train_iters=null", "training.train_tokens=1024000", f"output_dir={tmp_path}"]
+    began, goes_on = (
+        load_config("configs/runs/plt2_tiny.yaml", [*TRUNK, *length, f"training.global_batch_size={size}"])
+        for size in (first, later)
+    )
+    folder = RunFolder.of(goes_on)
+    folder.save_config(goes_on)
+    tokens = 757_760 if constant else 942_080
+    write_checkpoint(folder.checkpoints, began, 560, data_fingerprint={}, consumed_tokens=tokens)
+    if constant:
+        branch = branch_config(f"{folder.path}@560", [], 4)
+        samples = (tokens + 4 * later * goes_on.data.sequence_length) // goes_on.data.sequence_length
+        assert branch.training.train_iters == 564 and branch.data.order_samples >= samples
+    else:
+        with pytest.raises(UserError, match="to 921,600 tokens: it cannot branch at step 560, 942,080 tokens"):
+            branch_config(f"{folder.path}@560", [], 4)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from plt_megatron.config import validation
+from plt_megatron.config.derived import run_folder
 from plt_megatron.config.schema import DataSource
 from plt_megatron.config.validation import find_problems, validate
 from tests.unit.config.run_files import TOKENIZER, write_run_files
@@ -44,6 +45,17 @@ def test_missing_files_are_named(here):
         strict=True,
     ):
         assert expected in line
+
+
+def test_a_run_with_checkpoints_of_its_own_needs_no_longer_what_it_started_from(here):
+    config = good()
+    config.checkpoint.load = "other-run"
+    (run_folder(config) / "checkpoints" / "step_00000010.tmp").mkdir(parents=True)
+    assert any("other-run" in line for line in find_problems(config))
+    (run_folder(config) / "checkpoints" / "step_00000010").mkdir()
+    assert not any("other-run" in line for line in find_problems(config))
+    config.checkpoint.enabled = False
+    assert any("other-run" in line for line in find_problems(config))
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,8 @@ def test_a_broken_line_within_is_named_or_left_out(tmp_path, line):
     with pytest.raises(UserError, match=r"file\.jsonl: line 2 is not a JSON object$"):
         json_lines.read(path)
     assert json_lines.read(path, skip_broken=True) == json_lines.last(path, 9) == [record(1), record(2)]
+    json_lines.rewind(path, lambda record: True)
+    assert json_lines.read(path) == [record(1), record(2)]
 
 
 def test_the_last_records_of_a_long_file_are_those_that_are_wanted(tmp_path):

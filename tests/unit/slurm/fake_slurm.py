@@ -105,8 +105,8 @@ def write_progress(run: Path, steps: Sequence[int], checkpoint: int = 0, rate: f
         (run / "checkpoints" / "latest").write_text(name + "\n")
 
 
-def write_checkpoint(folder: Path, config: RunConfig, step: int) -> Path:
-    """One that a run of this configuration has left, but for its tensors."""
+def write_checkpoint(folder: Path, config: RunConfig, step: int, **fields: Any) -> Path:
+    """One that a run of this configuration has left, but for its tensors. `fields`: of its progress."""
     path = folder / f"step_{step:08d}"
     path.mkdir(parents=True)
     tokens = config.training.global_batch_size * config.data.sequence_length
@@ -118,8 +118,9 @@ def write_checkpoint(folder: Path, config: RunConfig, step: int) -> Path:
         "schedule": resuming.schedule(config, tokens),
         "schedule_step_tokens": tokens,
         "vocab_size": config.model.vocab_size,
-        "data_fingerprint": training_fingerprint(config, None, training_samples(config)),
-    }
+    } | fields
+    if "data_fingerprint" not in fields:
+        progress["data_fingerprint"] = training_fingerprint(config, None, training_samples(config))
     (path / "progress.json").write_text(json.dumps(progress))
     content = (path / "progress.json").read_bytes()
     entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

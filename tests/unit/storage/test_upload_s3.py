@@ -136,6 +136,16 @@ def test_what_is_not_allowed_is_one_line_without_the_key(tmp_path, bucket, monke
     assert KEY_ID not in said and SECRET not in said
 
 
+def test_a_server_that_is_away_is_no_mistake_of_the_users(tmp_path, bucket, monkeypatch, capsys):
+    def reset(*_: Any) -> None:
+        raise ConnectionResetError("reset by peer")
+
+    monkeypatch.setattr(fsspec.filesystem("s3"), "pipe_file", reset)
+    run = a_run(tmp_path, to=f"s3://{bucket}/runs", export_to=None)
+    assert command.main([str(run.path), "--check"]) == 1
+    assert "checkpoint.uploads.to: " in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_file_that_cannot_be_read_back_is_one_line(tmp_path, bucket):
     with pytest.raises(UserError, match=r"s3://models/nowhere/file cannot be read: ."):

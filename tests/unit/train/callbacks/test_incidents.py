@@ -121,6 +121,16 @@ def test_old_skips_are_forgiven():
         assert all(judge.accept(2.0, 1.0) for _ in range(1000))
 
 
+def test_rolling_back_to_the_same_checkpoint_has_an_end():
+    """However many steps lie between it and the bad one."""
+    judge = guard(on_nonfinite="rollback", max_skipped_steps=2)
+    state = judge.state()
+    for action in ("rollback", "rollback", "fail"):
+        assert all(judge.accept(2.0, 1.0) for _ in range(1500))
+        assert not judge.accept(math.nan, 1.0) and judge.action == action
+        judge.restore_losses(state)
+
+
 def test_a_resumed_guard_judges_as_one_that_never_stopped():
     judge, resumed = guard(on_spike="skip", max_skipped_steps=1), guard(on_spike="skip", max_skipped_steps=1)
     resumed.kind = judge.kind = StepKind(0, 0, 64, 2, 8)
