@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,21 +42,24 @@ def evaluate(
         Scores by `task/metric`, including standard errors.
 
     Raises:
-        UserError: no such tokenizer, chat template, task or device, or a task's data is not on this machine.
+        UserError: no such tokenizer, chat template, task or device, a task's data is not on this machine, or the model
+            cannot run a task.
     """
     # The packages read these when they are imported.
     os.environ |= dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "01"[not download])
     _check_device(device)
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder}: no permission to write scores there; evaluate a copy")
     harness, known = _harness(tasks, include_path)
     _load_data(known, tasks, download)
-    found = harness.simple_evaluate(
-        model=_model(folder, device, chat),
-        tasks=list(tasks),
-        task_manager=known,
-        limit=limit,
-        apply_chat_template=chat,
-        log_samples=False,
-    )
+    model = _model(folder, device, chat)
+    options = {"task_manager": known, "limit": limit, "apply_chat_template": chat, "log_samples": False}
+    try:
+        found = harness.simple_evaluate(model=model, tasks=list(tasks), **options)
+    except (AssertionError, ValueError, ImportError) as error:  # longer than the context, unsafe code, a package
+        print(file=sys.stderr)  # after a progress bar
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise UserError(f"lm-evaluation-harness cannot run {', '.join(tasks)}: {reason[0]}") from error
     scores = dict(_scores(found["results"]))
     write_scores(folder, scores, tasks=tasks, limit=limit, chat=chat)
     _write_on_card(folder / _CARD, scores, limit, chat)
@@ -71,10 +75,14 @@ def _model(folder: Path, device: str, chat: bool) -> Any:
     tokenizer, model = load_export(folder)
     if chat:
         check_chat_template(tokenizer, folder)
+    # A text without a context is scored after the token that ends documents, which precedes texts in training. A <s>
+    # that the tokenizer does not put there itself was never seen.
+    prefix = None if tokenizer("")["input_ids"] else tokenizer.eos_token_id
+    options = {"backend": "causal", "batch_size": 8, "prefix_token_id": prefix, "softmax_dtype": "float32"}
     logger = logging.getLogger(HFLM.__module__)
     logger.disabled = True  # it warns about a model that is not a path
     try:
-        return HFLM(pretrained=model.to(device), tokenizer=tokenizer, backend="causal", batch_size=8)
+        return HFLM(pretrained=model.to(device), tokenizer=tokenizer, **options)
     finally:
         logger.disabled = False
 
@@ -111,6 +119,8 @@ def _load_data(known: Any, tasks: Sequence[str], download: bool) -> None:
     for task in tasks:
         try:
             known.load([task])
+        except (RuntimeError, ImportError) as error:  # a data set that is a script, a package of the task's
+            raise UserError(f"the task {task} cannot be loaded: {str(error).splitlines()[0]}") from error
         except (OSError, ValueError) as error:  # from datasets: not cached, no network, no such set, file or split
             advice = (
                 ""

@@ -18,16 +18,24 @@ from plt_megatron.run_folder.checkpoints import EMA, trained_tokens
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.text import plural
 
-_USE = """\
-## Use
-
-```python
+_WITH_TOKENIZER = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 inputs = tokenizer("Once upon a time", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))"""
+_OF_IDS = """\
+import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+print(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=50)[0])"""
+_USE = """\
+## Use
+
+```python
+{example}
 ```
 
 `configuration_plt.py` and `modeling_plt.py` are the model's code; they need torch and transformers 5.4 or later.
@@ -68,7 +76,8 @@ def model_card(source: ModelSource, name: str, mappings: list[ParamMapping], sty
     if style == "loopcoder":
         sections.append(_LOOPCODER.strip())
     else:
-        sections.append(_USE.format(name=name).strip())
+        example = _OF_IDS if source.tokenizer is None else _WITH_TOKENIZER
+        sections.append(_USE.format(example=example.format(name=name)).strip())
         if source.model.loop_count > 1:
             sections.append(_loops(source.model).strip())
     return "\n\n".join(sections) + "\n"
@@ -93,7 +102,10 @@ def _loops(model: ModelConfig) -> str:
     text = _PARALLEL_LOOPS if model.cross_loop_parallel else _SERIAL_LOOPS
     looped = len(derived.looped_layers(model))
     layers = "The layers" if looped == model.num_layers else f"The {looped} layers that loop"
-    return text.format(layers=layers, loops=model.loop_count)
+    text = text.format(layers=layers, loops=model.loop_count)
+    if derived.windows_earlier_loops(model):
+        text += "With fewer loops an earlier loop attends to everything, unlike in training.\n"
+    return text
 
 
 def _table(facts: Iterator[tuple[str, Any]]) -> str:

@@ -362,6 +362,10 @@ class PLTCache(Cache):
         if self.static_length is not None and self.length.device != like.device:
             self.length = self.length.to(like.device)
         self.carry.allocate(like)
+        keys = self.layers[0].keys if self.static_length is None else None
+        if keys is not None and not is_torchdynamo_compiling() and not torch.is_inference_mode_enabled():
+            if keys.is_inference():  # filled in `torch.inference_mode`: nothing outside may write to it
+                self._map_batch(torch.clone)
         if self.static_length is not None and not is_torchdynamo_compiling():
             for tensor in (self.length, self.carry.last):  # without cross-loop parallelism nothing is carried
                 if tensor is not None:

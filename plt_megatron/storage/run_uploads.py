@@ -78,6 +78,8 @@ class Repository:
 
         index = index_of(folder)
         with failing(f"{self.url}@{revision} cannot be written"):
+            if run_id is None:  # by hand: nothing has claimed it
+                self._api.create_repo(self._name, private=True, exist_ok=True)
             branches = self._branches()
             before = self._read(INDEX, revision) if revision in branches else None
             if before == index.text:

@@ -115,6 +115,17 @@ def test_a_stored_prefix_is_continued_many_times(name):
         assert int(stored.get_seq_length()) == 14
 
 
+@pytest.mark.parametrize("name", CACHED)
+def test_a_cache_that_was_filled_in_inference_mode_goes_on_outside_of_it(name):
+    model = make_model(**ALL[name])
+    tokens, cache = make_tokens(2, 14), model.new_cache()
+    with torch.inference_mode():
+        step(model, cache, tokens[:, :6])
+    with torch.no_grad():
+        found = [model(tokens[:, at : at + 1], cache=cache).logits for at in range(6, 14)]
+    assert (torch.cat(found, 1) - full(model, tokens)[:, 6:]).abs().max() < TOLERANCE
+
+
 @pytest.mark.parametrize("static", [False, True])
 def test_reset(static):
     model = make_model(loop_count=3)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from plt_megatron.run_folder.metrics import read_scores
 from tests.hf.lm_eval_tasks import write_tasks
@@ -47,6 +48,39 @@ def test_plt_evaluate(folder):
     card = (folder / "model/README.md").read_text()
     assert card.startswith("# model\n\n## Use\n\nso\n\n## Evaluation\n") and "old" not in card
     assert f"| choice/acc | {scores['choice/acc']:.4f} |" in card and "| rows of each task | 4 |" in card
+
+
+def test_log_likelihoods_are_sums_in_fp32_after_the_end_of_a_document(folder):
+    """Whatever the weights' precision; a token that begins texts for Hugging Face alone was in no training text."""
+    from lm_eval.api.instance import Instance
+
+    from plt_megatron.hf import evaluation
+
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<pad>"})
+    for part in (make_model(loop_count=2).bfloat16(), tokenizer):
+        part.save_pretrained(folder / "model")
+    harness = evaluation._model(folder / "model", "cpu", chat=False)
+    (text,) = tokenizer([" ".join(f"w{i % 90 + 3}" for i in range(60))])["input_ids"]
+    with torch.no_grad():
+        ends = [tokenizer.eos_token_id]
+        logits = harness.model(torch.tensor([ends + text[:-1]])).logits
+    assert logits.dtype == torch.bfloat16
+    wanted = logits.float().log_softmax(-1)[0, range(len(text)), text].sum().item()
+    request = Instance("loglikelihood_rolling", {}, (tokenizer.decode(text),), 0)
+    assert harness.loglikelihood_rolling([request], disable_tqdm=True) == [pytest.approx(wanted, abs=1e-3)]
+
+
+def test_a_task_that_the_model_cannot_run_is_one_line(folder, monkeypatch, capsys):
+    from plt_megatron.commands import evaluate
+
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    task = folder / "write.yaml"
+    task.write_text(task.read_text().replace("max_gen_toks: 6", "max_gen_toks: 100000"))
+    assert evaluate.main(["--model", str(folder / "model"), "--tasks", "write", "--include-path", str(folder)]) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "write" in error and "100000" in error
+    assert not (folder / "model/evaluation.json").exists()
 
 
 @pytest.mark.slow

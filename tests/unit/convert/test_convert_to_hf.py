@@ -85,7 +85,8 @@ def test_what_the_card_calls_a_model(tmp_path, name, kind):
     card = model_card(open_source(save_run(tmp_path / "run", model, random_weights(model))), "out", [], "plt")
     assert f"\n\nA {kind}, converted with plt_megatron.\n" in card
     windowed = "| attention to the whole context | in the last loop only; 5 keys in the others |"
-    assert (windowed in card) == ("last loop" in name)
+    assert (windowed in card) == ("last loop" in name) == ("unlike in training" in card)
+    assert "AutoTokenizer" not in card and "model.generate(torch.tensor" in card, "it has no tokenizer"
 
 
 def test_biases_of_experts_stay_in_fp32(tmp_path):

@@ -72,6 +72,8 @@ def test_by_hand_a_revision_may_be_main(tmp_path, hub):
     hub.branches["me/model"]["v1"] = {"old.safetensors": b"1"}
     assert command.main([str(export), "--to", "hf://me/model@v1"]) == 2
     assert hub.branches["me/model"].keys() == {"main", "v1"}
+    assert command.main([str(export), "--to", "hf://me/new@main"]) == 0
+    assert hub.branches["me/new"]["main"].keys() >= content(export).keys()
 
 
 @pytest.mark.slow
