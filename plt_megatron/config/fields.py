@@ -3,7 +3,7 @@
 They are given with `typing.Annotated`, so that a schema states them once, where the setting is:
 
     window_size: Size = 64
-    window_cp_comm_type: Annotated[Literal["a2a", "all_gather"], RenamedFrom("local_cp_comm_type")] = "a2a"
+    match_budget: Annotated[Hold | None, RenamedFrom("hold_equal")] = None
 
 A dataclass with mutually exclusive fields has `ALTERNATIVES`, sets of fields of which only one may be given.
 `loader` reads any dataclass of such fields; `find_type_problems` checks an instance however it was made.

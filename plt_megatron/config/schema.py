@@ -24,7 +24,6 @@ from plt_megatron.config.fields import (
     PositiveSteps,
     Range,
     Ranks,
-    RenamedFrom,
     Seconds,
     Share,
     Size,
@@ -162,7 +161,7 @@ class ParallelConfig:
     # Transformer Engine's exchange of rows between context-parallel ranks, for the global attention and the window's,
     # which has no p2p (a ring of keys and values). The torch backend gathers keys and values.
     cp_comm_type: Literal["p2p", "a2a", "all_gather"] = "p2p"
-    window_cp_comm_type: Annotated[Literal["a2a", "all_gather"], RenamedFrom("local_cp_comm_type")] = "a2a"
+    window_cp_comm_type: Literal["a2a", "all_gather"] = "a2a"
     expert_model_parallel_size: Ranks = 1  # ranks that share out a layer's experts, among TP x CP x DP
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"  # how tokens reach their experts
     # null: world size / (TP * PP * CP). plt train uses the machine's GPUs; without a GPU, 1 or as many as experts need.

@@ -49,6 +49,7 @@ _SAME_VALUE = {
     **{f"model.{old}": f"model.moe.{new}" for old, new in _MOE.items()},
     "model.rope_scaling_factor": "model.rope_scaling.factor",
     **{f"model.yarn_{name}": f"model.rope_scaling.yarn.{name}" for name in _YARN},
+    "parallel.local_cp_comm_type": "parallel.window_cp_comm_type",
     "training.fp8_recipe": "training.fp8.recipe",
     "training.fp8_attention": "training.fp8.attention",
     **{f"training.{name}": f"training.fp8.{name}" for name in _ENDS},

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import yaml
 
 from plt_megatron.config import yaml_nodes
-from plt_megatron.config.upgrade import flat, plain, upgrade
+from plt_megatron.config.upgrade import flat, new_name, plain, upgrade
 from plt_megatron.errors import UserError
 
 
@@ -27,6 +27,8 @@ def upgrade_text(text: str, name: str) -> str:
     if not isinstance(before, yaml.MappingNode):
         raise UserError(f"{name}: expected `key: value` lines")
     after = upgrade(before)
+    for old in filter(new_name, flat(after) or ()):  # None: of a sweep or another file
+        raise UserError(f"{name}: {old}, now {new_name(old)}, cannot be rewritten beside the others: do it by hand")
     if after is before:
         return text
     lines = text.splitlines()
@@ -43,7 +45,7 @@ def _says(text: str, expected: yaml.MappingNode, name: str) -> bool:
         written = yaml_nodes.compose(text, name)
     except UserError:  # no valid YAML
         return False
-    return written is not None and plain(written) == plain(expected)
+    return ({} if written is None else plain(written)) == plain(expected)
 
 
 def _with_comments(lines: list[str], line: int, end: int) -> int:

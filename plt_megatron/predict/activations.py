@@ -34,15 +34,20 @@ class Activations(RankLayer):
         return saved + (0 if self.shares_kv else self._keys_and_values()) + self._core_attention_statistics()
 
     def ffn_block(self) -> int:
-        """Return what norm, gate and up projections, SwiGLU and down projection save; if recomputed, their input."""
+        """Return what norm, gate and up projections, SwiGLU and down projection save; if recomputed, their input, which
+        other experts save too."""
+        if self.experts and "shared_experts" in self.recomputed:
+            return self._whole_ffn_block() - self._swiglu()
         recomputed = "mlp" in self.recomputed and not self.experts
         return self.hidden_bytes() if recomputed else self._whole_ffn_block()
 
     def _whole_ffn_block(self) -> int:
-        wide = self.tokens * self.ffn * self.element
-        # torch saves both halves, silu(gate), the other half + 0, and their product; fused SwiGLU both halves and the
-        # product.
-        return self._norms(in_attention=False) + (3 if self.te else 5) * wide + self._experts()
+        return self._norms(in_attention=False) + self._swiglu() + self._experts()
+
+    def _swiglu(self) -> int:
+        """Return what SwiGLU and the down projection save of a dense FFN or shared experts. torch saves both halves,
+        silu(gate), the other half + 0, and their product; fused SwiGLU both halves and the product."""
+        return (3 if self.te else 5) * self.tokens * self.ffn * self.element
 
     def _experts(self) -> int:
         """Return what experts and router save at an even load. Per token sent to this rank's experts: their inputs,

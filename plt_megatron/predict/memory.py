@@ -7,6 +7,7 @@ optimizer's step is another candidate for the peak.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -130,8 +131,9 @@ class MemorySimulator:
         needs = Counter({"temporaries": shapes.backward_working_set()})
         largest = shapes.hidden * 2 * shapes.ffn * self.element
         if self.full:
-            needs["activations"] = self.unit * shapes.layer()
-            needs["first-loop K/V"] = self.unit * shapes.first_loop_kv() if loop == 1 else 0
+            unit = 1 if self.by_layer and layer in derived.looped_layers(self.model) else self.unit
+            needs["activations"] = unit * shapes.layer()
+            needs["first-loop K/V"] = unit * shapes.first_loop_kv() if loop == 1 else 0
         if not self._autograd_keeps_weight_gradients:
             if not shapes.fusions.gradient_accumulation_fusion:
                 needs["temporaries"] += largest
@@ -346,11 +348,12 @@ def saving_bytes(step: Step) -> int:
     Data-parallel ranks share the writing and gather nothing, so the GPU needs no extra memory. Weights are written as
     whole tensors: with many ranks, the one that writes an embedding writes far more than an even share.
     """
-    return max(_written(step.config, stage) for stage in step.stages)
+    return max(_written(step.config, step.layout, stage) for stage in step.stages)
 
 
-def _written(config: RunConfig, stage: Stage) -> int:
-    """Return the bytes that a stage's busiest rank writes."""
+def _written(config: RunConfig, layout: Layout, stage: Stage) -> int:
+    """Return the bytes that a stage's busiest rank writes. Those that share the writing of an expert are one
+    data-parallel group."""
     element, dense, table = BYTES[config.training.precision], stage.dense, stage.parameters.output_layer
     if stage.index > 0 and config.model.share_embeddings_and_output_weights:  # a copy, which the first stage writes
         frozen = dense.frozen if stage.trained.output_layer else dense.frozen - table
@@ -358,4 +361,5 @@ def _written(config: RunConfig, stage: Stage) -> int:
     weights = max(element * dense.size // dense.shards, element * max(stage.parameters.embedding, table))
     precise, of_matrices = (_precise_bytes(config, hidden_matrix=which) for which in (False, True))
     state = sum(precise * held.divided // held.shards + of_matrices * held.most for held in (dense, stage.experts))
-    return weights + element * stage.experts.size // stage.experts.shards + state
+    sharing = layout.ranks_per_stage // math.lcm(layout.tensor, layout.expert)
+    return weights + element * stage.experts.size // sharing + state

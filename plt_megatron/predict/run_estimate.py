@@ -154,7 +154,7 @@ def known_vocab_size(config: RunConfig, tokenizer_size: Callable[[str], int] | N
 
     Raises `UserError` if neither is known."""
     vocab_size, tokenizer = config.model.vocab_size, config.data.tokenizer
-    if vocab_size is None and tokenizer_size is not None and tokenizer is not None and Path(tokenizer).is_file():
+    if vocab_size is None and tokenizer_size is not None and tokenizer is not None and Path(tokenizer).exists():
         vocab_size = tokenizer_size(tokenizer)
     if vocab_size is None:
         missing = f"the tokenizer {tokenizer} does not exist" if tokenizer else "there is no data.tokenizer"

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from plt_megatron.config import derived
+from plt_megatron.config.fields import find_type_problems
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.rules.parallel import uneven_settings
 from plt_megatron.config.schema import ParallelConfig, RunConfig
+from plt_megatron.errors import UserError
 from plt_megatron.predict.cards import GPUSpec, find_gpu_spec
 from plt_megatron.predict.layout import RECOMPUTE, problems_on
 from plt_megatron.predict.run_estimate import RunEstimate, estimate_run
@@ -76,6 +78,8 @@ def search(
     DeepSpeed, try its ZeRO stages and offloading, and neither pipelines nor context parallelism. Everything else stays
     as configured. Raises `UserError` as `estimate_run` does.
     """
+    if wrong := list(find_type_problems(config)):
+        raise UserError("\n".join(wrong))
     capability = find_gpu_spec(gpu).capability
     estimated: list[Candidate] = []
     too_large: set[frozenset[tuple[str, object]]] = set()  # layouts that a smaller micro batch has ruled out
@@ -146,7 +150,8 @@ def _sizes(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterator[t
     contexts = {1, config.parallel.context_parallel_size}
     if not deepspeed:
         contexts |= {size for size in _divisors(world_size) if size <= most}
-    tensors = [size for size in _divisors(world_size) if size <= gpus_per_node]
+    fits = [size for size in _divisors(world_size) if size <= gpus_per_node]
+    tensors = [size for size in fits if gpus_per_node % size == 0 or world_size <= gpus_per_node]
     for tensor, pipeline, context in itertools.product(tensors, pipelines, sorted(contexts)):
         data, rest = divmod(world_size, tensor * pipeline * context)
         if rest or data == 0 or config.training.global_batch_size % data:

@@ -193,12 +193,15 @@ def _recompute(step: Step, matmul: float, attention: float, memory_bound: float,
         return 0.0
     if layout.recompute == "selective":
         parts = attention if "core_attn" in layout.recompute_modules else 0.0
+        model, layers = step.config.model, step.slowest.layers
+        weights = Weights(model)
+        again = 0
         if "mlp" in layout.recompute_modules:
-            model, layers = step.config.model, step.slowest.layers
-            dense = [layer for layer in layers if layer in derived.dense_layers(model)]
-            weights = Weights(model)
-            share = weights.matmuls(dense, *FFN) / (weights.matmuls(layers, *FFN) or 1)
-            parts += matmul * flops.ffn / products * share
+            again += weights.matmuls([layer for layer in layers if layer in derived.dense_layers(model)], *FFN)
+        if "shared_experts" in layout.recompute_modules:
+            with_experts = sum(layer in derived.expert_layers(model) for layer in layers)
+            again += with_experts * 3 * model.hidden_size * derived.shared_expert_size(model)
+        parts += matmul * flops.ffn / products * again / (weights.matmuls(layers, *FFN) or 1)
         return parts / 3
     recomputed = matmul * (products - flops.output) / products + attention
     return recomputed / 3 + memory_bound * flops.looped / flops.total * 2 / PASSES_OVER_ACTIVATIONS

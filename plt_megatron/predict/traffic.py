@@ -45,7 +45,7 @@ def _data_parallel(step: Step, stage: Stage, passes: float) -> dict[str, float]:
     """Return the traffic of a stage's gradients and weights, and to the host and back, for `passes` forward passes per
     step."""
     layout, element = step.layout, step.shapes.element
-    once = sum(held.reduced for held in stage.held)
+    once = max(sum(held.reduced for held in each.held) for each in step.stages)
     reduced, gathered = 1, 1.0
     if layout.zero_stage == 0:  # an all-reduce
         reduced, gathered = 2, 0.0
@@ -100,6 +100,9 @@ def _tensor_run(run: Activations) -> float:
         forward, backward = forward + sequence * logits, backward + logits
     mixing = [each for each in run.parameters if each.mixes_tokens and each.name not in run.frozen]
     backward += 2 * sum(each.size(sizes) for each in mixing) * run.element
+    if ("shared_experts" if run.experts else "mlp") in run.recomputed:
+        ffn = [each for each in matrices if not each.in_attention]
+        backward += (len(ffn) if sequence else 2 * sum(each not in by_rows for each in ffn)) * whole
     return _share(layout.tensor) * ((2 if layout.recompute == "full" else 1) * forward + backward)
 
 
@@ -160,7 +163,8 @@ def _context_run(run: Activations) -> float:
     The torch backend gathers K and V (once for all loops if shared, and again to recompute core attention) and reduces
     their gradients. The few rows before a rank's own, needed for its window, are left out.
     """
-    layout, passes = run.layout, 2 if run.layout.recompute == "none" else 3
+    layout, again = run.layout, run.layout.recompute == "full" or "core_attn" in run.recomputed
+    passes = 3 if again else 2
     if run.local and not run.te:
         return 0.0
     reads_first_loop = run.part == "later" and run.shares_kv
@@ -172,5 +176,5 @@ def _context_run(run: Activations) -> float:
         return passes * heads * _share(layout.context) * run.tokens * run.channels * run.element
     others = (layout.context - 1) * run.tokens * run.groups * run.channels * run.element
     if run.te:
-        return 3 * 2 * others
+        return (passes + 1) * 2 * others
     return passes * ((not reads_first_loop) + own_values) * others

@@ -19,7 +19,7 @@ from plt_megatron.runtime.machine import Device, Machine
 SUPPORTED_PYTHONS = ((3, 12), (3, 13))
 
 _INSTALL_PROJECT = "make venv, and use .venv/bin/python" if is_checkout(ROOT) else "pip install plt-megatron"
-_HOPPER, _BLACKWELL = (9, 0), (10, 0)
+_HOPPER, _BLACKWELL, _RTX_BLACKWELL = (9, 0), (10, 0), (12, 0)
 _FIRST_WITH_FP8 = (8, 9)
 OLDEST_TRANSFORMER_ENGINE = "2.9"  # the first with te.autocast
 # Transformer Engine's torch extension is distributed as source.
@@ -192,6 +192,8 @@ def _fp8(machine: Machine) -> str:
     wanted = ".".join(map(str, BLOCKWISE_CUDA))
     has_it = _in_range(str(machine.cuda_build), f">={wanted}")
     blockwise = "" if has_it else f"; blockwise needs a torch built for CUDA {wanted}"
+    if oldest >= _RTX_BLACKWELL:
+        return f"linear layers: delayed and tensorwise recipes; attention in BF16{blockwise}"
     if oldest >= _BLACKWELL:
         return f"linear layers and attention: delayed, tensorwise and mxfp8 recipes{blockwise}"
     return f"linear layers; global attention with the delayed recipe and head dimension 128; local in BF16{blockwise}"

@@ -59,7 +59,8 @@ TRAINED = {"top": ["layers.1"], "gates": ["plt_gate"]}
 def run_config(case: str) -> RunConfig:
     """A small model, tied embeddings included, in a layout as in "TP2 SP DP2 EP2 overlap"; with experts if it has EP.
 
-    Further words: `Muon`; `average`, a moving average of the weights; `span`, layers that run once; `losses`, one for
+    Further words: `wide`, a window as long as the rows; `ungated`, without windows; `hidden`, a gate on hidden states;
+    `Muon`; `average`, a moving average of the weights; `span`, layers that run once; `losses`, one for
     each loop; `batches`, larger ones first; `layerwise`, all loops of a layer before the next; those of `TRAINED`.
     """
     words = case.split()
@@ -76,12 +77,13 @@ def run_config(case: str) -> RunConfig:
             loop_span=[1, 3] if "span" in words else None,
             loop_order="layer" if "layerwise" in words else "stack",
             cross_loop_parallel="layerwise" not in words,
-            gate_input="hidden" if "span" in words else "query",
+            gate_input="hidden" if {"span", "hidden"}.intersection(words) else "query",
+            gated_window="ungated" not in words,
             hidden_size=128 if layout.tp == 4 else 64,  # padding of the smaller one would be 1 %
             ffn_hidden_size=128,
             num_attention_heads=4,
             num_query_groups=2,
-            window_size=8,
+            window_size=32 if "wide" in words else 8,
             vocab_size=VOCAB_SIZE,
             backend="torch",
             moe=_EXPERTS if layout.ep > 1 else None,

@@ -6,6 +6,7 @@ from tests.distributed.pool import WorkerPool
 from tests.fuzz.branch import Branch
 from tests.fuzz.parity import Parity
 from tests.fuzz.refusals import Refusals
+from tests.fuzz.rehearsal import Rehearsal
 from tests.fuzz.resume import Resume
 from tests.fuzz.round_trip import RoundTrip
 from tests.fuzz.search import Kind
@@ -25,7 +26,7 @@ class Pools:
 
 
 KINDS: dict[str, type[Kind]] = {
-    kind.name: kind for kind in (Parity, Refusals, Resume, RoundTrip, Branch, TransformerEngine, Fp8)
+    kind.name: kind for kind in (Parity, Refusals, Resume, RoundTrip, Branch, Rehearsal, TransformerEngine, Fp8)
 }
 
 

@@ -124,7 +124,7 @@ def _check_order(config: RunConfig) -> Iterator[str]:
     missing = "a loop would need the whole stack's output for the token before, but a layer has only its own"
     in_the_way = {  # settings with the values that fit -> whether they have others, and why those do not
         "model.cross_loop_parallel=false": (model.cross_loop_parallel, missing),
-        off: (bool(off), "a layer's next loop reads its own output unchanged"),
+        off: (bool(off), "a layer's next loop reads its own output as it is"),
         "training.loop_loss_weights=[]": (
             bool(config.training.loop_loss_weights),
             "only the last loop ends at the head",

@@ -8,7 +8,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
+from plt_megatron.predict.layers import runs
 from plt_megatron.predict.parameters import Weights
 from plt_megatron.predict.rehearsal.record import Box, Call, RankRecord, Saving
 from plt_megatron.predict.run_estimate import USABLE_SHARE, RunEstimate
@@ -106,14 +108,23 @@ def _memory(records: Sequence[RankRecord], estimate: RunEstimate, *, is_bound: b
 
 
 def _flops(config: RunConfig, record: RankRecord, estimate: RunEstimate) -> Difference:
-    """Compare FLOPs of linear layers and causal attention, without the window, which torch computes in blocks, and
-    without recomputation."""
-    layout = estimate.layout
+    """Compare FLOPs of linear layers and causal attention, without recomputation, and without windows, which torch
+    computes in blocks unless they span the sequence."""
+    layout, model = estimate.layout, config.model
     parts = share_of_stage(estimate.flops, config, layout, record.place["pp"])
     expected = parts.projections + parts.ffn + parts.global_attention + parts.output
-    loops = config.model.loop_count
-    if config.model.gate_input == "hidden" and loops > 1:  # computed in the first loop too, where it is unused
-        expected += parts.gate * loops / (loops - 1)
+    loops = model.loop_count
+    if model.gate_input == "hidden" and loops > 1:  # computed in the first loop too, where it is unused
+        copies = 1 if layout.sequence_parallel else layout.tensor  # each rank computes all heads for its rows
+        expected += parts.gate * loops / (loops - 1) * copies
+    if layout.context == 1 and model.window_size >= config.data.sequence_length:
+        expected += parts.local_attention
+    # A fused projection computes unused K and V, too, in the forward pass and backward.
+    own = layout.stage_layers(model.num_layers)[record.place["pp"]]
+    later = sum(run.part == "later" for run in runs(model, own))
+    unused = (not derived.later_loops_use_keys(model)) + (not derived.later_loops_use_values(model))
+    width = derived.num_query_groups(model) * derived.head_dim(model)
+    expected += 3 * 2 * later * unused * width * model.hidden_size
     tokens = record.microbatches * config.training.micro_batch_size * config.data.sequence_length
     rehearsed = record.flops.get("linear", 0) + record.flops.get("attention", 0)
     return Difference("FLOPs", "FLOPs", record.rank, rehearsed, expected * tokens / layout.tensor / layout.context)

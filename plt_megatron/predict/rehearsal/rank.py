@@ -117,7 +117,8 @@ def _mark_phases(engine: MegatronEngine, observer: Observer, record: RankRecord)
     engine.times = _Phases(observer)
     stage = engine.stage
     for layer in stage.decoder.layers:
-        for module in (layer, layer.self_attention.core_attention, layer.mlp):
+        shared = getattr(layer.mlp, "shared_experts", None)
+        for module in filter(None, (layer, layer.self_attention.core_attention, layer.mlp, shared)):
             module.register_forward_pre_hook(lambda *_: observer.enter_layer())
             module.register_forward_hook(lambda *_: observer.leave_layer())
     run_loop, embed, run_layer_by_layer = stage.run_loop, stage.embed, stage._run_layer_by_layer

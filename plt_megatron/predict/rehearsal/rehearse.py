@@ -16,6 +16,7 @@ from typing import Any
 
 from plt_megatron.config.layout import ParallelLayout, layout_of
 from plt_megatron.config.loop_schedule import with_loop_count
+from plt_megatron.config.rules.fusions import NAMES as FUSIONS
 from plt_megatron.config.schedules import with_global_batch_size, with_sequence_length
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
@@ -138,10 +139,12 @@ def _rehearsable(config: RunConfig) -> tuple[RunConfig, list[str]]:
     if config.deepspeed is not None:
         raise UserError("deepspeed: only megatron-core's engine can be rehearsed; set deepspeed=null")
     replaced = []
-    model, training, data = config.model, config.training, config.data
+    model, training, data, parallel = config.model, config.training, config.data, config.parallel
     if model.backend != "torch":
         replaced.append("Transformer Engine's layers by the torch backend's (same collectives, different activations)")
         model = dataclasses.replace(model, backend="torch")
+        asked = {name: None for name in FUSIONS if getattr(parallel, name)}
+        parallel = dataclasses.replace(parallel, **asked)  # type: ignore[arg-type]
     if model.moe is not None:
         replaced.append("the router's choice, which depends on values, by an even load on all experts")
     if model.fused_gated_window:
@@ -155,7 +158,7 @@ def _rehearsable(config: RunConfig) -> tuple[RunConfig, list[str]]:
     if data.reset_at_document_boundaries:
         replaced.append("packed documents by one document per row")
         data = dataclasses.replace(data, reset_at_document_boundaries=False)
-    return dataclasses.replace(config, model=model, training=training, data=data), replaced
+    return dataclasses.replace(config, model=model, training=training, data=data, parallel=parallel), replaced
 
 
 @cache

@@ -271,12 +271,12 @@ def test_both_alternatives_in_one_layer_are_refused_with_both_places(write):
 
 def test_an_old_name_is_told_with_its_new_one_and_read_from_recorded_files(write):
     path = write("parallel:\n  local_cp_comm_type: all_gather\n")
-    assert ":2: parallel.local_cp_comm_type is now called parallel.window_cp_comm_type" in failure(path)
-    assert "is now called" in failure(write(""), "parallel.local_cp_comm_type=a2a")
+    assert ":2: parallel.local_cp_comm_type is now parallel.window_cp_comm_type" in failure(path)
+    assert "is now parallel.window" in failure(write(""), "parallel.local_cp_comm_type=a2a")
     path = write("parallel:\n  local_cp_comm_type: all_gather\n")
     assert load_config(path, accept_old_names=True).parallel.window_cp_comm_type == "all_gather"
     path = write("parallel: {local_cp_comm_type: a2a, window_cp_comm_type: a2a}\n")
-    with pytest.raises(UserError, match=r"parallel.window_cp_comm_type is given twice"):
+    with pytest.raises(UserError, match=r"parallel.local_cp_comm_type is now parallel.window_cp_comm_type"):
         load_config(path, accept_old_names=True)
 
 

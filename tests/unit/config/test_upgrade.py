@@ -361,6 +361,26 @@ def test_old_and_new_names_of_one_setting_are_refused(tmp_path):
         load_config(path)
 
 
+@pytest.mark.parametrize(
+    ("text", "old"),
+    [
+        ("model: {num_moe_experts: 8, moe: {num_experts: 4}}\n", "model.num_moe_experts"),
+        ("model: {norm_between_loops: true, loop_norm: rms}\n", "model.norm_between_loops"),
+        ("parallel: {local_cp_comm_type: a2a, window_cp_comm_type: a2a}\n", "parallel.local_cp_comm_type"),
+    ],
+)
+def test_what_cannot_be_rewritten_is_named_by_the_command_too(text, old):
+    with pytest.raises(UserError, match=f"file.yaml: {old}, now "):
+        upgrade_text(text, "file.yaml")
+
+
+def test_a_renamed_setting_and_a_removed_one_are_rewritten():
+    assert upgrade_text("parallel: {local_cp_comm_type: all_gather}\n", "x") == (
+        "parallel: {window_cp_comm_type: all_gather}\n"
+    )
+    assert upgrade_text("data: {index_timeout_minutes: 3}\n", "x").strip() == ""
+
+
 def test_a_part_of_a_file_keeps_what_it_says():
     old, new = "  moe_router_topk: 4  # of 8\n", "  moe:\n    router_topk: 4  # of 8\n"
     text = "# a part\nmodel:\n{}  loop_count: 3\n\n# the end\n"

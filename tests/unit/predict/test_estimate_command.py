@@ -136,7 +136,7 @@ def test_the_tokenizer_says_the_vocabulary(tmp_path):
             }
         )
     )  # fmt: skip
-    done = command("configs/runs/plt2_tiny.yaml", f"data.tokenizer={tokenizer}", "--gpu", "cpu")
+    done = command("configs/runs/plt2_tiny.yaml", f"data.tokenizer={tmp_path}", "--gpu", "cpu")  # a file's folder
     assert done.returncode == 0, done.stderr
     assert f"{128 * 64:,}  embedding" in done.stdout, "3 ids, padded to 128 rows of 64"
     assert "MiB" in done.stdout and "x cpu" in done.stdout

@@ -8,6 +8,7 @@ import pytest
 
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.validation import find_problems
+from plt_megatron.errors import UserError
 from plt_megatron.predict import search as searching
 from plt_megatron.predict.run_estimate import estimate_run
 from plt_megatron.predict.search import search
@@ -127,6 +128,19 @@ def test_where_nothing_fits_the_nearest_is_named():
     assert result.fitting == [] and result.accepted > 0
     assert result.nearest is not None and not result.nearest.estimate.fits
     assert result.nearest.estimate.layout.recompute == "full"
+
+
+def test_tensor_groups_do_not_cross_nodes():
+    config = load_config(RUN, ["model.num_attention_heads=24", "training.global_batch_size=96"])
+    assert {sizes[0] for sizes in searching._sizes(config, 24, 8)} == {1, 2, 4, 8}
+    assert {3, 6} <= {sizes[0] for sizes in searching._sizes(config, 6, 8)}, "all in one node"
+
+
+def test_settings_that_no_layout_mends_are_named():
+    config = load_config(RUN)
+    config.parallel.pipeline_model_parallel_size = 0
+    with pytest.raises(UserError, match="pipeline_model_parallel_size must be at least 1"):
+        search(config, gpu="h100", world_size=8, gpus_per_node=8)
 
 
 def test_where_nothing_is_valid_the_reason_is_kept():

@@ -144,6 +144,7 @@ def test_a_gpu_that_torch_cannot_use_gets_a_reason_and_a_remedy(changes, said):
         ([A100], "no", "sm80"),
         ([H100], "yes", "delayed recipe"),
         ([B200], "yes", "mxfp8"),
+        ([Device("NVIDIA GeForce RTX 5090", (12, 0), 32 * 2**30)], "yes", "tensorwise recipes; attention in BF16"),
         ([H100, A100], "no", "sm80"),
         ([Device("NVIDIA L40S", (8, 9), 48 * 2**30)], "yes", "attention in BF16"),
     ],
