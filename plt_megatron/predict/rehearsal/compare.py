@@ -119,15 +119,20 @@ def _flops(config: RunConfig, record: RankRecord, estimate: RunEstimate) -> Diff
         expected += parts.gate * loops / (loops - 1) * copies
     if layout.context == 1 and model.window_size >= config.data.sequence_length:
         expected += parts.local_attention
-    # A fused projection computes unused K and V, too, in the forward pass and backward.
-    own = layout.stage_layers(model.num_layers)[record.place["pp"]]
-    later = sum(run.part == "later" for run in runs(model, own))
-    unused = (not derived.later_loops_use_keys(model)) + (not derived.later_loops_use_values(model))
-    width = derived.num_query_groups(model) * derived.head_dim(model)
-    expected += 3 * 2 * later * unused * width * model.hidden_size
+    expected += _unused_keys_and_values(config, layout.stage_layers(model.num_layers)[record.place["pp"]])
     tokens = record.microbatches * config.training.micro_batch_size * config.data.sequence_length
     rehearsed = record.flops.get("linear", 0) + record.flops.get("attention", 0)
     return Difference("FLOPs", "FLOPs", record.rank, rehearsed, expected * tokens / layout.tensor / layout.context)
+
+
+def _unused_keys_and_values(config: RunConfig, layers: range) -> int:
+    """Return the FLOPs per token of K and V that later loops do not use: a fused projection computes them, too."""
+    model, trained = config.model, Weights.trained(config)
+    unused = (not derived.later_loops_use_keys(model)) + (not derived.later_loops_use_values(model))
+    product = 2 * unused * derived.num_query_groups(model) * derived.head_dim(model) * model.hidden_size
+    later = [run.layer for run in runs(model, layers) if run.part == "later"]
+    frozen = sum(any("linear_qkv.weight" in name for name in trained.missing_in(layer)) for layer in later)
+    return product * (3 * len(later) - frozen)
 
 
 def _saving(records: Sequence[RankRecord], estimate: RunEstimate) -> Iterator[Difference]:
