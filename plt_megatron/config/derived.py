@@ -308,7 +308,13 @@ def run_folder(config: RunConfig) -> Path:
 
 def has_checkpoints(config: RunConfig) -> bool:
     """Return whether the run's folder has checkpoints of its own, from which the run would go on."""
-    return config.checkpoint.enabled and any((run_folder(config) / "checkpoints").glob("step_*[0-9]"))
+    folder = run_folder(config) / "checkpoints"
+    return config.checkpoint.enabled and "\0" not in str(folder) and any(folder.glob("step_*[0-9]"))
+
+
+def continues(config: RunConfig) -> bool:
+    """Return whether the run goes on where a checkpoint ended, its own or that of `checkpoint.load`."""
+    return has_checkpoints(config) or (config.checkpoint.load is not None and not config.checkpoint.weights_only)
 
 
 def split_shares(split: str) -> tuple[float, float, float] | None:

@@ -97,7 +97,7 @@ _OFF: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "logging.straggler": ("logging.straggler_interval", "0", ()),
 }
 # Removed settings -> what holds for all runs instead.
-_GONE = {
+GONE = {
     "data.index_timeout_minutes": "an hour for every run: leave it out, and build an index that takes longer ahead of "
     "time (plt preprocess --build-index)",
     "model.init_counts_loops": "false for every run: initial output projections count layers once; leave it out",
@@ -112,7 +112,7 @@ def new_name(key: str) -> str | None:
     section, _, rest = key.partition(".")
     if section == "deepspeed" and rest.partition(".")[0] in _DEEPSPEEDS_OWN:
         return f"deepspeed.config.{rest}"
-    return _SAME_VALUE.get(key) or _OTHER_VALUE.get(key) or _GONE.get(key)
+    return _SAME_VALUE.get(key) or _OTHER_VALUE.get(key) or GONE.get(key)
 
 
 def new_section(key: str, value: str) -> str | None:
@@ -325,7 +325,7 @@ def _upgrade_profile(settings: Settings) -> Settings:
 
 
 def _remove_gone(settings: Settings) -> Settings:
-    return _without(settings, [*_GONE])
+    return _without(settings, [*GONE])
 
 
 def _upgrade_evaluation(settings: Settings) -> Settings:

@@ -16,7 +16,7 @@ import csv
 import dataclasses
 import io
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -195,17 +195,24 @@ def _with_shape(config: RunConfig, layers: int, width: int) -> RunConfig:
 # ---------------------------------------------------------------- measured latency
 
 _SHAPE = ("num_layers", "ffn_hidden_size")
-_NOT_IN_TABLE = ("hidden_size", "window_size", "share_values")  # what changes times, and has no column
 _SWITCHES = tuple(key.rpartition(".")[2] for key in LOOP_SWITCHES)
+
+
+def table_problems(configs: Collection[RunConfig], table: str) -> Iterator[str]:
+    """Yield each setting that changes times, has no column in a table, and differs between a sweep's rows."""
+    for name, any_loops in (
+        ("hidden_size", True),
+        ("num_query_groups", True),
+        ("window_size", False),
+        ("share_values", False),
+    ):
+        models = [config.model for config in configs if any_loops or config.model.loop_count > 1]
+        if len({getattr(model, name) for model in models}) > 1:
+            yield f"{table} cannot tell models of other model.{name} apart: leave out decode.table"
 
 
 def _match_measured_latency(config: RunConfig, reference: RunConfig, table: Path) -> MatchedConfig:
     """Choose the table's shape that decodes nearest to the reference's time, with the run's own loop switches."""
-    has_windows = min(config.model.loop_count, reference.model.loop_count) > 1
-    unseen = _NOT_IN_TABLE if has_windows else _NOT_IN_TABLE[:1]
-    others = [name for name in unseen if getattr(config.model, name) != getattr(reference.model, name)]
-    if others:
-        raise UserError(f"{table} cannot tell models of other {', '.join(others)} apart: leave out decode.table")
     rows = list(_read_table(table))
     target = next((ms for key, ms in rows if key == _table_key(reference.model)), None)
     if target is None:

@@ -292,7 +292,8 @@ def _status(run: PlannedRun, curve: Sequence[tuple[int, float]], metrics: RunMet
         return "missing", "not begun"
     guessing = math.log(run.vocab)  # the loss of a model that knows nothing
     last = curve[-1][1] if curve else None
-    newest = last if state == "finished" else metrics.train[-1]["loss"] if metrics.train else None
+    updates = [record["loss"] for record in metrics.train if record.get("updated", True)]
+    newest = last if state == "finished" else updates[-1] if updates else None
     if newest is not None and not newest < (guessing if state == "finished" else math.inf):
         return "diverged", f"the loss is {newest:.4g} (guessing: {guessing:.2f})"
     if state == "interrupted":

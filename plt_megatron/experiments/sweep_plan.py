@@ -126,6 +126,8 @@ def make_plan(sweep: SweepFile, check_files: bool = True) -> SweepPlan:
         config = load_config(sweep.base, [*overrides, f"output_dir={sweep.folder}"])
         rows[tuple(choice.label for choice in choices)] = config
     problems = _problems(rows, check_files)
+    if sweep.match_budget == "decode_latency" and sweep.decode.table is not None:
+        problems += matching.table_problems(rows.values(), sweep.decode.table)
     if problems:
         raise UserError("\n".join(problems))
     runs: list[PlannedRun] = []

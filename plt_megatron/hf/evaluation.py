@@ -58,8 +58,7 @@ def evaluate(
         found = harness.simple_evaluate(model=model, tasks=list(tasks), **options)
     except (AssertionError, ValueError, ImportError) as error:  # longer than the context, unsafe code, a package
         print(file=sys.stderr)  # after a progress bar
-        reason = str(error).splitlines() or [type(error).__name__]
-        raise UserError(f"lm-evaluation-harness cannot run {', '.join(tasks)}: {reason[0]}") from error
+        raise UserError(f"lm-evaluation-harness cannot run {', '.join(tasks)}: {_first_line(error)}") from error
     scores = dict(_scores(found["results"]))
     write_scores(folder, scores, tasks=tasks, limit=limit, chat=chat)
     _write_on_card(folder / _CARD, scores, limit, chat)
@@ -120,7 +119,7 @@ def _load_data(known: Any, tasks: Sequence[str], download: bool) -> None:
         try:
             known.load([task])
         except (RuntimeError, ImportError) as error:  # a data set that is a script, a package of the task's
-            raise UserError(f"the task {task} cannot be loaded: {str(error).splitlines()[0]}") from error
+            raise UserError(f"the task {task} cannot be loaded: {_first_line(error)}") from error
         except (OSError, ValueError) as error:  # from datasets: not cached, no network, no such set, file or split
             advice = (
                 ""
@@ -133,6 +132,10 @@ def _load_data(known: Any, tasks: Sequence[str], download: bool) -> None:
             raise UserError(
                 f"the data of the task {task} is not on this machine: {str(error).splitlines()[0]}{advice}"
             ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _scores(results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, float]]:

@@ -362,14 +362,19 @@ class PLTCache(Cache):
         if self.static_length is not None and self.length.device != like.device:
             self.length = self.length.to(like.device)
         self.carry.allocate(like)
-        keys = self.layers[0].keys if self.static_length is None else None
-        if keys is not None and not is_torchdynamo_compiling() and not torch.is_inference_mode_enabled():
-            if keys.is_inference():  # filled in `torch.inference_mode`: nothing outside may write to it
-                self._map_batch(torch.clone)
+        self._leave_inference_mode()
         if self.static_length is not None and not is_torchdynamo_compiling():
             for tensor in (self.length, self.carry.last):  # without cross-loop parallelism nothing is carried
                 if tensor is not None:
                     torch._dynamo.mark_static_address(tensor)
+
+    def _leave_inference_mode(self) -> None:
+        """Copy what was filled in `torch.inference_mode`, which nothing outside may write to. A static cache, whose
+        buffers stay in place, remains in the mode that it was filled in."""
+        keys = self.layers[0].keys if self.static_length is None else None
+        if keys is not None and not is_torchdynamo_compiling() and not torch.is_inference_mode_enabled():
+            if keys.is_inference():
+                self._map_batch(torch.clone)
 
     def advance(self, tokens: int) -> None:
         """Count the new tokens."""
@@ -402,6 +407,7 @@ class PLTCache(Cache):
         length = self.length - removed
         if length < 0:
             raise ValueError(f"cannot remove {removed} of {self.length} tokens")
+        self._leave_inference_mode()
         self.carry.crop(removed)
         for layer in self.layers:
             layer.carry.crop(removed)
@@ -426,6 +432,7 @@ class PLTCache(Cache):
 
     def reset(self) -> None:
         """Forget everything; the buffers stay."""
+        self._leave_inference_mode()
         for layer in self.layers:
             layer.record_past, layer.past = False, None
             layer.carry.reset()

@@ -42,8 +42,8 @@ def communication_bytes(step: Step) -> dict[str, float]:
 
 
 def _data_parallel(step: Step, stage: Stage, passes: float) -> dict[str, float]:
-    """Return the traffic of a stage's gradients and weights, and to the host and back, for `passes` forward passes per
-    step."""
+    """Return the traffic of the busiest stage's gradients and weights, and of `stage`'s to the host and back, for
+    `passes` forward passes per step."""
     layout, element = step.layout, step.shapes.element
     once = max(sum(held.reduced for held in each.held) for each in step.stages)
     reduced, gathered = 1, 1.0

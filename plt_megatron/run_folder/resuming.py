@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from plt_megatron.config import derived
 from plt_megatron.config.branching import branch_settings, decay_steps
 from plt_megatron.config.fields import from_plain, unknown_keys
 from plt_megatron.config.loader import load_config
+from plt_megatron.config.loop_schedule import stages_of
 from plt_megatron.config.presets import LOOP_PRESETS, OF_ONE_LOOP
 from plt_megatron.config.rules.optimizer import find_decay_problems, settings_of_others
 from plt_megatron.config.rules.uploads import is_url
+from plt_megatron.config.schedules import BatchSchedule
 from plt_megatron.config.schema import ModelConfig, RunConfig, TrainingConfig
 from plt_megatron.errors import UserError
 from plt_megatron.model.parameters import Sizes, parameters_of
@@ -116,7 +118,7 @@ def schedule(config: RunConfig, step_tokens: int) -> dict[str, Any]:
         "training.z_loss_coeff": config.training.z_loss_coeff,
         "model.mup_base_hidden_size": config.model.mup_base_hidden_size,
     }
-    if len(stages) > 1:  # they end at shares of it
+    if len(stages_of(config)) > 1:  # they end at shares of it
         length = config.training.train_iters if config.training.train_tokens is None else config.training.train_tokens
         loops["training.loop_schedule over"] = length
     factors = {name: settings.pop(name) for name in ("lr_mult", "wd_mult")}
@@ -133,8 +135,11 @@ def schedule_step_tokens(progress: dict[str, Any]) -> int:
 
 def check_schedule(path: Path, progress: dict[str, Any], config: RunConfig, *, allow_other: bool) -> None:
     """Raise `UserError` if a checkpoint was trained with another optimizer or, unless allowed, another schedule; or if
-    the schedule leaves no steps to decay."""
-    for problem in find_decay_problems(config, schedule_step_tokens(progress)):
+    the schedule leaves no steps to decay, or no samples for the rest."""
+    for problem in (
+        *find_decay_problems(config, schedule_step_tokens(progress)),
+        *_find_order_problems(config, progress),
+    ):
         raise UserError(problem)
     own = schedule(config, schedule_step_tokens(progress))
     before, now = progress["schedule"].get("optimizer.name", "adam"), own["optimizer.name"]  # formerly always Adam
@@ -162,6 +167,17 @@ def check_schedule(path: Path, progress: dict[str, Any], config: RunConfig, *, a
         other.pop("optimizer.lr_decay_iters", None)  # a constant rate does not depend on it
     if other:
         raise UserError(_describe(path, progress, config, other, own))
+
+
+def _find_order_problems(config: RunConfig, progress: dict[str, Any]) -> Iterator[str]:
+    order = config.data.order_samples
+    if order is None:
+        return
+    step, tokens = progress["step"], checkpoints.trained_tokens(progress)
+    steps = max(0, derived.last_step(config, step, tokens) - step)
+    samples = BatchSchedule(config).tokens(steps, tokens) // config.data.sequence_length
+    if samples > order:
+        yield f"data.order_samples {order:,}: the run reads {samples:,} samples from this checkpoint on; give as many"
 
 
 def _loss_weights(saved: dict[str, Any], config: RunConfig) -> list[float]:

@@ -252,14 +252,14 @@ class LearningRate(OptimizerParamScheduler):
         self._in_tokens = config.training.train_tokens is not None
         self._batches, self._run_step, self._run_tokens = BatchSchedule(config), 0, 0
         settings = config.optimizer
-        wsd = settings.lr_decay_style == "WSD"
+        wsd, steps = settings.lr_decay_style == "WSD", derived.lr_decay_iters(config, self.step_tokens)
         super().__init__(
             optimizer,
             init_lr=0.0,
             max_lr=settings.lr,
             min_lr=settings.min_lr,
-            lr_warmup_steps=settings.lr_warmup_iters,
-            lr_decay_steps=derived.lr_decay_iters(config, self.step_tokens),
+            lr_warmup_steps=min(settings.lr_warmup_iters, steps - 1),  # fewer until a checkpoint says what it counts
+            lr_decay_steps=steps,
             lr_decay_style=settings.lr_decay_style,
             start_wd=settings.weight_decay,
             end_wd=settings.weight_decay,

@@ -124,6 +124,12 @@ def test_a_cache_that_was_filled_in_inference_mode_goes_on_outside_of_it(name):
     with torch.no_grad():
         found = [model(tokens[:, at : at + 1], cache=cache).logits for at in range(6, 14)]
     assert (torch.cat(found, 1) - full(model, tokens)[:, 6:]).abs().max() < TOLERANCE
+    with torch.inference_mode():
+        step(model, cache := model.new_cache(), tokens[:, :6])
+        cache.activate_past_recording()
+        step(model, cache, tokens[:, 6:9])
+    cache.crop(-3)
+    assert (step(model, cache, tokens[:, 6:]) - full(model, tokens)[:, 6:]).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize("static", [False, True])

@@ -174,7 +174,8 @@ def _find_schedule_problems(config: RunConfig) -> Iterator[str]:
     optimizer = config.optimizer
     samples = derived.run_tokens(config) // config.data.sequence_length
     order = config.data.order_samples
-    if order is not None and not samples <= order <= MAX_SAMPLES:
+    # Steps before a checkpoint may have been smaller: `resuming.check_schedule` knows what a run that continues reads.
+    if order is not None and not (1 if derived.continues(config) else samples) <= order <= MAX_SAMPLES:
         yield f"data.order_samples {order:,} must be between the {samples:,} that the run reads and {MAX_SAMPLES:,}"
     if samples > MAX_SAMPLES:
         yield (
@@ -183,8 +184,7 @@ def _find_schedule_problems(config: RunConfig) -> Iterator[str]:
         )
     if optimizer.lr < optimizer.min_lr:
         yield f"optimizer.lr {optimizer.lr:g} is below optimizer.min_lr {optimizer.min_lr:g}"
-    # A run given in tokens goes on in steps of the batch size that it began with (`resuming.check_schedule`).
-    if config.training.train_tokens is None or not derived.has_checkpoints(config):
+    if config.training.train_tokens is None or not derived.continues(config):  # it counts steps of its first batch size
         yield from find_decay_problems(config)
 
 

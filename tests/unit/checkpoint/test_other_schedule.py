@@ -6,6 +6,7 @@ import dataclasses
 import json
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder import resuming
 from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.train.optimizers import LearningRate
 from tests.unit.slurm.fake_slurm import write_checkpoint
 
 NAME = "training.loop_loss_weights"
@@ -65,11 +67,13 @@ def progress_of(config: RunConfig, step_tokens: int) -> dict[str, Any]:
     return json.loads(json.dumps(progress | {"schedule_step_tokens": step_tokens, "step": 6, "consumed_tokens": 6}))
 
 
-def test_stages_at_shares_of_the_run_belong_to_its_length():
+@pytest.mark.parametrize("stages", [[LoopStage(0.5, 1), LoopStage(loop_count=2)], [LoopStage(0.5, 1)]])
+def test_stages_at_shares_of_the_run_belong_to_its_length(stages):
+    """The rest of the run is one, too."""
     before, now = run([], 2), run([], 2)
     for config in (before, now):
         config.optimizer.lr_decay_style = "constant"
-        config.training.loop_schedule = [LoopStage(0.5, 1), LoopStage(loop_count=2)]
+        config.training.loop_schedule = stages
     now.training.train_iters = 20
     progress = progress_of(before, 1)
     with pytest.raises(UserError, match=r"training.loop_schedule.* 10 .now 20"):
@@ -89,16 +93,17 @@ def test_a_run_is_not_called_like_the_import_that_it_starts_from(tmp_path):
 
 def test_a_larger_batch_leaves_the_schedule_the_steps_that_it_began_with(tmp_path):
     length = ["training.train_iters=null", "training.train_tokens=1024000", "training.global_batch_size=4"]
-    wsd = ["optimizer.lr_decay_style=WSD", "optimizer.lr_warmup_iters=50", "optimizer.lr_wsd_decay_iters=200"]
+    wsd = ["optimizer.lr_decay_style=WSD", "optimizer.lr_warmup_iters=150", "optimizer.lr_wsd_decay_iters=200"]
     settings = [*length, *wsd, f"output_dir={tmp_path}", "name=run", "data.sequence_length=256"]
     config = load_config("configs/runs/plt2_tiny.yaml", settings)
     progress = progress_of(config, 1024)
     now = dataclasses.replace(config, training=dataclasses.replace(config.training, global_batch_size=32))
-    said = "lr_warmup_iters 50 must leave optimizer.lr_wsd_decay_iters 200 of the schedule's 125 steps"
+    said = "lr_warmup_iters 150 must leave optimizer.lr_wsd_decay_iters 200 of the schedule's 125 steps"
     assert any(said in problem for problem in find_problems(now, check_files=False))
     (tmp_path / "run/checkpoints/step_00000006").mkdir(parents=True)
     assert not any("must leave" in problem for problem in find_problems(now, check_files=False))
     resuming.check_schedule(Path("checkpoint"), progress, now, allow_other=False)
+    LearningRate(now, SimpleNamespace(param_groups=[]))  # as the engine makes one before the checkpoint is read
     now.training.train_tokens = 128_000
     with pytest.raises(UserError, match="must leave"):
         resuming.check_schedule(Path("checkpoint"), progress, now, allow_other=True)

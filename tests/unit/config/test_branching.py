@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -12,6 +13,7 @@ from plt_megatron.config.loader import load_config
 from plt_megatron.config.loop_schedule import LoopSchedule
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
+from plt_megatron.run_folder import resuming
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.resuming import branch_config
 from tests.unit.slurm.fake_slurm import write_checkpoint
@@ -62,7 +64,7 @@ def test_another_branch_of_the_same_name_does_not_go_on_with_the_first(trunk):
     assert branch_config(f"{trunk.path}@36", ["checkpoint.allow_other_schedule=true"], 8).training.train_iters == 44
 
 
-@pytest.mark.parametrize(("first", "later", "constant"), [(4, 16, True), (16, 4, False)])
+@pytest.mark.parametrize(("first", "later", "constant"), [(4, 32, True), (16, 4, False)])
 def test_a_trunk_that_changed_its_batch_branches_by_the_tokens_that_it_has_seen(tmp_path, first, later, constant):
     """In a run given in tokens, whose schedule counts steps of the first batch; the decay is the last tenth."""
     length = ["training.train_iters=null", "training.train_tokens=1024000", f"output_dir={tmp_path}"]
@@ -78,6 +80,13 @@ def test_a_trunk_that_changed_its_batch_branches_by_the_tokens_that_it_has_seen(
         branch = branch_config(f"{folder.path}@560", [], 4)
         samples = (tokens + 4 * later * goes_on.data.sequence_length) // goes_on.data.sequence_length
         assert branch.training.train_iters == 564 and branch.data.order_samples >= samples
+        assert not [line for line in find_problems(branch, check_files=False) if "order_samples" in line]
+        path = folder.checkpoints / "step_00000560"
+        progress = json.loads((path / "progress.json").read_text())
+        resuming.check_schedule(path, progress, branch, allow_other=True)
+        few = dataclasses.replace(branch, data=dataclasses.replace(branch.data, order_samples=samples - 1))
+        with pytest.raises(UserError, match=f"order_samples.* reads {samples:,} samples"):
+            resuming.check_schedule(path, progress, few, allow_other=True)
     else:
         with pytest.raises(UserError, match="to 921,600 tokens: it cannot branch at step 560, 942,080 tokens"):
             branch_config(f"{folder.path}@560", [], 4)

@@ -54,7 +54,9 @@ def test_a_run_with_checkpoints_of_its_own_needs_no_longer_what_it_started_from(
     assert any("other-run" in line for line in find_problems(config))
     (run_folder(config) / "checkpoints" / "step_00000010").mkdir()
     assert not any("other-run" in line for line in find_problems(config))
-    config.checkpoint.enabled = False
+    config.name = "a\0b"
+    assert any("name must be" in line for line in find_problems(config))
+    config.name, config.checkpoint.enabled = good().name, False
     assert any("other-run" in line for line in find_problems(config))
 
 

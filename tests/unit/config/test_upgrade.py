@@ -379,6 +379,8 @@ def test_a_renamed_setting_and_a_removed_one_are_rewritten():
         "parallel: {window_cp_comm_type: all_gather}\n"
     )
     assert upgrade_text("data: {index_timeout_minutes: 3}\n", "x").strip() == ""
+    with pytest.raises(UserError, match="by hand"):  # it would lose what the file that includes it may need
+        upgrade_text("model: {rope_scaling_type: yarn}\n", "x")
 
 
 def test_a_part_of_a_file_keeps_what_it_says():

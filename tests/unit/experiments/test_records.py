@@ -162,13 +162,15 @@ def test_groups_may_read_data_of_their_own(tmp_path):
 def test_a_run_under_way_has_not_diverged_by_what_it_has_left_behind(tmp_path):
     plan = saved_plan(tmp_path)
     early, recovered, lost = (planned(plan, f"1_loop-seed{seed}") for seed in (1, 2, 3))
-    for run in (early, recovered, lost):
+    skipped = planned(plan, "2_loops-seed1")
+    for run in (early, recovered, lost, skipped):
         finish(run, 3.0, upto=0.6)
     edit_metrics(early, lambda r: {**r, "loss": 9.0} if r["kind"] == "validation" else r)
     edit_metrics(recovered, lambda r: {**r, "loss": math.nan} if r["step"] == 20 else r)
     edit_metrics(lost, lambda r: {**r, "loss": math.nan} if r["step"] == 60 else r)
+    edit_metrics(skipped, lambda r: {**r, "loss": math.nan, "updated": False} if r["step"] == 60 else r)
     found = statuses(load_results(plan.folder))
-    assert [found[run.name] for run in (early, recovered, lost)] == ["partial", "partial", "diverged"]
+    assert [found[run.name] for run in (early, recovered, skipped, lost)] == [*["partial"] * 3, "diverged"]
 
 
 def test_runs_whose_data_nobody_recorded_are_said_to_be_so(finished):

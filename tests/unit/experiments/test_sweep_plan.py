@@ -173,8 +173,17 @@ def test_equal_latency_by_a_measured_table(tmp_path):
     assert (two.config.model.num_layers, two.config.model.ffn_hidden_size) == (3, 72)
     assert two.change == "layers 3, FFN width 72" and two.deviation == pytest.approx(0.005)
     wider = text.replace("model.loop_count: [1, 2]}", "size: {1x: {model.loop_count: 1}, 2x: {model.hidden_size: 64}}}")
-    with pytest.raises(UserError, match="cannot tell models of other hidden_size apart"):
-        plan_of(tmp_path, wider)
+    windows = "size: {1x: {model.loop_count: 1}, 2x: {model.window_size: 4}, near: {model.window_size: 16}}}"
+    for axes, named in (
+        (wider, "hidden_size"),
+        (
+            text.replace("axes: {", "axes: {width: {a: {model.hidden_size: 32}, b: {model.hidden_size: 64}}, "),
+            "hidden_size",
+        ),
+        (text.replace("model.loop_count: [1, 2]}", windows), "window_size"),
+    ):
+        with pytest.raises(UserError, match=f"cannot tell models of other model.{named} apart"):
+            plan_of(tmp_path, axes)
     with pytest.raises(UserError, match="has no row for num_layers 4, ffn_hidden_size 64, loop_count 3"):
         plan_of(tmp_path, text.replace("[1, 2]", "[1, 2, 3]"))
     table.write_text(columns.replace("share_kv,", "") + "\n")
