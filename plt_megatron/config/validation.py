@@ -117,7 +117,7 @@ def _check_required(config: RunConfig) -> Iterator[str]:
     if data.tokenizer is None and config.model.vocab_size is None:
         yield "give data.tokenizer, or model.vocab_size if the tokenized data needs none"
     parts = Path(config.name).parts
-    if not parts or Path(config.name).is_absolute() or ".." in parts or {"\0", "\n"}.intersection(config.name):
+    if not parts or Path(config.name).is_absolute() or ".." in parts or "\0" in config.name:
         yield f"name must be a folder name below output_dir, got {config.name!r}"
     elif too_long := next((part for part in parts if len(os.fsencode(part)) > _LONGEST_NAME), None):
         yield f"name: {too_long[:20]}... has {len(os.fsencode(too_long))} bytes, a folder name at most {_LONGEST_NAME}"

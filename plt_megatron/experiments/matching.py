@@ -200,15 +200,16 @@ _SWITCHES = tuple(key.rpartition(".")[2] for key in LOOP_SWITCHES)
 
 def table_problems(configs: Collection[RunConfig], table: str) -> Iterator[str]:
     """Yield each setting that changes times, has no column in a table, and differs between a sweep's rows."""
-    for name, any_loops in (
-        ("hidden_size", True),
-        ("num_query_groups", True),
-        ("window_size", False),
-        ("share_values", False),
-    ):
-        models = [config.model for config in configs if any_loops or config.model.loop_count > 1]
-        if len({getattr(model, name) for model in models}) > 1:
-            yield f"{table} cannot tell models of other model.{name} apart: leave out decode.table"
+    models = [config.model for config in configs]
+    looped = [model for model in models if model.loop_count > 1]
+    found: dict[str, set[int] | set[bool]] = {
+        "hidden_size": {model.hidden_size for model in models},
+        "num_query_groups": {derived.num_query_groups(model) for model in models},
+        "window_size": {model.window_size for model in looped},
+        "keys or values that loops share": {derived.shares_values(model) for model in looped if model.share_kv},
+    }
+    for what in (name for name, values in found.items() if len(values) > 1):
+        yield f"{table} cannot tell models of other {what} apart: leave out decode.table"
 
 
 def _match_measured_latency(config: RunConfig, reference: RunConfig, table: Path) -> MatchedConfig:

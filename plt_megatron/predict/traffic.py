@@ -130,8 +130,8 @@ def _expert_layer(step: Step) -> float:
 
 def _tensor_ends(step: Step) -> float:
     """Return the traffic of embedding and output layer in all microbatches, the latter once per loop with a loss; in a
-    pipeline, where each loop that reads embeddings embeds again, the busier of the two. The cross-entropy reduces three
-    numbers per token, the last loop's z-loss one."""
+    pipeline, where each loop embeds again, the busier of the two. The cross-entropy reduces three numbers per token,
+    the last loop's z-loss one."""
     layout, shapes = step.layout, step.shapes
     whole = _share(layout.tensor) * shapes.tokens * shapes.hidden * shapes.element
     heads = len(step.losses(step.stages[-1]))
@@ -140,7 +140,9 @@ def _tensor_ends(step: Step) -> float:
     losses = 2 * _share(layout.tensor) * numbers * shapes.tokens * FP32
     embedding = (1 if layout.sequence_parallel and not shapes.trained.has("embedding") else 2) * whole
     head = heads * gathers * whole + losses
-    embeds = step.config.model.loop_count if derived.adds_embeddings(step.config.model) else 1
+    embeds = (
+        step.config.model.loop_count if derived.adds_embeddings(step.config.model) else 1
+    )  # else E is not read again
     ends = embedding + head if layout.pipeline == 1 else max(embeds * embedding, head)
     return layout.microbatches * ends
 

@@ -38,7 +38,7 @@ REFUSED = [
     ("train", "run.yaml data.tokenizer=notes.txt", "notes.txt"),
     ("train", "run.yaml data.tokenizer=tokenizer_of_notes", "tokenizer_of_notes"),
     ("train", "run.yaml name=new model.vocab_size=5", "model.vocab_size"),
-    ("train", "run.yaml checkpoint.load=nowhere", "nowhere"),
+    ("train", "run.yaml name=new checkpoint.load=nowhere", "nowhere"),
     ("train", "run.yaml output_dir=notes.txt", "notes.txt"),
     ("train", "run.yaml output_dir=/proc/nowhere", "/proc"),
     # ... a run that is there

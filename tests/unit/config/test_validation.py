@@ -206,7 +206,6 @@ TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
         ({"name": "../x"}, "name must be a folder name below output_dir"),
         ({"name": "/x"}, "name must be a folder name below output_dir"),
         ({"name": "."}, "name must be a folder name below output_dir"),
-        ({"name": "a\nb"}, "name must be a folder name below output_dir"),
     ],
 )
 def test_one_problem_is_one_line(settings, expected):

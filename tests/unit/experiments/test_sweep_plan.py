@@ -182,7 +182,7 @@ def test_equal_latency_by_a_measured_table(tmp_path):
         ),
         (text.replace("model.loop_count: [1, 2]}", windows), "window_size"),
     ):
-        with pytest.raises(UserError, match=f"cannot tell models of other model.{named} apart"):
+        with pytest.raises(UserError, match=f"cannot tell models of other {named} apart"):
             plan_of(tmp_path, axes)
     with pytest.raises(UserError, match="has no row for num_layers 4, ffn_hidden_size 64, loop_count 3"):
         plan_of(tmp_path, text.replace("[1, 2]", "[1, 2, 3]"))
