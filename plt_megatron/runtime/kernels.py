@@ -107,6 +107,7 @@ def _attention_settings(config: RunConfig, window: int | None, exchange: str) ->
         "context_parallel": cp > 1,
         "cp_comm_type": exchange,
         "cp_size": cp,
+        "core_attention_bias_requires_grad": False,  # there is no bias, but it would be assumed
         "deterministic": config.training.deterministic,
     }
 

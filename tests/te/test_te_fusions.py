@@ -243,6 +243,7 @@ def test_attention_that_would_hold_all_scores_is_refused(run_te, packed):
     assert (
         run_te(attention, 1, **wide)
         == run_te(attention, 1, **wide, **{"model.full_attention": "every_loop"})
+        == run_te(attention, 1, **wide, **{"training.deterministic": True})
         == "fused"
     )
     split = {"parallel.context_parallel_size": 2, "parallel.cp_comm_type": "a2a"}
