@@ -133,8 +133,8 @@ def _check_files(config: RunConfig) -> Iterator[str]:
     if data.tokenizer is not None:
         yield from _check_tokenizer(Path(data.tokenizer))
     load = config.checkpoint.load
-    is_read = load is not None and not upload_rules.is_url(load) and not derived.has_checkpoints(config)
-    if is_read and not Path(load or "").exists():
+    is_missing = load is not None and not upload_rules.is_url(load) and not Path(load).exists()
+    if is_missing and not derived.has_checkpoints(config):  # a run reads its own first
         yield f"checkpoint.load: {load} not found"
     folder = None if config.evaluation is None else config.evaluation.include_path
     if folder is not None and not Path(folder).is_dir():

@@ -147,6 +147,11 @@ def data_part(fingerprint: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in fingerprint.items() if key not in ("sampling", "sha256")}
 
 
+def data_key(fingerprint: dict[str, Any]) -> str:
+    """Return a text that fingerprints of the same data share, whatever seed and budget."""
+    return repr(sorted(data_part(fingerprint).items()))
+
+
 def data_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Describe the differences between two fingerprints; empty for the same data, whatever seed and budget."""
     if data_part(before) == data_part(now):
@@ -314,7 +319,7 @@ def _other_settings(run: PlannedRun) -> str:
 
 def _set_other_data_aside(runs: Sequence[RunResult]) -> None:
     """Leave runs of a group that read other data than most out of the means."""
-    seen = {id(r): repr(sorted(data_part(r.fingerprint).items())) for r in runs if r.status == "used" and r.fingerprint}
+    seen = {id(r): data_key(r.fingerprint) for r in runs if r.status == "used" and r.fingerprint}
     if len(set(seen.values())) < 2:
         return
     usual = Counter(seen.values()).most_common(1)[0][0]  # ties go to the first in the plan

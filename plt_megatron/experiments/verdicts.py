@@ -19,7 +19,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.experiments.intervals import LEVEL, Interval, estimate, paired_difference
 from plt_megatron.experiments.law import LawFit, fit_law
 from plt_megatron.experiments.pages import Verdict
-from plt_megatron.experiments.records import RunResult, SweepResults, data_part
+from plt_megatron.experiments.records import RunResult, SweepResults, data_key
 from plt_megatron.experiments.solver import Run
 from plt_megatron.experiments.sweep_plan import PlannedRun
 from plt_megatron.predict.decode_cost import kv_cache_bytes, state_bytes
@@ -164,8 +164,10 @@ def fit_laws(rows: Sequence[Row]) -> list[LoopLaw]:
         if not points:
             laws.append(LoopLaw(label, None, "no fit: no finished run"))
             continue
-        read = [r.fingerprint for row in own for r in row.results if r.status == "used" and r.fingerprint]
-        if len({repr(sorted(data_part(fingerprint).items())) for fingerprint in read}) > 1:
+        if (
+            len({data_key(r.fingerprint) for row in own for r in row.results if r.status == "used" and r.fingerprint})
+            > 1
+        ):
             laws.append(LoopLaw(label, None, "no fit: its runs have read different data"))
             continue
         if len({(row.run.non_embedding_parameters, row.run.tokens) for row in own}) < len(own):

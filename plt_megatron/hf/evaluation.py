@@ -130,7 +130,7 @@ def _load_data(known: Any, tasks: Sequence[str], download: bool) -> None:
                 )
             )
             raise UserError(
-                f"the data of the task {task} is not on this machine: {str(error).splitlines()[0]}{advice}"
+                f"the data of the task {task} is not on this machine: {_first_line(error)}{advice}"
             ) from error
 
 

@@ -36,10 +36,9 @@ class Activations(RankLayer):
     def ffn_block(self) -> int:
         """Return what norm, gate and up projections, SwiGLU and down projection save; if recomputed, their input, which
         other experts save too."""
-        if self.experts and "shared_experts" in self.recomputed:
-            return self._whole_ffn_block() - self._swiglu()
-        recomputed = "mlp" in self.recomputed and not self.experts
-        return self.hidden_bytes() if recomputed else self._whole_ffn_block()
+        if not self.recomputes_ffn:
+            return self._whole_ffn_block()
+        return self._whole_ffn_block() - self._swiglu() if self.experts else self.hidden_bytes()
 
     def _whole_ffn_block(self) -> int:
         return self._norms(in_attention=False) + self._swiglu() + self._experts()

@@ -96,17 +96,21 @@ def forward_flops(
     gated = later if derived.has_gates(model) else []
     local = sum(run.local for run in runs(model, range(model.num_layers), loop))
     weights = Weights(model)
-    key_value_width = derived.num_query_groups(model) * derived.head_dim(model)
-    unused = (not derived.later_loops_use_keys(model)) + (not derived.later_loops_use_values(model))
     attention = 4 * model.num_attention_heads * derived.head_dim(model)
     return Flops(
-        projections=2 * (weights.matmuls(ran, "attention") - len(later) * unused * key_value_width * model.hidden_size),
+        projections=2 * (weights.matmuls(ran, "attention") - len(later) * unused_projections(model)),
         ffn=2 * weights.matmuls(ran, *FFN),
         global_attention=(len(ran) - local) * attention * keys,
         local_attention=(len(gated) + local) * attention * window_keys,
         gate=2 * weights.matmuls(gated, "gates"),
         output=2 * model.hidden_size * padded_vocab_size,
     )
+
+
+def unused_projections(model: ModelConfig) -> int:
+    """Count a token's multiply-adds with K's and V's matrices that a layer's later loops have no use for."""
+    unused = (not derived.later_loops_use_keys(model)) + (not derived.later_loops_use_values(model))
+    return unused * derived.num_query_groups(model) * derived.head_dim(model) * model.hidden_size
 
 
 def _ran(model: ModelConfig, loop: int | None) -> tuple[list[int], list[int]]:

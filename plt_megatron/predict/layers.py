@@ -99,6 +99,11 @@ class RankLayer:
     recomputed: tuple[str, ...]
     fusions: Fusions
 
+    @property
+    def recomputes_ffn(self) -> bool:
+        """Whether the dense FFN, or the shared experts beside others, are recomputed by themselves."""
+        return ("shared_experts" if self.experts else "mlp") in self.recomputed
+
     @classmethod
     def of(cls, config: RunConfig, layout: Layout, vocab_size: int) -> Self:
         """Compute the sizes on a rank of this layout, for the first run of a layer that loops and has experts if any

@@ -199,8 +199,7 @@ def _recompute(step: Step, matmul: float, attention: float, memory_bound: float,
         if "mlp" in layout.recompute_modules:
             again += weights.matmuls([layer for layer in layers if layer in derived.dense_layers(model)], *FFN)
         if "shared_experts" in layout.recompute_modules:
-            with_experts = sum(layer in derived.expert_layers(model) for layer in layers)
-            again += with_experts * 3 * model.hidden_size * derived.shared_expert_size(model)
+            again += weights.matmuls([layer for layer in layers if layer in derived.expert_layers(model)], "ffn")
         parts += matmul * flops.ffn / products * again / (weights.matmuls(layers, *FFN) or 1)
         return parts / 3
     recomputed = matmul * (products - flops.output) / products + attention

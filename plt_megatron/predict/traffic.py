@@ -100,7 +100,7 @@ def _tensor_run(run: Activations) -> float:
         forward, backward = forward + sequence * logits, backward + logits
     mixing = [each for each in run.parameters if each.mixes_tokens and each.name not in run.frozen]
     backward += 2 * sum(each.size(sizes) for each in mixing) * run.element
-    if ("shared_experts" if run.experts else "mlp") in run.recomputed:
+    if run.recomputes_ffn:
         ffn = [each for each in matrices if not each.in_attention]
         backward += (len(ffn) if sequence else 2 * sum(each not in by_rows for each in ffn)) * whole
     return _share(layout.tensor) * ((2 if layout.recompute == "full" else 1) * forward + backward)
@@ -140,9 +140,7 @@ def _tensor_ends(step: Step) -> float:
     losses = 2 * _share(layout.tensor) * numbers * shapes.tokens * FP32
     embedding = (1 if layout.sequence_parallel and not shapes.trained.has("embedding") else 2) * whole
     head = heads * gathers * whole + losses
-    embeds = (
-        step.config.model.loop_count if derived.adds_embeddings(step.config.model) else 1
-    )  # else E is not read again
+    embeds = step.config.model.loop_count if derived.adds_embeddings(step.config.model) else 1
     ends = embedding + head if layout.pipeline == 1 else max(embeds * embedding, head)
     return layout.microbatches * ends
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TextIO
 
+from plt_megatron.config.rules.fp8 import ADA, BLACKWELL, CONSUMER_BLACKWELL, HOPPER
 from plt_megatron.config.rules.kernels import BLOCKWISE_CUDA, DETERMINISTIC_FLASH_ATTN, DETERMINISTIC_FP8_CUDNN
 from plt_megatron.installation import ROOT, is_checkout
 from plt_megatron.run_folder.text import format_memory, format_table
@@ -19,8 +20,6 @@ from plt_megatron.runtime.machine import Device, Machine
 SUPPORTED_PYTHONS = ((3, 12), (3, 13))
 
 _INSTALL_PROJECT = "make venv, and use .venv/bin/python" if is_checkout(ROOT) else "pip install plt-megatron"
-_HOPPER, _BLACKWELL, _RTX_BLACKWELL = (9, 0), (10, 0), (12, 0)
-_FIRST_WITH_FP8 = (8, 9)
 OLDEST_TRANSFORMER_ENGINE = "2.9"  # the first with te.autocast
 # Transformer Engine's torch extension is distributed as source.
 _BUILD_TRANSFORMER_ENGINE = (
@@ -186,15 +185,15 @@ def _transformer_engine(machine: Machine) -> str:
 def _fp8(machine: Machine) -> str:
     _need(_works(_transformer_engine, machine), "needs Transformer Engine on a GPU")
     oldest = min(device.capability for device in machine.devices)
-    _need(oldest >= _FIRST_WITH_FP8, f"{_sm(oldest)} has no FP8 units; Ada, Hopper and Blackwell do")
-    if oldest < _HOPPER:
+    _need(oldest >= ADA, f"{_sm(oldest)} has no FP8 units; Ada, Hopper and Blackwell do")
+    if oldest < HOPPER:
         return "linear layers; attention in BF16"
     wanted = ".".join(map(str, BLOCKWISE_CUDA))
     has_it = _in_range(str(machine.cuda_build), f">={wanted}")
     blockwise = "" if has_it else f"; blockwise needs a torch built for CUDA {wanted}"
-    if oldest >= _RTX_BLACKWELL:
+    if oldest >= CONSUMER_BLACKWELL:
         return f"linear layers: delayed and tensorwise recipes; attention in BF16{blockwise}"
-    if oldest >= _BLACKWELL:
+    if oldest >= BLACKWELL:
         return f"linear layers and attention: delayed, tensorwise and mxfp8 recipes{blockwise}"
     return f"linear layers; global attention with the delayed recipe and head dimension 128; local in BF16{blockwise}"
 
@@ -215,10 +214,10 @@ def _deterministic(machine: Machine) -> str:
     wanted = ".".join(map(str, DETERMINISTIC_FLASH_ATTN))
     flash = _works(_flash_attention, machine) and _in_range(machine.packages["flash-attn"], f">={wanted}")
     why = f"cuDNN's attention is not deterministic on {_sm(oldest)}"
-    _need(flash or oldest >= _HOPPER, why, f"pip install 'flash-attn>={wanted}'")
-    limits = [] if flash or oldest >= _BLACKWELL else ["packed documents need flash-attn"]
+    _need(flash or oldest >= HOPPER, why, f"pip install 'flash-attn>={wanted}'")
+    limits = [] if flash or oldest >= BLACKWELL else ["packed documents need flash-attn"]
     major, minor = DETERMINISTIC_FP8_CUDNN
-    if oldest >= _HOPPER and (machine.cudnn or 0) < 10000 * major + 100 * minor:
+    if oldest >= HOPPER and (machine.cudnn or 0) < 10000 * major + 100 * minor:
         limits.append(f"FP8 attention needs cuDNN {major}.{minor}")
     return "; ".join(limits) or "all attentions"
 

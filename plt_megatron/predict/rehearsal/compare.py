@@ -8,8 +8,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
+from plt_megatron.predict.flops import unused_projections
 from plt_megatron.predict.layers import runs
 from plt_megatron.predict.parameters import Weights
 from plt_megatron.predict.rehearsal.record import Box, Call, RankRecord, Saving
@@ -128,11 +128,9 @@ def _flops(config: RunConfig, record: RankRecord, estimate: RunEstimate) -> Diff
 def _unused_keys_and_values(config: RunConfig, layers: range) -> int:
     """Return the FLOPs per token of K and V that later loops do not use: a fused projection computes them, too."""
     model, trained = config.model, Weights.trained(config)
-    unused = (not derived.later_loops_use_keys(model)) + (not derived.later_loops_use_values(model))
-    product = 2 * unused * derived.num_query_groups(model) * derived.head_dim(model) * model.hidden_size
     later = [run.layer for run in runs(model, layers) if run.part == "later"]
     frozen = sum(any("linear_qkv.weight" in name for name in trained.missing_in(layer)) for layer in later)
-    return product * (3 * len(later) - frozen)
+    return 2 * unused_projections(model) * (3 * len(later) - frozen)
 
 
 def _saving(records: Sequence[RankRecord], estimate: RunEstimate) -> Iterator[Difference]:
