@@ -8,6 +8,9 @@ NVRX := build/nvrx/.complete
 SERVING_VENV ?= serving/.venv
 SERVING_PY := $(SERVING_VENV)/bin/python
 SERVING := $(SERVING_VENV)/installed
+ifneq ($(words $(VENV)) $(words $(SERVING_VENV)),1 1)
+$(error VENV and SERVING_VENV are paths without spaces)
+endif
 PYTEST_ARGS ?=
 # One worker begins with the jobs of the process pool, the other with everything else (tests/conftest.py). On two cores a
 # third makes it slower; more help on a machine with many.
@@ -32,7 +35,7 @@ venv: $(READY) ## build or update the virtual environment in .venv (a 3 GB downl
 $(READY): pyproject.toml tools/make_venv.sh
 	@tools/make_venv.sh $(VENV)
 
-te: $(READY) $(TE) $(NVRX) ## the Python of Transformer Engine and nvidia-resiliency-ext, for tests on a CPU, which `make test` then runs (13 MB)
+te: $(READY) $(TE) $(NVRX) ## the Python of Transformer Engine and nvidia-resiliency-ext, for tests on a CPU, which `make test` then runs (60 MB)
 
 demo: $(READY) ## train a small PLT and its one-loop baseline on text this machine has (four minutes on two cores)
 	@$(PY) tools/demo.py

@@ -118,6 +118,7 @@ def make_engine(row: str, folder: Path, args: argparse.Namespace, **options):
         max_num_seqs=16,
         max_num_batched_tokens=512,
         kv_cache_memory_bytes=1 << 29,
+        gpu_memory_utilization=0.1,  # of what must be free: other engines are loaded too
         enable_prefix_caching=False,
         seed=0,
         additional_config=PLUGIN.get(row, {}),

@@ -90,7 +90,8 @@ def options(row: str, concurrency: int) -> list[str]:
     chosen = ["--load-format", "dummy", "--enforce-eager", "--no-enable-prefix-caching", "--generation-config", "vllm"]
     chosen += ["--max-num-seqs", str(concurrency), "--max-model-len", "2048", "--max-num-batched-tokens", tokens]
     chosen += ["--additional-config", json.dumps(PLUGIN.get(name, {}))]
-    return [*chosen, "--kv-cache-memory-bytes", str(1 << 29)]
+    # What must be free, not what is used: other rows' servers run too.
+    return [*chosen, "--kv-cache-memory-bytes", str(1 << 29), "--gpu-memory-utilization", "0.1"]
 
 
 def load(folder: Path, port: int, turn: int, args: argparse.Namespace) -> dict[str, float]:

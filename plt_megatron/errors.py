@@ -91,6 +91,11 @@ def run_command(main: Callable[[], int | None], interrupted: str = "interrupted"
         return EXIT_USER_ERROR
 
 
+def first_line(error: BaseException) -> str:
+    """Return an error's first line, or its type's name if it has no text."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def describe_os_error(error: OSError) -> str:
     """Format the error as one line that names the file."""
     where = f"{error.filename}: " if error.filename is not None else ""

@@ -29,6 +29,8 @@ EXTRAS = {
     "jinja2": "report",
     "scipy": "report",
 }
+# What else an extra needs, for messages.
+PYTHONS = {"resilience": " (wheels for Python 3.12 only)"}
 
 
 def lacking(*modules: str) -> str:
@@ -38,7 +40,8 @@ def lacking(*modules: str) -> str:
     if not missing:
         return ""
     packages = f"package{'s' if len(missing) > 1 else ''} {' and '.join(missing)}"
-    return f"needs the {packages}: pip install 'plt-megatron[{','.join(extras)}]'"
+    where = "".join(PYTHONS.get(extra, "") for extra in extras)
+    return f"needs the {packages}: pip install 'plt-megatron[{','.join(extras)}]'{where}"
 
 
 def _is_here(module: str) -> bool:

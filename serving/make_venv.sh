@@ -15,7 +15,7 @@ candidates() {
     [ -z "${PYTHON:-}" ] || printf '%s\n' "$PYTHON"
     printf '%s\n' python3.11 python3 /usr/bin/python3.11
     local path
-    for path in "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.11*/bin/python; do
+    for path in "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/3.11*/bin/python; do
         [ -x "$path" ] && printf '%s\n' "$path"
     done
     return 0
@@ -30,6 +30,8 @@ find_python() {
     return 1
 }
 
+[ ! -e "$venv" ] || [ -e "$venv/pyvenv.cfg" ] || [ -z "$(ls -A "$venv")" ] ||
+    fail "$venv exists and is not a virtual environment; move it away"
 python=$(find_python) || fail "no Python 3.11 with venv and ensurepip found, which vLLM's CPU build wants;" \
     "install one or say where it is: make test-serving PYTHON=/path/to/python3.11"
 printf 'making %s with %s: vLLM for CPUs, a download of 1 to 3 GB, 4 GB on disk, three minutes or more\n' "$venv" "$python"

@@ -33,7 +33,7 @@ candidates() {
     fi
     printf '%s\n' python3.13 python3.12 python3 python /usr/bin/python3 /usr/bin/python3.13 /usr/bin/python3.12
     local path
-    for path in "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[23]*/bin/python; do
+    for path in "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/3.1[23]*/bin/python; do
         [ -x "$path" ] && printf '%s\n' "$path"
     done
     return 0

@@ -7,6 +7,7 @@ the scripts of launch/ and tools/ start it from a checkout.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import keyword
 import os
@@ -19,7 +20,6 @@ import plt_megatron
 from plt_megatron.errors import (
     EXIT_INTERRUPTED,
     EXIT_USER_ERROR,
-    UserError,
     hear_every_interrupt,
     prepare_streams,
     print_error,
@@ -129,12 +129,24 @@ def command(
     return main
 
 
-def check_at_least(arguments: argparse.Namespace, **least: int) -> None:
-    """Raise `UserError` if an option that is given is too small. `least`: the smallest value, by the option's name."""
-    for name, smallest in least.items():
-        value = getattr(arguments, name)
-        if value is not None and value < smallest:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {smallest:,}, got {value:,}")
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Return the `type` of an option that is a whole number from `least` to `most`; None: any from `least` on."""
+
+    def convert(text: str) -> int:
+        value = int(text)
+        if value < least or (most is not None and value > most):
+            limit = f"at least {least:,}" if most is None else f"from {least:,} to {most:,}"
+            raise argparse.ArgumentTypeError(f"must be {limit}, got {value:,}")
+        return value
+
+    convert.__name__ = "int"  # argparse names it where a text is no number
+    return convert
+
+
+def given(arguments: argparse.Namespace, options: type) -> dict[str, Any]:
+    """Return the arguments that are fields of `options`, a dataclass."""
+    names = {field.name for field in dataclasses.fields(options)}
+    return {name: value for name, value in vars(arguments).items() if name in names}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

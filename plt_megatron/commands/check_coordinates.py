@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from plt_megatron.commands import CommandParser, check_at_least, command
+from plt_megatron.commands import CommandParser, command, whole
 
 AXES = ("width", "depth", "loops")
 
@@ -18,12 +18,11 @@ AXES = ("width", "depth", "loops")
 def _arguments(parser: CommandParser) -> None:
     parser.add_config()
     parser.add_argument("--axes", nargs="+", choices=AXES, default=AXES, help="what to vary (default: all)")
-    parser.add_argument("--steps", type=int, default=5, help="optimizer steps (default 5)")
+    parser.add_argument("--steps", type=whole(1), default=5, help="optimizer steps (default 5)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write a plot to this .png, .svg or .pdf file")
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    check_at_least(arguments, steps=1)
     import logging
 
     from plt_megatron.config.loader import load_config

@@ -28,6 +28,7 @@ _FRONT = {
     "bash": """\
 _plt() {
     local command=
+    [[ $3 != = ]] || return 0  # a setting's value: bash takes = for the end of a word
     [[ $COMP_CWORD -eq 1 ]] || command=${COMP_WORDS[1]}
     mapfile -t COMPREPLY < <(compgen -W "$(_plt_words "$command" "$2")" -- "$2")
     [[ ${COMPREPLY[0]-} != *= ]] || compopt -o nospace
@@ -37,6 +38,10 @@ complete -o bashdefault -o default -F _plt plt
     "zsh": """\
 _plt() {
     local command=
+    if compset -P '*='; then  # a setting's value
+        _files
+        return
+    fi
     (( CURRENT == 2 )) || command=$words[2]
     local -a offered=($(_plt_words "$command" "$PREFIX"))
     compadd -S '' -- ${(M)offered:#*=} || compadd -- ${offered:#*=} || _files

@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from plt_megatron.commands import CommandParser, check_at_least, command
+from plt_megatron.commands import CommandParser, command, whole
 from plt_megatron.data.formats import ReadOptions, describe_formats, open_inputs
 
 
@@ -30,13 +30,13 @@ def _arguments(parser: CommandParser) -> None:
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: beside the checkpoint or the model")
     parser.add_argument(
-        "--max-tokens", type=int, default=65536, metavar="N", help="tokens to measure on (default: 65536)"
+        "--max-tokens", type=whole(2), default=65536, metavar="N", help="tokens to measure on (default: 65536)"
     )
     parser.add_argument(
-        "--sequence-length", type=int, metavar="S", help="tokens per sequence (default: the model's, at most 2048)"
+        "--sequence-length", type=whole(2), metavar="S", help="tokens per sequence (default: the model's, at most 2048)"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="seed for choosing sequences and the bootstrap (default: 0)"
+        "--seed", type=whole(0), default=0, help="seed for choosing sequences and the bootstrap (default: 0)"
     )
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: the model's")
     parser.add_argument(
@@ -71,7 +71,6 @@ def _diagnose(arguments: argparse.Namespace) -> None:
     checks.check_file("--tokenizer", arguments.tokenizer)
     if not Path(f"{arguments.data}.idx").is_file() and not arguments.data.endswith((".bin", ".idx")):
         open_inputs([arguments.data], ReadOptions())
-    check_at_least(arguments, max_tokens=2, sequence_length=2, seed=0)
     checks.prepare_imports()
     from plt_megatron.experiments.diagnostics.report import DiagnoseOptions, run_diagnosis
 

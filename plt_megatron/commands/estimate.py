@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-from plt_megatron.commands import CommandParser, check_at_least, command
+from plt_megatron.commands import CommandParser, command, whole
 
 
 def _arguments(parser: CommandParser) -> None:
@@ -20,21 +20,22 @@ def _arguments(parser: CommandParser) -> None:
     parser.add_argument(
         "--layout", metavar="LAYOUT", help="as reports print it: 'TP2 SP PP4 CP2 DP8 MB1 full', 'TP2 DP8 ZeRO3 offload'"
     )
-    parser.add_argument("--nodes", type=int, metavar="N", help="default: as many as the layout needs")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="default: 8")
+    parser.add_argument("--nodes", type=whole(1), metavar="N", help="default: as many as the layout needs")
+    parser.add_argument("--gpus-per-node", type=whole(1), default=8, metavar="G", help="default: 8")
     parser.add_argument(
-        "--context", type=int, metavar="TOKENS", help="context length when decoding; default: the sequence length"
+        "--context", type=whole(1), metavar="TOKENS", help="context length when decoding; default: the sequence length"
     )
     parser.add_argument(
-        "--batch", type=int, default=1, metavar="SEQUENCES", help="batch size when decoding; default: 1"
+        "--batch", type=whole(1), default=1, metavar="SEQUENCES", help="batch size when decoding; default: 1"
     )
     parser.add_argument("--search", action="store_true", help="propose layouts that fit on these cards, best first")
-    parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts that --search shows; default: 10")
+    parser.add_argument(
+        "--top", type=whole(1), default=10, metavar="N", help="layouts that --search shows; default: 10"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
 def _estimate(arguments: argparse.Namespace) -> int:
-    check_at_least(arguments, nodes=1, gpus_per_node=1, batch=1, context=1, top=1)
     from plt_megatron.data.tokenizer import load_tokenizer
     from plt_megatron.predict.report import print_estimate
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from plt_megatron.commands import CommandParser, command
+from plt_megatron.commands import CommandParser, command, whole
 
 
 def _arguments(parser: CommandParser) -> None:
@@ -20,7 +20,7 @@ def _arguments(parser: CommandParser) -> None:
     parser.add_argument("--tasks", required=True, type=_names, metavar="NAMES", help="task names, separated by commas")
     parser.add_argument("--include-path", type=Path, metavar="DIR", help="a folder of task files")
     parser.add_argument("--download", action="store_true", help="download task data missing from Hugging Face's cache")
-    parser.add_argument("--limit", type=int, metavar="N", help="examples per task (default: all)")
+    parser.add_argument("--limit", type=whole(1), metavar="N", help="examples per task (default: all)")
     parser.add_argument("--chat", action="store_true", help="apply the tokenizer's chat template")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
 
@@ -32,8 +32,6 @@ def _names(text: str) -> list[str]:
 def _evaluate(arguments: argparse.Namespace) -> None:
     if not arguments.tasks:
         raise argparse.ArgumentError(None, "--tasks names no task")
-    if arguments.limit is not None and arguments.limit < 1:
-        raise argparse.ArgumentError(None, "--limit must be above 0")
     from plt_megatron.extras import require
     from plt_megatron.hf import arguments as checks
 

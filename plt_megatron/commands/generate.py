@@ -12,7 +12,7 @@ import math
 import sys
 from pathlib import Path
 
-from plt_megatron.commands import CommandParser, command
+from plt_megatron.commands import CommandParser, command, whole
 
 
 def _arguments(parser: CommandParser) -> None:
@@ -21,18 +21,14 @@ def _arguments(parser: CommandParser) -> None:
     parser.add_argument(
         "--chat", action="store_true", help="apply the tokenizer's chat template to the prompt, and print the answer"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=100, help="default 100")
+    parser.add_argument("--max-new-tokens", type=whole(1), default=100, help="default 100")
     parser.add_argument("--temperature", type=float, default=0.8, help="default 0.8; 0: greedy decoding")
-    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="default 0")
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    if arguments.max_new_tokens < 1:
-        raise argparse.ArgumentError(None, "--max-new-tokens must be above 0")
     if not 0 <= arguments.temperature < math.inf:
         raise argparse.ArgumentError(None, "--temperature must be 0 or above")
-    if not 0 <= arguments.seed < 2**32:
-        raise argparse.ArgumentError(None, "--seed must be from 0 to 4294967295")
     from plt_megatron.hf.arguments import check_export, prepare_imports
 
     check_export(Path(arguments.model))

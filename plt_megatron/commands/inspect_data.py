@@ -12,16 +12,24 @@ from __future__ import annotations
 import argparse
 import logging
 
-from plt_megatron.commands import CommandParser, check_at_least, command
+from plt_megatron.commands import CommandParser, command, whole
 
 
 def _arguments(parser: CommandParser) -> None:
     parser.add_config("data.sequence_length=512")
     parser.add_argument("--part", choices=("train", "validation"), default="train", help="default: train")
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="the N-th global batch, from 1; default: 1")
-    parser.add_argument("--samples", type=int, default=4, metavar="N", help="samples of that batch to show; default: 4")
     parser.add_argument(
-        "--width", type=int, default=2000, metavar="N", help="characters of a document to show; 0: all; default: 2000"
+        "--batch", type=whole(1), default=1, metavar="N", help="the N-th global batch, from 1; default: 1"
+    )
+    parser.add_argument(
+        "--samples", type=whole(1), default=4, metavar="N", help="samples of that batch to show; default: 4"
+    )
+    parser.add_argument(
+        "--width",
+        type=whole(0),
+        default=2000,
+        metavar="N",
+        help="characters of a document to show; 0: all; default: 2000",
     )
     parser.add_argument("--html", metavar="FILE", help="also write everything as an HTML page")
     parser.add_argument(
@@ -30,12 +38,11 @@ def _arguments(parser: CommandParser) -> None:
         help="search all training data for the run's validation documents",
     )
     parser.add_argument(
-        "--span-tokens", type=int, default=50, metavar="N", help="shortest shared span to report; default: 50"
+        "--span-tokens", type=whole(8), default=50, metavar="N", help="shortest shared span to report; default: 50"
     )
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    check_at_least(arguments, batch=1, samples=1, width=0, span_tokens=8)
     from plt_megatron.config.loader import load_config
     from plt_megatron.config.validation import validate
     from plt_megatron.runtime.environment import quiet_imports

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from plt_megatron.commands import CommandParser
+from plt_megatron.commands import CommandParser, given, whole
 from plt_megatron.data.command_line import INPUT_HELP, add_reading_arguments, read_options
 from plt_megatron.errors import UserError, run_command
 from plt_megatron.run_folder.text import plural
@@ -29,7 +29,7 @@ def _parser() -> CommandParser:
     )
     parser.add_argument("overrides", nargs="*", help="with --build-index: key=value settings of the configuration")
     data = parser.add_argument_group("input and output")
-    data.add_argument("--input", nargs="+", metavar="FILE", help=INPUT_HELP)
+    data.add_argument("--input", dest="inputs", nargs="+", metavar="FILE", help=INPUT_HELP)
     data.add_argument("--output-prefix", metavar="PREFIX", help="path of the .bin and .idx, without the suffix")
     data.add_argument("--tokenizer", metavar="FILE", help="a sentencepiece .model or a Hugging Face tokenizer.json")
     data.add_argument(
@@ -54,9 +54,11 @@ def _parser() -> CommandParser:
         "a loss mask of the assistant's answers",
     )
     reading.add_argument("--eod-token", help="the token that ends a document (default: the tokenizer's)")
-    reading.add_argument("--no-append-eod", action="store_true", help="do not end documents with that token")
+    reading.add_argument(
+        "--no-append-eod", dest="append_eod", action="store_false", help="do not end documents with that token"
+    )
     work = parser.add_argument_group("work")
-    work.add_argument("--workers", type=int, help="processes (default: all cores)")
+    work.add_argument("--workers", type=whole(1), help="processes (default: all cores)")
     work.add_argument(
         "--shard",
         metavar="I/N",
@@ -68,7 +70,9 @@ def _parser() -> CommandParser:
     jobs.add_argument(
         "--cluster", metavar="NAME", help="submit to Slurm with this profile: a name in configs/clusters, or a path"
     )
-    jobs.add_argument("--nodes", type=int, default=1, metavar="N", help="input shards, one per node (default: 1)")
+    jobs.add_argument(
+        "--nodes", type=whole(1, _MOST_SHARDS), default=1, metavar="N", help="input shards, one per node (default: 1)"
+    )
     jobs.add_argument("--time", metavar="LIMIT", help="time limit per job, as in 24:00:00 (default: the profile's)")
     index = parser.add_argument_group("sample index")
     index.add_argument(
@@ -83,20 +87,13 @@ def _parser() -> CommandParser:
 def _options(arguments: argparse.Namespace) -> PreprocessOptions:
     from plt_megatron.data.preprocess import PreprocessOptions
 
-    return PreprocessOptions(
-        inputs=arguments.input,
-        output_prefix=arguments.output_prefix,
-        tokenizer=arguments.tokenizer,
-        workers=arguments.workers or os.cpu_count() or 1,
-        format=arguments.format,
-        eod_token=arguments.eod_token,
-        append_eod=not arguments.no_append_eod,
-        fail_on_bad_line=arguments.on_bad_line == "fail",
-        overwrite=arguments.overwrite,
-        shard=_shard(arguments.shard),
-        shard_bytes=max(1, int(arguments.shard_mb * (1 << 20))),
-        read=read_options(arguments),
-    )
+    options = given(arguments, PreprocessOptions) | {
+        "workers": arguments.workers or os.cpu_count() or 1,
+        "fail_on_bad_line": arguments.on_bad_line == "fail",
+        "shard": _shard(arguments.shard),
+        "shard_bytes": max(1, int(arguments.shard_mb * (1 << 20))),
+    }
+    return PreprocessOptions(**options, read=read_options(arguments))
 
 
 def _tokenize(arguments: argparse.Namespace) -> None:
@@ -114,8 +111,6 @@ def _submit(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
 
     check_options(_options(arguments))
     prefix, nodes = arguments.output_prefix, arguments.nodes
-    if not 1 <= nodes <= _MOST_SHARDS:
-        raise UserError(f"--nodes {nodes}: expected a number from 1 to {_MOST_SHARDS}")
     parts = [shard_prefix(prefix, number, nodes) for number in range(1, nodes + 1)]
     check_output(prefix, overwrite=arguments.overwrite, parts=parts)
     following = {"join": ["--join", *parts, "--output-prefix", prefix, "--overwrite"]}
@@ -177,16 +172,18 @@ def _build_index(arguments: argparse.Namespace) -> None:
 def main(argv: Sequence[str]) -> int:
     parser = _parser()
     arguments = parser.parse_intermixed_args(argv)
+    if arguments.build_index and arguments.join:
+        parser.error("--join and --build-index are two commands: join first")
     if arguments.build_index and not arguments.cluster:
         return run_command(lambda: _build_index(arguments))
     if arguments.join:
-        if arguments.input or arguments.shard:
+        if arguments.inputs or arguments.shard:
             parser.error("--join takes tokenized sources: leave --input and --shard out")
         if not arguments.output_prefix:
             parser.error("missing --output-prefix")
         return run_command(lambda: _join(arguments))
     needed = {
-        "--input": arguments.input,
+        "--input": arguments.inputs,
         "--output-prefix": arguments.output_prefix,
         "--tokenizer": arguments.tokenizer,
     }
@@ -194,10 +191,8 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"missing {', '.join(missing)}")
     if arguments.overrides and not arguments.build_index:
         parser.error(f"unexpected argument {arguments.overrides[0]!r}")
-    for name in ("workers", "shard_mb", "max_document_bytes"):
-        value = getattr(arguments, name)
-        if value is not None and not 0 < value < math.inf:
-            parser.error(f"--{name.replace('_', '-')} must be a number above 0")
+    if not 0 < arguments.shard_mb < math.inf:
+        parser.error("--shard-mb must be a number above 0")
     if not os.path.basename(arguments.output_prefix):
         parser.error(f"--output-prefix {arguments.output_prefix} is a folder: name a file in it, without a suffix")
     if arguments.cluster:

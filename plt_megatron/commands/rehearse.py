@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import argparse
 
-from plt_megatron.commands import CommandParser, check_at_least, command
+from plt_megatron.commands import CommandParser, command, whole
 
 
 def _arguments(parser: CommandParser) -> None:
     parser.epilog = "Exit status: 0 nothing found, 1 problems found, 2 something for you to fix."
     parser.add_config()
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="default: 1")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="default: 8")
+    parser.add_argument("--nodes", type=whole(1), default=1, metavar="N", help="default: 1")
+    parser.add_argument("--gpus-per-node", type=whole(1), default=8, metavar="G", help="default: 8")
     parser.add_argument("--gpu", default="h100", metavar="CARD", help="h100 (default), h200, a100, b200, l40s ...")
     parser.add_argument(
-        "--processes", type=int, metavar="N", help="ranks to run at a time; default: the number of cores, at most 4"
+        "--processes",
+        type=whole(1),
+        metavar="N",
+        help="ranks to run at a time; default: the number of cores, at most 4",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, with every call of every rank")
 
@@ -31,7 +34,6 @@ def _rehearse(arguments: argparse.Namespace) -> int:
     from plt_megatron.predict.rehearsal.report import to_json, to_text
     from plt_megatron.predict.run_estimate import known_vocab_size
 
-    check_at_least(arguments, nodes=1, gpus_per_node=1, processes=1)
     config = load_config(arguments.config, arguments.overrides)
     found = rehearse(
         config,

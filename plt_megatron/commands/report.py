@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-from plt_megatron.commands import CommandParser, command
+from plt_megatron.commands import CommandParser, command, whole
 
 
 def _arguments(parser: CommandParser) -> None:
@@ -22,16 +22,18 @@ def _arguments(parser: CommandParser) -> None:
         action="store_true",
         help="export a finished run of each row and time its decoding here; later reports reuse the times",
     )
-    decode.add_argument("--decode-batch", type=int, default=4, metavar="N", help="sequences in a batch (default: 4)")
     decode.add_argument(
-        "--decode-prefill", type=int, default=128, metavar="N", help="tokens already in the cache (default: 128)"
+        "--decode-batch", type=whole(1), default=4, metavar="N", help="sequences in a batch (default: 4)"
     )
-    decode.add_argument("--decode-tokens", type=int, default=96, metavar="N", help="tokens to decode (default: 96)")
+    decode.add_argument(
+        "--decode-prefill", type=whole(1), default=128, metavar="N", help="tokens already in the cache (default: 128)"
+    )
+    decode.add_argument(
+        "--decode-tokens", type=whole(1), default=96, metavar="N", help="tokens to decode (default: 96)"
+    )
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    if min(arguments.decode_batch, arguments.decode_prefill, arguments.decode_tokens) < 1:
-        raise argparse.ArgumentError(None, "the sizes of the decoding measurement must be at least 1")
     from plt_megatron.extras import require
 
     require("plt report", "jinja2", "scipy", *(["transformers"] if arguments.measure_decode else []))

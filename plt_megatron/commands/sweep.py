@@ -14,7 +14,7 @@ import argparse
 import shlex
 from typing import Any
 
-from plt_megatron.commands import CommandParser, command, submit
+from plt_megatron.commands import CommandParser, command, submit, whole
 
 
 def _arguments(parser: CommandParser) -> None:
@@ -38,7 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--local", action="store_true", help="run on this machine (the default)")
     where.add_argument("--slurm", action="store_true", help="submit a job array; needs --cluster")
     parser.add_argument("--cluster", metavar="NAME", help="with --slurm: a profile in configs/clusters, or a path")
-    parser.add_argument("--max-concurrent", type=int, metavar="N", help="with --slurm: array members at once")
+    parser.add_argument("--max-concurrent", type=whole(1), metavar="N", help="with --slurm: array members at once")
     parser.add_argument(
         "--submit", metavar="OPTIONS", default="", help="with --slurm: options for plt submit, as in '--time 24:00:00'"
     )
@@ -47,7 +47,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="CARD",
         help="card to estimate times for (default: the cluster's, else h100; without Slurm, cpu)",
     )
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="single-process runs at once on this machine")
+    parser.add_argument(
+        "--jobs", type=whole(1), default=1, metavar="N", help="single-process runs at once on this machine"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
 
 
@@ -57,8 +59,6 @@ def check_options(arguments: argparse.Namespace) -> None:
         raise argparse.ArgumentError(None, "--slurm and --cluster NAME go together")
     if (arguments.max_concurrent is not None or arguments.submit) and not arguments.slurm:
         raise argparse.ArgumentError(None, "--max-concurrent and --submit are for --slurm; on this machine use --jobs")
-    if arguments.jobs < 1 or (arguments.max_concurrent or 1) < 1:
-        raise argparse.ArgumentError(None, "--jobs and --max-concurrent must be at least 1")
 
 
 def _sweep(arguments: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from plt_megatron.commands import CommandParser, command
+from plt_megatron.commands import CommandParser, command, given, whole
 from plt_megatron.data.command_line import INPUT_HELP, add_reading_arguments, read_options
 
 
@@ -14,12 +14,13 @@ def _arguments(parser: CommandParser) -> None:
         "Writes tokenizer.model, tokenizer.json and tokenizer_config.json, after checking on the corpus and on "
         "hostile strings that all encode identically."
     )
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=INPUT_HELP)
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder for the tokenizer")
-    parser.add_argument("--vocab-size", type=int, required=True)
+    parser.add_argument("--input", dest="inputs", nargs="+", required=True, metavar="FILE", help=INPUT_HELP)
+    parser.add_argument("--output", dest="output_dir", required=True, metavar="FOLDER", help="folder for the tokenizer")
+    parser.add_argument("--vocab-size", type=whole(1, 10_000_000), required=True)
     parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe")
     parser.add_argument(
         "--special-token",
+        dest="control_symbols",
         action="append",
         default=[],
         metavar="TOKEN",
@@ -27,6 +28,7 @@ def _arguments(parser: CommandParser) -> None:
     )
     parser.add_argument(
         "--user-defined-symbol",
+        dest="user_defined_symbols",
         action="append",
         default=[],
         metavar="TOKEN",
@@ -38,44 +40,27 @@ def _arguments(parser: CommandParser) -> None:
         default=0.9995,
         help="share of characters in the vocabulary; the rest fall back to bytes (default: 0.9995)",
     )
-    parser.add_argument("--keep-digits-together", action="store_true", help="allow pieces of several digits")
     parser.add_argument(
-        "--max-sample-mb", type=int, default=200, help="train on at most this much text (default: 200 MB)"
+        "--keep-digits-together", dest="split_digits", action="store_false", help="allow pieces of several digits"
+    )
+    parser.add_argument(
+        "--max-sample-mb", type=whole(1, 1 << 20), default=200, help="train on at most this much text (default: 200 MB)"
     )
     parser.add_argument("--seed", type=int, default=1234, help="seed for sampling the text")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=whole(1, 1024), default=os.cpu_count() or 1)
     add_reading_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    for name, most in (("vocab_size", 10_000_000), ("max_sample_mb", 1 << 20), ("threads", 1024)):
-        value = getattr(arguments, name)
-        if not 1 <= value <= most:
-            raise argparse.ArgumentError(None, f"--{name.replace('_', '-')} must be from 1 to {most:,}, got {value}")
     coverage = arguments.character_coverage
     if not 0.98 <= coverage <= 1:  # sentencepiece's own limits
         raise argparse.ArgumentError(None, f"--character-coverage must be from 0.98 to 1, got {coverage:g}")
     from plt_megatron.data.tokenizer_training import TrainingOptions, train_tokenizer
 
-    result = train_tokenizer(
-        TrainingOptions(
-            inputs=arguments.input,
-            output_dir=arguments.output,
-            vocab_size=arguments.vocab_size,
-            model_type=arguments.model_type,
-            control_symbols=arguments.special_token,
-            user_defined_symbols=arguments.user_defined_symbol,
-            character_coverage=arguments.character_coverage,
-            split_digits=not arguments.keep_digits_together,
-            max_sample_bytes=arguments.max_sample_mb << 20,
-            seed=arguments.seed,
-            threads=arguments.threads,
-            format=arguments.format,
-            read=read_options(arguments),
-            overwrite=arguments.overwrite,
-        )
-    )
+    read, sample = read_options(arguments), arguments.max_sample_mb << 20
+    options = TrainingOptions(**given(arguments, TrainingOptions), max_sample_bytes=sample, read=read)
+    result = train_tokenizer(options)
     print(result.summary)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from plt_megatron.config.fields import either, field_types, section_of
-from plt_megatron.errors import UserError
+from plt_megatron.errors import UserError, first_line
 
 OVERRIDE = "override "  # name prefix of nodes from the command line, which has no lines
 _NULL = re.compile(r"~|null|Null|NULL|")
@@ -77,7 +77,7 @@ def compose(text: str, name: str) -> yaml.Node | None:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         at = where_mark(mark) if mark else name
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or first_line(error)
         raise UserError(f"{at}: not valid YAML: {problem}") from error
 
 

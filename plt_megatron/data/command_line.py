@@ -41,6 +41,8 @@ def add_reading_arguments(parser: argparse._ActionsContainer) -> None:
 def read_options(arguments: argparse.Namespace) -> ReadOptions:
     """Return the options of `add_reading_arguments`. Raises `UserError` if they contradict each other."""
     chat = getattr(arguments, "chat", False)
+    if arguments.max_document_bytes < 1:
+        raise UserError(f"--max-document-bytes must be above 0, got {arguments.max_document_bytes:,}")
     return ReadOptions(
         arguments.json_key or ("messages" if chat else "text"),
         arguments.text_documents,

@@ -51,7 +51,7 @@ from plt_megatron.data.mix import (
     split_matrix,
 )
 from plt_megatron.data.tokenizer import Tokenizer
-from plt_megatron.errors import AttemptFailed, UserError, file_error
+from plt_megatron.errors import AttemptFailed, UserError, file_error, first_line
 from plt_megatron.run_folder.files import publish
 
 logger = logging.getLogger(__name__)
@@ -304,7 +304,7 @@ def _from_rank_0(outcome: list[Any]) -> list[Any]:
     except RuntimeError as error:
         raise UserError(
             f"rank {dist.get_rank()} waited {INDEX_TIMEOUT_MINUTES:g} minutes for rank 0 to build the sample index: "
-            f"build it ahead of time with plt preprocess --build-index ({str(error).splitlines()[0]})"
+            f"build it ahead of time with plt preprocess --build-index ({first_line(error)})"
         ) from error
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from plt_megatron.data.tokenizer import Tokenizer
-from plt_megatron.errors import UserError
+from plt_megatron.errors import UserError, first_line
 from plt_megatron.extras import require
 
 _MARK = re.compile(r"{%-?\s*generation\s*-?%}")
@@ -80,8 +80,11 @@ class ChatEncoder(Encoder):
 
         folder = Path(tokenizer.path).parent
         if Path(tokenizer.path).name != "tokenizer.json":  # the one that transformers reads
-            raise UserError(f"--chat: {tokenizer.path} has no chat template; pass a folder with a tokenizer.json")
+            beside = folder / "tokenizer.json"
+            where = f"pass {beside}" if beside.is_file() else "pass a folder with a tokenizer.json"
+            raise UserError(f"--chat: {tokenizer.path} has no chat template; {where}")
         self._templates = AutoTokenizer.from_pretrained(folder)
+        self._templates.split_special_tokens = False  # the template writes them
         if not self._templates.chat_template:
             raise UserError(
                 f"--chat: {folder} has no chat template: put chat_template.jinja there, or the template into "
@@ -185,8 +188,7 @@ def _rejecting() -> Iterator[None]:
     try:
         yield
     except (jinja2.TemplateError, TypeError, ValueError, RecursionError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise _BadConversation(f"the chat template rejects it: {reason}") from error
+        raise _BadConversation(f"the chat template rejects it: {first_line(error)}") from error
 
 
 def _append_token(flat: np.ndarray, lengths: np.ndarray, token: int) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ Two more files may stand beside these:
 from __future__ import annotations
 
 import bisect
+import contextlib
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ import numpy as np
 
 from plt_megatron.config.derived import SOURCE_PARTS
 from plt_megatron.errors import UserError
+from plt_megatron.run_folder.files import read_json_object
 
 
 def part_prefixes(prefix: str | os.PathLike[str]) -> list[str]:
@@ -195,16 +197,9 @@ def document_starts(index: IndexedFile, documents: Sequence[int]) -> list[int]:
 
 def read_manifest(prefix: str) -> dict[str, Any]:
     """Read the `prefix`.manifest.json that `plt preprocess` wrote; empty for a source that was made elsewhere."""
-    try:
-        with open(f"{prefix}.manifest.json", encoding="utf-8") as file:
-            manifest = json.load(file)
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise UserError(f"{prefix}.manifest.json is not valid JSON ({error}): delete or restore it") from error
-    if not isinstance(manifest, dict):
-        raise UserError(f"{prefix}.manifest.json is not a JSON object: delete or restore it")
-    return manifest
+    with contextlib.suppress(FileNotFoundError):
+        return read_json_object(Path(f"{prefix}.manifest.json"), ": delete or restore it")
+    return {}
 
 
 def write_index(path: Path, dtype: Any, lengths: Callable[[], Iterable[np.ndarray]]) -> None:

@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
@@ -35,6 +36,7 @@ from plt_megatron.data.progress import ProgressBar
 from plt_megatron.data.shards import FatalBadLine, PreprocessOptions, Shard, publish_json, run_in_worker, start_worker
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
+from plt_megatron.run_folder.checkpoints import sha256
 from plt_megatron.run_folder.files import LOCK, locked, publish
 from plt_megatron.run_folder.text import plural
 
@@ -60,8 +62,9 @@ def preprocess(options: PreprocessOptions) -> dict[str, Any]:
     """Tokenize a corpus and return the manifest. Raises `UserError`; the work done so far is kept."""
     job = _Job(options)
     if (manifest := job.finished()) is not None:
-        shutil.rmtree(job.work, ignore_errors=True)  # left if killed at the very end
-        _say(f"{options.output_prefix}: already done ({manifest['tokens']:,} tokens), nothing to do")
+        if _read_json(job.work / "plan.json") == job.identity:  # left if killed at the very end
+            shutil.rmtree(job.work, ignore_errors=True)
+        _say(f"{job.options.output_prefix}: already done ({manifest['tokens']:,} tokens), nothing to do")
         return manifest
     try:
         with job.locked():
@@ -78,7 +81,7 @@ def preprocess(options: PreprocessOptions) -> dict[str, Any]:
             f"{error.filename or options.output_prefix}: {error.strerror or error}: the same command continues "
             "where this one stopped"
         ) from error
-    _report(options.output_prefix, manifest)
+    _report(job.options.output_prefix, manifest)
     return manifest
 
 
@@ -147,7 +150,7 @@ class _Job:
         if undated(before) != undated(now):
             return False
         entries = zip(manifest["sources"], self.sources, strict=True)
-        return all(entry["sha256"] in (None, _file_hash(source.path)) for entry, source in entries)
+        return all(entry["sha256"] in (None, sha256(Path(source.path))) for entry, source in entries)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -176,7 +179,8 @@ class _Job:
         others = set(multiprocessing.active_children())
         pool = ProcessPoolExecutor(self.options.workers, context, start_worker, (self.options, self.work, counters))
         hasher = ThreadPoolExecutor(1)
-        hashing = hasher.submit(self._hash_sources)
+        stop = threading.Event()
+        hashing = hasher.submit(self._hash_sources, stop)
         try:
             self._run_shards(pool, progress, counters)
             hashing.result()
@@ -186,6 +190,7 @@ class _Job:
                 worker.terminate()  # rather than wait for their shards
             raise
         finally:
+            stop.set()
             progress.close()
             pool.shutdown(wait=False, cancel_futures=True)
             hasher.shutdown(wait=False, cancel_futures=True)
@@ -214,14 +219,20 @@ class _Job:
         where = source.place(start, line)
         return f"{source.path}:{where}: {reason}: fix it, or pass --on-bad-line skip"
 
-    def _hash_sources(self) -> None:
+    def _hash_sources(self, stop: threading.Event) -> None:
         """Save the SHA-256 of every input that only this machine reads in the work folder, now and then and at the end:
-        after each of many small files it would take longer than reading them."""
+        after each of many small files it would take longer than reading them. Returns early once `stop` is set."""
         path = self.work / "hashes.json"
         hashes, unsaved = _read_json(path) or {}, 0
         for source in (self.sources[file] for file in self.plan.whole_files()):
             if source.path not in hashes:
-                hashes[source.path] = _file_hash(source.path)
+                digest = hashlib.sha256()
+                with open(source.path, "rb") as file:
+                    while block := file.read(1 << 22):
+                        if stop.is_set():
+                            return
+                        digest.update(block)
+                hashes[source.path] = digest.hexdigest()
                 unsaved += source.size
             if unsaved > _HASHED:
                 publish_json(path, hashes)
@@ -346,11 +357,6 @@ class _Job:
         """Return the bytes of the input whose shards an earlier run finished."""
         done = [_read_json(path) for path in self.work.glob("[0-9]*.json")]
         return sum(report["disk_bytes"] for shard in done for report in shard or [])
-
-
-def _file_hash(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def undated(identity: dict[str, Any]) -> dict[str, Any]:

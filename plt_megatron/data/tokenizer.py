@@ -20,6 +20,7 @@ import numpy as np
 
 from plt_megatron.data.segments import COARSE, SegmentEncoder, chunks, crosses_no_piece, word_pattern
 from plt_megatron.errors import UserError
+from plt_megatron.run_folder.files import read_json_object
 
 # Tried in this order if the tokenizer does not say which token ends a document.
 EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<eod>", "</s>", "<eos>")
@@ -227,6 +228,17 @@ class HuggingFaceTokenizer(Tokenizer):
         named = [names.get(key) for key in ("bos_token", "eos_token", "pad_token")]
         self.bos, self.eos, self.pad = (None if name is None else self.token_id(name) for name in named)
         self.eod = self._find_eod(eod_token, names.get("eos_token"))
+        self._spelled, self._unknown = self._find_spelled()
+
+    def _find_spelled(self) -> tuple[list[int], int]:
+        """Return the special tokens that text can spell, and the unknown token, which stands for them in text. A
+        Unigram model finds them among its pieces, whatever `encode_special_tokens` says."""
+        described = json.loads(self._tokenizer.to_str())
+        unknown = described["model"].get("unk_id")
+        if described["model"].get("type") != "Unigram" or unknown is None:
+            return [], 0
+        named = {index for index in (self.eod, self.bos, self.eos, self.pad) if index is not None}
+        return sorted(named.union(token["id"] for token in described["added_tokens"] if token["special"])), unknown
 
     def token_id(self, name: str) -> int | None:
         return self._tokenizer.token_to_id(name)
@@ -238,7 +250,10 @@ class HuggingFaceTokenizer(Tokenizer):
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         ids = [encoding.ids for encoding in encodings]
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-        return np.fromiter(chain.from_iterable(ids), self.dtype, int(lengths.sum())), lengths
+        flat = np.fromiter(chain.from_iterable(ids), self.dtype, int(lengths.sum()))
+        if self._spelled:
+            flat[np.isin(flat, self._spelled)] = self._unknown
+        return flat, lengths
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(index) for index in ids], skip_special_tokens=True)
@@ -282,10 +297,7 @@ def _token_names(config: Path) -> tuple[dict[str, str], set[str]]:
     """Read the bos, eos, pad and unk tokens named in a tokenizer_config.json, if any, and all control tokens."""
     if not config.is_file():
         return {}, set()
-    try:
-        values = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{config}: not valid JSON ({error})") from error
+    values = read_json_object(config)
     names = {key: values.get(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
     plain = {key: name.get("content") if isinstance(name, dict) else name for key, name in names.items()}
     known = {key: name for key, name in plain.items() if isinstance(name, str)}

@@ -25,7 +25,6 @@ from plt_megatron.run_folder.text import format_bytes, plural
 
 _SPAN = 1 << 20  # bytes read at one place of a file when sampling
 _LINE = 4000  # sentencepiece silently drops longer sentences (4192 bytes), counted in UTF-8 bytes
-_COMPRESSION = 4  # assumed expansion of compressed text
 _CHECKED = 8 << 20  # characters of the sample on which both tokenizers are compared
 
 
@@ -219,7 +218,7 @@ class Sample:
             self._kept_size += len(self.kept[-1])
 
     def _texts(self) -> Iterator[str]:
-        sizes = [reader.size * (_COMPRESSION if reader.compressed else 1) for reader in self._readers]
+        sizes = [reader.text_size for reader in self._readers]
         share = min(1.0, self._options.max_sample_bytes / max(1, sum(sizes)))
         for reader, size in zip(self._readers, sizes, strict=True):
             # Text may be larger than assumed, as in Parquet: no file takes the share of those after it.

@@ -65,6 +65,8 @@ def check_coordinates(config: RunConfig, axes: Mapping[str, Sequence[int]] = SIZ
     Raises:
         UserError: the check does not support this kind of configuration.
     """
+    if config.model.moe is not None:
+        raise UserError("the coordinate check is of dense models; set model.moe=null")
     if config.model.loop_span is not None:
         raise UserError("the coordinate check needs models whose layers all loop; set model.loop_span=null")
     if config.optimizer.name != "adam":

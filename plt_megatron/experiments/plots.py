@@ -50,7 +50,7 @@ _QUANTITIES = (
     _Quantity("tokens_per_second", "speed", "tokens/s"),
     _Quantity("mfu", "model FLOP/s utilization", "% of the peak", scale=100),
     _Quantity("peak_memory_bytes", "peak memory", "GB, largest rank", scale=1e-9),
-    _Quantity("gate_mean", "gates", "mean, 1 is all window"),
+    _Quantity("gate_mean", "gates", "mean of g"),
     _Quantity("hidden_norm", "hidden states after a loop", "L2 norm, mean over tokens", log=True),
     _Quantity("step_size", "change by a loop", "L2 norm, mean over tokens", log=True),
     _Quantity("expert_load_max", "load of the busiest expert", "relative to an even load, mean over layers"),
@@ -99,13 +99,14 @@ def plot_metrics(
 def _panel(quantity: _Quantity, runs: Sequence[RunMetrics]) -> Panel:
     styles: dict[str, Any] = {}
     curves: list[Curve] = []
-    highest = 0.0
+    lowest = highest = 0.0
     for index, metrics in enumerate(runs):
         for name, points in _points(quantity, metrics).items():
             place = int(name.removeprefix("loop ")) - 1 if name.startswith("loop ") else len(styles)
             style = styles.setdefault(name, LINES[place % len(LINES)])
             tokens, values = zip(*points, strict=True)
-            highest = max(highest, *(value for value in values if math.isfinite(value)), 0.0)
+            finite = [value for value in values if math.isfinite(value)]
+            lowest, highest = min(lowest, *finite, 0.0), max(highest, *finite, 0.0)
             alone = "." if len(tokens) < 3 else ""  # a line through one point is invisible
             plain = [Curve(tokens, values, index, style, alone)]
             curves += _smoothed(tokens, values, index) if quantity.smoothed else plain
@@ -115,7 +116,7 @@ def _panel(quantity: _Quantity, runs: Sequence[RunMetrics]) -> Panel:
     limits: tuple[float, float] | None = None
     if quantity.field == "loss":
         limits = _loss_limits(runs)
-    elif not quantity.log and quantity.field not in ("loss_by_loops", "lr") and highest > 0:
+    elif not quantity.log and quantity.field not in ("loss_by_loops", "lr") and highest > 0 == lowest:
         limits = (0, 1.08 * highest)  # keeps the curve off the frame
     log_y = quantity.log and highest > 0  # a scale that a diverged run's norms, which are no numbers, do not have
     return Panel(curves, TOKENS, quantity.unit, quantity.title, log_y=log_y, limits=limits, legend=8)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from plt_megatron.config import derived
-from plt_megatron.data.mix import fingerprint, fingerprint_differences, required_samples
+from plt_megatron.data.mix import fingerprint_differences, required_samples, training_fingerprint
 from plt_megatron.data.tokenizer import load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.sweep_plan import PlannedRun, SweepPlan, load_plan, plan_differences
@@ -124,8 +124,7 @@ def data_fingerprint(run: PlannedRun) -> dict[str, Any]:
     """Return the fingerprint of the data that the run would read now."""
     config = run.config
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
-    samples = required_samples(config)[0]
-    return fingerprint(config.data, tokenizer, seed=config.training.seed, num_samples=samples)
+    return training_fingerprint(config, tokenizer, required_samples(config)[0])
 
 
 def recorded_fingerprint(run: PlannedRun) -> dict[str, Any] | None:

@@ -6,7 +6,6 @@ The checks are cheap: they run before torch and transformers are imported, which
 from __future__ import annotations
 
 import glob
-import json
 import logging
 import os
 import re
@@ -16,7 +15,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -77,17 +75,6 @@ def check_hf_folder(folder: Path) -> None:
     """Raise `UserError` if a folder does not exist, or has no config.json."""
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} has no {CONFIG}" if folder.is_dir() else f"{folder}: no such folder")
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file of a Hugging Face folder. Raises `UserError` if it is not an object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return content
 
 
 def check_export(folder: Path) -> None:

@@ -108,7 +108,6 @@ def _described(
 ) -> dict[str, Any]:
     return {
         "step": step,
-        "tokens": 0,
         **progress,
         "format": checkpoints.FORMAT,
         "weights_only": True,

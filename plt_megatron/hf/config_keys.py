@@ -15,9 +15,10 @@ from plt_megatron.config.fields import MAX_LOOP_COUNT
 from plt_megatron.config.schema import ModelConfig, MoeConfig, RopeScalingConfig, YarnConfig
 from plt_megatron.errors import UserError
 from plt_megatron.hf import switches
-from plt_megatron.hf.arguments import CONFIG, check_hf_folder, read_json_object
+from plt_megatron.hf.arguments import CONFIG, check_hf_folder
 from plt_megatron.hf.conversion import Style
 from plt_megatron.hf.switches import SWITCHES
+from plt_megatron.run_folder.files import read_json_object
 
 _LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plt_megatron.errors import UserError
+from plt_megatron.errors import UserError, first_line
 from plt_megatron.run_folder.files import write_text
 from plt_megatron.run_folder.metrics import write_scores
 from plt_megatron.run_folder.text import plural
@@ -58,7 +58,9 @@ def evaluate(
         found = harness.simple_evaluate(model=model, tasks=list(tasks), **options)
     except (AssertionError, ValueError, ImportError) as error:  # longer than the context, unsafe code, a package
         print(file=sys.stderr)  # after a progress bar
-        raise UserError(f"lm-evaluation-harness cannot run {', '.join(tasks)}: {_first_line(error)}") from error
+        nameless = isinstance(error, AssertionError) and not str(error)
+        reason = "a text is empty, or longer than the model's context" if nameless else first_line(error)
+        raise UserError(f"lm-evaluation-harness cannot run {', '.join(tasks)}: {reason}") from error
     scores = dict(_scores(found["results"]))
     write_scores(folder, scores, tasks=tasks, limit=limit, chat=chat)
     _write_on_card(folder / _CARD, scores, limit, chat)
@@ -119,7 +121,7 @@ def _load_data(known: Any, tasks: Sequence[str], download: bool) -> None:
         try:
             known.load([task])
         except (RuntimeError, ImportError) as error:  # a data set that is a script, a package of the task's
-            raise UserError(f"the task {task} cannot be loaded: {_first_line(error)}") from error
+            raise UserError(f"the task {task} cannot be loaded: {first_line(error)}") from error
         except (OSError, ValueError) as error:  # from datasets: not cached, no network, no such set, file or split
             advice = (
                 ""
@@ -130,12 +132,8 @@ def _load_data(known: Any, tasks: Sequence[str], download: bool) -> None:
                 )
             )
             raise UserError(
-                f"the data of the task {task} is not on this machine: {_first_line(error)}{advice}"
+                f"the data of the task {task} is not on this machine: {first_line(error)}{advice}"
             ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _scores(results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, float]]:

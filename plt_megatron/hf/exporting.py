@@ -73,8 +73,7 @@ def export(options: ExportOptions, say: Callable[[str], None] = print) -> Export
     mappings = mappings_for(source.model, source.vocab_size, options.style)
     precision = options.precision or source.precision
     if source.tokenizer is not None:
-        fingerprint = source.progress.get("data_fingerprint") or {}
-        check_vocabulary(source.tokenizer, source.vocab_size, fingerprint.get("tokenizer"))
+        check_vocabulary(source.tokenizer, source.vocab_size, source.trained_tokenizer)
     else:
         say("no tokenizer: this model was trained on token ids alone")
     rows = source.progress["config"]["data"]["sequence_length"] if source.progress else source.max_position_embeddings
@@ -124,7 +123,7 @@ def _write_configs(source: ModelSource, folder: Path, style: Style, dtype: str) 
     write_json(folder / CONFIG, keys, indent=2)
     generation = {**source.tokens, **source.generation, "transformers_version": version("transformers")}
     if "eos_token_id" in generation and "pad_token_id" not in generation:
-        # A pad token allows batches of prompts of different lengths.
+        # It fills rows of a batch that end before the others.
         ends = generation["eos_token_id"]
         generation["pad_token_id"] = ends[0] if isinstance(ends, list) else ends
     write_json(folder / GENERATION_CONFIG, generation, indent=2)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plt_megatron.errors import UserError
+from plt_megatron.errors import UserError, first_line
 from plt_megatron.extras import require
 from plt_megatron.hf.sources import open_source
 
@@ -38,8 +38,7 @@ def load_export(folder: Path) -> tuple[Any, Any]:
         model = kind.from_pretrained(folder, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, config=model.config, trust_remote_code=False)
     except (OSError, ValueError) as error:  # such as weights with LoopCoder's names, which have no code
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{folder}: transformers cannot load it ({reason})") from error
+        raise UserError(f"{folder}: transformers cannot load it ({first_line(error)})") from error
     return tokenizer, model.eval()
 
 

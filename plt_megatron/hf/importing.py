@@ -18,7 +18,7 @@ from plt_megatron.config.fields import MAX_LOOP_COUNT
 from plt_megatron.config.presets import LOOP_PRESETS, PARAMETERISATION
 from plt_megatron.config.rules import model as model_rules
 from plt_megatron.config.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
-from plt_megatron.errors import UserError
+from plt_megatron.errors import UserError, first_line
 from plt_megatron.extras import require
 from plt_megatron.hf.arguments import check_target, published_folder
 from plt_megatron.hf.checkpoint_writer import LazyTensor, padded, write_checkpoint
@@ -87,7 +87,7 @@ def _load(path: Path) -> tuple[Any, Any, Any]:
     except UserError:
         raise
     except (ValueError, LookupError, OSError, RuntimeError) as error:  # the last where shapes differ
-        raise UserError(f"{path}: transformers cannot read it ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path}: transformers cannot read it ({first_line(error)})") from error
     model, info = loaded
     _check_read(reader, model, info["missing_keys"], path)
     license_field = reader.get_field(_LICENSE)
@@ -178,7 +178,7 @@ def import_model(options: ImportOptions) -> ImportResult:
         UserError: the folder is not a known model, is broken, or the target exists.
     """
     check_target(options.output)
-    if options.model.suffix == SUFFIX:
+    if options.model.suffix.lower() == SUFFIX:
         with TemporaryDirectory(prefix="plt-gguf-") as place:
             folder = Path(place) / options.model.stem
             unpack(options.model, folder)

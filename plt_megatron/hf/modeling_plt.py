@@ -1154,9 +1154,8 @@ class PLTModel(PLTPreTrainedModel):
     def __init__(self, config: PLTConfig):
         super().__init__(config)
         config.check()
-        self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([PLTDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
         self.norm = PLTRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = PLTRotaryEmbedding(config)
@@ -1214,6 +1213,8 @@ class PLTModel(PLTPreTrainedModel):
             raise ValueError('loop_mode "parallel" needs cross_loop_parallel: this model\'s loops wait for each other')
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError(f"attention_mask must be [batch, tokens], not of {attention_mask.ndim} dimensions")
+        if position_ids is None and kwargs.keys() & {"cu_seq_lens_q", "seq_idx"}:
+            raise ValueError("packed documents need position_ids")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         documents = None
@@ -1236,7 +1237,10 @@ class PLTModel(PLTPreTrainedModel):
 
     def _new_cache_if_wanted(self, use_cache: bool | None, loops: int, packed: bool) -> PLTCache | None:
         if packed and use_cache:
-            raise ValueError("packed documents cannot be cached: use_cache must be False")
+            raise ValueError(
+                "packed documents cannot be cached: use_cache must be False (a compiled call takes any position_ids "
+                "for those of packed documents: leave them out)"
+            )
         if use_cache is None:
             use_cache = self.config.use_cache and not torch.is_grad_enabled() and not packed
         if use_cache and torch.is_grad_enabled() and self.training:
@@ -1568,7 +1572,10 @@ class _Layout:
     def _fill_flash(self, state: PLTPass, parallel: bool, step: bool, loops: int) -> None:
         if state.position_ids is not None:
             if self.batch > 1:
-                raise ValueError("packed documents with flash attention need batch size 1")
+                raise ValueError(
+                    "packed documents with flash attention need batch size 1 (a compiled call takes any position_ids "
+                    "for those of packed documents: leave them out)"
+                )
         elif self.segments is not None:
             state.global_mask = state.once_mask = self.segments >= 0
         prefix = self._prefix(state) if state.windows and not step else 0
@@ -1657,6 +1664,11 @@ class PLTForCausalLM(PLTPreTrainedModel, GenerationMixin):
         """Which experts run is known only at run time: each choice of them would be compiled anew."""
         return self.config.num_experts is None and super()._valid_auto_compile_criteria(*args, **kwargs)
 
+    def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        """An assistant has loops of its own, or none: transformers would hand it this call's arguments."""
+        own = {name: value for name, value in model_kwargs.items() if name not in ("loop_count", "loop_mode")}
+        return super()._get_candidate_generator(*args, model_kwargs=own, **kwargs)
+
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ) -> None:
@@ -1666,9 +1678,6 @@ class PLTForCausalLM(PLTPreTrainedModel, GenerationMixin):
             raise ValueError(
                 "a PLT has no assistant_early_exit: load the model with loop_count=1 and give that as assistant_model"
             )
-        if generation_config.is_assistant and model_kwargs.get("loop_count") is not None:
-            # transformers copies it from the call of the assisted model, which may have more loops.
-            model_kwargs["loop_count"] = min(model_kwargs["loop_count"], self.config.loop_count)
         if model_kwargs.get(CACHE_NAME) is not None or generation_config.use_cache is False:
             super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -1683,6 +1692,12 @@ class PLTForCausalLM(PLTPreTrainedModel, GenerationMixin):
             length = max(*wanted, getattr(self, "_previous_max_cache_length", 0))
             self._previous_max_cache_length = length
         cache = self.new_cache(length, model_kwargs.get("loop_count"))
+        one_device = len(set(getattr(self, "hf_device_map", {"": 0}).values())) == 1
+        if length is not None and generation_config.prefill_chunk_size is not None and one_device:
+            # On a GPU the first chunk is compiled, and buffers made in a graph cannot be marked as static.
+            rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            heads, dim = self.config.num_key_value_heads, self.config.head_dim
+            cache.early_initialization(rows, heads, dim, self.dtype, self.device)
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs[CACHE_NAME] = cache

@@ -108,6 +108,11 @@ class ModelSource:
     family: str = ""
     lineage: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def trained_tokenizer(self) -> str | None:
+        """Hash of the tokenizer that the checkpoint's run used, if that is known."""
+        return (self.progress.get("data_fingerprint") or {}).get("tokenizer")
+
 
 def open_source(path: Path, tokenizer: Path | None = None, *, ema: bool = False) -> ModelSource:
     """Open a run's folder (its last complete checkpoint), a checkpoint, or a Hugging Face folder.

@@ -13,7 +13,7 @@ import tokenizers
 from plt_megatron.data.hf_tokenizer import build_tokenizer_json
 from plt_megatron.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
-from plt_megatron.hf.arguments import read_json_object
+from plt_megatron.run_folder.files import read_json_object, write_json
 
 MODEL, JSON, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -91,6 +91,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     source = tokenizer.path.parent
     if isinstance(tokenizer, SentencePieceTokenizer):
         _write_from_sentencepiece(tokenizer, folder)
+        _let_templates_write_special_tokens(folder)
         return
     assert isinstance(tokenizer, HuggingFaceTokenizer)
     shutil.copyfile(tokenizer.path, folder / JSON)
@@ -98,6 +99,15 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     _copy_found((CONFIG, *_OTHERS), source, folder)
     if not (folder / CONFIG).exists():
         _write_config(tokenizer, folder)
+    _let_templates_write_special_tokens(folder)
+
+
+def _let_templates_write_special_tokens(folder: Path) -> None:
+    """Make transformers read a chat template's special tokens as such, as `plt preprocess --chat` does."""
+    config = read_json_object(folder / CONFIG)
+    has_template = "chat_template" in config or any(any(folder.glob(pattern)) for pattern in _TEMPLATES)
+    if has_template and config.get("split_special_tokens"):
+        write_json(folder / CONFIG, config | {"split_special_tokens": False})
 
 
 def _write_from_sentencepiece(tokenizer: SentencePieceTokenizer, folder: Path) -> None:

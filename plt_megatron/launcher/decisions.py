@@ -34,9 +34,9 @@ def outcome_of(exits: list[Exit], preempted: bool) -> Outcome:
         return Outcome(FAILED, reason, retry=not user_error, failure=cause)
     if any(end.code == ExitStatus.PREEMPTED for end in exits):
         if preempted:
-            return Outcome(PREEMPTED, "asked to stop: saved")
+            return Outcome(PREEMPTED, "asked to stop")
         # By a file named STOP in the run's folder, or a signal to a rank.
-        return Outcome(PREEMPTED, "stopped by a user, not by Slurm; saved", retry=False)
+        return Outcome(PREEMPTED, "stopped by a user, not by Slurm", retry=False)
     return Outcome(FINISHED, "trained to the end")
 
 

@@ -23,6 +23,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from plt_megatron.errors import first_line
 from plt_megatron.runtime.local_processes import query_gpus
 
 _DISTRIBUTIONS = ("torch", "megatron-core", "transformer-engine", "flash-attn", "numpy", "nvidia-nccl-cu12",
@@ -210,14 +211,14 @@ def main() -> int:
     try:
         device = _work_device(torch)
     except (RuntimeError, AssertionError) as error:
-        result["error"] = f"its device {os.environ['LOCAL_RANK']} fails: {str(error).splitlines()[0]}"
+        result["error"] = f"its device {os.environ['LOCAL_RANK']} fails: {first_line(error)}"
         _say(result)
         return 1
     _say(result | {"stage": 1})
     try:
         _check_links(torch, device, result)
     except (RuntimeError, AssertionError) as error:
-        print(f"the check of links failed: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"the check of links failed: {first_line(error)}", file=sys.stderr)
         return 1
     return 0
 

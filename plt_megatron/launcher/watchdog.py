@@ -28,6 +28,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plt_megatron.errors import first_line
 from plt_megatron.run_folder.attempts import ExitStatus
 
 if TYPE_CHECKING:
@@ -246,7 +247,7 @@ class Watchdog:
             try:
                 verdict = self._look()
             except RuntimeError as error:  # what torch's stores raise
-                verdict = f"{_NO_STORE} ({_first_line(error)})"
+                verdict = f"{_NO_STORE} ({first_line(error)[:200]})"
             self._answered = self._seconds
             if verdict is not None:
                 if not self._closed.is_set():
@@ -327,10 +328,6 @@ class Watchdog:
 
 def _key(rank: int) -> str:
     return f"watchdog/{rank}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def start_watchdog(folder: Path, *, patience: float, slow_patience: float, index_patience: float = 0.0) -> Watchdog:

@@ -18,7 +18,7 @@ loop attends to the whole context, the others to a window.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
@@ -202,12 +202,11 @@ def require_fused_gated_window() -> None:
 class GatedSlidingWindowAttention(MegatronModule):
     """megatron-core `core_attention` of a PLT layer; each call's `packed_seq_params` tells it which loop runs.
 
+    The global attention is in FP8 where configured, the local one never.
+
     Attributes:
-        kernel: the class of the two attentions.
         loops: whether the layer runs in every loop; a layer that runs once has plain causal attention and no gate.
     """
-
-    kernel: ClassVar[type[TorchAttention] | type[TEAttention]]
 
     def __init__(
         self,
@@ -228,7 +227,8 @@ class GatedSlidingWindowAttention(MegatronModule):
 
         def build(window_size: int | None) -> TorchAttention | TEAttention:
             kwargs: dict[str, Any] = {"layer_number": layer_number, "softmax_scale": softmax_scale}
-            return self.kernel(window_size, config=config, pg_collection=pg_collection, **kwargs)
+            kernel = TEAttention if config.backend == "te" else TorchAttention
+            return kernel(window_size, config=config, pg_collection=pg_collection, **kwargs)
 
         self.global_attention = build(None)
         self.local_attention: nn.Module | None = None
@@ -313,18 +313,6 @@ class GatedSlidingWindowAttention(MegatronModule):
         assert self.plt_gate is not None
         logits = self.plt_gate(query) if logits is None else logits
         return ACTIVATIONS[self.plt.gate_activation](logits).unsqueeze(-1)
-
-
-class TorchGatedAttention(GatedSlidingWindowAttention):
-    """Both attentions in plain torch."""
-
-    kernel = TorchAttention
-
-
-class TEGatedAttention(GatedSlidingWindowAttention):
-    """Both attentions from Transformer Engine: the global one in FP8 where configured, the local one in BF16."""
-
-    kernel = TEAttention
 
 
 class KeyShift(nn.Module):

@@ -25,6 +25,7 @@ from plt_megatron.model.te_attention import require_transformer_engine
 from plt_megatron.model.trainable import trains
 from plt_megatron.model.transformer_config import DTYPES, resolve_backend, transformer_config
 from plt_megatron.model.z_loss import HeadZLoss
+from plt_megatron.runtime.environment import check_environment
 from plt_megatron.runtime.kernels import check_kernels, choose_fp8, choose_fusions
 
 # An expert's weight: of its own module, or one of a grouped GEMM's numbered parameters.
@@ -101,6 +102,7 @@ def build_stage(config: RunConfig, vocab_size: int) -> LoopedGPT:
 
     Process groups must exist. Also seeds megatron-core's RNG states.
     """
+    check_environment()
     training, parallel = config.training, config.parallel
     backend = resolve_backend(config.model, training.precision)
     if backend == "te":

@@ -88,8 +88,8 @@ def _forward_kernel(
     block_m: tl.constexpr, block_n: tl.constexpr, packed: tl.constexpr, from_query: tl.constexpr,
     gate_local: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, b * heads + h): queries i * block_m .. of one head."""
-    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """Program (b * heads + h, i): queries i * block_m .. of one head."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = row // heads, row % heads
     queries = block * block_m + tl.arange(0, block_m)
     columns = tl.arange(0, block_d)
@@ -140,12 +140,12 @@ def _backward_queries_kernel(
     block_m: tl.constexpr, block_n: tl.constexpr, packed: tl.constexpr, from_query: tl.constexpr,
     gate_local: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, b * heads + h): gradients of queries, `y_global` and the gate; per query, inputs of the keys' kernel.
+    """Program (b * heads + h, i): gradients of queries, `y_global` and the gate; per query, inputs of the keys' kernel.
 
     `own_stride_*` are the strides of dq and dglobal. Per query, float32: delta = dy . y_local, share = y_local's weight
     in y.
     """
-    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = row // heads, row % heads
     queries = block * block_m + tl.arange(0, block_m)
     columns = tl.arange(0, block_d)
@@ -188,7 +188,7 @@ def _backward_queries_kernel(
     if from_query:
         w = tl.load(weight_ptr + columns, mask=columns < head_dim, other=0.0).to(tl.float32)
         dq += dz[:, None] * w[None, :]
-        part = row * tl.num_programs(0) + block
+        part = row * tl.num_programs(1) + block
         dz = tl.where(queries < s, dz, 0.0)
         dweight = tl.sum(dz[:, None] * q.to(tl.float32), axis=0)
         tl.store(dweight_ptr + part * head_dim + columns, dweight, mask=columns < head_dim)
@@ -211,8 +211,8 @@ def _backward_keys_kernel(
     per_group: tl.constexpr, window: tl.constexpr, head_dim: tl.constexpr, block_d: tl.constexpr,
     block_m: tl.constexpr, block_n: tl.constexpr, packed: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """Program (j, b * groups + g): gradients of keys and values j * block_n .. of one group, from its queries."""
-    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """Program (b * groups + g, j): gradients of keys and values j * block_n .. of one group, from its queries."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, group = row // groups, row % groups
     keys = block * block_n + tl.arange(0, block_n)
     columns = tl.arange(0, block_d)
@@ -247,8 +247,9 @@ def _backward_keys_kernel(
 
 
 def block_sizes(head_dim: int, itemsize: int) -> dict[str, int]:
-    """Return the tile of queries x keys and the number of warps per tile, such that ptxas spills no registers."""
-    side = 32 if head_dim > 128 or itemsize > 2 else 64
+    """Return the tile of queries x keys and the number of warps per tile, such that ptxas spills hardly any registers
+    and a tile fits into the shared memory of consumer cards."""
+    side = 64 >> (head_dim > 128) + (itemsize > 2)
     return {"block_m": side, "block_n": side, "num_warps": 4 if head_dim <= 64 else 8, "num_stages": 2}
 
 
@@ -287,7 +288,7 @@ class _GatedWindow(torch.autograd.Function):
         gate = {"from_query": logits is None, "gate_local": gate_local}
         pointers = [tensor if tensor is not None else query for tensor in (logits, weight, bias, starts)]
         scale = softmax_scale * LOG2_E.value
-        _forward_kernel[(triton.cdiv(s, settings["block_m"]), b * heads)](
+        _forward_kernel[(b * heads, triton.cdiv(s, settings["block_m"]))](
             query, key, value, y_global, *pointers, out, lse,
             *_strides(query, key, value, y_global, out), s, heads, scale, **settings, **gate,
         )  # fmt: skip
@@ -312,11 +313,11 @@ class _GatedWindow(torch.autograd.Function):
             dbias = torch.empty(b, heads, blocks, dtype=torch.float32, device=query.device)
         inputs = [tensor if tensor is not None else query for tensor in (logits, weight, bias, starts)]
         outputs = [tensor if tensor is not None else query for tensor in (dlogits, dweight, dbias)]
-        _backward_queries_kernel[(blocks, b * heads)](
+        _backward_queries_kernel[(b * heads, blocks)](
             query, key, value, y_global, *inputs, lse, dout, dq, dglobal, *outputs, delta, share,
             *_strides(query, key, value, y_global, dout, dq), s, heads, ctx.scale, **ctx.settings, **ctx.gate,
         )  # fmt: skip
-        _backward_keys_kernel[(triton.cdiv(s, ctx.settings["block_n"]), b * key.shape[2])](
+        _backward_keys_kernel[(b * key.shape[2], triton.cdiv(s, ctx.settings["block_n"]))](
             query, key, value, inputs[-1], lse, dout, delta, share, dk, dv,
             *_strides(query, key, value, dout, dk), s, key.shape[2], ctx.scale, **ctx.settings,
         )  # fmt: skip

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from plt_megatron.config import derived
 from plt_megatron.config.schema import ModelConfig
-from plt_megatron.model.attention import PLTSelfAttention, TEGatedAttention, TorchGatedAttention
+from plt_megatron.model.attention import GatedSlidingWindowAttention, PLTSelfAttention
 from plt_megatron.model.loop_context import ExpertStatistics, LoopContext
 from plt_megatron.model.norms import AllHeadsRMSNorm, NormColumnParallelLinear, RMSNorm
 from plt_megatron.model.te_attention import require_transformer_engine
@@ -183,7 +183,6 @@ class _Kit:
     normed_linear: type  # an RMSNorm, then the linear layer
     row_linear: type
     norm: type
-    attention: type
 
 
 def layer_specs(model: ModelConfig, backend: str, layers: range) -> TransformerBlockSubmodules:
@@ -216,7 +215,7 @@ def layer_spec(model: ModelConfig, backend: str, *, experts: bool = False) -> Mo
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=kit.linear if post else kit.normed_linear,
-                    core_attention=kit.attention,
+                    core_attention=GatedSlidingWindowAttention,
                     linear_proj=kit.row_linear,
                     q_layernorm=q_norm,
                     k_layernorm=k_norm,
@@ -234,7 +233,7 @@ def layer_spec(model: ModelConfig, backend: str, *, experts: bool = False) -> Mo
 def _kit(backend: str) -> _Kit:
     if backend == "torch":
         linears = ColumnParallelLinear, NormColumnParallelLinear, RowParallelLinear
-        return _Kit(backend, *linears, RMSNorm, TorchGatedAttention)
+        return _Kit(backend, *linears, RMSNorm)
     require_transformer_engine()
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelLinear,
@@ -244,7 +243,7 @@ def _kit(backend: str) -> _Kit:
     )
 
     linears = TEColumnParallelLinear, TELayerNormColumnParallelLinear, TERowParallelLinear
-    return _Kit(backend, *linears, TENorm, TEGatedAttention)
+    return _Kit(backend, *linears, TENorm)
 
 
 def norm_class(backend: str) -> type:

@@ -15,13 +15,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from plt_megatron.config import derived
 from plt_megatron.config.layout import ParallelLayout
-from plt_megatron.config.rules.fp8 import Fp8Choice
+from plt_megatron.config.rules.fp8 import AMAX_HISTORY_LENGTH, Fp8Choice
 from plt_megatron.config.rules.fusions import Fusions
 from plt_megatron.config.schema import ModelConfig, MoeConfig, ParallelConfig
 from plt_megatron.errors import UserError
 from plt_megatron.runtime.cpu_runtime import is_cpu_runtime
 
-AMAX_HISTORY_LENGTH = 1024  # calls of a layer
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

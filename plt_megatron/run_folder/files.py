@@ -74,6 +74,17 @@ def write_json(path: Path | str, value: Any, *, indent: int | None = 1) -> None:
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
+def read_json_object(path: Path, remedy: str = "") -> dict[str, Any]:
+    """Read a JSON file. Raises `UserError`, which ends with `remedy`, if it is not an object; `OSError`."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}){remedy}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object{remedy}")
+    return content
+
+
 def _sync(path: Path) -> None:
     """Flush a file, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

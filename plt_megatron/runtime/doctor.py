@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TextIO
 
-from plt_megatron.config.rules.fp8 import ADA, BLACKWELL, CONSUMER_BLACKWELL, HOPPER
+from plt_megatron.config.rules.fp8 import ADA, BLACKWELL, CONSUMER_BLACKWELL, HOPPER, card_name
 from plt_megatron.config.rules.kernels import BLOCKWISE_CUDA, DETERMINISTIC_FLASH_ATTN, DETERMINISTIC_FP8_CUDNN
+from plt_megatron.extras import PYTHONS
 from plt_megatron.installation import ROOT, is_checkout
 from plt_megatron.run_folder.text import format_memory, format_table
 from plt_megatron.runtime.machine import Device, Machine
@@ -90,11 +91,7 @@ def _facts(machine: Machine) -> dict[str, str]:
 
 
 def _describe(device: Device) -> str:
-    return f"{device.name} ({_sm(device.capability)}, {format_memory(device.memory)})"
-
-
-def _sm(capability: tuple[int, int]) -> str:
-    return f"sm{capability[0]}{capability[1]}"
+    return f"{device.name} ({card_name(device.capability)}, {format_memory(device.memory)})"
 
 
 # Rules, one per thing that a user may want to do. A rule returns a text that says on what it can be done here, or
@@ -185,7 +182,7 @@ def _transformer_engine(machine: Machine) -> str:
 def _fp8(machine: Machine) -> str:
     _need(_works(_transformer_engine, machine), "needs Transformer Engine on a GPU")
     oldest = min(device.capability for device in machine.devices)
-    _need(oldest >= ADA, f"{_sm(oldest)} has no FP8 units; Ada, Hopper and Blackwell do")
+    _need(oldest >= ADA, f"{card_name(oldest)} has no FP8 units; Ada, Hopper and Blackwell do")
     if oldest < HOPPER:
         return "linear layers; attention in BF16"
     wanted = ".".join(map(str, BLOCKWISE_CUDA))
@@ -213,7 +210,7 @@ def _deterministic(machine: Machine) -> str:
     oldest = min(device.capability for device in machine.devices)
     wanted = ".".join(map(str, DETERMINISTIC_FLASH_ATTN))
     flash = _works(_flash_attention, machine) and _in_range(machine.packages["flash-attn"], f">={wanted}")
-    why = f"cuDNN's attention is not deterministic on {_sm(oldest)}"
+    why = f"cuDNN's attention is not deterministic on {card_name(oldest)}"
     _need(flash or oldest >= HOPPER, why, f"pip install 'flash-attn>={wanted}'")
     limits = [] if flash or oldest >= BLACKWELL else ["packed documents need flash-attn"]
     major, minor = DETERMINISTIC_FP8_CUDNN
@@ -232,7 +229,7 @@ def _torch_compile(machine: Machine) -> str:
 def _packages(*needed: str, extra: str = "") -> Callable[[Machine], str]:
     """Make a rule that requires these packages, which the project or one of its extras installs."""
     named = f"pip install -e '.[{extra}]'" if is_checkout(ROOT) else f"pip install 'plt-megatron[{extra}]'"
-    remedy = named if extra else _INSTALL_PROJECT
+    remedy = named + PYTHONS.get(extra, "") if extra else _INSTALL_PROJECT
 
     def rule(machine: Machine) -> str:
         missing = [package for package in needed if package not in machine.packages]

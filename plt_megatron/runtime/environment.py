@@ -6,7 +6,9 @@ import logging
 import os
 import warnings
 
+from plt_megatron.config.rules.fp8 import AMAX_HISTORY_LENGTH
 from plt_megatron.config.schema import RunConfig
+from plt_megatron.errors import UserError
 
 # Every version of torch reads the first name; since 2.9 it is an alias of the second.
 ALLOCATOR, ALLOCATOR_TOO = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
@@ -23,6 +25,10 @@ def cuda_environment(config: RunConfig) -> dict[str, str]:
     if config.training.deterministic:
         needed["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # otherwise torch refuses matrix products
         needed["NCCL_ALGO"] = "^NVLS"  # no reductions in switches, as in Megatron-LM's deterministic mode
+    if config.training.fp8 is not None and config.training.fp8.attention:
+        # With `tensorwise` scores and their gradients still have delayed scales, which loops share: see
+        # `model.transformer_config` for linear layers.
+        needed |= {"NVTE_DPA_FP8DS_AMAX_HISTLEN": str(AMAX_HISTORY_LENGTH), "NVTE_DPA_FP8DS_AMAX_ALGO": "max"}
     return needed
 
 
@@ -31,6 +37,15 @@ def set_cuda_environment(config: RunConfig) -> None:
     for name, value in cuda_environment(config).items():
         if name != ALLOCATOR or ALLOCATOR_TOO not in os.environ:
             os.environ.setdefault(name, value)
+
+
+def check_environment() -> None:
+    """Raise `UserError` if a variable excludes one of Transformer Engine's attentions, which megatron-core refuses."""
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        if os.environ.get(name, "1") != "1":
+            raise UserError(
+                f"the environment sets {name}={os.environ[name]}, with which megatron-core refuses to run: unset it"
+            )
 
 
 def quiet_imports(level: int = logging.INFO) -> None:

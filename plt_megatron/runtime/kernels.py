@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import logging
+import math
 import re
 from typing import Any
 
@@ -42,7 +42,7 @@ def choose_fp8(config: RunConfig) -> Fp8Choice | None:
     if problems or choice is None:
         raise UserError("\n".join(problems))
     if not dist.is_initialized() or dist.get_rank() == 0:
-        logger.info("%s (sm%d%d): %s", torch.cuda.get_device_name(), major, minor, choice)
+        logger.info("%s (%s): %s", torch.cuda.get_device_name(), fp8_rules.card_name((major, minor)), choice)
     return choice
 
 
@@ -53,39 +53,60 @@ def check_kernels(config: RunConfig) -> None:
     """
     if not torch.cuda.is_available():
         return
-    versions = _versions()
-    problems = list(kernel_rules.find_problems(config, torch.cuda.get_device_capability(), versions))
+    versions, capability = _versions(), torch.cuda.get_device_capability()
+    problems = [
+        *fp8_rules.find_problems(config, capability),
+        *kernel_rules.find_problems(config, capability, versions),
+    ]
     if not problems and (lacking := _without_fused_attention(config)):
+        what, remedy = lacking
         problems = [
-            f"model.backend te: {torch.cuda.get_device_name()} with {versions} has no fused attention for {lacking}: "
-            "set model.backend=torch, or install flash-attn"
+            f"model.backend te: {torch.cuda.get_device_name()} with {versions} has no fused attention for {what}: "
+            f"{remedy}"
         ]
     if problems:
         raise UserError("\n".join(problems))
 
 
-def _without_fused_attention(config: RunConfig) -> str:
-    """Describe the attention for which Transformer Engine's own selection falls back to one that holds all scores, or
-    fails under context parallelism; empty if there is none."""
+def _without_fused_attention(config: RunConfig) -> tuple[str, str] | None:
+    """Return the attention for which Transformer Engine's own selection fails, or falls back to one that holds all
+    scores, and what to do; None if there is none."""
     from transformer_engine.pytorch.attention.dot_product_attention import utils
 
     model, parallel = config.model, config.parallel
+    choice = fp8_rules.choose(config, torch.cuda.get_device_capability())
+    fp8 = choice.recipe if choice is not None and choice.attention else None
     known = {field.name for field in dataclasses.fields(utils.AttentionParams)}
-    asked: list[tuple[str, int | None, str]] = [("", None, parallel.cp_comm_type)]
+    asked = [("", _attention_settings(config, None, parallel.cp_comm_type) | _fp8_attention(fp8))]
     if derived.has_windows(model):
-        asked.append((" in a window", model.window_size, parallel.window_cp_comm_type))
-    for where, window, exchange in asked:
-        settings = _attention_settings(config, window, exchange)
+        window = _attention_settings(config, model.window_size, parallel.window_cp_comm_type)
+        asked.append((" in a window", window))
+    for where, settings in asked:
         params = utils.AttentionParams(**{name: value for name, value in settings.items() if name in known})
         flash, fused, *_ = utils.get_attention_backend(params)[-1]
         if not (flash or fused):
             kind = "packed documents" if config.data.reset_at_document_boundaries else "whole rows"
-            return f"{config.training.precision}, heads of {derived.head_dim(model)} channels, {kind}{where}"
-    return ""
+            what = f"heads of {derived.head_dim(model)} channels, {kind}{where}"
+            if settings.get("fp8"):
+                return f"training.fp8.attention, {fp8}, {what}", "update cuDNN, or set training.fp8.attention=false"
+            return f"{config.training.precision}, {what}", "set model.backend=torch, or install flash-attn"
+    return None
+
+
+def _fp8_attention(recipe: str | None) -> dict[str, Any]:
+    """Return what Transformer Engine's `AttentionParams` add for attention in FP8 with this recipe."""
+    if recipe is None:
+        return {}
+    from transformer_engine.common import recipe as recipes
+
+    kinds = {"delayed": "DelayedScaling", "tensorwise": "Float8CurrentScaling", "mxfp8": "MXFP8BlockScaling"}
+    chosen = getattr(recipes, kinds[recipe])(fp8_dpa=True)
+    return {"fp8": True, "fp8_meta": {"recipe": chosen, "local_recipes": [chosen]}}
 
 
 def _attention_settings(config: RunConfig, window: int | None, exchange: str) -> dict[str, Any]:
-    """Return a rank's attention, as `model.te_attention` calls it, in Transformer Engine's `AttentionParams`."""
+    """Return a rank's attention, as `model.te_attention` calls it, in Transformer Engine's `AttentionParams`: lengths
+    are those of all context-parallel ranks."""
     model, parallel, data = config.model, config.parallel, config.data
     packed, rows, cp = data.reset_at_document_boundaries, config.training.micro_batch_size, 1
     ranks = parallel.tensor_model_parallel_size
@@ -99,13 +120,15 @@ def _attention_settings(config: RunConfig, window: int | None, exchange: str) ->
         "batch_size": rows,
         "num_heads": max(1, model.num_attention_heads // ranks),
         "num_gqa_groups": max(1, derived.num_query_groups(model) // ranks),
-        **dict.fromkeys(("max_seqlen_q", "max_seqlen_kv"), data.sequence_length // cp),
+        **dict.fromkeys(("max_seqlen_q", "max_seqlen_kv"), data.sequence_length),
         **dict.fromkeys(("num_tokens_q", "num_tokens_kv"), rows * data.sequence_length if packed else 0),
         **dict.fromkeys(("head_dim_qk", "head_dim_v"), derived.head_dim(model)),
         "attn_mask_type": "padding_causal" if packed else "causal",
         "window_size": (-1 if window is None else window - 1, 0),
+        "bottom_right_diagonal": False,
+        "softmax_scale": 1 / math.sqrt(derived.head_dim(model)),
         "context_parallel": cp > 1,
-        "cp_comm_type": exchange,
+        "cp_comm_type": exchange if cp > 1 else "p2p",
         "cp_size": cp,
         "core_attention_bias_requires_grad": False,  # there is no bias, but it would be assumed
         "deterministic": config.training.deterministic,
@@ -113,12 +136,11 @@ def _attention_settings(config: RunConfig, window: int | None, exchange: str) ->
 
 
 def _versions() -> Versions:
+    from transformer_engine.pytorch.attention.dot_product_attention.utils import FlashAttentionUtils
     from transformer_engine.pytorch.utils import get_cudnn_version
 
-    try:
-        flash_attn = _version(importlib.metadata.version("flash-attn"))
-    except importlib.metadata.PackageNotFoundError:
-        flash_attn = None
+    # Not one that is installed but outside of the range that Transformer Engine takes.
+    flash_attn = _version(str(FlashAttentionUtils.version)) if FlashAttentionUtils.is_installed else None
     return Versions(cuda=_version(torch.version.cuda or ""), cudnn=tuple(get_cudnn_version()), flash_attn=flash_attn)
 
 

@@ -104,11 +104,19 @@ def query_gpus(*properties: str) -> list[list[str]]:
     """Return these properties of each NVIDIA GPU that the driver lists, as nvidia-smi names and prints them; nothing
     without a driver or a GPU."""
     command = ["nvidia-smi", f"--query-gpu={','.join(properties)}", "--format=csv,noheader"]
+    printed = output_of(command, seconds=60) or ""
+    return [[part.strip() for part in line.split(",")] for line in printed.strip().splitlines()]
+
+
+def output_of(command: Sequence[str], seconds: float, environment: Mapping[str, str] | None = None) -> str | None:
+    """Return what a command prints; None if it is missing, fails or takes longer than `seconds`."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=seconds, check=True, env=environment
+        )
     except (OSError, subprocess.SubprocessError):
-        return []
-    return [[part.strip() for part in line.split(",")] for line in done.stdout.strip().splitlines()]
+        return None
+    return done.stdout
 
 
 def rank_environment(rank: int, local: int, count: int, local_count: int, address: str, port: int) -> dict[str, str]:

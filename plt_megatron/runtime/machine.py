@@ -20,7 +20,7 @@ from typing import Any
 
 from plt_megatron.extras import EXTRAS
 from plt_megatron.installation import ROOT, is_checkout
-from plt_megatron.runtime.local_processes import usable_cores
+from plt_megatron.runtime.local_processes import output_of, query_gpus, usable_cores
 
 _IMPORT_TIMEOUT_SECONDS = 180
 
@@ -101,14 +101,14 @@ def observe() -> Machine:
         import_errors={distribution: error for distribution, (_, error) in probes.items() if error},
         **torch,
         devices=devices,
-        nvidia_driver=_first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        nvidia_driver=next((row[0] for row in query_gpus("driver_version")), None),
         nvidia_device_files=Path("/dev/nvidiactl").exists(),
         compiler=shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++"),
         python_headers=Path(sysconfig.get_path("include"), "Python.h").is_file(),
         cores=usable_cores(),
         memory=_memory(),
         disk_free=shutil.disk_usage(Path.cwd()).free,
-        slurm=_first_line("sbatch", "--version"),
+        slurm=(output_of(["sbatch", "--version"], seconds=20) or "").strip().partition("\n")[0] or None,
     )
 
 
@@ -142,15 +142,6 @@ def _probe_import(distribution: str) -> tuple[str, str]:
     if done.returncode:
         return "", last or f"importing it exited with status {done.returncode}"
     return last, ""
-
-
-def _first_line(*command: str) -> str | None:
-    """Return the first line that a command prints; None if the command is missing or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip().partition("\n")[0] or None
 
 
 def _memory() -> int:

@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ from plt_megatron.run_folder import json_lines
 from plt_megatron.run_folder.files import write_text, writing
 from plt_megatron.run_folder.folder import CODE, RunFolder
 from plt_megatron.run_folder.text import plural
+from plt_megatron.runtime.local_processes import output_of
 from plt_megatron.slurm import client
 
 _PACKAGE = "plt_megatron"
@@ -110,19 +110,8 @@ def describe_git(root: Path) -> str:
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *arguments],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_GIT_SECONDS,
-            check=True,
-            env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},  # do not change the checkout
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout
+    unlocked = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}  # do not change the checkout
+    return output_of(["git", "-C", str(root), *arguments], _GIT_SECONDS, unlocked)
 
 
 @functools.cache  # a file to parse per package, and called for each member of an array

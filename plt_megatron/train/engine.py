@@ -168,6 +168,12 @@ class Engine:
                 rejected step leaves weights and optimizer state unchanged; the learning-rate schedule continues.
             loop_count: loops of this step; None: the model's.
         """
+        result = self._step(batches, accept, loop_count or self.config.model.loop_count)
+        self.scheduler.count_step()
+        return result
+
+    def _step(self, batches: list[MicroBatch], accept: Callable[[float, float], bool], loop_count: int) -> StepResult:
+        """Do what `train_step` says, apart from the learning rate's schedule."""
         raise NotImplementedError
 
     def evaluate(self, batches: list[MicroBatch], loop_count: int) -> tuple[float, int]:

@@ -1,7 +1,7 @@
 """The training process: `python -m plt_megatron.train.main CONFIG.yaml [key=value ...]`, one per rank.
 
 Launchers (plt train on one machine) start it with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
-Exit status: 0 finished, 2 something for the user to fix, 75 stopped on request with its state saved, 1 failed.
+Exit status: 0 finished, 2 something for the user to fix, 75 stopped on request, 1 failed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from plt_megatron.errors import (
     EXIT_INTERRUPTED,
     AttemptFailed,
     UserError,
+    first_line,
     go_on_without_readers,
     hear_every_interrupt,
     print_error,
@@ -115,7 +116,7 @@ def _describe_failure(error: OSError | RuntimeError) -> str | None:
         return str(error)
     text = str(error)
     if any(mark in text for mark in ("onnection closed by peer", "onnection reset by peer", "Broken pipe")):
-        return f"lost the connection to another rank, which has ended ({text.splitlines()[0][:200]})"
+        return f"lost the connection to another rank, which has ended ({first_line(error)[:200]})"
     return None
 
 

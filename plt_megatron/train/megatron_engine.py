@@ -40,7 +40,6 @@ from plt_megatron.train.engine import (
     Engine,
     ExpectedGradients,
     StepResult,
-    finite_step,
     later_parameters,
     leaves_later_loops_out,
     left_alone,
@@ -72,14 +71,8 @@ class MegatronEngine(Engine):
         self._counted_share = torch.ones(1, device=torch.cuda.current_device())
         self._chunks: dict[int, tuple[list[LoopChunk], Any]] = {}
 
-    def train_step(
-        self,
-        batches: list[MicroBatch],
-        accept: Callable[[float, float], bool] = finite_step,
-        loop_count: int | None = None,
-    ) -> StepResult:
+    def _step(self, batches: list[MicroBatch], accept: Callable[[float, float], bool], loop_count: int) -> StepResult:
         self.stage.train()
-        loop_count = loop_count or self.config.model.loop_count
         leaves_out = leaves_later_loops_out(self.config, loop_count)
         unused = later_parameters(self.stage) if leaves_out else []
         before = StepState(self.stage)
@@ -104,7 +97,6 @@ class MegatronEngine(Engine):
                 self.state.later_step += not leaves_out
             else:
                 before.restore()
-        self.scheduler.count_step()
         return result
 
     def _share_that_counts(self, batches: list[MicroBatch]) -> Tensor:

@@ -142,6 +142,8 @@ class Trainer:
         self._each(Callback.after_step, step, result)
         self.checkpoints.poll()
         asked = self.stop.agree()
+        if asked and not self.config.checkpoint.enabled:
+            self.say("warning: nothing is saved, since checkpoint.enabled=false")
         if asked or self.is_due(self.config.checkpoint.save_interval):
             self._save()
 
@@ -204,7 +206,7 @@ class Trainer:
         step = self.clock.step
         progress = self._load()
         if progress is None:
-            raise TrainingFailed(f"step {step}: there is no checkpoint to roll back to yet")
+            raise TrainingFailed(f"step {step}: there is no checkpoint to roll back to")
         for callback in self.callbacks:
             callback.on_rollback(progress.get(callback.name, {}))
         self._save()  # otherwise a crash before the next save would repeat the bad data

@@ -60,6 +60,17 @@ def test_refusals(exports, monkeypatch, variant, options, message):
             pass
 
 
+@pytest.mark.parametrize("variant", ["plt2", "shift, one loop"])
+def test_batch_invariance_is_refused_before_a_model_is_made(exports, monkeypatch, variant):
+    """vLLM would find out once the weights are loaded, and name a backend that nobody has chosen."""
+    from vllm_plt import model
+
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    monkeypatch.setattr(model.PLTForCausalLM, "__init__", lambda *args, **kwargs: pytest.fail("a model was made"))
+    with pytest.raises(ValueError, match="VLLM_BATCH_INVARIANT=1"), engine(exports(variant)):
+        pass
+
+
 def test_loops_by_layer_are_refused(exports):
     with pytest.raises(ValueError, match="PLT models of loop_order layer cannot be served yet: use transformers"):
         with engine(exports("naive loops", loop_order="layer")):

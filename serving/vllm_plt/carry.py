@@ -27,7 +27,6 @@ from vllm_plt.vllm_internals import (
     AttentionLayerBase,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
-    MultipleOf,
     VllmConfig,
     attention_page_bytes,
     metadata_of,
@@ -87,10 +86,6 @@ class CarryBackend(AttentionBackend):
     @staticmethod
     def get_builder_cls():
         return CarryMetadataBuilder
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec=None):
-        return [MultipleOf(1)]
 
 
 class CarrySlice(nn.Module, AttentionLayerBase):

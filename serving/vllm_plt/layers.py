@@ -277,6 +277,7 @@ class PLTMoE(nn.Module):
             renormalize=config.norm_topk_prob,
             quant_config=vllm_config.quant_config,
             activation=config.hidden_act,
+            router_logits_dtype=torch.float32,
             prefix=f"{prefix}.experts",
         )
         shared = config.shared_expert_intermediate_size

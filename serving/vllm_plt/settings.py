@@ -140,9 +140,16 @@ def has_carry(config: PLTConfig, loops: int) -> bool:
 
 
 def check_cache_manager(vllm_config: "VllmConfig") -> None:
-    """Raise a one-line `ValueError` if vLLM will give each layer a cache of the whole context, which no carry has."""
-    from vllm_plt.vllm_internals import what_ends_windows
+    """Raise a one-line `ValueError` if vLLM will give each layer a cache of the whole context, which no carry has, or
+    batch-invariant kernels, which the carry's backend would have to promise: a step runs its loops at once or, beside a
+    prompt, one by one."""
+    from vllm_plt.vllm_internals import envs, what_ends_windows
 
+    if envs.VLLM_BATCH_INVARIANT:
+        raise ValueError(
+            "PLT models with cross-loop parallelism or key_shift cannot be served with VLLM_BATCH_INVARIANT=1, as "
+            "their loops run at once or one by one: unset it"
+        )
     if option := what_ends_windows(vllm_config):
         raise ValueError(
             "PLT models with cross-loop parallelism or key_shift need vLLM's hybrid KV cache manager, which "

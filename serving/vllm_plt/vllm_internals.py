@@ -5,9 +5,9 @@ Public names are re-exported here too, so that a new vLLM version can be checked
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
+from vllm import envs
 from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CUDAGraphMode, VllmConfig
@@ -44,7 +44,6 @@ from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
-    MultipleOf,
 )
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
@@ -162,7 +161,6 @@ __all__ = [
     "FusedMoEFactory",
     "LogitsProcessor",
     "MergedColumnParallelLinear",
-    "MultipleOf",
     "ParallelLMHead",
     "QKVParallelLinear",
     "RMSNorm",
@@ -180,6 +178,7 @@ __all__ = [
     "attention_page_bytes",
     "can_fold",
     "check_block_size",
+    "envs",
     "get_act_and_mul_fn",
     "get_forward_context",
     "get_rope",
@@ -192,7 +191,6 @@ __all__ = [
     "padding_of_rows",
     "register_cache_spec",
     "register_layer",
-    "replace",
     "set_model_tag",
     "support_torch_compile",
     "tensor_model_parallel_all_reduce",

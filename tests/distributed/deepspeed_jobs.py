@@ -80,8 +80,8 @@ def train_cases(layout: Layout, cases: list[tuple[Case, Zero]]) -> list[Outcome]
     return outcomes
 
 
-def refuse_steps(layout: Layout, stages: list[int]) -> list[list[Any]]:
-    """For each stage: four steps of which the second is refused and the third has a loss that is no number on one
+def refuse_steps(layout: Layout, zeros: list[Zero], precision: str = "fp32") -> list[list[Any]]:
+    """For each of `zeros`: four steps of which the second is refused and the third has a loss that is no number on one
     data-parallel rank; what was seen of them, whether weights, moments and step count stayed, and what was judged."""
     from megatron.core import parallel_state
 
@@ -89,11 +89,11 @@ def refuse_steps(layout: Layout, stages: list[int]) -> list[list[Any]]:
     from plt_megatron.train.build_engine import build_engine
     from tests.distributed import parity
 
-    case = Case(2)
+    case = Case(2, precision=precision)
     init_process_groups(parity._parallel(layout, case))
     outcomes = []
-    for stage in stages:
-        engine = build_engine(with_engine(parity._config(layout, case), Zero(stage)), VOCAB_SIZE)
+    for zero in zeros:
+        engine = build_engine(with_engine(parity._config(layout, case), zero), VOCAB_SIZE)
         broken: list[bool] = []
         engine.stage.embedding.register_forward_hook(
             lambda *call, broken=broken: call[-1] * math.nan if broken else None  # type: ignore[misc]

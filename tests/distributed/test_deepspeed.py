@@ -218,7 +218,7 @@ def test_bfloat16_is_close(run_deepspeed, reference):
 @pytest.mark.parametrize("stages", [[3], slow([1, 2])])
 def test_a_step_that_is_refused_changes_nothing(run_deepspeed, stages):
     """Nor does one whose loss is no number; and each step is judged once, with the numbers that are reported."""
-    megatron, *others = run_deepspeed(refuse_steps, 2, Layout(dp=2), [0, *stages])
+    megatron, *others = run_deepspeed(refuse_steps, 2, Layout(dp=2), [MEGATRON, *map(Zero, stages)])
     for seen, asked in others:
         assert [updated for updated, *_ in seen] == [True, False, False, True]
         assert [same for *_, same in seen] == [False, True, True, False]
@@ -227,6 +227,16 @@ def test_a_step_that_is_refused_changes_nothing(run_deepspeed, stages):
             assert judged == pytest.approx((loss, norm), rel=1e-12, nan_ok=True)
         for step in (0, 1, 3):
             assert seen[step][1:3] == pytest.approx(megatron[0][step][1:3], rel=TOLERANCE)
+
+
+def test_gradients_that_were_refused_are_not_added_to_the_next_steps(run_deepspeed):
+    """DeepSpeed accumulates in fp32 for an optimizer on the CPU, and keeps what it has of a step that it leaves out."""
+    zeros = [Zero(1), Zero(1, "cpu"), Zero(2, "cpu"), Zero(3, "cpu", "cpu")]
+    stays, *others = run_deepspeed(refuse_steps, 2, Layout(dp=2), zeros, "bf16")
+    for seen, _ in others:
+        assert [updated for updated, *_ in seen] == [True, False, False, True]
+        for step in (0, 1, 3):
+            assert seen[step][1:3] == pytest.approx(stays[0][step][1:3], rel=1e-3)
 
 
 def test_the_comparison_would_notice_a_lost_loop(reference):

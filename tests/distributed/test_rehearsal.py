@@ -97,7 +97,8 @@ def test_what_transformer_engine_would_refuse_is_refused(capsys):
 
 @pytest.mark.parametrize("option", ["--nodes", "--gpus-per-node", "--processes"])
 def test_none_of_what_there_must_be_is_refused(option, capsys):
-    assert main(["configs/runs/plt2_tiny.yaml", option, "0"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["configs/runs/plt2_tiny.yaml", option, "0"])
     assert option in capsys.readouterr().err
 
 

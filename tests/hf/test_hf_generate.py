@@ -104,6 +104,35 @@ def test_an_assistant_with_fewer_loops_than_are_asked_for(loops):
     assert torch.equal(text, greedy(model, tokens, 16, loop_count=loops))
 
 
+@pytest.mark.parametrize("asked", [{"loop_count": 2}, {"loop_mode": "parallel"}, {"loop_mode": "serial"}], ids=str)
+@pytest.mark.parametrize("kind", ["plain", "naive"])
+def test_an_assistant_does_not_get_what_the_call_asks_of_loops(kind, asked):
+    """A plain transformer has no loops, and those of a naive PLT cannot run in parallel."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model, tokens = make_model(loop_count=3), make_tokens(1, 9)
+    assistant = make_model(loop_count=2, cross_loop_parallel=False)
+    if kind == "plain":
+        config = model.config
+        size = {"vocab_size": config.vocab_size, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+        assistant = LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=2)).eval()
+    text = generate(model, tokens, 12, assistant_model=assistant, **asked)
+    assert torch.equal(text, greedy(model, tokens, 12, **asked))
+
+
+def test_buffers_of_a_static_cache_are_marked_where_chunks_of_a_prompt_are_compiled():
+    """As on a GPU: what is allocated within a graph cannot be marked, and a step would be no CUDA graph."""
+    from transformers import CompileConfig
+
+    model, compiled = make_model(), CompileConfig(backend="eager", mode=None)
+    compiled._compile_all_devices = True
+    options = {"compile_config": compiled, "prefill_chunk_size": 4, "return_dict_in_generate": True}
+    found = model.generate(make_tokens(1, 9), max_new_tokens=3, do_sample=False, **STATIC, **options)
+    cache = found[CACHE_NAME]
+    buffers = [cache.length, cache.carry.last, *(tensor for layer in cache.layers for tensor in layer.tensors())]
+    assert {getattr(buffer, "_dynamo_static_input_type", None) for buffer in buffers} == {"unguarded"}
+
+
 def test_early_exit_is_refused_and_leaves_nothing_behind():
     model = make_model()
     tokens = make_tokens(1, 9)

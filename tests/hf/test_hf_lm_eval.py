@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -81,6 +82,19 @@ def test_a_task_that_the_model_cannot_run_is_one_line(folder, monkeypatch, capsy
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "write" in error and "100000" in error
     assert not (folder / "model/evaluation.json").exists()
+
+
+def test_a_text_that_fails_without_a_word_is_one_line(folder, monkeypatch, capsys):
+    """lm-evaluation-harness asserts that a text has tokens, and not more than the context."""
+    from plt_megatron.commands import evaluate
+    from plt_megatron.hf import evaluation
+
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    fail = Mock(side_effect=AssertionError())
+    monkeypatch.setattr(evaluation, "_harness", lambda *_: (Mock(simple_evaluate=fail), Mock()))
+    assert evaluate.main(["--model", str(folder / "model"), "--tasks", "choice"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and "choice: a text is empty, or longer than the model's context" in error
 
 
 @pytest.mark.slow

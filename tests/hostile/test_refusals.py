@@ -200,7 +200,7 @@ REFUSED = [
     ("status", "--output-dir nowhere", "nowhere"),
     ("report", "nowhere", "nowhere"),
     ("report", "runs/mine", "runs/mine"),
-    ("report", "runs/mine --decode-batch 0", "decod"),
+    ("report", "runs/mine --decode-batch 0", "--decode-batch 1"),
     # plt archive
     ("archive", "nowhere out", "nowhere"),
     ("archive", "notes.txt out", "notes.txt"),

@@ -94,7 +94,6 @@ def test_what_cannot_be_submitted_is_refused_here(slurm, tmp_path, monkeypatch, 
     save_config(run_config("run", tmp_path, data), tmp_path / "run.yaml")
     common = ["--input", "data/corpus.jsonl", "--output-prefix", "out/text", "--tokenizer", str(data.tokenizer)]
     for arguments, named in (
-        (["--cluster", "four.yaml", "--nodes", "0"], "--nodes 0"),
         (["--cluster", "nosuch"], "--cluster nosuch"),
         (["--cluster", "four.yaml", "--time", "soon"], "--time soon"),
         (["--cluster", "four.yaml", "--output-prefix", "data/text"], "data/text.idx exists"),
@@ -104,4 +103,7 @@ def test_what_cannot_be_submitted_is_refused_here(slurm, tmp_path, monkeypatch, 
     ):
         assert main([*common, *arguments]) == 2
         assert named in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([*common, "--cluster", "four.yaml", "--nodes", "0"])
+    assert "--nodes: must be from 1 to " in capsys.readouterr().err
     assert not slurm.jobs() and not (tmp_path / "out").exists()

@@ -298,3 +298,39 @@ def exchanged_and_estimated(layout: Layout, case: Case) -> tuple[float, float]:
         engine.train_step(parity._batches(0, layout, case))
     estimate = estimate_run(config, world_size=layout.world_size, vocab_size=parity.VOCAB_SIZE)
     return sum(sent), estimate.communication["context parallel"]
+
+
+def asked_otherwise(layout: Layout, case: Case) -> dict[str, set[tuple[Any, Any]]]:
+    """Where the check before a run asks Transformer Engine's selector about another attention than those that run:
+    field -> (asked, called)."""
+    from transformer_engine.pytorch.attention.dot_product_attention import dot_product_attention
+
+    from plt_megatron.runtime import kernels
+    from plt_megatron.runtime.process_groups import init_process_groups
+    from plt_megatron.train.megatron_engine import MegatronEngine
+    from tests.distributed import parity
+
+    init_process_groups(parity._parallel(layout, case))
+    config, called = parity._config(layout, case), []
+    utils = dot_product_attention.dpa_utils
+    choose = utils.get_attention_backend
+
+    def recorded(params: Any) -> Any:
+        called.append(params)
+        return choose(params)
+
+    engine = MegatronEngine(config, parity.VOCAB_SIZE)
+    with mock.patch.object(utils, "get_attention_backend", recorded):
+        kernels._without_fused_attention(config)
+        asked, called[:] = list(called), []
+        engine.train_step(parity._batches(0, layout, case))
+    assert {params.window_size for params in asked} == {params.window_size for params in called}
+    # Documents differ from step to step; the masks' own lengths follow from them.
+    unknown = {"batch_size", "max_seqlen_q", "max_seqlen_kv"} if case.packed else set()
+    found: dict[str, set[tuple[Any, Any]]] = {}
+    for mine in asked:
+        for theirs in (params for params in called if params.window_size == mine.window_size):
+            for name in set(vars(mine)) - unknown - {"fp8_meta"}:
+                if getattr(mine, name) != getattr(theirs, name):
+                    found.setdefault(name, set()).add((getattr(mine, name), getattr(theirs, name)))
+    return found

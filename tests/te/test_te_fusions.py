@@ -17,6 +17,7 @@ import pytest
 from tests.distributed.cases import LOSSES, MODEL, STEPS, Z_LOSS, Case, Layout, train_cases
 from tests.distributed.parity_checks import TOLERANCE, differences
 from tests.settings import make
+from tests.te import emulation
 from tests.te import te_jobs as jobs
 from tests.te.te_jobs import fp8_case, on_te
 
@@ -233,6 +234,43 @@ def attention(**settings: Any) -> str:
         except UserError as error:
             return str(error)
     return "fused"
+
+
+def fp8_attention(recipe: str, *cudnn: int) -> str:
+    """`attention` in FP8 on a B200 with this version of cuDNN."""
+    from transformer_engine.pytorch import utils as common
+    from transformer_engine.pytorch.attention.dot_product_attention import utils
+
+    both = [mock.patch.object(module, "get_cudnn_version", lambda: cudnn) for module in (common, utils)]
+    with emulation.card(10), both[0], both[1]:
+        fp8 = {"training.fp8.format": "hybrid", "training.fp8.recipe": recipe, "training.fp8.attention": True}
+        return attention(**{"model.kv_channels": 128, **fp8})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "too_old", "fits"), [("mxfp8", (9, 20, 9), (9, 22, 0)), ("tensorwise", (9, 13, 9), (9, 14, 0))]
+)
+def test_fp8_attention_that_this_cudnn_lacks_is_refused(run_te, recipe, too_old, fits):
+    """As Transformer Engine 2.20's selector has it; it would end the first step with a traceback."""
+    error = run_te(fp8_attention, 1, recipe, *too_old)
+    assert "training.fp8.attention" in error and recipe in error and "cuDNN" in error
+    assert run_te(fp8_attention, 1, recipe, *fits) == "fused"
+
+
+@pytest.mark.parametrize(
+    ("layout", "case"),
+    [
+        ("TP1", Case(2)),
+        ("TP1", Case(2, packed=True)),
+        ("TP2", jobs.fp8_case(attention=True, kv_channels=128)),
+        ("CP2", Case(2, parallel={"cp_comm_type": "p2p", "window_cp_comm_type": "a2a"})),
+        ("CP2", Case(2, packed=True, parallel={"cp_comm_type": "a2a", "window_cp_comm_type": "a2a"})),
+    ],
+    ids=["rows", "documents", "FP8", "divided rows", "divided heads"],
+)
+def test_what_is_asked_before_a_run_is_the_attention_that_runs(run_te, layout, case):
+    arranged = Layout.of(layout)
+    assert run_te(jobs.asked_otherwise, arranged.world_size, arranged, jobs.on_te(case)) == {}
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -18,6 +18,7 @@ from plt_megatron.config.schema import Fp8Config, RunConfig
 
 ADA, HOPPER, BLACKWELL, CONSUMER_BLACKWELL = (8, 9), (9, 0), (10, 0), (12, 0)
 HOPPER_ATTENTION_HEAD_DIM = 128
+AMAX_HISTORY_LENGTH = 1024  # calls of a layer
 # Matmul operands need (channels, tokens) in multiples of these.
 _ALIGNMENT = {"delayed": (16, 8), "tensorwise": (16, 8), "blockwise": (16, 8), "mxfp8": (32, 32)}
 Capability = tuple[int, int]

@@ -13,6 +13,7 @@ def find_problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
     """Yield conflicts between settings that are each in range, one line each."""
     yield from _check_validation(config)
     yield from _check_exports(config)
+    yield from _check_rollback(config)
     yield from _check_profile(config, world_size)
 
 
@@ -44,6 +45,21 @@ def _check_exports(config: RunConfig) -> Iterator[str]:
             f"checkpoint.exports.interval {exports.interval} must be a multiple of checkpoint.save_interval, which is "
             f"{checkpoint.save_interval}"
         )
+
+
+def _check_rollback(config: RunConfig) -> Iterator[str]:
+    """Check that the run has a checkpoint to go back to before its last step."""
+    training, checkpoint = config.training, config.checkpoint
+    if derived.continues(config) or (checkpoint.enabled and checkpoint.save_interval):
+        return
+    actions = {
+        "training.on_nonfinite": training.on_nonfinite,
+        "training.spikes.action": training.spikes and training.spikes.action,
+    }
+    lacking = "save_interval=0" if checkpoint.enabled else "enabled=false"
+    for key, action in actions.items():
+        if action == "rollback":
+            yield f"{key}=rollback: with checkpoint.{lacking} there is no checkpoint to return to; set {key}=skip"
 
 
 def _check_profile(config: RunConfig, world_size: int | None) -> Iterator[str]:

@@ -32,11 +32,11 @@ for _module in pkgutil.iter_modules(__path__):
 def open_inputs(patterns: Sequence[str], options: ReadOptions, format: str | None = None) -> list[Reader]:
     """Return readers of the files that paths and globs (`**` included) match.
 
-    Each file occurs once, in the order given; those of a glob are sorted by name. The format follows from the suffix
-    unless `format` is given; a file with an unknown suffix is plain text. Raises `UserError` if a pattern matches no
-    file, a file cannot be read or is an archive, or the package that reads it is missing.
+    Each file occurs once, whatever its names, in the order given; those of a glob are sorted by name. The format
+    follows from the suffix unless `format` is given; a file with an unknown suffix is plain text. Raises `UserError` if
+    a pattern matches no file, a file cannot be read or is an archive, or the package that reads it is missing.
     """
-    paths: dict[str, None] = {}
+    paths: dict[str, str] = {}  # by the file itself, which may have several names
     for pattern in patterns:
         found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         files = [path for path in found if os.path.isfile(path)]
@@ -45,10 +45,11 @@ def open_inputs(patterns: Sequence[str], options: ReadOptions, format: str | Non
             if any(map(os.path.isdir, found)):
                 what = "is a folder: name its files, as in folder/*.jsonl"
             raise UserError(f"input {pattern!r} {what}")
-        paths.update(dict.fromkeys(files))
+        for path in files:
+            paths.setdefault(os.path.realpath(path), path)
     by_suffix = {suffix: reader for reader in READERS.values() for suffix in reader.suffixes}
     readers = []
-    for path in paths:
+    for path in paths.values():
         if format is None and _suffix(path) == ".tar":
             raise UserError(f"input {path!r} is an archive: unpack it, and name its files")
         kind = READERS[format] if format else by_suffix.get(_suffix(path), READERS["text"])

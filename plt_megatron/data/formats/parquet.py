@@ -8,7 +8,7 @@ from typing import Any
 
 from plt_megatron.data.compressed import BrokenStream
 from plt_megatron.data.formats.reader import Document, Reader, ReadOptions, Span, check_text, not_utf8, too_long
-from plt_megatron.errors import UserError
+from plt_megatron.errors import UserError, first_line
 
 _ROWS = 512  # decoded at a time
 
@@ -40,7 +40,7 @@ class Parquet(Reader):
             if getattr(error, "errno", None) is not None:  # the disk's, not the data's
                 raise
             groups = f"row groups {start} to {'the last' if end is None else end - 1}"
-            raise BrokenStream(f"broken Parquet data after row {row} of {groups} ({_first_line(error)})") from error
+            raise BrokenStream(f"broken Parquet data after row {row} of {groups} ({first_line(error)})") from error
 
     def _values(self, start: int, end: int | None) -> Iterator[tuple[Any, Any]]:
         """Yield each row's text and quality (None without a quality filter)."""
@@ -59,6 +59,10 @@ class Parquet(Reader):
     def place(self, start: int, line: int) -> str:
         return f"row {super().place(start, line)}"
 
+    @property
+    def text_size(self) -> int:
+        return sum(self._group_sizes("total_uncompressed_size"))
+
     def check(self) -> None:
         super().check()
         self._group_sizes()
@@ -71,10 +75,11 @@ class Parquet(Reader):
             # No pre-buffering and no memory map: a row group is decoded as it is read.
             return pyarrow.parquet.ParquetFile(self.path, pre_buffer=False, memory_map=False)
         except (OSError, pyarrow.ArrowException) as error:
-            raise UserError(f"{self.path}: not a readable Parquet file ({_first_line(error)})") from error
+            raise UserError(f"{self.path}: not a readable Parquet file ({first_line(error)})") from error
 
-    def _group_sizes(self) -> list[int]:
-        """Return the text column's bytes on disk in each row group. Raises `UserError` if a column is unusable."""
+    def _group_sizes(self, size: str = "total_compressed_size") -> list[int]:
+        """Return the text column's bytes, on disk unless said otherwise, in each row group. Raises `UserError` if a
+        column is unusable."""
         with self._open() as file:
             column = self.options.json_key
             _check_column(self.path, file.schema_arrow, column, "strings")
@@ -83,7 +88,7 @@ class Parquet(Reader):
             metadata = file.metadata
             position = [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(column)
             groups = map(metadata.row_group, range(metadata.num_row_groups))
-            return [group.column(position).total_compressed_size for group in groups]
+            return [getattr(group.column(position), size) for group in groups]
 
 
 def _check_column(path: str, schema: Any, column: str, wanted: str) -> None:
@@ -98,7 +103,7 @@ def _check_column(path: str, schema: Any, column: str, wanted: str) -> None:
         fits = types.is_integer(kind) or types.is_floating(kind)
     else:
         kind = kind.value_type if types.is_dictionary(kind) else kind
-        fits = types.is_string(kind) or types.is_large_string(kind)
+        fits = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
     if not fits:
         raise UserError(f"{path}: column {column!r} holds {kind}, not {wanted}")
 
@@ -116,7 +121,3 @@ def _read_value(row: int, value: Any, number: Any, options: ReadOptions) -> Docu
     if size > options.max_document_bytes:
         return too_long(row, size, options.max_document_bytes)
     return check_text(row, size, text, options.json_key)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -7,7 +7,6 @@ read one file without communicating. Memory is bounded by the longest document a
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -82,13 +81,14 @@ class Quality:
 
     def judge(self, line: int, size: int, value: Any) -> Document | None:
         """Return a bad line if `value` is not a number, a left-out document if it is out of range, else None."""
-        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:  # NaN
             found = "null" if value is None else repr(value)[:40]
             return Document(line, size, None, "no quality", f"field {self.key!r} is {found}, not a number")
         inside = (self.low is None or value >= self.low) and (self.high is None or value < self.high)
         return None if inside else Document(line, size, None, LEFT_OUT)
 
 
+_COMPRESSION = 4  # assumed expansion of compressed text
 READERS: dict[str, type[Reader]] = {}  # by name; each class registers itself
 
 
@@ -149,6 +149,11 @@ class Reader(ABC):
     @property
     def compressed(self) -> bool:
         return Path(self.path).suffix in COMPRESSIONS
+
+    @property
+    def text_size(self) -> int:
+        """About how many bytes of text the file holds."""
+        return self.size * (_COMPRESSION if self.compressed else 1)
 
     @property
     def by_line(self) -> bool:

@@ -311,7 +311,8 @@ def diagnose(
     for index in range(total):
         tokens = torch.from_numpy(held_out.tokens[index]).to(model.device)
         starts = torch.from_numpy(held_out.starts[index]).to(model.device) if reset else None
-        rows.append(measure_sequence(model, tokens, starts, masked_token))
+        mask = None if held_out.mask is None else torch.from_numpy(held_out.mask[index]).to(model.device)
+        rows.append(measure_sequence(model, tokens, starts, masked_token, mask))
         progress(index + 1, total)
     bootstrap = Bootstrap(total, seed)
     loops, details, differences = {}, {}, {}
@@ -338,7 +339,11 @@ def diagnose(
 
 @torch.no_grad()
 def measure_sequence(
-    model: Any, tokens: Tensor, starts: Tensor | None = None, masked_token: int | None = None
+    model: Any,
+    tokens: Tensor,
+    starts: Tensor | None = None,
+    masked_token: int | None = None,
+    mask: Tensor | None = None,
 ) -> dict[str, np.ndarray]:
     """Compute every measure of one sequence: arrays [L + 1, ...] by name, NaN where not defined.
 
@@ -346,13 +351,17 @@ def measure_sequence(
         tokens: int64 [T + 1], the last one only as a label.
         starts: bool [T + 1], first tokens of documents kept apart; None: one document.
         masked_token: losses leave out the token after it.
+        mask: uint8 [T + 1], 0 for tokens that losses leave out; `masked_token`, which may end each message, does not
+            count then.
     """
     distances, window = measures.copy_distances(tokens, starts), model.config.window_size
     copies = {"copy_loss": (distances > 0) & (distances <= window), "far_copy_loss": distances > window}
     counted = torch.ones_like(tokens[1:], dtype=torch.bool)
     if starts is not None:
         counted, starts = ~starts[1:], starts[:-1]  # nothing predicts another document's first token
-    if masked_token is not None:
+    if mask is not None:
+        counted = counted & (mask[1:] != 0)
+    elif masked_token is not None:
         counted = counted & (tokens[:-1] != masked_token)
     recording = record(model, tokens[:-1], starts)
 

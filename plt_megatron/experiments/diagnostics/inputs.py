@@ -13,7 +13,7 @@ import torch
 
 from plt_megatron.config.schema import DataConfig, DataSource
 from plt_megatron.data.formats import ReadOptions, Span, open_inputs
-from plt_megatron.data.indexed import flat_tokens, read_index
+from plt_megatron.data.indexed import flat_tokens, has_mask, open_mask, read_index
 from plt_megatron.data.mix import check_tokenizer
 from plt_megatron.data.tokenizer import Tokenizer
 from plt_megatron.errors import UserError
@@ -40,8 +40,7 @@ def open_model(path: Path, tokenizer: Path | None = None) -> ModelSource:
             f"{path}: model.{name} {getattr(model, name)}: diagnostics need a model whose layers all loop as one stack"
         )
     if source.tokenizer is not None:
-        fingerprint = source.progress.get("data_fingerprint") or {}
-        check_vocabulary(source.tokenizer, source.vocab_size, fingerprint.get("tokenizer"))
+        check_vocabulary(source.tokenizer, source.vocab_size, source.trained_tokenizer)
     return source
 
 
@@ -74,12 +73,14 @@ class HeldOut:
         starts: bool [n, S + 1], where documents begin, including each sequence's first token.
         seen: number of sequences that these were drawn from.
         bad: number of documents of a text file left out because they are empty or cannot be read.
+        mask: uint8 [n, S + 1], 0 for tokens that do not count in the loss; None: all count.
     """
 
     tokens: np.ndarray
     starts: np.ndarray
     seen: int
     bad: int = 0
+    mask: np.ndarray | None = None
 
 
 def draw_sequences(
@@ -137,12 +138,15 @@ def _from_index(prefix: str, tokenizer: Tokenizer | None, length: int, count: in
     flat = flat_tokens(index)
     begins = np.concatenate(([0], np.cumsum(index.lengths, dtype=np.int64)[:-1]))
     begins = begins[index.lengths > 0]
-    tokens = np.stack([flat[place * length : place * length + length + 1].astype(np.int64) for place in chosen])
+    cuts = [slice(place * length, place * length + length + 1) for place in chosen]
+    tokens = np.stack([flat[cut].astype(np.int64) for cut in cuts])
     starts = np.zeros(tokens.shape, dtype=bool)
     for row, place in enumerate(chosen):
         first, last = np.searchsorted(begins, (place * length, place * length + length + 1))
         starts[row, begins[first:last] - place * length] = True
-    return HeldOut(tokens, starts, available)
+    marked = open_mask(prefix, index.tokens) if has_mask(prefix) else None
+    mask = None if marked is None else np.stack([np.asarray(marked[cut]) for cut in cuts])
+    return HeldOut(tokens, starts, available, mask=mask)
 
 
 # ---------------------------------------------------------------- text

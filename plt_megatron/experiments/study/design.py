@@ -82,13 +82,13 @@ class Design:
         return f"this budget determines {', '.join(parts)}"
 
 
-def expected_theta(sizes: Sequence[float], tokens: Sequence[float], variants: int, phi: float = 0.46) -> np.ndarray:
+def expected_theta(sizes: Sequence[float], tokens: Sequence[float], variants: int) -> np.ndarray:
     """Return a law [5 + variants] to plan with before the first run: Chinchilla's exponents, and terms of 0.7 nats at
     the middle of the sizes and tokens."""
     alpha, beta = 0.34, 0.28
     n, d = (math.exp(float(np.mean(np.log(values)))) for values in (sizes, tokens))
     a, b = 0.7 * (n / UNIT_N) ** alpha, 0.7 * (d / UNIT_D) ** beta
-    return np.array([1.7, a, b, alpha, beta, *[phi] * variants])
+    return np.array([1.7, a, b, alpha, beta, *[0.46] * variants])
 
 
 def estimated_noise(fit: LawFit) -> NoiseSettings:

@@ -21,6 +21,7 @@ from rich.progress import Progress as Bar
 
 from plt_megatron.config import derived
 from plt_megatron.config.schema import ModelConfig
+from plt_megatron.errors import first_line
 from plt_megatron.extras import require
 from plt_megatron.model.loop_context import ExpertStatistics, LoopStatistics
 from plt_megatron.run_folder import json_lines
@@ -146,7 +147,7 @@ class Metrics(Callback):
             opened = wandb.init(**settings)
         except wandb.Error as error:  # no network, no key, or a wrong one
             later = f"`wandb sync {folder.path}/wandb/offline-run-*` sends it later"
-            self.run.say(f"warning: Weights & Biases: {str(error).partition('\n')[0]}; logging offline, {later}")
+            self.run.say(f"warning: Weights & Biases: {first_line(error)}; logging offline, {later}")
             wandb.teardown()  # its service holds the run's id
             opened = wandb.init(**settings, mode="offline")
         # Our own axis: W&B drops values logged at an earlier step than its own, as after a rollback.

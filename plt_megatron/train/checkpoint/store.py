@@ -45,7 +45,7 @@ class CheckpointStore:
         config: the run's configuration; `checkpoint` says what to keep and where to start from.
         data_fingerprint: from `data.mix.fingerprint`; a run resumes only with the data it was saved with.
         on_publish: called with each published checkpoint of this run, on all ranks.
-        beat: called while a checkpoint to start from is fetched.
+        beat: called while a checkpoint to start from is fetched, and with "saving" before one is published.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class CheckpointStore:
         config: RunConfig,
         data_fingerprint: dict[str, Any],
         on_publish: Callable[[Path], Any] = lambda checkpoint: None,
-        beat: Callable[[], Any] = lambda: None,
+        beat: Callable[..., Any] = lambda phase=None: None,
     ) -> None:
         self.directory = directory
         self.config = config
@@ -124,6 +124,7 @@ class CheckpointStore:
         self._pending = self._thread = None
         if pending is None or thread is None:
             return None
+        self._beat("saving")
         minutes = self.config.parallel.distributed_timeout_minutes
         thread.join(minutes * 60 * 0.9)  # the other ranks wait in a collective, which must not time out first
         if thread.is_alive():

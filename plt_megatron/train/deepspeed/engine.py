@@ -21,7 +21,7 @@ from plt_megatron.config.schema import RunConfig
 from plt_megatron.model.looped_gpt import MicroBatch
 from plt_megatron.train.deepspeed.runtime import GradientParts, import_deepspeed, join_process_groups, start_deepspeed
 from plt_megatron.train.deepspeed.state import DeepSpeedState
-from plt_megatron.train.engine import Engine, StepResult, finite_step, leaves_later_loops_out, masked_loss
+from plt_megatron.train.engine import Engine, StepResult, leaves_later_loops_out, masked_loss
 from plt_megatron.train.optimizers import LearningRate, check_groups, group_overrides, megatron_settings
 
 
@@ -48,14 +48,8 @@ class DeepSpeedEngine(Engine):
         self._leave_alone = _LeaveAlone(self.optimizer, self.state.later_groups)
         self._verdict = _Verdict(self.optimizer, zero_of(config).zero_stage)
 
-    def train_step(
-        self,
-        batches: list[MicroBatch],
-        accept: Callable[[float, float], bool] = finite_step,
-        loop_count: int | None = None,
-    ) -> StepResult:
+    def _step(self, batches: list[MicroBatch], accept: Callable[[float, float], bool], loop_count: int) -> StepResult:
         self.deepspeed.train()
-        loop_count = loop_count or self.config.model.loop_count
         self._gradient_parts.expect(loop_count)
         self._leave_alone.begin_step(leaves_later_loops_out(self.config, loop_count))
         # DeepSpeed averages gradients, so each microbatch's loss is divided by the tokens of the step beforehand.
@@ -66,7 +60,6 @@ class DeepSpeedEngine(Engine):
             judge = partial(accept, result.loss)
             result.grad_norm, result.updated = self._verdict.step(self.deepspeed, judge)
         self.state.later_step += result.updated and not self._leave_alone.unused
-        self.scheduler.count_step()
         return result
 
     def evaluate(self, batches: list[MicroBatch], loop_count: int) -> tuple[float, int]:
@@ -127,7 +120,7 @@ class _Verdict:
 
     def __init__(self, optimizer: Any, stage: int) -> None:
         self._judge: Callable[[float], bool] | None = None
-        self._norm = float("nan")
+        self._norm, self._stage = float("nan"), stage
         if stage == 3:
             from deepspeed.runtime.utils import combine_grad_norm_groups
 
@@ -144,6 +137,9 @@ class _Verdict:
         if self._judge is not None:  # DeepSpeed has seen gradients that are not numbers, and skipped the norm
             updated = self._judge(self._norm)
             assert not updated, "a step whose gradients are not numbers cannot be accepted"
+        if engine.optimizer.overflow and self._stage < 3:
+            # With an optimizer on the CPU it keeps the dropped gradients and adds the next step's to them.
+            engine.optimizer.averaged_gradients.update(dict.fromkeys(engine.optimizer.averaged_gradients))
         return self._norm, not engine.optimizer.overflow
 
     def _judged(self, norm: Tensor) -> Tensor:

@@ -154,7 +154,9 @@ def test_the_model_has_its_loops_where_no_stage_says_another_number():
 
 
 def test_spikes_may_be_looked_for_since_each_loop_count_has_losses_of_its_own():
-    assert find_problems(run([ONE, TWO], spikes=SpikeConfig("rollback")), check_files=False) == []
+    config = run([ONE, TWO], spikes=SpikeConfig("rollback"))
+    config.checkpoint.save_interval = 5
+    assert find_problems(config, check_files=False) == []
 
 
 def test_the_steps_of_a_stage_are_those_that_begin_in_it():

@@ -398,3 +398,18 @@ def test_a_problem_comes_after_the_file_and_line_of_the_first_setting_it_names(t
     good_numbers = ["training.train_iters=9", "data.sources=[{path: a}]"]
     (line,) = find_problems(load_config(tmp_path / "run.yaml", good_numbers), check_files=False)
     assert line.startswith(f"{tmp_path}/model.yaml:2: model.hidden_size 130 is not divisible")
+
+
+@pytest.mark.parametrize("key", ["training.on_nonfinite", "training.spikes.action"])
+def test_a_rollback_needs_a_checkpoint_to_return_to(key):
+    asked = {key.replace(".", "__"): "rollback"}
+    for settings, lacking in (
+        ({"checkpoint__save_interval": 0}, "save_interval=0"),
+        ({"checkpoint__save_interval": 5, "checkpoint__enabled": False}, "enabled=false"),
+        ({"checkpoint__load": "other", "checkpoint__weights_only": True}, "save_interval=0"),
+    ):
+        (problem,) = problems(**asked, **settings)
+        assert problem.startswith(f"{key}=rollback: with checkpoint.{lacking} there is no checkpoint"), problem
+        assert problems(**{key.replace(".", "__"): "skip"}, **settings) == []
+    for settings in ({"checkpoint__save_interval": 5}, {"checkpoint__load": "other"}):
+        assert problems(**asked, **settings) == []

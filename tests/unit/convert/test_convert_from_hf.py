@@ -331,8 +331,9 @@ def test_broken_folders(tmp_path):
     refused(folder, f"{name} is not in {shard.name}")
     shard.unlink()
     refused(folder, f"{shard.name} is missing")
-    (folder / "config.json").write_text("{")
-    refused(folder, "config.json: not a JSON object")
+    for content, problem in (("{", "valid JSON"), ("[]", "a JSON object")):
+        (folder / "config.json").write_text(content)
+        refused(folder, f"config.json is not {problem}")
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), UserError("x.safetensors: damaged")])

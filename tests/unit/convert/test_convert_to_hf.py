@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 
 from plt_megatron.commands import export as command
 from plt_megatron.config import derived
+from plt_megatron.data.encoders import ChatEncoder
 from plt_megatron.data.tokenizer import load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.hf import exporting
@@ -35,6 +36,7 @@ from plt_megatron.hf.importing import ImportOptions, import_model
 from plt_megatron.hf.model_card import model_card
 from plt_megatron.hf.sources import open_source
 from plt_megatron.hf.tokenizer_files import write_tokenizer
+from tests.unit.data.data_helpers import CHATML, make_texts, train, write_jsonl
 
 
 @pytest.fixture
@@ -214,6 +216,30 @@ def test_a_chat_template_beside_a_sentencepiece_model(tmp_path, tokenizer_model,
     write_tokenizer(load_tokenizer(folder / "tokenizer.model"), tmp_path / "out")
     exported = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert (exported.chat_template, len(exported)) == (template, 400)
+
+
+@pytest.mark.parametrize("read", ["tokenizer.model", "tokenizer.json"])
+def test_an_exports_chat_template_writes_the_tokens_of_training(tmp_path, read):
+    """Control tokens among them, which texts without a template do not have."""
+    from transformers import AutoTokenizer
+
+    corpus, folder = write_jsonl(tmp_path / "corpus.jsonl", make_texts(300)), tmp_path / "tokenizer"
+    symbols = ("<|im_start|>", "<|im_end|>")
+    train(corpus, folder, control_symbols=symbols)
+    splits = []
+    for name, template in (("bare", None), ("chat", CHATML)):
+        if template is not None:
+            (folder / "chat_template.jinja").write_text(template)
+        (tmp_path / name).mkdir()
+        write_tokenizer(load_tokenizer(folder / read), tmp_path / name)
+        splits.append(json.loads((tmp_path / name / "tokenizer_config.json").read_text())["split_special_tokens"])
+    assert splits == [True, False]
+    messages = [{"role": "user", "content": "two?"}, {"role": "assistant", "content": "2"}]
+    encoder = ChatEncoder(load_tokenizer(folder / "tokenizer.json"), append_eod=False)
+    trained = encoder([json.dumps({"messages": messages, "tools": None})]).flat.tolist()
+    exported = AutoTokenizer.from_pretrained(tmp_path / "chat")
+    assert exported.apply_chat_template(messages, return_dict=True)["input_ids"] == trained
+    assert {exported.convert_tokens_to_ids(symbol) for symbol in symbols} <= set(trained)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 from data_helpers import (
     ASK,
     CHATML,
@@ -20,6 +21,7 @@ from data_helpers import (
     documents,
     make_text,
     run_preprocess,
+    train,
     write_source,
 )
 
@@ -120,6 +122,23 @@ def test_a_field_without_a_value_moves_no_mask(chatml: Path, tmp_path: Path) -> 
     )
     expected = reference["input_ids"], reference["assistant_masks"]
     assert encode(marked, {"messages": messages}) == encode(chatml, {"messages": messages}) == expected
+
+
+def test_a_trained_tokenizers_control_tokens_are_found_in_what_the_template_writes(
+    corpus: Path, tmp_path: Path
+) -> None:
+    """Though its tokenizer_config.json makes them text in texts."""
+    model = train(corpus, tmp_path / "t", control_symbols=("<|im_start|>", "<|im_end|>"))
+    (tmp_path / "t/chat_template.jinja").write_text(CHATML)
+    assert json.loads((tmp_path / "t/tokenizer_config.json").read_text())["split_special_tokens"] is True
+    plain = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    begin, end = plain.piece_to_id(["<|im_start|>", "<|im_end|>"])
+    asked = [begin, *plain.encode("user\ntwo?"), end, begin, *plain.encode("assistant\n")]
+    answer = [*plain.encode("2"), end, plain.eos_id()]
+    ids, mask = encode(tmp_path / "t/tokenizer.json", {"messages": [say("user", "two?"), say("assistant", "2")]})
+    assert (ids, mask) == (asked + answer, [0] * len(asked) + [1] * len(answer))
+    with pytest.raises(UserError, match=re.escape(f"{model} has no chat template; pass {tmp_path}/t/tokenizer.json")):
+        encode(model, {"messages": []})
 
 
 @pytest.mark.parametrize("marked", [False, True])

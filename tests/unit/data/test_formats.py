@@ -91,6 +91,14 @@ def test_good_json_lines(tmp_path: Path) -> None:
     assert [document.text for document in read(path)] == ["bom", "\U0001f600 \0", "\u00e9"]
 
 
+def test_a_number_of_any_size_is_a_quality(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = (f'{{"text": "{name}", "score": {sign}{"9" * 400}}}\n' for name, sign in (("high", ""), ("low", "-")))
+    path.write_text("".join(lines))
+    documents = read(path, ReadOptions(quality=Quality("score", 0.0)))
+    assert [(document.text, document.kind) for document in documents] == [("high", ""), (None, LEFT_OUT)]
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_compressed_files(tmp_path: Path, suffix: str) -> None:
     texts = make_texts(40)
@@ -182,6 +190,13 @@ def test_parquet_rows_of_a_quality(tmp_path: Path) -> None:
         read(plain, ReadOptions(quality=Quality("score", 5)))
 
 
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view"])
+def test_parquet_has_strings_of_several_kinds(kind: str, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    path = write_parquet(tmp_path / "a.parquet", {"text": pyarrow.array(["one", "two"], getattr(pyarrow, kind)())})
+    assert [document.text for document in read(path)] == ["one", "two"]
+
+
 def test_parquet_that_is_not_utf8(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     values = pyarrow.array([b"good", b"caf\xe9"]).view(pyarrow.string())
@@ -225,6 +240,14 @@ def test_opening_inputs(tmp_path: Path) -> None:
     (tmp_path / "a.tar.gz").touch()
     with pytest.raises(UserError, match=r"a\.tar\.gz' is an archive"):
         open_inputs([str(tmp_path / "a.tar.gz")], options)
+
+
+def test_a_file_of_several_names_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "z.txt").symlink_to("a.txt")
+    names = ["./a.txt", "a.txt", str(tmp_path / "a.txt"), "*.txt", "z.txt"]
+    assert [reader.path for reader in open_inputs(names, ReadOptions())] == ["./a.txt"]
 
 
 def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

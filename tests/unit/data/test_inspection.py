@@ -152,11 +152,7 @@ def test_without_a_tokenizer(run: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batch", "0"], "--batch must be at least 1, got 0"),
         (["--batch", "26"], "batch 26 of the train data: the run reads batches 1 to 25"),
-        (["--samples", "0"], "--samples must be at least 1, got 0"),
-        (["--width", "-1"], "--width must be at least 0, got -1"),
-        (["--duplicates", "--span-tokens", "7"], "--span-tokens must be at least 8, got 7"),
         (["--part", "validation", "validation.iters=0"], "the run reads no validation data: set validation.iters"),
         (["--duplicates", "validation.iters=0"], "the run reads no validation data"),
         (["--html", "."], "--html . is a folder: name a file"),
@@ -172,6 +168,13 @@ def test_what_is_refused(
     assert main([str(run), *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("option", "least"), [("--batch", 1), ("--samples", 1), ("--width", 0), ("--span-tokens", 8)])
+def test_numbers_that_are_too_small(option: str, least: int, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([str(run), option, str(least - 1)])
+    assert f"{option}: must be at least {least}, got {least - 1}" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

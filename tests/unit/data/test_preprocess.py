@@ -24,6 +24,7 @@ from data_helpers import (
     write_parquet,
 )
 
+from plt_megatron.commands import preprocess as command
 from plt_megatron.data import preprocess as module
 from plt_megatron.data.formats import Quality, ReadOptions
 from plt_megatron.data.indexed import open_index, read_index
@@ -201,7 +202,9 @@ def test_nothing_usable(bpe_model: Path, tmp_path: Path, run_tool: Tool) -> None
         (["--tokenizer", "none.model"], "error: none.model: no such tokenizer; train one with plt train-tokenizer"),
         (["--eod-token", "<end>"], "the tokenizer has no token '<end>' to end documents with"),
         (["--output-prefix", "/dev/null/x"], "/dev/null/x.partial: Not a directory"),
-        (["--workers", "0"], "error: --workers must be"),
+        (["--workers", "0"], "--workers: must be at least 1, got 0"),
+        (["--shard-mb", "0"], "error: --shard-mb must be a number above 0"),
+        (["--max-document-bytes", "0"], "error: --max-document-bytes must be above 0, got 0"),
         (["--on-bad-line", "ignore"], "invalid choice: 'ignore'"),
         (["surplus"], "error: unexpected argument 'surplus'"),
         (["--min-quality", "1"], "error: --min-quality and --max-quality need --quality-key, the numeric"),
@@ -220,6 +223,14 @@ def test_unusable_arguments(
     assert result.returncode == 2
     assert message in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
+
+
+def test_joining_and_building_an_index_are_two_commands(tmp_path: Path, capsys: Any) -> None:
+    arguments = ["--join", "a", "b", "--output-prefix", str(tmp_path / "x"), "--build-index", "run.yaml"]
+    with pytest.raises(SystemExit, match="2"):
+        command.main(arguments)
+    error = capsys.readouterr().err
+    assert error.startswith("error: --join and --build-index") and error.count("\n") == 1
 
 
 def test_other_output_is_not_overwritten(corpus: Path, texts: list[str], bpe_model: Path, tmp_path: Path) -> None:

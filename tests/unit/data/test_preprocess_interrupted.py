@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +149,52 @@ def test_disk_full(corpus: Path, bpe_model: Path, tmp_path: Path, monkeypatch: p
         UserError, match="/data/x: No space left on device: the same command continues where this one stopped"
     ):
         run_preprocess([corpus], tmp_path / "x", bpe_model)
+
+
+def test_a_fatal_line_ends_the_reading_of_other_inputs(
+    texts: list[str], bpe_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For their hashes, in a thread whose end the process waits for: here a minute."""
+    broken, large = write_jsonl(tmp_path / "a.jsonl", texts), write_jsonl(tmp_path / "b.jsonl", texts)
+    broken.write_text("nonsense\n")
+    until, blocks = time.monotonic() + 60, []
+
+    class Slow(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            blocks.append(size)
+            time.sleep(0.01)
+            return b"x" if time.monotonic() < until else b""
+
+    def open_slowly(path: Any, *mode: Any, **options: Any) -> Any:
+        return Slow() if (path, *mode) == (str(large), "rb") else open(path, *mode, **options)
+
+    monkeypatch.setattr(module, "open", open_slowly, raising=False)
+    before = set(threading.enumerate())
+    with pytest.raises(UserError, match=r"a\.jsonl:1: broken JSON"):
+        run_preprocess([broken, large], tmp_path / "x", bpe_model, fail_on_bad_line=True)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(20)
+        assert not thread.is_alive(), thread
+    assert blocks and time.monotonic() < until
+
+
+def test_a_finished_command_deletes_its_own_leftovers_alone(
+    corpus: Path, bpe_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the work of another command that replaces its output."""
+    work = tmp_path / "x.partial"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        run_preprocess([corpus], tmp_path / "x", bpe_model)
+    assert (work / "plan.json").exists() and (tmp_path / "x.idx").exists()
+    run_preprocess([corpus], tmp_path / "x", bpe_model)
+    assert not work.exists()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module._Job, "merge", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        run_preprocess([corpus], tmp_path / "x", bpe_model, append_eod=False, overwrite=True)
+    kept = sorted(work.iterdir())
+    run_preprocess([corpus], tmp_path / "x", bpe_model)
+    assert sorted(work.iterdir()) == kept and any(path.suffix == ".bin" for path in kept)
 
 
 def test_interrupted_by_the_user(bpe_model: Path, tmp_path: Path) -> None:

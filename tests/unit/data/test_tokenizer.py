@@ -192,6 +192,21 @@ def test_hugging_face_file_of_others(tmp_path: Path) -> None:
     assert FastTokenizer.from_file(str(path)).encode("<|endoftext|>").ids == [9]
 
 
+@pytest.mark.parametrize("added", [["<unk>", "</s>"], []], ids=["added", "pieces alone"])
+def test_a_unigram_model_finds_no_special_token_in_text(added: list[str], tmp_path: Path) -> None:
+    """Nor those among its pieces, whose score of zero is better than any other way to spell them."""
+    from tokenizers import models
+
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((character, -2.0) for character in "ab</s>")]
+    fast = FastTokenizer(models.Unigram(pieces, unk_id=0))
+    fast.add_special_tokens(added)
+    fast.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.eod == 1
+    ids = tokenizer.encode("a</s>b")
+    assert tokenizer.eod not in ids and (ids[0], ids[-1]) == (2, 3)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from data_helpers import Tool, make_texts, train, write_jsonl
+from data_helpers import Tool, make_texts, train, write_jsonl, write_parquet
 from tokenizers import Tokenizer as FastTokenizer
 
 from plt_megatron.commands.train_tokenizer import main
@@ -158,6 +158,19 @@ def test_files_that_hold_more_text_than_bytes_leave_the_others_their_share(tmp_p
         line.split()[0] for line in Sample(sources, TrainingOptions([], "", 0, max_sample_bytes=size)).lines()
     )
     assert len(counts) == 4 and min(counts.values()) > 5 and max(counts.values()) <= 1.5 * min(counts.values())
+
+
+def test_a_file_that_holds_more_text_than_the_sample_is_read_to_its_end(tmp_path: Path) -> None:
+    """Though it has fewer bytes."""
+    rows = [f"place{place:05d} " + "again and " * 40 for place in range(20_000)]
+    path = write_parquet(tmp_path / "a.parquet", {"text": rows}, row_group_size=200)
+    sources = open_inputs([str(path)], ReadOptions())
+    size = len(rows) * len(rows[0])
+    assert sources[0].size < size // 10, "the file holds far more text than bytes"
+    sample = Sample(sources, TrainingOptions([], "", 0, max_sample_bytes=size // 10))
+    places = [int(line.split()[0][5:]) for line in sample.lines()]
+    assert 0.5 * size / 10 < sample.bytes < 1.1 * size / 10
+    assert min(places) < 2000 and max(places) > 18_000
 
 
 def test_sentencepiece_drops_no_long_line(tmp_path: Path) -> None:

@@ -41,6 +41,12 @@ def test_layers_that_run_once_are_refused(capsys):
     assert "whose layers all loop; set model.loop_span=null" in capsys.readouterr().err
 
 
+def test_models_with_experts_are_refused(capsys):
+    experts = ["model.moe.num_experts=4", "model.moe.ffn_hidden_size=32", "model.moe.router_topk=2"]
+    assert main([CONFIG, ADAM, *experts]) == 2
+    assert "of dense models; set model.moe=null" in capsys.readouterr().err
+
+
 def test_models_that_contradict_themselves_are_refused(capsys):
     assert main([CONFIG, ADAM, "model.loop_preset=recommended", "model.share_kv=true"]) == 2
     assert "model.full_attention last_loop needs model.share_kv=false" in capsys.readouterr().err

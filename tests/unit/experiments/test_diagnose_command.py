@@ -16,6 +16,7 @@ import pytest
 import torch
 from headless_chromium import A4_LANDSCAPE, PIXELS_PER_MM, Browser, find_chromium
 
+from plt_megatron.data.indexed import mask_path
 from plt_megatron.data.preprocess import PreprocessOptions, preprocess
 from plt_megatron.data.tokenizer import load_tokenizer
 from plt_megatron.data.tokenizer_training import TrainingOptions, train_tokenizer
@@ -24,6 +25,7 @@ from plt_megatron.experiments.diagnostics import report
 from plt_megatron.experiments.diagnostics.inputs import draw_sequences
 from plt_megatron.experiments.diagnostics.report import DiagnoseOptions, run_diagnosis
 from tests.unit.convert.convert_helpers import make_model, megatron_logits, quiet, random_weights, save_run
+from tests.unit.data.data_helpers import write_source
 
 ROOT = Path(__file__).resolve().parents[3]
 IDS = 380
@@ -139,6 +141,16 @@ def test_tokenized_data_holds_the_same_sequences(place):
     ends = text.tokens[:, :-1] == tokenizer.eod
     np.testing.assert_array_equal(text.starts[:, 1:], ends)
     np.testing.assert_array_equal(text.tokens[1:, 0], text.tokens[:-1, -1], "the last token is the next one's first")
+
+
+def test_a_loss_mask_is_drawn_with_its_tokens(tmp_path):
+    tokens = np.arange(250) % IDS
+    prefix = write_source(tmp_path / "chat", tokens, [100, 150])
+    drawn = draw_sequences(prefix, None, IDS, length=16, max_tokens=5 * 16, seed=0)
+    assert drawn.mask is None and len(drawn.tokens) == 5
+    (tokens % 3 == 0).astype(np.uint8).tofile(mask_path(prefix))
+    drawn = draw_sequences(prefix, None, IDS, length=16, max_tokens=5 * 16, seed=0)
+    np.testing.assert_array_equal(drawn.mask, drawn.tokens % 3 == 0)
 
 
 def test_sequences_are_drawn_by_seed(place):

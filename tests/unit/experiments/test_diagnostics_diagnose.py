@@ -229,6 +229,20 @@ def test_labels_of_other_documents_do_not_count():
     np.testing.assert_allclose(found["lens_loss"], expected, rtol=1e-5)
 
 
+def test_losses_are_of_the_tokens_that_a_mask_counts():
+    """A mask says more than the token that ends documents, which may end each message of a conversation."""
+    model, tokens = looped("plt"), make_tokens(24)
+    mask = torch.arange(24) // 3 % 2 == 0
+    found = measure_sequence(model, tokens, masked_token=int(tokens[3]), mask=mask.to(torch.uint8))
+    for loops in range(1, model.config.loop_count + 1):
+        logits, _ = Reference(model.config, model.state_dict(), loops).logits(tokens[:-1])
+        losses = F.cross_entropy(logits, tokens[1:], reduction="none")
+        assert found["lens_loss"][loops] == pytest.approx(float(losses[mask[1:]].mean()), rel=1e-5)
+    rows = np.stack([tokens.numpy()] * 2)
+    held_out = HeldOut(rows, np.zeros(rows.shape, dtype=bool), 2, mask=np.stack([mask.numpy().astype(np.uint8)] * 2))
+    assert diagnose(model, held_out).loops["lens_loss"].mean[1:] == pytest.approx(found["lens_loss"][1:], rel=1e-9)
+
+
 def tokens_with_copies(seed):
     """From within every window and from beyond."""
     tokens = make_tokens(25, seed=seed).tolist()

@@ -186,3 +186,15 @@ def test_parts_have_styles_of_their_own_and_nothing_lies_on_the_frame_or_under_t
     bottom = times.get_legend().get_window_extent().y0
     curves = [line for line in times.lines if len(line.get_ydata())]
     assert all(times.transData.transform((0, max(line.get_ydata())))[1] < bottom for line in curves)
+
+
+@pytest.mark.parametrize("gates", [[-0.6, -0.4], [-0.2, 0.7]])
+def test_gates_below_zero_are_seen(gates, monkeypatch, tmp_path):
+    """Those of tanh."""
+    run = write_run(tmp_path / "run", 3)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        record["gate_mean"] = [None, *gates]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    low, high = panels_drawn(monkeypatch, tmp_path, [run])["gates"].get_ylim()
+    assert low < min(gates) and max(gates) < high

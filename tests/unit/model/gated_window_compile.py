@@ -1,6 +1,8 @@
 """Compiles the fused gated window for GPUs that are not here; prints registers, spills and shared memory as JSON.
 
 python gated_window_compile.py 80,90 64,96,128      compute capabilities (A100, H100), head dimensions
+
+Heads of 96 channels are in float16, of 256 in float32, others in bfloat16.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
 
 def source_of(kernel: Any, head_dim: int, *, packed: bool, from_query: bool, dtype: str) -> tuple[Any, dict[str, int]]:
-    sizes = kernels.block_sizes(head_dim, 2)
+    sizes = kernels.block_sizes(head_dim, 4 if dtype == "fp32" else 2)
     options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
     constants = {
         "per_group": 4,
@@ -36,7 +38,7 @@ def source_of(kernel: Any, head_dim: int, *, packed: bool, from_query: bool, dty
         "packed": packed,
         "from_query": from_query,
         "gate_local": True,
-        "precision": "tf32",
+        "precision": "ieee" if dtype == "fp32" else "tf32",
         **sizes,
     }
     signature = {}
@@ -75,7 +77,7 @@ def main(capabilities: list[int], head_dims: list[int]) -> None:
         for kernel in KERNELS:
             for head_dim in head_dims:
                 variant = {"packed": head_dim == 96, "from_query": head_dim != 64}
-                dtype = "fp16" if head_dim == 96 else "bf16"
+                dtype = {96: "fp16", 256: "fp32"}.get(head_dim, "bf16")
                 source, options = source_of(kernel, head_dim, dtype=dtype, **variant)
                 compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
                 assert compiled.asm["cubin"]

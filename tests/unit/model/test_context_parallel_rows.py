@@ -107,14 +107,15 @@ def test_te_attentions_communicate_as_configured(monkeypatch, cp, expected):
     from megatron.core.transformer.enums import AttnMaskType
 
     from plt_megatron.model import te_attention
-    from plt_megatron.model.attention import TEGatedAttention
+    from plt_megatron.model.attention import GatedSlidingWindowAttention
 
     monkeypatch.setattr(te_attention, "require_transformer_engine", lambda: None)
     monkeypatch.setattr(transformer_engine, "TEDotProductAttention", FakeDotProductAttention)
     kinds = {} if cp == 1 else {"cp_comm_type": expected[0], "window_cp_comm_type": expected[1]}
     parallel = ParallelConfig(context_parallel_size=cp, **kinds)  # type: ignore[arg-type]
     config = transformer_config(ModelConfig(num_layers=2, hidden_size=16, backend="torch"), parallel)
-    attention = TEGatedAttention(
+    config.backend = "te"
+    attention = GatedSlidingWindowAttention(
         config, 1, AttnMaskType.causal, "self", pg_collection=ProcessGroupCollection.use_mpu_process_groups()
     )
     parts = (attention.global_attention, attention.local_attention)

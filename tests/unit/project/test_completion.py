@@ -26,6 +26,8 @@ TYPED = [
     ("train --pr\t", "train|--print-config"),
     ("train run.yaml model.loop_c\t3", "train|run.yaml|model.loop_count=3"),  # no space after an equals sign
     ("export model.loop_c\t", "export|model.loop_c"),  # takes none
+    ("train run.yaml data.tokenizer=mod\ttok\t", "train|run.yaml|data.tokenizer=model/tokenizer.json"),  # a value
+    ("train run.yaml data.tokenizer=\t", "train|run.yaml|data.tokenizer="),  # any of several files
     ("train ru\t", "train|run.yaml"),
     ("status fol\tin\t", "status|folder/inner.txt"),
     ("nonsense --\t", "nonsense|--"),
@@ -48,6 +50,8 @@ class Shell:
         (folder / "run.yaml").touch()
         (folder / "folder").mkdir()
         (folder / "folder/inner.txt").touch()
+        (folder / "model").mkdir()
+        (folder / "model/tokenizer.json").touch()
         command = [sys.executable, "-m", "plt_megatron", "completion", name]
         (folder / ".script").write_text(run(command).stdout)
         self._terminal, theirs = pty.openpty()

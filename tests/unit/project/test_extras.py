@@ -22,6 +22,7 @@ import pytest
 import zstandard
 from packaging.requirements import Requirement
 
+from plt_megatron import extras
 from plt_megatron.extras import EXTRAS
 from plt_megatron.runtime import doctor, machine
 from tests import running
@@ -104,6 +105,13 @@ def test_every_module_of_the_table_comes_with_its_extra():
     for extra in EXTRAS.values():
         named = {Requirement(text).name.replace("-", "_") for text in OPTIONAL[extra]} - {"plt_megatron"}
         assert named <= set(EXTRAS), f"{extra}: not in the table"
+
+
+def test_the_advice_names_the_python_that_an_extra_is_built_for(monkeypatch):
+    monkeypatch.setattr(extras, "_is_here", lambda module: False)
+    words = "plt-megatron[resilience]' (wheels for Python 3.12 only)"
+    assert extras.lacking("nvidia_resiliency_ext").endswith(words)
+    assert "3.12" not in extras.lacking("transformers")
 
 
 def test_doctor_looks_for_all_that_its_advice_is_about():

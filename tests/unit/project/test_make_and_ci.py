@@ -65,6 +65,13 @@ class TestMakefile:
         wanted = ["-m", "tests.fuzz", "--seed", "7", "--kinds", "parity,resume"]
         assert planned[planned.index("-m") :][: len(wanted)] == wanted and "--cases" not in planned
 
+    @pytest.mark.parametrize("name", ["VENV", "SERVING_VENV"])
+    def test_an_environment_with_a_space_in_its_path_is_refused(self, name):
+        """`rm -rf` would be told of two."""
+        said = run(["make", "-n", "clean-all", f"{name}=a b"], status=2, env=INHERITED).stderr
+        assert "VENV" in said and "without spaces" in said
+        make("-n", "clean-all", f"{name}=ab")
+
 
 class TestCI:
     @pytest.fixture

@@ -1,4 +1,4 @@
-"""tools/make_venv.sh against machines with every kind of Python, faked by scripts; nothing is installed."""
+"""tools/make_venv.sh, and serving's, on machines with every kind of Python, faked by scripts; nothing is installed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[3] / "tools" / "make_venv.sh"
+SCRIPT, SERVING = (Path(__file__).resolve().parents[3] / name / "make_venv.sh" for name in ("tools", "serving"))
 REFUSED = 2
 
 # Answers the script's `-c` questions from its own name and environment, and logs what it was asked to do.
@@ -31,7 +31,8 @@ FAKE_PYTHON = """\
 class Machine:
     """A machine whose only programs are coreutils and the Pythons it is given."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, script: Path = SCRIPT) -> None:
+        self.script = script
         self.bin, self.home, self.log = folder / "bin", folder / "home", folder / "log"
         self.venv = folder / "venv"
         self.bin.mkdir()
@@ -53,21 +54,23 @@ class Machine:
         """Give this Python a CUDA build of torch and Transformer Engine."""
         python.with_name(f"{python.name}.gpu_stack").write_text(f"{torch_version}\n")
 
-    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str, **environment: str | None) -> subprocess.CompletedProcess[str]:
         process = self.start(*arguments, **environment)
         output, errors = process.communicate(timeout=240)
         return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
-    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, **environment: str | None) -> subprocess.Popen[str]:
+        """Start the script; None: a variable that is not set."""
         # The script also looks at /usr/bin; a copy that looks elsewhere keeps the real one out of the test.
         project = self.home / "project"
-        (project / "tools").mkdir(parents=True, exist_ok=True)
-        script = project / "tools" / SCRIPT.name
+        script = project / self.script.parent.name / self.script.name
+        script.parent.mkdir(parents=True, exist_ok=True)
         if not script.exists():
-            script.write_text(SCRIPT.read_text().replace("/usr/bin/python3", str(self.bin / "absent")))
+            script.write_text(self.script.read_text().replace("/usr/bin/python3", str(self.bin / "absent")))
+        given = {"PATH": str(self.bin), "HOME": str(self.home), "LOG": str(self.log), **environment}
         return subprocess.Popen(
             ["bash", str(script), *arguments],
-            env={"PATH": str(self.bin), "HOME": str(self.home), "LOG": str(self.log), **environment},
+            env={name: value for name, value in given.items() if value is not None},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -237,3 +240,38 @@ def test_the_python_with_the_gpu_stack_is_preferred(machine):
     other = machine.add_python("python3.12")
     machine.add_gpu_stack(other, "2.9.0")
     assert machine.run("--find").stdout.strip() == str(other)
+
+
+# ---------------------------------------------------------------- both scripts
+
+
+SCRIPTS = {"tools": (SCRIPT, "no Python 3.12 or 3.13 found"), "serving": (SERVING, "no Python 3.11 ")}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_without_a_home_the_search_goes_on(name, tmp_path):
+    script, said = SCRIPTS[name]
+    machine = Machine(tmp_path, script)
+    result = machine.run(str(machine.venv), HOME=None)
+    assert result.returncode == REFUSED and said in one_line(result.stderr)
+
+
+def test_without_a_home_a_python_is_found(machine):
+    expected = machine.add_python("python3.13")
+    result = machine.run("--find", HOME=None)
+    assert (result.returncode, result.stdout.strip(), result.stderr) == (0, str(expected), "")
+
+
+def test_serving_leaves_a_folder_that_is_no_environment_alone(tmp_path):
+    machine = Machine(tmp_path, SERVING)
+    machine.add_python("python3.11")
+    machine.venv.mkdir()
+    (machine.venv / "thesis.tex").write_text("years of work")
+    result = machine.run(str(machine.venv))
+    assert result.returncode == REFUSED
+    assert "is not a virtual environment" in one_line(result.stderr)
+    assert (machine.venv / "thesis.tex").exists() and not machine.logged()
+    (machine.venv / "pyvenv.cfg").touch()
+    result = machine.run(str(machine.venv))
+    assert result.returncode == 0, result.stderr
+    assert not (machine.venv / "thesis.tex").exists(), "made anew"

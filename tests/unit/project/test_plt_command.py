@@ -67,3 +67,34 @@ def test_it_answers_at_once_without_a_commands_modules(tmp_path, word):
     assert not imported & {"torch", "megatron", "numpy", "yaml", "rich", "multiprocessing", "importlib.metadata"}
     if word == "--version":
         assert done.stdout == f"plt-megatron {plt_megatron.__version__}\n"
+
+
+# A command that ends before its work begins, the bounds of an option of it, and how its error names them.
+BOUNDS = [
+    ("generate --model nowhere --prompt a", "--seed", 0, 4294967295, "from 0 to 4,294,967,295"),
+    ("generate --model nowhere --prompt a", "--max-new-tokens", 1, None, "at least 1"),
+    ("evaluate --model nowhere --tasks ,", "--limit", 1, None, "at least 1"),
+    ("train-tokenizer --input nowhere --output t --vocab-size 99", "--threads", 1, 1024, "from 1 to 1,024"),
+    ("preprocess --input nowhere --output-prefix t --tokenizer t", "--workers", 1, None, "at least 1"),
+    ("sweep nowhere", "--jobs", 1, None, "at least 1"),
+    ("report nowhere", "--decode-batch", 1, None, "at least 1"),
+]
+
+
+@pytest.mark.parametrize(("command", "option", "least", "most", "limit"), BOUNDS)
+def test_a_number_out_of_bounds_is_a_line_with_the_option_and_its_limit(capsys, command, option, least, most, limit):
+    def error_for(value: object) -> str:
+        try:
+            status = main([*command.split(), option, str(value)])
+        except SystemExit as ended:
+            status = ended.code
+        said = capsys.readouterr().err
+        assert status == 2 and said.startswith("error: ") and said.count("\n") == 1
+        return said
+
+    for value in [least - 1] + ([] if most is None else [most + 1]):
+        said = error_for(value)
+        assert f"{option}: must be {limit}, got {value:,}" in said
+    for value in {least, least + 1, least if most is None else most}:
+        assert option not in error_for(value)
+    assert f"{option}: invalid int value: 'many'" in error_for("many")

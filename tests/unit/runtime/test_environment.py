@@ -5,8 +5,15 @@ import re
 
 import pytest
 
-from plt_megatron.config.schema import ParallelConfig, RunConfig, TrainingConfig
-from plt_megatron.runtime.environment import ALLOCATOR, ALLOCATOR_TOO, cuda_environment, set_cuda_environment
+from plt_megatron.config.schema import Fp8Config, ParallelConfig, RunConfig, TrainingConfig
+from plt_megatron.errors import UserError
+from plt_megatron.runtime.environment import (
+    ALLOCATOR,
+    ALLOCATOR_TOO,
+    check_environment,
+    cuda_environment,
+    set_cuda_environment,
+)
 from plt_megatron.train import main
 
 NAMES = ("CUDA_DEVICE_MAX_CONNECTIONS", "CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", ALLOCATOR, ALLOCATOR_TOO)
@@ -41,6 +48,23 @@ def test_deterministic_runs_have_what_torch_and_megatron_ask_for():
     assert needed.pop("CUBLAS_WORKSPACE_CONFIG") in (":4096:8", ":16:8")
     assert re.fullmatch(r"Tree|Ring|CollnetDirect|CollnetChain|\^NVLS", needed.pop("NCCL_ALGO"))
     assert needed == ALWAYS
+
+
+def test_fp8_attention_scales_by_the_largest_value_of_all_loops():
+    """Transformer Engine's default covers one call, which is another loop's."""
+    training = TrainingConfig(fp8=Fp8Config(attention=True))
+    needed = cuda_environment(RunConfig(training=training))
+    assert int(needed["NVTE_DPA_FP8DS_AMAX_HISTLEN"]) >= 1000 and needed["NVTE_DPA_FP8DS_AMAX_ALGO"] == "max"
+    assert cuda_environment(RunConfig(training=TrainingConfig(fp8=Fp8Config()))) == ALWAYS
+
+
+@pytest.mark.parametrize("name", ["NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"])
+def test_variables_that_megatron_core_would_refuse_with_a_traceback_are_named(monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    check_environment()
+    monkeypatch.setenv(name, "0")
+    with pytest.raises(UserError, match=f"{name}=0.*unset"):
+        check_environment()
 
 
 @pytest.mark.parametrize("name", [ALLOCATOR, ALLOCATOR_TOO])

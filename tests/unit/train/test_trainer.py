@@ -12,7 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from plt_megatron.config.schema import RunConfig
 from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.train.checkpoint import store
 from plt_megatron.train.trainer import StopRequest, Trainer
 
 
@@ -46,6 +48,17 @@ def test_a_steps_seconds_are_those_of_the_device(monkeypatch):
     assert seen[-1] >= 0.15
 
 
+@pytest.mark.parametrize(("enabled", "asked"), [(False, True), (False, False), (True, True)])
+def test_a_run_without_checkpoints_says_that_nothing_is_saved(enabled, asked, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    config, stop = Mock(checkpoint=Mock(enabled=enabled)), Mock(agree=lambda: asked)
+    run = Mock(spec=Trainer, engine=Mock(), checkpoints=Mock(), config=config, stop=stop)
+    run._next_step.return_value, run.is_due.return_value = SimpleNamespace(batches=[], loop_count=1), False
+    Trainer._train_step(run)
+    warnings = [call.args[0] for call in run.say.call_args_list]
+    assert ["checkpoint.enabled=false" in warning for warning in warnings] == [True] * (asked and not enabled)
+
+
 def test_saving_is_asked_for_once_and_stopping_for_good(request_of_one_rank, tmp_path):
     (tmp_path / "SAVE").touch()
     assert request_of_one_rank.agree() and not request_of_one_rank.requested
@@ -54,3 +67,17 @@ def test_saving_is_asked_for_once_and_stopping_for_good(request_of_one_rank, tmp
     assert request_of_one_rank.agree() and request_of_one_rank.requested
     assert not (tmp_path / "STOP").exists()
     assert not request_of_one_rank.agree() and request_of_one_rank.requested  # while it waits for exports
+
+
+@pytest.mark.parametrize("writing", [False, True])
+def test_a_save_in_the_background_is_published_as_saving(writing, tmp_path, monkeypatch):
+    """The watchdog gives that phase its own time: `poll` says so before it publishes, and not while parts are
+    written."""
+    monkeypatch.setattr(store, "any_rank", lambda state: state)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    done = []
+    saves = store.CheckpointStore(tmp_path / "checkpoints", RunConfig(), {}, beat=done.append)
+    publish = Mock(side_effect=lambda *_: done.append("published") or tmp_path)
+    saves._pending, saves._thread = Mock(publish=publish), Mock(is_alive=lambda: writing)
+    assert saves.poll() == (None if writing else tmp_path)
+    assert done == ([] if writing else ["saving", "published"])
