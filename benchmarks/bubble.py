@@ -74,7 +74,7 @@ def measure(arguments: argparse.Namespace) -> None:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     from plt_megatron.runtime.cpu_runtime import enter_cpu_runtime
 
-    enter_cpu_runtime()
+    enter_cpu_runtime(force=True)
     from megatron.core import parallel_state
 
     from plt_megatron.config.schema import ModelConfig, ParallelConfig

@@ -54,7 +54,7 @@ from plt_megatron.runtime.cpu_runtime import enter_cpu_runtime, keep_freed_memor
 
 warnings.filterwarnings("ignore")
 logging.getLogger("megatron").setLevel(logging.ERROR)
-enter_cpu_runtime()
+enter_cpu_runtime(force=True)
 keep_freed_memory()  # as plt train
 
 from benchmarks.deeper_gpt import deeper_gpt  # noqa: E402

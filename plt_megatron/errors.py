@@ -32,6 +32,7 @@ class AttemptFailed(UserError):
 # What a network or its file system answers while it is away.
 _PASSING = {
     *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO, errno.ESHUTDOWN),
+    errno.EBUSY,  # S3's "slow down" and "service unavailable", as s3fs says it
     *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ENOTCONN, errno.ECONNRESET),
 }
 
@@ -48,7 +49,10 @@ def _is_away(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, ConnectionError | TimeoutError) or getattr(error, "errno", None) in {EAI_AGAIN, *_PASSING}:
             return True
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        status = getattr(getattr(error, "response", None), "status_code", None)  # of an HTTP client's error
+        if isinstance(status, int) and (status == 429 or status >= 500):
+            return True
+        error = error.__cause__ or error.__context__  # httpcore hides the system's error by `from None`
     return False
 
 

@@ -26,6 +26,7 @@ from plt_megatron.predict.parameters import count_parameters
 from plt_megatron.run_folder.checkpoints import LATEST
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.text import format_duration, format_table, plural
+from plt_megatron.runtime.local_processes import local_gpus
 
 # Relative to the current folder. configs/data/demo.yaml names the same files.
 FOLDER = Path(".demo")
@@ -52,7 +53,8 @@ class DemoRun:
         return RunFolder(RUNS / self.name)
 
     def all_overrides(self) -> list[str]:
-        return [f"name={self.name}", f"output_dir={RUNS}", *self.overrides]
+        alone = ["parallel.data_parallel_size=1"] if len(local_gpus()) == 1 else []
+        return [f"name={self.name}", f"output_dir={RUNS}", *alone, *self.overrides]
 
 
 DEMO_RUNS = (

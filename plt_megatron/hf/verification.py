@@ -186,7 +186,8 @@ def export_of(source: ModelSource, dtype: torch.dtype) -> Any:
 
     keys = plt_keys(source.model, source.vocab_size, source.max_position_embeddings, source.tokens, "float32")
     model: Any = PLTForCausalLM(PLTConfig.from_dict(keys))
-    model.to(dtype)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     for name, tensor in to_hf(source.weights(), mappings_for(source.model, source.vocab_size)):
         if is_buffer(name):

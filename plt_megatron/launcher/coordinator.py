@@ -67,8 +67,6 @@ class Coordinator:
         self._facts: dict[str, preflight.Facts] = {}
         self._gone: set[str] = set()
         self._heard = {node: clock() for node in allocation.nodes}
-        left = allocation.end_time - time.time()
-        self._limit = clock() + left if left > 0 else float("inf")  # when Slurm ends the job
         self._preempted = False
         self._asked = 0.0  # when Slurm asked to stop, while training
         self._restarts = 0
@@ -103,9 +101,11 @@ class Coordinator:
         self._say("asked to stop: saving")
         if self._state == "training":
             self._asked = self._clock()  # silent nodes' messages may be waiting to be read: `tick` judges
-            # A job that Slurm ends at its limit is not requeued: end before, whatever hangs.
-            left = self._limit - self._asked
-            self._deadline = min(self._deadline, self._asked + max(left / 2, left - STOP_SECONDS - _LEAVE_SECONDS))
+            # A job that Slurm ends at its limit is not requeued: end before, whatever hangs. An end that has passed was
+            # put off since the job began.
+            left = self._allocation.end_time - time.time()
+            if left > 0:
+                self._deadline = min(self._deadline, self._asked + max(left / 2, left - STOP_SECONDS - _LEAVE_SECONDS))
             self._send_all({"type": "preempt"})
         elif self._state in ("joining", "preflight"):
             self._stop(Outcome(attempts.PREEMPTED, "asked to stop before training began"))

@@ -103,10 +103,10 @@ def decide(events: list[dict[str, Any]], settings: JobSettings) -> Decision:
     if last["status"] == FINISHED:
         return Decision(FINISH, reason)
     if last.get("bad_nodes"):
-        if sum(bool(end.get("bad_nodes")) for end in ends) <= settings.max_exclusions:
+        if sum(bool(end.get("bad_nodes")) for end in _since_progress(ends)) <= settings.max_exclusions:
             return Decision(EXCLUDE, reason, last["bad_nodes"])
         times = plural(settings.max_exclusions, "time")
-        return Decision(STOP, f"{reason}; the job has already excluded bad nodes {times}")
+        return Decision(STOP, f"{reason}; the job has excluded bad nodes {times} since its last progress")
     if not last.get("retry", True):
         return Decision(HALT if last["status"] == PREEMPTED else STOP, reason)
     failures = _fruitless([end for end in ends if end["status"] == FAILED])
@@ -119,12 +119,19 @@ def decide(events: list[dict[str, Any]], settings: JobSettings) -> Decision:
 
 
 def _fruitless(ends: list[dict[str, Any]]) -> int:
-    """Count the latest attempts in a row that neither saved nor logged a step beyond earlier ones."""
-    count, checkpoint, step = 0, -1, -1
+    """Count the latest attempts in a row without progress, except for those whose bad nodes were found before training
+    began."""
+    return sum(not end.get("bad_nodes") for end in _since_progress(ends))
+
+
+def _since_progress(ends: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the latest attempts in a row that neither saved nor logged a step beyond earlier ones."""
+    found, checkpoint, step = list[dict[str, Any]](), -1, -1
     for end in ends:
-        if end.get("bad_nodes"):
-            continue  # found before training began
-        reached = (end.get("checkpoint") or 0, end.get("step") or 0)
-        count = 0 if reached[0] > checkpoint or reached[1] > step else count + 1
-        checkpoint, step = max(checkpoint, reached[0]), max(step, reached[1])
-    return count
+        found.append(end)
+        if not end.get("bad_nodes"):
+            reached = (end.get("checkpoint") or 0, end.get("step") or 0)
+            if reached[0] > checkpoint or reached[1] > step:
+                found.clear()
+            checkpoint, step = max(checkpoint, reached[0]), max(step, reached[1])
+    return found

@@ -76,19 +76,26 @@ def _missing_end(run_records: Records, status: int) -> dict[str, Any]:
     return run_records.end(attempt, _outcome_without_record(run_records.folder, status))
 
 
-def _nodes_that_left(output: Path | None, start: int) -> dict[str, str]:
-    """Return the nodes whose launchers ended before the others, which srun then killed; none if all did."""
+def _nodes_that_left(output: Path | None, start: int) -> dict[str, str] | None:
+    """Return the nodes whose launchers ended before the others, which srun then killed; none if all did. None: others
+    only left because the first node's was gone, as one that a signal ends."""
     found: dict[str, str] = {}
+    was_lost = False
     for line in last_lines(output, _SRUN_LINES, start) if output else ():
         if ended := _EXITED.match(line):
-            found |= dict.fromkeys(expand_nodes(ended[1]), f"its launcher ended with status {ended[2]}")
+            was_lost |= int(ended[2]) == ExitStatus.NODE_LOST
+            if int(ended[2]) != ExitStatus.NODE_LOST:
+                found |= dict.fromkeys(expand_nodes(ended[1]), f"its launcher ended with status {ended[2]}")
+    if was_lost and not found:
+        return None
     return found if len(found) < len(read_allocation().nodes) else {}
 
 
 def _outcome_without_record(folder: RunFolder, status: int) -> Outcome:
     """Infer how the launchers ended, or why they did not start, from what the batch script alone knows."""
+    first_is_gone = Outcome(attempts.NODE_FAILED, "the first node's launcher is gone")
     if status == ExitStatus.NODE_LOST:
-        return Outcome(attempts.NODE_FAILED, "the first node's launcher is gone")
+        return first_is_gone
     if status == ExitStatus.PREEMPTED:
         return Outcome(attempts.PREEMPTED, "asked to stop before training began")
     stopped_at, output, start = os.environ.get(SETUP_FAILED), own_output(), int(os.environ.get(OUTPUT_BEGINS) or 0)
@@ -102,6 +109,8 @@ def _outcome_without_record(folder: RunFolder, status: int) -> Outcome:
     if status in _NOT_STARTED:
         return Outcome(attempts.FAILED, f"the launchers did not start{ends}", retry=False, output=lines)
     left = _nodes_that_left(output, start)
+    if left is None:
+        return first_is_gone
     named = "; ".join(f"{node}: {why}" for node, why in left.items())
     reason = f"{named or f'the launchers ended with status {status}'}, without a record{ends}"
     return Outcome(attempts.NODE_FAILED if left else attempts.FAILED, reason, bad_nodes=left, output=lines)
@@ -139,8 +148,8 @@ class JobFinalizer:
         ended = _ask(self.scheduler.ended_by_slurm, None)
         if ended is not None:  # already requeued, or cancelled by a user
             self._say(f"; the job is {ended}. If it is not requeued: {self._resubmit}")
-        elif settings.chain > 1 and not excluding and self._chain():
-            self._say("; the chain's next job continues")
+        elif settings.chain > 1 and not excluding and (jobs := self._chain()) != []:
+            self._say("; the chain's next job continues" + ("" if jobs else ", if there is one: Slurm does not answer"))
         elif settings.requeue or excluding:
             return self._requeue()
         elif self.end["status"] == attempts.PREEMPTED:
@@ -158,6 +167,9 @@ class JobFinalizer:
         try:
             self.scheduler.requeue(list(self.decision.nodes))
         except SlurmError as error:
+            if self.settings.chain > 1 and self._chain():
+                print(f"could not be requeued: {error}; the chain's next job continues", flush=True)
+                return self.status
             return self._give_up(f"; could not be requeued{without}: {error}")
         return self.status
 
@@ -175,9 +187,9 @@ class JobFinalizer:
         self._cancel_chain()
         return self.status or 1
 
-    def _chain(self) -> list[str]:
-        """Return the ids of the jobs that wait for this one."""
-        return _ask(lambda: self.scheduler.pending_after(self.records.folder.job_script.absolute()), [])
+    def _chain(self) -> list[str] | None:
+        """Return the ids of the jobs that wait for this one; None if Slurm does not say."""
+        return _ask(lambda: self.scheduler.pending_after(self.records.folder.job_script.absolute()), None)
 
     def _cancel_chain(self) -> None:
         if self.settings.chain > 1 and (jobs := self._chain()):

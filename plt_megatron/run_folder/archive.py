@@ -56,8 +56,12 @@ def write_archive(folder: Path, archive: Path) -> int:
 
 def _records(folder: Path) -> Iterator[Path]:
     for at, folders, names in folder.walk(follow_symlinks=True):
+        if at.is_symlink() and at.parent.resolve().is_relative_to(at.resolve()):
+            folders.clear()  # a link to a folder that it lies in
+            continue
         folders[:] = _below(folders, names, _UNREAD)
-        yield from (at / name for name in names if Path(name).suffix not in _SUFFIXES and not name.startswith("."))
+        paths = (at / name for name in names if Path(name).suffix not in _SUFFIXES and not name.startswith("."))
+        yield from (path for path in paths if path.is_file())  # not a link that leads nowhere
 
 
 def folders_with_runs(folders: Iterable[str], files: Collection[str]) -> list[str]:

@@ -45,7 +45,7 @@ def read(path: Path, *, skip_broken: bool = False) -> list[Record]:
         return []
     records = []
     for number, line in enumerate(lines[:-1], 1):
-        record = _parse(line)
+        record = parse(line)
         if record is not None:
             records.append(record)
         elif not skip_broken:
@@ -59,7 +59,7 @@ def last(path: Path, count: int, wanted: Callable[[Record], bool] = lambda recor
     *lines, _ = tail(path, _TAIL_BYTES).split(b"\n")
     records: list[Record] = []
     while lines and len(records) < count:
-        record = _parse(lines.pop())
+        record = parse(lines.pop())
         if record is not None and wanted(record):
             records.append(record)
     return records[::-1]
@@ -84,7 +84,7 @@ def rewind(path: Path, keep: Callable[[Record], bool]) -> None:
         file.writelines(json.dumps(record) + "\n" for record in kept)
 
 
-def _parse(line: bytes) -> Record | None:
+def parse(line: bytes) -> Record | None:
     with contextlib.suppress(ValueError):
         record = json.loads(line)
         if isinstance(record, dict):

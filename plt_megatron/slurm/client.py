@@ -304,8 +304,9 @@ class Scheduler:
         """Return the ids of this user's other pending jobs that run the same script."""
         text = _ask("squeue", "--me", "--noheader", "--states=PENDING", "--format=%i|%o", tries=_TRIES)
         jobs = dict(line.strip().split("|", 1) for line in text.splitlines() if "|" in line)
-        # The path may be followed by arguments.
-        return [job for job, path in jobs.items() if job != self.job and f"{path} ".startswith(f"{script} ")]
+        # sbatch resolves the current folder's links for a relative path, which arguments may follow.
+        names = tuple(f"{name} " for name in {script, script.resolve()})
+        return [job for job, path in jobs.items() if job != self.job and f"{path} ".startswith(names)]
 
     def cancel(self, jobs: Sequence[str]) -> None:
         if jobs:

@@ -208,7 +208,8 @@ class Script:
             if "," in path or ":" in path or "$" in path:
                 raise UserError(f"{path}: a container cannot mount a path with a comma, colon or dollar sign")
         if scratch := self.settings.scratch:  # /scratch of /scratch/$USER, which the launcher makes in the container
-            own.append(scratch.partition("/$")[0] or scratch)
+            fixed = scratch.partition("$")[0].rpartition("/")[0] if "$" in scratch else scratch
+            own.append(fixed or scratch)
         mounts = list(container.mounts)
         for path in own:
             seen = [Path(mount) for mount in mounts if ":" not in mount]

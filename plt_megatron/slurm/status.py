@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plt_megatron.errors import UserError
+from plt_megatron.run_folder import json_lines
 from plt_megatron.run_folder.folder import CONFIG, RunFolder, runs_named
-from plt_megatron.run_folder.json_lines import Follower
 from plt_megatron.run_folder.status import RunStatus, read_run_status
 from plt_megatron.run_folder.text import format_duration, format_table, plural
 from plt_megatron.slurm import client
@@ -277,7 +277,7 @@ class _Output:
     """Reader of new lines in a job's output: its launchers' messages and srun's errors."""
 
     def __init__(self, path: Path, label: str) -> None:
-        self._label, self._follower = label, Follower(path)
+        self._label, self._follower = label, json_lines.Follower(path)
 
     def lines(self) -> list[str]:
         return [self._label + _STAMP.sub("", line) for line in self._follower.lines()]
@@ -288,11 +288,11 @@ class _Tail:
 
     def __init__(self, run: Path, label: str) -> None:
         self._run, self._label = run, label
-        self._follower = Follower(RunFolder(run).metrics_file, from_end=True)
+        self._follower = json_lines.Follower(RunFolder(run).metrics_file, from_end=True)
         self._steps = read_run_status(run).steps
 
     def lines(self) -> list[str]:
-        records = [json.loads(line) for line in self._follower.lines()]
+        records = filter(None, (json_lines.parse(line.encode()) for line in self._follower.lines()))
         if self._follower.replaced:
             return [f"{self._label}continues after step {read_run_status(self._run).step:,}"]
         return [self._label + _step_line(record, self._steps) for record in records]

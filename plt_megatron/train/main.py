@@ -62,6 +62,7 @@ def train(config: RunConfig) -> int:
     set_cuda_environment(config)
     import torch
 
+    _check_gpus()
     quiet_imports()
     _quiet_streams()
     from plt_megatron.runtime.cpu_runtime import enter_cpu_runtime, keep_freed_memory
@@ -70,6 +71,7 @@ def train(config: RunConfig) -> int:
         keep_freed_memory()
         if config.training.threads_per_process is not None:
             torch.set_num_threads(config.training.threads_per_process)
+    torch.set_float32_matmul_precision("highest")  # images of NGC set an environment that allows TF32
     if config.training.deterministic:
         torch.use_deterministic_algorithms(True)
 
@@ -108,6 +110,19 @@ def train(config: RunConfig) -> int:
     torch.distributed.barrier()  # rank 0 hosts the store that the others' watchdogs use
     destroy_process_groups()
     return ExitStatus.FINISHED if finished else ExitStatus.PREEMPTED
+
+
+def _check_gpus() -> None:
+    """Raise `UserError` if there are GPUs that torch cannot use: the run would go on on the CPU."""
+    import torch
+
+    from plt_megatron.runtime.local_processes import local_gpus, query_gpus
+
+    if not torch.cuda.is_available() and query_gpus("index") and local_gpus():
+        raise UserError(
+            f"this machine has GPUs that this torch, built for CUDA {torch.version.cuda}, cannot use: plt doctor says "
+            "what is missing; with CUDA_VISIBLE_DEVICES= the run trains on the CPU"
+        )
 
 
 def _describe_failure(error: OSError | RuntimeError) -> str | None:

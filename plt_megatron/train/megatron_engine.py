@@ -112,7 +112,8 @@ class MegatronEngine(Engine):
         if self.config.optimizer.clip_grad == 0:
             return
         for optimizer in distributed_parts(self.optimizer):
-            clip_grad_by_total_norm_fp32(optimizer.get_parameters(), self.config.optimizer.clip_grad, grad_norm)
+            if parameters := optimizer.get_parameters():  # a rank may own none, and the kernel reads the first
+                clip_grad_by_total_norm_fp32(parameters, self.config.optimizer.clip_grad, grad_norm)
 
     def evaluate(self, batches: list[MicroBatch], loop_count: int) -> tuple[float, int]:
         self.stage.eval()

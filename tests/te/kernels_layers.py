@@ -189,6 +189,7 @@ def swap_first_dims(tensor: Tensor, *, out: Tensor | None) -> Tensor:
 
 def multi_tensor_scale(chunk: int, noop: Tensor, tensors: list[list[Tensor]], scale: float) -> None:
     """second = scale * first."""
+    assert tensors[0], "the kernel reads the first tensor"
     for source, target in zip(*tensors, strict=True):
         target.copy_(source * scale)
 
@@ -197,6 +198,7 @@ def multi_tensor_l2norm(
     chunk: int, noop: Tensor, tensors: list[list[Tensor]], per_tensor: bool | None
 ) -> tuple[Tensor, Tensor]:
     """(norm of all together, norms of each)."""
+    assert tensors[0], "the kernel reads the first tensor"
     norms = torch.stack([tensor.float().norm() for tensor in tensors[0]])
     return norms.norm().reshape(1), norms if per_tensor else norms.new_empty(0)
 

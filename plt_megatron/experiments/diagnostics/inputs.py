@@ -58,6 +58,7 @@ def build_model(source: ModelSource, *, precision: str, device: str) -> Any:
         raise UserError("--device cuda: torch finds no GPU here")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_float32_matmul_precision("highest")  # whatever the environment allows
     return export_of(source, PRECISIONS[precision]).eval().requires_grad_(False).to(device)
 
 

@@ -24,6 +24,7 @@ from plt_megatron.storage.queue import link_folder
 from plt_megatron.train.callbacks.base import Callback, Run
 
 _KILLED = (130, 143)  # exit statuses of a command that a signal has ended
+_SENDING_CPU_S = 0.2  # CPU time that a process which waits does not use in minutes
 _GRACE_S = 10.0  # for a process to clean up after it was asked to end
 # Ends with its run: a killed run cannot end it, and the next job would do the same work beside it. (A preexec_fn would
 # have subprocess fork the whole run, whose memory network cards may write to.)
@@ -45,7 +46,7 @@ class BesideProcess:
 
     def __init__(self, command: Sequence[str], log: Path) -> None:
         self._log = log
-        self._counters: tuple[int, ...] = ()
+        self._counters: tuple[float, ...] = ()
         self._moved = time.monotonic()
         with log.open("wb") as stderr:
             self._process = subprocess.Popen(
@@ -66,9 +67,12 @@ class BesideProcess:
         return words[-1].removeprefix("error: ") if words else f"exit status {self._process.returncode}"
 
     def quiet_seconds(self) -> float:
-        """Return for how long it has neither read nor written anything; 0 if the system does not say."""
+        """Return for how long it has neither read nor written anything, nor sent it: what leaves by a socket counts as
+        the computing that it takes. 0 if the system does not say."""
         try:
-            counters = tuple(psutil.Process(self._process.pid).io_counters())
+            process = psutil.Process(self._process.pid)
+            computed = sum(process.cpu_times()[:2])
+            counters = (*process.io_counters(), computed // _SENDING_CPU_S)
         except (psutil.Error, AttributeError, OSError):
             return 0.0
         if counters != self._counters:

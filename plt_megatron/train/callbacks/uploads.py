@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from plt_megatron.config import derived
 from plt_megatron.config.rules.uploads import checkpoints_of, destinations, exports_of
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import EXIT_USER_ERROR, AttemptFailed, UserError
@@ -184,4 +186,9 @@ def _check(config: RunConfig) -> None:
         raise AttemptFailed(f"the upload destination has not answered within {minutes:g} minutes") from error
     if found.returncode != 0:
         words = found.stderr.strip().splitlines() or [f"plt upload --check: exit status {found.returncode}"]
-        raise (UserError if found.returncode == EXIT_USER_ERROR else AttemptFailed)(words[-1].removeprefix("error: "))
+        said = words[-1].removeprefix("error: ")
+        if found.returncode == EXIT_USER_ERROR:
+            raise UserError(said)
+        if not derived.has_checkpoints(config):
+            raise AttemptFailed(said)
+        print(f"warning: {said}; uploads are tried again after each checkpoint", file=sys.stderr)  # as during the run

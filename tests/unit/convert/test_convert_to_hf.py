@@ -36,6 +36,7 @@ from plt_megatron.hf.importing import ImportOptions, import_model
 from plt_megatron.hf.model_card import model_card
 from plt_megatron.hf.sources import open_source
 from plt_megatron.hf.tokenizer_files import write_tokenizer
+from plt_megatron.hf.verification import export_of
 from tests.unit.data.data_helpers import CHATML, make_texts, train, write_jsonl
 
 
@@ -89,6 +90,15 @@ def test_what_the_card_calls_a_model(tmp_path, name, kind):
     windowed = "| attention to the whole context | in the last loop only; 5 keys in the others |"
     assert (windowed in card) == ("last loop" in name) == ("unlike in training" in card)
     assert "AutoTokenizer" not in card and "model.generate(torch.tensor" in card, "it has no tokenizer"
+
+
+def test_a_model_that_is_measured_in_bf16_turns_keys_by_exact_angles(tmp_path):
+    """Rounded frequencies would be wrong by radians at the end of long rows."""
+    model = make_model(**VARIANTS["experts, biased, dense first"])
+    run = save_run(tmp_path / "run", model, random_weights(model))
+    loaded = export_of(open_source(run), torch.bfloat16)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in loaded.buffers() if buffer.is_floating_point()} == {torch.float32}
 
 
 def test_biases_of_experts_stay_in_fp32(tmp_path):

@@ -107,6 +107,13 @@ def test_both_models_see_the_same_tokens_and_differ_in_the_loop_only(commands):
     assert plain == looped
 
 
+@pytest.mark.parametrize(("gpus", "processes"), [("", 2), ("0", 1), ("0,1", 2)])
+def test_a_machine_with_one_gpu_trains_on_it(gpus, processes, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    for run in demo.DEMO_RUNS:
+        assert load_config(demo.CONFIG, run.all_overrides()).parallel.data_parallel_size == processes
+
+
 def test_the_data_that_the_configuration_reads_is_what_the_demo_makes(commands):
     config = load_config(demo.CONFIG)
     sources = [*config.data.sources, *config.data.train_sources, *config.data.validation_sources]

@@ -304,11 +304,24 @@ def test_a_request_to_stop_reaches_all_and_is_no_failure(play):
     assert play.coordinator.status == 75 and play.ends[0]["status"] == "preempted" and play.ends[0]["retry"]
 
 
-def test_what_does_not_save_before_the_time_limit_is_ended_before_slurm_ends_the_job(tmp_path):
+def test_a_time_limit_that_was_extended_ends_nothing(tmp_path, monkeypatch):
+    """The job knows only the end that it began with, which lies in the past when Slurm warns."""
+    play = Play(tmp_path, end_time=time.time() + 500)
+    play.train()
+    later = time.time() + 1200
+    monkeypatch.setattr(coordinating.time, "time", lambda: later)
+    play.coordinator.preempt()
+    play.after(coordinating.STOP_SECONDS)
+    assert play.coordinator.status is None and not play.told("stop")
+
+
+def test_what_does_not_save_before_the_time_limit_is_ended_before_slurm_ends_the_job(tmp_path, monkeypatch):
     """A job that is out of time is not requeued. The limit is 200 s away when Slurm warns."""
     play = Play(tmp_path, end_time=time.time() + 500)
     play.train()
     play.after(300)
+    later = time.time() + 300
+    monkeypatch.setattr(coordinating.time, "time", lambda: later)
     play.coordinator.preempt()
     play.after(200 - coordinating.STOP_SECONDS - coordinating._LEAVE_SECONDS - 5)
     assert play.coordinator.status is None and not play.told("stop")

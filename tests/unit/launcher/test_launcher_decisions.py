@@ -76,6 +76,13 @@ def test_bad_nodes_are_left_out_so_many_times(limit):
     assert action(*events, bad("node9"), max_exclusions=limit) == "stop"
 
 
+def test_bad_nodes_of_before_the_last_progress_do_not_count():
+    """In a run of months, and in a chain, whose next job does not know which nodes were bad."""
+    events = [bad("n7"), end("preempted", 1000, 1000), bad("n7"), end("preempted", 2000, 2000), bad("n7")]
+    assert action(*events, max_exclusions=2) == "exclude"
+    assert action(*events, bad("n7"), bad("n7"), max_exclusions=2) == "stop"
+
+
 def test_what_preflight_finds_is_no_lack_of_progress():
     assert action(end("failed", 7, 6), bad("node1"), end("preempted", 9, 9)) == "again"
     assert action(end("failed", 7, 6), bad("node1"), end("failed", 7, 6)) == "stop"

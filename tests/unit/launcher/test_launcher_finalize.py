@@ -16,13 +16,15 @@ from plt_megatron.launcher.finalize import finalize_job
 from plt_megatron.launcher.job import read_allocation, save_settings
 from plt_megatron.launcher.records import Exit, Outcome, Records
 from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.slurm import client
 
 PROGRAM = """#!/bin/sh
 echo "$(basename "$0") $*" >> {log}
 case "$(basename "$0") $1" in
     "scontrol show") echo "JobState=$(cat {state}) ExcNodeList=(null)" ;;
     "scontrol requeue") [ ! -e {refuses} ] || {{ echo "Requeue is disabled" >&2; exit 1; }} ;;
-    squeue*) for job in $(cat {pending}); do echo "$job|{script}"; done ;;
+    squeue*) [ ! -e {silent} ] || {{ rm {silent}; echo "Unable to contact slurm controller" >&2; exit 1; }}
+        for job in $(cat {pending}); do echo "$job|{script}"; done ;;
 esac
 """
 
@@ -37,7 +39,9 @@ class Job:
         programs = folder / "bin"
         programs.mkdir()
         script = self.run / "job.sbatch"
-        text = PROGRAM.format(log=self.log, state=self.state, pending=self.pending, refuses=self.refuses, script=script)
+        self.silent = folder / "silent"
+        files = {name: getattr(self, name) for name in ("log", "state", "pending", "refuses", "silent")}
+        text = PROGRAM.format(script=script, **files)
         for name in ("scontrol", "squeue", "scancel"):
             (programs / name).write_text(text)
             (programs / name).chmod(0o755)
@@ -112,6 +116,32 @@ def test_a_job_that_slurm_has_ended_or_requeues_is_left_alone(job, state):
     job.state.write_text(f"{state}\n")
     assert job.ends(SAVED, 75) == 75
     assert job.asked == [] and not (job.run / "why.txt").exists()
+
+
+def test_a_controller_that_is_away_does_not_end_a_chain(job, monkeypatch):
+    """Whether a job follows is not known then: none is cancelled."""
+    monkeypatch.setattr(client, "_TRIES", 1)
+    job.settings(chain=3, requeue=False)
+    job.pending.write_text("8 9")
+    job.silent.touch()
+    assert job.ends(Outcome("failed", "rank 3 has crashed"), 1) == 1
+    assert job.asked == [] and not (job.run / "why.txt").exists()
+
+
+def test_where_requeueing_is_forbidden_a_chain_outlasts_a_bad_node(job):
+    job.settings(chain=3, requeue=False)
+    job.pending.write_text("8 9")
+    job.refuses.touch()
+    assert job.ends(Outcome("node_failed", "n2: no space", bad_nodes={"n2": "no space"}), 76) == 76
+    assert job.asked == ["scontrol requeue 7"] and not (job.run / "why.txt").exists()
+
+
+def test_nodes_that_left_a_killed_first_launcher_are_not_bad(job, tmp_path, monkeypatch):
+    output = tmp_path / "output"
+    output.write_text("srun: error: n1: task 0: Killed\nsrun: error: n2: task 1: Exited with exit code 77\n")
+    monkeypatch.setattr(finalize, "own_output", lambda: output)
+    assert finalize_job(job.run, 137) == 137
+    assert job.asked == ["scontrol requeue 7"]
 
 
 def test_a_bad_node_is_left_out_even_without_requeue(job):

@@ -6,10 +6,11 @@ import errno
 import os
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 
-from plt_megatron.errors import UserError, run_command
+from plt_megatron.errors import AttemptFailed, UserError, file_error, run_command
 from tests.running import ROOT, run
 
 # Ctrl-C in the middle of an object's end, where Python would only report it.
@@ -27,6 +28,32 @@ def main():
     time.sleep(60)
 raise SystemExit(run_command(main))
 """
+
+
+class AnsweredError(Exception):
+    """As an HTTP client's, such as huggingface_hub's: no error of the operating system."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"{status}")
+        self.response = Mock(status_code=status)
+
+
+def test_what_a_server_may_answer_otherwise_later_is_tried_again():
+    for status, kind in (
+        (429, AttemptFailed),
+        (500, AttemptFailed),
+        (503, AttemptFailed),
+        (401, UserError),
+        (404, UserError),
+    ):
+        assert type(file_error("no", AnsweredError(status))) is kind, status
+    assert type(file_error("no", OSError(errno.EBUSY, "reduce your request rate"))) is AttemptFailed  # s3fs, of a 503
+    with pytest.raises(ValueError, match="hidden") as raised:  # as httpcore hides it
+        try:
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+        except ConnectionRefusedError:
+            raise ValueError("hidden") from None
+    assert type(file_error("no", raised.value)) is AttemptFailed
 
 
 @pytest.mark.parametrize(

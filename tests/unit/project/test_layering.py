@@ -36,7 +36,7 @@ ALLOWED = {
     "experiments": {"config", "run_folder", "runtime", "predict", "data", "model", "train", "hf", "demo.steps"},
     # A sweep is submitted to Slurm; everything else reads run folders.
     "experiments.sweep": {"config", "run_folder", "runtime", "predict", "slurm", "experiments", "demo.steps"},
-    "demo": {"config", "run_folder", "predict", "data", "experiments", "demo.steps"},
+    "demo": {"config", "run_folder", "runtime", "predict", "data", "experiments", "demo.steps"},
     "commands": {
         *("config", "run_folder", "runtime", "predict", "predict.rehearsal"),
         *("slurm", "storage", "data", "hf", "experiments", "demo"),

@@ -79,6 +79,15 @@ def test_runs_behind_links_are_records_too(tmp_path):
     assert files(unpacked(tmp_path / ARCHIVE)) == {"sweep.yaml": b"", "run/metrics.jsonl": b"{}\n"}
 
 
+def test_links_to_nowhere_and_to_folders_that_they_lie_in_are_left_out(tmp_path):
+    """As the code of an array's member, once the array's own folder is deleted."""
+    folder = write(tmp_path / "sweep", {"sweep.yaml": b"", "run/metrics.jsonl": b"{}\n"})
+    (folder / "run/code").symlink_to("../run.array/code")
+    (folder / "run/self").symlink_to(folder)
+    write_archive(folder, tmp_path / ARCHIVE)
+    assert files(unpacked(tmp_path / ARCHIVE)) == {"sweep.yaml": b"", "run/metrics.jsonl": b"{}\n"}
+
+
 def test_a_shell_unpacks_it_by_the_command_that_is_told(tmp_path):
     folder = write(tmp_path / "my sweep", RECORDS)
     write_archive(folder, tmp_path / "it's kept" / ARCHIVE)

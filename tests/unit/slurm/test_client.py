@@ -106,6 +106,14 @@ def test_the_rest_of_a_chain_runs_the_same_script(ask):
     assert ask("7", Fake(squeue="\n".join(lines))).pending_after(script) == ["6", "9"]
 
 
+def test_a_chain_is_found_though_its_folder_has_two_names(ask, tmp_path):
+    """sbatch puts its own folder, without links, before a relative path."""
+    (tmp_path / "disk/runs").mkdir(parents=True)
+    (tmp_path / "home").symlink_to("disk")
+    found = Fake(squeue=f"8|{tmp_path}/disk/runs/job.sbatch\n9|{tmp_path}/home/runs/job.sbatch")
+    assert ask("7", found).pending_after(tmp_path / "home/runs/job.sbatch") == ["8", "9"]
+
+
 def test_nothing_to_cancel_cancels_nothing(ask):
     fake = Fake()
     ask("7", fake).cancel([])

@@ -105,7 +105,13 @@ def arrays_of(text: str, tmp_path: Path) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize(
     ("scratch", "mount"),
-    [("/raid/scratch/$USER", "/raid/scratch"), ("/tmp/$USER/$ID", "/tmp"), ("/data/fast", ""), ("/fast", "/fast")],
+    [
+        ("/raid/scratch/$USER", "/raid/scratch"),
+        ("/tmp/$USER/$ID", "/tmp"),
+        ("/raid/job_$ID/x", "/raid"),
+        ("/data/fast", ""),
+        ("/fast", "/fast"),
+    ],
 )
 def test_a_container_sees_the_scratch_folder(tmp_path, scratch, mount):
     profile = ClusterProfile(container=Container("apptainer", "/image.sif", ["/data"]))

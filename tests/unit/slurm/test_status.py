@@ -294,7 +294,7 @@ def test_following_a_run_to_its_end(run_name, look, folder, slurm):
         file.write('{"kind": "validation", "step": 10, ')
         file.flush()
         assert look() == [], "the line is torn"
-        file.write('"loop_count": 2, "loss": 3.5}\n')
+        file.write('"loop_count": 2, "loss": 3.5}\n{"kind": "train", "st\n')  # and one that a crash has left
     assert look() == ["step 10/1,000: validation, 2 loops: loss 3.5000"]
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "evaluation", "step": 10, "tokens": 9, "scores": {"reading/acc": 0.5}}\n')

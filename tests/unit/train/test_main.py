@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 
 import pytest
+import torch
 
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import AttemptFailed, UserError, file_error
@@ -45,3 +46,40 @@ def test_a_node_says_what_it_lacks(local, says, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("LOCAL_RANK", local)
     assert module.main([str(tmp_path / "gone.yaml")]) == 2
     assert ("gone.yaml" in capsys.readouterr().err) == says
+
+
+def test_a_gpu_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu(monkeypatch, tmp_path):
+    """As with a driver that is older than torch's CUDA: the warning of torch is not shown."""
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\nprintf '0\\n1\\n'\n")
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    module._check_gpus()  # asked for
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with pytest.raises(UserError, match="plt doctor"):
+        module._check_gpus()
+    driver.unlink()
+    module._check_gpus()
+
+
+def test_fp32_is_not_tf32_whatever_an_image_sets(monkeypatch):
+    """Those of NGC set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which torch reads as `high`."""
+
+    class ReachedError(Exception):
+        pass
+
+    def reached(parallel):
+        raise ReachedError
+
+    monkeypatch.setattr(module, "_quiet_streams", lambda: None)
+    monkeypatch.setattr("plt_megatron.runtime.process_groups.init_process_groups", reached)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        with pytest.raises(ReachedError):
+            module.train(RunConfig())
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)
