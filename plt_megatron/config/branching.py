@@ -11,6 +11,7 @@ from bisect import bisect_left, bisect_right
 from functools import partial
 
 from plt_megatron.config import derived
+from plt_megatron.config.loader import setting
 from plt_megatron.config.loop_schedule import stages_of
 from plt_megatron.config.schedules import BatchSchedule
 from plt_megatron.config.schema import RunConfig
@@ -91,7 +92,7 @@ def branch_settings(
         f"optimizer.lr_decay_iters={length}",
         f"optimizer.lr_wsd_decay_iters={decay}",
         f"data.order_samples={order}",
-        f"checkpoint.load={checkpoint}",
+        setting("checkpoint.load", checkpoint),
         "checkpoint.weights_only=false",
         "checkpoint.allow_other_schedule=true",
     ]

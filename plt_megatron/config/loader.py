@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
 import re
 import typing
@@ -25,6 +26,11 @@ INCLUDE = "include"
 WRITTEN = "config.yaml"  # name of the configuration in a run folder, written by `dump_config`
 _PLACES = "_places"  # attribute of loaded settings: dotted key -> file and line, or override
 _KEY = re.compile(r"^\w+(?:\.\w+|\[\d+\])*|\w+(?:\.\w+|\[\d+\])+")
+
+
+def setting(key: str, text: object) -> str:
+    """Return the override `key=text`, quoted, so that it stays a string whatever characters it has."""
+    return f"{key}={json.dumps(str(text), ensure_ascii=False)}"
 
 
 def load_config(
@@ -140,6 +146,9 @@ class _Reader:
             chosen = layer.get(name)
             if not isinstance(chosen, yaml.ScalarNode):
                 continue
+            if is_null(chosen) and (before := self._chosen_before(join(section, name))):
+                at = self.places[join(section, name)]
+                raise UserError(f"{at}: {join(section, name)} null would keep what {before} sets: name another preset")
             settings = presets.get(chosen.value, {})
             if all(2 * len(known.keys() & layer.keys()) > len(known) for known in (settings, field_types(cls))):
                 continue  # a program gives all settings of its version: what is missing is newer, not the preset's
@@ -151,6 +160,13 @@ class _Reader:
             inner = section_of(field_types(cls).get(name))
             if inner is not None and isinstance(value, dict):
                 self._expand_presets(inner, value, join(section, name))
+
+    def _chosen_before(self, key: str) -> str | None:
+        """Return the value of a key in the layers so far; None if it has none."""
+        found: Any = self.tree
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        return found.value if isinstance(found, yaml.ScalarNode) and not is_null(found) else None
 
     def _section(self, cls: type, entries: Iterable[tuple[str, yaml.Node, str]], key: str) -> Tree:
         """Return the tree of a mapping, its keys checked against the dataclass `cls`."""

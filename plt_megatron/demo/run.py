@@ -116,7 +116,8 @@ def _steps() -> list[Step]:
             title="export of the two-loop model to Hugging Face",
             settings="",
             inputs=[DEMO_RUNS[0].folder.checkpoints / LATEST, DEMO_RUNS[0].folder.metrics_file],
-            outputs=[EXPORT],
+            outputs=[EXPORT / "config.json", EXPORT / "model.safetensors"],
+            folder=EXPORT,
             run=lambda: start(
                 "export", "--checkpoint", str(DEMO_RUNS[0].folder.path), "--output", str(EXPORT), "--verify"
             ),
@@ -132,7 +133,8 @@ def _training_step(run: DemoRun, inputs: Sequence[Path]) -> Step:
         title=f"training: {run.label}, {tokens:,} tokens, {layout_of(config).world_size} processes",
         settings=dump_config(config),
         inputs=inputs,
-        outputs=[run.folder.path],
+        outputs=[run.folder.metrics_file, run.folder.checkpoints / LATEST],
+        folder=run.folder.path,
         run=lambda: start("train", str(CONFIG), *run.all_overrides()),
     )
 

@@ -154,6 +154,7 @@ class Step:
         inputs: files whose content it depends on; they exist when the step's turn comes.
         outputs: files or folders that only this step makes.
         run: does the work; may be called again after an interruption.
+        folder: holds the outputs, and what others add; removed with them before the step runs anew.
     """
 
     name: str
@@ -162,6 +163,7 @@ class Step:
     inputs: Sequence[Path]
     outputs: Sequence[Path]
     run: Callable[[], None]
+    folder: Path | None = None
 
 
 @dataclass
@@ -191,7 +193,7 @@ def run_step(step: Step, stamps: Path, number: int, total: int) -> Stamp:
         print("      already done", flush=True)
         return stamp
     if stamp is None or stamp.key != key or stamp.finished:
-        _remove(step.outputs)
+        _remove([*step.outputs, *filter(None, [step.folder])])
         stamp = Stamp(key, finished=False, seconds=0.0, sizes={})
     _write(path, stamp)
     begun = time.monotonic()

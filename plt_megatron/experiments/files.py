@@ -7,6 +7,7 @@ read the same way in a run file, on the command line and here.
 
 from __future__ import annotations
 
+import itertools
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -246,6 +247,9 @@ def _sweep_problems(sweep: SweepFile) -> Iterator[str]:
         for axis in sweep.axes.values()
     }
     yield from sweep.common_problems("sweep", OWNED, axes)
+    for (first, keys), (other, more) in itertools.combinations(axes.items(), 2):
+        for key in sorted(keys & more):
+            yield f"{other}: {key} is also set by {first}, whose rows would have another value than they say"
     given = Settings(sweep.settings).keys()
     for axis in sweep.axes.values():
         for key in sorted(given.intersection(*(choice.overrides.keys() for choice in axis.choices))):

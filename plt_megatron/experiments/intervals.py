@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 LEVEL = 0.95
 RESAMPLES = 2000
+FEW = 8  # sequences
 _COLUMNS = 4096  # columns bootstrapped at once, to bound memory
 _FACTORS = np.array([-np.sqrt(1.5), -1.0, -np.sqrt(0.5), np.sqrt(0.5), 1.0, np.sqrt(1.5)])
 _SMALLEST = 0.05  # least eigenvalue of I - H_gg: a block that alone determines a coefficient has no residual
@@ -120,7 +121,8 @@ class Bootstrap:
     """The same resamples of n sequences for every quantity, so that differences are paired.
 
     The interval is the percentile interval, widened for small n (Hesterberg 2015, "expanded percentile"): the plain one
-    is too narrow by sqrt((n - 1) / n) and by the normal's tails in place of Student's.
+    is too narrow by sqrt((n - 1) / n) and by the normal's tails in place of Student's. Of few sequences, whose means of
+    resamples reach no further than they do, it is Student's.
     """
 
     def __init__(self, sequences: int, seed: int) -> None:
@@ -152,7 +154,14 @@ class Bootstrap:
             resampled = (self._counts @ centered) / (self._counts @ defined.astype(np.float64))
         bounds = np.full((2, values.shape[1]), math.nan)
         enough = number > 1
-        if enough.any():
+        if self.sequences < FEW:
+            student = [math.nan] * 2 + [t_quantile((1 + LEVEL) / 2, n - 1) for n in range(2, self.sequences + 1)]
+            with np.errstate(invalid="ignore", divide="ignore"):
+                exact = mean + centered.sum(0) / number
+                squares = (np.where(defined, values - exact, 0.0) ** 2).sum(0)
+                half = np.take(student, number) * np.sqrt(squares / (number - 1) / number)
+            bounds = np.stack((exact - half, exact + half))
+        elif enough.any():
             bounds[:, enough] = mean[enough] + np.nanquantile(resampled[:, enough], self._quantiles, axis=0)
         return mean, bounds[0], bounds[1]
 

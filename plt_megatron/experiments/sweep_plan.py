@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from plt_megatron.config import derived, yaml_nodes
-from plt_megatron.config.loader import config_differences, load_config
+from plt_megatron.config.loader import config_differences, load_config, setting
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
@@ -123,7 +123,7 @@ def make_plan(sweep: SweepFile, check_files: bool = True) -> SweepPlan:
     rows: dict[tuple[str, ...], RunConfig] = {}
     for choices in itertools.product(*(axis.choices for axis in sweep.axes.values())):
         overrides = [*sweep.overrides, *(override for choice in choices for override in choice.overrides)]
-        config = load_config(sweep.base, [*overrides, f"output_dir={sweep.folder}"])
+        config = load_config(sweep.base, [*overrides, setting("output_dir", sweep.folder)])
         rows[tuple(choice.label for choice in choices)] = config
     problems = _problems(rows, check_files)
     if sweep.match_budget == "decode_latency" and sweep.decode.table is not None:

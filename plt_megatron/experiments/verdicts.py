@@ -26,6 +26,7 @@ from plt_megatron.predict.decode_cost import kv_cache_bytes, state_bytes
 from plt_megatron.run_folder.text import plural
 
 FARTHER = 4.0
+_EQUAL = 0.02  # deviation of a budget that the sweep did not hold equal
 
 
 @dataclass(frozen=True)
@@ -209,12 +210,16 @@ def _equal_or_curves(
     results: SweepResults, group: Sequence[Row], *, what: str, amount: Callable[[Row], float], hold: str
 ) -> tuple[str | None, str]:
     """Decide by final losses if every row has spent the same; else say what the curves show, which decides nothing."""
-    reference = amount(baseline_of(group, results.plan.baseline))
-    if all(abs(amount(row) / reference - 1) <= results.plan.tolerance for row in group):
+    plan, reference = results.plan, amount(baseline_of(group, results.plan.baseline))
+    # The sweep's tolerance is that of its own budget.
+    tolerance = plan.tolerance if plan.match_budget == hold else min(plan.tolerance, _EQUAL)
+    if all(abs(amount(row) / reference - 1) <= tolerance for row in group):
         return _best(group)
     common = min(amount(row) for row in group)
     parts = []
     for row in group:
+        if hold == "training_flops" and (row.run.config.training.loop_schedule or row.run.config.data.length_schedule):
+            continue  # its steps do not cost the same: its curve is over tokens
         share = common / amount(row)
         loss = row.loss_at(share * row.run.tokens)
         if loss is not None:

@@ -241,3 +241,15 @@ def _give_out(chunk: Sequence[RankMatrix], shares: list[list[RankMatrix]]) -> in
 
 def _padded(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
+
+
+def share_in_fp8(config: RunConfig, layers: Sequence[int]) -> float:
+    """Return the share of these layers whose linear layers run in FP8."""
+    fp8, last = config.training.fp8, config.model.num_layers
+    assert fp8 is not None, "the caller asks"
+    if fp8.num_layers_at_start_in_bf16 == fp8.num_layers_at_end_in_bf16 == 0:
+        return 1.0
+    if not layers:
+        return 0.0
+    in_fp8 = range(fp8.num_layers_at_start_in_bf16, last - fp8.num_layers_at_end_in_bf16)
+    return sum(layer in in_fp8 for layer in layers) / len(layers)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from plt_megatron.config import derived
 from plt_megatron.config.rules.optimizer import optimizer_spec
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.predict.activations import Activations
-from plt_megatron.predict.held import Held, Stage
+from plt_megatron.predict.held import Held, Stage, share_in_fp8
 from plt_megatron.predict.layers import FP32, Run, runs
 from plt_megatron.predict.layout import BYTES, Layout, Pass, enough_microbatches, passes
 from plt_megatron.predict.parameters import Weights, count_parameters
@@ -245,19 +245,7 @@ def _parameters_in_fp8(config: RunConfig, stage: Stage) -> float:
     """Return how many of a rank's parameters belong to linear layers in FP8, its experts included."""
     experts = [layer for layer in stage.layers if layer in derived.expert_layers(config.model)]
     counted = stage.parameters
-    return counted.layers * _share_in_fp8(config, stage.layers) + counted.experts * _share_in_fp8(config, experts)
-
-
-def _share_in_fp8(config: RunConfig, layers: Sequence[int]) -> float:
-    """Return the share of these layers whose linear layers run in FP8."""
-    fp8, last = config.training.fp8, config.model.num_layers
-    assert fp8 is not None, "the caller asks"
-    if fp8.num_layers_at_start_in_bf16 == fp8.num_layers_at_end_in_bf16 == 0:
-        return 1.0
-    if not layers:
-        return 0.0
-    in_fp8 = range(fp8.num_layers_at_start_in_bf16, last - fp8.num_layers_at_end_in_bf16)
-    return sum(layer in in_fp8 for layer in layers) / len(layers)
+    return counted.layers * share_in_fp8(config, stage.layers) + counted.experts * share_in_fp8(config, experts)
 
 
 def persistent_bytes(held: Held, config: RunConfig, layout: Layout) -> dict[str, int]:

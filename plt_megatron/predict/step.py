@@ -20,7 +20,7 @@ from plt_megatron.model.parameters import Component
 from plt_megatron.predict.activations import Activations
 from plt_megatron.predict.cards import GPUSpec
 from plt_megatron.predict.flops import TRAINING_OVER_FORWARD, Flops, Parts, step_flops_per_token
-from plt_megatron.predict.held import Stage, stages_of
+from plt_megatron.predict.held import Stage, share_in_fp8, stages_of
 from plt_megatron.predict.layout import Layout, bubble_fraction
 from plt_megatron.predict.parameters import FFN, Weights
 
@@ -142,7 +142,7 @@ def step_time(step: Step, card: GPUSpec, traffic: dict[str, float], gpus_per_nod
     def seconds(purpose: str, ranks: int) -> float:
         return traffic.get(purpose, 0.0) / _bandwidth(card, ranks, gpus_per_node)
 
-    matmul = share * _matmul_seconds(config, card, own)
+    matmul = share * _matmul_seconds(config, card, own, step.slowest.layers)
     attention = share * attention_flops / (peak * card.attention_efficiency)
     memory_bound = _memory_bound(step, card)
     recompute = _recompute(step, matmul, attention, memory_bound, own)
@@ -165,13 +165,15 @@ def step_time(step: Step, card: GPUSpec, traffic: dict[str, float], gpus_per_nod
     )
 
 
-def _matmul_seconds(config: RunConfig, card: GPUSpec, flops: Flops) -> float:
-    """Return the seconds of matrix products per token. Linear layers may run in FP8, which reaches less of its peak."""
+def _matmul_seconds(config: RunConfig, card: GPUSpec, flops: Flops, layers: Sequence[int]) -> float:
+    """Return the seconds of matrix products per token in these layers. Linear layers may run in FP8, which reaches less
+    of its peak."""
     peak = card.flops_per_second(config.training.precision) * card.matmul_efficiency
     linear = flops.projections + flops.ffn
     seconds = flops.matmuls / peak
     if config.training.fp8 is None:
         return seconds
+    linear *= share_in_fp8(config, layers)
     fp8_peak = card.flops_per_second(config.training.precision, fp8=True) * card.matmul_efficiency * FP8_EFFICIENCY
     return seconds - linear / peak + linear / fp8_peak
 

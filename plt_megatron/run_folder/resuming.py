@@ -16,7 +16,7 @@ from typing import Any
 from plt_megatron.config import derived
 from plt_megatron.config.branching import branch_settings, decay_steps
 from plt_megatron.config.fields import from_plain, unknown_keys
-from plt_megatron.config.loader import load_config
+from plt_megatron.config.loader import load_config, setting
 from plt_megatron.config.loop_schedule import stages_of
 from plt_megatron.config.presets import LOOP_PRESETS, OF_ONE_LOOP
 from plt_megatron.config.rules.optimizer import find_decay_problems, settings_of_others
@@ -340,7 +340,7 @@ def branch_config(source: str, settings: Sequence[str], decay: int | None = None
         drawn = checkpoints.order_samples(progress)
         clock = checkpoints.trained_tokens(progress), schedule_step_tokens(progress)
     own = branch_settings(trunk, str(checkpoint), step, decay or decay_steps(step), drawn, clock)
-    defaults = [f"name={trunk.name}_branch_{step}", f"output_dir={folder.path.parent}"]
+    defaults = [setting("name", f"{trunk.name}_branch_{step}"), setting("output_dir", folder.path.parent)]
     config = load_config(folder.config_file, [*defaults, *own, *settings], accept_old_names=True)
     if RunFolder.of(config).path.resolve() == folder.path.resolve():
         raise UserError(f"--branch-from {source}: the branch needs a name of its own: name=...")

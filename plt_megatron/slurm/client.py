@@ -16,6 +16,7 @@ from plt_megatron.errors import UserError
 _TIMEOUT_SECONDS, _SUBMIT_SECONDS = 20, 180
 # For queries from within a job, which nobody would repeat by hand.
 _TRIES, _PAUSE_SECONDS, _PATIENCE_SECONDS = 4, 5.0, 60
+_LEAVING_SECONDS = 600.0  # for a job to end that Slurm is ending, however long it lets processes save (KillWait)
 # Slurm's variables are removed, since they would add options and the job script is complete; these say where the
 # controller is, and who asks.
 _KEPT_VARIABLES = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_SACK_SOCKET")
@@ -318,10 +319,13 @@ class Scheduler:
 
 def job_at_work(jobs: Sequence[str]) -> str | None:
     """Return the first of these jobs that is running; None if none is, or if Slurm cannot be asked, as in a
-    container."""
+    container. Waits some minutes for one that is about to end, whose processes may still save."""
     for job in jobs:
         try:
-            if Scheduler(job).ended_by_slurm() is None:
+            scheduler, patience = Scheduler(job), time.monotonic() + _LEAVING_SECONDS
+            while (state := scheduler.ended_by_slurm()) == "COMPLETING" and time.monotonic() < patience:
+                time.sleep(_PAUSE_SECONDS)
+            if state is None:
                 return job
         except SlurmError:  # Slurm has forgotten it, or there is no scontrol
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
-from plt_megatron.config.loader import load_config
+from plt_megatron.config.loader import load_config, setting
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
@@ -145,7 +144,7 @@ class _Plan:
         options = self.options
         if options.array is not None:
             return [load_config(path, options.overrides) for path in arrays.config_paths(options.array)]
-        named = [f"name={json.dumps(options.name)}"] if options.name else []  # quoted, so that it stays a string
+        named = [setting("name", options.name)] if options.name else []  # quoted, so that it stays a string
         settings = [*options.overrides, *named]
         if options.branch_from is not None:
             return [branch_config(options.branch_from, settings, options.decay_steps)]

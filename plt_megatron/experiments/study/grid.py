@@ -14,7 +14,7 @@ from pathlib import Path
 
 from plt_megatron.config import derived
 from plt_megatron.config.branching import first_decay_step, stages_problem
-from plt_megatron.config.loader import load_config
+from plt_megatron.config.loader import load_config, setting
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
@@ -119,6 +119,8 @@ def make_grid(study: StudyFile) -> Grid:
             shortest = _lasting(named, *_lengths(study, derived.tokens_per_step(config))[0])
             # What is wrong with the longest horizon is wrong with the others too, and said once.
             found = find_problems(named, check_files=False) or find_problems(shortest, check_files=False)
+            if not config.checkpoint.enabled:
+                found.append("checkpoint.enabled: a study's runs branch from checkpoints; must be true")
             if config.validation.iters == 0:
                 found.append("validation.iters: a study compares validated losses; must be above 0")
             if loops not in derived.validation_loop_counts(config):
@@ -200,13 +202,15 @@ def _check_schedules(study: StudyFile, config: RunConfig) -> None:
 
 def _config(study: StudyFile, size: str, variant: str, loops: int, width: int) -> RunConfig:
     own = Settings([*study.sizes[size], *(study.variants[variant] if loops > 1 else ())])
-    common = [f"model.loop_count={loops}", "training.train_iters=2", f"output_dir={study.folder}"]
+    common = [f"model.loop_count={loops}", "training.train_iters=2", setting("output_dir", study.folder)]
     config = load_config(study.base, [*study.overrides, *own, *common, "optimizer.lr_decay_style=WSD"])
     _check_schedules(study, config)
     factor = (width / config.model.hidden_size) ** study.lr_exponent_of_width
     if "optimizer.lr" in own.keys():
         factor = 1.0
-    lr, min_lr = factor * config.optimizer.lr, factor * config.optimizer.min_lr
+    lr, min_lr = factor * config.optimizer.lr, config.optimizer.min_lr
+    if "optimizer.min_lr" not in own.keys():
+        min_lr *= factor
     lengths = _lengths(study, derived.tokens_per_step(config))
     every = math.gcd(*(step for step, _ in lengths))
     longest = _lasting(config, *lengths[-1])

@@ -59,6 +59,14 @@ def test_what_a_programs_file_leaves_out_is_newer_than_it_and_not_the_presets(tm
     assert later.share_kv and later.loop_norm == "none"
 
 
+def test_no_preset_over_a_files_preset_is_refused(tmp_path):
+    """It would keep the settings, and forget whose they are."""
+    path = write(tmp_path, "model: {loop_preset: recommended}\n")
+    with pytest.raises(UserError, match=r"model\.loop_preset null .*recommended"):
+        load_config(path, ["model.loop_preset=null"])
+    assert load_config(write(tmp_path, "model: {loop_preset: null}\n")).model.loop_preset is None
+
+
 def test_what_is_set_beside_it_or_later_wins(tmp_path):
     path = write(tmp_path, "model:\n  hidden_scale: 0.2\n  loop_preset: loopcoder\n  gate_side: local\n")
     model = load_config(path).model

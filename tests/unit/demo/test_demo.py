@@ -66,7 +66,8 @@ class Commands:
     def export(self, arguments: tuple[str, ...]) -> None:
         folder = Path(arguments[arguments.index("--output") + 1])
         folder.mkdir()
-        (folder / "config.json").write_text("{}")
+        for name in ("config.json", "model.safetensors"):
+            (folder / name).write_text("{}")
 
 
 @pytest.fixture

@@ -69,6 +69,17 @@ def test_what_has_changed_is_done_anew_on_a_clean_place(work, change):
     assert not (work.tree / "b").exists()
 
 
+def test_what_others_put_beside_the_outputs_is_theirs(work):
+    """As `plt diagnose` into a run's folder: the run is not trained again for it, nor removed."""
+    folder = {"outputs": [work.tree / "a"], "folder": work.tree}
+    work.go(**folder)
+    (work.tree / "theirs").touch()
+    work.go(**folder)
+    assert work.runs == 1 and (work.tree / "theirs").exists()
+    work.go(**folder, settings="size=2")
+    assert work.runs == 2 and not (work.tree / "theirs").exists()
+
+
 def test_other_settings_are_other_work(work):
     work.go()
     work.go(settings="size=2")

@@ -97,16 +97,17 @@ def test_a_sequence_without_a_value_does_not_count():
     values = np.array([[1.0, np.nan], [2.0, np.nan], [np.nan, np.nan], [3.0, 5.0]])
     found = Bootstrap(4, 0).intervals(values)
     np.testing.assert_array_equal(found.mean, [2.0, 5.0])
-    assert 1 <= found.low[0] < 2 < found.high[0] <= 3
+    own = estimate([1.0, 2.0, 3.0])
+    assert (found.low[0], found.high[0]) == pytest.approx((own.low, own.high))
     assert np.isnan(found.low[1]), "a single value"
     nothing = Bootstrap(4, 0).intervals(np.full((4, 1), np.nan))
     assert np.isnan(nothing.mean[0])
 
 
-@pytest.mark.parametrize(("sequences", "least"), [(6, 0.91), (40, 0.935)])
+@pytest.mark.parametrize(("sequences", "least"), [(2, 0.935), (3, 0.935), (6, 0.935), (40, 0.935)])
 def test_they_cover_the_mean_as_often_as_they_say(sequences, least):
-    """1,500 experiments at once, as columns: 95 % of the intervals contain the true mean, a few less with few sequences
-    (the plain percentile interval: 86 % of six)."""
+    """1,500 experiments at once, as columns: 95 % of the intervals contain the true mean, with few sequences too (the
+    plain percentile interval: 86 % of six, 50 % of two)."""
     values = np.random.default_rng(1).normal(3.0, 2.0, size=(sequences, 1500))
     found = Bootstrap(sequences, 2).intervals(values)
     covered = ((found.low <= 3) & (found.high >= 3)).mean()

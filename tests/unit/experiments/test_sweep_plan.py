@@ -10,6 +10,7 @@ import yaml
 from sweep_helpers import LOOPS, plan_of, planned, saved_plan
 
 from plt_megatron.config import derived
+from plt_megatron.config.loader import setting
 from plt_megatron.config.loop_schedule import with_loop_count
 from plt_megatron.config.schedules import BatchSchedule
 from plt_megatron.errors import UserError
@@ -258,6 +259,20 @@ def test_two_sweeps_that_contradict_each_other_are_refused(tmp_path, settings, s
     saved_plan(tmp_path)
     with pytest.raises(UserError, match=re.escape(said)):
         merge(plan_of(tmp_path, LOOPS, settings))
+
+
+def test_two_axes_that_set_one_key_are_refused(tmp_path):
+    """Rows of the first would have the second's value."""
+    axes = "axes: {kind: {few: {model.loop_count: 2}, many: {model.loop_count: 3}}, "
+    with pytest.raises(UserError, match=r"axes\.model\.loop_count: model\.loop_count is also set by axes\.kind"):
+        plan_of(tmp_path, LOOPS.replace("axes: {", axes))
+
+
+@pytest.mark.parametrize("name", ["depth #1", "x: y", "two: ", "小 😀", "[a]"])
+def test_a_folder_of_any_name_holds_its_runs(tmp_path, name):
+    """YAML would take part of it for a comment or a mapping."""
+    plan = plan_of(tmp_path, LOOPS, (setting("name", name),))
+    assert {run.folder.path.parent for run in plan.runs} == {plan.folder} == {tmp_path / "sweeps" / name}
 
 
 @pytest.mark.parametrize(

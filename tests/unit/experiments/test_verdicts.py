@@ -130,6 +130,13 @@ def test_rows_within_the_tolerance_of_the_baseline_are_equal(tmp_path):
     assert judge(plan, losses)[0]["training FLOPs"].winner == "3 loops"
 
 
+def test_a_tolerance_is_that_of_the_budget_that_is_held(tmp_path):
+    """A wide one does not make other budgets equal."""
+    losses = {"1 loop": by_seed(3.0), "2 loops": by_seed(2.9), "3 loops": by_seed(2.8)}
+    found, _, _ = judge(saved_plan(tmp_path, FIVE_SEEDS, ("tolerance=0.9",)), losses)
+    assert (found["tokens"].winner, found["training FLOPs"].winner) == ("3 loops", None)
+
+
 def test_at_equal_latency_only_rows_that_are_as_fast_compete(tmp_path):
     losses = {"1 loop": by_seed(3.0), "2 loops": by_seed(2.9), "3 loops": by_seed(2.8)}
     plan = saved_plan(tmp_path, FIVE_SEEDS)

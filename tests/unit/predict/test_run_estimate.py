@@ -375,6 +375,13 @@ def test_fp8_is_faster_and_keeps_copies_of_the_weights():
         estimate_run(run(training={"fp8.format": "hybrid"}), gpu="a100")
 
 
+def test_layers_that_stay_in_bf16_take_their_time():
+    fp8 = {"fp8.format": "hybrid"}
+    none, half = {**fp8}, {**fp8, "fp8.num_layers_at_start_in_bf16": 1, "fp8.num_layers_at_end_in_bf16": 3}
+    times = [estimate_run(run(training=how)).times.matmul for how in ({}, half, none)]
+    assert times[1] == pytest.approx((times[0] + times[2]) / 2)  # four of eight
+
+
 def test_fp8_keeps_copies_of_the_rank_s_experts_too():
     """Of those whose layers are in FP8: here five of eight, of which the first two are dense."""
     model = {"moe.num_experts": 8, "moe.ffn_hidden_size": 256, "moe.first_k_dense_replace": 2}

@@ -160,3 +160,18 @@ def test_another_job_at_work(tmp_path, monkeypatch):
     assert job_at_work(["6", "7"]) is None
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))  # in a container
     assert job_at_work(["8_2"]) is None
+
+
+@pytest.mark.parametrize(("afterwards", "at_work"), [("CANCELLED", None), ("RUNNING", "7")])
+def test_a_job_that_is_ending_is_waited_for(afterwards, at_work, tmp_path, monkeypatch):
+    """Its processes may still save, and the next job of a chain would load an older checkpoint."""
+    program = tmp_path / "scontrol"
+    program.write_text(
+        f"#!/bin/sh\necho >> {tmp_path}/asked\n"
+        f"[ $(wc -l < {tmp_path}/asked) -gt 2 ] && echo JobState={afterwards} || echo JobState=COMPLETING\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    waits: list[float] = []
+    monkeypatch.setattr(client.time, "sleep", waits.append)
+    assert job_at_work(["7"]) == at_work and waits.count(client._PAUSE_SECONDS) == 2

@@ -83,11 +83,22 @@ STAGES = "{training.loop_schedule: [{until: 0.5, loop_count: 1}, {loop_count: 2}
         ),
         ("L: {model.hidden_size: 64", "L: {model.hidden_size: 66", r"size L, every, 1 loop: .*66"),
         ("set: {", "set: {model.loop_span: [0, 1], ", "model.loop_span: a study's law needs all layers to loop; leave"),
+        ("set: {", "set: {checkpoint.enabled: false, ", "checkpoint.enabled: a study's runs branch from checkpoints"),
         ("lr_warmup_iters: 4", "lr_warmup_iters: 60", "optimizer.lr_warmup_iters 60"),
         ("  M:", "  s:", "'every, S, 1,280 tokens' and 'every, s, 1,280 tokens' would both be every-s-1x-seed1-1.28k"),
         ("  naive loop:", "  plt+:", "'PLT, S, 1,280 tokens' and 'plt+, S, 1,280 tokens' would both be plt-s-2x-seed1"),
     ],
-    ids=["horizons", "batches", "stages of loops", "a size", "layers that run once", "warm-up", "case", "signs"],
+    ids=[
+        "horizons",
+        "batches",
+        "stages of loops",
+        "a size",
+        "layers that run once",
+        "no checkpoints",
+        "warm-up",
+        "case",
+        "signs",
+    ],
 )
 def test_what_no_study_can_be_made_of_is_refused(tmp_path, old, new, said):
     path = write_study(tmp_path, STUDY.replace(old, new, 1))
@@ -100,6 +111,12 @@ def test_rates_follow_the_width_where_a_size_has_none_of_its_own(tmp_path):
     grid = make_grid(read_study(write_study(tmp_path, text), ["lr_exponent_of_width=0.5"]))
     rates = {own.size: own.config.optimizer.lr for own in grid.arms}
     assert rates == pytest.approx({"S": 3e-4 * 2**0.5, "M": 3e-4, "L": 7e-4})
+
+
+def test_a_sizes_own_lowest_rate_does_not_follow_the_width(tmp_path):
+    text = STUDY.replace("ffn_hidden_size: 128}", "ffn_hidden_size: 128, optimizer.min_lr: 1e-6}")
+    grid = make_grid(read_study(write_study(tmp_path, text), ["lr_exponent_of_width=0.5"]))
+    assert {own.config.optimizer.min_lr for own in grid.arms if own.size == "L"} == {1e-6}
 
 
 @pytest.mark.parametrize("where", ["set", "command line"])
