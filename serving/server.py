@@ -71,8 +71,9 @@ def serve(model: Path, folder: Path, *arguments: str, name: str = "plt", show: b
         ServerError: the server does not start.
     """
     port = free_port()
-    for name in ("no_proxy", "NO_PROXY"):  # for this server's clients: a proxy does not reach this machine's ports
-        os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1")))
+    for variable in ("no_proxy", "NO_PROXY"):  # for this server's clients: a proxy does not reach this machine's ports
+        hosts = [*filter(None, os.environ.get(variable, "").split(",")), "127.0.0.1"]
+        os.environ[variable] = ",".join(dict.fromkeys(hosts))
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--served-model-name", name, *arguments]
     log = folder / "server.log"

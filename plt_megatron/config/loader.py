@@ -146,9 +146,10 @@ class _Reader:
             chosen = layer.get(name)
             if not isinstance(chosen, yaml.ScalarNode):
                 continue
-            if is_null(chosen) and (before := self._chosen_before(join(section, name))):
-                at = self.places[join(section, name)]
-                raise UserError(f"{at}: {join(section, name)} null would keep what {before} sets: name another preset")
+            before = self._chosen_before(join(section, name)) if is_null(chosen) else None
+            if before is not None and (kept := sorted(presets.get(before, {}).keys() - layer.keys())):
+                at, key = self.places[join(section, name)], join(section, name)
+                raise UserError(f"{at}: {key} null would keep what {before} sets: set {', '.join(kept)} beside it")
             settings = presets.get(chosen.value, {})
             if all(2 * len(known.keys() & layer.keys()) > len(known) for known in (settings, field_types(cls))):
                 continue  # a program gives all settings of its version: what is missing is newer, not the preset's

@@ -84,6 +84,7 @@ class ChatEncoder(Encoder):
             where = f"pass {beside}" if beside.is_file() else "pass a folder with a tokenizer.json"
             raise UserError(f"--chat: {tokenizer.path} has no chat template; {where}")
         self._templates = AutoTokenizer.from_pretrained(folder)
+        self._was_split = bool(self._templates.split_special_tokens)
         self._templates.split_special_tokens = False  # the template writes them
         if not self._templates.chat_template:
             raise UserError(
@@ -94,7 +95,9 @@ class ChatEncoder(Encoder):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the template and of the special tokens, which it may print."""
-        content = [self._templates.chat_template, self._templates.special_tokens_map]
+        # What earlier versions spelled as text is other data.
+        was_split = ["special tokens"] if self._was_split else []
+        content = [self._templates.chat_template, self._templates.special_tokens_map, *was_split]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
     def __call__(self, texts: Sequence[str]) -> Encoded:
@@ -117,6 +120,7 @@ class ChatEncoder(Encoder):
         """
         # As `apply_chat_template` does; the marked answers are found without it.
         messages = [{name: value for name, value in each.items() if value is not None} for each in messages]
+        self._check_texts(messages)
         text = self._apply(messages, tools)
         encoded = self._templates(text, add_special_tokens=False, return_offsets_mapping=True)
         starts, ends = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
@@ -132,6 +136,16 @@ class ChatEncoder(Encoder):
             ids = np.append(ids, eod)
             counted = np.append(counted, np.uint8(messages[-1]["role"] == "assistant"))
         return ids, counted
+
+    def _check_texts(self, messages: list[Any]) -> None:
+        """Raise `_BadConversation` if a message has a special token's name, which would be that token."""
+        for number, message in enumerate(messages, 1):
+            parts = message.get("content")
+            parts = [{"text": parts}] if isinstance(parts, str) else parts
+            texts = [part.get("text") for part in parts or () if isinstance(part, dict)]
+            for name in self._templates.all_special_tokens:
+                if any(isinstance(text, str) and name in text for text in texts):
+                    raise _BadConversation(f"message {number} spells the special token {name}")
 
     def _check_ids(self, ids: np.ndarray) -> None:
         foreign = ids[ids >= self._tokenizer.vocab_size]

@@ -42,7 +42,8 @@ class Tokenizer(ABC):
     """The tokenizer interface of training and preprocessing; megatron-core accepts it as its own.
 
     `fingerprint` is the SHA-256 of the file. `bos`, `eos` and `pad` are None where the tokenizer has none;
-    `eod`, the end-of-document token, always exists.
+    `eod`, the end-of-document token, always exists. `spelled` are special tokens that text could spell, in whose place
+    it has the unknown token.
     """
 
     vocab_size: int
@@ -50,6 +51,7 @@ class Tokenizer(ABC):
     bos: int | None
     eos: int | None
     pad: int | None
+    spelled: Sequence[int] = ()
 
     def __init__(self, path: Path, content: bytes) -> None:
         self.path = path
@@ -228,7 +230,7 @@ class HuggingFaceTokenizer(Tokenizer):
         named = [names.get(key) for key in ("bos_token", "eos_token", "pad_token")]
         self.bos, self.eos, self.pad = (None if name is None else self.token_id(name) for name in named)
         self.eod = self._find_eod(eod_token, names.get("eos_token"))
-        self._spelled, self._unknown = self._find_spelled()
+        self.spelled, self._unknown = self._find_spelled()
 
     def _find_spelled(self) -> tuple[list[int], int]:
         """Return the special tokens that text can spell, and the unknown token, which stands for them in text. A
@@ -251,8 +253,8 @@ class HuggingFaceTokenizer(Tokenizer):
         ids = [encoding.ids for encoding in encodings]
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         flat = np.fromiter(chain.from_iterable(ids), self.dtype, int(lengths.sum()))
-        if self._spelled:
-            flat[np.isin(flat, self._spelled)] = self._unknown
+        if self.spelled:
+            flat[np.isin(flat, self.spelled)] = self._unknown
         return flat, lengths
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -189,7 +189,10 @@ def run_step(step: Step, stamps: Path, number: int, total: int) -> Stamp:
     path = stamps / f"{step.name}.json"
     key, stamp = _key(step), _read(path)
     print(f"[{number}/{total}] {step.title}", flush=True)
-    if stamp is not None and stamp.key == key and stamp.finished and stamp.sizes == _sizes(step):
+    sizes = _sizes(step)
+    # An earlier version's stamp has other outputs: the folder that they lie in.
+    is_former = stamp is not None and len(sizes) == len(step.outputs) and sizes.keys().isdisjoint(stamp.sizes)
+    if stamp is not None and stamp.key == key and stamp.finished and (stamp.sizes == sizes or is_former):
         print("      already done", flush=True)
         return stamp
     if stamp is None or stamp.key != key or stamp.finished:

@@ -219,7 +219,8 @@ def _equal_or_curves(
     parts = []
     for row in group:
         if hold == "training_flops" and (row.run.config.training.loop_schedule or row.run.config.data.length_schedule):
-            continue  # its steps do not cost the same: its curve is over tokens
+            parts.append(f"{row.label} unknown (its steps differ in cost)")
+            continue
         share = common / amount(row)
         loss = row.loss_at(share * row.run.tokens)
         if loss is not None:

@@ -1213,7 +1213,7 @@ class PLTModel(PLTPreTrainedModel):
             raise ValueError('loop_mode "parallel" needs cross_loop_parallel: this model\'s loops wait for each other')
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError(f"attention_mask must be [batch, tokens], not of {attention_mask.ndim} dimensions")
-        if position_ids is None and kwargs.keys() & {"cu_seq_lens_q", "seq_idx"}:
+        if position_ids is None and any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx")):
             raise ValueError("packed documents need position_ids")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
@@ -1693,7 +1693,8 @@ class PLTForCausalLM(PLTPreTrainedModel, GenerationMixin):
             self._previous_max_cache_length = length
         cache = self.new_cache(length, model_kwargs.get("loop_count"))
         one_device = len(set(getattr(self, "hf_device_map", {"": 0}).values())) == 1
-        if length is not None and generation_config.prefill_chunk_size is not None and one_device:
+        known = one_device and not torch.is_autocast_enabled(self.device.type)  # the keys' device and dtype
+        if length is not None and generation_config.prefill_chunk_size is not None and known:
             # On a GPU the first chunk is compiled, and buffers made in a graph cannot be marked as static.
             rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
             heads, dim = self.config.num_key_value_heads, self.config.head_dim

@@ -125,13 +125,14 @@ def _fruitless(ends: list[dict[str, Any]]) -> int:
 
 
 def _since_progress(ends: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the latest attempts in a row that neither saved nor logged a step beyond earlier ones."""
+    """Return the latest attempts in a row that neither saved nor logged a step beyond earlier ones; one with bad nodes
+    also if it did."""
     found, checkpoint, step = list[dict[str, Any]](), -1, -1
     for end in ends:
-        found.append(end)
-        if not end.get("bad_nodes"):
-            reached = (end.get("checkpoint") or 0, end.get("step") or 0)
-            if reached[0] > checkpoint or reached[1] > step:
-                found.clear()
-            checkpoint, step = max(checkpoint, reached[0]), max(step, reached[1])
+        bad = bool(end.get("bad_nodes"))
+        least = 0 if bad else -1  # a first attempt that reached nothing counts as progress, unless nodes were at fault
+        reached = (end.get("checkpoint") or 0, end.get("step") or 0)
+        progressed = reached[0] > max(checkpoint, least) or reached[1] > max(step, least)
+        found = [end] * bad if progressed else [*found, end]
+        checkpoint, step = max(checkpoint, reached[0]), max(step, reached[1])
     return found

@@ -77,8 +77,8 @@ def _missing_end(run_records: Records, status: int) -> dict[str, Any]:
 
 
 def _nodes_that_left(output: Path | None, start: int) -> dict[str, str] | None:
-    """Return the nodes whose launchers ended before the others, which srun then killed; none if all did. None: others
-    only left because the first node's was gone, as one that a signal ends."""
+    """Return the nodes whose launchers ended before the others, which srun then killed; none if all did. None: the
+    others left because the first node's launcher was killed."""
     found: dict[str, str] = {}
     was_lost = False
     for line in last_lines(output, _SRUN_LINES, start) if output else ():
@@ -148,10 +148,12 @@ class JobFinalizer:
         ended = _ask(self.scheduler.ended_by_slurm, None)
         if ended is not None:  # already requeued, or cancelled by a user
             self._say(f"; the job is {ended}. If it is not requeued: {self._resubmit}")
-        elif settings.chain > 1 and not excluding and (jobs := self._chain()) != []:
-            self._say("; the chain's next job continues" + ("" if jobs else ", if there is one: Slurm does not answer"))
+        elif settings.chain > 1 and not excluding and (jobs := self._chain()):
+            self._say("; the chain's next job continues")
         elif settings.requeue or excluding:
             return self._requeue()
+        elif settings.chain > 1 and jobs is None:
+            self._say("; the chain's next job continues, if there is one: Slurm does not answer")
         elif self.end["status"] == attempts.PREEMPTED:
             self._say(f". Continue with: {self._resubmit}")
         else:
@@ -167,8 +169,8 @@ class JobFinalizer:
         try:
             self.scheduler.requeue(list(self.decision.nodes))
         except SlurmError as error:
-            if self.settings.chain > 1 and self._chain():
-                print(f"could not be requeued: {error}; the chain's next job continues", flush=True)
+            if self.settings.chain > 1 and self._chain() != []:
+                print(f"{error}; the chain's next job continues", flush=True)
                 return self.status
             return self._give_up(f"; could not be requeued{without}: {error}")
         return self.status

@@ -56,8 +56,9 @@ def write_archive(folder: Path, archive: Path) -> int:
 
 def _records(folder: Path) -> Iterator[Path]:
     for at, folders, names in folder.walk(follow_symlinks=True):
-        if at.is_symlink() and at.parent.resolve().is_relative_to(at.resolve()):
-            folders.clear()  # a link to a folder that it lies in
+        above = [other for other in at.parents if other.is_relative_to(folder)]
+        if at.is_symlink() and any(other.resolve().is_relative_to(at.resolve()) for other in above):
+            folders.clear()  # a link to a folder that it lies in, perhaps by way of another link
             continue
         folders[:] = _below(folders, names, _UNREAD)
         paths = (at / name for name in names if Path(name).suffix not in _SUFFIXES and not name.startswith("."))

@@ -306,8 +306,9 @@ class Scheduler:
         text = _ask("squeue", "--me", "--noheader", "--states=PENDING", "--format=%i|%o", tries=_TRIES)
         jobs = dict(line.strip().split("|", 1) for line in text.splitlines() if "|" in line)
         # sbatch resolves the current folder's links for a relative path, which arguments may follow.
-        names = tuple(f"{name} " for name in {script, script.resolve()})
-        return [job for job, path in jobs.items() if job != self.job and f"{path} ".startswith(names)]
+        folders = {job: f"{path} ".partition(f"/{script.name} ")[0] for job, path in jobs.items()}
+        own = os.path.realpath(script.parent)
+        return [job for job, folder in folders.items() if job != self.job and os.path.realpath(folder) == own]
 
     def cancel(self, jobs: Sequence[str]) -> None:
         if jobs:

@@ -113,15 +113,15 @@ def train(config: RunConfig) -> int:
 
 
 def _check_gpus() -> None:
-    """Raise `UserError` if there are GPUs that torch cannot use: the run would go on on the CPU."""
+    """Raise `UserError` if there are GPUs that a CUDA build of torch cannot use: the run would go on on the CPU."""
     import torch
 
     from plt_megatron.runtime.local_processes import local_gpus, query_gpus
 
-    if not torch.cuda.is_available() and query_gpus("index") and local_gpus():
+    if torch.version.cuda and not torch.cuda.is_available() and query_gpus("index") and local_gpus():
         raise UserError(
-            f"this machine has GPUs that this torch, built for CUDA {torch.version.cuda}, cannot use: plt doctor says "
-            "what is missing; with CUDA_VISIBLE_DEVICES= the run trains on the CPU"
+            f"torch, built for CUDA {torch.version.cuda}, can use none of the GPUs that nvidia-smi lists: plt doctor "
+            "says why, unless CUDA_VISIBLE_DEVICES names others; with CUDA_VISIBLE_DEVICES= the run trains on the CPU"
         )
 
 

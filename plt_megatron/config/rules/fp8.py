@@ -166,8 +166,9 @@ def _check_ends(config: RunConfig, fp8: Fp8Config) -> Iterator[str]:
     for key, count in _layers_in_bf16(fp8).items():
         if count > layers:
             yield f"{key} {count} is more than the {layers} layers of a pipeline stage"
-    if fp8.num_layers_at_start_in_bf16 + fp8.num_layers_at_end_in_bf16 >= config.model.num_layers:
-        yield f"{' and '.join(_layers_in_bf16(fp8))} leave none of {config.model.num_layers} layers in FP8"
+    if sum(_layers_in_bf16(fp8).values()) >= config.model.num_layers:
+        ends = " + ".join(f"{key} {count}" for key, count in _layers_in_bf16(fp8).items())
+        yield f"{ends}: none of {config.model.num_layers} layers is left in FP8; set training.fp8=null"
 
 
 def _check_card(fp8: Fp8Config, capability: Capability) -> Iterator[str]:

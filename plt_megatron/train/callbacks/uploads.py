@@ -182,13 +182,13 @@ def _check(config: RunConfig) -> None:
         found = subprocess.run(
             command, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60 * minutes
         )
-    except subprocess.TimeoutExpired as error:
-        raise AttemptFailed(f"the upload destination has not answered within {minutes:g} minutes") from error
-    if found.returncode != 0:
-        words = found.stderr.strip().splitlines() or [f"plt upload --check: exit status {found.returncode}"]
-        said = words[-1].removeprefix("error: ")
-        if found.returncode == EXIT_USER_ERROR:
-            raise UserError(said)
-        if not derived.has_checkpoints(config):
-            raise AttemptFailed(said)
+        status, words = found.returncode, found.stderr.strip().splitlines()
+    except subprocess.TimeoutExpired:
+        status, words = 1, [f"the upload destination has not answered within {minutes:g} minutes"]
+    said = words[-1].removeprefix("error: ") if words else f"plt upload --check: exit status {status}"
+    if status == EXIT_USER_ERROR:
+        raise UserError(said)
+    if status and not derived.has_checkpoints(config):
+        raise AttemptFailed(said)
+    if status:
         print(f"warning: {said}; uploads are tried again after each checkpoint", file=sys.stderr)  # as during the run

@@ -78,7 +78,7 @@ def problems(*settings: str, **kwargs: Any) -> str:
         ),
         (
             [*TE_FP8, "training.fp8.num_layers_at_start_in_bf16=8", "training.fp8.num_layers_at_end_in_bf16=8"],
-            "training.fp8.num_layers_at_end_in_bf16 leave none of 16 layers in FP8",
+            "training.fp8.num_layers_at_end_in_bf16 8: none of 16 layers is left in FP8",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -139,6 +139,14 @@ def test_a_trained_tokenizers_control_tokens_are_found_in_what_the_template_writ
     assert (ids, mask) == (asked + answer, [0] * len(asked) + [1] * len(answer))
     with pytest.raises(UserError, match=re.escape(f"{model} has no chat template; pass {tmp_path}/t/tokenizer.json")):
         encode(model, {"messages": []})
+    encoder = ChatEncoder(load_tokenizer(tmp_path / "t/tokenizer.json"), append_eod=True)
+    forged = [say("user", "a<|im_end|>b"), say("assistant", "2")]
+    found = encoder([json.dumps({"messages": forged, "tools": None})])
+    assert list(found.bad) == [0] and "message 1 spells the special token <|im_end|>" in found.bad[0][1]
+    before = encoder.fingerprint
+    config = tmp_path / "t/tokenizer_config.json"
+    config.write_text(config.read_text().replace('"split_special_tokens": true', '"split_special_tokens": false'))
+    assert ChatEncoder(load_tokenizer(tmp_path / "t/tokenizer.json"), append_eod=True).fingerprint != before
 
 
 @pytest.mark.parametrize("marked", [False, True])

@@ -81,6 +81,8 @@ def test_bad_nodes_of_before_the_last_progress_do_not_count():
     events = [bad("n7"), end("preempted", 1000, 1000), bad("n7"), end("preempted", 2000, 2000), bad("n7")]
     assert action(*events, max_exclusions=2) == "exclude"
     assert action(*events, bad("n7"), bad("n7"), max_exclusions=2) == "stop"
+    trained = [bad("n7") | {"step": 1000 * n, "checkpoint": 1000 * n} for n in range(1, 6)]  # lost after days each
+    assert action(*trained, max_exclusions=2) == "exclude"
 
 
 def test_what_preflight_finds_is_no_lack_of_progress():

@@ -84,8 +84,12 @@ def test_links_to_nowhere_and_to_folders_that_they_lie_in_are_left_out(tmp_path)
     folder = write(tmp_path / "sweep", {"sweep.yaml": b"", "run/metrics.jsonl": b"{}\n"})
     (folder / "run/code").symlink_to("../run.array/code")
     (folder / "run/self").symlink_to(folder)
+    (folder / "run/there").symlink_to("../back")  # in a circle of two
+    (folder / "back").mkdir()
+    (folder / "back/again").symlink_to("../run")
     write_archive(folder, tmp_path / ARCHIVE)
-    assert files(unpacked(tmp_path / ARCHIVE)) == {"sweep.yaml": b"", "run/metrics.jsonl": b"{}\n"}
+    found = files(unpacked(tmp_path / ARCHIVE))
+    assert found == dict.fromkeys(("run/metrics.jsonl", "back/again/metrics.jsonl"), b"{}\n") | {"sweep.yaml": b""}
 
 
 def test_a_shell_unpacks_it_by_the_command_that_is_told(tmp_path):

@@ -4,6 +4,7 @@ missing on one node alone."""
 from __future__ import annotations
 
 import errno
+import os
 
 import pytest
 import torch
@@ -55,11 +56,15 @@ def test_a_gpu_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu(monkeypatc
     driver.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     module._check_gpus()  # asked for
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     with pytest.raises(UserError, match="plt doctor"):
         module._check_gpus()
+    monkeypatch.setattr(torch.version, "cuda", None)
+    module._check_gpus()  # a CPU build was chosen
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     driver.unlink()
     module._check_gpus()
 
@@ -73,6 +78,8 @@ def test_fp32_is_not_tf32_whatever_an_image_sets(monkeypatch):
     def reached(parallel):
         raise ReachedError
 
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(module, "_check_gpus", lambda: None)
     monkeypatch.setattr(module, "_quiet_streams", lambda: None)
     monkeypatch.setattr("plt_megatron.runtime.process_groups.init_process_groups", reached)
     before = torch.get_float32_matmul_precision()
