@@ -10,7 +10,8 @@ import pytest
 
 from plt_megatron.experiments.study.rounds import StudyOptions, run_study
 from plt_megatron.experiments.sweep_report import write_report
-from plt_megatron.run_folder.archive import ARCHIVE
+from plt_megatron.run_folder.archive import ARCHIVE, unpacked
+from plt_megatron.run_folder.folder import RunFolder
 from tests.running import ROOT, run
 from tests.unit.project.test_sweep_benchmarks import load
 
@@ -26,7 +27,7 @@ def test_they_are_few_files_and_small():
     assert 40 < len(paths) <= 80 and sum(path.stat().st_size for path in paths) <= 5_000_000
 
 
-@pytest.mark.parametrize("archive", sorted(RESULTS.glob(f"*/{ARCHIVE}")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("archive", sorted(RESULTS.rglob(ARCHIVE)), ids=lambda path: path.parent.name)
 def test_archives_are_as_the_script_writes_them(archive):
     """Records alone, in order, without times and owners: archived again, they change only where records do."""
     with tarfile.open(archive) as packed:
@@ -37,7 +38,23 @@ def test_archives_are_as_the_script_writes_them(archive):
         entry.isfile() and (entry.mtime, entry.uid, entry.uname, entry.mode) == (0, 0, "", 0o644) for entry in entries
     )
     assert {Path(name).suffix for name in names} <= {".yaml", ".json", ".jsonl"}
-    assert sum(name.endswith("metrics.jsonl") for name in names) >= 7
+    assert sum(name.endswith("metrics.jsonl") for name in names) >= 6
+
+
+def test_leads_of_the_larger_models_are_those_of_their_records():
+    page = " ".join((RESULTS / "depth_gain/README.md").read_text().split())
+    runs = unpacked(RESULTS / "depth_gain/four_million" / ARCHIVE)
+    for row in ("plt-2", "plt-2_last_loop_global"):
+        for seed in (1, 2):
+            plain, looped = (
+                {
+                    record["step"]: record["loss"]
+                    for record in RunFolder(runs / f"{name}-seed{seed}").metrics().validation
+                }
+                for name in ("one_loop", row)
+            )
+            leads = [f"{plain[step] - looped[step]:.3f}" for step in sorted(plain)]
+            assert len(leads) == 5 and f"{', '.join(leads[:-1])} and {leads[-1]}" in page, (row, seed)
 
 
 @pytest.mark.parametrize("study", REPORTS)
