@@ -60,7 +60,7 @@ def _import(arguments: argparse.Namespace) -> None:
     checks.prepare_conversion()
     require("plt import", "transformers")
     checks.check_target(arguments.output)
-    if arguments.model.suffix.lower() == ".gguf":
+    if checks.is_gguf(arguments.model):
         require("reading a GGUF file", "gguf", "safetensors")
         if not arguments.model.is_file():
             raise UserError(f"{arguments.model}: no such file")

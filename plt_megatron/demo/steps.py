@@ -196,7 +196,7 @@ def run_step(step: Step, stamps: Path, number: int, total: int) -> Stamp:
         print("      already done", flush=True)
         return stamp
     if stamp is None or stamp.key != key or stamp.finished:
-        _remove([*step.outputs, *filter(None, [step.folder])])
+        _remove([step.folder] if step.folder else step.outputs)
         stamp = Stamp(key, finished=False, seconds=0.0, sizes={})
     _write(path, stamp)
     begun = time.monotonic()

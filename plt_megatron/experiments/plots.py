@@ -116,7 +116,7 @@ def _panel(quantity: _Quantity, runs: Sequence[RunMetrics]) -> Panel:
     limits: tuple[float, float] | None = None
     if quantity.field == "loss":
         limits = _loss_limits(runs)
-    elif not quantity.log and quantity.field not in ("loss_by_loops", "lr") and highest > 0 == lowest:
+    elif not quantity.log and quantity.field not in ("loss_by_loops", "lr") and lowest == 0 < highest:
         limits = (0, 1.08 * highest)  # keeps the curve off the frame
     log_y = quantity.log and highest > 0  # a scale that a diverged run's norms, which are no numbers, do not have
     return Panel(curves, TOKENS, quantity.unit, quantity.title, log_y=log_y, limits=limits, legend=8)

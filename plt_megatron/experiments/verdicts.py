@@ -165,10 +165,8 @@ def fit_laws(rows: Sequence[Row]) -> list[LoopLaw]:
         if not points:
             laws.append(LoopLaw(label, None, "no fit: no finished run"))
             continue
-        if (
-            len({data_key(r.fingerprint) for row in own for r in row.results if r.status == "used" and r.fingerprint})
-            > 1
-        ):
+        read = [r.fingerprint for row in own for r in row.results if r.status == "used" and r.fingerprint]
+        if len(set(map(data_key, read))) > 1:
             laws.append(LoopLaw(label, None, "no fit: its runs have read different data"))
             continue
         if len({(row.run.non_embedding_parameters, row.run.tokens) for row in own}) < len(own):

@@ -77,6 +77,11 @@ def check_hf_folder(folder: Path) -> None:
         raise UserError(f"{folder} has no {CONFIG}" if folder.is_dir() else f"{folder}: no such folder")
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether the file's name says that it is a GGUF file."""
+    return path.suffix.lower() == ".gguf"
+
+
 def check_export(folder: Path) -> None:
     """Raise `UserError` unless the folder looks like a Hugging Face folder."""
     if not (folder / CONFIG).is_file():

@@ -79,16 +79,16 @@ def _missing_end(run_records: Records, status: int) -> dict[str, Any]:
 def _nodes_that_left(output: Path | None, start: int) -> dict[str, str] | None:
     """Return the nodes whose launchers ended before the others, which srun then killed; none if all did. None: the
     others left because the first node's launcher was killed."""
-    found: dict[str, str] = {}
-    was_lost = False
+    ended: dict[str, int] = {}
     for line in last_lines(output, _SRUN_LINES, start) if output else ():
-        if ended := _EXITED.match(line):
-            was_lost |= int(ended[2]) == ExitStatus.NODE_LOST
-            if int(ended[2]) != ExitStatus.NODE_LOST:
-                found |= dict.fromkeys(expand_nodes(ended[1]), f"its launcher ended with status {ended[2]}")
-    if was_lost and not found:
+        if found := _EXITED.match(line):
+            ended |= dict.fromkeys(expand_nodes(found[1]), int(found[2]))
+    own = {node: status for node, status in ended.items() if status != ExitStatus.NODE_LOST}
+    if ended and not own:
         return None
-    return found if len(found) < len(read_allocation().nodes) else {}
+    if len(own) >= len(read_allocation().nodes):
+        return {}
+    return {node: f"its launcher ended with status {status}" for node, status in own.items()}
 
 
 def _outcome_without_record(folder: RunFolder, status: int) -> Outcome:

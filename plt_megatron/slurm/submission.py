@@ -144,7 +144,7 @@ class _Plan:
         options = self.options
         if options.array is not None:
             return [load_config(path, options.overrides) for path in arrays.config_paths(options.array)]
-        named = [setting("name", options.name)] if options.name else []  # quoted, so that it stays a string
+        named = [setting("name", options.name)] if options.name else []
         settings = [*options.overrides, *named]
         if options.branch_from is not None:
             return [branch_config(options.branch_from, settings, options.decay_steps)]

@@ -162,13 +162,13 @@ def _layers_in_bf16(fp8: Fp8Config) -> dict[str, int]:
 
 
 def _check_ends(config: RunConfig, fp8: Fp8Config) -> Iterator[str]:
-    layers = layout_of(config).fewest_stage_layers(config.model.num_layers)
-    for key, count in _layers_in_bf16(fp8).items():
+    layers, ends = layout_of(config).fewest_stage_layers(config.model.num_layers), _layers_in_bf16(fp8)
+    for key, count in ends.items():
         if count > layers:
             yield f"{key} {count} is more than the {layers} layers of a pipeline stage"
-    if sum(_layers_in_bf16(fp8).values()) >= config.model.num_layers:
-        ends = " + ".join(f"{key} {count}" for key, count in _layers_in_bf16(fp8).items())
-        yield f"{ends}: none of {config.model.num_layers} layers is left in FP8; set training.fp8=null"
+    if sum(ends.values()) >= config.model.num_layers:
+        named = " + ".join(f"{key} {count}" for key, count in ends.items())
+        yield f"{named}: none of {config.model.num_layers} layers is left in FP8; set training.fp8=null"
 
 
 def _check_card(fp8: Fp8Config, capability: Capability) -> Iterator[str]:

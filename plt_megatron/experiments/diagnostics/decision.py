@@ -10,10 +10,9 @@ from typing import Any, Literal
 import numpy as np
 
 from plt_megatron.experiments.diagnostics.diagnose import Diagnosis
-from plt_megatron.experiments.intervals import LEVEL
+from plt_megatron.experiments.intervals import FEW, LEVEL
 from plt_megatron.run_folder.text import plural
 
-FEW_SEQUENCES = 8
 RULE = "add a loop while the effective rank still rises; stop when it falls"
 Direction = Literal["rises", "falls", "undecided"]
 
@@ -125,7 +124,7 @@ def _signs(diagnosis: Diagnosis) -> Iterator[str]:
 def _cautions(diagnosis: Diagnosis, sequence_length: int, hidden_size: int) -> Iterator[str]:
     if diagnosis.sequences == 1:
         yield "A single sequence: no intervals, and nothing can be decided."
-    elif diagnosis.sequences < FEW_SEQUENCES:
+    elif diagnosis.sequences < FEW:
         yield f"{diagnosis.sequences} sequences are few for {LEVEL:.0%} intervals."
     if diagnosis.loop_count > 1:
         yield (

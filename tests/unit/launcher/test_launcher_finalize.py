@@ -128,20 +128,14 @@ def test_a_controller_that_is_away_does_not_end_a_chain(job, monkeypatch):
     assert job.asked == [] and not (job.run / "why.txt").exists()
 
 
-def test_a_bad_node_while_the_controller_is_away_ends_no_chain(job, monkeypatch):
+@pytest.mark.parametrize("is_away", [False, True], ids=["", "the controller is away"])
+def test_where_requeueing_is_forbidden_a_chain_outlasts_a_bad_node(is_away, job, monkeypatch):
     monkeypatch.setattr(client, "_TRIES", 1)
     job.settings(chain=3, requeue=False)
     job.pending.write_text("8 9")
     job.refuses.touch()
-    job.silent.touch()
-    assert job.ends(Outcome("node_failed", "n2: no space", bad_nodes={"n2": "no space"}), 76) == 76
-    assert job.asked == ["scontrol requeue 7"] and not (job.run / "why.txt").exists()
-
-
-def test_where_requeueing_is_forbidden_a_chain_outlasts_a_bad_node(job):
-    job.settings(chain=3, requeue=False)
-    job.pending.write_text("8 9")
-    job.refuses.touch()
+    if is_away:
+        job.silent.touch()
     assert job.ends(Outcome("node_failed", "n2: no space", bad_nodes={"n2": "no space"}), 76) == 76
     assert job.asked == ["scontrol requeue 7"] and not (job.run / "why.txt").exists()
 

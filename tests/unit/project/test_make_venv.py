@@ -196,16 +196,6 @@ def test_an_environment_whose_python_is_gone_is_made_anew(machine):
     assert (machine.venv / "bin" / "python").exists()
 
 
-def test_a_folder_that_is_no_environment_is_left_alone(machine):
-    machine.add_python("python3.13")
-    machine.venv.mkdir()
-    (machine.venv / "thesis.tex").write_text("years of work")
-    result = machine.run(str(machine.venv))
-    assert result.returncode == REFUSED
-    assert "is not a virtual environment" in one_line(result.stderr)
-    assert (machine.venv / "thesis.tex").exists()
-
-
 def test_a_failing_pip_shows_its_words_and_the_next_try_goes_on(machine):
     machine.add_python("python3.13")
     result = machine.run(str(machine.venv), FAKE_PIP="echo no space left on device; exit 1")
@@ -262,9 +252,10 @@ def test_without_a_home_a_python_is_found(machine):
     assert (result.returncode, result.stdout.strip(), result.stderr) == (0, str(expected), "")
 
 
-def test_serving_leaves_a_folder_that_is_no_environment_alone(tmp_path):
-    machine = Machine(tmp_path, SERVING)
-    machine.add_python("python3.11")
+@pytest.mark.parametrize(("name", "python"), [("tools", "python3.13"), ("serving", "python3.11")])
+def test_a_folder_that_is_no_environment_is_left_alone(name, python, tmp_path):
+    machine = Machine(tmp_path, SCRIPTS[name][0])
+    machine.add_python(python)
     machine.venv.mkdir()
     (machine.venv / "thesis.tex").write_text("years of work")
     result = machine.run(str(machine.venv))
