@@ -8,6 +8,7 @@ gathered once (with ZeRO, in each pass that has no room for the whole).
 from __future__ import annotations
 
 from plt_megatron.config import derived
+from plt_megatron.config.schema import ParallelConfig
 from plt_megatron.model.parameters import Sizes
 from plt_megatron.predict.activations import Activations
 from plt_megatron.predict.held import Stage
@@ -32,7 +33,7 @@ def communication_bytes(step: Step) -> dict[str, float]:
         + _whole_gradients(step, stage.layers),
         "pipeline": _pipeline(layout, config.model.loop_count) * shapes.hidden_bytes(),
         **_data_parallel(step, largest, layout.microbatches * len(ran) / len(stage.layers)),
-        "context parallel": layout.microbatches * sum(count * _context_run(run) for run, count in kinds),
+        "context parallel": layout.microbatches * sum(count * _context_run(run, config.parallel) for run, count in kinds),
         "expert parallel": layout.microbatches * _most_expert_runs(step) * _expert_layer(step),
         "matrix updates": _share(layout.tensor) * FP32 * largest.dense.busiest(lambda each: each.gathered),
     }
@@ -156,26 +157,28 @@ def _whole_gradients(step: Step, layers: range) -> float:
     return 2 * _share(step.layout.tensor) * FP32 * sum(number for _, number in at_once)
 
 
-def _context_run(run: Activations) -> float:
+def _context_run(run: Activations, parallel: ParallelConfig) -> float:
     """Return the traffic of K and V in one run of a layer and microbatch.
 
-    Transformer Engine sends them around a ring in every loop, and their gradients too in the backward pass. With packed
-    documents, or in a loop that attends to a window alone, ranks exchange rows for heads, also of queries and outputs.
-    The torch backend gathers K and V (once for all loops if shared, and again to recompute core attention) and reduces
-    their gradients. The few rows before a rank's own, needed for its window, are left out.
+    Transformer Engine sends them in each attention, as `cp_comm_type` and `window_cp_comm_type` say: around a ring or
+    gathered, and once more in the backward pass with their gradients; or exchanging rows for heads (`a2a`), also of
+    queries and outputs. With packed documents the shared K and V are exchanged once for all loops. The torch backend
+    gathers K and V (once for all loops if shared, and again to recompute core attention) and reduces their gradients.
+    The few rows before a rank's own, needed for its window, are left out.
     """
-    layout, again = run.layout, run.layout.recompute == "full" or "core_attn" in run.recomputed
-    passes = 3 if again else 2
     if run.local and not run.te:
         return 0.0
+    layout, again = run.layout, run.layout.recompute == "full" or "core_attn" in run.recomputed
+    passes, rows = 3 if again else 2, run.tokens * run.channels * run.element
     reads_first_loop = run.part == "later" and run.shares_kv
-    own_values = not (reads_first_loop and run.shares_values)
-    if run.te and (run.documents or run.local):
-        heads = 2 * (run.heads + run.groups)
-        if reads_first_loop:
-            heads = 2 * run.heads + own_values * run.groups + run.gated * heads
-        return passes * heads * _share(layout.context) * run.tokens * run.channels * run.element
-    others = (layout.context - 1) * run.tokens * run.groups * run.channels * run.element
-    if run.te:
-        return (passes + 1) * 2 * others
-    return passes * ((not reads_first_loop) + own_values) * others
+    own = (not reads_first_loop) + (not (reads_first_loop and run.shares_values))  # of K and V
+
+    def exchanged(kind: str, tensors: int) -> float:
+        if kind == "a2a":
+            return passes * (2 * run.heads + tensors * run.groups) * _share(layout.context) * rows
+        return (passes + run.te) * tensors * (layout.context - 1) * run.groups * rows
+
+    if not run.te:
+        return exchanged("all_gather", own)
+    full = 0.0 if run.local else exchanged(parallel.cp_comm_type, own if run.documents else 2)
+    return full + (exchanged(parallel.window_cp_comm_type, 2) if run.windowed else 0.0)

@@ -277,8 +277,9 @@ def overhead_of_a_step(packed: bool, **model: Any) -> Overhead:
 
 
 def exchanged_and_estimated(layout: Layout, case: Case) -> tuple[float, float]:
-    """Bytes that a rank sends in a step to exchange rows for heads, and what the estimate says of them."""
+    """Bytes that a rank sends to the ranks of its sequences in a step, and what the estimate says of them."""
     import torch.distributed as dist
+    from megatron.core import parallel_state
 
     from plt_megatron.predict.run_estimate import estimate_run
     from plt_megatron.runtime.process_groups import init_process_groups
@@ -286,15 +287,37 @@ def exchanged_and_estimated(layout: Layout, case: Case) -> tuple[float, float]:
     from tests.distributed import parity
 
     init_process_groups(parity._parallel(layout, case))
-    config, sent, exchange = parity._config(layout, case), [], dist.all_to_all_single
+    config, sent = parity._config(layout, case), []
+    real = {name: getattr(dist, name) for name in ("all_to_all_single", "P2POp")}
+    real |= {name: getattr(dist, name) for name in ("all_gather_into_tensor", "reduce_scatter_tensor")}
 
-    def counted(output: Any, rows: Any, *args: Any, **kwargs: Any) -> Any:
-        if not any(args) and kwargs.get("input_split_sizes") is None:  # neighbors' rows have unequal parts
-            sent.append(rows.numel() * rows.element_size() * (layout.cp - 1) / layout.cp)
-        return exchange(output, rows, *args, **kwargs)
+    def count(tensor: Any, group: Any, times: float) -> None:
+        if group is parallel_state.get_context_parallel_group():
+            sent.append(tensor.numel() * tensor.element_size() * times)
+
+    def all_to_all_single(output: Any, rows: Any, *args: Any, **kwargs: Any) -> Any:
+        if not any(args[:2]) and kwargs.get("input_split_sizes") is None:  # neighbors' rows have unequal parts
+            count(rows, args[2] if len(args) > 2 else kwargs["group"], (layout.cp - 1) / layout.cp)
+        return real["all_to_all_single"](output, rows, *args, **kwargs)
+
+    def message(op: Any, tensor: Any, peer: Any, group: Any) -> Any:
+        count(tensor, group, op is dist.isend)
+        return real["P2POp"](op, tensor, peer, group)
+
+    def all_gather_into_tensor(output: Any, rows: Any, group: Any = None, **kwargs: Any) -> Any:
+        count(rows, group, layout.cp - 1)
+        return real["all_gather_into_tensor"](output, rows, group=group, **kwargs)
+
+    def reduce_scatter_tensor(output: Any, rows: Any, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+        count(rows, group, (layout.cp - 1) / layout.cp)
+        return real["reduce_scatter_tensor"](output, rows, *args, group=group, **kwargs)
 
     engine = MegatronEngine(config, parity.VOCAB_SIZE)
-    with mock.patch.object(dist, "all_to_all_single", counted):
+    counted = (all_to_all_single, all_gather_into_tensor, reduce_scatter_tensor)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(dist, "P2POp", message))
+        for function in counted:
+            stack.enter_context(mock.patch.object(dist, function.__name__, function))
         engine.train_step(parity._batches(0, layout, case))
     estimate = estimate_run(config, world_size=layout.world_size, vocab_size=parity.VOCAB_SIZE)
     return sum(sent), estimate.communication["context parallel"]

@@ -211,6 +211,17 @@ def test_offloading_takes_time_for_memory():
     assert plain.peak_memory_bytes > optimizer.peak_memory_bytes > weights.peak_memory_bytes
 
 
+@pytest.mark.parametrize("kind", ["p2p", "all_gather", "a2a"])
+@pytest.mark.parametrize("window_kind", ["all_gather", "a2a"])
+def test_context_parallel_traffic_of_each_exchange(kind, window_kind):
+    """Two loops of eight layers, the later with a window beside the full attention, on two ranks of Transformer Engine."""
+    config = run(context_parallel_size=2, cp_comm_type=kind, window_cp_comm_type=window_kind)
+    head = 128 * 64 * 2  # bytes of one head in a rank's rows
+    of_kind = {"a2a": 2 * (8 + 4 + 4 + 8) / 2 * head, "p2p": 3 * (4 + 4) * head, "all_gather": 3 * (4 + 4) * head}
+    sent = estimate_run(config, world_size=2).communication["context parallel"]
+    assert sent == 32 * 8 * (2 * of_kind[kind] + of_kind[window_kind])
+
+
 def test_a_pipeline_runs_at_its_slowest_stages_pace():
     """Of layers alone one of 5 is 5/4 as slow as one of 4; the last stage has the head, too."""
     small = {"vocab_size": 8, "make_vocab_size_divisible_by": 8}  # its head is nothing
