@@ -33,7 +33,8 @@ def communication_bytes(step: Step) -> dict[str, float]:
         + _whole_gradients(step, stage.layers),
         "pipeline": _pipeline(layout, config.model.loop_count) * shapes.hidden_bytes(),
         **_data_parallel(step, largest, layout.microbatches * len(ran) / len(stage.layers)),
-        "context parallel": layout.microbatches * sum(count * _context_run(run, config.parallel) for run, count in kinds),
+        "context parallel": layout.microbatches
+        * sum(count * _context_run(run, config.parallel) for run, count in kinds),
         "expert parallel": layout.microbatches * _most_expert_runs(step) * _expert_layer(step),
         "matrix updates": _share(layout.tensor) * FP32 * largest.dense.busiest(lambda each: each.gathered),
     }

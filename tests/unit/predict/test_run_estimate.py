@@ -214,7 +214,7 @@ def test_offloading_takes_time_for_memory():
 @pytest.mark.parametrize("kind", ["p2p", "all_gather", "a2a"])
 @pytest.mark.parametrize("window_kind", ["all_gather", "a2a"])
 def test_context_parallel_traffic_of_each_exchange(kind, window_kind):
-    """Two loops of eight layers, the later with a window beside the full attention, on two ranks of Transformer Engine."""
+    """Two loops of eight layers on two ranks of Transformer Engine, the later with a window beside full attention."""
     config = run(context_parallel_size=2, cp_comm_type=kind, window_cp_comm_type=window_kind)
     head = 128 * 64 * 2  # bytes of one head in a rank's rows
     of_kind = {"a2a": 2 * (8 + 4 + 4 + 8) / 2 * head, "p2p": 3 * (4 + 4) * head, "all_gather": 3 * (4 + 4) * head}
