@@ -57,7 +57,6 @@ from plt_megatron.run_folder.text import format_duration, format_table, plural
 from plt_megatron.runtime.local_processes import die_with_parent, local_gpus, signals_handled, usable_cores
 from plt_megatron.slurm import submission
 from plt_megatron.slurm.profile import ClusterProfile, load_profile
-from plt_megatron.slurm.submission import Options
 
 LIST = "array.txt"
 TRAIN = (sys.executable, "-m", "plt_megatron", "train")
@@ -308,7 +307,7 @@ def run_sweep(path: str, settings: Sequence[str], options: RunOptions) -> int:
         print(describe(plan, states))
         print(describe_time(plan, todo, sweep, options), flush=True)
         if options.dry_run:
-            return _dry_run(plan, todo, sweep, options)
+            return dry_run(plan, todo, options, makes_corpus=sweep.demo_corpus is not None)
         finished = [run for run in plan.runs if states[run.name] == "finished"]
         note_finished(finished)
         if todo and sweep.demo_corpus is not None:
@@ -331,10 +330,13 @@ def check_run_files(runs: Sequence[PlannedRun]) -> None:
         raise UserError("\n".join(problems))
 
 
-def _dry_run(plan: SweepPlan, todo: Sequence[PlannedRun], sweep: SweepFile, options: RunOptions) -> int:
-    """After the plan, print what this machine lacks for a real run; if nothing, do the cluster's checks."""
+def dry_run(plan: SweepPlan, todo: Sequence[PlannedRun], options: RunOptions, *, makes_corpus: bool) -> int:
+    """After the plan, print what this machine lacks for a real run; if nothing, do the cluster's checks.
+
+    `makes_corpus`: a real run makes the files that are missing.
+    """
     problems = run_file_problems(todo)
-    for problem in problems if sweep.demo_corpus is None else []:
+    for problem in [] if makes_corpus else problems:
         print(f"note: {problem}")
     if options.submit is not None and todo:
         if problems:
@@ -403,9 +405,7 @@ def _paper_time(todo: Sequence[PlannedRun], options: RunOptions) -> str:
     """Estimate the time before anything is measured. Finished parts of runs are not subtracted."""
     from plt_megatron.predict.run_estimate import estimate_run
 
-    gpu = options.gpu or ("cpu" if options.submit is None else _card_of(options.submit))
-    if gpu is None:
-        return "on a cluster without GPUs, where only plt submit estimates times"
+    gpu = card_of(options)
     estimates = [estimate_run(run.config, gpu=gpu, vocab_size=run.vocab) for run in todo]
     if options.submit is not None:
         hours = sum(estimate.gpu_hours for estimate in estimates)
@@ -417,9 +417,11 @@ def _paper_time(todo: Sequence[PlannedRun], options: RunOptions) -> str:
     return f"estimated {format_duration(seconds)} ({means}; from measured speed once a run has started)"
 
 
-def _card_of(submit: Options) -> str | None:
-    """Return the card of a cluster's profile, or a default if it names none; None if the runs get no GPUs."""
-    profile = load_profile(submit.cluster) if submit.cluster else ClusterProfile()
-    if submit.gpus_per_node is None and (profile.gpus_per_node == 0 or profile.processes_per_node):
-        return None
+def card_of(options: RunOptions) -> str:
+    """Return the card to estimate times for: the one given, the cluster's, or this machine's CPU."""
+    if options.gpu is not None or options.submit is None:
+        return options.gpu or "cpu"
+    profile = load_profile(options.submit.cluster) if options.submit.cluster else ClusterProfile()
+    if options.submit.gpus_per_node is None and (profile.gpus_per_node == 0 or profile.processes_per_node):
+        return "cpu"
     return profile.gpu or "h100"

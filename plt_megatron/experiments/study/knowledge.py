@@ -134,9 +134,9 @@ def _sources(results: Sequence[RunResult]) -> list[str]:
     return list(names) if len(names) > 1 else []
 
 
-def priced_arms(grid: Grid, rates: Mapping[Wiring, float], gpu: str | None) -> list[GridArm]:
-    """Return the arms with their training seconds per token, as measured, else as estimated for `gpu` (None: one core
-    of this machine's CPU)."""
+def priced_arms(grid: Grid, rates: Mapping[Wiring, float], gpu: str) -> list[GridArm]:
+    """Return the arms with their training seconds per token, as measured, else as estimated for `gpu` (`cpu`: one
+    core of this machine)."""
     usual = statistics.median(rates.values()) if rates else None
     prices: dict[tuple[str, str, int], float] = {}
     priced = []
@@ -147,7 +147,7 @@ def priced_arms(grid: Grid, rates: Mapping[Wiring, float], gpu: str | None) -> l
             if rate is not None:
                 prices[model] = flops_per_token(arm.config, arm.vocab) / rate
             else:
-                estimate = estimate_run(arm.config, gpu=gpu or "cpu", vocab_size=arm.vocab)
+                estimate = estimate_run(arm.config, gpu=gpu, vocab_size=arm.vocab)
                 prices[model] = estimate.step_seconds / derived.tokens_per_step(arm.config)
         priced.append(dataclasses.replace(arm, seconds_per_token=prices[model]))
     return priced

@@ -24,7 +24,7 @@ from plt_megatron.experiments.study.design import Arm, Design, choose_runs, esti
 from plt_megatron.experiments.study.grid import Grid, GridArm, is_ready, make_grid, seconds_of, source_of
 from plt_megatron.experiments.study.knowledge import Knowledge, learn, priced_arms
 from plt_megatron.experiments.study.report import write_report
-from plt_megatron.experiments.sweep import RunOptions, check_run_files, launch, submit_dry
+from plt_megatron.experiments.sweep import RunOptions, card_of, check_run_files, dry_run, launch
 from plt_megatron.experiments.sweep_plan import (
     PlannedRun,
     SweepPlan,
@@ -105,7 +105,7 @@ class _Study:
                 print(f"{ended}: there is nothing to run")
             if ended or options.report_only:
                 break
-            arms = priced_arms(self.grid, known.rates, options.gpu or ("h100" if options.submit is not None else None))
+            arms = priced_arms(self.grid, known.rates, card_of(options))
             design = self._design(plan, known, arms)
             number = _rounds(plan) + 1
             print(self._describe(design, arms, number, known), flush=True)
@@ -255,9 +255,7 @@ class _Study:
 
     def _dry_run(self, plan: SweepPlan, runs: Sequence[PlannedRun]) -> int:
         ready = [run for run in runs if is_ready(run)]
-        if self.options.submit is not None and ready:
-            submit_dry(plan, ready, self.options.submit)
-        return ExitStatus.FINISHED
+        return dry_run(plan, ready, self.options, makes_corpus=self.study.demo_corpus is not None)
 
     def _report(self, plan: SweepPlan, known: Knowledge, ended: str) -> None:
         page = write_report(self.grid, plan, known, ended)

@@ -166,6 +166,21 @@ def test_a_dry_run_leaves_nothing(tmp_path, capsys):
     assert not (tmp_path / "studies").exists() and "round 1 of at most 3" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("profile", "card"), [("gpu: a100\n", "a100"), ("processes_per_node: 2\n", "cpu"), ("{}", "h100")]
+)
+def test_a_budget_buys_at_the_clusters_prices(tmp_path, monkeypatch, capsys, profile, card):
+    """As it does with the card given by name; the data may be missing."""
+    path, cluster = write_study(tmp_path), tmp_path / "mine.yaml"
+    cluster.write_text(profile)
+    monkeypatch.setattr(sweep, "run_file_problems", lambda runs: ["no data"])
+    for named in (None, card):
+        options = StudyOptions(dry_run=True, submit=Options(config=None, cluster=str(cluster)), gpu=named)
+        assert run_study(str(path), settings(tmp_path, "budget=30min"), options) == 0
+    said = capsys.readouterr().out
+    assert said[: len(said) // 2] == said[len(said) // 2 :] and "note: no data" in said
+
+
 def test_a_budget_too_small_for_a_law_says_so(tmp_path, capsys):
     path = write_study(tmp_path)
     assert run_study(str(path), settings(tmp_path, "budget=0.0001h"), StudyOptions(dry_run=True)) == 0
@@ -205,7 +220,7 @@ def test_on_a_cluster_a_run_that_was_given_up_is_left_out_until_it_is_asked_for(
     path, (trunk, branch, other, last) = begin(tmp_path)
     submitted: list[list[str]] = []
     checked: list[list[str]] = []
-    for module, name, noted in ((sweep, "submit", submitted), (rounds, "submit_dry", checked)):
+    for module, name, noted in ((sweep, "submit", submitted), (sweep, "submit_dry", checked)):
         monkeypatch.setattr(module, name, lambda plan, runs, options, to=noted: to.append([run.name for run in runs]))
 
     def call(**options) -> int:
@@ -278,7 +293,7 @@ def test_a_dry_run_says_what_is_left_and_writes_nothing(tmp_path, monkeypatch, t
     assert said.startswith("round 1 of at most 1, left to run: 3 of 4 runs\n")
     assert re.search(r"every-s-1x-seed1 +1.28k\nevery-s-1x-seed2 +5.12k, 1.28k\n", said)
     checked: list[list[str]] = []
-    monkeypatch.setattr(rounds, "submit_dry", lambda plan, runs, options: checked.append([r.name for r in runs]))
+    monkeypatch.setattr(sweep, "submit_dry", lambda plan, runs, options: checked.append([r.name for r in runs]))
     on_slurm = StudyOptions(submit=Options(config=None), dry_run=True, gpu="cpu")
     assert run_study(str(path), settings(tmp_path, *ONE_ROUND), on_slurm) == 0
     assert checked == [[branch.name, other.name]]
