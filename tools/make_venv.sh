@@ -102,6 +102,7 @@ install() {
     if [ -n "$system_torch" ]; then
         printf 'torch==%s\n' "$system_torch" >"$venv/keep.txt"
         extra_args=(--constraint "$venv/keep.txt")
+        unset PIP_CONSTRAINT # in NGC's images: all of their packages
         say "keeping this machine's torch $system_torch and Transformer Engine"
     elif "$venv/bin/python" -c 'import torch' 2>/dev/null; then
         say "updating $venv"

@@ -122,6 +122,7 @@ def _submit(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
         [option for option in options if option not in arguments.overrides],
         following,
         prefix,
+        reads=[*((f"--input {path}", path) for path in arguments.inputs), ("--tokenizer", arguments.tokenizer)],
         cluster=arguments.cluster,
         nodes=nodes,
         time=arguments.time,

@@ -207,11 +207,11 @@ def _unpack_hint(folder: Path) -> str:
 def _find_runs(folder: Path, on_unreadable: Callable[[OSError], None]) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{folder} not found: name run folders, or give --output-dir")
-    found = []
-    for at, folders, files in folder.walk(on_error=on_unreadable):
+    found: dict[Path, Path] = {}  # by the real path, since a link may lead to a run that is here too
+    for at, folders, files in folder.walk(on_error=on_unreadable, follow_symlinks=True):
         is_run = CONFIG in files
         if is_run:
-            found.append(at)
+            found.setdefault(at.resolve(), at)
         below = [] if is_run or len(at.relative_to(folder).parts) == _DEPTH else folders
         folders[:] = sorted(folders_with_runs(below, files))
-    return found
+    return list(found.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import warnings
 
 from plt_megatron.config.rules.fp8 import AMAX_HISTORY_LENGTH
@@ -37,6 +38,9 @@ def set_cuda_environment(config: RunConfig) -> None:
     for name, value in cuda_environment(config).items():
         if name != ALLOCATOR or ALLOCATOR_TOO not in os.environ:
             os.environ.setdefault(name, value)
+    if not os.access(os.path.expanduser("~"), os.W_OK):  # as in a container without one, where Triton's cache would be
+        cache = os.path.join(tempfile.gettempdir(), f"triton-{os.getuid()}")
+        os.environ.setdefault("TRITON_CACHE_DIR", cache)
 
 
 def check_environment() -> None:

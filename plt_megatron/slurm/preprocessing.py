@@ -18,6 +18,7 @@ from plt_megatron.slurm.profile import ClusterProfile, SbatchOptions, complete, 
 from plt_megatron.slurm.resources import resolve
 from plt_megatron.slurm.run_files import active_jobs, advice, job_name, jobs_of, snapshot_code, working_directory
 from plt_megatron.slurm.script import Array, Script
+from plt_megatron.slurm.start_checks import unseen
 
 _TEMPLATE = Path(__file__).with_name("preprocess.sbatch")
 _FOLLOWING_SECONDS = 4 * 3600  # joining and the sample index read the index, 20 bytes per document, and no tokens
@@ -29,6 +30,7 @@ def submit_preprocessing(
     following: Mapping[str, Sequence[str]],
     output_prefix: str,
     *,
+    reads: Sequence[tuple[str, str]] = (),
     cluster: str,
     nodes: int,
     time: str | None = None,
@@ -42,17 +44,23 @@ def submit_preprocessing(
         arguments: arguments of `plt preprocess`, without `--shard` and `--workers`.
         following: arguments of each `plt preprocess` that follows, one after another, by the names of their scripts.
         output_prefix: prefix of the source's files.
+        reads: paths that the jobs read, each after its name.
         cluster: name of the profile.
         nodes: number of array members, each on its own node.
         time: time limit of each job; None: the profile's.
         workers: processes per member; None: all of a node's CPUs.
 
     Raises:
-        UserError: profile, options or partition do not fit, earlier jobs of this output are active, or Slurm refuses.
+        UserError: profile, options or partition do not fit, the profile's container does not see a path, earlier jobs
+            of this output are active, or Slurm refuses.
     """
     profile = complete(load_profile(cluster), SbatchOptions())
     profile = replace(profile, gpus_per_node=None, processes_per_node=1, cpus_per_process=workers)
     folder = Path(os.path.normpath(working_directory() / f"{output_prefix}{SUFFIX}"))
+    if profile.container is not None and (
+        problems := unseen(reads, profile.container, [working_directory(), folder.parent])
+    ):
+        raise UserError("\n".join(problems))
     for job in jobs_of(folder, active_jobs()):
         raise UserError(advice(folder, job))
     settings = _settings(profile, job_name(folder, folder.stem), profile.limit_seconds(time))

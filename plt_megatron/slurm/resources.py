@@ -17,6 +17,7 @@ from plt_megatron.slurm.profile import ClusterProfile
 _ASSUMED_GPUS = 8  # if neither option, profile nor Slurm gives a number; only with --dry-run
 _ASSUMED_CPUS = 8  # per process, likewise
 _DEFAULT_CARD = "h100"
+_SLICE = re.compile(r"\d+g\.\d+gb")  # of a GPU (MIG)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,9 @@ def resolve(
     there = chosen.groups if chosen else ()
     groups = [each for each in there if each.gpus >= gpu_count and gpu_type in (None, *each.gpu_types)]
     cpus = profile.cpus_per_process or _share_of_cpus(groups, processes, gpu_count)
+    types = _types(gpu_type, groups)
+    if gpu_count > 1 and types and all(map(_SLICE.search, types)):
+        problems.append(f"{gpu_count} GPUs per node: CUDA shows a process one slice of a GPU; ask for {types[0]}:1")
     if chosen is not None:
         too_large = _size_problems(chosen, groups, nodes, gpu_count, gpu_type)
         guessed = guessed or bool(too_large)
@@ -202,10 +206,20 @@ def _card(
         return "cpu"
     if profile.gpu is not None:
         return profile.gpu
-    types = [gpu_type] if gpu_type else sorted({kind for group in groups for kind in group.gpu_types})
-    for kind in types:
+    for kind in _types(gpu_type, groups):
         for card in sorted(card_names(), key=len, reverse=True):
-            if kind.lower().replace("_", "-").removeprefix("nvidia-").startswith(card):
+            if _names(kind, card):
                 return card
     notes.append(f"assuming {_DEFAULT_CARD.upper()} GPUs: set gpu in the cluster's profile")
     return _DEFAULT_CARD
+
+
+def _types(gpu_type: str | None, groups: Sequence[NodeGroup]) -> list[str]:
+    return [gpu_type] if gpu_type else sorted({kind for group in groups for kind in group.gpu_types})
+
+
+def _names(kind: str, card: str) -> bool:
+    """Whether Slurm's type, as `a100_40` or `nvidia_a100-sxm4-40gb`, names this card, and no slice of it."""
+    words, (family, *variant) = re.split("[_-]", kind.lower()), card.split("-")
+    is_family = any(re.match(rf"{family}(?!\d)", word) for word in words)
+    return is_family and set(variant) <= {*words, *(f"{word}gb" for word in words)} and not _SLICE.search(kind)

@@ -6,7 +6,7 @@ Only headers and manifests of the data are read.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,17 +102,27 @@ def mount_problems(config: RunConfig, container: Container, mounted: Sequence[Pa
     Args:
         mounted: folders that are mounted in addition to the profile's.
     """
+    sources = dict.fromkeys(part for path in _paths(config.data) for part in _parts(path))
+    read = [(f"data source {path}", path) for path in sources]
+    named = {
+        "data.tokenizer": config.data.tokenizer,
+        "data.index_cache": config.data.index_cache,
+        "checkpoint.load": config.checkpoint.load,
+        "evaluation.include_path": config.evaluation and config.evaluation.include_path,
+    }
+    read += [(f"{key} {value}", value) for key, value in named.items() if value and not is_url(value)]
+    read += [(f"{key} {url}", url[7:]) for key, url in destinations(config) if protocol_of(url) == "file"]
+    return unseen(read, container, mounted)
+
+
+def unseen(paths: Iterable[tuple[str, str]], container: Container, mounted: Sequence[Path]) -> list[str]:
+    """List those of the given paths, each after its name, that the container cannot see, one line each."""
     visible = list(mounted)
     for mount in container.mounts:
         visible.append(Path(os.path.expandvars(mount.split(":")[1] if ":" in mount else mount)))
-    sources = dict.fromkeys(part for path in _paths(config.data) for part in _parts(path))
-    read = [(f"data source {path}", path) for path in sources]
-    for key, value in (("data.tokenizer", config.data.tokenizer), ("checkpoint.load", config.checkpoint.load)):
-        read += [(f"{key} {value}", value)] if value and not is_url(value) else []
-    read += [(f"{key} {url}", url[7:]) for key, url in destinations(config) if protocol_of(url) == "file"]
     return [
         f"{what} is not in a folder that the container sees: add one to container.mounts of the cluster's profile"
-        for what, path in read
+        for what, path in paths
         if not _is_seen(Path(os.path.abspath(path)), visible)
     ]
 

@@ -159,10 +159,6 @@ class Metrics(Callback):
         """Open the files, and remove what an earlier attempt wrote after this step."""
         logging, folder = self.run.config.logging, self.run.folder
         folder.path.mkdir(parents=True, exist_ok=True)
-        if logging.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(folder.tensorboard))
         if logging.wandb_project is not None:
             self._wandb = self._open_wandb(logging.wandb_project)
         self._rewind()
@@ -172,7 +168,14 @@ class Metrics(Callback):
         self._rewind()
 
     def _rewind(self) -> None:
-        json_lines.rewind(self._path, lambda record: record["step"] <= self.run.clock.step)
+        step = self.run.clock.step
+        json_lines.rewind(self._path, lambda record: record["step"] <= step)
+        if self.run.config.logging.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            if self._board is not None:
+                self._board.close()
+            self._board = SummaryWriter(str(self.run.folder.tensorboard), purge_step=step + 1)
 
     def on_record(self, record: dict[str, Any]) -> None:
         json_lines.append(self._path, record)

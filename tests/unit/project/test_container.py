@@ -108,7 +108,8 @@ PYTHON = """#!/bin/sh
 # Stands for an image's Python: says which versions there are, and keeps what pip is asked for.
 case "$1 $2" in
 "- ") printf 'torch==2.10.0a0+b558c98\\ntransformer-engine==2.9.0\\n' ;;
-"-m pip") printf '%s\\n' "$@" >"$KEPT/arguments"; cp "$9" "$KEPT/constraint"; exit "${PIP_FAILS:-0}" ;;
+"-m pip") printf '%s\\n' "$@" >"$KEPT/arguments"; cp "$9" "$KEPT/constraint"
+  echo "${PIP_CONSTRAINT-}" >"$KEPT/others"; exit "${PIP_FAILS:-0}" ;;
 "-c "*) exit "${IMPORT_FAILS:-0}" ;;
 esac
 """
@@ -119,10 +120,12 @@ def test_the_bases_torch_stays(tmp_path, failure):
     (tmp_path / "python3").write_text(PYTHON)
     (tmp_path / "python3").chmod(0o755)
     variables = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "KEPT": str(tmp_path)}
+    variables["PIP_CONSTRAINT"] = "/etc/pip/constraint.txt"  # of NGC's images: the versions of all packages
     variables |= {failure: "3"} if failure else {}
     done = subprocess.run(["bash", FOLDER / "install.sh"], cwd="/", env=variables, capture_output=True, check=False)
     assert done.returncode == (3 if failure else 0), done.stderr
     assert (tmp_path / "constraint").read_text() == "torch==2.10.0a0+b558c98\ntransformer-engine==2.9.0\n"
+    assert (tmp_path / "others").read_text() == "\n"
     installed = (tmp_path / "arguments").read_text().splitlines()[-1]
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     wanted = set(installed.removeprefix(".[").removesuffix("]").split(","))

@@ -2,6 +2,7 @@
 
 import os
 import re
+import tempfile
 
 import pytest
 
@@ -76,6 +77,16 @@ def test_the_user_s_allocator_settings_stay_under_both_their_names(unset, monkey
         ALLOCATOR_TOO: None,
         name: "max_split_size_mb:512",
     }
+
+
+@pytest.mark.parametrize("own", [None, "/mine"])
+def test_triton_compiles_where_there_is_no_home(unset, monkeypatch, own):
+    monkeypatch.setenv("HOME", "/nosuch")
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    if own:
+        monkeypatch.setenv("TRITON_CACHE_DIR", own)
+    set_cuda_environment(RunConfig())
+    assert os.environ["TRITON_CACHE_DIR"] == (own or f"{tempfile.gettempdir()}/triton-{os.getuid()}")
 
 
 def test_what_the_user_has_set_stays(unset, monkeypatch):

@@ -105,11 +105,16 @@ def test_a_run_that_another_job_trains_is_left_alone(run_with, monkeypatch):
     assert run_with()[:2] == (78, [])
 
 
-def test_without_python_the_script_itself_writes_why(run_with, folder, monkeypatch):
-    monkeypatch.setattr("sys.executable", "/nosuch/python")
+@pytest.mark.parametrize("there", [False, True], ids=["missing", "of another machine"])
+def test_without_python_the_script_itself_writes_why(run_with, folder, monkeypatch, there):
+    python = folder / "python"
+    monkeypatch.setattr("sys.executable", str(python))
+    if there:
+        python.write_text("#!/bin/sh\necho version GLIBC_2.34 not found >&2\nexit 1\n")
+        python.chmod(0o755)
     assert run_with(setup=["exit 3"])[:2] == (2, [])
     why = (folder / "runs" / "try" / "why.txt").read_text()
-    assert "at: exit 3" in why and "/nosuch/python" in why
+    assert "at: exit 3" in why and str(python) in why
 
 
 def test_a_job_told_to_leave_while_it_is_set_up_leaves(folder, slurm, checkout, job):

@@ -20,9 +20,10 @@ from plt_megatron.data.joining import join
 from plt_megatron.errors import UserError
 from plt_megatron.launcher.job import JobSettings, load_settings, save_settings
 from plt_megatron.slurm import checks
-from plt_megatron.slurm.client import parse_duration, partitions, time_option
+from plt_megatron.slurm.client import NodeGroup, Partition, parse_duration, partitions, time_option
 from plt_megatron.slurm.preprocessing import submit_preprocessing
 from plt_megatron.slurm.profile import ClusterProfile, Container, load_profile
+from plt_megatron.slurm.resources import resolve
 from plt_megatron.slurm.script import TEMPLATE, Array, Script, expandable
 from tests.unit.storage.test_upload_copies import a_checkpoint
 
@@ -193,6 +194,8 @@ def test_data_outside_of_a_containers_mounts_is_refused(folder, slurm):
     for path, named in (("data/joined", f"{elsewhere}/corpus"), ("linked/corpus", f"{folder}/linked/corpus")):
         (line,) = refusal(f"data.sources=[{{path: {folder}/{path}}}]", cluster="./c.yaml")
         assert named in line and "container.mounts" in line
+    (line,) = refusal(f"data.index_cache={elsewhere}", cluster="./c.yaml")
+    assert f"data.index_cache {elsewhere}" in line and "container.mounts" in line
     settings = (f"checkpoint.uploads.to=file://{elsewhere}", "checkpoint.load=s3://bucket/run")
     lines = refusal(*settings, "checkpoint.weights_only=true", cluster="./c.yaml")
     (line,) = [line for line in lines if line.startswith("checkpoint.")]
@@ -308,10 +311,36 @@ def test_the_card_is_slurms_name_for_it(folder, slurm, capsys):
     assert "assuming H100 GPUs" in shown and "H100: " in shown
 
 
-def test_a_slice_of_a_card_is_a_type(folder, slurm):
+@pytest.mark.parametrize(
+    ("kind", "card"),
+    [
+        ("nvidia_l40", None),
+        ("l40s", "L40S"),
+        ("nvidia_l4", "L4"),
+        ("a100l", "A100"),
+        ("nvidia_a100-sxm4-80gb", "A100"),
+        ("nvidia_a100-sxm4-40gb", "A100-40GB"),
+        ("a100_40", "A100-40GB"),
+        ("nvidia_h100_pcie", "H100-PCIE"),
+        ("nvidia_h100_80gb_hbm3", "H100"),
+        ("nvidia_h100_80gb_hbm3_1g.10gb", None),
+    ],
+)
+def test_types_as_slurm_and_nvml_spell_them(kind, card):
+    group = NodeGroup(count=1, cpus=64, memory_mib=2_000_000, gpus=1, gpu_types=(kind,))
+    there = Partition("main", True, "up", None, (group,))
+    found, problems = resolve(ClusterProfile(), [there], nodes=1, seconds=60, gpus=None)
+    assert not problems and found.card == (card or "H100").lower()
+    assert any("assuming" in note for note in found.notes) == (card is None)
+
+
+def test_a_slice_of_a_card_is_a_type_of_which_a_job_gets_one(folder, slurm):
     slurm.answer("sinfo", "mig*|up|infinite|2|64|2000000|gpu:1g.10gb:7")
     submit_run(gpus_per_node="1g.10gb:1")
     assert directives(folder / "runs/try/job.sbatch")["--gpus-per-node"] == "1g.10gb:1"
+    for several in ("1g.10gb:2", None):
+        with pytest.raises(UserError, match=r"GPUs per node: .* ask for 1g\.10gb:1"):
+            submit_run(name="more", gpus_per_node=several)
 
 
 def test_part_of_a_nodes_gpus_gets_part_of_its_cpus(folder, slurm):
@@ -320,6 +349,18 @@ def test_part_of_a_nodes_gpus_gets_part_of_its_cpus(folder, slurm):
     settings = load_settings(folder / "runs/try")
     assert (settings.processes_per_node, settings.cpus_per_process) == (2, 8)
     assert "#SBATCH --gpus-per-node=h100:2" in (folder / "runs/try/job.sbatch").read_text()
+
+
+def test_tokenizing_in_a_container_reads_what_it_sees(folder, slurm):
+    (folder / "c.yaml").write_text(
+        "container: {runtime: pyxis, image: x.sqsh, mounts: [/shared/data]}\npartition: main\ndefault_time: '60'\n"
+    )
+    paths = ("/shared/data/a.jsonl", str(folder / "a.jsonl"), "/elsewhere/*.jsonl")
+    reads = [*((f"--input {path}", path) for path in paths), ("--tokenizer", "/elsewhere/tokenizer.json")]
+    with pytest.raises(UserError, match="container.mounts") as refused:
+        submit_preprocessing([], {}, "out/text", reads=reads, cluster="./c.yaml", nodes=1)
+    told = str(refused.value).splitlines()
+    assert [line.split(" is not ")[0] for line in told] == ["--input /elsewhere/*.jsonl", "--tokenizer"]
 
 
 def test_tokenizing_takes_whole_nodes_and_no_signal_ends_it_early(folder, slurm):

@@ -62,6 +62,17 @@ def test_restarts_and_their_reasons(run, slurm):
     assert "attempt 2 on node1, node2, step 100: failed: rank 3 was killed by SIGKILL" in text
 
 
+def test_runs_behind_links_are_found_once(run, slurm, tmp_path):
+    write_progress(run, [5])
+    elsewhere = tmp_path / "large_disk"
+    shutil.copytree(run, elsewhere / "moved")
+    (run.parent / "moved").symlink_to(elsewhere / "moved")
+    (run.parent / "again").symlink_to(run)
+    (run.parent / "round").symlink_to(run.parent)
+    text = report([], "runs", False)
+    assert text.count("5 of 1,000") == 2 and "runs/moved" in text
+
+
 def test_a_pending_job_says_why(run, slurm):
     slurm.answer("squeue", f"100|PENDING|Resources|0:00|30:00|2026-11-26T01:00:00||{job_name(run, 'try')}")
     text = report([], "runs", False)

@@ -22,8 +22,8 @@ def record(step: int, **more) -> dict:
     return {"kind": "train", "step": step, "tokens": 10 * step, "loss": 1.0 / step, **more}
 
 
-def started(run) -> Metrics:
-    metrics = Metrics(run)
+def started(run, step: int = 0) -> Metrics:
+    metrics, run.clock.step = Metrics(run), step
     metrics.on_start()
     return metrics
 
@@ -60,6 +60,24 @@ def test_tensorboard_gets_one_curve_a_loop(tmp_path):
     events.Reload()
     assert {"train/loss", "train/gate_mean/loop_2", "validation/loss_loops_2"} <= set(events.Tags()["scalars"])
     assert [(event.step, event.value) for event in events.Scalars("train/gate_mean/loop_2")] == [(5, 0.25)]
+
+
+def test_tensorboard_forgets_the_steps_that_a_run_returns_from(tmp_path):
+    """After a crash, and after a rollback."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start, until in ((0, 6), (2, 5)):
+        metrics = started(run := a_run(tmp_path, tensorboard=True), start)
+        for step in range(start + 1, until + 1):
+            metrics.on_record(record(step))
+        if start:
+            run.clock.step = 3
+            metrics.on_rollback({})
+            metrics.on_record(record(4))
+        metrics.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
 
 
 def test_a_run_that_does_not_start_leaves_nothing(tmp_path):
