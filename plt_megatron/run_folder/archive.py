@@ -28,7 +28,7 @@ _WITHOUT_RUNS = {
 }
 # Folders that no report reads, or that reports write themselves.
 _UNREAD = _WITHOUT_RUNS - {"incidents"} | {"profile", "report"}
-_SUFFIXES = {".log", ".md", ".png", ".xz"}
+_SUFFIXES = {".distcp", ".log", ".md", ".png", ".safetensors", ".xz"}
 _PRESET: Final = 8  # matches up to 32 MiB apart: a run's configuration and its copy in the plan are stored once
 
 

@@ -70,8 +70,9 @@ class RunFolder:
         return f"RunFolder({str(self.path)!r})"
 
     def save_config(self, config: RunConfig) -> None:
-        """Write config.yaml. Raises `UserError` if it cannot be written."""
+        """Write config.yaml, whatever a start had tried. Raises `UserError` if it cannot be written."""
         save_config(config, self.config_file)
+        self.keep_config()
 
     def try_config(self, config: RunConfig) -> None:
         """Write config.yaml for a start that may be refused. `restore_config` can undo it until `keep_config`."""
@@ -80,7 +81,7 @@ class RunFolder:
             text = self.config_file.read_text(encoding="utf-8") if self.config_file.is_file() else ""
             if text != dump_config(config):
                 write_text(self.former_config_file, text)
-        self.save_config(config)
+        save_config(config, self.config_file)
 
     def keep_config(self) -> None:
         """Keep the configuration that `try_config` has written: the run has started with it."""
@@ -158,7 +159,11 @@ class RunFolder:
 
     def last_step(self) -> int:
         """Return the last step in metrics.jsonl, reading only the file's end; 0 if there is none."""
-        found = json_lines.last(self.metrics_file, 1, lambda record: isinstance(record.get("step"), int))
+
+        def counts(record: dict[str, Any]) -> bool:  # an evaluation has the step of its checkpoint, long passed
+            return isinstance(record.get("step"), int) and record.get("kind") != "evaluation"
+
+        found = json_lines.last(self.metrics_file, 1, counts)
         return found[0]["step"] if found else 0
 
     def incident_file(self, step: int, sample: int) -> Path:

@@ -333,7 +333,10 @@ def branch_config(source: str, settings: Sequence[str], decay: int | None = None
         raise UserError(f"--decay-steps must be at least 1, got {decay}")
     folder, step = RunFolder(name), int(text)
     trunk = folder.config()
-    checkpoint = folder.checkpoint_at(step)
+    try:
+        checkpoint = folder.checkpoint_at(step)
+    except UserError as error:
+        raise UserError(f"{error}; a branch that has begun continues with plt train BRANCH/config.yaml") from error
     drawn = clock = None
     with contextlib.suppress(OSError, ValueError, KeyError):  # damaged: loading it will report it
         progress = checkpoints.read_verified_progress(checkpoint)

@@ -54,9 +54,9 @@ class RunStatus:
     @property
     def finished(self) -> bool:
         """Whether the last step is done and, where attempts are recorded, the last one says so."""
-        if self.last_status:
-            return self.last_status == FINISHED
-        return self.steps is not None and self.step >= self.steps
+        if self.last_status and self.last_status != FINISHED:
+            return False
+        return self.last_status == FINISHED if self.steps is None else self.step >= self.steps
 
     @property
     def seconds_left(self) -> float | None:

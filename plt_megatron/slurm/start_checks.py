@@ -22,10 +22,9 @@ from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.model import trainable
 from plt_megatron.run_folder import resuming
-from plt_megatron.run_folder.checkpoints import PROGRESS, parse_progress
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.slurm.profile import Container
-from plt_megatron.storage.copies import find_checkpoint
+from plt_megatron.storage.copies import read_progress
 
 
 def open_tokenizer(config: RunConfig) -> tuple[Tokenizer | None, list[str]]:
@@ -176,8 +175,7 @@ def _start_elsewhere(config: RunConfig) -> resuming.Start | None:
     if load is None or not is_url(load) or RunFolder.of(config).latest_checkpoint(verify=False) is not None:
         return None
     try:
-        place = find_checkpoint(load)
+        url, progress = read_progress(load)
     except UserError:  # reported by the forecast
         return None
-    text = place.read_text(PROGRESS)
-    return None if text is None else resuming.Start(Path(place.url), parse_progress(text, place.url), is_own=False)
+    return resuming.Start(Path(url), progress, is_own=False)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder import json_lines
+from plt_megatron.run_folder.attempts import FINISHED
 from plt_megatron.run_folder.folder import CONFIG, RunFolder, runs_named
 from plt_megatron.run_folder.status import RunStatus, read_run_status
 from plt_megatron.run_folder.text import format_duration, format_table, plural
@@ -90,7 +91,8 @@ def _at_rest(run: Path, progress: RunStatus, ended: Sequence[client.Job]) -> tup
     if progress.last_status:
         since = last is not None and last.id not in progress.attempt_jobs and last.state != "CANCELLED"
         later = f"job {last.id} has {last.state.lower()} since{_why(run, last)}" if last and since else ""
-        return progress.last_status, "; ".join(filter(None, (later, advice)))
+        state = "not finished" if progress.last_status == FINISHED else progress.last_status  # it was made longer
+        return state, "; ".join(filter(None, (later, advice)))
     if progress.attempts:
         return "interrupted", "its last attempt left no exit record"
     if progress.step:

@@ -214,8 +214,8 @@ def read_manifest(place: Place) -> Index:
         raise UserError(f"{place.url}: {error}") from error
 
 
-def read_progress(url: str) -> dict[str, Any]:
-    """Read the progress record of the checkpoint that a URL refers to (see `find_checkpoint`).
+def read_progress(url: str) -> tuple[str, dict[str, Any]]:
+    """Read the progress record of the checkpoint that a URL refers to (see `find_checkpoint`); returns its own URL too.
 
     Raises:
         UserError: there is no checkpoint, or its record is damaged or from a newer version of this program.
@@ -224,7 +224,7 @@ def read_progress(url: str) -> dict[str, Any]:
     text, entry = place.read_text(checkpoints.PROGRESS), read_manifest(place).files.get(checkpoints.PROGRESS)
     if text is None or entry is None or hashlib.sha256(text.encode()).hexdigest() != entry.sha256:
         raise UserError(f"{place.url}/{checkpoints.PROGRESS} is damaged, its SHA-256 is not the manifest's")
-    return checkpoints.parse_progress(text, place.url)
+    return place.url, checkpoints.parse_progress(text, place.url)
 
 
 def find_checkpoint(url: str) -> Place:

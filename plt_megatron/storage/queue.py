@@ -45,11 +45,21 @@ class Waiting:
     folder: Path
 
 
+def clear_leftovers(folder: Path) -> None:
+    """Remove what interrupted links and removals have left in a folder, with the space of checkpoints long gone."""
+    for path in folder.glob(f"step_*{_TEMPORARY}"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 class UploadQueue:
     """The upload queue of a run. One process adds to it, and another one uploads."""
 
     def __init__(self, run: RunFolder) -> None:
         self.path = run.uploading
+
+    def clear_leftovers(self) -> None:
+        for kind in _FOLDERS:
+            clear_leftovers(self._folder(kind))
 
     def add(self, kind: str, folder: Path) -> None:
         """Queue a finished folder, replacing an earlier one of the same step. Raises `OSError`."""

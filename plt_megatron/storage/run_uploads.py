@@ -107,11 +107,13 @@ class Repository:
         return [branch.name for branch in self._api.list_repo_refs(self._name).branches]
 
     def _read(self, name: str, revision: str) -> str | None:
-        from huggingface_hub.errors import EntryNotFoundError
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         with tempfile.TemporaryDirectory() as folder:
             try:
                 path = self._api.hf_hub_download(self._name, name, revision=revision, local_dir=folder)
+            except LocalEntryNotFoundError:  # is one too, and means that the hub did not answer
+                raise
             except EntryNotFoundError:
                 return None
             return Path(path).read_text(encoding="utf-8")
@@ -152,9 +154,9 @@ class RunUploads:
         if to is None or to in self._claimed:
             return
         if protocol_of(to) == HUB:
-            Repository(to).claim(self._id(to))
+            Repository(to).claim(self._id())
         else:
-            _claim_place(Place(to), self._id(to))
+            _claim_place(Place(to), self._id())
         self._claimed.add(to)
 
     def add_all(self) -> None:
@@ -213,7 +215,7 @@ class RunUploads:
             raise UserError("the configuration no longer has a destination for it")
         self._claim(to)
         if protocol_of(to) == HUB:
-            return f"{to}@{name}", Repository(to).upload(entry.folder, name, self._id(to))
+            return f"{to}@{name}", Repository(to).upload(entry.folder, name, self._id())
         place = Place(to) / ("exports" if entry.kind == EXPORT else checkpoints.FOLDER)
         target = place / name
         uploaded = upload(entry.folder, target, verify=verify, owned=True)
@@ -248,17 +250,18 @@ class RunUploads:
         latest = checkpoints.latest_checkpoint(self.folder.path, verify=False)
         return None if latest is None else checkpoints.step_of(latest)
 
-    def _id(self, to: str) -> str:
-        """Return the id that marks this run's uploads. A run that continues from uploads at `to` takes their id."""
-        path, load = self.folder.upload_id_file, self.config.checkpoint.load
-        if not path.exists():
-            theirs = None
-            if load is not None and (load.rstrip("/") + "/").startswith(to + "/"):
-                theirs = Place(to).read_text(_OWNER)
+    def _id(self) -> str:
+        """Return the id that marks this run's uploads. A run that continues from its destination takes the id there."""
+        path, load = self.folder.upload_id_file, (self.config.checkpoint.load or "").rstrip("/") + "/"
+        own = path.read_text(encoding="ascii").strip() if path.exists() else None
+        places = [Place(to) for to in self._to.values() if to and protocol_of(to) != HUB and load.startswith(f"{to}/")]
+        theirs = [text.strip() for text in (place.read_text(_OWNER) for place in places) if text]
+        run_id = (theirs or [own or secrets.token_hex(8)])[0]
+        if run_id != own:
             with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_text(path, (theirs or secrets.token_hex(8)).strip() + "\n")
-        return path.read_text(encoding="ascii").strip()
+                write_text(path, run_id + "\n")
+        return run_id
 
 
 def upload_folder(folder: Path, url: str, *, verify: bool = False) -> Uploaded:
@@ -290,7 +293,7 @@ def describe(target: str, uploaded: Uploaded, seconds: float) -> str:
 
 def _claim_place(place: Place, run_id: str) -> None:
     owner = place.read_text(_OWNER)
-    if owner is not None and owner.strip() != run_id:
+    if owner is not None and owner.strip() != run_id and place.folders():  # else it ended before its first upload
         raise UserError(
             f"{place.url} has the uploads of another run: give this run another name, or continue from them with "
             f"checkpoint.load={place.url}"

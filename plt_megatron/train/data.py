@@ -248,7 +248,7 @@ def _training_samples(config: RunConfig) -> int:
     load = None if settings.weights_only or has_own else settings.load
     if config.training.train_tokens is None or load is None or not is_url(load):
         return training_samples(config)
-    return samples_after(config, read_uploaded_progress(load))
+    return samples_after(config, read_uploaded_progress(load)[1])
 
 
 def _byte_lengths(tokenizer: Tokenizer | None) -> Tensor | None:

@@ -98,6 +98,21 @@ def test_a_new_run_starts_from_another_and_then_goes_on_with_its_own(run_distrib
     assert starts == ([0, 3] if weights_only else [2, 3])
 
 
+def _rolled_back(directory, old, config):
+    """Where a run starts, and where it starts again after the other run has saved once more."""
+    store, engine, starts = _store(directory, config), jobs.build(config), []
+    for step in (1, 2):
+        (old / "checkpoints" / "latest").write_text(f"step_{step:08d}\n")
+        starts.append(store.load(engine)["step"])
+    return starts
+
+
+def test_a_rollback_returns_to_the_step_of_another_run_that_it_started_from(run_distributed, tmp_path):
+    run_distributed(_run, 1, tmp_path / "old" / "checkpoints", _config({}), 2)
+    config = _config({}, load=str(tmp_path / "old"))
+    assert run_distributed(_rolled_back, 1, tmp_path / "new", tmp_path / "old", config) == [1, 1]
+
+
 def test_a_switched_off_store_loads_nothing(run_distributed, tmp_path):
     run_distributed(_run, 2, tmp_path, _config(), 1)
     assert run_distributed(_run, 2, tmp_path, _config(enabled=False), 1)[0] == 0

@@ -17,10 +17,11 @@ from typing import Any
 import psutil
 
 from plt_megatron.config.schema import EvaluationConfig
+from plt_megatron.errors import first_line
 from plt_megatron.installation import python_path
 from plt_megatron.run_folder.checkpoints import checkpoint_folders, read_verified_progress, step_of, trained_tokens
 from plt_megatron.run_folder.metrics import read_scores
-from plt_megatron.storage.queue import link_folder
+from plt_megatron.storage.queue import clear_leftovers, link_folder
 from plt_megatron.train.callbacks.base import Callback, Run
 
 _KILLED = (130, 143)  # exit statuses of a command that a signal has ended
@@ -152,6 +153,7 @@ class Exports(WorkBeside):
 
     def on_start(self) -> None:
         """Continue with what an earlier job left."""
+        clear_leftovers(self.run.folder.exporting)
         self._start_next()
 
     def on_save(self, checkpoint: Path) -> None:
@@ -205,8 +207,12 @@ class Exports(WorkBeside):
         self._start(command, evaluates=False)
 
     def _start(self, command: list[str], *, evaluates: bool) -> None:
-        self._process = BesideProcess(command, self._log)
         self._evaluates = evaluates
+        try:
+            self._process = BesideProcess(command, self._log)
+        except OSError as error:
+            self.run.say(f"warning: {self._what} could not be started: {first_line(error)}: the next job does it")
+            self._cut_short.add(self._checkpoint.name)
 
     def _advance(self) -> None:
         if self._process is None:

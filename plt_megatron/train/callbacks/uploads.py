@@ -11,7 +11,7 @@ from typing import Any
 from plt_megatron.config import derived
 from plt_megatron.config.rules.uploads import checkpoints_of, destinations, exports_of
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.errors import EXIT_USER_ERROR, AttemptFailed, UserError
+from plt_megatron.errors import EXIT_USER_ERROR, AttemptFailed, UserError, first_line
 from plt_megatron.run_folder import json_lines
 from plt_megatron.run_folder.checkpoints import step_of
 from plt_megatron.run_folder.folder import RunFolder
@@ -46,6 +46,7 @@ class Uploads(WorkBeside):
     def on_start(self) -> None:
         """Continue with what an earlier job left."""
         self._reported = len(self._records())
+        self._queue.clear_leftovers()
         self._start()
 
     def on_export(self, export: Path) -> None:
@@ -97,7 +98,10 @@ class Uploads(WorkBeside):
     def _start(self) -> None:
         if self._process is None and self._untried():
             command = ["upload", str(self.run.folder.path), "--waiting"]
-            self._process = BesideProcess(command, self._queue.path / "log")
+            try:
+                self._process = BesideProcess(command, self._queue.path / "log")
+            except OSError as error:
+                self._fail_all(f"it could not be started: {first_line(error)}")
 
     def _advance(self) -> None:
         if self._process is None:

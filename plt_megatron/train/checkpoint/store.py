@@ -62,6 +62,7 @@ class CheckpointStore:
         self._on_publish, self._beat = on_publish, beat
         self._fetched = RunFolder(directory.parent).loaded
         self._inherited: dict[str, Any] = {}
+        self._origin: Path | None = None  # the checkpoint elsewhere that the run started from
         self._pending: PendingSave | None = None
         self._thread: threading.Thread | None = None
 
@@ -73,13 +74,15 @@ class CheckpointStore:
         resumes = settings.enabled and on_rank_0(self._look_for_own)
         if not resumes and settings.load is None:
             return None
-        source = self.directory if resumes else self._other(settings.load or "")
+        source = self.directory if resumes else self._origin or self._other(settings.load or "")
         if not resumes and settings.weights_only:
             progress = load_weights(engine, source)
+            self._origin = _of_step(source, progress["step"])
             self._inherited = checkpoints.inherited(progress, self.config.data.sequence_length)
             say(f"starting from the weights of {source}, step {progress['step']}")
             return None
         progress = load_checkpoint(engine, source, kept=kept, allow_other_schedule=settings.allow_other_schedule)
+        self._origin = None if resumes else _of_step(source, progress["step"])
         check_data(source, progress, self.data_fingerprint, self.config)
         self._inherited = checkpoints.inherited(progress, self.config.data.sequence_length)
         say(f"resuming from {source}, step {progress['step']}")
@@ -208,3 +211,10 @@ def _in_turns(work: Callable[[], None], beat: Callable[[], Any]) -> None:
     if problem is not None:
         may_pass = any_rank(any(isinstance(error, OSError | AttemptFailed) for error in problems))
         raise (AttemptFailed if may_pass else UserError)(problem)
+
+
+def _of_step(path: Path, step: int) -> Path:
+    """Return the checkpoint of this step that `path` refers to, to which a rollback returns: another run may have saved
+    later ones there since."""
+    found = checkpoints.candidates(path)
+    return next((each for each in found if each == path or checkpoints.step_of(each) == step), path)

@@ -88,7 +88,8 @@ def _no_space(*_: object, **__: object) -> None:
 
 @pytest.mark.parametrize(
     ("text", "step"),
-    [("", 0), ('{"step": 3}\n', 3), ('{"step": 3}\n{"step": 4}', 3), ('{"step": 3}\n{"st\n', 3), ("x\n", 0)],
+    [("", 0), ('{"step": 3}\n', 3), ('{"step": 3}\n{"step": 4}', 3), ('{"step": 3}\n{"st\n', 3), ("x\n", 0)]
+    + [('{"step": 9}\n{"kind": "evaluation", "step": 4}\n', 9)],
 )
 def test_the_last_step(tmp_path, text, step):
     (tmp_path / "metrics.jsonl").write_text(text)

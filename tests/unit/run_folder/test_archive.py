@@ -25,6 +25,7 @@ RECORDS = {
     f"deep/{'long' * 60}/metrics.jsonl": "Zeile ü\n".encode(),
 }
 LEFT_OUT = ["README.md", "rates.png", ".lock", "report/rows.csv", "a b/train.log", "a b/checkpoints/latest", ARCHIVE]
+LEFT_OUT += ["averaged/checkpoints/step_1/__0_0.distcp", "exported/model.safetensors"]
 LEFT_OUT += ["a b/.former_config.yaml", "a b/exports/step_1/config.json", "logs/1.out", "a b/metrics.png"]
 LEFT_OUT += ["a b/wandb/run.yaml", "code.1/a.yaml", *(f"deep.array/{name}" for name in ("code/a.yaml", "logs/1.out"))]
 

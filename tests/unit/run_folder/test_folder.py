@@ -7,7 +7,7 @@ import json
 import pytest
 
 from plt_megatron.config.loader import load_config
-from plt_megatron.config.schema import CheckpointConfig, RunConfig
+from plt_megatron.config.schema import CheckpointConfig, RunConfig, TrainingConfig
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import locked
 from plt_megatron.run_folder.folder import RunFolder, save_config
@@ -61,6 +61,18 @@ def test_a_start_after_a_killed_one_keeps_its_lock(tmp_path):
             pass
     run.restore_config()
     assert not run.path.exists()
+
+
+def test_a_start_that_is_refused_undoes_no_later_submission(tmp_path):
+    """A start that was killed before its first step, then plt submit, whose job is refused on its node."""
+    run, config = RunFolder(tmp_path / "run"), RunConfig(name="run", output_dir=str(tmp_path))
+    run.try_config(config)
+    submitted = RunConfig(name="run", output_dir=str(tmp_path), training=TrainingConfig(train_iters=7))
+    run.save_config(submitted)
+    run.restore_config()
+    run.try_config(submitted)
+    run.restore_config()
+    assert run.config() == submitted
 
 
 def test_a_run_with_checkpoints_is_not_begun_anew_without(tmp_path):

@@ -15,6 +15,7 @@ from submitting import ROOT, command, directives, submit_run
 
 from plt_megatron.errors import UserError
 from plt_megatron.launcher.records import stamp
+from plt_megatron.run_folder.status import read_run_status
 from plt_megatron.slurm import status as follow_module
 from plt_megatron.slurm.run_files import job_name
 from plt_megatron.slurm.status import follow, report, watch
@@ -107,6 +108,14 @@ def test_at_rest_the_folder_says_how_it_ended(run, slurm, status, steps, state):
     slurm.jobs(("100", "COMPLETED", job_name(run, "try")))
     shown = cells(report([], "runs", False), "runs/try")
     assert (shown[0], shown[4]) == (state, "0"), "it has been started once"
+
+
+def test_a_finished_run_that_was_made_longer_is_not_finished(run, slurm):
+    write_progress(run, [400])
+    write_event(run, event="start", attempt=1, job_id="100", step=0)
+    write_event(run, event="end", attempt=1, job_id="100", status="finished", step=400, reason="")
+    assert cells(report([], "runs", False), "runs/try")[:2] == ["not finished", "400 of 1,000"]
+    assert not read_run_status(run).finished
 
 
 def test_a_run_that_was_given_up(run, slurm):

@@ -26,6 +26,7 @@ class Hub:
         commits: (branch, message) in the order they were made.
         uploaded: SHA-256 of large files in the order they were sent; they are kept beside the branches.
         die_at: number of the large file at which the server stops to answer, once.
+        overloaded: whether it answers 503 to questions for a file.
     """
 
     def __init__(self) -> None:
@@ -35,6 +36,7 @@ class Hub:
         self.uploaded: list[str] = []
         self.read_only = False
         self.die_at: int | None = None
+        self.overloaded = False
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
@@ -68,6 +70,8 @@ class _Handler(BaseHTTPRequestHandler):
         writes = self.command in ("POST", "PUT", "DELETE")
         if self.hub.read_only and writes:
             return self._answer(403, {"error": f"{TOKEN} has no right to write"})
+        if self.hub.overloaded and self.command == "HEAD":
+            return self._answer(503, {"error": "overloaded"})
         for pattern, handle in _ROUTES:
             match = re.fullmatch(pattern, f"{self.command} {path}")
             if match:

@@ -97,3 +97,16 @@ def test_a_hub_that_refuses_is_one_line_without_the_token(tmp_path, hub, monkeyp
     said = capsys.readouterr().err
     assert said.startswith("error: checkpoint.exports.upload_to: hf://me/model cannot be written: ")
     assert ("403" if hub.read_only else "401") in said and said.count("\n") == 1 and "hf_" not in said
+
+
+def test_a_hub_that_does_not_answer_has_not_lost_the_earlier_upload(tmp_path, hub, capsys):
+    """Of which a file would stay in main for good."""
+    export, to = an_export(tmp_path / "export"), ["--to", "hf://me/model@main"]
+    assert command.main([str(export), *to]) == 0
+    (export / "README.md").unlink()
+    before, hub.overloaded = dict(hub.branches["me/model"]["main"]), True
+    assert command.main([str(export), *to]) != 0
+    assert "cannot be written" in capsys.readouterr().err and hub.branches["me/model"]["main"] == before
+    hub.overloaded = False
+    assert command.main([str(export), *to]) == 0
+    assert "README.md" not in hub.branches["me/model"]["main"]

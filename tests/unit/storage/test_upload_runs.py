@@ -165,16 +165,26 @@ def test_the_queue_holds_links_and_of_checkpoints_the_newest(tmp_path):
 
 
 def test_another_run_of_that_name_is_refused_and_a_run_that_goes_on_from_its_uploads_is_not(tmp_path, capsys):
-    run = a_run(tmp_path)
+    models = f"file://{tmp_path}/models"
+    run = a_run(tmp_path, models)
+    an_export(run.exports / "step_00000002")
     saved(run, 2)
     assert command.main([str(run.path)]) == 0
     shutil.rmtree(run.path)
-    assert command.main([str(a_run(tmp_path).path), "--check"]) == 2
+    assert command.main([str(a_run(tmp_path, models).path), "--check"]) == 2
     assert "has the uploads of another run" in capsys.readouterr().err
-    shutil.rmtree(run.path)
-    again = a_run(tmp_path, load=f"file://{tmp_path}/there/mine")
+    again = a_run(tmp_path, models, load=f"file://{tmp_path}/there/mine")
     assert command.main([str(again.path), "--check"]) == 0
     assert capsys.readouterr().out == "all destinations can be written\n"
+
+
+def test_a_run_that_ended_before_its_first_upload_leaves_its_place_to_the_next(tmp_path):
+    run = a_run(tmp_path)
+    assert command.main([str(run.path), "--check"]) == 0
+    shutil.rmtree(run.path)
+    again = a_run(tmp_path)
+    saved(again, 2)
+    assert command.main([str(again.path)]) == 0 and steps(tmp_path / "there" / "mine" / "checkpoints") == [2]
 
 
 @pytest.mark.parametrize(

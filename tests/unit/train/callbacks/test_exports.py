@@ -97,6 +97,25 @@ def let_go(run: Any) -> None:
     (run.folder.path.parent / "go").touch()
 
 
+def test_what_cannot_be_started_is_left_to_the_next_job(run, callback, monkeypatch):
+    def full(*_: Any, **__: Any) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(exports.subprocess, "Popen", full)
+        save(callback, 4)
+        callback.after_step()
+    (said,) = run.said
+    assert "the export of step 4" in said and "temporarily unavailable" in said
+    left = run.folder.exporting / "step_00000002.tmp"
+    left.mkdir()
+    let_go(run)
+    again = exports.Exports(run)
+    again.on_start()
+    finish(again)
+    assert exported(run) == {"step_00000004": "of 4"} and not left.exists()
+
+
 def test_exports_wait_for_one_another_and_outlive_their_checkpoints(run, callback):
     callback.on_start()
     for step in (2, 4, 6, 8, 10):

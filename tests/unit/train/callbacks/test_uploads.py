@@ -93,6 +93,25 @@ def fail(monkeypatch: Any) -> None:
     monkeypatch.setattr(run_uploads, "upload", upload)
 
 
+def test_an_upload_that_cannot_be_started_is_tried_when_something_is_added(run, callback, monkeypatch):
+    def full(*_: Any) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    left = run.folder.uploading / "checkpoints" / "step_00000002.tmp"
+    left.mkdir(parents=True)
+    callback.on_start()
+    assert not left.exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(uploads, "BesideProcess", full)
+        save(run, callback, 4)
+        callback.after_step()
+    (said,) = run.said
+    assert "the upload of 1 checkpoint failed" in said and "temporarily unavailable" in said
+    save(run, callback, 6)
+    callback.after_step()
+    assert there(run) == [6]
+
+
 def test_exports_and_checkpoints_are_uploaded_while_the_run_goes_on(run, callback):
     callback.on_start()
     assert StandIn.started == [], "there is nothing to do"
