@@ -18,7 +18,7 @@ from plt_megatron.run_folder.archive import ARCHIVE, write_archive
 
 def _arguments(parser: CommandParser) -> None:
     parser.add_argument(
-        "folder", type=Path, metavar="FOLDER", help="of a sweep or study; or of several, to be unpacked for reports"
+        "folder", type=Path, metavar="FOLDER", help="of a sweep or study; or of several, read only when unpacked"
     )
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder for the archive; may be FOLDER")
 

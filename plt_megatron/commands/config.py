@@ -9,7 +9,7 @@ from plt_megatron.commands import CommandParser, command
 
 
 def _arguments(parser: CommandParser) -> None:
-    parser.epilog = "Run folders and checkpoints do not need this: they can be read from any version."
+    parser.epilog = "Run folders and checkpoints do not need this: those of any version are read as they are."
     parser.add_argument("action", choices=["upgrade"], help="upgrade: rewrite the files, keeping comments")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a run's configuration, or part of one")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file has old names")

@@ -4,7 +4,7 @@
     plt diagnose exported --data data/heldout --output diagnostics
 
 Reports step size, update cosine, effective rank, fixed-point gap, offset cost, gates, attention, head diversity and the
-logit lens, loop by loop, with 95 % bootstrap intervals: a table here, and a page, JSON, CSV and PNGs in --output.
+logit lens, loop by loop, with 95 % intervals: a table here, and a page, JSON, CSV and PNGs in --output.
 docs/diagnostics.md defines each number.
 """
 

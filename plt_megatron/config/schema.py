@@ -136,8 +136,8 @@ class ModelConfig:
     embedding_scale: Finite = 1.0  # B = embedding_scale * E + hidden_scale * shift(h), loops >= 2
     hidden_scale: Finite = 1.0  # 0, with a learned scale: the model starts as one loop
     learned_hidden_scale: Literal["none", "model", "channel"] = "none"  # learn hidden_scale, starting from its value
-    # Factor of what attention and FFN add to the residual stream, for N loops of L layers.
-    # loops_sqrt_layers: residual_scale / (N sqrt(L)) (arXiv 2606.18524); layers: residual_scale / L (arXiv 2505.01618).
+    # Factor of what attention and FFN add to the residual stream, for L loops of N layers.
+    # loops_sqrt_layers: residual_scale / (L sqrt(N)) (arXiv 2606.18524); layers: residual_scale / N (arXiv 2505.01618).
     residual_scaling: Literal["none", "loops_sqrt_layers", "layers"] = "none"
     residual_scale: Positive = 1.0
     # muP: tune initial weights and rates at this width, transfer them to hidden_size (docs/model.md). null: no muP.
@@ -257,7 +257,7 @@ class RateFactors:
     head: NotNegative = 1.0
     hidden: NotNegative = 1.0  # matrices of the layers
     gates: NotNegative = 1.0  # also learned scales of a later loop's input
-    norms: NotNegative = 1.0  # also biases
+    norms: NotNegative = 1.0  # also biases and learned key shifts
 
 
 @dataclass(frozen=True)

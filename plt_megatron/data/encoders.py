@@ -67,6 +67,17 @@ class _BadConversation(Exception):
     """Raised for a conversation that cannot be encoded; the message says why."""
 
 
+def _texts(value: Any) -> Iterator[str]:
+    """Yield all texts in a JSON value, also those of keys."""
+    left = [value]  # nested as deeply as JSON may be
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict | list):
+            left += [*value, *value.values()] if isinstance(value, dict) else value
+
+
 class ChatEncoder(Encoder):
     """Encodes conversations (as JSON) with the chat template next to a `tokenizer.json`.
 
@@ -86,6 +97,10 @@ class ChatEncoder(Encoder):
         self._templates = AutoTokenizer.from_pretrained(folder)
         self._was_split = bool(self._templates.split_special_tokens)
         self._templates.split_special_tokens = False  # the template writes them
+        added = (token.content for token in self._templates.added_tokens_decoder.values() if token.special)
+        named = self._templates.all_special_tokens
+        self._unnamed = sorted(set(added) - set(named))
+        self._special = [*named, *self._unnamed]
         if not self._templates.chat_template:
             raise UserError(
                 f"--chat: {folder} has no chat template: put chat_template.jinja there, or the template into "
@@ -97,7 +112,7 @@ class ChatEncoder(Encoder):
         """SHA-256 of the template and of the special tokens, which it may print."""
         # What earlier versions spelled as text is other data.
         was_split = ["special tokens"] if self._was_split else []
-        content = [self._templates.chat_template, self._templates.special_tokens_map, *was_split]
+        content = [self._templates.chat_template, self._templates.special_tokens_map, *was_split, *self._unnamed]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
     def __call__(self, texts: Sequence[str]) -> Encoded:
@@ -120,7 +135,7 @@ class ChatEncoder(Encoder):
         """
         # As `apply_chat_template` does; the marked answers are found without it.
         messages = [{name: value for name, value in each.items() if value is not None} for each in messages]
-        self._check_texts(messages)
+        self._check_texts(messages, tools)
         text = self._apply(messages, tools)
         encoded = self._templates(text, add_special_tokens=False, return_offsets_mapping=True)
         starts, ends = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
@@ -137,15 +152,14 @@ class ChatEncoder(Encoder):
             counted = np.append(counted, np.uint8(messages[-1]["role"] == "assistant"))
         return ids, counted
 
-    def _check_texts(self, messages: list[Any]) -> None:
-        """Raise `_BadConversation` if a message has a special token's name, which would be that token."""
-        for number, message in enumerate(messages, 1):
-            parts = message.get("content")
-            parts = [{"text": parts}] if isinstance(parts, str) else parts
-            texts = [part.get("text") for part in parts or () if isinstance(part, dict)]
-            for name in self._templates.all_special_tokens:
-                if any(isinstance(text, str) and name in text for text in texts):
-                    raise _BadConversation(f"message {number} spells the special token {name}")
+    def _check_texts(self, messages: list[Any], tools: Any) -> None:
+        """Raise `_BadConversation` if a message or tool has a special token's name, which would be that token."""
+        named = [(f"message {number}", message) for number, message in enumerate(messages, 1)]
+        for what, value in [*named, ("the list of tools", tools)]:
+            texts = list(_texts(value))
+            for name in self._special:
+                if any(name in text for text in texts):
+                    raise _BadConversation(f"{what} spells the special token {name}")
 
     def _check_ids(self, ids: np.ndarray) -> None:
         foreign = ids[ids >= self._tokenizer.vocab_size]

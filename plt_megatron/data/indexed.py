@@ -50,7 +50,7 @@ def part_prefixes(prefix: str | os.PathLike[str]) -> list[str]:
     for part, size in parts.items():
         if not os.path.isfile(part + ".bin") or os.path.getsize(part + ".bin") != size:
             raise UserError(
-                f"{part}.bin, a part of {prefix}, is missing or not of {size} bytes: restore it, or tokenize it again"
+                f"{part}.bin, a part of {prefix}, is missing or not {size} bytes long: restore it, or tokenize it again"
             )
     return list(parts)
 

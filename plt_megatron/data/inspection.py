@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 
 from plt_megatron.config import derived
 from plt_megatron.config.schedules import BatchSchedule, LengthSchedule, with_global_batch_size, with_sequence_length
-from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.schema import DataSource, RunConfig
 from plt_megatron.data.datasets import Part, Samples, build_datasets
 from plt_megatron.data.duplicates import Duplicates, Shared, find_duplicates
-from plt_megatron.data.mix import PARTS, index_folder, required_samples, sample_sources
+from plt_megatron.data.mix import PARTS, index_folder, required_samples, sample_sources, validation_alone
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.text import format_table, plural
@@ -81,38 +82,47 @@ class Inspector:
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         self._tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
-        built = build_datasets(
-            config.data,
-            num_samples=required_samples(config),
+        build = partial(
+            build_datasets,
             seed=config.training.seed,
             cache_dir=index_folder(config),
             tokenizer=self._tokenizer,
         )
+        train, validation, test = required_samples(config)
+        built = build(config.data, num_samples=(train, validation, test))
         self._shares = built.shares
-        self._samples = dict(zip(PARTS, (built.train, built.validation, built.test), strict=True))
-        self._sources = dict(zip(PARTS, sample_sources(config.data), strict=True))
+        parts = zip(PARTS, sample_sources(config.data), (built.train, built.validation, built.test), strict=True)
+        self._samples = {part: [(sources, found)] if found else [] for part, sources, found in parts}
+        if config.validation.by_source and validation:
+            ones = [
+                ([each], build(data, num_samples=(0, validation, 0))) for each, data in validation_alone(config.data)
+            ]
+            self._samples["validation"] = [(each, one.validation) for each, one in ones if one.validation]
 
-    def samples(self, part: str) -> Samples:
-        """Return a part's samples. Raises `UserError` if the run reads none."""
-        found = self._samples[part]
-        if found is None:
+    def samples(self, part: str) -> list[tuple[list[DataSource], Samples]]:
+        """Return a part's samples, and the sources that they number; with `validation.by_source` those of each source,
+        which the run reads one after another. Raises `UserError` if the run reads none."""
+        if not self._samples[part]:
             raise UserError(f"the run reads no {part} data: set validation.iters above 0, or inspect another part")
-        return found
+        return self._samples[part]
 
     def batch(self, part: str, number: int, limit: int) -> ShownBatch:
         """Return the first `limit` samples of a part's global batch `number`, from 1. Raises `UserError` if none."""
-        config, samples = self._config, self.samples(part)
+        config, found = self._config, self.samples(part)
         length = config.data.sequence_length
         if part != "train":
             config = with_sequence_length(with_global_batch_size(config, config.training.global_batch_size), length)
         schedule = BatchSchedule(config)
-        batches = schedule.steps(len(samples) * length)
-        if not 1 <= number <= batches:
-            raise UserError(f"batch {number} of the {part} data: the run reads batches 1 to {batches:,}")
-        before = schedule.tokens(number - 1)
+        batches = [schedule.steps(len(samples) * length) for _, samples in found]
+        if not 1 <= number <= sum(batches):
+            raise UserError(f"batch {number} of the {part} data: the run reads batches 1 to {sum(batches):,}")
+        which, step = 0, number - 1
+        while step >= batches[which]:
+            which, step = which + 1, step - batches[which]
+        (sources, samples), before = found[which], schedule.tokens(step)
         first, size = before // length, schedule.global_batch_size(before)
         row = LengthSchedule(config).sequence_length(before)
-        shown = [self._sample(samples, part, index, row) for index in range(first, first + min(limit, size))]
+        shown = [self._sample(samples, sources, index, row) for index in range(first, first + min(limit, size))]
         return ShownBatch(part, number, size, row, shown)
 
     def text(self, tokens: Sequence[int]) -> str:
@@ -121,17 +131,16 @@ class Inspector:
 
     def find_duplicates(self, span_tokens: int) -> Duplicates:
         """Search the whole training part for the documents that the run's validation reads."""
-        samples = self.samples("validation")
-        documents: dict[int, set[int]] = {}
-        for index in range(len(samples)):
-            which, parts = samples.parts(index)
-            documents.setdefault(which, set()).update(part.document for part in parts)
-        sources = self._sources["validation"]
-        held = [(derived.source_name(sources[which]), sources[which].path, sorted(documents[which]))
-                for which in sorted(documents)]  # fmt: skip
+        documents: dict[tuple[str, str], set[int]] = {}
+        for sources, samples in self.samples("validation"):
+            for index in range(len(samples)):
+                which, parts = samples.parts(index)
+                source = derived.source_name(sources[which]), sources[which].path
+                documents.setdefault(source, set()).update(part.document for part in parts)
+        held = [(*source, sorted(documents[source])) for source in documents]
         return find_duplicates(held, [share for share in self._shares if share.part == "train"], span_tokens)
 
-    def _sample(self, samples: Samples, part: str, index: int, row_length: int) -> ShownSample:
+    def _sample(self, samples: Samples, sources: Sequence[DataSource], index: int, row_length: int) -> ShownSample:
         item = samples[index]
         which, pieces = samples.parts(index)
         tokens = [*item["tokens"].tolist(), int(item["labels"][-1])]
@@ -146,7 +155,7 @@ class Inspector:
                 part_of = replace(piece, first=piece.first + begin - at, length=end - begin)
                 parts.append(ShownPart(**vars(part_of), resets=resets, runs=runs))
             at += piece.length
-        source = self._sources[part][which]
+        source = sources[which]
         return ShownSample(index, derived.source_name(source), source.path, sum(asked), len(tokens) - 1, parts)
 
 

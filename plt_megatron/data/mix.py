@@ -14,7 +14,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,15 @@ def sample_sources(data: DataConfig) -> tuple[list[DataSource], list[DataSource]
     """Return the sources of train, validation and test samples, in the order of the numbers in `Samples.parts`."""
     train, validation, test = part_sources(data)
     return (distinct_sources(data) if data.stages else train), validation, test
+
+
+def validation_alone(data: DataConfig) -> Iterator[tuple[DataSource, DataConfig]]:
+    """Yield each validation source, with the data of which it is the only one (`validation.by_source`)."""
+    key = "sources" if data.sources else "validation_sources"
+    for source in part_sources(data)[1]:
+        # The others would be checked again.
+        alone: dict[str, Any] = {"stages": [], "train_sources": [], "test_sources": [], key: [source]}
+        yield source, dataclasses.replace(data, **alone)
 
 
 def split_matrix(data: DataConfig) -> list[tuple[float, float] | None]:

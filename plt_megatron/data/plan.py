@@ -128,7 +128,8 @@ class Plan:
                 offset = compressed_offset(stream)
                 self.keys.append(key)
                 if not known:
-                    span = Span(replace(reader, path=str(path), size=size), disk_bytes=offset - credited)
+                    part = replace(reader, path=str(path), size=size, is_beginning=block == 0)
+                    span = Span(part, disk_bytes=offset - credited)
                     yield Shard(key, (span,), (file,), start, spool.broken)
                 credited, block, start = offset, block + 1, start + size
         publish_json(complete, block)
@@ -147,14 +148,17 @@ class _Spool:
     def copy_block(self, path: Path | None) -> int:
         """Write the next block to `path` (None: discard it), and return its size in bytes."""
         with open(path, "wb") if path else io.BytesIO() as target:
-            written = 0
+            written = whole = 0  # whole: up to the end of the last line
             while True:
                 chunk = self._rest or self._next()
                 self._rest = b""
                 if not chunk:
                     self.finished = True
+                    if self.broken:  # in the middle of a line, which is lost
+                        target.truncate(written := whole)
                     return written
                 end = chunk.rfind(b"\n") + 1
+                whole = written + end if end else whole
                 if written + len(chunk) >= self._size and end:
                     target.write(chunk[:end])
                     self._rest = chunk[end:]

@@ -117,8 +117,8 @@ class _Job:
             "shard_bytes": self.options.shard_bytes,
             "sources": [_stamp(source) for source in self.sources],
         }
-        if self.tokenizer.spelled:
-            identity["spelled"] = "unknown"  # earlier versions wrote the special tokens themselves
+        if self.tokenizer.spelling:
+            identity["spelled"] = self.tokenizer.spelling
         if self.options.shard is not None:
             identity["shard"] = list(self.options.shard)
         if self.options.read.chat:

@@ -42,8 +42,8 @@ class Tokenizer(ABC):
     """The tokenizer interface of training and preprocessing; megatron-core accepts it as its own.
 
     `fingerprint` is the SHA-256 of the file. `bos`, `eos` and `pad` are None where the tokenizer has none;
-    `eod`, the end-of-document token, always exists. `spelled` are special tokens that text could spell, in whose place
-    it has the unknown token.
+    `eod`, the end-of-document token, always exists. `spelling` is what stands in documents for a special token that
+    text could spell, where earlier versions wrote that token: "unknown" (the unknown token), "text"; "" if none can.
     """
 
     vocab_size: int
@@ -51,7 +51,7 @@ class Tokenizer(ABC):
     bos: int | None
     eos: int | None
     pad: int | None
-    spelled: Sequence[int] = ()
+    spelling: str = ""
 
     def __init__(self, path: Path, content: bytes) -> None:
         self.path = path
@@ -135,6 +135,8 @@ class SentencePieceTokenizer(Tokenizer):
             index if index >= 0 else None for index in (processor.bos_id(), processor.eos_id(), processor.pad_id())
         )
         self.eod = self._find_eod(eod_token, None if self.eos is None else self.token_name(self.eos))
+        if proto.pieces[self.eod].type == proto.SentencePiece.USER_DEFINED:
+            self.spelling = "unknown"
         self._segments: SegmentEncoder | None = None
         self._exact_chunks = False
         if self._splits_exactly(proto):
@@ -185,6 +187,12 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.encode(segment, out_type="numpy").astype(self.dtype).tobytes()
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        flat, lengths = self._encode_flat(texts)
+        if self.spelling:
+            flat = np.where(flat == self.eod, self.dtype(self._processor.unk_id()), flat)
+        return flat, lengths
+
+    def _encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         if self._segments is not None:
             encoded = list(map(self._segments.encode, texts))
             item = np.dtype(self.dtype).itemsize
@@ -222,25 +230,26 @@ class HuggingFaceTokenizer(Tokenizer):
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"{path}: not a tokenizer.json ({error})") from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         names, self._control_names = _token_names(path.with_name("tokenizer_config.json"))
         named = [names.get(key) for key in ("bos_token", "eos_token", "pad_token")]
         self.bos, self.eos, self.pad = (None if name is None else self.token_id(name) for name in named)
         self.eod = self._find_eod(eod_token, names.get("eos_token"))
-        self.spelled, self._unknown = self._find_spelled()
-
-    def _find_spelled(self) -> tuple[list[int], int]:
-        """Return the special tokens that text can spell, and the unknown token, which stands for them in text. A
-        Unigram model finds them among its pieces, whatever `encode_special_tokens` says."""
+        ends = {index for index in (self.eod, self.bos, self.eos, self.pad) if index is not None}
         described = json.loads(self._tokenizer.to_str())
-        unknown = described["model"].get("unk_id")
-        if described["model"].get("type") != "Unigram" or unknown is None:
-            return [], 0
-        named = {index for index in (self.eod, self.bos, self.eos, self.pad) if index is not None}
-        return sorted(named.union(token["id"] for token in described["added_tokens"] if token["special"])), unknown
+        plain = [token for token in described["added_tokens"] if token["id"] in ends and not token["special"]]
+        if plain:  # which `encode_special_tokens` would leave alone
+            for token in plain:
+                token["special"] = True
+            self._tokenizer, self.spelling = tokenizers.Tokenizer.from_str(json.dumps(described)), "text"
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        self._spelled, self._unknown = [], described["model"].get("unk_id")
+        if described["model"].get("type") == "Unigram" and self._unknown is not None:
+            # It finds them among its pieces, whatever `encode_special_tokens` says.
+            special = {token["id"] for token in described["added_tokens"] if token["special"]}
+            self._spelled, self.spelling = sorted(ends | special), "unknown"
 
     def token_id(self, name: str) -> int | None:
         return self._tokenizer.token_to_id(name)
@@ -253,8 +262,8 @@ class HuggingFaceTokenizer(Tokenizer):
         ids = [encoding.ids for encoding in encodings]
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         flat = np.fromiter(chain.from_iterable(ids), self.dtype, int(lengths.sum()))
-        if self.spelled:
-            flat[np.isin(flat, self.spelled)] = self._unknown
+        if self._spelled:
+            flat[np.isin(flat, self._spelled)] = self._unknown
         return flat, lengths
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -241,14 +241,25 @@ def _value_label(key: str, text: str) -> str:
     return f"{key.rpartition('.')[2]}={text}"
 
 
+def _leaves(keys: Iterable[str]) -> set[str]:
+    """Return the keys that are no section of others."""
+    return {key for key in keys if not any(other.startswith(f"{key}.") for other in keys)}
+
+
+def _meet(keys: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Return those of `keys` that are also in `others`, are inside a section there, or are a section of a key there."""
+    pairs = ((key, f"{key}.", f"{other}.") for key in keys for other in others)
+    return sorted({key for key, own, other in pairs if own.startswith(other) or other.startswith(own)})
+
+
 def _sweep_problems(sweep: SweepFile) -> Iterator[str]:
     axes = {
-        f"axes.{axis.name}": set[str]().union(*(choice.overrides.keys() for choice in axis.choices))
+        f"axes.{axis.name}": set[str]().union(*(_leaves(choice.overrides.keys()) for choice in axis.choices))
         for axis in sweep.axes.values()
     }
     yield from sweep.common_problems("sweep", OWNED, axes)
     for (first, keys), (other, more) in itertools.combinations(axes.items(), 2):
-        for key in sorted(keys & more):
+        for key in _meet(more, keys):
             yield f"{other}: {key} is also set by {first}, whose rows would have another value than they say"
     given = Settings(sweep.settings).keys()
     for axis in sweep.axes.values():

@@ -104,7 +104,7 @@ def stretch(level: float, degrees: int) -> float:
 
 @dataclass(frozen=True)
 class Intervals:
-    """Means of quantities of one shape, and the range of 95 % of their resampled means. NaN: not defined.
+    """Means of quantities of one shape, and their 95 % intervals (`Bootstrap`). NaN: not defined.
 
     `low` and `high` are NaN where there are fewer than two sequences.
     """
@@ -121,19 +121,14 @@ class Bootstrap:
     """The same resamples of n sequences for every quantity, so that differences are paired.
 
     The interval is the percentile interval, widened for small n (Hesterberg 2015, "expanded percentile"): the plain one
-    is too narrow by sqrt((n - 1) / n) and by the normal's tails in place of Student's. Of few sequences, whose means of
-    resamples reach no further than they do, it is Student's.
+    is too narrow by sqrt((n - 1) / n) and by the normal's tails in place of Student's. Of fewer than `FEW` values,
+    whose resampled means reach no further than the values do, it is Student's t.
     """
 
     def __init__(self, sequences: int, seed: int) -> None:
         self.sequences = sequences
         rng = np.random.default_rng(seed)
         self._counts = rng.multinomial(sequences, np.full(sequences, 1 / sequences), size=RESAMPLES).astype(np.float64)
-        tail = (1 - LEVEL) / 2
-        if sequences > 1:
-            wider = math.sqrt(sequences / (sequences - 1)) * t_quantile(1 - tail, sequences - 1)
-            tail = math.erfc(wider / math.sqrt(2)) / 2  # how often a standard normal variable exceeds it
-        self._quantiles = (tail, 1 - tail)
 
     def intervals(self, values: np.ndarray) -> Intervals:
         """Return the intervals of the means of values [n, ...], float64. A mean leaves out sequences that are NaN."""
@@ -145,25 +140,30 @@ class Bootstrap:
 
     def _columns(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         defined = ~np.isnan(values)
-        filled = np.where(defined, values, 0.0)
         number = defined.sum(0)
         with np.errstate(invalid="ignore", divide="ignore"):
-            mean = filled.sum(0) / number
+            mean = np.where(defined, values, 0.0).sum(0) / number
             # Relative to the mean, so that equal values give an interval without rounding errors.
             centered = np.where(defined, values - mean, 0.0)
             resampled = (self._counts @ centered) / (self._counts @ defined.astype(np.float64))
+            exact = mean + centered.sum(0) / number
+            errors = np.sqrt((np.where(defined, values - exact, 0.0) ** 2).sum(0) / (number - 1) / number)
         bounds = np.full((2, values.shape[1]), math.nan)
-        enough = number > 1
-        if self.sequences < FEW:
-            student = [math.nan] * 2 + [t_quantile((1 + LEVEL) / 2, n - 1) for n in range(2, self.sequences + 1)]
-            with np.errstate(invalid="ignore", divide="ignore"):
-                exact = mean + centered.sum(0) / number
-                squares = (np.where(defined, values - exact, 0.0) ** 2).sum(0)
-                half = np.take(student, number) * np.sqrt(squares / (number - 1) / number)
-            bounds = np.stack((exact - half, exact + half))
-        elif enough.any():
-            bounds[:, enough] = mean[enough] + np.nanquantile(resampled[:, enough], self._quantiles, axis=0)
+        for n in np.unique(number[number > 1]):
+            of_n = number == n
+            if n < FEW:
+                half = t_quantile((1 + LEVEL) / 2, n - 1) * errors[of_n]
+                bounds[:, of_n] = exact[of_n] - half, exact[of_n] + half
+            else:
+                bounds[:, of_n] = mean[of_n] + np.nanquantile(resampled[:, of_n], _expanded(n), axis=0)
         return mean, bounds[0], bounds[1]
+
+
+def _expanded(n: int) -> tuple[float, float]:
+    """Return the quantiles of resampled means of n values at which the expanded percentile interval ends."""
+    wider = math.sqrt(n / (n - 1)) * t_quantile((1 + LEVEL) / 2, n - 1)
+    tail = math.erfc(wider / math.sqrt(2)) / 2  # how often a standard normal variable exceeds it
+    return tail, 1 - tail
 
 
 # ---------------------------------------------------------------- of a law

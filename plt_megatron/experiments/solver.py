@@ -129,7 +129,7 @@ def to_arrays(runs: Sequence[Run], variants: Sequence[str]) -> Arrays:
     for each in runs:
         sound = math.isfinite(each.loss) and each.once >= 0 and each.looped > 0 and each.tokens > 0 and each.loops >= 1
         if not sound:
-            raise UserError(f"{each.block}: the law takes finite losses and positive sizes, got {each}")
+            raise UserError(f"{each.block}: the law needs finite losses and positive sizes, got {each}")
     index = {name: place for place, name in enumerate(variants)}
     once, looped, loops, tokens, loss = (
         np.array([float(getattr(each, name)) for each in runs])

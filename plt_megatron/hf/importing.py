@@ -100,8 +100,8 @@ def _check_read(reader: GGUFReader, model: Any, missing: set[str], path: Path) -
     held, read = sum(int(tensor.n_elements) for tensor in reader.tensors), model.num_parameters()
     if held != read:
         raise UserError(
-            f"{path}: its tensors have {held:,} numbers, and transformers' {type(model).__name__} {read:,}: it would "
-            "leave some out, as biases that it does not expect"
+            f"{path}: its tensors have {held:,} numbers, but transformers' {type(model).__name__} reads {read:,}: it "
+            "would leave some out, such as biases that it does not expect"
         )
 
 

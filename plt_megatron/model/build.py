@@ -133,4 +133,7 @@ def build_stage(config: RunConfig, vocab_size: int) -> LoopedGPT:
     is_trained = trains(config)
     for name, parameter in global_names(stage):
         parameter.requires_grad_(is_trained(name))
+    for module in stage.modules():
+        if getattr(module, "expert_bias", None) is not None:  # moved by megatron-core, without a gradient
+            module.frozen_expert_bias = not module.weight.requires_grad
     return stage.to(dtype=DTYPES[training.precision], device=torch.cuda.current_device())

@@ -9,7 +9,6 @@ a longer run draws in another order, which `mix.fingerprint` with `num_samples` 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import logging
 from collections import deque
@@ -32,10 +31,10 @@ from plt_megatron.data.mix import (
     consumed_epochs,
     describe_mix,
     index_folder,
-    part_sources,
     required_samples,
     samples_after,
     training_samples,
+    validation_alone,
 )
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
@@ -142,13 +141,9 @@ class RunData:
         return build_datasets(data, num_samples=num_samples, seed=seed, cache_dir=folder, tokenizer=self.tokenizer)
 
     def _build_by_source(self, samples: int) -> dict[str, Samples]:
-        data = self._config.data
-        part = "sources" if data.sources else "validation_sources"
         found = {}
-        for source in part_sources(data)[1]:
-            # The others would be checked again.
-            alone: dict[str, Any] = {"stages": [], "train_sources": [], "test_sources": [], part: [source]}
-            built = self._build(dataclasses.replace(data, **alone), (0, samples, 0))
+        for source, alone in validation_alone(self._config.data):
+            built = self._build(alone, (0, samples, 0))
             assert built.validation is not None
             found[derived.source_name(source)] = built.validation
         return found

@@ -11,6 +11,7 @@ from plt_megatron.config.schema import RunConfig
 from plt_megatron.hf.exporting import ExportOptions, export
 from plt_megatron.model.trainable import is_trained
 from plt_megatron.train.checkpoint.reading import read_weights
+from tests.distributed.cases import BIASES
 from tests.distributed.training_jobs import run_config, train
 from tests.distributed.whole_runs import as_after_step, folder, numbers
 
@@ -113,6 +114,20 @@ def test_experts_alone_are_trained_saved_and_loaded(data, tmp_path, run_distribu
     assert run_distributed(train, 2, again) is True
     ours, theirs = ([record["loss"] for record in numbers(run)] for run in (again, config))
     assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize("trained", ["plt_gate", "mlp.router"])
+def test_biases_of_frozen_routers_stay(data, tmp_path, run_distributed, trained):
+    """megatron-core moves them without a gradient."""
+    model = {"moe.num_experts": 4, "moe.ffn_hidden_size": 24, **BIASES, "moe.router_load_balancing_type": "none"}
+    training = {"train_iters": 2, "trainable": [trained]}
+    config = run_config("biases", tmp_path, data, model=model, training=training, checkpoint={"save_interval": 1})
+    assert run_distributed(train, 1, config) is True
+    before, after = weights(config, 1), weights(config, 2)
+    biases = [name for name in before if name.endswith("expert_bias")]
+    assert biases
+    for name in biases:
+        assert torch.equal(before[name], after[name]) == (trained == "plt_gate"), name
 
 
 def test_it_begins_with_the_weights_of_a_run_that_trained_all(data, tmp_path, run_distributed):

@@ -19,6 +19,8 @@ def find_problems(config: RunConfig) -> Iterator[str]:
         for index, source in enumerate(getattr(data, part)):
             if source.fim_rate is not None:
                 yield f"data.{part}[{index}].fim_rate: only training documents are rearranged; leave it out"
+            if source.max_epochs is not None:
+                yield f"data.{part}[{index}].max_epochs: only training sources are counted; leave it out"
     yield from _check_parts(config)
     yield from _check_fill_in_middle(data)
     yield from _check_listed_once(data)

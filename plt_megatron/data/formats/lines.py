@@ -69,7 +69,7 @@ class LineReader(Reader):
             too_large = size - whole > limit
             if not whole:
                 size += _rest_of_line(stream)
-            if position == 0:
+            if position == 0 and self.is_beginning:
                 line = line.removeprefix(BOM)
             number += 1
             position += size

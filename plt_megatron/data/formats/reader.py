@@ -139,6 +139,7 @@ class Reader(ABC):
     path: str
     size: int  # bytes on disk
     options: ReadOptions
+    is_beginning: bool = True  # of a raw file, rather than a later part
 
     def __init_subclass__(cls) -> None:
         if "name" in vars(cls):

@@ -19,7 +19,7 @@ from plt_megatron.experiments.diagnostics.decision import RULE, Decision, decide
 from plt_megatron.experiments.diagnostics.diagnose import DIFFERENCES, MEASURES, Diagnosis, Measure, diagnose
 from plt_megatron.experiments.diagnostics.inputs import HeldOut, build_model, draw_sequences, open_model
 from plt_megatron.experiments.figures import MARKERS, Curve, Named, Panel, draw
-from plt_megatron.experiments.intervals import LEVEL, RESAMPLES, Intervals
+from plt_megatron.experiments.intervals import FEW, LEVEL, RESAMPLES, Intervals
 from plt_megatron.experiments.pages import (
     Cell,
     Column,
@@ -237,8 +237,7 @@ def _page(diagnosis: Diagnosis, decision: Decision, about: dict[str, Any]) -> Pa
         about=_describe(about),
         answers=[Verdict(decision.answer, decision.verdict in ("add", "stop"))],
         asked="Another loop?",
-        how=f"The rule of LoopCoder-v2 (arXiv 2606.18023): {RULE}. In brackets: 95 % bootstrap"
-        " intervals over sequences.",
+        how=f"The rule of LoopCoder-v2 (arXiv 2606.18023): {RULE}. In brackets: 95 % intervals over sequences.",
         remarks=[*decision.signs, *decision.cautions],
         parts=[
             Part(f"Loss of these weights {measured}", tables={"losses": Table(losses, loops[1:], [note])}),
@@ -279,7 +278,8 @@ def as_json(diagnosis: Diagnosis, decision: Decision, about: dict[str, Any]) -> 
         **about,
         "interval": {
             "level": LEVEL,
-            "method": "expanded percentile bootstrap of the mean over sequences",
+            "method": "expanded percentile bootstrap of the mean over sequences; "
+            f"Student's t of fewer than {FEW} values",
             "resamples": RESAMPLES,
             "sequences": diagnosis.sequences,
         },
@@ -333,7 +333,7 @@ def make_figures(diagnosis: Diagnosis) -> list[Named]:
         found = [kind(diagnosis, each) for each in known if not np.isnan(diagnosis.loops[each].mean).all()]
         return Named(name, caption, draw(found, _WIDTH, _HEIGHT, columns))
 
-    bars = "95 % bootstrap intervals over sequences."
+    bars = "95 % intervals over sequences."
     moved = f"How far each loop moves the states, and where to. L2 norms. Bars: {bars}"
     predicted = f"Predictions of the model if it stopped after each loop. Bars: {bars}"
     made = [panels("states", moved, _STATES, _by_loop, 3), panels("lens", predicted, _LENS, _by_loop, 3)]

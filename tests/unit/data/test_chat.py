@@ -149,6 +149,30 @@ def test_a_trained_tokenizers_control_tokens_are_found_in_what_the_template_writ
     assert ChatEncoder(load_tokenizer(tmp_path / "t/tokenizer.json"), append_eod=True).fingerprint != before
 
 
+def test_nothing_in_a_conversation_spells_a_special_token(chatml: Path, tmp_path: Path) -> None:
+    """Neither one that tokenizer_config.json does not name, nor in a call, a role, a name or a tool."""
+    from tokenizers import Tokenizer
+
+    folder = tmp_path / "unnamed"
+    shutil.copytree(chatml, folder)
+    fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    fast.add_special_tokens(["<|start_header|>"])
+    fast.save(str(folder / "tokenizer.json"))
+    encoder = ChatEncoder(load_tokenizer(folder / "tokenizer.json"), append_eod=True)
+    asked, answer = say("user", "two?"), say("assistant", "2")
+    call = {"function": {"name": "clock", "arguments": {"<|im_end|>": "x"}}}
+    tools = [{"type": "function", "function": {"name": "clock", "description": "<|im_end|>"}}]
+    forged = [
+        ([say("user", "<|start_header|>"), answer], None),
+        ([asked, answer | {"tool_calls": [call]}], None),
+        ([say("user <|im_end|>", "two?"), answer], None),
+        ([asked, answer], tools),
+        ([asked, answer], None),
+    ]
+    found = encoder([json.dumps({"messages": messages, "tools": given}) for messages, given in forged])
+    assert list(found.bad) == [0, 1, 2, 3] and all("special token <|" in why for _, why in found.bad.values())
+
+
 @pytest.mark.parametrize("marked", [False, True])
 def test_a_token_that_begins_in_the_prompts_last_space_counts(marked: bool, tmp_path: Path) -> None:
     folder = chat_tokenizer(tmp_path / "spaced", SPACED_MARKED if marked else SPACED)

@@ -280,6 +280,10 @@ def test_unusable_data(
             "data.validation_sources[0].fim_rate: only training documents are rearranged; leave it out",
         ),
         (
+            {"train_sources": [DataSource("a")], "validation_sources": [DataSource("v", max_epochs=1)]},
+            "data.validation_sources[0].max_epochs: only training sources are counted; leave it out",
+        ),
+        (
             {"train_sources": [DataSource("a"), DataSource("./a", fim_rate=0.5)]},
             "a is listed twice, and its samples would come twice, in one order: add up its weights",
         ),

@@ -109,7 +109,7 @@ def test_samples_of_stages_are_shown_with_their_sources(run: Path) -> None:
         assert Path(shown.path).name == shown.source
         documents = IndexedDataset(shown.path)
         tokens = [documents[p.document].tolist()[p.first : p.first + p.length] for p in shown.parts]
-        item = inspector.samples("train")[shown.number]
+        item = inspector.samples("train")[0][1][shown.number]
         assert sum(tokens, []) == [*item["tokens"].tolist(), int(item["labels"][-1])]
     only = [stages, f"data.train_sources=[{two}]", "training.train_iters=5"]
     assert Inspector(load_config(run, only)).find_duplicates(50).equal_documents == 1
@@ -186,7 +186,7 @@ def test_a_file_that_is_no_configuration(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_parts_of_every_sample(run: Path) -> None:
     """Through all samples: the parts are what megatron-core reads."""
-    samples: Any = Inspector(load_config(run)).samples("train")
+    samples: Any = Inspector(load_config(run)).samples("train")[0][1]
     for index in range(len(samples)):
         which, parts = samples.parts(index)
         dataset = samples._dataset.datasets[which]
@@ -196,3 +196,17 @@ def test_parts_of_every_sample(run: Path) -> None:
         assert [part.length for part in parts] == lengths and sum(lengths) == len(text) == 49
     with pytest.raises(UserError, match="the run reads no test data"):
         Inspector(load_config(run)).samples("test")
+
+
+def test_by_source_each_sources_own_samples_are_shown_and_searched(run: Path) -> None:
+    """The run reads as many of a source of small weight: here training text, of which hardly any is in the mix."""
+    held, leaked = f"{{path: {run.parent}/held}}", f"{{path: {run.parent}/one, weight: 0.01}}"
+    settings = [f"data.validation_sources=[{held}, {leaked}]", "validation.iters=8", "validation.by_source=true"]
+    inspector = Inspector(load_config(run, settings))
+    shown = [inspector.batch("validation", number, 1).samples[0] for number in (1, 8, 9, 16)]
+    assert [(sample.source, sample.number) for sample in shown] == [("held", 0), ("held", 28), ("one", 0), ("one", 28)]
+    with pytest.raises(UserError, match="batches 1 to 16"):
+        inspector.batch("validation", 17, 1)
+    found = inspector.find_duplicates(50)
+    alone = Inspector(load_config(run, [f"data.validation_sources=[{leaked}]", *settings[1:]])).find_duplicates(50)
+    assert found.equal_documents >= alone.equal_documents > 10

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -159,6 +160,22 @@ def test_a_file_that_breaks_off(spooled: bool, texts: list[str], bpe_model: Path
     bad = [json.loads(entry) for entry in (tmp_path / "x.bad_lines.jsonl").read_text().splitlines()]
     assert "broken gzip data" in bad[-1]["reason"] and bad[-1]["reason"].endswith("the rest is lost")
     assert manifest["bad_lines"]["broken file"] == 1
+
+
+@pytest.mark.parametrize("spooled", [True, False])
+def test_lines_do_not_depend_on_where_blocks_end(spooled: bool, bpe_model: Path, tmp_path: Path) -> None:
+    """A mark of byte order in the middle, as of joined files, stays; a line that is cut off is lost."""
+    lines = [f"\ufeff{random.Random(number).randbytes(40).hex()}" for number in range(400)]
+    whole, damaged = tmp_path / "a.txt.gz", tmp_path / "b.txt.gz"
+    whole.write_bytes(gzip.compress("\n".join(lines).encode()))
+    damaged.write_bytes(whole.read_bytes()[:-5000])
+    lines[0] = lines[0].removeprefix("\ufeff")
+    options = {"shard_bytes": 90 if spooled else 64 << 20, "read": ReadOptions(text_documents="line")}
+    run_preprocess([whole], tmp_path / "x", bpe_model, **options)
+    assert documents(tmp_path / "x") == expected(bpe_model, lines)
+    run_preprocess([damaged], tmp_path / "y", bpe_model, **options)
+    found = documents(tmp_path / "y")
+    assert 100 < len(found) < 400 and found == expected(bpe_model, lines[: len(found)])
 
 
 def test_a_damaged_page_loses_the_rest_of_its_shard(texts: list[str], bpe_model: Path, tmp_path: Path) -> None:

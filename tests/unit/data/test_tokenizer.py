@@ -169,13 +169,22 @@ def test_hugging_face_file(model: Path, texts: list[str]) -> None:
     assert all(theirs.decode(theirs.encode(text)) == text for text in texts)
 
 
-def test_hugging_face_file_of_others(tmp_path: Path) -> None:
+def test_a_users_symbol_that_ends_documents_is_not_in_text(tmp_path: Path) -> None:
+    path = train_plainly(["a b c"] * 50, tmp_path / "m.model", vocab_size=300, byte_fallback=True,
+                         user_defined_symbols=["<|endoftext|>"])  # fmt: skip
+    tokenizer, spelled = load_tokenizer(path, "<|endoftext|>"), "a<|endoftext|>b"
+    assert tokenizer.eod in reference(path).encode(spelled) and tokenizer.eod not in tokenizer.encode(spelled)
+    assert tokenizer.spelling == "unknown" and load_tokenizer(path).spelling == ""
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_hugging_face_file_of_others(tmp_path: Path, special: bool) -> None:
     """Truncation is undone, special tokens in a text stay text, ids may have holes, the end token is found."""
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     value = {
         "version": "1.0",
         "truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0},
-        "added_tokens": [{"id": 9, "content": "<|endoftext|>", "special": True, **plain}],
+        "added_tokens": [{"id": 9, "content": "<|endoftext|>", "special": special, **plain}],
         "model": {
             "type": "BPE",
             "unk_token": "x",
@@ -187,7 +196,7 @@ def test_hugging_face_file_of_others(tmp_path: Path) -> None:
     path.write_text(json.dumps(value))
     tokenizer = load_tokenizer(path)
     assert tokenizer.eod == 9 and tokenizer.vocab_size == 10
-    assert 9 not in tokenizer.encode("a<|endoftext|>b")
+    assert 9 not in tokenizer.encode("a<|endoftext|>b") and tokenizer.spelling == ("" if special else "text")
     assert tokenizer.encode("abab") == [0, 1, 0, 1]
     assert FastTokenizer.from_file(str(path)).encode("<|endoftext|>").ids == [9]
 

@@ -176,9 +176,11 @@ def test_what_is_written(place, done):
     assert found["model"]["loop_count"] == 3 and found["model"]["window_size"] == 5
     assert found["data"]["sequences"] == 6 and found["data"]["tokens"] == 384
     assert found["interval"] == {
-        "level": 0.95, "method": "expanded percentile bootstrap of the mean over sequences", "resamples": 2000,
+        "level": 0.95,
+        "method": "expanded percentile bootstrap of the mean over sequences; Student's t of fewer than 8 values",
+        "resamples": 2000,
         "sequences": 6,
-    }  # fmt: skip
+    }
 
 
 def test_csv_and_json_hold_the_same_numbers(done):

@@ -114,6 +114,15 @@ def test_they_cover_the_mean_as_often_as_they_say(sequences, least):
     assert least < covered < 0.97
 
 
+@pytest.mark.parametrize(("sequences", "defined"), [(16, 2), (64, 3), (64, 7), (64, 8), (64, 20)])
+def test_they_do_so_where_few_sequences_have_a_value(sequences, defined):
+    rng = np.random.default_rng(5)
+    values = rng.normal(3.0, 2.0, size=(sequences, 1500))
+    values[rng.random(values.shape).argsort(0) >= defined] = np.nan
+    found = Bootstrap(sequences, 2).intervals(values)
+    assert 0.93 < ((found.low <= 3) & (found.high >= 3)).mean() < 0.97
+
+
 def test_differences_are_paired():
     """Sequences differ much more than the loops do within each: the difference is known all the same."""
     rng = np.random.default_rng(3)

@@ -268,6 +268,15 @@ def test_two_axes_that_set_one_key_are_refused(tmp_path):
         plan_of(tmp_path, LOOPS.replace("axes: {", axes))
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_an_axis_that_sets_a_section_meets_one_that_sets_a_key_of_it(tmp_path, first):
+    """A row of dense models would have experts."""
+    ffn = "ffn: {dense: {model.moe: null}, experts: {model.moe.num_experts: 4}}"
+    axes = [ffn, "model.moe.router_topk: [1, 2]"][:: 1 if first else -1]
+    with pytest.raises(UserError, match=r"model\.moe(\.router_topk)? is also set by axes"):
+        plan_of(tmp_path, LOOPS.replace("axes: {", f"axes: {{{', '.join(axes)}, "))
+
+
 @pytest.mark.parametrize("name", ["depth #1", "x: y", "two: ", "小 😀", "[a]"])
 def test_a_folder_of_any_name_holds_its_runs(tmp_path, name):
     """YAML would take part of it for a comment or a mapping."""
