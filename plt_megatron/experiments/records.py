@@ -153,8 +153,6 @@ def data_key(fingerprint: dict[str, Any]) -> str:
 
 def data_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Describe the differences between two fingerprints; empty for the same data, whatever seed and budget."""
-    if data_part(before) == data_part(now):
-        return []
     return fingerprint_differences(before, {**now, "sampling": before.get("sampling")})
 
 

@@ -138,7 +138,6 @@ def _parallel_settings(parallel: ParallelConfig) -> dict[str, Any]:
         "recompute_modules": list(parallel.recompute_modules),
         # With batched p2p and two stages the interleaved schedule silently mixes up messages between the ranks.
         "batch_p2p_comm": False,
-        "overlap_p2p_comm": layout.pipeline > 1,
     }
 
 

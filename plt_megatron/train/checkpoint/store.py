@@ -63,8 +63,7 @@ class CheckpointStore:
         self._fetched = RunFolder(directory.parent).loaded
         self._inherited: dict[str, Any] = {}
         self._origin: Path | None = None  # the checkpoint elsewhere that the run started from
-        self._pending: PendingSave | None = None
-        self._thread: threading.Thread | None = None
+        self._pending: tuple[PendingSave, threading.Thread] | None = None
 
     def load(self, engine: Engine, kept: Kept | None = None) -> dict[str, Any] | None:
         """Restore the run's last state in the engine or, for a new run, load from `checkpoint.load`. See
@@ -104,17 +103,16 @@ class CheckpointStore:
             pending = begin_save(engine, self.directory, progress, kept)
             pending.write()
             return self._publish(pending)
-        self._pending = begin_save(engine, self.directory, progress, kept, staged=True)
+        pending = begin_save(engine, self.directory, progress, kept, staged=True)
         # Not a daemon: a process that exits normally has written its part.
-        self._thread = threading.Thread(target=self._pending.write, name="checkpoint writer")
-        self._thread.start()
+        thread = threading.Thread(target=pending.write, name="checkpoint writer")
+        self._pending = pending, thread
+        thread.start()
         return self.directory / checkpoints.folder_name(progress["step"])
 
     def poll(self) -> Path | None:
         """Publish an asynchronous save if all ranks have written their parts; returns its folder if so."""
-        if self._pending is None or self._thread is None:
-            return None
-        return None if any_rank(self._thread.is_alive()) else self.close()
+        return None if self._pending is None or any_rank(self._pending[1].is_alive()) else self.close()
 
     def close(self) -> Path | None:
         """Wait for an asynchronous save and publish it; returns its folder if there was one.
@@ -123,10 +121,9 @@ class CheckpointStore:
             AttemptFailed: on all ranks. It could not be written, or took longer than
                 `parallel.distributed_timeout_minutes`; the last checkpoint is intact.
         """
-        pending, thread = self._pending, self._thread
-        self._pending = self._thread = None
-        if pending is None or thread is None:
+        if self._pending is None:
             return None
+        (pending, thread), self._pending = self._pending, None
         self._beat("saving")
         minutes = self.config.parallel.distributed_timeout_minutes
         thread.join(minutes * 60 * 0.9)  # the other ranks wait in a collective, which must not time out first
