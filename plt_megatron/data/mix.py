@@ -247,6 +247,12 @@ def check_tokenizer(data: DataConfig, tokenizer: Tokenizer) -> None:
             )
 
 
+def document_end(data: DataConfig) -> int | None:
+    """Return the token that ends documents in all sources, by their manifests; None if they do not say, or differ."""
+    ends = {read_manifest(path).get("tokenizer", {}).get("eod") for path in _paths(data)}
+    return ends.pop() if len(ends) == 1 else None
+
+
 def check_masks(data: DataConfig) -> None:
     """Raise `UserError` if a source's loss mask has the wrong size or bytes other than 0 and 1, counts no token, or is
     missing although its manifest records it."""

@@ -27,7 +27,14 @@ from plt_megatron.train.checkpoint.reading import Weights
 # Settings of a model that its weights do not depend on.
 _ANY = ("backend", "vocab_size", "make_vocab_size_divisible_by", "loop_preset", "fused_gated_window")
 # Entries of a run's record that the average's record keeps.
-_KEPT = ("consumed_tokens", "consumed_samples", "data_fingerprint", checkpoints.LONGEST_TEXT, *checkpoints.ORIGIN)
+_KEPT = (
+    "consumed_tokens",
+    "consumed_samples",
+    "data_fingerprint",
+    checkpoints.LONGEST_TEXT,
+    checkpoints.DOCUMENT_END,
+    *checkpoints.ORIGIN,
+)
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,9 @@ def export(options: ExportOptions, say: Callable[[str], None] = print) -> Export
         )
     with published_folder(options.output) as folder:
         if source.tokenizer is not None:
-            write_tokenizer(source.tokenizer, folder)
+            # A model of our own was trained on texts without them; a public one knows them from before.
+            is_own = bool(source.progress) and "imported_from" not in source.progress
+            write_tokenizer(source.tokenizer, folder, adds_tokens=not is_own)
         _write_configs(source, folder, options.style, _DTYPE_NAMES[precision])
         what = "the moving average of the weights of " if source.ema else ""
         say(f"exporting {what}{source.path} as {precision}")

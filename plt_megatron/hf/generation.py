@@ -120,4 +120,10 @@ def _inputs(tokenizer: Any, prompt: str, chat: bool) -> Any:
     if not chat:
         return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     message = {"role": "user", "content": prompt}
-    return tokenizer.apply_chat_template([message], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return tokenizer.apply_chat_template(
+        [message],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+        tokenizer_kwargs={"return_token_type_ids": False},
+    )

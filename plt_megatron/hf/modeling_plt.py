@@ -1666,6 +1666,12 @@ class PLTForCausalLM(PLTPreTrainedModel, GenerationMixin):
 
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
         """An assistant has loops of its own, or none: transformers would hand it this call's arguments."""
+        cache = model_kwargs.get(CACHE_NAME)
+        if cache is not None and int(cache.get_seq_length()):
+            raise ValueError(
+                "transformers' assisted generation would put the whole prompt into a cache that has a part of it: "
+                "leave out past_key_values, or the assistant"
+            )
         own = {name: value for name, value in model_kwargs.items() if name not in ("loop_count", "loop_mode")}
         return super()._get_candidate_generator(*args, model_kwargs=own, **kwargs)
 
@@ -1678,7 +1684,14 @@ class PLTForCausalLM(PLTPreTrainedModel, GenerationMixin):
             raise ValueError(
                 "a PLT has no assistant_early_exit: load the model with loop_count=1 and give that as assistant_model"
             )
-        if model_kwargs.get(CACHE_NAME) is not None or generation_config.use_cache is False:
+        given = model_kwargs.get(CACHE_NAME)
+        if given is not None or generation_config.use_cache is False:
+            length = getattr(given, "static_length", None)
+            if length is not None and max_cache_length > length:
+                raise ValueError(
+                    f"the static cache holds {length} tokens, and this call needs {max_cache_length}: give "
+                    "model.new_cache() as many"
+                )
             super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
@@ -1702,6 +1715,10 @@ class PLTForCausalLM(PLTPreTrainedModel, GenerationMixin):
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs[CACHE_NAME] = cache
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse it by name: its worker would only log that its cache is not a `PLTCache`, and return no tokens."""
+        raise ValueError("transformers' continuous batching cannot hold a PLT's state: use generate, or vLLM")
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:

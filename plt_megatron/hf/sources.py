@@ -27,6 +27,7 @@ from plt_megatron.hf.safetensors_files import DTYPES, SafetensorsFolder
 from plt_megatron.hf.tokenizer_files import hf_tokenizer_file, load_hf_tokenizer, read_generation_config, special_tokens
 from plt_megatron.model.parameters import is_buffer, only_in_loops
 from plt_megatron.run_folder.checkpoints import (
+    DOCUMENT_END,
     EMA,
     LONGEST_TEXT,
     latest_checkpoint,
@@ -149,7 +150,11 @@ def _open_checkpoint(path: Path, tokenizer: Path | None, ema: bool) -> ModelSour
     # Imports put a generation_config.json beside the tokenizer.
     generation = read_generation_config(loaded.path.parent) if loaded else {}
     tokens = special_tokens(loaded) if loaded else progress.get("special_tokens", {})
-    tokens |= {name: generation.pop(name) for name in _TOKEN_IDS if name in generation}
+    tokens, generation = token_ids(tokens, generation)
+    end, ends = progress.get(DOCUMENT_END), tokens.get("eos_token_id", [])
+    ends = ends if isinstance(ends, list) else [ends]
+    if end is not None and end not in ends:  # plt preprocess --eod-token
+        tokens["eos_token_id"] = [end, *ends]
     return ModelSource(
         path=found,
         model=model,
@@ -164,6 +169,12 @@ def _open_checkpoint(path: Path, tokenizer: Path | None, ema: bool) -> ModelSour
         ema=ema,
         lineage=progress,
     )
+
+
+def token_ids(tokens: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return ids of special tokens and further settings of generation, whose own ids prevail: it may have more ends."""
+    own = {name: generation[name] for name in _TOKEN_IDS if name in generation}
+    return {**tokens, **own}, {name: value for name, value in generation.items() if name not in own}
 
 
 def check_ema(progress: Mapping[str, Any], checkpoint: Path) -> None:
@@ -212,6 +223,7 @@ def _open_hf(path: Path, tokenizer: Path | None) -> ModelSource:
     mappings = mappings_for(described.model, described.vocab_size, described.style)
     check_hf_tensors(files, mappings, described.model)
     found = tokenizer or hf_tokenizer_file(path, described.family)
+    tokens, generation = token_ids(described.tokens, read_generation_config(path))
     return ModelSource(
         path=path,
         model=described.model,
@@ -220,10 +232,8 @@ def _open_hf(path: Path, tokenizer: Path | None) -> ModelSource:
         precision=hf_precision(files),
         weights=lambda: conversion.to_megatron(files.read, mappings),
         tokenizer=load_hf_tokenizer(found, described.tokens) if found else None,
-        tokens=described.tokens,
-        generation={
-            name: value for name, value in read_generation_config(path).items() if name not in described.tokens
-        },
+        tokens=tokens,
+        generation=generation,
         family=described.family,
         lineage=read_license(path),
     )

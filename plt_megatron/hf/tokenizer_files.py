@@ -82,8 +82,11 @@ def load_hf_tokenizer(path: Path, tokens: dict[str, Any]) -> Tokenizer:
     return load_tokenizer(path, name)
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, adds_tokens: bool = True) -> None:
     """Write everything that `AutoTokenizer.from_pretrained(folder)` needs.
+
+    Args:
+        adds_tokens: keep the special tokens that the tokenizer puts around a text, which training never saw.
 
     Raises:
         UserError: a sentencepiece model has no equivalent tokenizer.json beside it, and none can be made.
@@ -91,15 +94,28 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     source = tokenizer.path.parent
     if isinstance(tokenizer, SentencePieceTokenizer):
         _write_from_sentencepiece(tokenizer, folder)
-        _let_templates_write_special_tokens(folder)
-        return
-    assert isinstance(tokenizer, HuggingFaceTokenizer)
-    shutil.copyfile(tokenizer.path, folder / JSON)
-    # Without a MODEL beside it: an import of the export would read that instead (`hf_tokenizer_file`).
-    _copy_found((CONFIG, *_OTHERS), source, folder)
-    if not (folder / CONFIG).exists():
-        _write_config(tokenizer, folder)
+    else:
+        assert isinstance(tokenizer, HuggingFaceTokenizer)
+        shutil.copyfile(tokenizer.path, folder / JSON)
+        # Without a MODEL beside it: an import of the export would read that instead (`hf_tokenizer_file`).
+        _copy_found((CONFIG, *_OTHERS), source, folder)
+        if not (folder / CONFIG).exists():
+            _write_config(tokenizer, folder)
     _let_templates_write_special_tokens(folder)
+    if not adds_tokens:
+        _add_no_tokens(folder)
+
+
+def _add_no_tokens(folder: Path) -> None:
+    """Make the tokenizer put no special tokens around a text."""
+    fast = tokenizers.Tokenizer.from_file(str(folder / JSON))
+    if fast.encode("a").ids == fast.encode("a", add_special_tokens=False).ids:
+        return
+    described, config = read_json_object(folder / JSON), read_json_object(folder / CONFIG)
+    write_json(folder / JSON, described | {"post_processor": None})
+    # A model's own class would make the post-processor again.
+    own = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False, "add_eos_token": False}
+    write_json(folder / CONFIG, config | own)
 
 
 def _let_templates_write_special_tokens(folder: Path) -> None:

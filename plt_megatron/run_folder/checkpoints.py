@@ -34,6 +34,7 @@ REPLICAS_COMPARED = "replicas_compared"  # in progress.json: ranks' copies were 
 EMA = "ema"  # name of the weights' moving average in progress.json and in tensor keys
 # Entries of progress.json about the model that its run, or a run before that, started from.
 ORIGIN = ("imported_from", "special_tokens", "base_model", "license", "license_name", "license_link")
+DOCUMENT_END = "document_end"  # in progress.json: the token that ends documents in the data, if not the tokenizer's
 LONGEST_TEXT = "max_position_embeddings"
 NAME = re.compile(r"step_(\d{8,})")
 

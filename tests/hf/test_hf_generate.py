@@ -153,6 +153,10 @@ def test_loop_count_and_a_stored_prefix():
     for _ in range(2):
         text = generate(model, whole, 9, **{CACHE_NAME: copy.deepcopy(stored)})
         assert torch.equal(text, greedy(model, whole, 9))
+    with pytest.raises(ValueError, match="leave out past_key_values, or the assistant"):
+        generate(model, whole, 9, prompt_lookup_num_tokens=3, **{CACHE_NAME: copy.deepcopy(stored)})
+    with pytest.raises(ValueError, match=r"holds 20 tokens, and this call needs 2\d"):
+        generate(model, whole, 9, **{CACHE_NAME: model.new_cache(20)})
 
 
 def test_inputs_embeds():
@@ -192,6 +196,8 @@ def test_caches_that_cannot_hold_a_plt_are_refused():
         generate(model, tokens, 3, **{CACHE_NAME: DynamicCache()})
     with pytest.raises(ValueError, match='must be "dynamic" or "static" for a PLT, not \'quantized\''):
         generate(model, tokens, 3, cache_implementation="quantized")
+    with pytest.raises(ValueError, match="continuous batching cannot hold a PLT's state"):
+        model.generate_batch([[1, 2, 3]])
     # Continuous batching comes with a mask of its own, which is not what is wrong.
     with pytest.raises(ValueError, match="decodes with a PLTCache .* not with DynamicCache"):
         model(tokens, torch.ones(1, 1, 5, 5), **{CACHE_NAME: DynamicCache()})

@@ -207,7 +207,9 @@ def test_the_tokenizer_comes_along(tmp_path, tokenizer_model):
 
     folder = save_llama(tmp_path / "hf", tokenizer_model, eos_token_id=[2, 5])
     generation = json.loads((folder / "generation_config.json").read_text())
-    (folder / "generation_config.json").write_text(json.dumps({**generation, "temperature": 0.6, "do_sample": True}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({**generation, "temperature": 0.6, "do_sample": True, "eos_token_id": [2, 5, 7]})
+    )
     result, _ = imported(folder, tmp_path / "run")
     assert result.tokenizer == tmp_path / "run" / "tokenizer" / "tokenizer.json"
     config = load_config(tmp_path / "run" / "model.yaml")
@@ -217,7 +219,9 @@ def test_the_tokenizer_comes_along(tmp_path, tokenizer_model):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert tokenizer("the loop")["input_ids"] == AutoTokenizer.from_pretrained(folder)("the loop")["input_ids"]
     settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())
-    assert settings["eos_token_id"] == [2, 5] and settings["temperature"] == 0.6
+    assert settings["eos_token_id"] == [2, 5, 7] and settings["temperature"] == 0.6
+    quiet((folder, tmp_path / "direct"))
+    assert json.loads((tmp_path / "direct" / "generation_config.json").read_text())["eos_token_id"] == [2, 5, 7]
     (folder / "tokenizer_config.json").unlink()  # config.json alone says where a text ends
     assert open_source(folder).tokenizer.eod == 2
     small = save_llama(tmp_path / "small", tokenizer_model, vocab_size=VOCAB)

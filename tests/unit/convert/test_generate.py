@@ -75,6 +75,9 @@ def test_a_chat(generate, exported, tmp_path):
     (tmp_path / "out" / "chat_template.jinja").write_text(
         "{% for message in messages %}{{ message.content }}{% endfor %}"
     )
+    config = tmp_path / "out" / "tokenizer_config.json"
+    names = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}  # as some tokenizers are saved
+    config.write_text(json.dumps(json.loads(config.read_text()) | names))
     greedy = ("--max-new-tokens", "6", "--temperature", "0")
     plain, chat = generate(tmp_path / "out", *greedy), generate(tmp_path / "out", *greedy, "--chat")
     answer = plain.stdout.removeprefix("the loop").strip()

@@ -26,9 +26,11 @@ from data_helpers import (
 )
 
 from plt_megatron.commands import preprocess as command
+from plt_megatron.config.schema import DataConfig, DataSource
 from plt_megatron.data import preprocess as module
 from plt_megatron.data.formats import Quality, ReadOptions
 from plt_megatron.data.indexed import open_index, read_index
+from plt_megatron.data.mix import document_end
 from plt_megatron.errors import UserError
 
 
@@ -395,3 +397,11 @@ def test_outputs_of_before_qualities_are_known_again(corpus: Path, bpe_model: Pa
     assert run_preprocess([corpus], tmp_path / "x", bpe_model) == manifest
     with pytest.raises(UserError, match="was not made from these inputs and settings"):
         run_preprocess([corpus], tmp_path / "x", bpe_model, read=ReadOptions(quality=Quality("score", 0.5)))
+
+
+def test_the_token_that_ends_documents_is_known(texts: list[str], bpe_model: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", texts[:3])
+    for name, token in (("a", None), ("b", "<pad>"), ("c", "<pad>")):
+        run_preprocess([path], tmp_path / name, bpe_model, eod_token=token)
+    for names, end in (("a", 2), ("bc", 3), ("ab", None)):
+        assert document_end(DataConfig(sources=[DataSource(str(tmp_path / name)) for name in names])) == end
