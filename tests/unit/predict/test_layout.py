@@ -20,8 +20,8 @@ LONG = pytest.param(["data.sequence_length=32768"], marks=pytest.mark.slow)
 
 @pytest.mark.parametrize("overrides", [[], ["deepspeed={}", NO_OVERLAP], LONG], ids=str)
 def test_every_layout_reads_as_it_is_printed(overrides):
-    config = load_config(RUN, overrides)
-    found = search(config, gpu="h200", world_size=16, gpus_per_node=8)
+    overrides = [*overrides, "training.global_batch_size=16"]  # few micro batches
+    found = search(load_config(RUN, overrides), gpu="h200", world_size=16, gpus_per_node=8)
     assert len(found.fitting) > 20
     for each in found.fitting[:: len(found.fitting) // 20]:
         layout = each.estimate.layout

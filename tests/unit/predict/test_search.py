@@ -60,8 +60,8 @@ def test_the_shipped_layout_is_among_them(found):
 
 
 def test_experts_are_shared_out():
-    path = ROOT / "configs/runs/plt2_moe_1b_7b.yaml"
-    found = search(load_config(path), gpu="h100", world_size=16, gpus_per_node=8)
+    config = load_config(ROOT / "configs/runs/plt2_moe_1b_7b.yaml", ["training.global_batch_size=16"])
+    found = search(config, gpu="h100", world_size=16, gpus_per_node=8)
     layouts = [each.estimate.layout for each in found.fitting]
     assert {1, 2, 8, 16} <= {layout.expert for layout in layouts}
     assert all(layout.sequence_parallel for layout in layouts if layout.tensor > 1)
@@ -99,7 +99,7 @@ def _refused_by_transformer_engine(config, candidate):
 
 
 def test_deepspeeds_stages_are_tried():
-    config = load_config(RUN, ["deepspeed={}", "parallel.overlap_grad_reduce=false"])
+    config = load_config(RUN, ["deepspeed={}", "parallel.overlap_grad_reduce=false", "training.global_batch_size=16"])
     found = search(config, gpu="h100", world_size=8, gpus_per_node=8)
     layouts = [each.estimate.layout for each in found.fitting]
     ways = {(layout.zero_stage, layout.offload_optimizer, layout.offload_weights) for layout in layouts}
