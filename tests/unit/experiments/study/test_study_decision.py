@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 
 import numpy as np
@@ -29,6 +30,7 @@ def candidates(seconds: float | None = 1e-12) -> list[Candidate]:
     return made
 
 
+@functools.cache
 def fit(luck: Luck | None = None) -> LawFit:
     return fit_law(synthetic_study(LAW, luck or Luck(), 1), bootstraps=60)
 
