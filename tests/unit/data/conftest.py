@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import subprocess
 from pathlib import Path
 
 import pytest
 from data_helpers import ROOT, Tool, make_texts, tool_environment, train, write_jsonl
+
+
+@pytest.fixture(autouse=True)
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers of `preprocess` are forks of a process that has their imports. A command's start as a user's do."""
+    context = multiprocessing.get_context("forkserver")
+    modules = ("plt_megatron.data.shards", "sentencepiece", "transformers.models.auto.tokenization_auto")
+    context.set_forkserver_preload(list(modules))
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
 
 
 @pytest.fixture(scope="session")

@@ -38,6 +38,7 @@ INSTEAD = [
     (r" --follow\b", "", "waits for a job, and there is none"),
     (r" --cluster NAME\b", " --cluster h100_modules", "a name for the reader to fill in"),
     (r" --vocab-size 32000\b", " --vocab-size 400", "the small corpus has no 32,000 pieces"),
+    (r"^plt preprocess --chat\b.*", r"\g<0> --workers 1", "a worker imports transformers for seconds"),
     (r"^plt doctor\b.*", "plt doctor --help", "takes ten seconds; test_doctor.py runs it"),
     (r"^python benchmarks/gpu.py.*", "python $ROOT/benchmarks/gpu.py --help", "needs a GPU"),
     (
