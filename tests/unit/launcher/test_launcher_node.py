@@ -98,7 +98,7 @@ class TwoNodes:
             self.launchers[node] = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
 
     def wait(self) -> list[int]:
-        return [launcher.wait(60) for launcher in self.launchers.values()]
+        return [launcher.wait(240) for launcher in self.launchers.values()]
 
     def wait_until(self, condition: Callable[[], object]) -> None:
         wait_for(condition, details=self.outputs)
