@@ -14,9 +14,9 @@ import pytest
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.validation import processes_on
 from plt_megatron.predict.run_estimate import estimate_run
+from tests.running import ROOT, run
 from tests.unit.config.run_files import write_run_files
 
-ROOT = Path(__file__).resolve().parents[3]
 LAUNCH = ROOT / "launch" / "train.py"
 
 # Stands in for the trainer: `python -m plt_megatron.train.main` finds this one first.
@@ -52,14 +52,7 @@ def environment(**env: str) -> dict[str, str]:
 
 
 def launch(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(LAUNCH), *arguments],
-        cwd=folder,
-        env=environment(**env),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    return run([sys.executable, LAUNCH, *arguments], folder, status=None, env=environment(**env))
 
 
 @pytest.mark.parametrize(

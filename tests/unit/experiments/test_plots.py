@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from matplotlib.image import imread
 from plt_megatron.errors import UserError
 from plt_megatron.experiments import plots
 from plt_megatron.experiments.figures import Named, new_figure, smooth, svg
+from tests.running import ROOT, run
 
 
 def test_a_pages_figure_has_its_numbers_whole_and_its_coordinates_short():
@@ -109,9 +109,6 @@ def test_bad_requests_are_refused(runs, tmp_path):
 # ---------------------------------------------------------------- the page of all curves
 
 
-ROOT = Path(__file__).resolve().parents[3]
-
-
 def write_run(folder: Path, loops: int, steps: int = 30) -> Path:
     folder.mkdir()
     with (folder / "metrics.jsonl").open("w") as file:
@@ -132,10 +129,9 @@ def write_run(folder: Path, loops: int, steps: int = 30) -> Path:
 def test_the_command_draws_runs_of_different_loop_counts(tmp_path):
     runs = [write_run(tmp_path / name, loops) for name, loops in (("one", 1), ("three", 3))]
     command = [sys.executable, str(ROOT / "tools/plot.py"), *map(str, runs)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
+    said = run(command).stdout
     picture = tmp_path / "one" / "metrics.png"
-    assert result.stdout.strip() == str(picture) and picture.read_bytes().startswith(b"\x89PNG")
+    assert said.strip() == str(picture) and picture.read_bytes().startswith(b"\x89PNG")
 
 
 def panels_drawn(monkeypatch, tmp_path, runs, *options) -> dict[str, object]:

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 
+from tests.running import ROOT, run
+
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).resolve().parents[3]
 BOUNDS = {"bf16": 1.5e-2, "fp16": 2e-3}  # of the largest value: eight and eleven bits of mantissa
 FP32 = 1e-5
 
 
 def run_script(path: str, *arguments: str, **environment: str) -> Any:
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(
-        [sys.executable, ROOT / path, *arguments], env=variables, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(run([sys.executable, ROOT / path, *arguments], env=variables).stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests.running import ROOT, run
+
 RUN = "configs/runs/plt2_1b.yaml"
 
 
@@ -19,15 +20,7 @@ def command(*arguments: str, cwd: Path = ROOT, blocked: Path | None = None) -> s
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     if blocked is not None:
         env["PYTHONPATH"] = str(blocked)
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools/estimate.py"), *arguments],
-        cwd=cwd,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    return run([sys.executable, ROOT / "tools/estimate.py", *arguments], cwd, status=None, env=env)
 
 
 def test_tables():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,8 @@ import pytest
 from plt_megatron.config.loader import load_config
 from plt_megatron.predict.flops import forward_flops_per_token, mean_keys, training_flops_per_token
 from plt_megatron.predict.parameters import count_parameters
+from tests.running import ROOT, run
 
-ROOT = Path(__file__).resolve().parents[3]
 FOLDERS = ("models", "runs", "sweeps/base")
 CONFIGS = sorted(path for folder in FOLDERS for path in ROOT.glob(f"configs/{folder}/*.yaml"))
 TOLERANCE = 1e-3
@@ -23,15 +22,7 @@ TOLERANCE = 1e-3
 def counted(warm_python: str) -> dict[Path, dict[str, int]]:
     """What count_built_models.py counts, by configuration."""
     script = Path(__file__).with_name("count_built_models.py")
-    done = subprocess.run(
-        [warm_python, str(script), *map(str, CONFIGS)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run([warm_python, script, *CONFIGS], env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     rows = [line.split("\t") for line in done.stdout.splitlines() if "\t" in line]
     return {Path(path): json.loads(figures) for path, figures in rows}
 

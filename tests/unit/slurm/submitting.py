@@ -13,8 +13,8 @@ import pytest
 
 from plt_megatron.errors import UserError
 from plt_megatron.slurm.submission import Options, Submission, submit
+from tests.running import ROOT, run
 
-ROOT = Path(__file__).resolve().parents[3]
 LAUNCHER = "plt_megatron/launcher/in_job.py"
 IN_JOB = """
 import json, os, signal, sys, time
@@ -75,12 +75,4 @@ def directives(script: Path) -> dict[str, str]:
 
 
 def command(folder: Path, name: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "launch" / name), *arguments],
-        cwd=folder,
-        env=os.environ | env,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    return run([sys.executable, ROOT / "launch" / name, *arguments], folder, status=None, env=os.environ | env)
