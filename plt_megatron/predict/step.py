@@ -83,6 +83,8 @@ class Step:
 def share_of_stage(flops: Flops, config: RunConfig, layout: Layout, stage: int) -> Flops:
     """Return a pipeline stage's part of the FLOPs: its layers, of which other weights may be frozen than of the other
     stages', and, in the last stage, the output layer."""
+    if layout.pipeline == 1:
+        return flops
     layers, every = layout.stage_layers(config.model.num_layers)[stage], range(config.model.num_layers)
     weights, trained = Weights(config.model), Weights.trained(config)
 

@@ -113,8 +113,8 @@ def vllm_config(parallel=(), **others):
     from vllm.config.aux_output import AuxOutputConfig
     from vllm_plt.configuration_plt import PLTConfig
 
-    names = {"pipeline_parallel_size": 1, "decode_context_parallel_size": 1, "data_parallel_size": 1}
-    names |= {"tensor_parallel_size": 1, "enable_eplb": False}
+    names = dict.fromkeys((f"{kind}_parallel_size" for kind in ("pipeline", "data", "tensor")), 1)
+    names |= {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, "enable_eplb": False}
     settings = {
         "parallel_config": SimpleNamespace(**{**names, "use_ubatching": False, **dict(parallel)}),
         "model_config": SimpleNamespace(hf_config=PLTConfig(), max_model_len=993),
@@ -124,7 +124,7 @@ def vllm_config(parallel=(), **others):
         "kv_transfer_config": None,
         "aux_output_config": AuxOutputConfig(),
         "offload_config": OffloadConfig(),
-        "scheduler_config": SimpleNamespace(disable_hybrid_kv_cache_manager=None),
+        "scheduler_config": SimpleNamespace(disable_hybrid_kv_cache_manager=None, max_num_seqs=24),
         "optimization_level": 2,
         "compilation_config": compilation(),
     }
@@ -135,7 +135,7 @@ def compilation(**settings):
     from types import SimpleNamespace
 
     passes = SimpleNamespace(fuse_allreduce_rms=None)
-    return SimpleNamespace(**{"cudagraph_mode": None, "pass_config": passes, **settings})
+    return SimpleNamespace(**{"cudagraph_mode": None, "compile_sizes": [], "pass_config": passes, **settings})
 
 
 def test_what_would_end_in_other_words_is_refused():
@@ -145,13 +145,21 @@ def test_what_would_end_in_other_words_is_refused():
     from vllm_plt.settings import check
 
     experts = SimpleNamespace(hf_config=PLTConfig(**MOE), max_model_len=993)
+    shifted = SimpleNamespace(hf_config=PLTConfig(key_shift="heads"), max_model_len=993)
     check(vllm_config(model_config=experts))
+    check(vllm_config(model_config=shifted, compilation_config=compilation(compile_sizes=[8, 24])))
+    check(vllm_config(compilation_config=compilation(compile_sizes=[64])))
     check(vllm_config({"data_parallel_size": 2}))
     check(vllm_config(speculative_config=SimpleNamespace(method="ngram")))
     for config, named in (
         (vllm_config({"data_parallel_size": 2}, model_config=experts), "--data-parallel-size"),
         (vllm_config({"use_ubatching": True}), "--enable-dbo"),
         (vllm_config({"enable_eplb": True}, model_config=experts), "--enable-eplb"),
+        (vllm_config({"prefill_context_parallel_size": 2}), "context parallelism"),
+        *(
+            (vllm_config(model_config=shifted, compilation_config=compilation(compile_sizes=sizes)), "sizes .* 24, not")
+            for sizes in ([8, 25], ["cudagraph_capture_sizes"])
+        ),
         (vllm_config(speculative_config=SimpleNamespace(method="draft_model")), "draft_model.*ngram"),
     ):
         with pytest.raises(ValueError, match=named):

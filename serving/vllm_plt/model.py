@@ -159,14 +159,12 @@ class PLTModel(nn.Module):
         carried = self._carried(HIDDEN, slice(None), embeds, len(embeds))
         inputs = torch.cat([embeds[None], self.loop_input(embeds, carried)])
         taken = self._keys(KEYS, slice(None), embeds, len(embeds))
-        with self._adapters_of_rows(), self._padding_of_rows(len(embeds)):
+        adapters = nullcontext() if self.adapters is None else self.adapters.over_rows()
+        with adapters, self._padding_of_rows(len(embeds)):
             states, last, keys = self.rows(positions, inputs, taken)
         self._hand_on(HIDDEN, states, slice(None))
         self._hand_on(KEYS, keys, slice(None))
         return self._once(self.coda, CODA_KEYS, positions, last, starts)
-
-    def _adapters_of_rows(self) -> AbstractContextManager:
-        return nullcontext() if self.adapters is None else self.adapters.over_rows()
 
     def _padding_of_rows(self, tokens: int) -> AbstractContextManager:
         # Only experts read it.

@@ -122,8 +122,13 @@ def check(vllm_config: "VllmConfig") -> None:
             f"PLT models cannot be served with drafts by another model (speculative method {speculation.method}): use "
             f"{' or '.join(_DRAFTS_WITHOUT_A_MODEL)}"
         )
-    if parallel.decode_context_parallel_size > 1:
-        raise ValueError("PLT models cannot be served with decode context parallelism: their windows are not split")
+    if max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1:
+        raise ValueError("PLT models cannot be served with context parallelism: their windows are not split")
+    sizes, requests = vllm_config.compilation_config.compile_sizes or (), vllm_config.scheduler_config.max_num_seqs
+    if config.key_shift != "none" and any(isinstance(size, str) or size > requests for size in sizes):
+        raise ValueError(  # vLLM would take the number of requests, which is another than that of tokens, for the size
+            f"PLT models with key_shift take compile_sizes as numbers up to --max-num-seqs {requests}, not {sizes}"
+        )
     longest, most = vllm_config.model_config.max_model_len, most_positions(config)
     if most is not None and longest > most:
         raise ValueError(

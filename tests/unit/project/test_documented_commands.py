@@ -69,6 +69,7 @@ INSTEAD = [
     (r"^plt rehearse .*", "plt rehearse --help", "takes a minute; tests/distributed rehearses"),
     (r" --rehearse\b", "", "takes a minute; tests/distributed rehearses"),
     (r"^plt report runs/sweeps/loop_count", "plt report results/paper_ablation", "the sweep was not trained"),
+    (r"^plt report runs/sweeps/paper_ablation.*", "plt report --help", "the sweep is that of results"),
     (r" --measure-decode\b", "", "needs the checkpoints of a trained sweep"),
     (r"^plt train .*pipeline_model_parallel_size=2$", r"\g<0> training.train_iters=3", "tests/distributed trains more"),
     (r"^plt check-coordinates .* --axes depth loops$", r"\g<0> --steps 4", "test_coordinates.py takes more"),

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from plt_megatron.experiments.files import read_sweep
 from plt_megatron.experiments.study.rounds import StudyOptions, run_study
+from plt_megatron.experiments.sweep_plan import has_plan, load_plan, make_plan, plan_differences
 from plt_megatron.experiments.sweep_report import write_report
 from plt_megatron.run_folder.archive import ARCHIVE, unpacked
 from plt_megatron.run_folder.folder import RunFolder
@@ -55,6 +57,20 @@ def test_leads_of_the_larger_models_are_those_of_their_records():
             )
             leads = [f"{plain[step] - looped[step]:.3f}" for step in sorted(plain)]
             assert len(leads) == 5 and f"{', '.join(leads[:-1])} and {leads[-1]}" in page, (row, seed)
+
+
+def test_the_shipped_sweeps_are_those_that_the_records_are_of():
+    """Seeds that a command added are only in the records."""
+    files = {read_sweep(path, []).name: path for path in (ROOT / "configs/sweeps").glob("*.yaml")}
+    compared = 0
+    for folder in sorted(archive.parent for archive in RESULTS.rglob(ARCHIVE)):
+        plan = load_plan(folder) if has_plan(folder) else None
+        if plan is not None and plan.name in files and len(plan.runs) < 100:  # hundreds take seconds
+            now = {run.name: run.config for run in make_plan(read_sweep(files[plan.name], []), check_files=False).runs}
+            kept = [run for run in plan.runs if run.name in now]
+            compared += len(kept)
+            assert not any(plan_differences(run.config, now[run.name]) for run in kept), folder
+    assert compared > 150
 
 
 @pytest.mark.parametrize("study", REPORTS)

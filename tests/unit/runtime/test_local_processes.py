@@ -47,12 +47,12 @@ if rank == 0:
     server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     server.bind(("::", port))
     server.listen()
-    server.settimeout(10)
+    server.settimeout(60)
     server.accept()[0].sendall(b"x")
 else:
     while True:
         try:
-            sys.exit(socket.create_connection(("127.0.0.1", port), 10).recv(1) != b"x")
+            sys.exit(socket.create_connection(("127.0.0.1", port), 60).recv(1) != b"x")
         except ConnectionRefusedError:
             time.sleep(0.01)
 """
