@@ -110,7 +110,7 @@ def _submit(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     from plt_megatron.slurm.preprocessing import submit_preprocessing
 
     check_options(_options(arguments))
-    prefix, nodes = arguments.output_prefix, arguments.nodes
+    prefix, nodes, tokenizer = arguments.output_prefix, arguments.nodes, arguments.tokenizer
     parts = [shard_prefix(prefix, number, nodes) for number in range(1, nodes + 1)]
     check_output(prefix, overwrite=arguments.overwrite, parts=parts)
     following = {"join": ["--join", *parts, "--output-prefix", prefix, "--overwrite"]}
@@ -122,7 +122,7 @@ def _submit(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
         [option for option in options if option not in arguments.overrides],
         following,
         prefix,
-        reads=[*((f"--input {path}", path) for path in arguments.inputs), ("--tokenizer", arguments.tokenizer)],
+        reads=[*((f"--input {path}", path) for path in arguments.inputs), (f"--tokenizer {tokenizer}", tokenizer)],
         cluster=arguments.cluster,
         nodes=nodes,
         time=arguments.time,

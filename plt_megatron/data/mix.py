@@ -29,7 +29,14 @@ from plt_megatron.data.fill_in_middle import ADDED_TOKENS, find_tokens
 from plt_megatron.data.indexed import IndexedFile, files_of, flat_tokens, map_files, read_index, read_manifest
 from plt_megatron.data.tokenizer import Tokenizer
 from plt_megatron.errors import UserError, file_error
-from plt_megatron.run_folder.checkpoints import candidates, order_samples, read_verified_progress, sequence_length
+from plt_megatron.run_folder.checkpoints import (
+    DOCUMENT_END,
+    MADE_ELSEWHERE,
+    candidates,
+    order_samples,
+    read_verified_progress,
+    sequence_length,
+)
 from plt_megatron.run_folder.text import format_table
 
 PARTS = ("train", "validation", "test")
@@ -247,10 +254,14 @@ def check_tokenizer(data: DataConfig, tokenizer: Tokenizer) -> None:
             )
 
 
-def document_end(data: DataConfig) -> int | None:
-    """Return the token that ends documents in all sources, by their manifests; None if they do not say, or differ."""
-    ends = {read_manifest(path).get("tokenizer", {}).get("eod") for path in _paths(data)}
-    return ends.pop() if len(ends) == 1 else None
+def document_record(data: DataConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Return what a checkpoint's record says of how documents begin and end, by the sources' manifests."""
+    made = [read_manifest(path).get("tokenizer") for path in _paths(data)]
+    record: dict[str, Any] = {} if all(made) else {MADE_ELSEWHERE: True}
+    ends = {each.get("eod") for each in made if each}
+    if tokenizer is not None and len(ends) == 1 and not ends <= {None, tokenizer.eod}:
+        record[DOCUMENT_END] = ends.pop()
+    return record
 
 
 def check_masks(data: DataConfig) -> None:

@@ -135,7 +135,7 @@ class SentencePieceTokenizer(Tokenizer):
             index if index >= 0 else None for index in (processor.bos_id(), processor.eos_id(), processor.pad_id())
         )
         self.eod = self._find_eod(eod_token, None if self.eos is None else self.token_name(self.eos))
-        if proto.pieces[self.eod].type == proto.SentencePiece.USER_DEFINED:
+        if proto.pieces[self.eod].type in (proto.SentencePiece.USER_DEFINED, proto.SentencePiece.NORMAL):
             self.spelling = "unknown"
         self._segments: SegmentEncoder | None = None
         self._exact_chunks = False

@@ -33,6 +33,7 @@ _KEPT = (
     "data_fingerprint",
     checkpoints.LONGEST_TEXT,
     checkpoints.DOCUMENT_END,
+    checkpoints.MADE_ELSEWHERE,
     *checkpoints.ORIGIN,
 )
 

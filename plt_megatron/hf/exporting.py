@@ -18,6 +18,7 @@ from plt_megatron.hf.sources import PRECISIONS, ModelSource, open_source
 from plt_megatron.hf.tokenizer_files import GENERATION_CONFIG, check_vocabulary, write_tokenizer
 from plt_megatron.hf.verification import TOLERANCE, largest_difference
 from plt_megatron.model.parameters import is_buffer
+from plt_megatron.run_folder.checkpoints import MADE_ELSEWHERE
 from plt_megatron.run_folder.files import write_json
 
 MODEL_FILES = ("configuration_plt.py", "modeling_plt.py")
@@ -84,9 +85,9 @@ def export(options: ExportOptions, say: Callable[[str], None] = print) -> Export
         )
     with published_folder(options.output) as folder:
         if source.tokenizer is not None:
-            # A model of our own was trained on texts without them; a public one knows them from before.
-            is_own = bool(source.progress) and "imported_from" not in source.progress
-            write_tokenizer(source.tokenizer, folder, adds_tokens=not is_own)
+            # plt preprocess puts none around texts; a public model, or data made elsewhere, may have them.
+            known = not source.progress or source.progress.keys() & {"imported_from", MADE_ELSEWHERE}
+            write_tokenizer(source.tokenizer, folder, adds_tokens=bool(known))
         _write_configs(source, folder, options.style, _DTYPE_NAMES[precision])
         what = "the moving average of the weights of " if source.ema else ""
         say(f"exporting {what}{source.path} as {precision}")

@@ -25,9 +25,9 @@ from plt_megatron.hf.checkpoint_writer import LazyTensor, padded, write_checkpoi
 from plt_megatron.hf.config_keys import read_config
 from plt_megatron.hf.conversion import ParamMapping, mappings_for
 from plt_megatron.hf.safetensors_files import SafetensorsFolder
-from plt_megatron.hf.sources import CARD, PRECISIONS, check_hf_tensors, hf_precision, read_lineage, token_ids
+from plt_megatron.hf.sources import CARD, PRECISIONS, check_hf_tensors, hf_precision, read_lineage
 from plt_megatron.hf.switches import IMPORT_OPTIONS
-from plt_megatron.hf.tokenizer_files import copy_tokenizer, read_generation_config
+from plt_megatron.hf.tokenizer_files import copy_tokenizer, read_generation_config, token_ids
 from plt_megatron.run_folder.text import first_few
 
 if TYPE_CHECKING:

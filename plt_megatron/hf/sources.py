@@ -24,7 +24,13 @@ from plt_megatron.hf.arguments import CONFIG, check_model
 from plt_megatron.hf.config_keys import read_config
 from plt_megatron.hf.conversion import DERIVED_BUFFERS, ParamMapping, mappings_for
 from plt_megatron.hf.safetensors_files import DTYPES, SafetensorsFolder
-from plt_megatron.hf.tokenizer_files import hf_tokenizer_file, load_hf_tokenizer, read_generation_config, special_tokens
+from plt_megatron.hf.tokenizer_files import (
+    hf_tokenizer_file,
+    load_hf_tokenizer,
+    read_generation_config,
+    special_tokens,
+    token_ids,
+)
 from plt_megatron.model.parameters import is_buffer, only_in_loops
 from plt_megatron.run_folder.checkpoints import (
     DOCUMENT_END,
@@ -71,7 +77,6 @@ def front_matter(lineage: dict[str, str]) -> list[str]:
 
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -169,12 +174,6 @@ def _open_checkpoint(path: Path, tokenizer: Path | None, ema: bool) -> ModelSour
         ema=ema,
         lineage=progress,
     )
-
-
-def token_ids(tokens: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return ids of special tokens and further settings of generation, whose own ids prevail: it may have more ends."""
-    own = {name: generation[name] for name in _TOKEN_IDS if name in generation}
-    return {**tokens, **own}, {name: value for name, value in generation.items() if name not in own}
 
 
 def check_ema(progress: Mapping[str, Any], checkpoint: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from plt_megatron.run_folder.files import read_json_object, write_json
 
 MODEL, JSON, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
 # Other tokenizer files of Hugging Face folders.
 _OTHERS = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", *_TEMPLATES)
@@ -44,6 +45,12 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
         return {}
     settings = read_json_object(path)
     return {key: settings[key] for key in settings if key not in ("transformers_version", "_from_model_config")}
+
+
+def token_ids(tokens: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return ids of special tokens and further settings of generation, whose own ids prevail: it may have more ends."""
+    own = {name: generation[name] for name in _TOKEN_IDS if generation.get(name) is not None}
+    return {**tokens, **own}, {name: value for name, value in generation.items() if name not in _TOKEN_IDS}
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, trained_with: str | None) -> None:
@@ -175,6 +182,6 @@ def copy_tokenizer(source: Path, folder: Path, family: str, vocab_size: int, tok
     check_vocabulary(load_hf_tokenizer(read, tokens), vocab_size, None)
     folder.mkdir()
     _copy_found((MODEL, JSON, CONFIG, *_OTHERS), source, folder)
-    generation = {**tokens, **read_generation_config(source)}
-    (folder / GENERATION_CONFIG).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    ids, generation = token_ids(tokens, read_generation_config(source))
+    (folder / GENERATION_CONFIG).write_text(json.dumps(ids | generation, indent=2) + "\n", encoding="utf-8")
     return folder / read.name

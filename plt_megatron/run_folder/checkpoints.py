@@ -35,6 +35,7 @@ EMA = "ema"  # name of the weights' moving average in progress.json and in tenso
 # Entries of progress.json about the model that its run, or a run before that, started from.
 ORIGIN = ("imported_from", "special_tokens", "base_model", "license", "license_name", "license_link")
 DOCUMENT_END = "document_end"  # in progress.json: the token that ends documents in the data, if not the tokenizer's
+MADE_ELSEWHERE = "made_elsewhere"  # in progress.json: other programs made data, perhaps with tokens around documents
 LONGEST_TEXT = "max_position_embeddings"
 NAME = re.compile(r"step_(\d{8,})")
 

@@ -218,5 +218,6 @@ def _find_runs(folder: Path, on_unreadable: Callable[[OSError], None]) -> list[P
         if is_run:
             found.setdefault(at.resolve(), at)
         below = [] if is_run or len(at.relative_to(folder).parts) == _DEPTH else folders
-        folders[:] = sorted(folders_with_runs(below, files))
+        # Real folders first, whose runs are then listed by their own names.
+        folders[:] = sorted(folders_with_runs(below, files), key=lambda name: ((at / name).is_symlink(), name))
     return list(found.values())

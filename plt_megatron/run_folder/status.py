@@ -86,6 +86,8 @@ def read_run_status(run: Path) -> RunStatus:
     starts = [event for event in events if event["event"] == "start"]
     ends = [event for event in events if event["event"] == "end"]
     stops = [event for event in events if event["event"] == "stop"]
+    if ends and ends[-1].get("status") == FINISHED:  # metrics and checkpoints may be gone since
+        step = max(step, int(ends[-1].get("step") or 0))
     given_up = stops and (folder.why_file.is_file() or events[-1] is stops[-1])  # a full disk has no room for why.txt
     return RunStatus(
         run=run,

@@ -10,8 +10,10 @@ Files are hard links: they take no space until the run removes its own copies, a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,7 @@ EXPORT, CHECKPOINT = "export", "checkpoint"  # kinds
 _FOLDERS = {EXPORT: "exports", CHECKPOINT: "checkpoints"}
 _NOW = ".now"
 _TEMPORARY = ".tmp"
+_ABANDONED_S = 3600.0
 
 
 def link_folder(source: Path, target: Path) -> None:
@@ -48,7 +51,9 @@ class Waiting:
 def clear_leftovers(folder: Path) -> None:
     """Remove what interrupted links and removals have left in a folder, with the space of checkpoints long gone."""
     for path in folder.glob(f"step_*{_TEMPORARY}"):
-        shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > _ABANDONED_S:  # else plt upload may be making it
+                shutil.rmtree(path, ignore_errors=True)
 
 
 class UploadQueue:

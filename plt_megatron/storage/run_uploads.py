@@ -293,7 +293,12 @@ def describe(target: str, uploaded: Uploaded, seconds: float) -> str:
 
 def _claim_place(place: Place, run_id: str) -> None:
     owner = place.read_text(_OWNER)
-    if owner is not None and owner.strip() != run_id and place.folders():  # else it ended before its first upload
+    if owner is not None and owner.strip() != run_id:
+        if not place.folders():
+            raise UserError(
+                f"{place.url} is another run's, which has uploaded nothing yet: give this run another name or, if the "
+                f"other one is gone, remove {place.url}/{_OWNER}"
+            )
         raise UserError(
             f"{place.url} has the uploads of another run: give this run another name, or continue from them with "
             f"checkpoint.load={place.url}"

@@ -30,7 +30,7 @@ from plt_megatron.data.datasets import Datasets, Samples, build_datasets
 from plt_megatron.data.mix import (
     consumed_epochs,
     describe_mix,
-    document_end,
+    document_record,
     index_folder,
     required_samples,
     samples_after,
@@ -121,7 +121,7 @@ class RunData:
         by_source: with `validation.by_source`, validation samples by source name; empty otherwise, or without
             validation.
         fingerprint: everything that the sequence of training samples depends on.
-        document_end: the token that ends documents, if it is not the tokenizer's; None if unknown.
+        document_record: as from `mix.document_record`.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -134,8 +134,7 @@ class RunData:
         assert built.train is not None
         self.train, self.validation = built.train, built.validation
         self.fingerprint, self._shares = built.fingerprint, built.shares
-        end = document_end(config.data)
-        self.document_end = None if self.tokenizer is None or end == self.tokenizer.eod else end
+        self.document_record = document_record(config.data, self.tokenizer)
         self.by_source = self._build_by_source(validation) if config.validation.by_source and validation else {}
         self._bytes: dict[str, int] = {}
         self._byte_lengths = _byte_lengths(self.tokenizer) if self.by_source else None

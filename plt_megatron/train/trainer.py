@@ -24,7 +24,7 @@ from plt_megatron.config import derived
 from plt_megatron.config.loop_schedule import LoopSchedule
 from plt_megatron.config.schedules import BatchSchedule, LengthSchedule
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.run_folder.checkpoints import DOCUMENT_END, sequence_length, trained_tokens
+from plt_megatron.run_folder.checkpoints import sequence_length, trained_tokens
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.train.build_engine import build_engine
 from plt_megatron.train.callbacks.base import Callback, Clock, Step, TrainingFailed
@@ -227,11 +227,10 @@ class Trainer:
             return
         clock = self.clock
         progress = {"step": clock.step, "consumed_samples": clock.samples, "consumed_tokens": clock.tokens}
-        end = {} if self.data.document_end is None else {DOCUMENT_END: self.data.document_end}
         states = {callback.name: callback.state_dict() for callback in self.callbacks if callback.name}
         self.beat("saving")
         with self.engine.times.measure("checkpoint"):
-            self.checkpoints.save(self.engine, progress | end | states, self._kept())
+            self.checkpoints.save(self.engine, progress | self.data.document_record | states, self._kept())
 
     def _kept(self) -> Kept:
         """Return the tensors that callbacks keep of the parameters."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from unittest import mock
@@ -99,18 +100,19 @@ def test_a_new_run_starts_from_another_and_then_goes_on_with_its_own(run_distrib
 
 
 def _rolled_back(directory, old, config):
-    """Where a run starts, and where it starts again after the other run has saved once more."""
+    """Where a run starts, and where again: after the other run has saved once more, and has removed the first one."""
     store, engine, starts = _store(directory, config), jobs.build(config), []
     for step in (1, 2):
         (old / "checkpoints" / "latest").write_text(f"step_{step:08d}\n")
         starts.append(store.load(engine)["step"])
-    return starts
+    shutil.rmtree(old / "checkpoints" / "step_00000001")
+    return [*starts, store.load(engine)["step"]]
 
 
 def test_a_rollback_returns_to_the_step_of_another_run_that_it_started_from(run_distributed, tmp_path):
     run_distributed(_run, 1, tmp_path / "old" / "checkpoints", _config({}), 2)
     config = _config({}, load=str(tmp_path / "old"))
-    assert run_distributed(_rolled_back, 1, tmp_path / "new", tmp_path / "old", config) == [1, 1]
+    assert run_distributed(_rolled_back, 1, tmp_path / "new", tmp_path / "old", config) == [1, 1, 2]
 
 
 def test_a_switched_off_store_loads_nothing(run_distributed, tmp_path):

@@ -213,6 +213,7 @@ class Exports(WorkBeside):
         except OSError as error:
             self.run.say(f"warning: {self._what} could not be started: {first_line(error)}: the next job does it")
             self._cut_short.add(self._checkpoint.name)
+            self._start_next()
 
     def _advance(self) -> None:
         if self._process is None:

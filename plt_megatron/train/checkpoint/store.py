@@ -73,15 +73,14 @@ class CheckpointStore:
         resumes = settings.enabled and on_rank_0(self._look_for_own)
         if not resumes and settings.load is None:
             return None
-        source = self.directory if resumes else self._origin or self._other(settings.load or "")
+        source = self.directory if resumes else self._start(settings.load or "")
         if not resumes and settings.weights_only:
             progress = load_weights(engine, source)
-            self._origin = _of_step(source, progress["step"])
             self._inherited = checkpoints.inherited(progress, self.config.data.sequence_length)
             say(f"starting from the weights of {source}, step {progress['step']}")
             return None
         progress = load_checkpoint(engine, source, kept=kept, allow_other_schedule=settings.allow_other_schedule)
-        self._origin = None if resumes else _of_step(source, progress["step"])
+        self._origin = _of_step(source, progress["step"])
         check_data(source, progress, self.data_fingerprint, self.config)
         self._inherited = checkpoints.inherited(progress, self.config.data.sequence_length)
         say(f"resuming from {source}, step {progress['step']}")
@@ -89,7 +88,11 @@ class CheckpointStore:
             say("warning: it was saved with other data or another order: some samples may repeat or be missed")
         return progress
 
-    def _other(self, load: str) -> Path:
+    def _start(self, load: str) -> Path:
+        """Return the checkpoint elsewhere that the run started from, or what `load` names: the first time, and where
+        the other run has removed it since."""
+        if self._origin is not None and self._origin.is_dir():
+            return self._origin
         if not is_url(load):
             return Path(load)
         say(f"fetching {load}")

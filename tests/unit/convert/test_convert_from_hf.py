@@ -207,9 +207,8 @@ def test_the_tokenizer_comes_along(tmp_path, tokenizer_model):
 
     folder = save_llama(tmp_path / "hf", tokenizer_model, eos_token_id=[2, 5])
     generation = json.loads((folder / "generation_config.json").read_text())
-    (folder / "generation_config.json").write_text(
-        json.dumps({**generation, "temperature": 0.6, "do_sample": True, "eos_token_id": [2, 5, 7]})
-    )
+    generation |= {"temperature": 0.6, "do_sample": True, "eos_token_id": [2, 5, 7], "pad_token_id": None}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
     result, _ = imported(folder, tmp_path / "run")
     assert result.tokenizer == tmp_path / "run" / "tokenizer" / "tokenizer.json"
     config = load_config(tmp_path / "run" / "model.yaml")

@@ -228,10 +228,10 @@ def test_a_chat_template_beside_a_sentencepiece_model(tmp_path, tokenizer_model,
     assert (exported.chat_template, len(exported)) == (template, 400)
 
 
-@pytest.mark.parametrize("imported", [False, True])
-def test_prompts_begin_as_texts_did_in_training(tmp_path, imported):
-    """Without the token that a public model's tokenizer puts before them, unless it is that model; and they end with
-    the token that the data names (`plt preprocess --eod-token`)."""
+@pytest.mark.parametrize("known", [{}, {"imported_from": "a model"}, {"made_elsewhere": True}])
+def test_prompts_begin_as_texts_did_in_training(tmp_path, known):
+    """Without the token that a public model's tokenizer puts before them, unless it is that model or its data; and they
+    end with the token that the data names (`plt preprocess --eod-token`)."""
     from tokenizers import Tokenizer, models, processors
     from transformers import AutoTokenizer
 
@@ -243,11 +243,10 @@ def test_prompts_begin_as_texts_did_in_training(tmp_path, imported):
     config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
     (tmp_path / "tokenizer/tokenizer_config.json").write_text(json.dumps(config))
     model, path = make_model(), tmp_path / "tokenizer/tokenizer.json"
-    progress = {"document_end": 5} | ({"imported_from": "a model"} if imported else {})
-    run = save_run(tmp_path / "run", model, random_weights(model, 6), tokenizer=path, **progress)
+    run = save_run(tmp_path / "run", model, random_weights(model, 6), tokenizer=path, document_end=5, **known)
     quiet((run, tmp_path / "out"))
     ids = AutoTokenizer.from_pretrained(tmp_path / "out")("ab")["input_ids"]
-    assert ids == [3, 0, 1] if imported else ids == load_tokenizer(path).encode("ab") == [0, 1]
+    assert ids == [3, 0, 1] if known else ids == load_tokenizer(path).encode("ab") == [0, 1]
     assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == [5, 4]
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,8 @@ from plt_megatron.config.schema import DataConfig, DataSource
 from plt_megatron.data import preprocess as module
 from plt_megatron.data.formats import Quality, ReadOptions
 from plt_megatron.data.indexed import open_index, read_index
-from plt_megatron.data.mix import document_end
+from plt_megatron.data.mix import document_record
+from plt_megatron.data.tokenizer import load_tokenizer
 from plt_megatron.errors import UserError
 
 
@@ -403,5 +405,9 @@ def test_the_token_that_ends_documents_is_known(texts: list[str], bpe_model: Pat
     path = write_jsonl(tmp_path / "a.jsonl", texts[:3])
     for name, token in (("a", None), ("b", "<pad>"), ("c", "<pad>")):
         run_preprocess([path], tmp_path / name, bpe_model, eod_token=token)
-    for names, end in (("a", 2), ("bc", 3), ("ab", None)):
-        assert document_end(DataConfig(sources=[DataSource(str(tmp_path / name)) for name in names])) == end
+    for suffix in (".bin", ".idx"):
+        shutil.copy(tmp_path / f"b{suffix}", tmp_path / f"d{suffix}")
+    tokenizer, elsewhere = load_tokenizer(bpe_model), {"document_end": 3, "made_elsewhere": True}
+    for names, record in (("a", {}), ("bc", {"document_end": 3}), ("ab", {}), ("bd", elsewhere)):
+        data = DataConfig(sources=[DataSource(str(tmp_path / name)) for name in names])
+        assert document_record(data, tokenizer) == record

@@ -71,7 +71,7 @@ def test_runs_behind_links_are_found_once(run, slurm, tmp_path):
     (run.parent / "again").symlink_to(run)
     (run.parent / "round").symlink_to(run.parent)
     text = report([], "runs", False)
-    assert text.count("5 of 1,000") == 2 and "runs/moved" in text
+    assert text.count("5 of 1,000") == 2 and "runs/moved" in text and "runs/try" in text
 
 
 def test_a_pending_job_says_why(run, slurm):
@@ -116,6 +116,8 @@ def test_a_finished_run_that_was_made_longer_is_not_finished(run, slurm):
     write_event(run, event="end", attempt=1, job_id="100", status="finished", step=400, reason="")
     assert cells(report([], "runs", False), "runs/try")[:2] == ["not finished", "400 of 1,000"]
     assert not read_run_status(run).finished
+    write_event(run, event="end", attempt=1, job_id="100", status="finished", step=1000, reason="")
+    assert read_run_status(run).finished, "though no metrics and no checkpoint say so"
 
 
 def test_a_run_that_was_given_up(run, slurm):

@@ -178,12 +178,15 @@ def test_another_run_of_that_name_is_refused_and_a_run_that_goes_on_from_its_upl
     assert capsys.readouterr().out == "all destinations can be written\n"
 
 
-def test_a_run_that_ended_before_its_first_upload_leaves_its_place_to_the_next(tmp_path):
+def test_the_place_of_a_run_that_ended_before_its_first_upload_can_be_had(tmp_path, capsys):
+    """It may also be one that trains elsewhere."""
     run = a_run(tmp_path)
     assert command.main([str(run.path), "--check"]) == 0
     shutil.rmtree(run.path)
     again = a_run(tmp_path)
     saved(again, 2)
+    assert command.main([str(again.path), "--check"]) == 2
+    (tmp_path / capsys.readouterr().err.rpartition(f"remove file://{tmp_path}/")[2].strip()).unlink()
     assert command.main([str(again.path)]) == 0 and steps(tmp_path / "there" / "mine" / "checkpoints") == [2]
 
 

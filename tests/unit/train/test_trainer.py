@@ -78,6 +78,6 @@ def test_a_save_in_the_background_is_published_as_saving(writing, tmp_path, monk
     done = []
     saves = store.CheckpointStore(tmp_path / "checkpoints", RunConfig(), {}, beat=done.append)
     publish = Mock(side_effect=lambda *_: done.append("published") or tmp_path)
-    saves._pending, saves._thread = Mock(publish=publish), Mock(is_alive=lambda: writing)
+    saves._pending = Mock(publish=publish), Mock(is_alive=lambda: writing)
     assert saves.poll() == (None if writing else tmp_path)
     assert done == ([] if writing else ["saving", "published"])

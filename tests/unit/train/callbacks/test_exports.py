@@ -109,6 +109,7 @@ def test_what_cannot_be_started_is_left_to_the_next_job(run, callback, monkeypat
     assert "the export of step 4" in said and "temporarily unavailable" in said
     left = run.folder.exporting / "step_00000002.tmp"
     left.mkdir()
+    os.utime(left, (0, 0))
     let_go(run)
     again = exports.Exports(run)
     again.on_start()

@@ -5,6 +5,7 @@ The process is a stand-in that uploads when it is asked how it is; whole runs up
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import time
@@ -99,6 +100,7 @@ def test_an_upload_that_cannot_be_started_is_tried_when_something_is_added(run, 
 
     left = run.folder.uploading / "checkpoints" / "step_00000002.tmp"
     left.mkdir(parents=True)
+    os.utime(left, (0, 0))
     callback.on_start()
     assert not left.exists()
     with monkeypatch.context() as patched:
