@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.utils import _http
 
 from plt_megatron.commands import upload as command
 from plt_megatron.storage.queue import EXPORT, UploadQueue
@@ -99,8 +100,9 @@ def test_a_hub_that_refuses_is_one_line_without_the_token(tmp_path, hub, monkeyp
     assert ("403" if hub.read_only else "401") in said and said.count("\n") == 1 and "hf_" not in said
 
 
-def test_a_hub_that_does_not_answer_has_not_lost_the_earlier_upload(tmp_path, hub, capsys):
+def test_a_hub_that_does_not_answer_has_not_lost_the_earlier_upload(tmp_path, hub, capsys, monkeypatch):
     """Of which a file would stay in main for good."""
+    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)  # between its attempts
     export, to = an_export(tmp_path / "export"), ["--to", "hf://me/model@main"]
     assert command.main([str(export), *to]) == 0
     (export / "README.md").unlink()
