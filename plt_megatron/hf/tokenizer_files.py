@@ -93,7 +93,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, adds_tokens: bool = T
     """Write everything that `AutoTokenizer.from_pretrained(folder)` needs.
 
     Args:
-        adds_tokens: keep the special tokens that the tokenizer puts around a text, which training never saw.
+        adds_tokens: whether it may put special tokens around a text; False: training never saw them.
 
     Raises:
         UserError: a sentencepiece model has no equivalent tokenizer.json beside it, and none can be made.

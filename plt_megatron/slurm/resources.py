@@ -80,7 +80,7 @@ def resolve(
     there = chosen.groups if chosen else ()
     groups = [each for each in there if each.gpus >= gpu_count and gpu_type in (None, *each.gpu_types)]
     cpus = profile.cpus_per_process or _share_of_cpus(groups, processes, gpu_count)
-    types = _types(gpu_type, groups)
+    types = [gpu_type] if gpu_type else sorted({kind for group in groups for kind in group.gpu_types})
     if gpu_count > 1 and types and all(map(_SLICE.search, types)):
         problems.append(f"{gpu_count} GPUs per node: CUDA shows a process one slice of a GPU; ask for {types[0]}:1")
     if chosen is not None:
@@ -96,7 +96,7 @@ def resolve(
         gpus_per_node=gpu_count,
         partition=profile.partition,
         gpu_type=gpu_type,
-        card=_card(profile, gpu_count, gpu_type, groups, notes),
+        card=_card(profile, gpu_count, types, notes),
         node_memory_bytes=min((group.memory_mib for group in groups), default=0) << 20 or None,
         notes=notes,
         guessed=guessed,
@@ -199,23 +199,17 @@ def _share_of_cpus(groups: Sequence[NodeGroup], processes: int, gpus: int) -> in
     return max(1, min(group.cpus // max(group.gpus if gpus else 0, processes) for group in groups))
 
 
-def _card(
-    profile: ClusterProfile, gpus: int, gpu_type: str | None, groups: Sequence[NodeGroup], notes: list[str]
-) -> str:
+def _card(profile: ClusterProfile, gpus: int, types: Sequence[str], notes: list[str]) -> str:
     if gpus == 0:
         return "cpu"
     if profile.gpu is not None:
         return profile.gpu
-    for kind in _types(gpu_type, groups):
+    for kind in types:
         for card in sorted(card_names(), key=len, reverse=True):
             if _names(kind, card):
                 return card
     notes.append(f"assuming {_DEFAULT_CARD.upper()} GPUs: set gpu in the cluster's profile")
     return _DEFAULT_CARD
-
-
-def _types(gpu_type: str | None, groups: Sequence[NodeGroup]) -> list[str]:
-    return [gpu_type] if gpu_type else sorted({kind for group in groups for kind in group.gpu_types})
 
 
 def _names(kind: str, card: str) -> bool:

@@ -134,7 +134,7 @@ class RunData:
         assert built.train is not None
         self.train, self.validation = built.train, built.validation
         self.fingerprint, self._shares = built.fingerprint, built.shares
-        self.document_record = document_record(config.data, self.tokenizer)
+        self.document_record = on_rank_0(lambda: document_record(config.data, self.tokenizer))
         self.by_source = self._build_by_source(validation) if config.validation.by_source and validation else {}
         self._bytes: dict[str, int] = {}
         self._byte_lengths = _byte_lengths(self.tokenizer) if self.by_source else None

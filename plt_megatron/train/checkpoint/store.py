@@ -62,7 +62,7 @@ class CheckpointStore:
         self._on_publish, self._beat = on_publish, beat
         self._fetched = RunFolder(directory.parent).loaded
         self._inherited: dict[str, Any] = {}
-        self._origin: Path | None = None  # the checkpoint elsewhere that the run started from
+        self._origin: Path | None = None  # the checkpoint that the run started from
         self._pending: tuple[PendingSave, threading.Thread] | None = None
 
     def load(self, engine: Engine, kept: Kept | None = None) -> dict[str, Any] | None:
