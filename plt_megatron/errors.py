@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import resource
 import select
 import signal
 import sys
@@ -14,6 +15,7 @@ from typing import Any, TextIO
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 128 + 2
 EXIT_BROKEN_PIPE = 128 + 13
+_OPEN_FILES = 1 << 16
 _ADVICE = {
     errno.EMFILE: "too many open files: raise the limit (ulimit -n)",
     errno.ENFILE: "too many open files on this machine",
@@ -64,6 +66,7 @@ def run_command(main: Callable[[], int | None], interrupted: str = "interrupted"
     reader has left, as `head` does, exits as if killed by SIGPIPE.
     """
     prepare_streams()
+    _allow_open_files()
     try:
         _check_current_folder()
         status = main() or 0
@@ -93,6 +96,15 @@ def run_command(main: Callable[[], int | None], interrupted: str = "interrupted"
             raise
         print_error(_ADVICE[errno.EMFILE])
         return EXIT_USER_ERROR
+
+
+def _allow_open_files() -> None:
+    """Raise the limit of open files for this process and those it starts, as far as the system lets it: each source of
+    a run is several mapped files, and rank 0 has two connections to every other rank."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def first_line(error: BaseException) -> str:

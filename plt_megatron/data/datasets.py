@@ -51,7 +51,7 @@ from plt_megatron.data.mix import (
     split_matrix,
 )
 from plt_megatron.data.tokenizer import Tokenizer
-from plt_megatron.errors import AttemptFailed, UserError, file_error, first_line
+from plt_megatron.errors import AttemptFailed, UserError, describe_os_error, file_error, first_line
 from plt_megatron.run_folder.files import publish
 
 logger = logging.getLogger(__name__)
@@ -280,7 +280,10 @@ def build_datasets(
             f"the sample index {index} that rank 0 built is not visible to rank {dist.get_rank()}: set "
             "data.index_cache to a folder that all machines share"
         )
-    train, validation, test = _load(data, num_samples, seed, index, tokenizer)
+    try:
+        train, validation, test = _load(data, num_samples, seed, index, tokenizer)
+    except OSError as error:
+        raise file_error(f"the data cannot be read: {describe_os_error(error)}", error) from error
     return Datasets(train, validation, test, key, shares)
 
 

@@ -48,7 +48,10 @@ def part_prefixes(prefix: str | os.PathLike[str]) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}): join the parts again (plt preprocess --join)") from error
     for part, size in parts.items():
-        if not os.path.isfile(part + ".bin") or os.path.getsize(part + ".bin") != size:
+        found = None
+        with contextlib.suppress(OSError):
+            found = os.path.getsize(part + ".bin")
+        if found != size:
             raise UserError(
                 f"{part}.bin, a part of {prefix}, is missing or not {size} bytes long: restore it, or tokenize it again"
             )

@@ -18,9 +18,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import normalize
 from torch.utils.data import Dataset
 
+from plt_megatron.config.derived import SOURCE_PARTS
 from plt_megatron.config.schedules import distinct_sources, stage_samples, stage_sources
 from plt_megatron.config.schema import DataConfig
-from plt_megatron.data.indexed import files_of, map_files, part_prefixes
+from plt_megatron.data.indexed import files_of, map_files
 from plt_megatron.data.tokenizer import Tokenizer
 
 
@@ -40,7 +41,7 @@ class JoinedDataset(IndexedDataset):
     def of(cls, prefix: str) -> JoinedDataset | None:
         """Open the source at `prefix`; None if it is not a source in parts."""
         # The last two arguments keep megatron-core from opening a .bin or requiring one.
-        is_joined = part_prefixes(prefix) != [prefix]
+        is_joined = os.path.isfile(prefix + SOURCE_PARTS)
         return cls(prefix, multimodal=False, mmap=False, fast_cache_load=True) if is_joined else None
 
     def initialize(self, path_prefix: str, *args: Any, **kwargs: Any) -> None:

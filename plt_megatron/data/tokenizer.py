@@ -99,6 +99,10 @@ class Tokenizer(ABC):
         Raises `UserError` if the tokenizer's file does not tell.
         """
 
+    def prefix_bytes(self) -> int:
+        """Return the bytes that a text's tokens stand for beyond the text: 1 if the tokenizer puts a space before it."""
+        return max(0, int(self.byte_lengths()[self.encode("a")].sum()) - 1)
+
     def _find_eod(self, name: str | None, own: str | None) -> int:
         """Return the id of the token `name`; by default of `own`, the tokenizer's end token, or of `EOD_NAMES`."""
         for candidate in [name] if name is not None else filter(None, (own, *EOD_NAMES)):

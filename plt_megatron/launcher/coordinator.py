@@ -239,7 +239,7 @@ class Coordinator:
         elif self._state == "settling" or end.code not in PEACEFUL:
             if self._state == "training":
                 self._enter("settling", UNEXPLAINED_SECONDS)
-            if is_explained(self._exits):
+            if is_explained(end):
                 self._deadline = min(self._deadline, self._clock() + SETTLE_SECONDS)
         elif self._deadline == float("inf"):
             self._deadline = self._clock() + _STRAGGLER_SECONDS

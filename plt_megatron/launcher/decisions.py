@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,9 @@ _ECHOES = re.compile(
     r"|DistBackendError|DistNetworkError|DistStoreError|remote process exited|holds the job's store, does not answer"
     r"|ncclRemoteError|ncclSystemError"
 )
-_EXCEPTION = re.compile(r"(\w+\.)*\w*(Error|Exception|Exit|Interrupt|Failed|Timeout)\b")
+_EXCEPTION = re.compile(r"(\w+\.)*\w*(Error|Exception|Exit|Interrupt|Failed|Timeout|OutOfResources|Unsupported)\b")
+_RANK = re.compile(r"\[rank\d+\]: ?")  # torch puts it before every line of an uncaught exception
+_IGNORED = re.compile(r"Exception ignored (in|while)\b")  # Python goes on after it
 
 _SILENT = 3  # how a process without an error message ranks as the cause (`_rank_as_cause`)
 
@@ -40,9 +43,9 @@ def outcome_of(exits: list[Exit], preempted: bool) -> Outcome:
     return Outcome(FINISHED, "trained to the end")
 
 
-def is_explained(exits: list[Exit]) -> bool:
-    """Check whether one of the failed processes reported a cause."""
-    return any(_rank_as_cause(end) < _SILENT for end in exits if end.code not in PEACEFUL)
+def is_explained(end: Exit) -> bool:
+    """Check whether a process failed and reported a cause."""
+    return end.code not in PEACEFUL and _rank_as_cause(end) < _SILENT
 
 
 def _rank_as_cause(end: Exit) -> int:
@@ -65,11 +68,23 @@ def last_error(lines: list[str]) -> str | None:
     Echoes count only if there is nothing else: a rank whose watchdog has named another rank may see others exit before
     it exits itself.
     """
-    lines = lines[::-1]
+    lines = _without_ignored(_RANK.sub("", line, count=1) for line in lines)[::-1]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     if errors:
         return next((error for error in errors if not _ECHOES.search(error)), errors[0])
     return next((line for line in lines if _EXCEPTION.match(line)), None)
+
+
+def _without_ignored(lines: Iterable[str]) -> list[str]:
+    """Return the lines without exceptions that Python has ignored, as those of objects it destroys at exit."""
+    found, ignored = list[str](), False
+    for line in lines:
+        ignored = ignored or _IGNORED.match(line) is not None
+        if not ignored:
+            found.append(line)
+        elif not _IGNORED.match(line) and _EXCEPTION.match(line):
+            ignored = False
+    return found
 
 
 FINISH, AGAIN, EXCLUDE, HALT, STOP = "finish", "again", "exclude", "halt", "stop"

@@ -32,6 +32,7 @@ _LEAST_SHARED_MEMORY = 64 << 20  # used by NCCL and the data loader's workers
 _LEAST_TEMPORARY = 256 << 20
 LEAST_RUN_FOLDER = 1 << 30  # plt submit requires it, too
 _LARGEST_SKEW = 5.0  # seconds
+_SILENT = 0.05  # of the nodes; if more report nothing, the fault is not theirs
 _SLOW = 0.5  # warn about a link below this share of the median bandwidth
 MARK = "probe "  # prefix of a line with results of the check of devices and links
 _CPU_BYTES, _GPU_BYTES = 4 << 20, 256 << 20
@@ -162,7 +163,8 @@ def blame(results: Mapping[int, Facts], node_of: Mapping[int, str]) -> dict[str,
         node_of: the node of each rank.
 
     Returns:
-        node -> why; empty if it could be any node.
+        node -> why; empty if it could be any node, or if several nodes have not reported at all: importing torch from a
+        file system that all of them read at once may take longer than the check waits.
     """
     own = {node_of[rank]: result["error"] for rank, result in results.items() if result.get("error")}
     if own:
@@ -170,7 +172,8 @@ def blame(results: Mapping[int, Facts], node_of: Mapping[int, str]) -> dict[str,
     stages = {rank: int(results[rank]["stage"]) if rank in results else -1 for rank in node_of}
     furthest = max(stages.values())
     behind = {node_of[rank] for rank, stage in stages.items() if stage < furthest}
-    if not behind or 2 * len(behind) >= len(set(node_of.values())) + 1:
+    silent, nodes = {node_of[rank] for rank in node_of.keys() - results.keys()}, len(set(node_of.values()))
+    if not behind or 2 * len(behind) >= nodes + 1 or len(silent) > max(1, _SILENT * nodes):
         return {}
     why = "its processes fell behind the others' in the check of devices and links"
     return dict.fromkeys(sorted(behind), why)

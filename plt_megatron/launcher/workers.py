@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import signal
 import subprocess
 from collections import deque
@@ -118,8 +117,6 @@ def _start(command: Sequence[str], env: Mapping[str, str], cpus: set[int] | None
     def prepare() -> None:
         # Safe between fork and exec, since the launcher has only one thread.
         die_with_parent(signal.SIGKILL)
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # rank 0 has two connections to each of the others
-        resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
         # Until the trainer handles signals, a request to stop must not kill it: the launcher repeats its signal, and
         # Slurm's reaches every process of the step.
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)

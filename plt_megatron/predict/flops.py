@@ -27,6 +27,7 @@ and without `gated_window`, loops >= 2 use no K and V of their own, so those pro
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -98,7 +99,7 @@ def forward_flops(
     weights = Weights(model)
     attention = 4 * model.num_attention_heads * derived.head_dim(model)
     return Flops(
-        projections=2 * (weights.matmuls(ran, "attention") - len(later) * unused_projections(model)),
+        projections=2 * (weights.matmuls(ran, "attention") - unused_products(weights, later)[0]),
         ffn=2 * weights.matmuls(ran, *FFN),
         global_attention=(len(ran) - local) * attention * keys,
         local_attention=(len(gated) + local) * attention * window_keys,
@@ -107,10 +108,14 @@ def forward_flops(
     )
 
 
-def unused_projections(model: ModelConfig) -> int:
-    """Count a token's multiply-adds with K's and V's matrices that a layer's later loops have no use for."""
+def unused_products(trained: Weights, later: Sequence[int]) -> tuple[int, int]:
+    """Count a token's multiply-adds with K's and V's matrices that runs of these layers in later loops have no use for:
+    all, and those with weights that are not trained."""
+    model = trained.model
     unused = (not derived.later_loops_use_keys(model)) + (not derived.later_loops_use_values(model))
-    return unused * derived.num_query_groups(model) * derived.head_dim(model) * model.hidden_size
+    each = unused * derived.num_query_groups(model) * derived.head_dim(model) * model.hidden_size
+    frozen = sum(any("linear_qkv.weight" in name for name in trained.missing_in(layer)) for layer in later)
+    return each * len(later), each * frozen
 
 
 def _ran(model: ModelConfig, loop: int | None) -> tuple[list[int], list[int]]:
@@ -170,14 +175,14 @@ def _without_frozen_weights(trained: Weights, flops: Flops, loop: int | None) ->
     """Return the training FLOPs without the gradients of weights that are not trained."""
     ran, later = _ran(trained.model, loop)
 
-    def without(part: float, layers: list[int], *components: Component) -> float:
+    def without(part: float, layers: list[int], *components: Component, unused: tuple[int, int] = (0, 0)) -> float:
         all_weights = Weights(trained.model).matmuls(layers, *components)
-        frozen = all_weights - trained.matmuls(layers, *components)
-        return part - part / TRAINING_OVER_FORWARD * frozen / max(1, all_weights)
+        frozen = all_weights - trained.matmuls(layers, *components) - unused[1]
+        return part - part / TRAINING_OVER_FORWARD * frozen / max(1, all_weights - unused[0])
 
     return dataclasses.replace(
         flops,
-        projections=without(flops.projections, ran, "attention"),
+        projections=without(flops.projections, ran, "attention", unused=unused_products(trained, later)),
         ffn=without(flops.ffn, ran, *FFN),
         gate=without(flops.gate, later, "gates"),
         output=flops.output * (1 if trained.has_head else 1 - 1 / TRAINING_OVER_FORWARD),

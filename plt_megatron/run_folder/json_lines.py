@@ -17,7 +17,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import replacing
 
 Record = dict[str, Any]
-_TAIL_BYTES = 1 << 17  # at a file's end that are searched for the last records
+_TAIL_BYTES = 1 << 17  # at a file's end that are searched for the last records first
 
 
 def append(path: Path, record: Record, *, sync: bool = False) -> None:
@@ -54,15 +54,25 @@ def read(path: Path, *, skip_broken: bool = False) -> list[Record]:
 
 
 def last(path: Path, count: int, wanted: Callable[[Record], bool] = lambda record: True) -> list[Record]:
-    """Return the last `count` records that are `wanted`, oldest first, from the file's last 128 KiB. Broken lines are
-    skipped; an unreadable file has none."""
-    *lines, _ = tail(path, _TAIL_BYTES).split(b"\n")
+    """Return the last `count` records that are `wanted`, oldest first, from the file's last 128 KiB, or more if these
+    hold no whole line. Broken lines are skipped; an unreadable file has none."""
+    lines = _last_lines(path)
     records: list[Record] = []
     while lines and len(records) < count:
         record = parse(lines.pop())
         if record is not None and wanted(record):
             records.append(record)
     return records[::-1]
+
+
+def _last_lines(path: Path) -> list[bytes]:
+    size = _TAIL_BYTES
+    while True:
+        text = tail(path, size)
+        *lines, _ = text.split(b"\n")
+        if len(lines) > 1 or len(text) < size:  # the first may be cut
+            return lines
+        size *= 4
 
 
 def tail(path: Path, size: int, start: int = 0) -> bytes:
@@ -79,9 +89,11 @@ def rewind(path: Path, keep: Callable[[Record], bool]) -> None:
     """Drop all records but those to `keep`, and broken lines, atomically: a reader sees the old file or the new one."""
     if not path.exists():
         return
-    kept = [record for record in read(path, skip_broken=True) if keep(record)]
-    with replacing(path) as file:
-        file.writelines(json.dumps(record) + "\n" for record in kept)
+    with path.open("rb") as lines, replacing(path, "wb") as file:
+        for line in lines:
+            record = parse(line) if line.endswith(b"\n") else None
+            if record is not None and keep(record):
+                file.write(line)
 
 
 def parse(line: bytes) -> Record | None:

@@ -163,14 +163,15 @@ def _begins_after(config: RunConfig) -> int:
 
 def _checkpoints_at_most(config: RunConfig, begun: int) -> int:
     """Return the maximum number of checkpoints at any time of a run that begins after a step: the last ones, those
-    being written and uploaded, and the permanent ones."""
+    being written, exported and uploaded, and the permanent ones."""
     checkpoint, steps = config.checkpoint, derived.train_iters(config)
     interval = checkpoint.save_interval or steps
     for_good = 0
     if checkpoint.keep_every:
         every = math.lcm(interval, checkpoint.keep_every)
         for_good = steps // every - begun // every
-    at_once = checkpoint.keep_last + 1 + (checkpoint.uploads is not None)  # a checkpoint being uploaded is kept too
+    beside = (checkpoint.exports is not None) + (checkpoint.uploads is not None)  # each keeps one while it works
+    at_once = checkpoint.keep_last + 1 + beside
     return min(at_once + for_good, -(-steps // interval) - begun // interval + 1)
 
 

@@ -137,7 +137,7 @@ class RunData:
         self.document_record = on_rank_0(lambda: document_record(config.data, self.tokenizer))
         self.by_source = self._build_by_source(validation) if config.validation.by_source and validation else {}
         self._bytes: dict[str, int] = {}
-        self._byte_lengths = _byte_lengths(self.tokenizer) if self.by_source else None
+        self._count_bytes = _byte_counter(self.tokenizer) if self.by_source else None
 
     def _build(self, data: DataConfig, num_samples: tuple[int, int, int]) -> Datasets:
         seed, folder = self._config.training.seed, index_folder(self._config)
@@ -154,13 +154,14 @@ class RunData:
     def validation_bytes(self, source: str) -> int | None:
         """Return the bytes of text to predict in a source's validation samples; None without a tokenizer, or with one
         whose tokens do not tell them. Collective: each rank reads its share."""
-        if self._byte_lengths is None:
+        if self._count_bytes is None:
             return None
         if source not in self._bytes:
             data = self.by_source[source]
             own = (data[index] for index in range(dist.get_rank(), len(data), dist.get_world_size()))
-            counts = (int(self._byte_lengths[sample["labels"]] @ sample["loss_mask"].long()) for sample in own)
-            total = torch.tensor(sum(counts), dtype=torch.int64, device=torch.cuda.current_device())
+            total = torch.tensor(
+                sum(map(self._count_bytes, own)), dtype=torch.int64, device=torch.cuda.current_device()
+            )
             dist.all_reduce(total)
             self._bytes[source] = int(total)
         return self._bytes[source]
@@ -249,13 +250,23 @@ def _training_samples(config: RunConfig) -> int:
     return samples_after(config, read_uploaded_progress(load)[1])
 
 
-def _byte_lengths(tokenizer: Tokenizer | None) -> Tensor | None:
+def _byte_counter(tokenizer: Tokenizer | None) -> Callable[[dict[str, Tensor]], int] | None:
+    """Return a function that counts the bytes of text that a sample's labels in the loss stand for, without the space
+    that a tokenizer may put before each document; None if the tokenizer does not tell."""
+    if tokenizer is None:
+        return None
     try:
-        return None if tokenizer is None else torch.from_numpy(tokenizer.byte_lengths())
+        lengths, prefix = torch.from_numpy(tokenizer.byte_lengths()), tokenizer.prefix_bytes()
     except UserError as error:
         if dist.get_rank() == 0:
             logger.warning("losses of sources are not given in bits per byte: %s", error)
         return None
+
+    def count(sample: dict[str, Tensor]) -> int:
+        begins = sample["tokens"] == tokenizer.eod
+        return int((lengths[sample["labels"]] - prefix * begins) @ sample["loss_mask"].long())
+
+    return count
 
 
 def _vocab_size(config: RunConfig, tokenizer: Tokenizer | None) -> int:

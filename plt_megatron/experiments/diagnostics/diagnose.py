@@ -311,7 +311,10 @@ def diagnose(
     for index in range(total):
         tokens = torch.from_numpy(held_out.tokens[index]).to(model.device)
         starts = torch.from_numpy(held_out.starts[index]).to(model.device) if reset else None
-        mask = None if held_out.mask is None else torch.from_numpy(held_out.mask[index]).to(model.device)
+        mask = None
+        if held_out.mask is not None:  # with a masked token training also leaves out the first of each document
+            kept = held_out.mask[index] * (True if masked_token is None else ~held_out.starts[index])
+            mask = torch.from_numpy(kept).to(model.device)
         rows.append(measure_sequence(model, tokens, starts, masked_token, mask))
         progress(index + 1, total)
     bootstrap = Bootstrap(total, seed)
@@ -351,8 +354,8 @@ def measure_sequence(
         tokens: int64 [T + 1], the last one only as a label.
         starts: bool [T + 1], first tokens of documents kept apart; None: one document.
         masked_token: losses leave out the token after it.
-        mask: uint8 [T + 1], 0 for tokens that losses leave out; `masked_token`, which may end each message, does not
-            count then.
+        mask: uint8 [T + 1], 0 for tokens that losses leave out; `masked_token`, which may end each message, is not
+            looked for then.
     """
     distances, window = measures.copy_distances(tokens, starts), model.config.window_size
     copies = {"copy_loss": (distances > 0) & (distances <= window), "far_copy_loss": distances > window}

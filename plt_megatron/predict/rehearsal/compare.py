@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.predict.flops import unused_projections
+from plt_megatron.predict.flops import unused_products
 from plt_megatron.predict.layers import runs
 from plt_megatron.predict.parameters import Weights
 from plt_megatron.predict.rehearsal.record import Box, Call, RankRecord, Saving
@@ -127,10 +127,9 @@ def _flops(config: RunConfig, record: RankRecord, estimate: RunEstimate) -> Diff
 
 def _unused_keys_and_values(config: RunConfig, layers: range) -> int:
     """Return the FLOPs per token of K and V that later loops do not use: a fused projection computes them, too."""
-    model, trained = config.model, Weights.trained(config)
-    later = [run.layer for run in runs(model, layers) if run.part == "later"]
-    frozen = sum(any("linear_qkv.weight" in name for name in trained.missing_in(layer)) for layer in later)
-    return 2 * unused_projections(model) * (3 * len(later) - frozen)
+    later = [run.layer for run in runs(config.model, layers) if run.part == "later"]
+    unused, frozen = unused_products(Weights.trained(config), later)
+    return 2 * (3 * unused - frozen)
 
 
 def _saving(records: Sequence[RankRecord], estimate: RunEstimate) -> Iterator[Difference]:

@@ -6,24 +6,35 @@ Work beside training runs in processes at low priority, without a GPU, and not a
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from plt_megatron.config.schema import EvaluationConfig
-from plt_megatron.errors import first_line
+from plt_megatron.errors import describe_os_error
 from plt_megatron.installation import python_path
-from plt_megatron.run_folder.checkpoints import checkpoint_folders, read_verified_progress, step_of, trained_tokens
+from plt_megatron.run_folder.checkpoints import (
+    MANIFEST,
+    PROGRESS,
+    checkpoint_folders,
+    read_verified_progress,
+    step_of,
+    trained_tokens,
+)
 from plt_megatron.run_folder.metrics import read_scores
 from plt_megatron.storage.queue import clear_leftovers, link_folder
 from plt_megatron.train.callbacks.base import Callback, Run
 
+_EXPORT, _EVALUATION = "export", "evaluation"
+_LONGEST_WAIT_S = 3600.0  # for evaluations after the last step, while all ranks wait
 _KILLED = (130, 143)  # exit statuses of a command that a signal has ended
 _SENDING_CPU_S = 0.2  # CPU time that a process which waits does not use in minutes
 _GRACE_S = 10.0  # for a process to clean up after it was asked to end
@@ -90,35 +101,6 @@ class BesideProcess:
             self._process.wait()
 
 
-class WorkBeside(Callback):
-    """Work of the first rank in one `BesideProcess` at a time, which subclasses start."""
-
-    def __init__(self, run: Run) -> None:
-        super().__init__(run)
-        self._process: BesideProcess | None = None
-
-    def after_step(self, *_: Any) -> None:
-        """Handle what the process has done."""
-        self._advance()
-
-    def is_working(self) -> bool:
-        self._advance()
-        return self._process is not None
-
-    def close(self) -> None:
-        """End an unfinished process; the next job does its work again."""
-        self._cancel()
-
-    def _advance(self) -> None:
-        """Handle what the process has done; if it has ended, start the next."""
-        raise NotImplementedError
-
-    def _cancel(self) -> None:
-        if self._process is not None:
-            self._process.end()
-            self._process = None
-
-
 def own_python() -> list[str]:
     """Return the command of a Python that imports this process's code, a run's snapshot in a job: not what the folder
     that the job runs in has become."""
@@ -131,30 +113,39 @@ def environment() -> dict[str, str]:
     return own | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
 
 
-class Exports(WorkBeside):
-    """Exports checkpoints to `<run folder>/exports/step_00000100`, and evaluates the exports (`evaluation.tasks`), one
-    after the other.
+@dataclass
+class _Job:
+    checkpoint: Path  # in `exporting`
+    process: BesideProcess
 
-    For each, the first rank starts a low-priority process without a GPU, which reads the checkpoint one tensor at a
+
+class Exports(Callback):
+    """Exports checkpoints to `<run folder>/exports/step_00000100`, and evaluates the exports (`evaluation.tasks`): one
+    export and one evaluation at a time.
+
+    For each, the first rank starts a low-priority process without a GPU; an export reads the checkpoint one tensor at a
     time. A checkpoint waiting for its turn is also kept in `<run folder>/exporting`, as hard links: the run may remove
-    its own, and the next job redoes an export that a kill or a time limit cut short. A failure is reported and does not
-    end the run.
+    its own, and the next job redoes an export that a kill or a time limit cut short. Once exported, only its
+    progress.json stays there, until the evaluation is done. A failure is reported and does not end the run.
     """
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         assert run.config.checkpoint.exports is not None
         self._interval = run.config.checkpoint.exports.interval
-        self._checkpoint = Path()  # the one that the process works on
-        self._evaluates = False  # False while the process exports
+        self._jobs: dict[str, _Job] = {}  # under way: an export, an evaluation
         self._rolled_back_to: int | None = None
-        self._said = False
-        self._cut_short: set[str] = set()  # checkpoints that the next job exports
+        self._waits_until: float | None = None  # after the last step
+        self._cut_short: set[str] = set()  # checkpoints that are left to the next job
 
     def on_start(self) -> None:
         """Continue with what an earlier job left."""
         clear_leftovers(self.run.folder.exporting)
         self._start_next()
+
+    def after_step(self, *_: Any) -> None:
+        """Handle what the processes have done."""
+        self._advance()
 
     def on_save(self, checkpoint: Path) -> None:
         """Queue the checkpoint if its step is due. A rollback saves its checkpoint again, unchanged: do not queue that
@@ -169,98 +160,144 @@ class Exports(WorkBeside):
             self._start_next()
 
     def is_working(self) -> bool:
-        """Return whether an export or evaluation is under way. After the last step, say once what the run waits for."""
-        working = super().is_working()
-        if working and not self._said:
-            self._said = True
-            self.run.say(f"waiting for {self._what}; {self.run.folder.stop_file} leaves the rest to the next job")
-        return working
+        """Return whether an export or evaluation is under way. After the last step, say once what the run waits for;
+        give up evaluations that keep it waiting too long."""
+        self._advance()
+        if self._jobs and self._waits_until is None:
+            self._waits_until = time.monotonic() + _LONGEST_WAIT_S
+            what = " and ".join(_words(what, job.checkpoint) for what, job in self._jobs.items())
+            self.run.say(f"waiting for {what}; {self.run.folder.stop_file} leaves the rest to the next job")
+        if self._waits_until is not None and time.monotonic() > self._waits_until and _EXPORT not in self._jobs:
+            self._give_up_evaluations()
+        return bool(self._jobs)
+
+    def _give_up_evaluations(self) -> None:
+        self._cancel(*self._jobs)
+        for checkpoint in checkpoint_folders(self.run.folder.exporting):
+            if not _waits_for_export(checkpoint):
+                command = shlex.join(["plt", *self._command(_EVALUATION, checkpoint)])
+                late = f"{_LONGEST_WAIT_S / 60:.0f} minutes after the last step"
+                self.run.say(f"warning: {_words(_EVALUATION, checkpoint)} is left out, {late}; to do it: {command}")
+                self._finish(checkpoint)
 
     def on_rollback(self, state: dict[str, Any]) -> None:
         """Drop waiting checkpoints of later steps, which belong to abandoned training."""
         step = self._rolled_back_to = self.run.clock.step
-        if self._process is not None and step_of(self._checkpoint) > step:
-            self._cancel()
+        self._cancel(*(what for what, job in self._jobs.items() if step_of(job.checkpoint) > step))
         for waiting in checkpoint_folders(self.run.folder.exporting):
             if step_of(waiting) > step:
-                shutil.rmtree(waiting, ignore_errors=True)
-                waiting.with_suffix(".log").unlink(missing_ok=True)
+                self._forget(waiting)
         self._start_next()
+
+    def close(self) -> None:
+        """End unfinished processes; the next job does their work again."""
+        self._cancel(*self._jobs)
+
+    def _cancel(self, *jobs: str) -> None:
+        for what in jobs:
+            self._jobs.pop(what).process.end()
 
     def _queue(self, checkpoint: Path) -> None:
         waiting = self.run.folder.exporting / checkpoint.name
-        if self._process is not None and self._checkpoint == waiting:
-            self._cancel()  # the step was trained again
+        self._cancel(*(what for what, job in self._jobs.items() if job.checkpoint == waiting))  # trained again
         try:
             link_folder(checkpoint, waiting)
         except OSError as error:
             self.run.say(f"warning: {checkpoint} is not exported, since keeping it for the export failed: {error}")
 
     def _start_next(self) -> None:
-        folders = checkpoint_folders(self.run.folder.exporting)
-        waiting = [folder for folder in folders if folder.name not in self._cut_short]
-        if self._process is not None or not waiting:
-            return
-        self._checkpoint = waiting[0]
-        shutil.rmtree(self._export, ignore_errors=True)  # from before the same step was trained again
-        command = ["export", "--checkpoint", str(self._checkpoint), "--output", str(self._export)]
-        self._start(command, evaluates=False)
-
-    def _start(self, command: list[str], *, evaluates: bool) -> None:
-        self._evaluates = evaluates
-        try:
-            self._process = BesideProcess(command, self._log)
-        except OSError as error:
-            self.run.say(f"warning: {self._what} could not be started: {first_line(error)}: the next job does it")
-            self._cut_short.add(self._checkpoint.name)
-            self._start_next()
+        for checkpoint in checkpoint_folders(self.run.folder.exporting):
+            what = _EXPORT if _waits_for_export(checkpoint) else _EVALUATION
+            if what in self._jobs or checkpoint.name in self._cut_short:
+                continue
+            if what == _EVALUATION and self.run.config.evaluation is None:  # asked for by an earlier job
+                self._finish(checkpoint)
+                continue
+            if what == _EXPORT:
+                shutil.rmtree(self._export(checkpoint), ignore_errors=True)  # from before the step was trained again
+            try:
+                self._jobs[what] = _Job(checkpoint, BesideProcess(self._command(what, checkpoint), _log(checkpoint)))
+            except OSError as error:
+                self._leave(what, checkpoint, f"could not be started: {describe_os_error(error)}")
 
     def _advance(self) -> None:
-        if self._process is None:
-            return
-        process, status = self._process, self._process.poll()
-        if status is None:
-            return
-        self._process = None
-        what = self._what
-        if status < 0 or status in _KILLED:
-            self.run.say(f"warning: {what} was killed: the next job does it again")
-            self._cut_short.add(self._checkpoint.name)
+        ended = [(what, job) for what, job in self._jobs.items() if job.process.poll() is not None]
+        for what, job in ended:
+            del self._jobs[what]
+            self._handle_end(what, job.checkpoint, job.process)
+        if ended:
             self._start_next()
-            return
-        if status != 0:
-            self.run.say(f"warning: {what} failed: {process.last_words()}")
-        elif self._evaluates:
-            self._report_scores()
+
+    def _handle_end(self, what: str, checkpoint: Path, process: BesideProcess) -> None:
+        status = process.poll()
+        if status is None or status < 0 or status in _KILLED:
+            self._leave(what, checkpoint, "was killed")
+        elif what == _EXPORT and status == 0:
+            self.run.say(f"exported {self._export(checkpoint)}")
+            if self.run.config.evaluation is None:
+                self._finish(checkpoint)
+            else:
+                self._keep_for_evaluation(checkpoint)
+        elif what == _EXPORT:
+            self.run.say(f"warning: {_words(what, checkpoint)} failed: {process.last_words()}")
+            self._forget(checkpoint)
         else:
-            self.run.say(f"exported {self._export}")
-            evaluation = self.run.config.evaluation
-            if evaluation is not None:
-                self._start(_evaluation_command(self._export, evaluation), evaluates=True)
-                return
-        if status == 0 or self._evaluates:
-            for callback in self.run.callbacks:
-                callback.on_export(self._export)
-        shutil.rmtree(self._checkpoint, ignore_errors=True)
-        self._log.unlink(missing_ok=True)
-        self._start_next()
+            if status == 0:
+                self._report_scores(checkpoint)
+            else:
+                self.run.say(f"warning: {_words(what, checkpoint)} failed: {process.last_words()}")
+            self._finish(checkpoint)
 
-    def _report_scores(self) -> None:
-        progress = read_verified_progress(self._checkpoint)  # its export has verified it
+    def _keep_for_evaluation(self, checkpoint: Path) -> None:
+        """Give back the space of an exported checkpoint's weights, which it may wait long to be evaluated without."""
+        try:
+            (checkpoint / MANIFEST).unlink()  # first: it now counts as exported
+            for path in checkpoint.iterdir():
+                if path.name != PROGRESS:
+                    path.unlink()
+        except OSError as error:
+            self._leave(_EVALUATION, checkpoint, f"cannot begin: {describe_os_error(error)}")
+
+    def _leave(self, what: str, checkpoint: Path, why: str) -> None:
+        self.run.say(f"warning: {_words(what, checkpoint)} {why}: the next job does it")
+        self._cut_short.add(checkpoint.name)
+
+    def _finish(self, checkpoint: Path) -> None:
+        """Pass on an export, to which nothing will be added."""
+        for callback in self.run.callbacks:
+            callback.on_export(self._export(checkpoint))
+        self._forget(checkpoint)
+
+    def _forget(self, checkpoint: Path) -> None:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        _log(checkpoint).unlink(missing_ok=True)
+
+    def _report_scores(self, checkpoint: Path) -> None:
+        progress = read_verified_progress(checkpoint)  # its export has verified it
         clock = {"step": progress["step"], "tokens": trained_tokens(progress)}
-        self.run.report({"kind": "evaluation", **clock, "scores": read_scores(self._export)})
+        self.run.report({"kind": "evaluation", **clock, "scores": read_scores(self._export(checkpoint))})
 
-    @property
-    def _what(self) -> str:
-        return f"the {'evaluation' if self._evaluates else 'export'} of step {step_of(self._checkpoint)}"
+    def _export(self, checkpoint: Path) -> Path:
+        return self.run.folder.exports / checkpoint.name
 
-    @property
-    def _export(self) -> Path:
-        return self.run.folder.exports / self._checkpoint.name
+    def _command(self, what: str, checkpoint: Path) -> list[str]:
+        export, evaluation = str(self._export(checkpoint)), self.run.config.evaluation
+        if what == _EXPORT:
+            return ["export", "--checkpoint", str(checkpoint), "--output", export]
+        assert evaluation is not None, "the caller asks"
+        return _evaluation_command(Path(export), evaluation)
 
-    @property
-    def _log(self) -> Path:
-        return self._checkpoint.with_suffix(".log")
+
+def _waits_for_export(checkpoint: Path) -> bool:
+    return (checkpoint / MANIFEST).is_file()
+
+
+def _words(what: str, checkpoint: Path) -> str:
+    return f"the {what} of step {step_of(checkpoint)}"
+
+
+def _log(checkpoint: Path) -> Path:
+    return checkpoint.with_suffix(".log")
 
 
 def _evaluation_command(export: Path, settings: EvaluationConfig) -> list[str]:

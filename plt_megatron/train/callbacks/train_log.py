@@ -7,6 +7,7 @@ plain lines.
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import secrets
 import sys
 import time
@@ -30,6 +31,8 @@ from plt_megatron.run_folder.text import format_duration, plural
 from plt_megatron.train.callbacks.base import Callback, Run, Step
 from plt_megatron.train.engine import StepResult
 from plt_megatron.train.optimizers import described
+
+_SOURCES = 64  # in a record: thousands would make it 100 kB long
 
 
 class Overview(Callback):
@@ -100,7 +103,8 @@ def _empty(model: ModelConfig, loop_count: int) -> LoopStatistics:
 
 class TrainLog(Callback):
     """Reports the record every `logging.log_interval` steps and after the last one: the step's results, the passes over
-    the data's sources, batch size and row length where a schedule changes them, and what other callbacks add."""
+    the data's sources (at most 64, those with the most passes), batch size and row length where a schedule changes
+    them, and what other callbacks add."""
 
     def after_step(self, step: Step, result: StepResult) -> None:
         if not self.run.is_due(self.run.config.logging.log_interval):
@@ -108,7 +112,9 @@ class TrainLog(Callback):
         config, clock = self.run.config, self.run.clock
         record: dict[str, Any] = {"kind": "train", "step": clock.step, "tokens": clock.tokens}
         record |= {name: value for name, value in dataclasses.asdict(result).items() if value is not None}
-        record["source_epochs"] = self.run.data.epochs(clock.samples)
+        epochs = self.run.data.epochs(clock.samples)
+        shown = set(heapq.nlargest(_SOURCES, epochs, key=epochs.__getitem__))
+        record["source_epochs"] = {name: passes for name, passes in epochs.items() if name in shown}
         if config.training.batch_schedule:
             record["global_batch_size"] = step.global_batch_size
         if config.data.length_schedule:

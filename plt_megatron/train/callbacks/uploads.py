@@ -11,21 +11,21 @@ from typing import Any
 from plt_megatron.config import derived
 from plt_megatron.config.rules.uploads import checkpoints_of, destinations, exports_of
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.errors import EXIT_USER_ERROR, AttemptFailed, UserError, first_line
+from plt_megatron.errors import EXIT_USER_ERROR, AttemptFailed, UserError, describe_os_error
 from plt_megatron.run_folder import json_lines
 from plt_megatron.run_folder.checkpoints import step_of
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.text import plural
 from plt_megatron.storage.queue import CHECKPOINT, EXPORT, UploadQueue, Waiting
-from plt_megatron.train.callbacks.base import Run
-from plt_megatron.train.callbacks.exports import BesideProcess, WorkBeside, environment, own_python
+from plt_megatron.train.callbacks.base import Callback, Run
+from plt_megatron.train.callbacks.exports import BesideProcess, environment, own_python
 from plt_megatron.train.checkpoint.collective import on_rank_0
 
 _LOOK_S = 5.0  # between checks of whether an upload still makes progress
 _SHARE = 0.8  # of the longest time that the other ranks wait
 
 
-class Uploads(WorkBeside):
+class Uploads(Callback):
     """Queues uploads, and runs a process beside the first rank that performs them (plt upload).
 
     Waiting folders are kept in `<run folder>/uploading` as hard links: the run may remove its own, and the next job
@@ -35,6 +35,7 @@ class Uploads(WorkBeside):
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
+        self._process: BesideProcess | None = None
         self._queue = UploadQueue(run.folder)
         self._looked = 0.0
         self._reported = 0  # number of records of uploads.jsonl
@@ -48,6 +49,10 @@ class Uploads(WorkBeside):
         self._reported = len(self._records())
         self._queue.clear_leftovers()
         self._start()
+
+    def after_step(self, *_: Any) -> None:
+        """Handle what the process has done."""
+        self._advance()
 
     def on_export(self, export: Path) -> None:
         if exports_of(self.run.config) is not None:
@@ -72,7 +77,8 @@ class Uploads(WorkBeside):
             self._start()
             if self._process is not None:
                 self.run.say(f"waiting for the upload of {self._what_waits()}")
-        return super().is_working()
+        self._advance()
+        return self._process is not None
 
     def on_end(self) -> None:
         """Report what has failed, unless the run stops while an upload is under way."""
@@ -80,6 +86,10 @@ class Uploads(WorkBeside):
             self.run.say(
                 f"warning: {self._what_waits()} could not be uploaded; retry with plt upload {self.run.folder.path}"
             )
+
+    def close(self) -> None:
+        """End an unfinished process; the next job does its work again."""
+        self._cancel()
 
     def _add(self, kind: str, folder: Path) -> None:
         step = step_of(folder)
@@ -101,7 +111,7 @@ class Uploads(WorkBeside):
             try:
                 self._process = BesideProcess(command, self._queue.path / "log")
             except OSError as error:
-                self._fail_all(f"it could not be started: {first_line(error)}")
+                self._fail_all(f"it could not be started: {describe_os_error(error)}")
 
     def _advance(self) -> None:
         if self._process is None:
@@ -153,7 +163,8 @@ class Uploads(WorkBeside):
 
     def _cancel(self) -> None:
         if self._process is not None:
-            super()._cancel()
+            self._process.end()
+            self._process = None
             self._report()
 
     def _untried(self) -> list[Waiting]:

@@ -269,6 +269,13 @@ def byte_level_json(path: Path, texts: list[str]) -> Path:
     return path
 
 
+def with_a_space_before_each_text(path: Path, texts: list[str]) -> Path:
+    """A tokenizer as Llama 2's."""
+    lines = [line for text in texts for line in text.splitlines() if line.strip()]
+    settings = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True}
+    return train_plainly(lines, path, vocab_size=600, **settings)
+
+
 def test_a_model_that_predicts_bytes_uniformly_has_eight_bits_per_byte(bpe_model, unigram_model, texts, tmp_path):
     """Whatever the tokenizer: a token of b bytes then costs b ln 256, and the end of a document nothing."""
     paths = [
@@ -276,6 +283,7 @@ def test_a_model_that_predicts_bytes_uniformly_has_eight_bits_per_byte(bpe_model
         unigram_model,
         bpe_model.with_name("tokenizer.json"),
         byte_level_json(tmp_path / "t.json", texts),
+        with_a_space_before_each_text(tmp_path / "prefixed.model", texts),
     ]
     read = [text for text in [*texts, "naïve → 東京 \U0001f642\n\t  x"] if "\u2581" not in text]
     counts = set()
@@ -286,7 +294,9 @@ def test_a_model_that_predicts_bytes_uniformly_has_eight_bits_per_byte(bpe_model
         ids = [index for text in read for index in (*tokenizer.encode(text), tokenizer.eod)]
         loss_sum = math.fsum(lengths[index] * math.log(256) for index in ids)
         size = sum(len(text.encode()) for text in read)
-        assert int(lengths[ids].sum()) == size, path
+        spaces = len(read) * tokenizer.prefix_bytes()
+        assert int(lengths[ids].sum()) == size + spaces and (spaces > 0) == (path.stem == "prefixed"), path
+        loss_sum -= spaces * math.log(256)
         assert bits_per_byte(loss_sum, size) == pytest.approx(8.0, rel=1e-12)
         counts.add(len(ids))
     assert len(counts) >= 3, "the tokenizers cut the texts differently"

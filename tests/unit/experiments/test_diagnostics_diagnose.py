@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from plt_megatron.data.datasets import make_sample
 from plt_megatron.experiments.diagnostics.diagnose import diagnose, measure_sequence, measures_for, record
 from plt_megatron.experiments.diagnostics.inputs import HeldOut
 from plt_megatron.experiments.diagnostics.report import make_figures
@@ -241,6 +242,18 @@ def test_losses_are_of_the_tokens_that_a_mask_counts():
     rows = np.stack([tokens.numpy()] * 2)
     held_out = HeldOut(rows, np.zeros(rows.shape, dtype=bool), 2, mask=np.stack([mask.numpy().astype(np.uint8)] * 2))
     assert diagnose(model, held_out).loops["lens_loss"].mean[1:] == pytest.approx(found["lens_loss"][1:], rel=1e-9)
+
+
+def test_a_masked_token_leaves_out_what_training_leaves_out():
+    """With a mask: the first token of each document, though the mask counts it."""
+    model, tokens = looped("plt"), make_tokens(24)
+    starts = np.arange(24) % 10 == 0
+    sample = make_sample(tokens.numpy(), [10, 10, 4], reset=False, masked_token=3, counted=np.ones(24, np.uint8))
+    assert sample["loss_mask"].sum() == 21
+    seen = measure_sequence(model, tokens, mask=torch.cat((torch.ones(1), sample["loss_mask"])).to(torch.uint8))
+    row = HeldOut(np.stack([tokens.numpy()] * 2), np.stack([starts] * 2), 2, mask=np.ones((2, 24), np.uint8))
+    found = diagnose(model, row, masked_token=3).loops["lens_loss"].mean[1:]
+    assert found == pytest.approx(seen["lens_loss"][1:], rel=1e-9)
 
 
 def tokens_with_copies(seed):

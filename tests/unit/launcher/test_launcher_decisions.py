@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from jobs import job_settings
 
@@ -130,6 +133,27 @@ def test_an_exception_is_told_from_its_echoes():
     assert outcome.failure.lines == TRACEBACK
 
 
+def test_exceptions_are_told_apart_with_torchs_mark_of_the_rank(tmp_path):
+    """Once a process group exists, torch marks every line of an exception that nobody catches."""
+    program = (
+        "import torch.distributed as dist\n"
+        "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "class Mapped:\n"
+        "    def __del__(self): self.reader\n"
+        "mapped = Mapped()\n"
+        "raise MemoryError('20 GiB')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    lines = ended.stderr.splitlines()
+    assert ended.returncode == 1 and "[rank0]: MemoryError: 20 GiB" in lines, "or torch has changed its mark"
+    assert any("AttributeError" in line for line in lines), "ignored at exit, after the cause"
+    marked = [f"[rank9]: {line}" for line in NCCL]
+    ends = exits((1, marked), (-6, []), (1, lines))
+    assert last_error(lines) == "MemoryError: 20 GiB"
+    assert not is_explained(ends[0]) and is_explained(ends[2])
+    assert outcome_of([ends[0], ends[2]], preempted=False).failure is ends[2]
+
+
 def test_who_names_another_is_heard_before_those_who_say_nothing():
     named = [
         "error: rank 0: no sign of life from rank 3 on node1 (5 s): dead, stopped, or cut off; stacks in incidents"
@@ -142,15 +166,15 @@ def test_an_echo_after_the_cause_does_not_hide_it():
     """Ranks 1 and 2 leave while rank 0, which names the one that hangs, is still writing down where it stands."""
     named = ["error: rank 0: no sign of life from rank 3 (12 s): dead, stopped, or cut off", *ECHO]
     ends = exits((1, named), (1, []), (1, []))
-    assert is_explained(ends) and "no sign of life from rank 3" in outcome_of(ends, preempted=False).reason
-    assert not is_explained(exits((1, ECHO), (1, [])))
+    assert is_explained(ends[0]) and "no sign of life from rank 3" in outcome_of(ends, preempted=False).reason
+    assert not any(map(is_explained, exits((1, ECHO), (1, []))))
 
 
 def test_a_process_that_nccl_aborts_is_an_echo():
     out_of_memory = ["torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB"]
     aborted = [*NCCL, "terminate called after throwing an instance of 'c10::DistBackendError'"]
     ends = exits((-6, aborted), (-6, aborted), (1, out_of_memory))
-    assert not is_explained(ends[:2]) and is_explained(ends)
+    assert list(map(is_explained, ends)) == [False, False, True]
     assert outcome_of(ends, preempted=False).failure.rank == 2
     assert outcome_of(exits((-6, []), (1, NCCL)), preempted=False).failure.rank == 0, "aborted by something else"
 

@@ -110,6 +110,14 @@ def test_nobody_is_blamed_if_all_stand_at_the_same_place():
     assert preflight.blame({}, NODE_OF) == {}
 
 
+@pytest.mark.parametrize(("silent", "blamed"), [(1, 1), (6, 6), (7, 0), (40, 0)])
+def test_many_nodes_without_a_word_are_not_blamed(silent, blamed):
+    """Importing torch on 128 nodes at once may take longer than the check."""
+    node_of = {rank: f"n{rank}" for rank in range(128)}
+    results = {rank: {"rank": rank, "stage": 1, "error": None} for rank in range(silent, 128)}
+    assert len(preflight.blame(results, node_of)) == blamed
+
+
 def test_many_who_stay_behind_are_a_network_and_no_nodes():
     results = {rank: result(rank, 3 if rank < 2 else 2) for rank in range(8)}
     assert preflight.blame(results, NODE_OF) == {}

@@ -13,6 +13,7 @@ from plt_megatron.predict.flops import (
     forward_flops_per_token,
     mean_keys,
     run_flops_per_token,
+    step_flops_per_token,
     training_flops_per_token,
 )
 from tests.settings import changed, make
@@ -158,6 +159,22 @@ def test_a_runs_loops_and_output_are_all_of_its_flops(settings):
     config = make(RunConfig, {"data.sequence_length": 64, **settings})
     run, loops = run_flops_per_token(config, V), flops_of_loops(config, V)
     assert sum(loops) == pytest.approx(run.looped) and loops[0] > 0 and loops[1] > 0
+
+
+@pytest.mark.parametrize("trained", ["linear_proj", "linear_qkv"])
+@pytest.mark.parametrize("form", [{}, {"gated_window": False}, {"gated_window": False, "share_values": False}], ids=str)
+def test_frozen_weights_save_one_product_of_three(form, trained):
+    """Products with weights: one to train the data's gradients, one for the output, and one for the weights' own. K and V
+    that later loops do not use are no product at all."""
+    model = changed(MODEL, form)
+    config = make(RunConfig, {"model": model, "training.trainable": [trained], "data.sequence_length": 64})
+    width, layers, c = model.hidden_size, model.num_layers, 8
+    heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
+    used = 2 - (not model.gated_window) * (1 + model.share_values)  # of K and V, in a later loop
+    qkv = layers * width * c * (model.loop_count * heads + groups * (2 + (model.loop_count - 1) * used))
+    proj = layers * width * c * model.loop_count * heads
+    frozen = proj if trained == "linear_qkv" else qkv
+    assert step_flops_per_token(config, V, model.loop_count, 64).projections == 2 * (3 * (qkv + proj) - frozen)
 
 
 def test_full_attention_costs_in_the_last_loop():

@@ -56,6 +56,18 @@ def test_what_a_server_may_answer_otherwise_later_is_tried_again():
     assert type(file_error("no", raised.value)) is AttemptFailed
 
 
+@pytest.mark.parametrize(("given", "raised"), [((40, 400), (400, 400)), ((50, 50), (50, 50))])
+def test_the_limit_of_open_files_is_raised_for_a_command_and_what_it_starts(given, raised):
+    """Every source of a run holds several files open, and shells start with a limit of 1,024."""
+    asks = "import resource as r; print(r.getrlimit(r.RLIMIT_NOFILE), flush=True)"
+    program = (
+        f"import resource, subprocess, sys; resource.setrlimit(resource.RLIMIT_NOFILE, {given})\n"
+        "from plt_megatron.errors import run_command\n"
+        f"run_command(lambda: subprocess.call([sys.executable, '-c', {asks!r}]))"
+    )
+    assert run([sys.executable, "-c", program], ROOT).stdout == f"{raised}\n"
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import tracemalloc
 
 import pytest
 
@@ -64,6 +65,23 @@ def test_the_last_records_of_a_long_file_are_those_that_are_wanted(tmp_path):
     assert [each["step"] for each in found] == [4994, 4996, 4998]
     steps = [each["step"] for each in json_lines.last(path, 5000)]
     assert steps == list(range(steps[0], 5000)) and 100 < len(steps) < 1000
+
+
+def test_a_record_may_be_longer_than_what_is_searched_first(tmp_path):
+    path = tmp_path / "file.jsonl"
+    for step in range(3):
+        json_lines.append(path, {"step": step, "more": "x" * 300_000})
+    assert [each["step"] for each in json_lines.last(path, 1)] == [2]
+
+
+def test_a_rewind_holds_one_record_at_a_time(tmp_path):
+    path = tmp_path / "file.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "more": "x" * 10_000}) + "\n" for step in range(1000)))
+    tracemalloc.start()
+    json_lines.rewind(path, lambda record: record["step"] < 900)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 1 << 20 and len(json_lines.read(path)) == 900
 
 
 def test_a_reader_sees_the_file_before_a_rewind_or_after_it(tmp_path, monkeypatch):

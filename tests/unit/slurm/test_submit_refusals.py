@@ -229,15 +229,16 @@ def test_too_little_free_space_for_the_job_to_start(folder, slurm, monkeypatch):
 
 
 def test_exports_take_space_too(folder, slurm, capsys):
-    """Three of them, of two bytes a parameter (bf16), on top of the checkpoints."""
-    steps = ("training.train_iters=300", "checkpoint.save_interval=100")
+    """Six of them, of two bytes a parameter (bf16), on top of the checkpoints, of which one more waits for its export."""
+    steps = ("training.train_iters=600", "checkpoint.save_interval=100")
     sizes = []
-    for more in ((), ("checkpoint.exports.interval=100",)):
-        submit(Options("run.yaml", time="01:00:00", dry_run=True, overrides=[*steps, *more]), ROOT)
+    for more in (("keep_last=1",), ("keep_last=2",), ("keep_last=1", "exports.interval=100")):
+        overrides = [*steps, *(f"checkpoint.{each}" for each in more)]
+        submit(Options("run.yaml", time="01:00:00", dry_run=True, overrides=overrides), ROOT)
         (size,) = re.findall(r"up to ([\d.]+) MB more in total", capsys.readouterr().out)
         sizes.append(float(size) * 1e6)
     parameters = count_parameters(load_config("run.yaml").model, load_config("run.yaml").model.vocab_size).total
-    assert sizes[1] - sizes[0] == pytest.approx(3 * 2 * parameters, abs=2e4)
+    assert sizes[2] - sizes[1] == pytest.approx(6 * 2 * parameters, abs=1e5)
 
 
 def test_too_little_free_space_for_all_of_an_array(folder, slurm, monkeypatch, capsys):

@@ -62,8 +62,17 @@ def test_a_tokenizer_that_does_not_tell_its_bytes_ends_no_run(monkeypatch: pytes
     """Which would be at its first validation by source: losses are then in nats alone."""
     monkeypatch.setattr(data.dist, "get_rank", lambda: 0)
     run = data.RunData.__new__(data.RunData)
-    run._byte_lengths = data._byte_lengths(Mock(byte_lengths=Mock(side_effect=UserError("no bytes"))))
+    run._count_bytes = data._byte_counter(Mock(byte_lengths=Mock(side_effect=UserError("no bytes"))))
     assert run.validation_bytes("text") is None
+
+
+def test_bytes_are_those_of_the_text_without_a_space_that_the_tokenizer_adds() -> None:
+    """Tokens of 0 (the end), 3, 2 and 4 bytes; the last begins a document that counts, the second one that does not."""
+    lengths = torch.tensor([0, 3, 2, 4]).numpy()
+    tokenizer = Mock(byte_lengths=lambda: lengths, prefix_bytes=lambda: 1, eod=0)
+    count = data._byte_counter(tokenizer)
+    sample = {"tokens": torch.tensor([0, 1, 2, 0]), "labels": torch.tensor([1, 2, 0, 3])}
+    assert count is not None and count(sample | {"loss_mask": torch.tensor([0.0, 1.0, 1.0, 1.0])}) == 2 + 0 + 3
 
 
 @pytest.mark.parametrize(("micro", "ranks"), [(1, 1), (2, 1), (12, 1), (1, 4), (3, 2), (6, 2), (1, 12)])

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -21,21 +22,26 @@ from plt_megatron.train.callbacks import exports
 from tests.unit.train.callbacks.a_run import a_run, finish
 
 # Waits for a file named `go` beside the run, then writes the export, or fails if the checkpoint says so.
-# Of an export that exists it makes the scores.
+# Of an export that exists it makes the scores, once a file named `evaluate` is beside the run if the export says so.
 STAND_IN = """
 import json, os, signal, sys, time
 checkpoint, target = sys.argv[1:]
-if open(os.path.join(checkpoint, "weights")).read() == "deaf":
+held = os.path.join(checkpoint, "weights")
+if os.path.exists(held) and open(held).read() == "deaf":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     open(os.path.join(checkpoint, "..", "..", "..", "deaf"), "w")
 if os.path.exists(target):
     if open(os.path.join(target, "model")).read() == "unlucky":
         sys.exit("error: no task 'choice'")
+    while open(os.path.join(target, "model")).read() == "slow" and not os.path.exists(
+        os.path.join(checkpoint, "..", "..", "..", "evaluate")
+    ):
+        time.sleep(0.01)
     json.dump({"scores": {"choice/acc": 0.5}}, open(os.path.join(target, "evaluation.json"), "w"))
     sys.exit()
 while not os.path.exists(os.path.join(checkpoint, "..", "..", "..", "go")):
     time.sleep(0.01)
-weights = open(os.path.join(checkpoint, "weights")).read()
+weights = open(held).read()
 if weights == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 if weights == "bad":
@@ -146,7 +152,7 @@ def test_a_run_that_was_stopped_leaves_its_exports_to_the_next_job(run, callback
 def test_an_export_that_hears_no_signal_is_killed(run, callback, monkeypatch):
     monkeypatch.setattr(exports, "_GRACE_S", 0.2)
     save(callback, 4, "deaf")
-    process, ready = callback._process._process, run.folder.path.parent / "deaf"
+    process, ready = callback._jobs["export"].process._process, run.folder.path.parent / "deaf"
     while not ready.exists():
         time.sleep(0.01)
     callback.close()
@@ -268,6 +274,47 @@ def test_exports_are_evaluated_one_by_one(run, callback):
         *("evaluate", "--model", str(run.folder.exports / "step_00000008")),
         *("--tasks", "choice", "--include-path", "tasks", "--limit", "3"),
     ]
+
+
+def test_exports_do_not_wait_for_evaluations_nor_keep_the_weights_for_them(run, callback):
+    """Steps 4, 8 and 12 are exported while the first evaluation is under way; the next job does not export again."""
+    run.config.evaluation = EvaluationConfig(tasks=["choice"])
+    let_go(run)
+    for step in (4, 8, 12):
+        shutil.rmtree(save(callback, step, "slow"))
+    while len(run.said) < 3:
+        callback.after_step()
+        time.sleep(0.01)
+    assert run.said == [f"exported {run.folder.exports / f'step_{step:08d}'}" for step in (4, 8, 12)]
+    left = sorted(path.relative_to(run.folder.exporting).as_posix() for path in run.folder.exporting.glob("*/*"))
+    assert left == [f"step_{step:08d}/progress.json" for step in (4, 8, 12)]
+    callback.close()
+    run.commands.clear()
+    (run.folder.path.parent / "evaluate").touch()
+    again = exports.Exports(run)
+    again.on_start()
+    finish(again)
+    assert [command[7] for command in run.commands] == ["evaluate"] * 3
+    assert [record["step"] for record in run.records] == [4, 8, 12] and not list(run.folder.exporting.iterdir())
+
+
+def test_a_finished_run_does_not_wait_for_evaluations_for_ever(run, callback, monkeypatch):
+    run.config.evaluation = EvaluationConfig(tasks=["choice"])
+    handed = []
+    run.callbacks = [Mock(on_export=lambda export: handed.append(export.name))]
+    let_go(run)
+    for step in (4, 8):
+        save(callback, step, "slow")
+    while len(run.said) < 2:
+        callback.after_step()
+        time.sleep(0.01)
+    assert callback.is_working() and "evaluation of step 4" in run.said[-1]
+    monkeypatch.setattr(exports.time, "monotonic", lambda: callback._waits_until + 1)
+    assert not callback.is_working()
+    *_, first, second = run.said
+    for said, step in ((first, 4), (second, 8)):
+        assert f"step {step} " in said and f"plt evaluate --model {run.folder.exports / f'step_{step:08d}'}" in said
+    assert handed == ["step_00000004", "step_00000008"] and not list(run.folder.exporting.iterdir())
 
 
 def test_where_no_links_can_be_made_it_says_so(run, callback, monkeypatch):
