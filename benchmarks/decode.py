@@ -28,6 +28,7 @@ from plt_megatron.experiments.turns import in_turn
 from plt_megatron.hf.configuration_plt import PLTConfig
 from plt_megatron.hf.modeling_plt import PLTCache, PLTForCausalLM
 from plt_megatron.run_folder.text import format_memory, format_table
+from plt_megatron.runtime.environment import FLASH_FIRST
 
 ROWS: dict[str, dict[str, Any]] = {
     "vanilla": {"loop_count": 1},
@@ -344,6 +345,7 @@ def describe(args: argparse.Namespace, models: dict[str, PLTForCausalLM]) -> flo
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
+    os.environ.setdefault(*FLASH_FIRST)
     if args.threads:
         torch.set_num_threads(args.threads)
     dtype = DTYPES[args.dtype]

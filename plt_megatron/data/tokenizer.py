@@ -100,7 +100,7 @@ class Tokenizer(ABC):
         """
 
     def prefix_bytes(self) -> int:
-        """Return the bytes that a text's tokens stand for beyond the text: 1 if the tokenizer puts a space before it."""
+        """Return the bytes that a text's tokens stand for beyond it: 1 for a tokenizer that puts a space first."""
         return max(0, int(self.byte_lengths()[self.encode("a")].sum()) - 1)
 
     def _find_eod(self, name: str | None, own: str | None) -> int:

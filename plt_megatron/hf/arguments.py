@@ -20,7 +20,7 @@ import psutil
 
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.checkpoints import candidates
-from plt_megatron.runtime.environment import quiet_imports
+from plt_megatron.runtime.environment import FLASH_FIRST, quiet_imports
 
 CONFIG = "config.json"  # of a Hugging Face folder
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
@@ -119,7 +119,8 @@ def prepare_conversion() -> None:
 
 
 def prepare_imports() -> None:
-    """Silence torch, megatron-core and transformers, and keep them off the network."""
+    """Silence torch, megatron-core and transformers, keep them off the network, and have attention decode quickly."""
+    os.environ.setdefault(*FLASH_FIRST)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -14,6 +14,7 @@ from plt_megatron.errors import UserError, first_line
 from plt_megatron.run_folder.files import write_text
 from plt_megatron.run_folder.metrics import write_scores
 from plt_megatron.run_folder.text import plural
+from plt_megatron.runtime.environment import FLASH_FIRST
 
 _CARD, _HEADING = "README.md", "## Evaluation"
 
@@ -47,6 +48,7 @@ def evaluate(
     """
     # The packages read these when they are imported.
     os.environ |= dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "01"[not download])
+    os.environ.setdefault(*FLASH_FIRST)
     _check_device(device)
     if not os.access(folder, os.W_OK):
         raise UserError(f"{folder}: no permission to write scores there; evaluate a copy")

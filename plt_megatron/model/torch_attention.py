@@ -7,7 +7,7 @@ queries are runs of a sequence's rows: the same attention, without queries and k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -43,24 +43,35 @@ def causal_attention(
     query, key, value = (aligned(tensor).permute(1, 2, 0, 3) for tensor in (query, key, value))  # [b, heads, rows, d]
     if documents is None and runs is None:
         return _fused_causal(query, key, value, softmax_scale).permute(2, 0, 1, 3)
-    runs = [range(query.shape[2])] if runs is None else runs
-    rows = [(slice(None), [range(key.shape[2])])]
+    rows, all_spans = [(query, key, value)], [[range(key.shape[2])]]
     if documents is not None:
-        rows = [(slice(row, row + 1), spans) for row, spans in enumerate(documents.spans)]
+        # Splits, not slices: the gradient of each slice is as large as what it is cut from.
+        rows = list(zip(query.split(1), key.split(1), value.split(1), strict=True))
+        all_spans = documents.spans
     out = []
-    for row, spans in rows:
-        parts, first = [], 0
-        for run in runs:
-            for span in spans:
-                start, stop = max(run.start, span.start), min(run.stop, span.stop)
-                if start < stop:
-                    queries = slice(first + start - run.start, first + stop - run.start)
-                    keys = slice(span.start, stop)
-                    q, k, v = query[row, :, queries], key[row, :, keys], value[row, :, keys]
-                    parts.append(_fused_causal(q, k, v, softmax_scale))
-            first += len(run)
-        out.append(torch.cat(parts, dim=2) if len(parts) > 1 else parts[0])
+    for row, spans in zip(rows, all_spans, strict=True):
+        if runs is None:
+            lengths = [len(span) for span in spans]
+            parts = list(zip(*(tensor.split(lengths, dim=2) for tensor in row), strict=True))
+        else:
+            parts = list(_parts(*row, spans, runs))
+        attended = [_fused_causal(q, k, v, softmax_scale) for q, k, v in parts]
+        out.append(torch.cat(attended, dim=2) if len(attended) > 1 else attended[0])
     return (torch.cat(out) if len(out) > 1 else out[0]).permute(2, 0, 1, 3)
+
+
+def _parts(
+    query: Tensor, key: Tensor, value: Tensor, spans: Sequence[range], runs: Sequence[range]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield, for each run of queries and each document, the queries of both and the keys that they can see."""
+    first = 0
+    for run in runs:
+        for span in spans:
+            start, stop = max(run.start, span.start), min(run.stop, span.stop)
+            if start < stop:
+                queries, keys = slice(first + start - run.start, first + stop - run.start), slice(span.start, stop)
+                yield query[:, :, queries], key[:, :, keys], value[:, :, keys]
+        first += len(run)
 
 
 def aligned(tensor: Tensor) -> Tensor:

@@ -221,8 +221,12 @@ def _deterministic(machine: Machine) -> str:
 
 def _torch_compile(machine: Machine) -> str:
     compiler = machine.compiler or ""
-    _need(compiler, "no C++ compiler; not needed for training", "apt-get install g++")
-    _need(machine.python_headers, "Python.h is missing; not needed for training", "apt-get install python3-dev")
+    _need(compiler, "no C++ compiler; training needs one for model.fused_gated_window only", "apt-get install g++")
+    _need(
+        machine.python_headers,
+        "no Python.h; training needs it for model.fused_gated_window only",
+        "apt-get install python3-dev",
+    )
     return compiler
 
 

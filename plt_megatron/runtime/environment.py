@@ -13,6 +13,9 @@ from plt_megatron.errors import UserError
 
 # Every version of torch reads the first name; since 2.9 it is an alias of the second.
 ALLOCATOR, ALLOCATOR_TOO = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
+# torch's first choice of attention on Hopper, cuDNN's, compiles a plan of 20 ms or more for each new length of queries
+# or keys, and keeps them all; flash attention, its second, does not. Read at torch's first attention.
+FLASH_FIRST = ("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
 
 
 def cuda_environment(config: RunConfig) -> dict[str, str]:
@@ -23,6 +26,8 @@ def cuda_environment(config: RunConfig) -> dict[str, str]:
         # One queue to the device: a collective issued before a matrix product also starts before it, so that the two
         # overlap. Megatron-LM requires it up to Hopper.
         needed["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    if config.data.reset_at_document_boundaries:
+        needed |= [FLASH_FIRST]
     if config.training.deterministic:
         needed["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # otherwise torch refuses matrix products
         needed["NCCL_ALGO"] = "^NVLS"  # no reductions in switches, as in Megatron-LM's deterministic mode

@@ -78,7 +78,7 @@ def _without_fused_attention(config: RunConfig) -> tuple[str, str] | None:
     fp8 = choice.recipe if choice is not None and choice.attention else None
     known = {field.name for field in dataclasses.fields(utils.AttentionParams)}
     asked = [("", _attention_settings(config, None, parallel.cp_comm_type) | _fp8_attention(fp8))]
-    if derived.has_windows(model):
+    if derived.has_windows(model) and not model.fused_gated_window:
         window = _attention_settings(config, model.window_size, parallel.window_cp_comm_type)
         asked.append((" in a window", window))
     for where, settings in asked:

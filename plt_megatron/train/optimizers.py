@@ -145,9 +145,9 @@ def groups(config: RunConfig) -> list[Group]:
 
     With muP, also by whether its rules apply to them (arXiv 2203.03466, table 3; 2505.01618, table 1): parameters that
     sum over a width m times the base's get 1 / m of the rate and m times the decay, so that rate x decay stays the
-    base's. Unlike in the latter, Adam's epsilon follows the width in matrices alone, and never the depth. megatron-core's
-    `use_mup` has the same rates except for an untied head, and multiplies the logits in the forward pass; here the final
-    norm's weight does that.
+    base's. Unlike in the latter, Adam's epsilon follows the width in matrices alone, and never the depth.
+    megatron-core's `use_mup` has the same rates except for an untied head, and multiplies the logits in the forward
+    pass; here the final norm's weight does that.
     """
     has_mup = config.model.mup_base_hidden_size is not None
     found = defaultdict(list)

@@ -301,7 +301,11 @@ FAULTS: dict[str, tuple[str, Callable[[int], None]]] = {
 
 
 def main(cases: list[str]) -> None:
-    """Rehearse layouts, and layouts with faults, and print what is found."""
+    """Rehearse layouts, and layouts with faults, as on a machine with a GPU, and print what is found."""
+    import torch
+
+    torch._C._cuda_getDeviceCount = lambda: 1  # type: ignore[attr-defined]
+    assert torch.cuda.is_available()
     from plt_megatron.predict.rehearsal.compare import memory_problems
     from plt_megatron.predict.rehearsal.rehearse import rehearse
 

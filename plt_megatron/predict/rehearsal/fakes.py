@@ -190,6 +190,7 @@ def _replace_cuda_queries(observer: Observer) -> None:
 
     pretend_one_device(EventStream, WaitedEvent)
     cuda = torch.cuda
+    cuda.is_available = lambda: False  # else torch makes some constants on a real GPU, which a forked process cannot
     cuda.current_device = lambda: 0
     cuda.get_device_capability = lambda device=None: (9, 0)
     cuda.synchronize = lambda device=None: observer.waits_for_device("torch.cuda.synchronize")

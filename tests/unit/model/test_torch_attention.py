@@ -47,6 +47,29 @@ def test_a_gpus_attention_in_fp32_gets_copies_of_the_keys(monkeypatch, dtype, sh
     assert seen == [shares, shares]
 
 
+class _Allocated(TorchDispatchMode):
+    """Counts the elements of gradients that are made for parts of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if "slice_backward" in func.name() or "cat" in func.name():
+            self.elements += out.numel()
+        return out
+
+
+def test_the_gradients_of_packed_documents_cost_what_the_tokens_do():
+    """Of 160 documents: with a gradient as large as the tensor for each it would be 160 times the inputs."""
+    inputs = [tensor.requires_grad_() for tensor in _draw(40, b=8)]
+    out = causal_attention(*inputs, documents=Documents(torch.arange(40).remainder(2).eq(0).expand(8, 40)))
+    with _Allocated() as counted:
+        out.sum().backward()
+    assert counted.elements <= 2 * sum(tensor.numel() for tensor in inputs)
+
+
 def _starts(s: int) -> Tensor:
     """Documents across chunks, documents of one token at a chunk's border and at the end, and one that fills a row."""
     starts = torch.rand(2, s, generator=torch.Generator().manual_seed(7)) < 0.15

@@ -164,8 +164,8 @@ def test_a_runs_loops_and_output_are_all_of_its_flops(settings):
 @pytest.mark.parametrize("trained", ["linear_proj", "linear_qkv"])
 @pytest.mark.parametrize("form", [{}, {"gated_window": False}, {"gated_window": False, "share_values": False}], ids=str)
 def test_frozen_weights_save_one_product_of_three(form, trained):
-    """Products with weights: one to train the data's gradients, one for the output, and one for the weights' own. K and V
-    that later loops do not use are no product at all."""
+    """Three products with each weight: the output, the input's gradient, and the weight's own. K and V that later loops
+    do not use are no product at all."""
     model = changed(MODEL, form)
     config = make(RunConfig, {"model": model, "training.trainable": [trained], "data.sequence_length": 64})
     width, layers, c = model.hidden_size, model.num_layers, 8

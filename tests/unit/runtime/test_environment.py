@@ -6,8 +6,9 @@ import tempfile
 
 import pytest
 
-from plt_megatron.config.schema import Fp8Config, ParallelConfig, RunConfig, TrainingConfig
+from plt_megatron.config.schema import DataConfig, Fp8Config, ParallelConfig, RunConfig, TrainingConfig
 from plt_megatron.errors import UserError
+from plt_megatron.hf import arguments
 from plt_megatron.runtime.environment import (
     ALLOCATOR,
     ALLOCATOR_TOO,
@@ -41,6 +42,16 @@ def unset(monkeypatch):
 )
 def test_collectives_are_not_overtaken_where_layers_communicate(parallel, expected):
     assert cuda_environment(RunConfig(parallel=ParallelConfig(**parallel))) == ALWAYS | expected
+
+
+def test_attention_is_not_compiled_for_the_length_of_every_document(monkeypatch):
+    packed = RunConfig(data=DataConfig(reset_at_document_boundaries=True))
+    assert cuda_environment(packed) == ALWAYS | {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}
+    monkeypatch.setattr(arguments, "quiet_imports", lambda level: None)
+    for given, then in (({}, "1"), ({"TORCH_CUDNN_SDPA_DEPRIORITIZED": "0"}, "0")):
+        monkeypatch.setattr(os, "environ", given)
+        arguments.prepare_imports()
+        assert given["TORCH_CUDNN_SDPA_DEPRIORITIZED"] == then
 
 
 def test_deterministic_runs_have_what_torch_and_megatron_ask_for():

@@ -229,7 +229,7 @@ def test_too_little_free_space_for_the_job_to_start(folder, slurm, monkeypatch):
 
 
 def test_exports_take_space_too(folder, slurm, capsys):
-    """Six of them, of two bytes a parameter (bf16), on top of the checkpoints, of which one more waits for its export."""
+    """Six of them, of two bytes a parameter (bf16), on top of checkpoints, of which one more waits for its export."""
     steps = ("training.train_iters=600", "checkpoint.save_interval=100")
     sizes = []
     for more in (("keep_last=1",), ("keep_last=2",), ("keep_last=1", "exports.interval=100")):
