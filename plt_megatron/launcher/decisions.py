@@ -79,10 +79,11 @@ def _without_ignored(lines: Iterable[str]) -> list[str]:
     """Return the lines without exceptions that Python has ignored, as those of objects it destroys at exit."""
     found, ignored = list[str](), False
     for line in lines:
-        ignored = ignored or _IGNORED.match(line) is not None
-        if not ignored:
+        if _IGNORED.match(line):
+            ignored = True
+        elif not ignored:
             found.append(line)
-        elif not _IGNORED.match(line) and _EXCEPTION.match(line):
+        elif not line.startswith((" ", "Traceback")):  # the exception itself
             ignored = False
     return found
 

@@ -210,6 +210,9 @@ class Exports(Callback):
             what = _EXPORT if _waits_for_export(checkpoint) else _EVALUATION
             if what in self._jobs or checkpoint.name in self._cut_short:
                 continue
+            if not (checkpoint / PROGRESS).is_file():  # it was being removed when an earlier job was killed
+                self._forget(checkpoint)
+                continue
             if what == _EVALUATION and self.run.config.evaluation is None:  # asked for by an earlier job
                 self._finish(checkpoint)
                 continue

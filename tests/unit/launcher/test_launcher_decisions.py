@@ -150,6 +150,7 @@ def test_exceptions_are_told_apart_with_torchs_mark_of_the_rank(tmp_path):
     marked = [f"[rank9]: {line}" for line in NCCL]
     ends = exits((1, marked), (-6, []), (1, lines))
     assert last_error(lines) == "MemoryError: 20 GiB"
+    assert last_error([*lines, "error: no space"]) == "no space", "an ignored exception ends with its last line"
     assert not is_explained(ends[0]) and is_explained(ends[2])
     assert outcome_of([ends[0], ends[2]], preempted=False).failure is ends[2]
 

@@ -113,14 +113,15 @@ def test_what_cannot_be_started_is_left_to_the_next_job(run, callback, monkeypat
         callback.after_step()
     (said,) = run.said
     assert "the export of step 4" in said and "temporarily unavailable" in said
-    left = run.folder.exporting / "step_00000002.tmp"
+    left, halved = (run.folder.exporting / name for name in ("step_00000002.tmp", "step_00000001"))
     left.mkdir()
+    halved.mkdir()
     os.utime(left, (0, 0))
     let_go(run)
     again = exports.Exports(run)
     again.on_start()
     finish(again)
-    assert exported(run) == {"step_00000004": "of 4"} and not left.exists()
+    assert exported(run) == {"step_00000004": "of 4"} and not left.exists() and not halved.exists()
 
 
 def test_exports_wait_for_one_another_and_outlive_their_checkpoints(run, callback):
