@@ -5,7 +5,7 @@ Modules are looked up without importing them, so that a command can check before
 
 from __future__ import annotations
 
-from importlib import util
+from importlib import metadata, util
 
 from plt_megatron.errors import UserError
 
@@ -34,21 +34,42 @@ PYTHONS = {"resilience": " (wheels for Python 3.12 only)"}
 
 
 def lacking(*modules: str) -> str:
-    """Return `needs the packages ...: pip install ...` for those that are not installed; empty if all are."""
-    missing = [module for module in modules if not _is_here(module)]
-    extras = dict.fromkeys(EXTRAS[module] for module in missing)
-    if not missing:
+    """Return `needs the packages ...: pip install ...` for those that are not installed, or not in a version that their
+    extra asks for; empty if all are."""
+    problems = {module: problem for module in modules if (problem := _problem(module))}
+    extras = dict.fromkeys(EXTRAS[module] for module in problems)
+    if not problems:
         return ""
-    packages = f"package{'s' if len(missing) > 1 else ''} {' and '.join(missing)}"
+    packages = f"package{'s' if len(problems) > 1 else ''} {' and '.join(problems.values())}"
     where = "".join(PYTHONS.get(extra, "") for extra in extras)
     return f"needs the {packages}: pip install 'plt-megatron[{','.join(extras)}]'{where}"
 
 
-def _is_here(module: str) -> bool:
+def _problem(module: str) -> str | None:
+    """Return what is needed in place of what is installed; None if nothing is."""
     try:
-        return util.find_spec(module) is not None
+        is_here = util.find_spec(module) is not None
     except ValueError:  # it was put into sys.modules by hand, without a spec
-        return True
+        return None
+    return outdated(module, EXTRAS[module]) if is_here else module
+
+
+def outdated(package: str, extra: str) -> str | None:
+    """Return `package>=2, not 1.5` if the installed version is outside the extra's range; None if not, or not known."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    try:
+        version, requirements = metadata.version(package), metadata.requires("plt-megatron") or []
+    except metadata.PackageNotFoundError:  # it comes under another name, or this is a bare checkout
+        return None
+    for each in map(Requirement, requirements):
+        is_asked = each.marker is not None and each.marker.evaluate({"extra": extra})
+        if is_asked and canonicalize_name(each.name) == canonicalize_name(package):
+            # Containers ship builds such as 2.9.0a0+..., which count.
+            if not each.specifier.contains(version, prereleases=True):
+                return f"{each.name}{each.specifier}, not {version}"
+    return None
 
 
 def require(purpose: str, *modules: str) -> None:

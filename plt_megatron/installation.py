@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
@@ -22,7 +23,13 @@ def find_config(path: str | os.PathLike[str]) -> Path:
 
 def is_checkout(root: Path) -> bool:
     """Return whether the folder that holds the package is the project's own, not site-packages."""
-    return (root / "pyproject.toml").is_file()
+    return (root / "pyproject.toml").is_file() and not (root / PACKAGE.name / "configs").is_dir()  # a wheel has them
+
+
+def own_python() -> list[str]:
+    """Return the command of a Python that imports this process's code and the standard library, whatever the folder
+    that it starts in has: a file random.py, or a job's folder in another state by now. It needs `python_path`."""
+    return [sys.executable, "-P"]
 
 
 def python_path() -> str:

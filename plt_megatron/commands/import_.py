@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 from plt_megatron.commands import CommandParser, command
+from plt_megatron.config import yaml_nodes
 from plt_megatron.config.presets import LOOP_PRESETS
 from plt_megatron.errors import UserError
 from plt_megatron.hf.switches import IMPORT_OPTIONS
@@ -83,7 +84,8 @@ def _import(arguments: argparse.Namespace) -> None:
         print(f"{result.dropped} tensors of gates or scales are dropped: a one-loop model has none")
     if result.tokenizer is None:
         print("the model has no tokenizer: name one in data.tokenizer")
-    print(f"start from it with `include: {(result.output / MODEL_YAML).absolute()}`")
+    include = yaml_nodes.dump({"include": str((result.output / MODEL_YAML).absolute())}).strip()
+    print(f"start from it with `{include}`")
 
 
 main = command("import", __doc__, _arguments, _import, interrupted="interrupted: nothing is written")

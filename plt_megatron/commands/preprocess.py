@@ -13,6 +13,7 @@ from plt_megatron.commands import CommandParser, given, whole
 from plt_megatron.data.command_line import INPUT_HELP, add_reading_arguments, read_options
 from plt_megatron.errors import UserError, run_command
 from plt_megatron.run_folder.text import plural
+from plt_megatron.runtime.local_processes import usable_cores
 
 if TYPE_CHECKING:
     from plt_megatron.data.preprocess import PreprocessOptions
@@ -88,7 +89,7 @@ def _options(arguments: argparse.Namespace) -> PreprocessOptions:
     from plt_megatron.data.preprocess import PreprocessOptions
 
     options = given(arguments, PreprocessOptions) | {
-        "workers": arguments.workers or os.cpu_count() or 1,
+        "workers": arguments.workers or usable_cores(),
         "fail_on_bad_line": arguments.on_bad_line == "fail",
         "shard": _shard(arguments.shard),
         "shard_bytes": max(1, int(arguments.shard_mb * (1 << 20))),

@@ -24,7 +24,7 @@ from plt_megatron.config.schedules import BatchSchedule, LengthSchedule
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import processes_on, validate
 from plt_megatron.errors import UserError, go_on_without_readers
-from plt_megatron.installation import python_path
+from plt_megatron.installation import own_python, python_path
 from plt_megatron.predict.flops import run_flops_per_token
 from plt_megatron.predict.parameters import count_parameters
 from plt_megatron.run_folder import resuming
@@ -33,7 +33,7 @@ from plt_megatron.run_folder.files import locked
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.resuming import add_branch_options, branch_config
 from plt_megatron.run_folder.text import format_table
-from plt_megatron.runtime.local_processes import local_gpus, run_processes, threads_per_process
+from plt_megatron.runtime.local_processes import local_gpus, rank_environment, run_processes, threads_per_process
 from plt_megatron.slurm import run_files
 from plt_megatron.slurm.run_files import check_no_active_job
 from plt_megatron.storage.queue import UploadQueue
@@ -88,7 +88,7 @@ def _train(arguments: argparse.Namespace) -> int:
         problems = _start_problems(config)
     if problems:
         raise UserError("\n".join(problems))
-    command = [sys.executable, "-m", "plt_megatron.train.main", str(folder.config_file)]
+    command = [*own_python(), "-m", "plt_megatron.train.main", str(folder.config_file)]
     threads = thread_settings(config, count)
     if arguments.dry_run:
         print(describe(config, count, gpus, threads, command))
@@ -103,7 +103,9 @@ def _train(arguments: argparse.Namespace) -> int:
         # Until the processes can clean up after themselves: else Ctrl-C would leave a half-started run.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         folder.try_config(config)
-        env = os.environ | threads | {"PYTHONPATH": python_path()}
+        of_a_rank = rank_environment(0, 0, 1, 1, "", 0)  # in shells that have started another job
+        env = {name: value for name, value in os.environ.items() if name not in of_a_rank}
+        env |= threads | {"PYTHONPATH": python_path()}
         if count > 1:
             go_on_without_readers()  # as the training processes do
             return run_processes(command, count, env=env, pass_fds=[lock.fileno()])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 from plt_megatron.commands import CommandParser, command, given, whole
 from plt_megatron.data.command_line import INPUT_HELP, add_reading_arguments, read_options
+from plt_megatron.runtime.local_processes import usable_cores
 
 
 def _arguments(parser: CommandParser) -> None:
@@ -47,7 +47,7 @@ def _arguments(parser: CommandParser) -> None:
         "--max-sample-mb", type=whole(1, 1 << 20), default=200, help="train on at most this much text (default: 200 MB)"
     )
     parser.add_argument("--seed", type=int, default=1234, help="seed for sampling the text")
-    parser.add_argument("--threads", type=whole(1, 1024), default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=whole(1, 1024), default=usable_cores())
     add_reading_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
 

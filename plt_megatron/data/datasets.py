@@ -53,6 +53,7 @@ from plt_megatron.data.mix import (
 from plt_megatron.data.tokenizer import Tokenizer
 from plt_megatron.errors import AttemptFailed, UserError, describe_os_error, file_error, first_line
 from plt_megatron.run_folder.files import publish
+from plt_megatron.runtime.local_processes import usable_cores
 
 logger = logging.getLogger(__name__)
 
@@ -387,7 +388,7 @@ def _load(
         reset_at_document_boundaries=data.reset_at_document_boundaries,
         masked_token=tokenizer.eod if data.eod_mask_loss and tokenizer else None,
         fill_in_middle=settings_of(data, tokenizer, seed),
-        num_dataset_builder_threads=min(8, os.cpu_count() or 1),
+        num_dataset_builder_threads=min(8, usable_cores()),
         **_blend(data, num_samples),
     )
     if data.sources:  # megatron-core's own split, restricted to the parts that are used

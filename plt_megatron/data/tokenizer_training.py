@@ -22,6 +22,7 @@ from plt_megatron.data.tokenizer import UNIGRAM_SCORE_STEP, load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import LOCK, locked, publish, write_text, writing
 from plt_megatron.run_folder.text import format_bytes, plural
+from plt_megatron.runtime.local_processes import usable_cores
 
 _SPAN = 1 << 20  # bytes read at one place of a file when sampling
 _LINE = 4000  # sentencepiece silently drops longer sentences (4192 bytes), counted in UTF-8 bytes
@@ -42,7 +43,7 @@ class TrainingOptions:
     split_digits: bool = True
     max_sample_bytes: int = 200 << 20
     seed: int = 1234
-    threads: int = os.cpu_count() or 1
+    threads: int = field(default_factory=usable_cores)
     format: str | None = None
     overwrite: bool = False
     read: ReadOptions = field(default_factory=ReadOptions)

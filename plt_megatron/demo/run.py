@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from plt_megatron.config.rules.optimizer import optimizer_spec
 from plt_megatron.demo.steps import TOKENIZER_FILES, Stamp, Step, data_steps, run_steps
 from plt_megatron.errors import UserError
 from plt_megatron.extras import require
-from plt_megatron.installation import python_path
+from plt_megatron.installation import own_python, python_path
 from plt_megatron.predict.parameters import count_parameters
 from plt_megatron.run_folder.checkpoints import LATEST
 from plt_megatron.run_folder.folder import RunFolder
@@ -148,7 +147,7 @@ def start(command: str, *arguments: str) -> None:
     Raises `UserError` if it fails and `KeyboardInterrupt` after it has ended on one.
     """
     process = subprocess.Popen(
-        [sys.executable, "-m", "plt_megatron", command, *arguments],
+        [*own_python(), "-m", "plt_megatron", command, *arguments],
         env=os.environ | {"PYTHONPATH": python_path()},
     )
     try:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import shutil
 import sys
 import time
@@ -26,6 +25,7 @@ from plt_megatron.data.demo_corpus import DOMAINS, SOURCES, domain_files, write_
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import write_json
 from plt_megatron.run_folder.text import format_bytes, format_duration
+from plt_megatron.runtime.local_processes import usable_cores
 
 PARTS = ("train", "validation")
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
@@ -136,7 +136,7 @@ def make_tokenizer(texts: Sequence[Path], folder: Path, vocab_size: int) -> None
 def tokenize_text(text: Path, prefix: Path, tokenizer: Path) -> None:
     from plt_megatron.data.preprocess import PreprocessOptions, preprocess
 
-    workers = os.cpu_count() or 1
+    workers = usable_cores()
     preprocess(PreprocessOptions([str(text)], str(prefix), str(tokenizer), workers=workers, overwrite=True))
 
 

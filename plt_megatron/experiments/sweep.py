@@ -12,7 +12,6 @@ import dataclasses
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -50,7 +49,7 @@ from plt_megatron.experiments.sweep_plan import (
     merge,
     save_plan,
 )
-from plt_megatron.installation import ROOT, python_path
+from plt_megatron.installation import ROOT, own_python, python_path
 from plt_megatron.run_folder.attempts import ExitStatus, describe_exit
 from plt_megatron.run_folder.files import locked
 from plt_megatron.run_folder.text import format_duration, format_table, plural
@@ -59,7 +58,7 @@ from plt_megatron.slurm import submission
 from plt_megatron.slurm.profile import ClusterProfile, load_profile
 
 LIST = "array.txt"
-TRAIN = (sys.executable, "-m", "plt_megatron", "train")
+TRAIN = (*own_python(), "-m", "plt_megatron", "train")
 _POLL_SECONDS = 0.1
 _REPORT_SECONDS = 60.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

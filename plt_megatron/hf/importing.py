@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -77,6 +78,12 @@ def _load(path: Path) -> tuple[Any, Any, Any]:
         reader = GGUFReader(path)
         _check_attention(reader, path)
         tokenizer = AutoTokenizer.from_pretrained(**source)
+        end = reader.get_field("tokenizer.ggml.eos_token_id")
+        if end is not None and tokenizer.eos_token_id != end.contents():  # before 5.18, of some Llamas
+            raise UserError(
+                f"{path}: transformers {version('transformers')} takes token {tokenizer.eos_token_id} for the end of a "
+                f"text, the file {end.contents()}: update transformers"
+            )
         config = AutoConfig.from_pretrained(**source)
         width = reader.get_field(f"{reader.fields['general.architecture'].contents()}.expert_feed_forward_length")
         if width is not None:  # transformers would take its default

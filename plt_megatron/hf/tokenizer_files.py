@@ -108,6 +108,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, adds_tokens: bool = T
         _copy_found((CONFIG, *_OTHERS), source, folder)
         if not (folder / CONFIG).exists():
             _write_config(tokenizer, folder)
+    _drop_code(folder)
     _let_templates_write_special_tokens(folder)
     if not adds_tokens:
         _add_no_tokens(folder)
@@ -123,6 +124,15 @@ def _add_no_tokens(folder: Path) -> None:
     # A model's own class would make the post-processor again.
     own = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False, "add_eos_token": False}
     write_json(folder / CONFIG, config | own)
+
+
+def _drop_code(folder: Path) -> None:
+    """Make transformers load the tokenizer without code of its model's folder, which is not copied, or of a repository
+    that `auto_map` names."""
+    path = folder / CONFIG
+    if path.is_file() and "auto_map" in (config := read_json_object(path)):
+        own = {name: value for name, value in config.items() if name != "auto_map"}
+        write_json(path, own | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _let_templates_write_special_tokens(folder: Path) -> None:
@@ -166,7 +176,7 @@ def _write_config(tokenizer: HuggingFaceTokenizer, folder: Path) -> None:
 
 
 def copy_tokenizer(source: Path, folder: Path, family: str, vocab_size: int, tokens: dict[str, Any]) -> Path | None:
-    """Copy a Hugging Face folder's tokenizer files, as they are, into `folder`, which is created.
+    """Copy a Hugging Face folder's tokenizer files, without code, into `folder`, which is created.
 
     A generation_config.json with the ids in `tokens` is written too, for later exports.
 
@@ -182,6 +192,7 @@ def copy_tokenizer(source: Path, folder: Path, family: str, vocab_size: int, tok
     check_vocabulary(load_hf_tokenizer(read, tokens), vocab_size, None)
     folder.mkdir()
     _copy_found((MODEL, JSON, CONFIG, *_OTHERS), source, folder)
+    _drop_code(folder)
     ids, generation = token_ids(tokens, read_generation_config(source))
     (folder / GENERATION_CONFIG).write_text(json.dumps(ids | generation, indent=2) + "\n", encoding="utf-8")
     return folder / read.name

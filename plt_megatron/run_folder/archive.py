@@ -29,6 +29,8 @@ _WITHOUT_RUNS = {
 # Folders that no report reads, or that reports write themselves.
 _UNREAD = _WITHOUT_RUNS - {"incidents"} | {"profile", "report"}
 _SUFFIXES = {".distcp", ".log", ".md", ".png", ".safetensors", ".xz"}
+# Records of the place and the code, with paths, names of users and a cluster's variables; no report reads them.
+_PRIVATE = {"environment.txt", "git.txt", "job.sbatch", "job.yaml"}
 _PRESET: Final = 8  # matches up to 32 MiB apart: a run's configuration and its copy in the plan are stored once
 
 
@@ -61,7 +63,8 @@ def _records(folder: Path) -> Iterator[Path]:
             folders.clear()  # a link to a folder that it lies in, perhaps by way of another link
             continue
         folders[:] = _below(folders, names, _UNREAD)
-        paths = (at / name for name in names if Path(name).suffix not in _SUFFIXES and not name.startswith("."))
+        kept = (name for name in names if Path(name).suffix not in _SUFFIXES and name not in _PRIVATE)
+        paths = (at / name for name in kept if not name.startswith("."))
         yield from (path for path in paths if path.is_file())  # not a link that leads nowhere
 
 

@@ -13,7 +13,7 @@ from typing import Literal, TextIO
 
 from plt_megatron.config.rules.fp8 import ADA, BLACKWELL, CONSUMER_BLACKWELL, HOPPER, card_name
 from plt_megatron.config.rules.kernels import BLOCKWISE_CUDA, DETERMINISTIC_FLASH_ATTN, DETERMINISTIC_FP8_CUDNN
-from plt_megatron.extras import PYTHONS
+from plt_megatron.extras import PYTHONS, outdated
 from plt_megatron.installation import ROOT, is_checkout
 from plt_megatron.run_folder.text import format_memory, format_table
 from plt_megatron.runtime.machine import Device, Machine
@@ -239,6 +239,8 @@ def _packages(*needed: str, extra: str = "") -> Callable[[Machine], str]:
         missing = [package for package in needed if package not in machine.packages]
         _need(not missing, f"not installed: {', '.join(missing)}", remedy)
         for package in needed:
+            problem = outdated(package, extra) if extra else None
+            _need(problem is None, f"needs {problem}", remedy)
             _need_loading(machine, package, remedy, f"{package} ")
         return ", ".join(f"{package} {machine.packages[package]}" for package in needed)
 

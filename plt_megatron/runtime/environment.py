@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import stat
 import tempfile
 import warnings
 
@@ -44,8 +46,18 @@ def set_cuda_environment(config: RunConfig) -> None:
         if name != ALLOCATOR or ALLOCATOR_TOO not in os.environ:
             os.environ.setdefault(name, value)
     if not os.access(os.path.expanduser("~"), os.W_OK):  # as in a container without one, where Triton's cache would be
-        cache = os.path.join(tempfile.gettempdir(), f"triton-{os.getuid()}")
-        os.environ.setdefault("TRITON_CACHE_DIR", cache)
+        os.environ.setdefault("TRITON_CACHE_DIR", _private_folder("triton"))
+
+
+def _private_folder(name: str) -> str:
+    """Return a temporary folder that nobody else can write to; the same one at every call, unless another user has
+    made a folder of its name."""
+    path = os.path.join(tempfile.gettempdir(), f"{name}-{os.getuid()}")
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+    found = os.lstat(path)
+    is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
+    return path if is_own else tempfile.mkdtemp(prefix=f"{name}-")
 
 
 def check_environment() -> None:

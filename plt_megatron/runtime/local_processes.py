@@ -80,13 +80,10 @@ def threads_per_process(count: int) -> int:
 
 def usable_cores() -> int:
     """Return the number of cores this process may use: its CPU affinity, within the container's CPU limit if any."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-    except (OSError, ValueError):  # not Linux, or not cgroups v2
+    except (OSError, ValueError):  # not cgroups v2
         return cores
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 

@@ -98,6 +98,8 @@ class Script:
         """
         for path in (self.run, self.workdir):
             check_one_line(str(path), "the path of the run folder and of the working directory")
+        if ":" in str(self.run):  # it separates the paths of PYTHONPATH: processes would import other code
+            raise UserError(f"{self.run}: the folder of a job cannot have a colon in its path")
         run = quote(str(self.run))
         if self.array is not None:
             run = f'"$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {quote(str(self.array.runs_file))})"'

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from plt_megatron.predict.rehearsal.compare import Difference, compare, memory_p
 from plt_megatron.predict.rehearsal.matching import Waiting, group_problems, play
 from plt_megatron.predict.rehearsal.record import RankRecord
 from plt_megatron.predict.run_estimate import RunEstimate, estimate_run
+from plt_megatron.runtime.local_processes import usable_cores
 
 NOT_SEEN = (
     "kernels (their speed, numerics and workspaces)",
@@ -91,7 +91,7 @@ def rehearse(
     _import_once()
     ranks = ranks_of_each_kind(layout)
     calls = [(config, vocab_size, rank, world_size, prepare) for rank in ranks]
-    processes = processes or min(4, len(os.sched_getaffinity(0)))
+    processes = processes or min(4, usable_cores())
     results = _in_processes(calls, processes)
     records = [each for each in results if isinstance(each, RankRecord)]
     problems = [each for each in results if isinstance(each, str)]

@@ -9,7 +9,6 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import psutil
 
 from plt_megatron.config.schema import EvaluationConfig
 from plt_megatron.errors import describe_os_error
-from plt_megatron.installation import python_path
+from plt_megatron.installation import own_python, python_path
 from plt_megatron.run_folder.checkpoints import (
     MANIFEST,
     PROGRESS,
@@ -99,12 +98,6 @@ class BesideProcess:
         except subprocess.TimeoutExpired:  # stuck in something that ignores signals
             self._process.kill()
             self._process.wait()
-
-
-def own_python() -> list[str]:
-    """Return the command of a Python that imports this process's code, a run's snapshot in a job: not what the folder
-    that the job runs in has become."""
-    return [sys.executable, "-P"]
 
 
 def environment() -> dict[str, str]:

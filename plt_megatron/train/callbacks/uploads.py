@@ -12,13 +12,14 @@ from plt_megatron.config import derived
 from plt_megatron.config.rules.uploads import checkpoints_of, destinations, exports_of
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import EXIT_USER_ERROR, AttemptFailed, UserError, describe_os_error
+from plt_megatron.installation import own_python
 from plt_megatron.run_folder import json_lines
 from plt_megatron.run_folder.checkpoints import step_of
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.text import plural
 from plt_megatron.storage.queue import CHECKPOINT, EXPORT, UploadQueue, Waiting
 from plt_megatron.train.callbacks.base import Callback, Run
-from plt_megatron.train.callbacks.exports import BesideProcess, environment, own_python
+from plt_megatron.train.callbacks.exports import BesideProcess, environment
 from plt_megatron.train.checkpoint.collective import on_rank_0
 
 _LOOK_S = 5.0  # between checks of whether an upload still makes progress

@@ -19,9 +19,9 @@ from tests.unit.config.run_files import write_run_files
 
 LAUNCH = ROOT / "launch" / "train.py"
 
-# Stands in for the trainer: `python -m plt_megatron.train.main` finds this one first.
+# Stands in for the trainer: `python -P -m plt_megatron.train.main` finds this one first, by the line after it.
 FAKE_TRAINER = """
-import os, sys, time
+import os, random, sys, time
 keys = ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
 with open(f"seen.{os.environ.get('RANK', 'alone')}", "w") as stream:
     print(sys.argv[1], *(os.environ.get(key, "-") for key in keys), file=stream)
@@ -32,6 +32,8 @@ if "WAIT" in os.environ:
 sys.exit(int(os.environ["FAKE_STATUS"]))
 """
 
+FINDS_IT = "import sys\nif 'plt_megatron.train.main' in sys.orig_argv: sys.path.insert(0, {!r})\n"
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -39,20 +41,24 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "run.yaml").write_text(
         "name: try\ndata: {sources: [{path: corpus}], tokenizer: tokenizer.model}\ntraining: {train_iters: 3}\n"
     )
-    package = tmp_path / "plt_megatron" / "train"
+    package = tmp_path / "fake" / "plt_megatron" / "train"
     package.mkdir(parents=True)
     (package / "main.py").write_text(FAKE_TRAINER)
     (package / "__init__.py").touch()
     (package.parent / "__init__.py").touch()
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(FINDS_IT.format(str(tmp_path / "fake")))
+    (tmp_path / "random.py").write_text("raise SystemExit('not the standard library')")
     return tmp_path
 
 
-def environment(**env: str) -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "PYTHONPATH")} | env
+def environment(folder: Path, **env: str) -> dict[str, str]:
+    own = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    return own | {"PYTHONPATH": str(folder / "site")} | env
 
 
 def launch(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return run([sys.executable, LAUNCH, *arguments], folder, status=None, env=environment(**env))
+    return run([sys.executable, LAUNCH, *arguments], folder, status=None, env=environment(folder, **env))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +130,8 @@ def test_dry_run_says_what_would_run_and_does_nothing(folder):
 
 @pytest.mark.parametrize("status", [0, 75])
 def test_one_process_becomes_the_trainer(folder, status):
-    result = launch(folder, "run.yaml", "optimizer.lr=1e-3", FAKE_STATUS=str(status))
+    left = {"MASTER_ADDR": "node1", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}  # by another job
+    result = launch(folder, "run.yaml", "optimizer.lr=1e-3", FAKE_STATUS=str(status), **left)
     assert result.returncode == status
     saved, rank, world_size, threads = (folder / "seen.alone").read_text().split()
     assert (saved, rank, world_size) == ("runs/try/config.yaml", "-", "-")
@@ -154,7 +161,7 @@ def test_a_run_is_trained_once_at_a_time(folder, processes):
     first = subprocess.Popen(
         [sys.executable, str(LAUNCH), "run.yaml", layout],
         cwd=folder,
-        env=environment(FAKE_STATUS="0", WAIT=""),
+        env=environment(folder, FAKE_STATUS="0", WAIT=""),
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -259,6 +259,23 @@ def test_chat_tokens_survive_a_second_import(tmp_path, tokenizer_model):
         assert exported.apply_chat_template(chat, return_dict=True)["input_ids"] == expected
 
 
+def test_code_of_a_models_folder_is_not_asked_for(tmp_path, tokenizer_model):
+    """It is not copied; a name such as `owner/repo--module.Class` would have readers of the export fetch and run it."""
+    from transformers import AutoTokenizer
+
+    folder = save_llama(tmp_path / "hf", tokenizer_model)
+    expected = AutoTokenizer.from_pretrained(folder)("the loop")["input_ids"]
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    own = {"auto_map": {"AutoTokenizer": ["tokenization_x.X", None]}, "tokenizer_class": "X"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | own))
+    imported(folder, tmp_path / "run")
+    for source, name in ((tmp_path / "run", "out"), (folder, "direct")):
+        quiet((source, tmp_path / name), verify=True)
+        assert (
+            AutoTokenizer.from_pretrained(tmp_path / name, trust_remote_code=True)("the loop")["input_ids"] == expected
+        )
+
+
 def test_dtypes(tmp_path):
     save_dense(tmp_path / "half", "llama", torch.float16)
     result, weights = imported(tmp_path / "half", tmp_path / "run")  # fp16 has no training precision: exact in fp32

@@ -230,6 +230,24 @@ def test_what_transformers_would_drop_or_make_up_is_refused(
         import_model(ImportOptions(tmp_path / "tiny.gguf", tmp_path / "run"))
 
 
+def test_a_tokenizer_that_is_read_wrongly_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers 5.16 does of a Llama's: every document of the run would end with another token."""
+    import transformers
+
+    write_gguf(tmp_path / "tiny.gguf")
+    read = transformers.AutoTokenizer.from_pretrained
+
+    def misread(**source: Any) -> Any:
+        tokenizer = read(**source)
+        tokenizer.eos_token = "<|im_start|>"
+        return tokenizer
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", misread)
+    with pytest.raises(UserError, match=r"tiny\.gguf: transformers .* end of a text"):
+        import_model(ImportOptions(tmp_path / "tiny.gguf", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_configuration_without_quantization(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers 5.4 does not put GGUF's quantization into the configuration of the model that it returns."""
     from types import SimpleNamespace

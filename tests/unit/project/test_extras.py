@@ -108,10 +108,23 @@ def test_every_module_of_the_table_comes_with_its_extra():
 
 
 def test_the_advice_names_the_python_that_an_extra_is_built_for(monkeypatch):
-    monkeypatch.setattr(extras, "_is_here", lambda module: False)
+    monkeypatch.setattr(extras.util, "find_spec", lambda module: None)
     words = "plt-megatron[resilience]' (wheels for Python 3.12 only)"
     assert extras.lacking("nvidia_resiliency_ext").endswith(words)
     assert "3.12" not in extras.lacking("transformers")
+
+
+def test_a_version_outside_an_extras_range_is_as_good_as_none(monkeypatch):
+    found = {"transformers": "5.3.0", "scipy": "1.16.0a1+local"}
+    monkeypatch.setattr(extras.metadata, "version", lambda name: found[name])
+    asked = ['transformers<6,>=5.4; extra == "hf"', 'scipy>=1.12; extra == "report"']
+    monkeypatch.setattr(extras.metadata, "requires", lambda name: asked)
+    problem = extras.lacking("scipy", "transformers")
+    assert "transformers<6,>=5.4, not 5.3.0" in problem and problem.endswith("pip install 'plt-megatron[hf]'")
+    seen = machine.Machine(python=(3, 12, 0), executable="python", packages=found | {"safetensors": "1"})
+    found["safetensors"] = "1"
+    (models,) = (each for each in doctor.judge(seen).capabilities if each.name == "Hugging Face models")
+    assert models.state == "no" and "not 5.3.0" in models.reason
 
 
 def test_doctor_looks_for_all_that_its_advice_is_about():

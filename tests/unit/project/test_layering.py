@@ -27,12 +27,12 @@ ALLOWED = {
     "launcher": {"config", "run_folder", "runtime", "slurm.client"},
     "storage": {"config", "run_folder"},
     "slurm": {"config", "run_folder", "runtime", "predict", "launcher", "storage", "data", "model.trainable"},
-    "data": {"config", "run_folder"},
+    "data": {"config", "run_folder", "runtime"},
     "model": {"config", "runtime"},
     "train": {"config", "run_folder", "runtime", "predict", "launcher", "storage", "data", "model"},
     "predict.rehearsal": {"config", "run_folder", "runtime", "predict", "model", "train"},
     "hf": {"config", "run_folder", "runtime", "predict", "data", "model", "train"},
-    "demo.steps": {"config", "run_folder", "data"},  # a sweep's data, too
+    "demo.steps": {"config", "run_folder", "runtime", "data"},  # a sweep's data, too
     "experiments": {"config", "run_folder", "runtime", "predict", "data", "model", "train", "hf", "demo.steps"},
     # A sweep is submitted to Slurm; everything else reads run folders.
     "experiments.sweep": {"config", "run_folder", "runtime", "predict", "slurm", "experiments", "demo.steps"},

@@ -72,6 +72,16 @@ def test_every_command_answers(installed, tmp_path):
         assert run([plt, name, "--help"], tmp_path).startswith(f"usage: plt {name} ")
 
 
+def test_it_is_no_checkout_whatever_other_packages_leave_beside_it(installed, tmp_path):
+    program = "from plt_megatron.installation import ROOT, is_checkout as f; print(ROOT); print(f(ROOT))"
+    command = [str(installed / "python"), "-c", program]
+    site_packages, _ = run(command, tmp_path).splitlines()
+    beside = Path(site_packages, "pyproject.toml")  # Poetry's `include` puts it there
+    beside.write_text("[tool.poetry]\nname = 'other'\n")
+    assert run(command, tmp_path).splitlines() == [site_packages, "False"]
+    beside.unlink()
+
+
 @pytest.mark.slow
 def test_from_a_text_to_a_sample_without_the_tree(installed, tmp_path):
     where = [str(installed / "python"), "-c", "import plt_megatron; print(plt_megatron.__file__)"]

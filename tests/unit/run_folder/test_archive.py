@@ -15,7 +15,6 @@ from plt_megatron.run_folder.archive import ARCHIVE, unpack_command, unpacked, w
 from plt_megatron.run_folder.folder import runs_named
 
 RECORDS = {
-    "deep.array/job.sbatch": b"#!/bin/bash",
     "sweep.yaml": b"format: 1\n",
     "plan/a b.yaml": b"model: {}\n" * 300,
     "a b/config.yaml": b"model: {}\n" * 300,
@@ -27,7 +26,13 @@ RECORDS = {
 LEFT_OUT = ["README.md", "rates.png", ".lock", "report/rows.csv", "a b/train.log", "a b/checkpoints/latest", ARCHIVE]
 LEFT_OUT += ["averaged/checkpoints/step_1/__0_0.distcp", "exported/model.safetensors"]
 LEFT_OUT += ["a b/.former_config.yaml", "a b/exports/step_1/config.json", "logs/1.out", "a b/metrics.png"]
-LEFT_OUT += ["a b/wandb/run.yaml", "code.1/a.yaml", *(f"deep.array/{name}" for name in ("code/a.yaml", "logs/1.out"))]
+LEFT_OUT += [f"a b/{name}" for name in ("environment.txt", "git.txt", "job.sbatch", "job.yaml")]
+LEFT_OUT += [
+    "deep.array/job.sbatch",
+    "a b/wandb/run.yaml",
+    "code.1/a.yaml",
+    *(f"deep.array/{name}" for name in ("code/a.yaml", "logs/1.out")),
+]
 
 
 def write(folder: Path, files: dict[str, bytes]) -> Path:

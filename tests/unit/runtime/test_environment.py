@@ -91,13 +91,31 @@ def test_the_user_s_allocator_settings_stay_under_both_their_names(unset, monkey
 
 
 @pytest.mark.parametrize("own", [None, "/mine"])
-def test_triton_compiles_where_there_is_no_home(unset, monkeypatch, own):
+def test_triton_compiles_where_there_is_no_home(unset, monkeypatch, own, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("HOME", "/nosuch")
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     if own:
         monkeypatch.setenv("TRITON_CACHE_DIR", own)
     set_cuda_environment(RunConfig())
     assert os.environ["TRITON_CACHE_DIR"] == (own or f"{tempfile.gettempdir()}/triton-{os.getuid()}")
+
+
+def test_triton_runs_no_code_that_others_can_put_there(unset, monkeypatch, tmp_path):
+    """In a folder for all users the name can be guessed."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("HOME", "/nosuch")
+    guessed = tmp_path / f"triton-{os.getuid()}"
+    guessed.mkdir()
+    guessed.chmod(0o777)
+    for number in range(2):
+        monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+        set_cuda_environment(RunConfig())
+        cache = os.environ["TRITON_CACHE_DIR"]
+        assert cache != str(guessed) and os.stat(cache).st_mode & 0o077 == 0
+        if number == 0:
+            guessed.rmdir()
+            guessed.symlink_to(cache)
 
 
 def test_what_the_user_has_set_stays(unset, monkeypatch):

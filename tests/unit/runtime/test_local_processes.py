@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from plt_megatron.commands import preprocess
 from plt_megatron.runtime import local_processes
 from plt_megatron.runtime.local_processes import run_processes, threads_per_process, usable_cores
 from tests.running import ROOT, alive, wait_for, wait_until_gone
@@ -239,6 +240,13 @@ def test_cores_are_shared_out(monkeypatch):
     assert [threads_per_process(count) for count in (1, 2, 3, 7, 8)] == [7, 3, 2, 1, 1]
     monkeypatch.undo()
     assert 1 <= usable_cores() <= (os.cpu_count() or 1)
+
+
+def test_tokenizing_takes_the_cores_that_it_may_use(monkeypatch):
+    """Not all 256 of a node of which a job has eight."""
+    monkeypatch.setattr(local_processes.os, "sched_getaffinity", lambda pid: {3})
+    arguments = ["--input", "a.jsonl", "--output-prefix", "a", "--tokenizer", "tokenizer.model"]
+    assert preprocess._options(preprocess._parser().parse_args(arguments)).workers == 1
 
 
 @pytest.mark.parametrize(("text", "cores"), [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("", 8)])

@@ -310,9 +310,9 @@ def test_a_layout_is_not_held_against_a_size_that_is_not_to_be_had(folder, slurm
     assert_one_line(folder, slurm, lines, words)
 
 
-@pytest.mark.parametrize("name", ["bad\nname", "bad\x1bname", "back\\slash"])
+@pytest.mark.parametrize("name", ["bad\nname", "bad\x1bname", "back\\slash", "lr:3e-4"])
 def test_a_name_no_script_can_hold(folder, slurm, name):
-    with pytest.raises(ValueError, match="line breaks|backslash"):
+    with pytest.raises(ValueError, match="line breaks|backslash|colon"):
         submit_run(name=name)
     assert not slurm.calls("sbatch")
     assert not (folder / "runs").exists()
