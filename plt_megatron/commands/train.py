@@ -14,6 +14,7 @@ import resource
 import shlex
 import signal
 import sys
+from pathlib import Path
 
 from plt_megatron.commands import CommandParser, command
 from plt_megatron.config import derived
@@ -57,9 +58,24 @@ def _arguments(parser: CommandParser) -> None:
 
 def _load(arguments: argparse.Namespace) -> RunConfig:
     if arguments.branch_from is None:
-        return load_config(arguments.config, arguments.overrides)
+        config = load_config(arguments.config, arguments.overrides)
+        _check_not_moved(Path(arguments.config), arguments.overrides, config)
+        return config
     settings = [*([arguments.config] if arguments.config else []), *arguments.overrides]
     return branch_config(arguments.branch_from, settings, arguments.decay_steps)
+
+
+def _check_not_moved(path: Path, overrides: list[str], config: RunConfig) -> None:
+    """Raise `UserError` for the configuration of a run folder that has another name or place by now: the run would
+    begin anew where it was."""
+    here, own = path.parent.absolute(), RunFolder.of(config)
+    is_named = any(text.startswith(("name=", "output_dir=")) for text in overrides)
+    if path.name == own.config_file.name and checkpoint_folders(here / own.checkpoints.name) and not is_named:
+        if here.resolve() != own.path.resolve():
+            raise UserError(
+                f"{here} has moved: its configuration names {own.path}, where a run would begin anew; to continue it: "
+                f"{shlex.join([f'name={here.name}', f'output_dir={here.parent}'])}"
+            )
 
 
 def _train(arguments: argparse.Namespace) -> int:

@@ -39,14 +39,9 @@ def part_prefixes(prefix: str | os.PathLike[str]) -> list[str]:
     Raises `UserError` if the list of parts cannot be read, or a part is missing or has changed its size.
     """
     prefix = os.fspath(prefix)
-    path = Path(prefix + SOURCE_PARTS)
-    try:
-        listed = json.loads(path.read_text(encoding="utf-8"))["parts"] if path.is_file() else None
-        if listed is None:
-            return [prefix]
-        parts = {os.path.normpath(path.parent / part["prefix"]): part["bin_bytes"] for part in listed}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): join the parts again (plt preprocess --join)") from error
+    parts = listed_parts(prefix)
+    if parts is None:
+        return [prefix]
     for part, size in parts.items():
         found = None
         with contextlib.suppress(OSError):
@@ -56,6 +51,19 @@ def part_prefixes(prefix: str | os.PathLike[str]) -> list[str]:
                 f"{part}.bin, a part of {prefix}, is missing or not {size} bytes long: restore it, or tokenize it again"
             )
     return list(parts)
+
+
+def listed_parts(prefix: str) -> dict[str, int] | None:
+    """Return the path prefixes of a source's parts with the bytes of their .bin, as listed; None for an ordinary
+    source. Raises `UserError` if the list cannot be read."""
+    path = Path(prefix + SOURCE_PARTS)
+    if not path.is_file():
+        return None
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))["parts"]
+        return {os.path.normpath(path.parent / part["prefix"]): part["bin_bytes"] for part in listed}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): join the parts again (plt preprocess --join)") from error
 
 
 def files_of(prefix: str | os.PathLike[str], suffix: str) -> list[str]:

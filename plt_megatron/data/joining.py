@@ -11,7 +11,7 @@ from typing import Any
 
 from plt_megatron.config.derived import SOURCE_PARTS
 from plt_megatron.data import indexed
-from plt_megatron.data.indexed import IndexedFile, part_prefixes, read_index, read_manifest, write_index
+from plt_megatron.data.indexed import IndexedFile, listed_parts, read_index, read_manifest, write_index
 from plt_megatron.data.preprocess import undated
 from plt_megatron.data.shards import publish_json
 from plt_megatron.errors import UserError
@@ -52,14 +52,16 @@ def join(patterns: Sequence[str], output_prefix: str, *, overwrite: bool = False
 
 
 def check_output(prefix: str | os.PathLike[str], *, overwrite: bool, parts: Sequence[str] = ()) -> None:
-    """Raise `UserError` if a source in parts would replace an existing source, other than one of these `parts`."""
-    if os.path.exists(f"{prefix}{SOURCE_PARTS}") and part_prefixes(prefix) == list(map(os.path.abspath, parts)):
-        return
+    """Raise `UserError` if a source in parts would replace an existing source, other than one of these `parts`, which
+    may have been made again."""
     existing = [suffix for suffix in (".bin", ".idx") if os.path.exists(f"{prefix}{suffix}")]
-    if ".bin" in existing or (existing and not overwrite):
-        hint = "" if ".bin" in existing else " or pass --overwrite"
-        found = ", ".join(f"{prefix}{suffix} exists" for suffix in existing)
-        raise UserError(f"{found}: choose another --output-prefix{hint}")
+    if not existing or (overwrite and ".bin" not in existing):
+        return
+    if parts and list(listed_parts(os.fspath(prefix)) or ()) == list(map(os.path.abspath, parts)):
+        return
+    hint = "" if ".bin" in existing else " or pass --overwrite"
+    found = ", ".join(f"{prefix}{suffix} exists" for suffix in existing)
+    raise UserError(f"{found}: choose another --output-prefix{hint}")
 
 
 def _prefixes(patterns: Sequence[str]) -> list[str]:

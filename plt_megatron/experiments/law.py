@@ -294,12 +294,16 @@ def _notes(data: Arrays, theta: np.ndarray, weights: np.ndarray) -> Iterator[str
         yield f"{few} of {data.n} runs are far from the law and count less than half"
 
 
+_LARGEST = 40.0  # exponent for which UNIT_D to its power is a number
+
+
 def _natural(theta: np.ndarray, name: str) -> np.ndarray:
     """Return a coefficient's column of theta [b, p], for N and D in single parameters and tokens."""
+    # Runs that do not determine an exponent leave it at any size in a resampled fit.
     if name == "A":
-        return theta[:, 1] * UNIT_N ** theta[:, 3]
+        return theta[:, 1] * UNIT_N ** np.minimum(theta[:, 3], _LARGEST)
     if name == "B":
-        return theta[:, 2] * UNIT_D ** theta[:, 4]
+        return theta[:, 2] * UNIT_D ** np.minimum(theta[:, 4], _LARGEST)
     return theta[:, {"E": 0, "alpha": 3, "beta": 4}[name]]
 
 

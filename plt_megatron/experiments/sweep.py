@@ -52,7 +52,7 @@ from plt_megatron.experiments.sweep_plan import (
 from plt_megatron.installation import ROOT, own_python, python_path
 from plt_megatron.run_folder.attempts import ExitStatus, describe_exit
 from plt_megatron.run_folder.files import locked
-from plt_megatron.run_folder.text import format_duration, format_table, plural
+from plt_megatron.run_folder.text import first_few, format_duration, format_table, plural
 from plt_megatron.runtime.local_processes import die_with_parent, local_gpus, signals_handled, usable_cores
 from plt_megatron.slurm import submission
 from plt_megatron.slurm.profile import ClusterProfile, load_profile
@@ -314,7 +314,8 @@ def run_sweep(path: str, settings: Sequence[str], options: RunOptions) -> int:
         check_run_files(todo)
         check_same_data(todo, finished)
         save_plan(plan)
-        return _start(plan, todo, options)
+        others = [name for name, state in states.items() if name not in asked and state != "finished"]
+        return _start(plan, todo, options, others)
 
 
 def run_file_problems(runs: Sequence[PlannedRun]) -> list[str]:
@@ -345,10 +346,11 @@ def dry_run(plan: SweepPlan, todo: Sequence[PlannedRun], options: RunOptions, *,
     return 0
 
 
-def _start(plan: SweepPlan, todo: list[PlannedRun], options: RunOptions) -> int:
+def _start(plan: SweepPlan, todo: list[PlannedRun], options: RunOptions, unfinished: list[str]) -> int:
     report = f"report: plt report {plan.folder}"
     if not todo:
-        print(f"every run is finished; {report}")
+        others = f"every run asked for is finished; earlier calls also asked for {first_few(unfinished, 3)}"
+        print(f"{others if unfinished else 'every run is finished'}; {report}")
         return ExitStatus.FINISHED
     launched = launch(plan, todo, options)
     if launched is None:

@@ -77,7 +77,8 @@ def find_start(config: RunConfig) -> Start | None:
 
 
 def start_problems(start: Start, config: RunConfig, vocab_size: int | None) -> list[str]:
-    """List why a checkpoint cannot continue with a configuration's model and schedule; `vocab_size` None: unknown."""
+    """List why a checkpoint cannot continue with a configuration's model and schedule, or has nothing left to train;
+    `vocab_size` None: unknown."""
     checks = [partial(check_model, start, config, vocab_size)]
     if start.is_own or not config.checkpoint.weights_only:
         allow_other = config.checkpoint.allow_other_schedule
@@ -88,6 +89,13 @@ def start_problems(start: Start, config: RunConfig, vocab_size: int | None) -> l
             check()
         except UserError as error:
             problems += str(error).splitlines()
+    nothing_left = not start.is_own and not config.checkpoint.weights_only and is_finished(config, start.progress)
+    if nothing_left and not problems:
+        problems.append(
+            f"checkpoint.load: {start.path} is at step {start.progress['step']:,}, this run's last: nothing is left to "
+            "train; add checkpoint.weights_only=true to start from its weights alone, or give a higher "
+            "training.train_iters or train_tokens"
+        )
     return problems
 
 
@@ -177,7 +185,7 @@ def _find_order_problems(config: RunConfig, progress: dict[str, Any]) -> Iterato
     steps = max(0, derived.last_step(config, step, tokens) - step)
     samples = BatchSchedule(config).tokens(steps, tokens) // config.data.sequence_length
     if samples > order:
-        yield f"data.order_samples {order:,}: the run reads {samples:,} samples from this checkpoint on; give as many"
+        yield f"data.order_samples {order:,}: the run reads {samples:,} samples in all; give as many"
 
 
 def _loss_weights(saved: dict[str, Any], config: RunConfig) -> list[float]:

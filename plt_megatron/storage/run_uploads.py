@@ -142,12 +142,21 @@ class RunUploads:
             )
 
     def check(self) -> None:
-        """Raise `UserError` if a destination cannot be written, or has another run's uploads."""
-        for kind, key in ((EXPORT, "checkpoint.exports.upload_to"), (CHECKPOINT, "checkpoint.uploads.to")):
+        """Raise `UserError` if a destination cannot be written, has another run's uploads, or this run's checkpoints
+        while its folder has none and it does not continue from them."""
+        for kind, key in ((CHECKPOINT, "checkpoint.uploads.to"), (EXPORT, "checkpoint.exports.upload_to")):
             try:
                 self._claim(self._to[kind])
             except UserError as error:
                 raise type(error)(f"{key}: {error}") from error
+        to, load = self._to[CHECKPOINT], self.config.checkpoint.load or ""
+        if to is None or self._last_step() is not None or f"{load.rstrip('/')}/".startswith(f"{to}/"):
+            return
+        if steps_in(Place(to) / checkpoints.FOLDER):
+            raise UserError(
+                f"checkpoint.uploads.to: {to} has this run's checkpoints, its folder has none: continue from them with "
+                f"checkpoint.load={to}, or give this run another name"
+            )
 
     def _claim(self, to: str | None) -> None:
         """Mark a destination as this run's, once; this also shows that it can be written."""
@@ -299,8 +308,9 @@ def _claim_place(place: Place, run_id: str) -> None:
                 f"{place.url} is another run's, which has uploaded nothing yet: give this run another name or, if the "
                 f"other one is gone, remove {place.url}/{_OWNER}"
             )
+        has_checkpoints = checkpoints.FOLDER in place.folders()
         raise UserError(
-            f"{place.url} has the uploads of another run: give this run another name, or continue from them with "
-            f"checkpoint.load={place.url}"
+            f"{place.url} has the uploads of another run: give this run another name"
+            + has_checkpoints * f", or continue from them with checkpoint.load={place.url}"
         )
     place.write_text(_OWNER, run_id + "\n")

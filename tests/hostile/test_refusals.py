@@ -53,6 +53,11 @@ REFUSED = [
     ("train", "runs/mine/config.yaml training.train_iters=4", "training.train_iters"),
     ("train", "run.yaml name=new checkpoint.load=runs/mine model.hidden_size=64", "model.hidden_size"),
     ("train", "run.yaml name=new checkpoint.load=runs/mine training.train_iters=4", "training.train_iters"),
+    (
+        "train",
+        "run.yaml name=new checkpoint.load=runs/mine",
+        "checkpoint.load checkpoint.weights_only=true training.train_iters",
+    ),
     ("train", "--branch-from runs/mine", "RUN@STEP"),
     ("train", "--branch-from runs/mine@99", "99"),
     ("train", "--branch-from runs/mine@2", "WSD"),

@@ -107,7 +107,7 @@ def _communication(found: Rehearsal) -> list[str]:
     rows = [[*key, str(count), f"{sizes[key] / 1e6:,.2f}"] for key, count in counts.items()]
     microbatches = found.estimate.layout.microbatches
     sent = sent_by_purpose(record, microbatches)
-    purposes = ", ".join(f"{name} {amount / 1e9:.2f} GB" for name, amount in sent.items() if amount >= 1e6)
+    purposes = ", ".join(f"{name} {format_bytes(amount)}" for name, amount in sent.items() if amount)
     return [
         f"communication of rank {record.rank} in order of first calls, {record.microbatches} of {microbatches} "
         "microbatches",

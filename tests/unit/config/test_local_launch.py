@@ -128,6 +128,15 @@ def test_dry_run_says_what_would_run_and_does_nothing(folder):
     assert "4 (tensor 1 x pipeline 1 x context 4 x data 1)" in result.stdout
 
 
+def test_a_run_folder_that_was_moved_does_not_begin_anew_where_it_was(folder):
+    assert launch(folder, "run.yaml", FAKE_STATUS="0").returncode == 0
+    (folder / "runs/try/checkpoints/step_00000002").mkdir(parents=True)
+    (folder / "runs/try").rename(folder / "runs/moved")
+    result = launch(folder, "runs/moved/config.yaml", "--dry-run")
+    assert result.returncode == 2 and f"name=moved output_dir={folder / 'runs'}" in result.stderr
+    assert launch(folder, "runs/moved/config.yaml", "--dry-run", "name=other").returncode == 0
+
+
 @pytest.mark.parametrize("status", [0, 75])
 def test_one_process_becomes_the_trainer(folder, status):
     left = {"MASTER_ADDR": "node1", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}  # by another job

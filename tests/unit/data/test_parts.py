@@ -287,3 +287,19 @@ def test_what_is_there_already_stays(shards, whole, tmp_path):
     with pytest.raises(UserError, match="is itself a source in parts"):
         join([str(target)], str(tmp_path / "again"))
     assert digest(shards[0]) == before
+
+
+def test_parts_that_were_made_again_are_joined_again(inputs, bpe_model, tmp_path):
+    """On a cluster the same command is given again for a corpus that has grown."""
+    prefix = tmp_path / "text"
+    for given in (inputs[:1], inputs):
+        shards = [str(shard) for shard in tokenize(given, prefix, bpe_model, 2, overwrite=True)]
+        check_output(prefix, overwrite=False, parts=shards)  # as at submission
+        made = join(shards, str(prefix), overwrite=True)
+        assert made["tokens"] == read_index(prefix).tokens
+    Path(f"{shards[0]}.bin").unlink()
+    check_output(prefix, overwrite=False, parts=shards)
+    with pytest.raises(UserError, match="exists"):
+        check_output(prefix, overwrite=False, parts=shards[:1])
+    Path(f"{prefix}.parts.json").write_text("no JSON")
+    check_output(prefix, overwrite=True)

@@ -215,6 +215,13 @@ def test_what_is_done_is_not_done_again(tmp_path, launcher, capsys):
     capsys.readouterr()
     assert sweep.run_sweep(str(path), settings, RunOptions()) == 0
     assert "every run is finished" in capsys.readouterr().out
+    sweep.save_plan(sweep.merge(sweep.make_plan(sweep.read_sweep(str(path), [settings[0], "seeds=[3]", settings[2]]))))
+    assert sweep.run_sweep(str(path), settings, RunOptions()) == 0
+    said = capsys.readouterr().out
+    assert "every run is finished" not in said and "1_loop-seed3, 2_loops-seed3" in said
+    shutil.rmtree(tmp_path / "sweeps")
+    assert sweep.run_sweep(str(path), settings, RunOptions()) == 0
+    capsys.readouterr()
     settings[1] = "seeds=[1, 2]"
     assert sweep.run_sweep(str(path), settings, RunOptions()) == 0
     out = capsys.readouterr().out

@@ -304,7 +304,7 @@ def test_a_checkpoint_to_start_from_is_checked_wherever_it_is(folder, slurm):
 
 def test_a_run_in_tokens_goes_on_with_another_batch_wherever_its_checkpoint_is(folder, slurm):
     """In the order that its samples were drawn in, which another batch would make a few samples shorter."""
-    length = ("training.train_iters=null", "training.train_tokens=30000")
+    length = ("training.train_iters=null", "training.train_tokens=90000")
     write_checkpoint(folder / "other" / "checkpoints", load_config("run.yaml", length), 2)
     for number, load in enumerate((folder / "other", f"file://{folder}/other")):
         batch = ("training.global_batch_size=24", "checkpoint.allow_other_schedule=true", f"name=try{number}")
@@ -323,8 +323,8 @@ def test_a_decay_branch_has_a_folder_of_its_own_and_only_its_steps_ahead(folder,
     assert (config.training.train_iters, config.optimizer.lr_wsd_decay_iters) == (950, 50)
     assert config.checkpoint.load == "runs/try/checkpoints/step_00000900"
     assert "after step 900 of 950" in said
-    submit_run(branch_from="runs/try@900", name="x: y")  # a name is no YAML
-    assert load_config(folder / "runs/x: y/config.yaml").name == "x: y"
+    submit_run(branch_from="runs/try@900", name="x #y")  # a name is no YAML
+    assert load_config(folder / "runs/x #y/config.yaml").name == "x #y"
     assert load_config(folder / "runs/try/config.yaml").training.train_iters == 1000
 
 

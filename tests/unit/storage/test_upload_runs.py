@@ -176,6 +176,9 @@ def test_another_run_of_that_name_is_refused_and_a_run_that_goes_on_from_its_upl
     again = a_run(tmp_path, models, load=f"file://{tmp_path}/there/mine")
     assert command.main([str(again.path), "--check"]) == 0
     assert capsys.readouterr().out == "all destinations can be written\n"
+    # Without it, before the first save, the run would begin anew and replace its own uploads.
+    assert command.main([str(a_run(tmp_path, models).path), "--check"]) == 2
+    assert f"continue from them with checkpoint.load=file://{tmp_path}/there/mine" in capsys.readouterr().err
 
 
 def test_the_place_of_a_run_that_ended_before_its_first_upload_can_be_had(tmp_path, capsys):
