@@ -23,8 +23,8 @@ from plt_megatron.config.rules.optimizer import WHOLE_MATRICES, OptimizerSpec, o
 from plt_megatron.config.schedules import BatchSchedule
 from plt_megatron.config.schema import OptimizerConfig, RunConfig
 from plt_megatron.model.parameters import Kind, Parameter, hidden_matrix, only_in_loops, parameters_of
-from plt_megatron.model.trainable import selection
 from plt_megatron.model.transformer_config import DTYPES
+from plt_megatron.predict.parameters import Weights
 
 
 def build_optimizer(config: RunConfig, ddp: DistributedDataParallel) -> Any:
@@ -206,16 +206,11 @@ def check_groups(
 
 def described(config: RunConfig) -> str:
     """Describe the optimizer and each kind's peak learning rate and weight decay, in one line."""
-    settings, includes = config.optimizer, selection(config)
-
-    def trains(parameter: Parameter) -> bool:
-        layers = parameter.layers(config.model)
-        return includes is None or any(includes(parameter.in_layer(layer)) for layer in layers)
-
+    settings, trained = config.optimizer, Weights.trained(config)
     parts = [
         f"{group.name} {group.rate * settings.lr:.3g}, {group.decay * settings.weight_decay:.3g}"
         for group in groups(config)
-        if any(map(trains, group.parameters))
+        if any(map(trained.layers, group.parameters))
     ]
     return f"{optimizer_spec(settings).title}; learning rate, weight decay: {'; '.join(parts)}"
 
