@@ -46,7 +46,7 @@ def test_archives_are_as_the_script_writes_them(archive):
 def test_leads_of_the_larger_models_are_those_of_their_records():
     page = " ".join((RESULTS / "depth_gain/README.md").read_text().split())
     runs = unpacked(RESULTS / "depth_gain/four_million" / ARCHIVE)
-    for row, seeds in (("plt-2", (1, 2)), ("plt-2_last_loop_global", (1, 2)), ("eight_layers", (1,))):
+    for row, seeds in (("plt-2", (1, 2)), ("plt-2_last_loop_global", (1, 2)), ("eight_layers", (1, 2))):
         for seed in seeds:
             plain, looped = (
                 {
