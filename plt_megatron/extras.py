@@ -58,6 +58,7 @@ def outdated(package: str, extra: str) -> str | None:
     """Return `package>=2, not 1.5` if the installed version is outside the extra's range; None if not, or not known."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
+    from packaging.version import Version
 
     try:
         version, requirements = metadata.version(package), metadata.requires("plt-megatron") or []
@@ -66,8 +67,8 @@ def outdated(package: str, extra: str) -> str | None:
     for each in map(Requirement, requirements):
         is_asked = each.marker is not None and each.marker.evaluate({"extra": extra})
         if is_asked and canonicalize_name(each.name) == canonicalize_name(package):
-            # Containers ship builds such as 2.9.0a0+..., which count.
-            if not each.specifier.contains(version, prereleases=True):
+            # Containers ship builds such as 2.9.0a0+..., which count as 2.9.0.
+            if not any(each.specifier.contains(known, True) for known in (version, Version(version).base_version)):
                 return f"{each.name}{each.specifier}, not {version}"
     return None
 

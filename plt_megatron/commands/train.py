@@ -58,9 +58,7 @@ def _arguments(parser: CommandParser) -> None:
 
 def _load(arguments: argparse.Namespace) -> RunConfig:
     if arguments.branch_from is None:
-        config = load_config(arguments.config, arguments.overrides)
-        _check_not_moved(Path(arguments.config), arguments.overrides, config)
-        return config
+        return load_config(arguments.config, arguments.overrides)
     settings = [*([arguments.config] if arguments.config else []), *arguments.overrides]
     return branch_config(arguments.branch_from, settings, arguments.decay_steps)
 
@@ -73,8 +71,8 @@ def _check_not_moved(path: Path, overrides: list[str], config: RunConfig) -> Non
     if path.name == own.config_file.name and checkpoint_folders(here / own.checkpoints.name) and not is_named:
         if here.resolve() != own.path.resolve():
             raise UserError(
-                f"{here} has moved: its configuration names {own.path}, where a run would begin anew; to continue it: "
-                f"{shlex.join([f'name={here.name}', f'output_dir={here.parent}'])}"
+                f"{here} is not where its configuration says, {own.path}, where the run would begin anew; to continue "
+                f"it, add {shlex.join([f'name={here.name}', f'output_dir={here.parent}'])}"
             )
 
 
@@ -87,6 +85,8 @@ def _train(arguments: argparse.Namespace) -> int:
         print(dump_config(config), end="")
         validate(config, check_files=False)
         return 0
+    if arguments.branch_from is None:
+        _check_not_moved(Path(arguments.config), arguments.overrides, config)
     validate(config)
     gpus = len(local_gpus())
     count = processes_on(config, gpus)

@@ -19,7 +19,9 @@ _ECHOES = re.compile(
     r"|DistBackendError|DistNetworkError|DistStoreError|remote process exited|holds the job's store, does not answer"
     r"|ncclRemoteError|ncclSystemError"
 )
-_EXCEPTION = re.compile(r"(\w+\.)*\w*(Error|Exception|Exit|Interrupt|Failed|Timeout|OutOfResources|Unsupported)\b")
+_EXCEPTION = re.compile(
+    r"(\w+\.)*\w*(Error|Exception|Exit|Interrupt|Failed|Timeout)\b|(\w+\.)+(OutOfResources|Unsupported)\b"
+)
 _RANK = re.compile(r"\[rank\d+\]: ?")  # torch puts it before every line of an uncaught exception
 _IGNORED = re.compile(r"Exception ignored (in|while)\b")  # Python goes on after it
 

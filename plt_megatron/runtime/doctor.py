@@ -264,7 +264,7 @@ _RULES: dict[str, Callable[[Machine], str]] = {
     "tokenizers and data": _packages("sentencepiece", "tokenizers"),
     ".zst and Parquet input": _packages("zstandard", "pyarrow", extra="data"),
     "Hugging Face models": _packages("transformers", "safetensors", extra="hf"),
-    "GGUF files": _packages("gguf", extra="gguf"),
+    "GGUF files": _packages("gguf", "transformers", extra="gguf"),
     "TensorBoard and plots": _packages("tensorboard", "matplotlib"),
     "reports and diagnostics": _packages("jinja2", "scipy", extra="report"),
     "Weights & Biases": _packages("wandb", extra="track"),

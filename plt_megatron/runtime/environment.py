@@ -56,7 +56,7 @@ def _private_folder(name: str) -> str:
     with contextlib.suppress(FileExistsError):
         os.mkdir(path, 0o700)
     found = os.lstat(path)
-    is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
+    is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
     return path if is_own else tempfile.mkdtemp(prefix=f"{name}-")
 
 

@@ -5,6 +5,7 @@ Work beside training runs in processes at low priority, without a GPU, and not a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -265,6 +266,8 @@ class Exports(Callback):
         self._forget(checkpoint)
 
     def _forget(self, checkpoint: Path) -> None:
+        with contextlib.suppress(OSError):
+            (checkpoint / PROGRESS).unlink()  # first: what an interrupted removal leaves is no export then
         shutil.rmtree(checkpoint, ignore_errors=True)
         _log(checkpoint).unlink(missing_ok=True)
 

@@ -115,7 +115,7 @@ def test_the_advice_names_the_python_that_an_extra_is_built_for(monkeypatch):
 
 
 def test_a_version_outside_an_extras_range_is_as_good_as_none(monkeypatch):
-    found = {"transformers": "5.3.0", "scipy": "1.16.0a1+local"}
+    found = {"transformers": "5.3.0", "scipy": "1.12.0a1+local"}
     monkeypatch.setattr(extras.metadata, "version", lambda name: found[name])
     asked = ['transformers<6,>=5.4; extra == "hf"', 'scipy>=1.12; extra == "report"']
     monkeypatch.setattr(extras.metadata, "requires", lambda name: asked)
