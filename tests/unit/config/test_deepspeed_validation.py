@@ -270,6 +270,10 @@ def test_the_documentation_lists_what_may_be_added():
 @pytest.mark.parametrize("version", ["0.18.3", "0.20.0", "1.0"])
 def test_another_version_is_refused(monkeypatch, version):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    lines = find_problems(config_with(), check_files=False, check_packages=True)
+    (line,) = (line for line in lines if version in line)
+    assert all(part in line for part in ("deepspeed", ">=0.19", "<0.20", "deepspeed=null"))
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: None)  # the range of the extra is not known
     (line,) = find_version_problem(config_with())
     assert f"needs DeepSpeed >=0.19,<0.20, found {version}" in line and "leave the section out" in line
     assert list(find_version_problem(good())) == []
