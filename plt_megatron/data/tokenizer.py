@@ -99,9 +99,10 @@ class Tokenizer(ABC):
         Raises `UserError` if the tokenizer's file does not tell.
         """
 
-    def prefix_bytes(self) -> int:
-        """Return the bytes that a text's tokens stand for beyond it: 1 for a tokenizer that puts a space first."""
-        return max(0, int(self.byte_lengths()[self.encode("a")].sum()) - 1)
+    def prefix_bytes(self, lengths: np.ndarray) -> int:
+        """Return the bytes that a text's tokens stand for beyond it, by their `byte_lengths`: 1 for a tokenizer that
+        puts a space first."""
+        return max(0, int(lengths[self.encode("a")].sum()) - 1)
 
     def _find_eod(self, name: str | None, own: str | None) -> int:
         """Return the id of the token `name`; by default of `own`, the tokenizer's end token, or of `EOD_NAMES`."""

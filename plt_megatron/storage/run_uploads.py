@@ -149,8 +149,8 @@ class RunUploads:
                 self._claim(self._to[kind])
             except UserError as error:
                 raise type(error)(f"{key}: {error}") from error
-        to, load = self._to[CHECKPOINT], self.config.checkpoint.load or ""
-        if to is None or self._last_step() is not None or f"{load.rstrip('/')}/".startswith(f"{to}/"):
+        to = self._to[CHECKPOINT]
+        if to is None or self._last_step() is not None or self._loads_from(to):
             return
         if steps_in(Place(to) / checkpoints.FOLDER):
             raise UserError(
@@ -259,11 +259,15 @@ class RunUploads:
         latest = checkpoints.latest_checkpoint(self.folder.path, verify=False)
         return None if latest is None else checkpoints.step_of(latest)
 
+    def _loads_from(self, to: str) -> bool:
+        """Return whether the run continues from a checkpoint at this destination."""
+        return f"{(self.config.checkpoint.load or '').rstrip('/')}/".startswith(f"{to}/")
+
     def _id(self) -> str:
         """Return the id that marks this run's uploads. A run that continues from its destination takes the id there."""
-        path, load = self.folder.upload_id_file, (self.config.checkpoint.load or "").rstrip("/") + "/"
+        path = self.folder.upload_id_file
         own = path.read_text(encoding="ascii").strip() if path.exists() else None
-        places = [Place(to) for to in self._to.values() if to and protocol_of(to) != HUB and load.startswith(f"{to}/")]
+        places = [Place(to) for to in self._to.values() if to and protocol_of(to) != HUB and self._loads_from(to)]
         theirs = [text.strip() for text in (place.read_text(_OWNER) for place in places) if text]
         run_id = (theirs or [own or secrets.token_hex(8)])[0]
         if run_id != own:
@@ -303,14 +307,12 @@ def describe(target: str, uploaded: Uploaded, seconds: float) -> str:
 def _claim_place(place: Place, run_id: str) -> None:
     owner = place.read_text(_OWNER)
     if owner is not None and owner.strip() != run_id:
-        if not place.folders():
+        folders = place.folders()
+        if not folders:
             raise UserError(
                 f"{place.url} is another run's, which has uploaded nothing yet: give this run another name or, if the "
                 f"other one is gone, remove {place.url}/{_OWNER}"
             )
-        has_checkpoints = checkpoints.FOLDER in place.folders()
-        raise UserError(
-            f"{place.url} has the uploads of another run: give this run another name"
-            + has_checkpoints * f", or continue from them with checkpoint.load={place.url}"
-        )
+        go_on = f", or continue from them with checkpoint.load={place.url}" if checkpoints.FOLDER in folders else ""
+        raise UserError(f"{place.url} has the uploads of another run: give this run another name{go_on}")
     place.write_text(_OWNER, run_id + "\n")

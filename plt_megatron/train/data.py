@@ -256,11 +256,12 @@ def _byte_counter(tokenizer: Tokenizer | None) -> Callable[[dict[str, Tensor]], 
     if tokenizer is None:
         return None
     try:
-        lengths, prefix = torch.from_numpy(tokenizer.byte_lengths()), tokenizer.prefix_bytes()
+        of_tokens = tokenizer.byte_lengths()
     except UserError as error:
         if dist.get_rank() == 0:
             logger.warning("losses of sources are not given in bits per byte: %s", error)
         return None
+    lengths, prefix = torch.from_numpy(of_tokens), tokenizer.prefix_bytes(of_tokens)
 
     def count(sample: dict[str, Tensor]) -> int:
         begins = sample["tokens"] == tokenizer.eod

@@ -18,7 +18,6 @@ from typing import Any
 
 import psutil
 
-from plt_megatron.config.schema import EvaluationConfig
 from plt_megatron.errors import describe_os_error
 from plt_megatron.installation import own_python, python_path
 from plt_megatron.run_folder.checkpoints import (
@@ -229,21 +228,19 @@ class Exports(Callback):
         status = process.poll()
         if status is None or status < 0 or status in _KILLED:
             self._leave(what, checkpoint, "was killed")
-        elif what == _EXPORT and status == 0:
-            self.run.say(f"exported {self._export(checkpoint)}")
-            if self.run.config.evaluation is None:
-                self._finish(checkpoint)
-            else:
-                self._keep_for_evaluation(checkpoint)
-        elif what == _EXPORT:
+            return
+        if status != 0:
             self.run.say(f"warning: {_words(what, checkpoint)} failed: {process.last_words()}")
-            self._forget(checkpoint)
+        elif what == _EXPORT:
+            self.run.say(f"exported {self._export(checkpoint)}")
         else:
-            if status == 0:
-                self._report_scores(checkpoint)
-            else:
-                self.run.say(f"warning: {_words(what, checkpoint)} failed: {process.last_words()}")
+            self._report_scores(checkpoint)
+        if what == _EVALUATION or (status == 0 and self.run.config.evaluation is None):
             self._finish(checkpoint)
+        elif status == 0:
+            self._keep_for_evaluation(checkpoint)
+        else:
+            self._forget(checkpoint)
 
     def _keep_for_evaluation(self, checkpoint: Path) -> None:
         """Give back the space of an exported checkpoint's weights, which it may wait long to be evaluated without."""
@@ -280,11 +277,14 @@ class Exports(Callback):
         return self.run.folder.exports / checkpoint.name
 
     def _command(self, what: str, checkpoint: Path) -> list[str]:
-        export, evaluation = str(self._export(checkpoint)), self.run.config.evaluation
+        export, settings = str(self._export(checkpoint)), self.run.config.evaluation
         if what == _EXPORT:
             return ["export", "--checkpoint", str(checkpoint), "--output", export]
-        assert evaluation is not None, "the caller asks"
-        return _evaluation_command(Path(export), evaluation)
+        assert settings is not None, "the caller asks"
+        command = ["evaluate", "--model", export, "--tasks", ",".join(settings.tasks)]
+        if settings.include_path is not None:
+            command += ["--include-path", settings.include_path]
+        return command + ([] if settings.limit is None else ["--limit", str(settings.limit)])
 
 
 def _waits_for_export(checkpoint: Path) -> bool:
@@ -297,10 +297,3 @@ def _words(what: str, checkpoint: Path) -> str:
 
 def _log(checkpoint: Path) -> Path:
     return checkpoint.with_suffix(".log")
-
-
-def _evaluation_command(export: Path, settings: EvaluationConfig) -> list[str]:
-    command = ["evaluate", "--model", str(export), "--tasks", ",".join(settings.tasks)]
-    if settings.include_path is not None:
-        command += ["--include-path", settings.include_path]
-    return command + ([] if settings.limit is None else ["--limit", str(settings.limit)])

@@ -294,7 +294,7 @@ def test_a_model_that_predicts_bytes_uniformly_has_eight_bits_per_byte(bpe_model
         ids = [index for text in read for index in (*tokenizer.encode(text), tokenizer.eod)]
         loss_sum = math.fsum(lengths[index] * math.log(256) for index in ids)
         size = sum(len(text.encode()) for text in read)
-        spaces = len(read) * tokenizer.prefix_bytes()
+        spaces = len(read) * tokenizer.prefix_bytes(lengths)
         assert int(lengths[ids].sum()) == size + spaces and (spaces > 0) == (path.stem == "prefixed"), path
         loss_sum -= spaces * math.log(256)
         assert bits_per_byte(loss_sum, size) == pytest.approx(8.0, rel=1e-12)

@@ -69,7 +69,7 @@ def test_a_tokenizer_that_does_not_tell_its_bytes_ends_no_run(monkeypatch: pytes
 def test_bytes_are_those_of_the_text_without_a_space_that_the_tokenizer_adds() -> None:
     """Tokens of 0 (the end), 3, 2 and 4 bytes; the last begins a document that counts, the second one that does not."""
     lengths = torch.tensor([0, 3, 2, 4]).numpy()
-    tokenizer = Mock(byte_lengths=lambda: lengths, prefix_bytes=lambda: 1, eod=0)
+    tokenizer = Mock(byte_lengths=lambda: lengths, prefix_bytes=lambda lengths: 1, eod=0)
     count = data._byte_counter(tokenizer)
     sample = {"tokens": torch.tensor([0, 1, 2, 0]), "labels": torch.tensor([1, 2, 0, 3])}
     assert count is not None and count(sample | {"loss_mask": torch.tensor([0.0, 1.0, 1.0, 1.0])}) == 2 + 0 + 3
