@@ -14,12 +14,11 @@ import resource
 import shlex
 import signal
 import sys
-from pathlib import Path
 
 from plt_megatron.commands import CommandParser, command
 from plt_megatron.config import derived
 from plt_megatron.config.layout import layout_of, num_microbatches
-from plt_megatron.config.loader import dump_config, load_config
+from plt_megatron.config.loader import dump_config
 from plt_megatron.config.loop_schedule import LoopSchedule
 from plt_megatron.config.schedules import BatchSchedule, LengthSchedule
 from plt_megatron.config.schema import RunConfig
@@ -31,7 +30,7 @@ from plt_megatron.predict.parameters import count_parameters
 from plt_megatron.run_folder import resuming
 from plt_megatron.run_folder.checkpoints import checkpoint_folders, trained_tokens
 from plt_megatron.run_folder.files import locked
-from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.run_folder.folder import RunFolder, load_run
 from plt_megatron.run_folder.resuming import add_branch_options, branch_config
 from plt_megatron.run_folder.text import format_table
 from plt_megatron.runtime.local_processes import local_gpus, rank_environment, run_processes, threads_per_process
@@ -58,22 +57,9 @@ def _arguments(parser: CommandParser) -> None:
 
 def _load(arguments: argparse.Namespace) -> RunConfig:
     if arguments.branch_from is None:
-        return load_config(arguments.config, arguments.overrides)
+        return load_run(arguments.config, arguments.overrides)
     settings = [*([arguments.config] if arguments.config else []), *arguments.overrides]
     return branch_config(arguments.branch_from, settings, arguments.decay_steps)
-
-
-def _check_not_moved(path: Path, overrides: list[str], config: RunConfig) -> None:
-    """Raise `UserError` for the configuration of a run folder that has another name or place by now: the run would
-    begin anew where it was."""
-    here, own = path.parent.absolute(), RunFolder.of(config)
-    is_named = any(text.startswith(("name=", "output_dir=")) for text in overrides)
-    if path.name == own.config_file.name and checkpoint_folders(here / own.checkpoints.name) and not is_named:
-        if here.resolve() != own.path.resolve():
-            raise UserError(
-                f"{here} is not where its configuration says, {own.path}, where the run would begin anew; to continue "
-                f"it, add {shlex.join([f'name={here.name}', f'output_dir={here.parent}'])}"
-            )
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -85,8 +71,6 @@ def _train(arguments: argparse.Namespace) -> int:
         print(dump_config(config), end="")
         validate(config, check_files=False)
         return 0
-    if arguments.branch_from is None:
-        _check_not_moved(Path(arguments.config), arguments.overrides, config)
     validate(config)
     gpus = len(local_gpus())
     count = processes_on(config, gpus)

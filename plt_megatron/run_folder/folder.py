@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,21 @@ def save_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
     """Write a configuration that `load_config` reads back as equal. Raises `UserError` if it cannot be written."""
     with writing(path):
         write_text(Path(path), dump_config(config))
+
+
+def load_run(path: str | os.PathLike[str], overrides: Sequence[str]) -> RunConfig:
+    """Load a run's configuration, which may lie in its folder. Raises `UserError` if that folder has been moved: it
+    would begin anew where it was."""
+    config = load_config(path, overrides)
+    here, own = Path(path).parent.absolute(), RunFolder.of(config)
+    is_named = any(text.startswith(("name=", "output_dir=")) for text in overrides)
+    if Path(path).name == CONFIG and checkpoints.checkpoint_folders(here / own.checkpoints.name) and not is_named:
+        if here.resolve() != own.path.resolve():
+            raise UserError(
+                f"{here} is not where its configuration says, {own.path}, where the run would begin anew; to continue "
+                f"it, add {shlex.join([f'name={here.name}', f'output_dir={here.parent}'])}"
+            )
+    return config
 
 
 def runs_named(names: Sequence[str], output_dir: str, on_unreadable: Callable[[OSError], None]) -> list[Path]:

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
-from plt_megatron.config.loader import load_config, setting
+from plt_megatron.config.loader import setting
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
 from plt_megatron.installation import is_checkout
 from plt_megatron.launcher.job import JobHandling, JobSettings, JobSize, fields_of
 from plt_megatron.predict.cards import find_gpu_spec
-from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.run_folder.folder import RunFolder, load_run
 from plt_megatron.run_folder.resuming import branch_config
 from plt_megatron.run_folder.status import read_run_status
 from plt_megatron.run_folder.text import format_table
@@ -143,13 +143,13 @@ class _Plan:
     def _configs(self) -> list[RunConfig]:
         options = self.options
         if options.array is not None:
-            return [load_config(path, options.overrides) for path in arrays.config_paths(options.array)]
+            return [load_run(path, options.overrides) for path in arrays.config_paths(options.array)]
         named = [setting("name", options.name)] if options.name else []
         settings = [*options.overrides, *named]
         if options.branch_from is not None:
             return [branch_config(options.branch_from, settings, options.decay_steps)]
         assert options.config is not None
-        return [load_config(options.config, settings)]
+        return [load_run(options.config, settings)]
 
     @cached_property
     def _jobs(self) -> list[client.Job]:

@@ -356,6 +356,15 @@ def test_a_run_recorded_with_old_names_goes_on(folder, slurm):
     assert load_config(recorded).parallel.window_cp_comm_type == "a2a"
 
 
+def test_a_run_folder_that_was_moved_does_not_begin_anew_where_it_was(folder, slurm):
+    submit_run()
+    write_progress(folder / "runs/try", [100], checkpoint=100)
+    (folder / "runs/try").rename(folder / "runs/moved")
+    (line,) = refusal(config="runs/moved/config.yaml")
+    assert f"name=moved output_dir={folder / 'runs'}" in line
+    assert submit_run("name=moved", config="runs/moved/config.yaml").runs == [folder / "runs/moved"]
+
+
 def test_a_run_that_never_trained_is_written_anew(folder, slurm):
     submit_run()
     submit_run("optimizer.lr=1e-3")
