@@ -160,7 +160,7 @@ def resume_problems(config: RunConfig, run: Path, accept_changes: bool) -> list[
     if not folder.has_trained():
         return []
     try:
-        saved = dataclasses.replace(folder.config(), name=config.name, output_dir=config.output_dir)  # it may have moved
+        saved = dataclasses.replace(folder.config(), name=config.name, output_dir=config.output_dir)  # moved?
     except UserError as error:
         return [f"{run} holds a run whose configuration cannot be read ({error}): give another --name"]
     changed = config_differences(saved, config)
