@@ -64,7 +64,7 @@ class MoeConfig:
     ffn_hidden_size: Size | None = None  # per expert; null: model.ffn_hidden_size
     shared_expert_intermediate_size: Size | None = None  # of an additional expert that every token uses; null: none
     # softmax: over the chosen experts; pre_softmax: over all, before some are chosen; sigmoid: scores each expert
-    # by itself, a chosen one's weight is its share of the chosen scores.
+    # by itself, a chosen one's weight is its share of the chosen scores (of one: its score).
     router_score_function: Literal["softmax", "pre_softmax", "sigmoid"] = "softmax"
     # Balance the load over each sequence (independent of layout and micro-batch size), or over each microbatch.
     router_load_balancing_type: Literal["seq_aux_loss", "aux_loss", "none"] = "seq_aux_loss"
@@ -134,7 +134,7 @@ class ModelConfig:
     # whose weight is the scale; final: the final norm follows every loop instead of the last.
     loop_norm: Literal["none", "rms", "final"] = "none"
     embedding_scale: Finite = 1.0  # B = embedding_scale * E + hidden_scale * shift(h), loops >= 2
-    hidden_scale: Finite = 1.0  # 0, with a learned scale: the model starts as one loop
+    hidden_scale: Finite = 1.0  # 0, learned, with tanh's gate or none: starts as one loop
     learned_hidden_scale: Literal["none", "model", "channel"] = "none"  # learn hidden_scale, starting from its value
     # Factor of what attention and FFN add to the residual stream, for L loops of N layers.
     # loops_sqrt_layers: residual_scale / (L sqrt(N)) (arXiv 2606.18524); layers: residual_scale / N (arXiv 2505.01618).
@@ -292,7 +292,7 @@ class OptimizerConfig:
     # muon (docs/optimizers.md) updates hidden matrices; Adam, with its own settings, updates everything else
     muon_momentum: BelowOne = 0.95
     muon_nesterov: bool = True
-    muon_num_ns_steps: Annotated[int, Range(1, 20)] = 5  # Newton-Schulz iterations
+    muon_num_ns_steps: Annotated[int, Range(1, 20)] = 5  # Newton-Schulz iterations; with quintic up to 5, or 10, 15, 20
     muon_coefficient_type: Literal["quintic", "simple", "polar_express"] = "quintic"  # Newton-Schulz polynomials
     # Scale of the update of a matrix [out, in]. spectral: sqrt(max(out, in)); shape_scaling: sqrt(max(1, out / in));
     # unit_rms_norm: sqrt(out / in).

@@ -56,6 +56,13 @@ class LoopRouter(TopKRouter):
         loops."""
         self.number = layer_number
 
+    def gating(self, input: Tensor) -> Tensor:
+        """hidden states [s, b, h] -> logits [s, b, experts].
+
+        megatron-core's, except in fp32: where Transformer Engine is installed, it takes that one's product, in TF32.
+        """
+        return super().gating(input) if self.config.bf16 else torch.nn.functional.linear(input, self.weight)
+
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """logits [s, b, experts] -> (weights, whether a token goes to an expert), both [s * b, experts]."""
         weights, kept = super().routing(logits, padding_mask)

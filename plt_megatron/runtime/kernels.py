@@ -22,8 +22,6 @@ from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
 
 logger = logging.getLogger(__name__)
-# Earlier versions' backward read the gradients of a batch's losses in memory order, which a transpose changes.
-OLDEST_CROSS_ENTROPY = "2.11"
 
 
 def choose_fp8(config: RunConfig) -> Fp8Choice | None:
@@ -169,14 +167,9 @@ def choose_fusions(config: RunConfig, backend: str, vocab_size: int) -> Fusions:
 
 
 def _cross_entropy_obstacle(config: RunConfig, vocab_size: int) -> dict[str, str]:
-    from megatron.core.utils import get_te_version, is_te_min_version
-
     tp = config.parallel.tensor_model_parallel_size
     rows = derived.padded_vocab_size(config.model, vocab_size, tp) // tp
-    if not is_te_min_version(OLDEST_CROSS_ENTROPY):
-        why = f"needs Transformer Engine {OLDEST_CROSS_ENTROPY}, this is {get_te_version()}: wrong gradients before"
-    elif vocab_size <= (tp - 1) * rows:
-        why = f"with a vocabulary of {vocab_size} padded to {tp} x {rows}: the last rank would have only padding"
-    else:
+    if vocab_size > (tp - 1) * rows:
         return {}
+    why = f"with a vocabulary of {vocab_size} padded to {tp} x {rows}: the last rank would have only padding"
     return {"cross_entropy_loss_fusion": why}

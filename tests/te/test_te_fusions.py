@@ -199,12 +199,13 @@ def test_cross_entropy_in_bf16(same):
 
 def choice(backend: str, vocab_size: int = 50, oldest: str | None = None, **parallel: Any) -> str:
     """Say what is fused, or why not."""
+    from plt_megatron.config.rules import fusions
     from plt_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
     from plt_megatron.errors import UserError
     from plt_megatron.runtime import kernels
 
     config = RunConfig(model=make(ModelConfig, {**MODEL, "backend": backend}), parallel=ParallelConfig(**parallel))
-    with mock.patch.object(kernels, "OLDEST_CROSS_ENTROPY", oldest or kernels.OLDEST_CROSS_ENTROPY):
+    with mock.patch.object(fusions, "OLDEST_CROSS_ENTROPY", oldest or fusions.OLDEST_CROSS_ENTROPY):
         try:
             return str(kernels.choose_fusions(config, backend, vocab_size))
         except UserError as error:

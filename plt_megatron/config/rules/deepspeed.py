@@ -20,9 +20,10 @@ from plt_megatron.config.schema import DeepSpeedConfig, RunConfig
 from plt_megatron.extras import lacking
 
 VERSIONS = ">=0.19,<0.20"
-Kind = Literal["bool", "count", "positive"]
+Kind = Literal["bool", "count", "positive", "even"]
 
-# Keys that the raw section may add: speed, memory, reports. `count`: a whole number >= 0, also 5e8; `positive`: >= 1.
+# Keys that the raw section may add: speed, memory, reports. `count`: a whole number >= 0, also 5e8; `positive`: >= 1;
+# `even`: a multiple of 2.
 ADDABLE: dict[str, Kind] = {
     "steps_per_print": "positive",
     "wall_clock_breakdown": "bool",
@@ -33,7 +34,7 @@ ADDABLE: dict[str, Kind] = {
     "comms_logger.prof_all": "bool",
     "comms_logger.debug": "bool",
     "zero_optimization.reduce_bucket_size": "positive",
-    "zero_optimization.allgather_bucket_size": "positive",
+    "zero_optimization.allgather_bucket_size": "even",
     "zero_optimization.allgather_partitions": "bool",
     "zero_optimization.reduce_scatter": "bool",
     "zero_optimization.round_robin_gradients": "bool",
@@ -230,10 +231,11 @@ def _check_raw(config: RunConfig, world_size: int | None) -> Iterator[str]:
 
 def _check_kind(key: str, value: Any) -> Iterator[str]:
     kind, is_switch = ADDABLE[key], isinstance(value, bool)
-    least = 1 if kind == "positive" else 0
-    is_count = not is_switch and isinstance(value, int | float) and value >= least and value % 1 == 0
+    least, step = {"positive": (1, 1), "even": (2, 2)}.get(kind, (0, 1))
+    is_count = not is_switch and isinstance(value, int | float) and value >= least and value % step == 0
     if not (is_switch if kind == "bool" else is_count):
-        expected = "true or false" if kind == "bool" else f"a whole number of at least {least}"
+        number = f"{'an even' if step == 2 else 'a'} whole number of at least {least}"
+        expected = "true or false" if kind == "bool" else number
         yield f"deepspeed.config.{key}: expected {expected}, got {_text(value)}"
 
 

@@ -9,9 +9,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import metadata
 
 from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
+
+# Up to 2.17 gradients are rounded to bf16 before the label's 1 is subtracted, so that confident tokens have none; 2.18
+# and 2.19 keep them in fp32.
+OLDEST_CROSS_ENTROPY = "2.20"
 
 
 @dataclass(frozen=True)
@@ -37,17 +42,38 @@ NAMES = tuple(field.name for field in dataclasses.fields(Fusions))
 
 
 def obstacles(config: RunConfig, backend: str) -> dict[str, str]:
-    """Return fusion -> why it cannot be on with `backend` (`torch` or `te`)."""
+    """Return fusion -> why it cannot be on with `backend` (`torch` or `te`).
+
+    If Transformer Engine is not installed here, it is taken to be recent.
+    """
     if backend != "te":
         return dict.fromkeys(NAMES, "needs Transformer Engine (model.backend=te)")
     if config.deepspeed is not None:
         return dict.fromkeys(NAMES, "is not verified with deepspeed")
+    why = {}
     if derived.yarn_factor(config.model) is not None:
-        return {"apply_rope_fusion": "with model.rope_scaling.yarn: the kernel does not scale what it rotates"}
-    if config.data.reset_at_document_boundaries:
-        why = "with data.reset_at_document_boundaries: the kernel uses one set of positions, packed rows their own"
-        return {"apply_rope_fusion": why}
-    return {}
+        why["apply_rope_fusion"] = "with model.rope_scaling.yarn: the kernel does not scale what it rotates"
+    elif config.data.reset_at_document_boundaries:
+        why["apply_rope_fusion"] = (
+            "with data.reset_at_document_boundaries: the kernel uses one set of positions, packed rows their own"
+        )
+    if too_old := _older_than(OLDEST_CROSS_ENTROPY):
+        why["cross_entropy_loss_fusion"] = (
+            f"needs Transformer Engine {OLDEST_CROSS_ENTROPY}, this is {too_old}: before, gradients are imprecise or "
+            "logits kept in fp32"
+        )
+    return why
+
+
+def _older_than(oldest: str) -> str | None:
+    """Return the installed version of Transformer Engine if it is older."""
+    from packaging.version import Version
+
+    try:
+        version = metadata.version("transformer-engine")
+    except metadata.PackageNotFoundError:
+        return None
+    return version if Version(version).release < Version(oldest).release else None
 
 
 def find_problems(config: RunConfig) -> Iterator[str]:

@@ -161,6 +161,12 @@ def _find_state_problems(config: RunConfig) -> Iterator[str]:
         f"pieces of a head's matrices; set parallel.tensor_model_parallel_size={groups}, or": whole and groups < tensor,
     }
     yield from find_obstacle_problems(f"optimizer.name {optimizer.name}", obstacles, " set optimizer.name=adam")
+    steps = optimizer.muon_num_ns_steps
+    if optimizer.name == "muon" and optimizer.muon_coefficient_type == "quintic" and steps > 5 and steps % 5:
+        yield (
+            f"optimizer.muon_num_ns_steps {steps}: quintic's five polynomials are used in turn, and a round that ends "
+            "early shrinks updates; set a multiple of 5, or optimizer.muon_coefficient_type=polar_express"
+        )
     if config.model.share_embeddings_and_output_weights:
         for name in ("lr_mult", "wd_mult"):
             if getattr(optimizer, name).head != 1:

@@ -149,7 +149,8 @@ def test_each_decision_names_the_setting_it_follows_from(key):
         ({"wibble": 1}, "deepspeed.config.wibble is unknown"),
         ({"zero_optimization": 3}, "deepspeed.config.zero_optimization is a section: set its keys"),
         ({"zero_optimization": {"sub_group_size": -1}}, "expected a whole number of at least 0, got -1"),
-        ({"zero_optimization": {"allgather_bucket_size": 0}}, "expected a whole number of at least 1, got 0"),
+        ({"zero_optimization": {"allgather_bucket_size": 0}}, "expected an even whole number of at least 2, got 0"),
+        ({"zero_optimization": {"allgather_bucket_size": 5}}, "expected an even whole number of at least 2, got 5"),
         ({"zero_optimization": {"sub_group_size": 1.5}}, "expected a whole number of at least 0, got 1.5"),
         ({"zero_optimization": {"reduce_bucket_size": float("nan")}}, "expected a whole number of at least 1, got nan"),
         ({"zero_optimization": {"reduce_bucket_size": float("inf")}}, "expected a whole number of at least 1, got inf"),
@@ -244,7 +245,7 @@ def test_every_name_and_every_least_value_is_deepspeeds_own():
     """It passes over names of other sections that it does not know; one that it no longer has would do nothing."""
     module = pytest.importorskip("deepspeed.runtime.zero.config", reason="DeepSpeed is not installed")
     section: dict = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
-    least = {"bool": True, "count": 0, "positive": 1}
+    least = {"bool": True, "count": 0, "positive": 1, "even": 2}
     for key, kind in deepspeed.ADDABLE.items():
         if key.startswith("zero_optimization."):
             _, *parts, last = key.split(".")

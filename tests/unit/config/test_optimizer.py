@@ -12,9 +12,12 @@ import pytest
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.rules.deepspeed import DECIDED_BY, written
 from plt_megatron.config.rules.optimizer import OPTIMIZERS, settings_of_others
+from plt_megatron.config.rules.optimizer import find_problems as optimizer_problems
 from plt_megatron.config.schema import DeepSpeedConfig, OptimizerConfig, RunConfig, TrainingConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
+
+ONE_STEP = TrainingConfig(train_iters=1)
 
 
 def test_every_name_of_the_schema_is_an_optimizer():
@@ -33,12 +36,31 @@ def test_what_one_optimizer_alone_reads_is_named_for_it():
     assert settings_of_others(OptimizerConfig(name="muon")) == {"sgd_momentum"}
 
 
+def test_accepted_newton_schulz_steps_make_orthogonal_updates():
+    import torch
+
+    muon_utils = pytest.importorskip("emerging_optimizers.orthogonalized_optimizers.muon_utils")
+    matrix = torch.randn(16, 48, generator=torch.Generator().manual_seed(1))
+    refused = set()
+    for kind in ("quintic", "polar_express"):
+        for steps in range(5, 13):
+            own = OptimizerConfig(name="muon", muon_num_ns_steps=steps, muon_coefficient_type=kind)
+            if any(
+                "muon_num_ns_steps" in line for line in optimizer_problems(RunConfig(optimizer=own, training=ONE_STEP))
+            ):
+                refused.add((kind, steps))
+                continue
+            size = torch.linalg.svdvals(muon_utils.newton_schulz(matrix, steps, kind)).square().mean().sqrt()
+            assert 0.8 < size < 1.2, (kind, steps)
+    assert refused == {("quintic", steps) for steps in (6, 7, 8, 9, 11, 12)}
+
+
 @pytest.mark.parametrize("name", [name for name, spec in OPTIMIZERS.items() if spec.deepspeed is not None])
 def test_what_deepspeed_is_told_of_an_optimizer_cannot_be_contradicted(name):
     config = RunConfig(
         deepspeed=DeepSpeedConfig(),
         optimizer=OptimizerConfig(name=name),
-        training=TrainingConfig(train_iters=1),
+        training=ONE_STEP,
     )
     told = {key for key in written(config) if key.startswith("optimizer.")} - {"optimizer.params.torch_adam"}
     assert told == {key for key in DECIDED_BY if key.startswith("optimizer.")}

@@ -149,3 +149,13 @@ def router_gradients(engine: Any, share: float) -> dict[str, Tensor]:
     engine.train_step(batches, lambda loss, norm: False)
     named = engine.stage.named_parameters()
     return {name: each.main_grad.clone() for name, each in named if name.endswith("router.weight")}
+
+
+def test_the_router_of_a_model_in_fp32_does_not_take_transformer_engines_product(monkeypatch):
+    """megatron-core would, wherever that is installed: in TF32."""
+    from megatron.core.transformer.moe import moe_utils
+
+    router = engine_of().stage.decoder.layers[0].mlp.router
+    monkeypatch.setattr(moe_utils, "te_general_gemm", lambda *args, **kwargs: pytest.fail("TF32"))
+    hidden_states = torch.randn(3, 2, router.weight.shape[1])
+    torch.testing.assert_close(router.gating(hidden_states), hidden_states @ router.weight.T)
