@@ -35,6 +35,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple, is_torchdynamo_compiling
 from transformers.utils.output_capturing import capture_outputs
 
@@ -417,8 +418,7 @@ class PLTCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         return self.length
 
-    def get_query_offset(self, layer_idx: int = 0) -> Any:
-        return self.length
+    get_query_offset = get_seq_length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return (self.static_length if self.static_length is not None else self.length + query_length), 0
@@ -1236,6 +1236,9 @@ class PLTModel(PLTPreTrainedModel):
         return loop_count
 
     def _new_cache_if_wanted(self, use_cache: bool | None, loops: int, packed: bool) -> PLTCache | None:
+        if torch.is_grad_enabled() and self.training:
+            # Training drops the cache, like everywhere in transformers: Trainer passes use_cache freely.
+            use_cache = False
         if packed and use_cache:
             raise ValueError(
                 "packed documents cannot be cached: use_cache must be False (a compiled call takes any position_ids "
@@ -1243,9 +1246,6 @@ class PLTModel(PLTPreTrainedModel):
             )
         if use_cache is None:
             use_cache = self.config.use_cache and not torch.is_grad_enabled() and not packed
-        if use_cache and torch.is_grad_enabled() and self.training:
-            # Training drops the cache, like everywhere in transformers: Trainer passes use_cache freely.
-            use_cache = False
         return PLTCache(self.config, loop_count=loops) if use_cache else None
 
     def _check_cache(self, cache: Any, loops: int) -> None:
@@ -1733,5 +1733,7 @@ class PLTForCausalLM(PLTPreTrainedModel, GenerationMixin):
 PLTConfig.register_for_auto_class()
 PLTModel.register_for_auto_class("AutoModel")
 PLTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+# With label smoothing, Trainer shifts labels for classes named here alone; others would learn to repeat their input.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(PLTConfig.model_type, "PLTForCausalLM")
 
 __all__ = ["PLTCache", "PLTForCausalLM", "PLTModel", "PLTPreTrainedModel"]

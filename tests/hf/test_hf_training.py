@@ -68,9 +68,21 @@ def test_a_cache_is_for_inference():
     model = make_model()
     tokens = make_tokens(1, 8)
     assert model(tokens).get(CACHE_NAME) is None and model(tokens).logits.requires_grad
-    assert model.train()(tokens, use_cache=True).get(CACHE_NAME) is None
+    for positions in (None, torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])):
+        assert model.train()(tokens, position_ids=positions, use_cache=True).get(CACHE_NAME) is None
     out = model.eval()(tokens, use_cache=True)
     assert out[CACHE_NAME].get_seq_length() == 8 and not out.logits.requires_grad
+
+
+def test_trainer_shifts_the_labels_that_it_smooths(tmp_path):
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    model, tokens = make_model(), make_tokens(2, 12)
+    settings = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], label_smoothing_factor=0.1)
+    minus_log = -full(model, tokens)[:, :-1].log_softmax(-1)
+    want = 0.9 * minus_log.gather(-1, tokens[:, 1:, None]).mean() + 0.1 * minus_log.mean()
+    assert torch.allclose(Trainer(model, settings).compute_loss(model, {"input_ids": tokens, "labels": tokens}), want)
 
 
 def test_one_step_overfits():
