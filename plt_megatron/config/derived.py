@@ -190,12 +190,6 @@ def run_tokens(config: RunConfig) -> int:
     return BatchSchedule(config).tokens(train_iters(config))
 
 
-def mean_step_tokens(config: RunConfig, start: int = 0) -> float:
-    """Return the mean tokens per step after `start`, or those of the last step if none follows."""
-    start = min(start, train_iters(config) - 1)
-    return (run_tokens(config) - BatchSchedule(config).tokens(start)) / (train_iters(config) - start)
-
-
 def last_step(config: RunConfig, step: int, tokens: int) -> int:
     """Return the run's last step if `step` steps have trained on `tokens`, perhaps with other batch sizes."""
     training = config.training
@@ -208,6 +202,13 @@ def tokens_left(config: RunConfig, step: int, tokens: int) -> int:
     """Return the tokens of the remaining steps if `step` steps have trained on `tokens`."""
     steps = max(0, last_step(config, step, tokens) - step)
     return BatchSchedule(config).tokens(steps, tokens) - tokens
+
+
+def mean_step_tokens(config: RunConfig, step: int, tokens: int) -> float:
+    """Return the mean tokens of the remaining steps if `step` steps have trained on `tokens`; if none remains, those
+    that one more would have."""
+    steps = last_step(config, step, tokens) - step
+    return tokens_left(config, step, tokens) / steps if steps > 0 else BatchSchedule(config).step_tokens(tokens)
 
 
 def order_samples(config: RunConfig) -> int:

@@ -19,14 +19,21 @@ from plt_megatron.launcher.preflight import LEAST_RUN_FOLDER
 from plt_megatron.predict.flops import run_flops_per_token, step_flops_per_token
 from plt_megatron.predict.layout import BYTES
 from plt_megatron.predict.run_estimate import RunEstimate, estimate_run
-from plt_megatron.run_folder.checkpoints import checkpoint_folders, latest_step, step_of
+from plt_megatron.run_folder.checkpoints import (
+    checkpoint_folders,
+    latest_checkpoint,
+    latest_step,
+    read_verified_progress,
+    step_of,
+    trained_tokens,
+)
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.metrics import median_speed
 from plt_megatron.run_folder.status import last_train_records
 from plt_megatron.run_folder.text import format_bytes, format_duration, format_memory, plural
 from plt_megatron.slurm.client import time_option
 from plt_megatron.slurm.resources import Resources
-from plt_megatron.storage.copies import find_checkpoint
+from plt_megatron.storage.copies import read_progress
 
 # Slurm may send the signal this much earlier than requested.
 SIGNAL_EARLY_SECONDS = 60
@@ -40,6 +47,7 @@ class Forecast:
     """What is known about a run before it starts. Seconds are None if unknown.
 
     Attributes:
+        steps: the step it ends at, which depends on the tokens of earlier steps if its length is given in tokens.
         start_step: the step it resumes from.
         step_seconds: mean time of the steps after `start_step`.
         slowest: time of the largest step with all loops, relative to the mean: 1 without `training.loop_schedule` and
@@ -61,9 +69,13 @@ class Forecast:
     free_bytes: int
 
     @property
+    def steps_left(self) -> int:
+        return max(0, self.steps - self.start_step)
+
+    @property
     def remaining_seconds(self) -> float | None:
         """Time until the last step."""
-        return None if self.step_seconds is None else (self.steps - self.start_step) * self.step_seconds
+        return None if self.step_seconds is None else self.steps_left * self.step_seconds
 
 
 def forecast(
@@ -85,12 +97,16 @@ def forecast(
     )
     kept = _checkpoint_steps(run)
     begun = _begins_after(config)
-    start = kept[-1] if kept else begun
+    start, tokens = _clock(config, run) if kept else begun
+    steps = derived.last_step(config, start, tokens)
     padded = derived.padded_vocab_size(config.model, vocab_size, config.parallel.tensor_model_parallel_size)
-    flops = run_flops_per_token(config, padded, start).total  # of the remaining steps, which may have more loops
-    mean_tokens = derived.mean_step_tokens(config, start)
+    position = start if config.training.train_tokens is None else BatchSchedule(config).steps(tokens)
+    flops = run_flops_per_token(config, padded, position).total  # of the remaining steps, which may have more loops
+    mean_tokens = derived.mean_step_tokens(config, start, tokens)
     work = flops * mean_tokens
-    most = step_flops_per_token(config, padded, config.model.loop_count).total * _most_tokens(config, start)
+    most = step_flops_per_token(config, padded, config.model.loop_count).total * _most_tokens(
+        config, steps - start, tokens
+    )
     step_seconds: float | None = estimate.step_seconds * work * derived.train_iters(config) / estimate.total_flops
     if resources.card == "cpu":
         rate = config.logging.peak_tflops or tflops_per_process
@@ -100,24 +116,24 @@ def forecast(
     size = estimate.checkpoint_bytes if config.checkpoint.enabled else 0
     return Forecast(
         estimate=estimate,
-        steps=derived.train_iters(config),
+        steps=steps,
         start_step=start,
         step_seconds=step_seconds,
         slowest=most / work,
         measured=bool(measured),
         checkpoint_bytes=size,
-        storage_bytes=max(0, _checkpoints_at_most(config, begun) - len(kept)) * size
-        + _export_bytes(config, estimate, start),
+        storage_bytes=max(0, _checkpoints_at_most(config, begun[0], steps) - len(kept)) * size
+        + _export_bytes(config, estimate, start, steps),
         free_bytes=shutil.disk_usage(_existing(run)).free,
     )
 
 
-def _most_tokens(config: RunConfig, start: int) -> int:
-    """Return the tokens of the largest step after `start`, or of the last step if there is none."""
-    schedule, steps = BatchSchedule(config), derived.train_iters(config)
-    start = min(start, steps - 1)
-    sizes = (size for size, _ in schedule.stretches(schedule.tokens(start), steps=steps - start))
-    return max(sizes) * config.data.sequence_length
+def _most_tokens(config: RunConfig, left: int, tokens: int) -> int:
+    """Return the tokens of the largest of the `left` steps that follow `tokens`; if none is left, of one more."""
+    return (
+        max(size for size, _ in BatchSchedule(config).stretches(tokens, steps=max(1, left)))
+        * config.data.sequence_length
+    )
 
 
 def _measured_step_seconds(
@@ -148,23 +164,39 @@ def _checkpoint_steps(run: Path) -> list[int]:
     return [step for step in map(step_of, checkpoint_folders(RunFolder(run).checkpoints)) if step <= last]
 
 
-def _begins_after(config: RunConfig) -> int:
-    """Return the step after which a new run begins: that of the checkpoint it continues, as a decay branch does."""
+def _begins_after(config: RunConfig) -> tuple[int, int]:
+    """Return the step after which a new run begins, and the tokens trained on until then: those of the checkpoint it
+    continues, as a decay branch does."""
     source = config.checkpoint
     if source.load is None or source.weights_only:
-        return 0
-    if is_url(source.load):
-        try:
-            return step_of(Path(find_checkpoint(source.load).url))
-        except UserError as error:
-            raise UserError(f"checkpoint.load: {error}") from error
-    return latest_step(Path(source.load))
+        return 0, 0
+    if not is_url(source.load):
+        return _clock(config, Path(source.load))
+    try:
+        _, progress = read_progress(source.load)
+    except UserError as error:
+        raise UserError(f"checkpoint.load: {error}") from error
+    return progress["step"], trained_tokens(progress)
 
 
-def _checkpoints_at_most(config: RunConfig, begun: int) -> int:
-    """Return the maximum number of checkpoints at any time of a run that begins after a step: the last ones, those
+def _clock(config: RunConfig, path: Path) -> tuple[int, int]:
+    """Return the step of the last checkpoint at a path, and the tokens trained on until then."""
+    found = latest_checkpoint(path, verify=False)
+    if found is None:
+        return 0, 0
+    try:
+        progress = read_verified_progress(found)
+        return progress["step"], trained_tokens(progress)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError):  # damaged, which the job reports
+        return step_of(found), BatchSchedule(config).tokens(step_of(found))
+
+
+def _checkpoints_at_most(config: RunConfig, begun: int, steps: int) -> int:
+    """Return the maximum number of checkpoints at any time of a run from one step to another: the last ones, those
     being written, exported and uploaded, and the permanent ones."""
-    checkpoint, steps = config.checkpoint, derived.train_iters(config)
+    checkpoint = config.checkpoint
     interval = checkpoint.save_interval or steps
     for_good = 0
     if checkpoint.keep_every:
@@ -175,12 +207,12 @@ def _checkpoints_at_most(config: RunConfig, begun: int) -> int:
     return min(at_once + for_good, -(-steps // interval) - begun // interval + 1)
 
 
-def _export_bytes(config: RunConfig, estimate: RunEstimate, start: int) -> int:
+def _export_bytes(config: RunConfig, estimate: RunEstimate, start: int, steps: int) -> int:
     """Return the bytes of the exports still to come, all of which are kept."""
-    exports, steps = config.checkpoint.exports, derived.train_iters(config)
+    exports = config.checkpoint.exports
     if exports is None:
         return 0
-    to_come = -(-steps // exports.interval) - start // exports.interval
+    to_come = max(0, -(-steps // exports.interval) - start // exports.interval)
     return to_come * estimate.parameters_total * BYTES[config.training.precision]
 
 
@@ -267,7 +299,7 @@ def time_problems(config: RunConfig, ahead: Forecast, limit: int, margin: int) -
         ]
     if ahead.step_seconds is None:
         return []
-    checkpoint, left = config.checkpoint, ahead.steps - ahead.start_step
+    checkpoint, left = config.checkpoint, ahead.steps_left
     steps, what = left, "the run, which writes no checkpoints to resume from"
     advice = "set checkpoint.enabled=true"
     if checkpoint.enabled:
@@ -317,7 +349,8 @@ def describe_run(config: RunConfig, run: Path, resources: Resources, ahead: Fore
     yield "layout", layout.in_words()
     yield "microbatches", f"{layout.microbatches} per step and data-parallel rank"
     yield "parameters", f"{total:,} ({total - estimate.parameters_embedding:,} without embeddings)"
-    yield "tokens", f"{estimate.tokens:,} in {plural(ahead.steps, 'step')} of {BatchSchedule(config).step_in_words}"
+    of = "of" if ahead.steps == derived.train_iters(config) else "that now are of"
+    yield "tokens", f"{estimate.tokens:,} in {plural(ahead.steps, 'step')} {of} {BatchSchedule(config).step_in_words}"
     yield "FLOPs", f"{estimate.total_flops:.3g}, {estimate.flops_per_token:.3g} per token"
     if ahead.start_step:
         yield "resumes", f"after step {ahead.start_step:,} of {ahead.steps:,}"

@@ -72,7 +72,7 @@ def test_steps_and_tokens_are_those_of_a_walk(tokens: int):
 def test_without_a_schedule_all_steps_are_alike():
     config = run([], size=6)
     assert derived.train_iters(config) == 16 and derived.run_tokens(config) == 960
-    assert derived.mean_step_tokens(config, 3) == derived.tokens_per_step(config) == 60
+    assert derived.mean_step_tokens(config, 3, 180) == derived.tokens_per_step(config) == 60
     assert BatchSchedule(config).step_in_words == "60"
 
 
@@ -93,7 +93,7 @@ def test_a_runs_end_and_rest_are_counted_from_where_it_is():
     assert derived.last_step(config, 7, 140) == 19 and derived.tokens_left(config, 7, 140) == 800
     assert derived.last_step(config, 3, 240) == 3 + 2 + 8, "after three steps of other batches"
     assert derived.tokens_left(config, 19, 940) == 0 and derived.last_step(config, 19, 940) == 19
-    assert derived.mean_step_tokens(config, 7) == 800 / 12 and derived.mean_step_tokens(config, 19) == 80
+    assert derived.mean_step_tokens(config, 7, 140) == 800 / 12 and derived.mean_step_tokens(config, 19, 940) == 80
     given = run(STAGED, train_tokens=None, train_iters=9)
     assert derived.run_tokens(given) == 220 and derived.tokens_left(given, 8, 180) == 40
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from fake_slurm import write_checkpoint
 from submitting import ROOT, directives, refusal, submit_run
 
 from plt_megatron.config.schema import RunConfig, TrainingConfig, UploadsConfig
@@ -25,7 +26,6 @@ from plt_megatron.slurm.preprocessing import submit_preprocessing
 from plt_megatron.slurm.profile import ClusterProfile, Container, load_profile
 from plt_megatron.slurm.resources import resolve
 from plt_megatron.slurm.script import TEMPLATE, Array, Script, expandable
-from tests.unit.storage.test_upload_copies import a_checkpoint
 
 SETTINGS = JobSettings(
     job_name="name-1234",
@@ -406,8 +406,8 @@ def test_a_run_that_starts_from_an_uploaded_checkpoint_begins_at_its_step(tmp_pa
     config.checkpoint.save_interval, config.checkpoint.load = 2, f"file://{tmp_path}/run"
     with pytest.raises(UserError, match=f"checkpoint.load: file://{tmp_path}/run: no complete checkpoint there"):
         checks._begins_after(config)
-    a_checkpoint(tmp_path / "run" / "checkpoints", 4)
-    assert checks._begins_after(config) == 4
-    assert checks._checkpoints_at_most(config, 0) == 3
+    write_checkpoint(tmp_path / "run" / "checkpoints", config, 4, data_fingerprint={}, consumed_tokens=90)
+    assert checks._begins_after(config) == (4, 90)
+    assert checks._checkpoints_at_most(config, 0, 10) == 3
     config.checkpoint.uploads = UploadsConfig("s3://bucket")
-    assert checks._checkpoints_at_most(config, 0) == 4, "one is kept for its upload"
+    assert checks._checkpoints_at_most(config, 0, 10) == 4, "one is kept for its upload"

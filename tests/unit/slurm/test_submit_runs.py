@@ -313,6 +313,27 @@ def test_a_run_in_tokens_goes_on_with_another_batch_wherever_its_checkpoint_is(f
         assert "other data" in line
 
 
+def test_a_run_in_tokens_that_changed_its_batch_is_forecast_by_its_tokens(folder, slurm, capsys):
+    length = ("training.train_iters=null", f"training.train_tokens={2000 * 64 * 256}")
+    submit_run(*length)
+    write_checkpoint(folder / "runs/try/checkpoints", load_config("run.yaml", length), 1000)
+    for size, last in ((128, "1,500"), (32, "3,000"), (64, "2,000")):
+        capsys.readouterr()
+        submit_run(*length, f"training.global_batch_size={size}", accept_changes=True)
+        said = capsys.readouterr().out
+        assert f"after step 1,000 of {last}" in said and re.search(r"run time +0?[.]?[1-9]", said)
+
+
+def test_a_run_in_tokens_that_is_finished_is_so_with_another_batch(folder, slurm):
+    length = ("training.train_iters=null", f"training.train_tokens={1000 * 64 * 256}")
+    submit_run(*length)
+    run = folder / "runs/try"
+    write_checkpoint(run / "checkpoints", load_config("run.yaml", length), 1000)
+    write_progress(run, [1000], tokens=1000 * 64 * 256)
+    (line,) = refusal(*length, "training.global_batch_size=32", accept_changes=True)
+    assert "is finished: step 1,000 of 1,000" in line
+
+
 def test_a_decay_branch_has_a_folder_of_its_own_and_only_its_steps_ahead(folder, slurm, capsys):
     submit_run("optimizer.lr_decay_style=WSD", "checkpoint.keep_every=900")
     write_progress(folder / "runs/try", [900], checkpoint=900)
