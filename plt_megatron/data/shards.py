@@ -64,8 +64,8 @@ class Shard:
 class SpanReport:
     """Contents of one span, in numbers.
 
-    `lines` counts all lines, `bad` the bad ones by kind, `left_out` those that the options leave out; `counted` are the
-    tokens that count in the loss, where not all do.
+    `lines` counts all lines, `bad` the bad ones by kind, `left_out` those that the options leave out; `text_bytes` are
+    those of the documents' text, and `counted` the tokens that count in the loss, where not all do.
     """
 
     file: int
@@ -83,7 +83,9 @@ class SpanReport:
         """Count a batch of documents. `bad`: line, kind and reason of each bad one."""
         self.lines += len(documents)
         self.left_out += sum(document.kind == LEFT_OUT for document in documents)
-        self.text_bytes += sum(document.size for document in documents)
+        refused = {line for line, _, _ in bad}
+        texts = (document.text for document in documents if document.line not in refused)
+        self.text_bytes += sum(len(text.encode()) for text in texts if text is not None)
         self.documents += len(encoded.lengths)
         self.tokens += encoded.flat.size
         self.counted += int(encoded.mask.sum())
@@ -124,7 +126,7 @@ def run_in_worker(shard: Shard) -> None:
 def encode_shard(shard: Shard, options: PreprocessOptions, encoder: Encoder, work: Path, counters: Any) -> None:
     """Read, encode and publish a shard.
 
-    `counters`, a shared array [3] of int64, is increased by the text bytes, tokens and disk bytes of each batch.
+    `counters`, a shared array [3] of int64, is increased by the bytes read, tokens and disk bytes of each batch.
     """
     target = work / shard.key
     lengths, masks = [np.empty(0, np.int32)], [np.empty(0, np.uint8)]

@@ -75,6 +75,7 @@ def test_all_formats_together(texts: list[str], bpe_model: Path, tmp_path: Path)
     manifest = run_preprocess(inputs, tmp_path / "x", bpe_model, shard_bytes=6000)
     assert documents(tmp_path / "x") == expected(bpe_model, texts)
     assert [source["documents"] for source in manifest["sources"]] == [80, 120, 3, 77] + [1] * 20
+    assert manifest["text_bytes"] == sum(len(text.encode()) for text in texts)
     run_preprocess(inputs, tmp_path / "y", bpe_model, workers=2, shard_bytes=1 << 20)
     assert digest(tmp_path / "x") == digest(tmp_path / "y")
     assert not list(tmp_path.glob("*.partial"))
@@ -385,6 +386,7 @@ def test_documents_are_chosen_by_their_quality(texts: list[str], bpe_model: Path
         numbers = [(text, score) for text, score in chosen if type(score) in (int, float)]
         wanted = [text for text, score in numbers if (low is None or score >= low) and (high is None or score < high)]
         assert documents(tmp_path / name) == expected(bpe_model, wanted) and wanted
+        assert manifest["text_bytes"] == sum(len(text.encode()) for text in wanted)
         assert manifest["left_out"] == len(numbers) - len(wanted) and manifest["bad_lines"] == {"no quality": 13}
         assert f"{manifest['left_out']} documents left out for their quality" in capsys.readouterr().err
         found += wanted
