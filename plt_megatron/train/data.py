@@ -27,11 +27,13 @@ from plt_megatron.config.rules.uploads import is_url
 from plt_megatron.config.schedules import BatchSchedule, LengthSchedule, stage_samples
 from plt_megatron.config.schema import DataConfig, RunConfig
 from plt_megatron.data.datasets import Datasets, Samples, build_datasets
+from plt_megatron.data.indexed import read_manifest
 from plt_megatron.data.mix import (
     consumed_epochs,
     describe_mix,
     document_record,
     index_folder,
+    part_sources,
     required_samples,
     samples_after,
     training_samples,
@@ -136,6 +138,7 @@ class RunData:
         self.fingerprint, self._shares = built.fingerprint, built.shares
         self.document_record = on_rank_0(lambda: document_record(config.data, self.tokenizer))
         self.by_source = self._build_by_source(validation) if config.validation.by_source and validation else {}
+        self._ends = on_rank_0(lambda: _document_ends(config.data)) if self.by_source else {}
         self._bytes: dict[str, int] = {}
         self._count_bytes = _byte_counter(self.tokenizer) if self.by_source else None
 
@@ -145,10 +148,12 @@ class RunData:
 
     def _build_by_source(self, samples: int) -> dict[str, Samples]:
         found = {}
+        self._shares = [share for share in self._shares if share.part != "validation"]  # of a mix that is not read
         for source, alone in validation_alone(self._config.data):
             built = self._build(alone, (0, samples, 0))
             assert built.validation is not None
             found[derived.source_name(source)] = built.validation
+            self._shares += built.shares
         return found
 
     def validation_bytes(self, source: str) -> int | None:
@@ -157,11 +162,10 @@ class RunData:
         if self._count_bytes is None:
             return None
         if source not in self._bytes:
-            data = self.by_source[source]
-            own = (data[index] for index in range(dist.get_rank(), len(data), dist.get_world_size()))
-            total = torch.tensor(
-                sum(map(self._count_bytes, own)), dtype=torch.int64, device=torch.cuda.current_device()
-            )
+            data, end = self.by_source[source], self._ends[source]
+            own = range(dist.get_rank(), len(data), dist.get_world_size())
+            counted = sum(self._count_bytes(data[index], end) for index in own)
+            total = torch.tensor(counted, dtype=torch.int64, device=torch.cuda.current_device())
             dist.all_reduce(total)
             self._bytes[source] = int(total)
         return self._bytes[source]
@@ -250,9 +254,16 @@ def _training_samples(config: RunConfig) -> int:
     return samples_after(config, read_uploaded_progress(load)[1])
 
 
-def _byte_counter(tokenizer: Tokenizer | None) -> Callable[[dict[str, Tensor]], int] | None:
+def _document_ends(data: DataConfig) -> dict[str, int | None]:
+    """Return the token that ends each validation source's documents, by its manifest; None: the tokenizer's."""
+    made = {derived.source_name(each): read_manifest(each.path).get("tokenizer", {}) for each in part_sources(data)[1]}
+    return {name: tokenizer.get("eod") for name, tokenizer in made.items()}
+
+
+def _byte_counter(tokenizer: Tokenizer | None) -> Callable[[dict[str, Tensor], int | None], int] | None:
     """Return a function that counts the bytes of text that a sample's labels in the loss stand for, without the space
-    that a tokenizer may put before each document; None if the tokenizer does not tell."""
+    that a tokenizer may put before each document, given the token that ends one; None if the tokenizer does not tell
+    its tokens' bytes."""
     if tokenizer is None:
         return None
     try:
@@ -263,8 +274,8 @@ def _byte_counter(tokenizer: Tokenizer | None) -> Callable[[dict[str, Tensor]], 
         return None
     lengths, prefix = torch.from_numpy(of_tokens), tokenizer.prefix_bytes(of_tokens)
 
-    def count(sample: dict[str, Tensor]) -> int:
-        begins = sample["tokens"] == tokenizer.eod
+    def count(sample: dict[str, Tensor], end: int | None) -> int:
+        begins = sample["tokens"] == (tokenizer.eod if end is None else end)
         return int((lengths[sample["labels"]] - prefix * begins) @ sample["loss_mask"].long())
 
     return count

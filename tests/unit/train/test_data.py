@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice, repeat
+from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
 
 from plt_megatron.config.schedules import BatchSchedule
-from plt_megatron.config.schema import BatchStage, RunConfig
+from plt_megatron.config.schema import BatchStage, DataConfig, DataSource, RunConfig
+from plt_megatron.data.mix import SourceShare
 from plt_megatron.errors import UserError
 from plt_megatron.train import data
 from plt_megatron.train.data import batches, collate, micro_batch_indices
@@ -72,7 +76,35 @@ def test_bytes_are_those_of_the_text_without_a_space_that_the_tokenizer_adds() -
     tokenizer = Mock(byte_lengths=lambda: lengths, prefix_bytes=lambda lengths: 1, eod=0)
     count = data._byte_counter(tokenizer)
     sample = {"tokens": torch.tensor([0, 1, 2, 0]), "labels": torch.tensor([1, 2, 0, 3])}
-    assert count is not None and count(sample | {"loss_mask": torch.tensor([0.0, 1.0, 1.0, 1.0])}) == 2 + 0 + 3
+    sample["loss_mask"] = torch.tensor([0.0, 1.0, 1.0, 1.0])
+    assert count is not None and count(sample, None) == 2 + 0 + 3
+    assert count(sample, 1) == 1 + 0 + 4, "a source with another token at the end of its documents"
+
+
+def test_the_token_that_ends_a_validation_sources_documents_is_its_manifests(tmp_path: Path) -> None:
+    (tmp_path / "two.manifest.json").write_text('{"tokenizer": {"eod": 7}}')
+    sources = [DataSource(str(tmp_path / name)) for name in ("one", "two")]
+    assert data._document_ends(DataConfig(validation_sources=sources)) == {"one": None, "two": 7}
+
+
+def test_by_source_the_table_has_each_sources_own_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those of a mix of them, which the run does not read."""
+    run = data.RunData.__new__(data.RunData)
+    run._config = RunConfig(data=DataConfig(validation_sources=[DataSource("a"), DataSource("b")]))
+    share = SourceShare("train", "a", "a", 1.0, 0, 9, 90, 5, 2.0, None)
+    run._shares = [share, replace(share, part="validation", samples=1)]
+
+    def build(alone: DataConfig, samples: tuple[int, int, int]) -> Any:
+        (source,) = alone.validation_sources
+        return Mock(shares=[replace(share, part="validation", name=source.path, samples=samples[1])])
+
+    monkeypatch.setattr(run, "_build", build)
+    assert list(run._build_by_source(8)) == ["a", "b"]
+    assert [(each.part, each.name, each.samples) for each in run._shares] == [
+        ("train", "a", 5),
+        ("validation", "a", 8),
+        ("validation", "b", 8),
+    ]
 
 
 @pytest.mark.parametrize(("micro", "ranks"), [(1, 1), (2, 1), (12, 1), (1, 4), (3, 2), (6, 2), (1, 12)])
