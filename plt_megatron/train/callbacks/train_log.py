@@ -157,7 +157,7 @@ class Metrics(Callback):
             wandb.teardown()  # its service holds the run's id
             opened = wandb.init(**settings, mode="offline")
         # Our own axis: W&B drops values logged at an earlier step than its own, as after a rollback.
-        for kind in ("train", "validation", "evaluation"):
+        for kind in ("train", "validation", "evaluation", "stragglers", "upload"):
             opened.define_metric(f"{kind}/*", step_metric="step")
         return opened
 
@@ -237,12 +237,19 @@ class ProgressBar(Callback):
 
     def on_start(self) -> None:
         step, total = self.run.clock.step, self.run.last_step
-        self._started, self._first = time.monotonic(), self.run.clock.tokens
+        self._begin()
         if self._bar is not None:
             self._bar.start()
             self._task = self._bar.add_task("training", total=total, completed=step, loss="-")
         if step:
             self.say(f"resumed at step {step} of {total}")
+
+    def on_rollback(self, state: dict[str, Any]) -> None:
+        """Tell the time left from here on: the tokens trained on are fewer again."""
+        self._begin()
+
+    def _begin(self) -> None:
+        self._started, self._first = time.monotonic(), self.run.clock.tokens
 
     def after_step(self, step: Step, result: StepResult) -> None:
         if self._bar is not None:
@@ -251,7 +258,8 @@ class ProgressBar(Callback):
     def on_record(self, record: dict[str, Any]) -> None:
         if record["kind"] == "validation":
             average = f", EMA loss {record['ema_loss']:.4f}" if "ema_loss" in record else ""
-            self.say(f"  validation, {record['loop_count']} loop(s): loss {record['loss']:.4f}{average}")
+            loops = plural(record["loop_count"], "loop")
+            self.say(f"  validation, {loops}: loss {record['loss']:.4f}{average}")
         elif record["kind"] == "evaluation":
             scores = ", ".join(f"{name} {value:.4f}" for name, value in record["scores"].items())
             self.say(f"  evaluation of step {record['step']}: {scores}")

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from plt_megatron.config import derived
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.folder import RunFolder
-from plt_megatron.train.callbacks.train_log import LoopLosses, Metrics
+from plt_megatron.train.callbacks import train_log
+from plt_megatron.train.callbacks.train_log import LoopLosses, Metrics, ProgressBar
 from tests.unit.train.callbacks.a_run import a_run
 
 
@@ -124,9 +126,11 @@ def test_wandb_has_one_run_a_folder_and_all_of_its_steps(tmp_path, monkeypatch):
         for step in steps:
             metrics.on_record(record(step))
         metrics.close()
+    for kind in ("stragglers", "upload"):
+        metrics.on_record(record(3) | {"kind": kind})
     started(a_run(tmp_path / "other", wandb_project="loops")).on_record(record(1))
     one, other = wandb.runs.values()
-    assert [numbers["step"] for numbers in one] == [1, 2, 3, 2, 3] and len(other) == 1
+    assert [numbers["step"] for numbers in one] == [1, 2, 3, 2, 3, 3, 3] and len(other) == 1
     assert all(wandb.axes[f"{tag.split('/')[0]}/*"] == "step" for numbers in one for tag in numbers if tag != "step")
 
 
@@ -137,6 +141,23 @@ def test_wandb_that_cannot_be_reached_logs_offline(tmp_path, monkeypatch):
     assert [len(logged) for logged in wandb.runs.values()] == [1]
     (line,) = run.said
     assert line.startswith("warning: Weights & Biases: timed out; logging offline, `wandb sync ")
+
+
+def test_the_time_left_counts_from_a_rollback(tmp_path, monkeypatch, capsys):
+    run, now = a_run(tmp_path), [0.0]
+    run.config.training.train_iters, run.last_step = 1000, 1000
+    monkeypatch.setattr(train_log, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    step_tokens = derived.tokens_per_step(run.config)
+    bar = ProgressBar(run)
+    bar.on_start()
+    rates = {"grad_norm": 1.0, "lr": 1e-3, "tokens_per_second": step_tokens, "mfu": None}
+    for seconds, step, left in ((900, 900, "1 min 40 s"), (910, 110, "14 min 50 s"), (950, 150, "14 min 10 s")):
+        if step == 110:
+            run.clock.step, run.clock.tokens = 100, 100 * step_tokens
+            bar.on_rollback({})
+        now[0] = float(seconds)
+        bar.on_record(record(step, **rates) | {"tokens": step * step_tokens})
+        assert capsys.readouterr().out.endswith(f", {left} left\n")
 
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
