@@ -12,13 +12,13 @@ from plt_megatron.config.schema import RunConfig
 from plt_megatron.predict.flops import unused_products
 from plt_megatron.predict.layers import runs
 from plt_megatron.predict.parameters import Weights
-from plt_megatron.predict.rehearsal.record import Box, Call, RankRecord, Saving
+from plt_megatron.predict.rehearsal.record import BESIDE_STEP, Box, Call, RankRecord, Saving
 from plt_megatron.predict.run_estimate import USABLE_SHARE, RunEstimate
 from plt_megatron.predict.step import share_of_stage
 
 TOLERANCES = {"memory": 0.10, "FLOPs": 0.001, "bytes sent": 0.01, "checkpoint": 0.01}
 # Phases whose traffic repeats per microbatch and is scaled to the run's number of microbatches.
-_PER_MICROBATCH = ("forward", "backward", "between")
+PER_MICROBATCH = ("forward", "backward", "between")
 _SCALED = ("neighbours' rows", "tensor parallel", "context parallel", "expert parallel", "pipeline")
 _NOT_ESTIMATED = ("scalars", "neighbours' rows")  # the latter for the shift and, with context parallelism, the window
 # Buffers of parameters are padded, by tensor and at their end, which counts where little is trained.
@@ -145,10 +145,10 @@ def sent_by_purpose(record: RankRecord, microbatches: int) -> dict[str, float]:
     """Return the bytes that a rank sends in a step of `microbatches` microbatches, by the estimate's purposes."""
     sent: dict[str, float] = defaultdict(float)
     for call in record.calls:
-        if call.phase in ("validation", "checkpoint"):
+        if call.phase in BESIDE_STEP:
             continue
         purpose = _purpose(call)
-        repeated = purpose in _SCALED and call.phase.startswith(_PER_MICROBATCH)
+        repeated = purpose in _SCALED and call.phase.startswith(PER_MICROBATCH)
         times = microbatches / record.microbatches if repeated else 1
         sent[purpose] += times * call.sent_bytes
     return sent

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from plt_megatron.config.layout import ParallelLayout
-from plt_megatron.predict.rehearsal.record import POINT_TO_POINT, Call, RankRecord
+from plt_megatron.predict.rehearsal.record import BESIDE_STEP, POINT_TO_POINT, Call, RankRecord
 
 # Dimensions of megatron-core's groups, as `ParallelLayout.groups` names them.
 _DIMENSIONS = {
@@ -37,8 +37,8 @@ class Waiting:
     Attributes:
         problems: one line each; empty if the ranks' calls fit together.
         matched: number of collectives and messages replayed.
-        idle: time that a rank waits for another, in FLOPs, by (waiting, awaited) rank.
-        work: FLOPs of each rank.
+        idle: time of the step that a rank waits for another, in FLOPs, by (waiting, awaited) rank.
+        work: FLOPs of each rank in the step.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -182,7 +182,8 @@ class _Play:
         assert call is not None
         now = self._now(rank, call)
         if when > now:
-            self.result.idle[rank, awaited] += when - now
+            if call.phase not in BESIDE_STEP:
+                self.result.idle[rank, awaited] += when - now
             self.clock[rank] += when - now
 
     def _done(self, rank: int, call: Call) -> None:
@@ -217,4 +218,4 @@ class _Play:
 
 
 def _work(record: RankRecord) -> int:
-    return record.calls[-1].work if record.calls else 0
+    return max((call.work for call in record.calls if call.phase not in BESIDE_STEP), default=0)

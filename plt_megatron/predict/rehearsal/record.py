@@ -38,6 +38,9 @@ _OPERATIONS = {
 POINT_TO_POINT = ("send", "recv")
 
 
+BESIDE_STEP = ("validation", "checkpoint")  # phases that are not part of a training step
+
+
 @dataclass(frozen=True)
 class Call:
     """A collective or a message of one rank.

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from plt_megatron.predict.cards import GIB
-from plt_megatron.predict.rehearsal.compare import sent_by_purpose
-from plt_megatron.predict.rehearsal.record import RankRecord
+from plt_megatron.predict.rehearsal.compare import PER_MICROBATCH, sent_by_purpose
+from plt_megatron.predict.rehearsal.record import BESIDE_STEP, RankRecord
 from plt_megatron.predict.rehearsal.rehearse import NOT_SEEN, Rehearsal
 from plt_megatron.run_folder.text import format_bytes, format_table, plural
 
@@ -20,7 +20,7 @@ def to_text(found: Rehearsal) -> str:
     ranks = ", ".join(f"{record.rank} ({_place(record)})" for record in found.records)
     lines = [
         f"{found.config.name}: {layout}, {layout.world_size:,} ranks of {found.estimate.gpu}, "
-        f"{layout.microbatches} microbatches per step",
+        f"{plural(layout.microbatches, 'microbatch')} per step",
         f"rehearsed ranks: {ranks}",
         *(f"replaced: {each}" for each in found.replaced),
         f"not covered: {', '.join(NOT_SEEN)}",
@@ -32,7 +32,7 @@ def to_text(found: Rehearsal) -> str:
         *_groups(found.records),
         *_shapes(found.records),
         *_saving(found.records),
-        *_host_waits(found.records),
+        *_host_waits(found),
         *_waiting(found),
         "",
         _comparison(found),
@@ -144,15 +144,19 @@ def _saving(records: Sequence[RankRecord]) -> list[str]:
     return lines
 
 
-def _host_waits(records: Sequence[RankRecord]) -> list[str]:
-    waits: Counter[str] = Counter()
-    for (phase, place), count in records[0].waits.items() if records else ():
-        if phase not in ("checkpoint",):
-            waits[f"{place} ({phase})"] += count
-    return [f"rank 0's host waits for the GPU {count} times per step at {place}" for place, count in waits.items()]
+def _host_waits(found: Rehearsal) -> list[str]:
+    lines = []
+    for record in found.records[:1]:
+        microbatches = found.estimate.layout.microbatches / record.microbatches
+        for (phase, place), count in record.waits.items():
+            if phase not in BESIDE_STEP:
+                times = plural(round(count * (microbatches if phase.startswith(PER_MICROBATCH) else 1)), "time")
+                lines.append(f"rank 0's host waits for the GPU {times} per step at {place} ({phase})")
+    return lines
 
 
 def _waiting(found: Rehearsal) -> list[str]:
+    rehearsed = {record.rank: record.microbatches for record in found.records}
     lines = [f"{found.waiting.matched:,} collectives and messages of these ranks fit together"]
     alone = {record.rank for record in found.records if record.place["dp"]}  # rehearsed without their other stages
     for (waiting, awaited), flops in found.waiting.idle.most_common():
@@ -160,7 +164,8 @@ def _waiting(found: Rehearsal) -> list[str]:
             continue
         share = flops / (found.waiting.work[waiting] + flops)
         if share >= 0.01:
-            lines.append(f"rank {waiting} waits for rank {awaited}: {100 * share:.0f} % of its time, measured in FLOPs")
+            among = f"in {rehearsed[waiting]} of {found.estimate.layout.microbatches} microbatches, measured in FLOPs"
+            lines.append(f"rank {waiting} waits for rank {awaited}: {100 * share:.0f} % of its time {among}")
     return lines
 
 

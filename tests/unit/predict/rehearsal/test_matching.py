@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
 from plt_megatron.config.layout import ParallelLayout
 from plt_megatron.predict.rehearsal.matching import group_problems, play
 from plt_megatron.predict.rehearsal.record import Call, RankRecord
 from plt_megatron.predict.rehearsal.rehearse import ranks_of_each_kind
+from plt_megatron.predict.rehearsal.report import _host_waits, _waiting
 
 PAIR = (0, 2, 1)
 
@@ -37,6 +42,26 @@ def test_ranks_that_fit_together_and_who_waits():
     waiting = play([first, second])
     assert waiting.problems == [] and waiting.matched == 2
     assert waiting.idle == {(0, 1): 20 + 10}
+
+
+def test_validation_after_the_step_is_no_part_of_it():
+    def measured(work: int) -> Call:
+        return dataclasses.replace(collective(work=work), phase="validation")
+
+    waiting = play([record(0, collective(work=10), measured(12)), record(1, collective(work=30), measured(90))])
+    assert waiting.problems == [] and waiting.matched == 2
+    assert waiting.idle == {(0, 1): 20} and waiting.work == {0: 10, 1: 30}
+
+
+def test_waits_are_told_as_those_of_all_microbatches_or_of_those_rehearsed():
+    waits = {("forward 1", "a"): 6, ("loss", "b"): 1, ("validation", "c"): 1}
+    first = dataclasses.replace(record(0, collective(work=10)), waits=waits, microbatches=6)
+    second = dataclasses.replace(record(1, collective(work=40)), microbatches=6)
+    estimate = SimpleNamespace(layout=SimpleNamespace(microbatches=64))
+    found: Any = SimpleNamespace(records=[first, second], estimate=estimate, waiting=play([first, second]))
+    one, other = _host_waits(found)
+    assert "64 times per step at a" in one and "1 time per step at b" in other
+    assert "rank 0 waits for rank 1: 75 % of its time in 6 of 64 microbatches" in _waiting(found)[1]
 
 
 def test_a_message_sent_before_it_is_awaited_costs_nothing():
