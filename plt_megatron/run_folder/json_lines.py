@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,16 +22,25 @@ _TAIL_BYTES = 1 << 17  # at a file's end that are searched for the last records 
 
 
 def append(path: Path, record: Record, *, sync: bool = False) -> None:
-    """Append a record. `sync`: flush it to the disk. Raises `OSError`."""
+    """Append a record, with null for numbers that are not finite. `sync`: flush it to the disk. Raises `OSError`."""
     with path.open("a+b") as file:
         size = file.seek(0, os.SEEK_END)
         if size:
             file.seek(size - 1)
         torn = size > 0 and file.read(1) != b"\n"
-        file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
+        file.write(b"\n" * torn + json.dumps(finite(record)).encode() + b"\n")
         if sync:
             file.flush()
             os.fsync(file.fileno())
+
+
+def finite(value: Any, other: Callable[[float], Any] = lambda number: None) -> Any:
+    """Replace the numbers that JSON lacks, NaN and infinity, by null or what `other` returns for them."""
+    if isinstance(value, dict):
+        return {key: finite(item, other) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item, other) for item in value]
+    return other(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read(path: Path, *, skip_broken: bool = False) -> list[Record]:

@@ -82,6 +82,13 @@ def median_speed(records: Iterable[Record]) -> float | None:
     return statistics.median(known) if known else None
 
 
+def with_nan(record: Record) -> Record:
+    """Return a record with NaN for losses and scores that are null: those that were not finite."""
+    losses = {name: math.nan for name, value in record.items() if value is None and name.endswith("loss")}
+    scores = {name: math.nan if value is None else value for name, value in record.get("scores", {}).items()}
+    return record | losses | ({"scores": scores} if scores else {})
+
+
 def read_metrics(path: Path) -> RunMetrics:
     """Read the training, validation and evaluation records of a metrics.jsonl. Other kinds are skipped.
 
@@ -89,7 +96,7 @@ def read_metrics(path: Path) -> RunMetrics:
         UserError: a line is broken, or a record lacks one of its numbers.
     """
     found: dict[str, list[Record]] = {kind: [] for kind in _NUMBERS}
-    for record in json_lines.read(path):
+    for record in map(with_nan, json_lines.read(path)):
         kind = record.get("kind")
         if kind not in _NUMBERS:
             continue

@@ -16,6 +16,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.run_folder import json_lines
 from plt_megatron.run_folder.attempts import FINISHED
 from plt_megatron.run_folder.folder import CONFIG, RunFolder, runs_named
+from plt_megatron.run_folder.metrics import with_nan
 from plt_megatron.run_folder.status import RunStatus, read_run_status
 from plt_megatron.run_folder.text import format_duration, format_table, plural
 from plt_megatron.slurm import client
@@ -297,7 +298,7 @@ class _Tail:
         records = filter(None, (json_lines.parse(line.encode()) for line in self._follower.lines()))
         if self._follower.replaced:
             return [f"{self._label}continues after step {read_run_status(self._run).step:,}"]
-        return [self._label + _step_line(record, self._steps) for record in records]
+        return [self._label + _step_line(with_nan(record), self._steps) for record in records]
 
 
 def _step_line(record: dict[str, Any], steps: int | None) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import statistics
 from collections import deque
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from megatron.core import parallel_state
 
 from plt_megatron.config.schedules import stage_of_sample
 from plt_megatron.config.schema import RunConfig, TrainingConfig
+from plt_megatron.run_folder import json_lines
 from plt_megatron.run_folder.files import write_json
 from plt_megatron.train.callbacks.base import Callback, Run, Step, TrainingFailed
 from plt_megatron.train.engine import StepResult, finite_step
@@ -197,7 +197,7 @@ class Incidents(Callback):
         report["microbatches"] = self._describe_microbatches(step)
         if self.run.is_first_rank:
             path = self.run.folder.incident_file(step.number, self._first_sample)
-            write_json(path, _jsonable(report))
+            write_json(path, json_lines.finite(report, str))
             self.run.say(f"step {step.number}: {problem}; {action}; see {path}")
         if action == "rollback":
             self.run.roll_back()
@@ -235,14 +235,3 @@ def _digest_of_settings(config: RunConfig) -> str:
     """Return a digest of the settings that losses and verdicts depend on; not of name, layout, checkpoints, logs."""
     parts = [dataclasses.asdict(part) for part in (config.model, config.data, config.training, config.optimizer)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _jsonable(value: Any) -> Any:
-    """Replace non-finite numbers by strings."""
-    if isinstance(value, dict):
-        return {key: _jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value

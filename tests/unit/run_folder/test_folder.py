@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
@@ -104,6 +105,14 @@ def test_a_last_line_cut_off_by_a_kill_is_left_out(tmp_path):
     run = write(tmp_path, train(1, 7.0), train(2, 6.0), tail='{"kind": "train", "st')
     assert [record["step"] for record in run.metrics().train] == [1, 2]
     assert run.has_trained()
+
+
+@pytest.mark.parametrize("written", [None, math.nan], ids=["null", "by earlier versions"])
+def test_a_loss_that_was_not_finite_is_nan(tmp_path, written):
+    evaluation = {"kind": "evaluation", "step": 1, "tokens": 100, "scores": {"task/acc": written}}
+    found = write(tmp_path, train(1, written), validation(1, 2, 3.0) | {"ema_loss": written}, evaluation).metrics()
+    losses = found.train[0]["loss"], found.validation[0]["ema_loss"], found.evaluation[0]["scores"]["task/acc"]
+    assert all(map(math.isnan, losses)) and found.validation[0]["loss"] == 3.0
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import tracemalloc
@@ -24,6 +25,15 @@ def test_records_come_back_as_appended(tmp_path):
         json_lines.append(path, each, sync=True)
     assert json_lines.read(path) == records
     assert [json.loads(line) for line in path.read_text().splitlines()] == records
+
+
+def test_every_reader_of_json_can_read_numbers_that_are_not_finite(tmp_path):
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    json_lines.append(tmp_path / "file.jsonl", {"loss": math.nan, "by": {"1": [math.inf, 2.5]}, "norm": -math.inf})
+    found = json.loads((tmp_path / "file.jsonl").read_text(), parse_constant=refuse)
+    assert found == {"loss": None, "by": {"1": [None, 2.5]}, "norm": None}
 
 
 def test_nothing_there_is_no_record(tmp_path):
