@@ -23,8 +23,7 @@ class RunStatus:
     """The status of a run, as its folder shows it.
 
     Attributes:
-        step, steps: steps done, and in total; 0 and None if unknown. With a damaged metrics.jsonl, `step` is the last
-            checkpoint's.
+        step, steps: steps done, by metrics.jsonl or the last checkpoint, and in total; 0 and None if unknown.
         tokens_per_second: recent rate of the whole job; None if nothing is logged yet.
         tokens_left: tokens until the last step; None if the configuration cannot be read.
         checkpoint: step of the last checkpoint; 0 if there is none.
@@ -72,12 +71,13 @@ def read_run_status(run: Path) -> RunStatus:
     steps, left = None, None
     problems = []
     records, checkpoint = last_train_records(folder), latest_step(run)
-    step, tokens = (int(records[-1]["step"]), int(records[-1].get("tokens", 0))) if records else (checkpoint, 0)
+    logged, tokens = (int(records[-1]["step"]), int(records[-1].get("tokens", 0))) if records else (0, 0)
+    step = max(logged, checkpoint)  # a checkpoint's step may not be one that is logged
     if not records and folder.metrics_size() and not json_lines.last(folder.metrics_file, 1):
         problems.append(f"{folder.metrics_file.name}: damaged, no line at its end can be read")
     try:
         config = folder.config()
-        tokens = tokens if records else BatchSchedule(config).tokens(step)
+        tokens = BatchSchedule(config).tokens(step - logged, tokens)
         steps, left = derived.last_step(config, step, tokens), derived.tokens_left(config, step, tokens)
     except (UserError, AssertionError) as error:
         reason = str(error).splitlines()[0] if str(error) else "config.yaml does not set the run's length"

@@ -49,6 +49,11 @@ def test_a_running_run(run, slurm):
     assert "job 100 on node[1-2], 1:00 of 30:00, 1 more of its chain queued behind it" in text
 
 
+def test_steps_between_the_last_record_and_a_checkpoint_are_done(run, slurm):
+    write_progress(run, [90, 100], checkpoint=150, rate=16384.0)
+    assert cells(report([], "runs", False), "runs/try")[1:4] == ["150 of 1,000", "16,384", "14 min 10 s"]
+
+
 def test_restarts_and_their_reasons(run, slurm):
     write_progress(run, [100], checkpoint=100)
     for attempt, (status, reason) in enumerate(
