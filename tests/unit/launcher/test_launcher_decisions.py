@@ -45,6 +45,8 @@ def test_a_failure_at_the_same_place_stops_the_run():
     assert action(end("failed"), end("failed")) == "stop"
     decision = decide([end("failed", 7, 6), end("failed", 7, 6)], settings())
     assert decision.reason == "because; it has failed again since its last progress, step 7"
+    decision = decide([end("failed", 100, 50), end("failed", 60, 50), end("failed", 55, 50)], settings())
+    assert decision.reason.endswith("2 times more since its last progress, step 100")
 
 
 def test_failures_that_come_further_do_not():
