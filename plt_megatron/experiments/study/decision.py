@@ -68,6 +68,11 @@ class Standing:
     behind: Interval
     share: float
 
+    @property
+    def best_in(self) -> str:
+        """The share in percent, rounded down: it never reads as a confidence that it does not reach."""
+        return f"{math.floor(100 * self.share + 1e-9)}%"
+
 
 @dataclass(frozen=True)
 class LawVerdict(Verdict):
@@ -255,10 +260,10 @@ def _in_words(
     fit: LawFit, question: _Question, variant: str, standings: tuple[Standing, ...], target: DecideSettings
 ) -> LawVerdict:
     best, others = standings[0], standings[1:]
-    text = f"{question.words}: {_loops(best)}, {best.share:.0%}"
+    text = f"{question.words}: {_loops(best)}, {best.best_in}"
     if others:
         second = others[0]
-        text += f"; {_loops(second)} {second.behind.text('+.4f')} {question.unit}, {second.share:.0%}"
+        text += f"; {_loops(second)} {second.behind.text('+.4f')} {question.unit}, {second.best_in}"
     near = [other for other in others if other.behind.high < target.indifference]
     beyond = fit.beyond([standing.run for standing in standings])
     doubts = list(_doubts(fit, standings, question.unit))

@@ -13,7 +13,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.experiments.figures import LINES, MARKERS, TOKENS, Curve, Named, Panel, draw, limits_around
 from plt_megatron.experiments.intervals import LEVEL
 from plt_megatron.experiments.law import HeldOut, LawFit, equal_phis, hold_out_largest, profile
-from plt_megatron.experiments.pages import Column, Page, Part, Table, Verdict, interval_columns, write_page
+from plt_megatron.experiments.pages import Cell, Column, Page, Part, Table, Verdict, interval_columns, write_page
 from plt_megatron.experiments.records import RunResult
 from plt_megatron.experiments.study.decision import Frontier
 from plt_megatron.experiments.study.grid import ONE_LOOP, Grid, source_of, start_step
@@ -36,7 +36,7 @@ _STANDINGS = (
     Column("question", "at equal", lambda row: row[0]),
     Column("variant", "variant", lambda row: row[1].group),
     Column("loops", "loops", lambda row: row[2].run.loops, "d"),
-    Column("share", "best in", lambda row: row[2].share, ".0%"),
+    Column("share", "best in", lambda row: Cell([row[2].share], row[2].best_in), ".0%"),
     Column("loss", "expected loss", lambda row: row[2].loss, ".3f"),
     Column("behind", "behind the best", lambda row: row[2].behind, "+.4f"),
     Column("parameters", "w/o embeddings", lambda row: row[2].run.once + row[2].run.looped, ".3g"),

@@ -11,8 +11,10 @@ import pytest
 
 from benchmarks.planted_law import Luck, PlantedLaw, synthetic_study
 from plt_megatron.experiments.files import DecideSettings
+from plt_megatron.experiments.intervals import Interval
 from plt_megatron.experiments.law import LawFit, fit_law
-from plt_megatron.experiments.study.decision import Candidate, contrast, decide, headline
+from plt_megatron.experiments.solver import Run
+from plt_megatron.experiments.study.decision import Candidate, Standing, contrast, decide, headline
 from plt_megatron.experiments.study.report import is_flat
 
 LAW = PlantedLaw()
@@ -110,6 +112,12 @@ def test_what_is_not_decided_says_so_and_what_nobody_pays_for_is():
     assert not verdict.decided and "Not decided: 90%" in verdict.text and verdict.standings[0].share < 0.9
     verdict = headline(decide(noisy, own, dataclasses.replace(targets[place], indifference=1.0)))
     assert verdict.decided and "is too small to matter" in verdict.text
+
+
+@pytest.mark.parametrize(("times", "said"), [(0, "0%"), (116, "29%"), (359, "89%"), (360, "90%"), (400, "100%")])
+def test_a_share_reads_as_no_confidence_that_it_misses(times, said):
+    run = Run("PLT", 1e6, 1e7, 2, 1e9, 2.5)
+    assert Standing(run, Interval(2.5), Interval(0.0), times / 400).best_in == said
 
 
 def test_no_other_variant_answers_where_the_first_has_no_run_that_counts():
