@@ -98,13 +98,14 @@ def read(folder: Path) -> Corpus:
 
 
 def table(corpus: Corpus) -> str:
-    """Format the rows: seeds, training FLOPs, mean loss, gain and its share of depth's, with intervals."""
+    """Format the rows: seeds that k layers have too and, over these, training FLOPs, mean loss, gain and its share of
+    depth's, with intervals."""
     lines = [
         [
             name,
             str(len(corpus.gains(name))),
             f"{row.flops / corpus.rows[SHALLOW].flops:.2f}",
-            f"{fmean(row.losses.values()):.4f}",
+            f"{fmean(row.losses[seed] for seed in corpus.gains(name)):.4f}",
             _text(estimate(list(corpus.gains(name).values())), "+.4f"),
             _text(corpus.share(name), ".0%"),
         ]

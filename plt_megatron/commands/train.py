@@ -32,7 +32,7 @@ from plt_megatron.run_folder.checkpoints import checkpoint_folders, trained_toke
 from plt_megatron.run_folder.files import locked
 from plt_megatron.run_folder.folder import RunFolder, load_run
 from plt_megatron.run_folder.resuming import add_branch_options, branch_config
-from plt_megatron.run_folder.text import format_table
+from plt_megatron.run_folder.text import format_table, plural
 from plt_megatron.runtime.local_processes import local_gpus, rank_environment, run_processes, threads_per_process
 from plt_megatron.slurm import run_files
 from plt_megatron.slurm.run_files import check_no_active_job
@@ -190,7 +190,7 @@ def describe(config: RunConfig, count: int, gpus: int, threads: dict[str, str], 
 def _batches(config: RunConfig) -> list[tuple[str, str]]:
     """Return the steps of each batch size, if there are several."""
     stretches = BatchSchedule(config).stretches(steps=derived.train_iters(config))
-    rows = [f"{steps:,} steps of {size:,} sequences" for size, steps in stretches]
+    rows = [f"{plural(steps, 'step')} of {plural(size, 'sequence')}" for size, steps in stretches]
     return _under("batches", rows) if len(rows) > 1 else []
 
 

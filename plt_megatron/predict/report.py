@@ -114,7 +114,11 @@ def _run_rows(config: RunConfig, estimate: RunEstimate) -> list[list[str]]:
         ["tokens", f"{estimate.tokens:,}", f"{steps:,} steps of {BatchSchedule(config).step_in_words}"],
         *schedule,
         ["training FLOPs", f"{estimate.total_flops:.4g}"],
-        ["microbatches", f"{layout.microbatches}", f"of {layout.micro_batch_size} sequences, per step and DP rank"],
+        [
+            "microbatches",
+            f"{layout.microbatches}",
+            f"of {plural(layout.micro_batch_size, 'sequence')}, per step and DP rank",
+        ],
         ["recomputation", layout.recompute, f"backend {layout.backend}"],
         ["pipeline bubble", f"{100 * estimate.bubble_fraction:.1f} %", "of the working time"],
         ["estimated time", format_duration(estimate.total_seconds), f"{_count(estimate.gpu_hours)} device hours"],
@@ -264,7 +268,7 @@ def _nearest(nearest: Candidate, usable: float) -> Iterator[str]:
 
 
 def _count(number: float) -> str:
-    return f"{number:,.0f}" if number >= 100 else f"{number:.2g}"
+    return f"{number:,.0f}" if number >= 99.5 else f"{number:.2g}"
 
 
 def _section(title: str, rows: list[list[str]], header: Sequence[str] = ()) -> str:

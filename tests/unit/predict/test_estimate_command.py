@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from plt_megatron.predict.report import _count
 from tests.running import ROOT, run
 
 RUN = "configs/runs/plt2_1b.yaml"
@@ -24,7 +25,7 @@ def command(*arguments: str, cwd: Path = ROOT, blocked: Path | None = None) -> s
 
 
 def test_tables():
-    done = command(RUN, "--nodes", "8", "parallel.pipeline_model_parallel_size=2")
+    done = command(RUN, "--nodes", "8", "parallel.pipeline_model_parallel_size=2", "training.micro_batch_size=1")
     assert done.returncode == 0 and done.stderr == ""
     for text in (
         "1,178,735,104  total",
@@ -32,6 +33,7 @@ def test_tables():
         "global attention",
         "loop 2",
         "first-loop K/V",
+        "of 1 sequence, per step",
         "pipeline bubble",
         "MFU",
         "KV cache",
@@ -39,6 +41,10 @@ def test_tables():
     ):
         assert text in done.stdout, text
     assert max(map(len, done.stdout.splitlines())) <= 120
+
+
+def test_counts_have_two_digits_or_all():
+    assert [_count(number) for number in (0.123, 9.96, 99.4, 99.6, 1234.4)] == ["0.12", "10", "99", "100", "1,234"]
 
 
 def test_a_layout_in_words_is_the_same_as_settings():

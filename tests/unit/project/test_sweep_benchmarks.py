@@ -81,6 +81,9 @@ def test_shares_of_depths_gain_are_paired_by_seed_and_bars_name_what_is_missed()
     corpus.rows["2k layers"].losses = {1: 2.96, 2: 3.06}
     deep, lead, _ = depth.missed_bars(corpus)
     assert "2k layers gain 0.040 nats" in deep and "PLT-2 gains 0.027 ± 0.014 nats" in lead
+    corpus.rows["PLT-2"].losses[4] = 9.0  # which k layers lack
+    (row,) = [line.split() for line in depth.table(corpus).splitlines() if line.startswith("PLT-2  ")]
+    assert row[1:5] == ["3", "1.00", "3.0733", "+0.0267"]
     corpus.rows["naive loop x2"].losses = {3: 3.3}
     assert "naive loop gains nothing" in depth.missed_bars(corpus)[-1]
     del corpus.rows["naive loop x2"]
