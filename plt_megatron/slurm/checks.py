@@ -70,6 +70,7 @@ class Forecast:
 
     @property
     def steps_left(self) -> int:
+        """Steps until the last one."""
         return max(0, self.steps - self.start_step)
 
     @property
@@ -104,9 +105,8 @@ def forecast(
     flops = run_flops_per_token(config, padded, position).total  # of the remaining steps, which may have more loops
     mean_tokens = derived.mean_step_tokens(config, start, tokens)
     work = flops * mean_tokens
-    most = step_flops_per_token(config, padded, config.model.loop_count).total * _most_tokens(
-        config, steps - start, tokens
-    )
+    most_tokens = _most_tokens(config, steps - start, tokens)
+    most = step_flops_per_token(config, padded, config.model.loop_count).total * most_tokens
     step_seconds: float | None = estimate.step_seconds * work * derived.train_iters(config) / estimate.total_flops
     if resources.card == "cpu":
         rate = config.logging.peak_tflops or tflops_per_process
@@ -130,10 +130,8 @@ def forecast(
 
 def _most_tokens(config: RunConfig, left: int, tokens: int) -> int:
     """Return the tokens of the largest of the `left` steps that follow `tokens`; if none is left, of one more."""
-    return (
-        max(size for size, _ in BatchSchedule(config).stretches(tokens, steps=max(1, left)))
-        * config.data.sequence_length
-    )
+    sizes = (size for size, _ in BatchSchedule(config).stretches(tokens, steps=max(1, left)))
+    return max(sizes) * config.data.sequence_length
 
 
 def _measured_step_seconds(

@@ -36,8 +36,6 @@ _OPERATIONS = {
     "recv_": ("recv", 1, 0),
 }
 POINT_TO_POINT = ("send", "recv")
-
-
 BESIDE_STEP = ("validation", "checkpoint")  # phases that are not part of a training step
 
 
