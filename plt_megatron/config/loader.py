@@ -111,7 +111,7 @@ class _Reader:
         try:
             text = yaml_nodes.read_text(path)
         except UserError as error:
-            raise UserError(f"{including[-1]}: {INCLUDE}: {error}" if including else str(error)) from error
+            raise type(error)(f"{including[-1]}: {INCLUDE}: {error}" if including else str(error)) from error
         root = yaml_nodes.compose(text, str(path))
         if self._accept_old_names and self._schema is RunConfig and isinstance(root, yaml.MappingNode):
             root = upgrade(root)

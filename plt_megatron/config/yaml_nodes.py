@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from plt_megatron.config.fields import either, field_types, section_of
-from plt_megatron.errors import UserError, first_line
+from plt_megatron.errors import UserError, file_error, first_line
 
 OVERRIDE = "override "  # name prefix of nodes from the command line, which has no lines
 _NULL = re.compile(r"~|null|Null|NULL|")
@@ -45,7 +45,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        raise file_error(f"cannot read {path}: {error.strerror or error}", error) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text") from error
 

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from plt_megatron.config.derived import SOURCE_PARTS
-from plt_megatron.errors import UserError
+from plt_megatron.errors import UserError, file_error
 from plt_megatron.run_folder.files import read_json_object
 
 
@@ -44,7 +44,7 @@ def part_prefixes(prefix: str | os.PathLike[str]) -> list[str]:
         return [prefix]
     for part, size in parts.items():
         found = None
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             found = os.path.getsize(part + ".bin")
         if found != size:
             raise UserError(
@@ -63,7 +63,9 @@ def listed_parts(prefix: str) -> dict[str, int] | None:
         listed = json.loads(path.read_text(encoding="utf-8"))["parts"]
         return {os.path.normpath(path.parent / part["prefix"]): part["bin_bytes"] for part in listed}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): join the parts again (plt preprocess --join)") from error
+        raise file_error(
+            f"{path} cannot be read ({error}): join the parts again (plt preprocess --join)", error
+        ) from error
 
 
 def files_of(prefix: str | os.PathLike[str], suffix: str) -> list[str]:
@@ -145,7 +147,7 @@ def open_index(prefix: str | os.PathLike[str]) -> IndexedFile:
     prefix = os.fspath(prefix)
     bins = files_of(prefix, ".bin")
     for path in (prefix + ".idx", *bins):
-        if not os.path.isfile(path):
+        if not Path(path).is_file():  # unlike os.path.isfile, raises where the disk does not answer
             raise UserError(f"{path} not found: tokenize the data with plt preprocess")
         if not os.access(path, os.R_OK):
             raise UserError(f"{path} cannot be read: no permission")
@@ -167,7 +169,7 @@ def open_index(prefix: str | os.PathLike[str]) -> IndexedFile:
             starts = np.memmap(prefix + ".idx", np.int64, "r", offset + 4 * sequences, (sequences,))
             end = int(starts[-1]) + int(lengths[-1]) * dtype.itemsize
     except OSError as error:
-        raise UserError(f"{prefix}.idx cannot be read ({error.strerror})") from error
+        raise file_error(f"{prefix}.idx cannot be read ({error.strerror})", error) from error
     index = IndexedFile(prefix, dtype, lengths, bins)
     _check_size(index, end)
     return index
@@ -257,7 +259,7 @@ def mask_path(prefix: str | os.PathLike[str]) -> Path:
 
 def has_mask(prefix: str | os.PathLike[str]) -> bool:
     """Return whether the source at `prefix` has a mask. A source in parts has one if all of its parts do."""
-    return all(map(os.path.isfile, files_of(prefix, MASK_SUFFIX)))
+    return all(Path(file).is_file() for file in files_of(prefix, MASK_SUFFIX))
 
 
 def open_mask(prefix: str | os.PathLike[str], tokens: int) -> Any:
@@ -276,7 +278,7 @@ def open_mask(prefix: str | os.PathLike[str], tokens: int) -> Any:
             )
         return map_files(files, np.uint8)
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+        raise file_error(f"{path} cannot be read ({error.strerror})", error) from error
 
 
 def check_mask(prefix: str, tokens: int, manifest: Mapping[str, Any]) -> None:

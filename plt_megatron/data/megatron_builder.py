@@ -41,7 +41,7 @@ class JoinedDataset(IndexedDataset):
     def of(cls, prefix: str) -> JoinedDataset | None:
         """Open the source at `prefix`; None if it is not a source in parts."""
         # The last two arguments keep megatron-core from opening a .bin or requiring one.
-        is_joined = os.path.isfile(prefix + SOURCE_PARTS)
+        is_joined = Path(prefix + SOURCE_PARTS).is_file()
         return cls(prefix, multimodal=False, mmap=False, fast_cache_load=True) if is_joined else None
 
     def initialize(self, path_prefix: str, *args: Any, **kwargs: Any) -> None:

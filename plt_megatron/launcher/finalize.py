@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plt_megatron.errors import describe_os_error
+from plt_megatron.errors import AttemptFailed, describe_os_error
 from plt_megatron.launcher import decisions
 from plt_megatron.launcher.decisions import last_error
 from plt_megatron.launcher.job import JobSettings, load_settings, read_allocation
@@ -47,7 +47,7 @@ def finalize_job(run: Path, status: int) -> int:
     """
     if status == ExitStatus.RUN_BUSY:  # the run belongs to another job
         return status
-    allocation, settings = read_allocation(), load_settings(run)
+    allocation, settings = read_allocation(), patiently(lambda: load_settings(run))
     # Slurm also signals this process when it requeues the job: ignore that, to finish what has been started.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -59,12 +59,13 @@ def finalize_job(run: Path, status: int) -> int:
 
 
 def patiently[T](read: Callable[[], T]) -> T:
-    """Return what `read` returns, though a disk does not answer for some minutes. Raises its last `OSError`."""
+    """Return what `read` returns, though a disk does not answer for some minutes. Raises its last error."""
     for _ in range(_TRIES):
         try:
             return read()
-        except OSError as error:
-            print(f"error: {describe_os_error(error)}; trying again", file=sys.stderr, flush=True)
+        except (OSError, AttemptFailed) as error:
+            said = describe_os_error(error) if isinstance(error, OSError) else error
+            print(f"error: {said}; trying again", file=sys.stderr, flush=True)
             time.sleep(_PAUSE_SECONDS)
     return read()
 

@@ -18,7 +18,7 @@ sys.path[0] = __file__.rsplit("/", 3)[0]
 import argparse  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from plt_megatron.errors import describe_os_error, print_error, run_command  # noqa: E402
+from plt_megatron.errors import AttemptFailed, describe_os_error, print_error, run_command  # noqa: E402
 from plt_megatron.launcher.finalize import finalize_job, patiently  # noqa: E402
 from plt_megatron.launcher.node import check_no_other_job, launch_node  # noqa: E402
 from plt_megatron.run_folder.attempts import ExitStatus  # noqa: E402
@@ -39,8 +39,8 @@ def main() -> int:
     if arguments.command == "node":
         try:
             return launch_node(arguments.run)
-        except OSError as error:  # not for the user to fix: the next attempt may fare better
-            print_error(describe_os_error(error))
+        except (OSError, AttemptFailed) as error:  # not for the user to fix: the next attempt may fare better
+            print_error(describe_os_error(error) if isinstance(error, OSError) else error)
             return ExitStatus.FAILED
     return finalize_job(arguments.run, arguments.status)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import io
 import math
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from plt_megatron.config.loader import dump_config, load_config
 from plt_megatron.config.schema import DataSource, RunConfig
-from plt_megatron.errors import UserError
+from plt_megatron.errors import AttemptFailed, UserError
 from plt_megatron.run_folder.folder import save_config
 
 
@@ -128,6 +130,21 @@ def test_bad_includes_are_named(write, tmp_path):
     for bad in ("include: {a: b}\n", "include: [[x]]\n", "include:\n"):
         assert "include: expected a path or a list of paths" in failure(write(bad))
     assert "Is a directory" in failure(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.yaml", "b.yaml"])
+def test_a_disk_that_does_not_answer_may_have_the_file_next_time(write, monkeypatch, name):
+    path, open_file = write("include: [b.yaml]\n", "a.yaml"), io.open
+    write("name: b\n", "b.yaml")
+
+    def away(file, *rest, **named):
+        if Path(file).name == name:
+            raise OSError(errno.EIO, "Input/output error")
+        return open_file(file, *rest, **named)
+
+    monkeypatch.setattr(io, "open", away)
+    with pytest.raises(AttemptFailed, match=f"cannot read .*{name}: Input/output error"):
+        load_config(path)
 
 
 @pytest.mark.parametrize(

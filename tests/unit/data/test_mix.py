@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import errno
 import json
@@ -15,6 +16,7 @@ from data_helpers import Tool, build, write_source
 from plt_megatron.config.schema import DataConfig, DataSource
 from plt_megatron.data import datasets, mix
 from plt_megatron.data.indexed import write_index
+from plt_megatron.data.joining import join
 from plt_megatron.data.mix import consumed_epochs, describe_mix, fingerprint, fingerprint_differences, mix_shares
 from plt_megatron.data.tokenizer import load_tokenizer
 from plt_megatron.errors import AttemptFailed, UserError
@@ -92,6 +94,27 @@ def test_data_on_a_disk_that_does_not_answer_may_be_there_next_time(tmp_path, mo
             patch.setattr(place, name, Mock(side_effect=error))
             datasets.build_datasets(data, num_samples=(10, 0, 0), seed=1, cache_dir=str(tmp_path), tokenizer=None)
         assert type(raised.value) is kind and "[" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [("a.idx", "builtins.open"), ("a.idx", "os.stat"), ("a.bin", "os.stat"), ("joined.parts.json", "os.stat"),
+     ("a.loss_mask.bin", "os.stat")],
+)  # fmt: skip
+def test_a_file_that_does_not_answer_is_not_a_missing_one(tmp_path, monkeypatch, name, place):
+    prefix = str(tmp_path / "joined")
+    join([source(tmp_path, "a", [100] * 20)], prefix)
+    act = getattr(builtins if "open" in place else os, place.split(".")[1])
+
+    def away(path, *rest, **named):
+        if str(path).endswith(name):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return act(path, *rest, **named)
+
+    data = DataConfig(sources=[DataSource(prefix if name != "a.idx" else str(tmp_path / "a"))], sequence_length=10)
+    monkeypatch.setattr(place, away)
+    with pytest.raises(AttemptFailed, match=os.strerror(errno.ESTALE)):
+        datasets.build_datasets(data, num_samples=(10, 0, 0), seed=1, cache_dir=str(tmp_path), tokenizer=None)
 
 
 def test_building_the_index_ahead(tmp_path: Path, run_tool: Tool, capsys: pytest.CaptureFixture[str]) -> None:

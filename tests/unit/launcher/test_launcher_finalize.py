@@ -11,9 +11,10 @@ from unittest.mock import Mock
 import pytest
 from jobs import job_settings
 
+from plt_megatron.errors import AttemptFailed
 from plt_megatron.launcher import finalize, in_job, records
 from plt_megatron.launcher.finalize import finalize_job
-from plt_megatron.launcher.job import read_allocation, save_settings
+from plt_megatron.launcher.job import load_settings, read_allocation, save_settings
 from plt_megatron.launcher.records import Exit, Outcome, Records
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.slurm import client
@@ -193,10 +194,15 @@ def test_a_disk_that_does_not_answer_for_a_while_takes_no_requeue_away(job, monk
     assert finalize_job(job.run, 75) == 75 and job.asked == ["scontrol requeue 7"]
 
 
-def test_a_launcher_without_its_disk_has_failed_and_is_not_given_up(job, monkeypatch):
-    monkeypatch.setattr(in_job, "launch_node", Mock(side_effect=OSError(errno.ESTALE, "Stale file handle", "runs/x")))
+@pytest.mark.parametrize(
+    "away", [OSError(errno.ESTALE, "Stale file handle", "runs/x"), AttemptFailed("runs/x")], ids=repr
+)
+def test_a_launcher_without_its_disk_has_failed_and_is_not_given_up(job, monkeypatch, away):
+    monkeypatch.setattr(in_job, "launch_node", Mock(side_effect=away))
     monkeypatch.setattr(sys, "argv", ["in_job.py", "node", str(job.run)])
     assert in_job.main() == 1
+    monkeypatch.setattr(finalize, "_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(finalize, "load_settings", Mock(side_effect=[away, away, load_settings(job.run)]))
     assert finalize_job(job.run, 1) == 1 and job.asked == ["scontrol requeue 7"]
 
 
