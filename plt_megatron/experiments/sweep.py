@@ -164,7 +164,7 @@ class LocalSweep:
             record.status, record.reason, record.exit_status = "started", "", None
             record.attempts += 1
             record.fingerprint = fingerprint
-            write_record(run.folder, record)
+            _write_note(run, record)
             # One GPU each if several run at a time; all of them for a single run.
             gpu = min(self._gpus, key=[item.gpu for item in self.running].count, default=None)
             own = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
@@ -200,7 +200,7 @@ class LocalSweep:
             record.status, record.reason = "failed", "ended with status 0 before its last step was validated and saved"
         elif record.status == "failed":
             record.reason = _reason(run.folder.sweep_log, status)
-        write_record(run.folder, record)
+        _write_note(run, record)
         self.outcome[run.name] = record.status
         detail = _final_loss(run) if record.status == "finished" else record.reason
         detail = f", {detail}" if detail else ""
@@ -235,9 +235,18 @@ class LocalSweep:
         for item in self.running:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(item.process.pid, signal.SIGKILL)
+        for item in self.running:
             item.process.wait()
             self._note_end(item)
         self.running = []
+
+
+def _write_note(run: PlannedRun, record: RunRecord) -> None:
+    """Write the sweep's note on a run, or warn: other runs are running."""
+    try:
+        write_record(run.folder, record)
+    except OSError as error:
+        print(f"warning: cannot write {run.folder.sweep_note}: {error.strerror or error}", flush=True)
 
 
 def _progress(run: PlannedRun) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from sweep_helpers import LOOPS, finish, saved_plan, write_sweep, write_text_data
@@ -175,6 +177,25 @@ def test_a_stop_while_a_run_is_being_started_is_heard(tmp_path, launcher, monkey
         patch.setattr(subprocess, "Popen", stop_and(subprocess.Popen))
         local = LocalSweep(plan, plan.runs)
         assert local.run() == 75 and local.outcome == {run.name: "interrupted"}
+
+
+def test_a_note_that_cannot_be_written_ends_no_run(tmp_path, launcher, monkeypatch, capsys):
+    """Whatever else ends a sweep kills all that run."""
+    plan = small(tmp_path)
+    for run in plan.runs[:2]:
+        run.folder.path.mkdir(parents=True)
+    monkeypatch.setattr(sweep, "write_record", Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+    local = LocalSweep(plan, plan.runs[:2])
+    assert local.run() == 0 and list(local.outcome.values()) == ["finished"] * 2
+    assert f"cannot write {plan.runs[1].folder.sweep_note}: Input/output error" in capsys.readouterr().out
+    processes = [subprocess.Popen(["sleep", "60"], process_group=0) for _ in range(2)]
+    local.running = [
+        sweep._Running(run, process, 0.0, RunRecord(), None) for run, process in zip(plan.runs, processes, strict=False)
+    ]
+    monkeypatch.setattr(local, "_note_end", Mock(side_effect=KeyError))
+    with pytest.raises(KeyError):
+        local._kill()
+    assert [process.wait(10) for process in processes] == [-signal.SIGKILL] * 2
 
 
 def test_a_failure_is_noted_and_the_others_go_on(tmp_path, launcher, capsys):
