@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import os
 import platform
 import re
@@ -46,39 +47,38 @@ def snapshot_code(root: Path, run: Path) -> None:
     if target.exists() and target.resolve() == root.resolve():  # submitted from the run's own snapshot
         return
     files = dict(_code_files(root))
-    if target.is_symlink():
-        target.unlink()
-    elif target.is_dir():
-        if files == dict(_code_files(target)):
-            return
-        target.rename(_free_name(target))
+    if target.is_dir() and not target.is_symlink() and files == dict(_code_files(target)):
+        return
     temporary = run / f".{CODE}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
-    for name, (content, executable) in files.items():
-        path = temporary / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-        if executable:
-            path.chmod(0o755)
-    temporary.rename(target)
+    try:
+        for name, (content, executable) in files.items():
+            path = temporary / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+            if executable:
+                path.chmod(0o755)
+        _make_way(target)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def link_code(run: Path, code: Path) -> None:
     """Link `run`/code to another folder's snapshot."""
     target = run / CODE
-    if target.is_symlink():
-        target.unlink()
-    elif target.exists():
-        target.rename(_free_name(target))
+    _make_way(target)
     # From where the link really is: `run` may be a link itself.
     target.symlink_to(os.path.relpath(os.path.realpath(code), os.path.realpath(run)), target_is_directory=True)
 
 
-def _free_name(target: Path) -> Path:
-    number = 1
-    while target.with_name(f"{target.name}.{number}").exists():
-        number += 1
-    return target.with_name(f"{target.name}.{number}")
+def _make_way(target: Path) -> None:
+    """Remove a link to code, or keep code under the next free number."""
+    if target.is_symlink():
+        target.unlink()
+    elif target.exists():
+        kept = (target.with_name(f"{target.name}.{number}") for number in itertools.count(1))
+        target.rename(next(path for path in kept if not path.exists()))
 
 
 def _code_files(root: Path) -> Iterator[tuple[str, tuple[bytes, bool]]]:
@@ -211,8 +211,12 @@ def write_script(folder: Path, text: str) -> None:
 
 
 def record_submission(run: Path, job_id: str) -> None:
-    """Append a job's id to the run's submissions.jsonl."""
-    json_lines.append(RunFolder(run).submissions_file, {"time": time.time(), "job_ids": [job_id]})
+    """Append a job's id to the run's submissions.jsonl, or warn: the job is queued."""
+    path = RunFolder(run).submissions_file
+    try:
+        json_lines.append(path, {"time": time.time(), "job_ids": [job_id]})
+    except OSError as error:
+        print(f"warning: job {job_id} is submitted, but {path} cannot be written: {error.strerror or error}")
 
 
 def submitted_jobs(run: Path) -> list[str]:

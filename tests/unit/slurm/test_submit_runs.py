@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import resource
 import signal
 import sys
 import time
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -19,6 +22,7 @@ from plt_megatron.config.schema import ModelConfig
 from plt_megatron.errors import UserError
 from plt_megatron.launcher.job import load_settings
 from plt_megatron.predict.flops import training_flops_per_token
+from plt_megatron.run_folder import json_lines
 from plt_megatron.slurm.run_files import check_no_active_job, job_name, submitted_jobs
 from plt_megatron.slurm.submission import Options, submit
 from tests.settings import make
@@ -210,6 +214,15 @@ def test_a_chain_is_the_same_script_several_times(folder, slurm, capsys):
     assert asked["--dependency"] == "singleton" and "--requeue" in asked
     assert load_settings(folder / "runs/try").chain == 3
     assert "scancel 100 101 102" in capsys.readouterr().out
+
+
+def test_a_job_that_cannot_be_recorded_is_submitted_all_the_same(folder, slurm, monkeypatch, capsys):
+    full = Mock(side_effect=OSError(errno.EDQUOT, "Disk quota exceeded"))
+    monkeypatch.setattr(json_lines, "append", full)
+    assert submit_run(chain=3).job_ids == [["100", "101", "102"]] and len(slurm.calls("sbatch")) == 3
+    out = capsys.readouterr().out
+    assert "scancel 100 101 102" in out
+    assert f"job 101 is submitted, but {folder}/runs/try/submissions.jsonl cannot be written: Disk quota" in out
 
 
 def test_two_runs_of_one_name_have_jobs_of_two_names(folder, slurm):
@@ -443,6 +456,22 @@ def test_other_code_is_kept_beside_the_new(folder, slurm, checkout):
     submit_run(root=checkout)
     assert (run / "code" / LAUNCHER).read_text() == "# new\n"
     assert "submitted" in (run / "code.1" / LAUNCHER).read_text()
+
+
+def test_a_full_disk_leaves_the_code_that_was_there(folder, slurm, checkout, monkeypatch):
+    submit_run(root=checkout)
+    run, write = folder / "runs/try", Path.write_bytes
+    (checkout / LAUNCHER).write_text("# new\n")
+
+    def full(path, content):
+        if path.name == "pyproject.toml":  # the last
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match="No space left"):
+        submit_run(root=checkout)
+    assert "submitted" in (run / "code" / LAUNCHER).read_text() and len(list(run.glob("*code*"))) == 1
 
 
 def test_a_run_submits_itself_from_its_snapshot(folder, slurm, checkout):
