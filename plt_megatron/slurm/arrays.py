@@ -84,12 +84,15 @@ def plan_array(
 
 
 def write_array(array: Array, runs: Sequence[Path], script: str, root: Path) -> Path:
-    """Write the array's folder and return the snapshot of the code that its members share.
+    """Write the array's folder, which the caller has locked, and return the snapshot that its members share.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or an array has been submitted from it since this one was planned.
     """
     folder = RunFolder(array.folder)
+    job = run_files.job_of(array.folder, run_files.active_jobs)
+    if job is not None:
+        raise UserError(f"{array.folder}: another plt submit has just used it for job {job.id}: run this one again")
     with writing(array.folder):
         folder.logs.mkdir(parents=True, exist_ok=True)
         snapshot_code(root, array.folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
 import sys
@@ -17,6 +18,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.installation import is_checkout
 from plt_megatron.launcher.job import JobHandling, JobSettings, JobSize, fields_of
 from plt_megatron.predict.cards import find_gpu_spec
+from plt_megatron.run_folder.files import locked
 from plt_megatron.run_folder.folder import RunFolder, load_run
 from plt_megatron.run_folder.resuming import branch_config
 from plt_megatron.run_folder.status import read_run_status
@@ -256,13 +258,15 @@ class _Plan:
         """Write the folders, submit, and print how to continue."""
         scripts = [self._script(member) for member in self.members]
         job_script = self.job_script()  # rendered before anything is written, since an invalid value raises
-        code = None
-        if self.array is not None:
-            code = arrays.write_array(self.array, [member.run for member in self.members], job_script, self.root)
-        for member, script in zip(self.members, scripts, strict=True):
-            run_files.write_run(member.config, member.run, member.settings, script, root=self.root, code=code)
-        submitted = self._submit_array(self.array) if self.array is not None else self._submit_chain()
-        return Submission([member.run for member in self.members], submitted)
+        code, runs = None, [member.run for member in self.members]
+        # Until Slurm shows the job, only the lock tells another submission that the array's folder is in use.
+        with locked(self.array.folder, "plt submit") if self.array is not None else contextlib.nullcontext():
+            if self.array is not None:
+                code = arrays.write_array(self.array, runs, job_script, self.root)
+            for member, script in zip(self.members, scripts, strict=True):
+                run_files.write_run(member.config, member.run, member.settings, script, root=self.root, code=code)
+            submitted = self._submit_array(self.array) if self.array is not None else self._submit_chain()
+        return Submission(runs, submitted)
 
     def _submit_chain(self) -> list[list[str]]:
         run, ids = self.members[0].run, []

@@ -10,6 +10,8 @@ from fake_slurm import RUN, write_progress
 from submitting import LAUNCHER, directives, refusal, submit_run
 
 from plt_megatron.config.loader import load_config
+from plt_megatron.run_folder.files import locked
+from plt_megatron.slurm import arrays
 from plt_megatron.slurm.run_files import active_jobs, jobs_of, submitted_jobs
 
 
@@ -96,6 +98,28 @@ def test_a_second_array_leaves_the_list_and_code_of_a_waiting_one_alone(folder, 
     (folder / "list.txt").write_text("config3.yaml\n")
     submit_run(root=checkout, array="list.txt")
     assert (first / "runs.txt").read_text().split() == [str(members[3])], "nobody reads the first any more"
+
+
+def test_an_array_that_is_submitted_meanwhile_keeps_its_list(folder, slurm, checkout, members, monkeypatch):
+    """Slurm does not know its job yet when the other is planned."""
+    array, plan = folder / "runs/sweep/list.array", arrays.plan_array
+    (folder / "other").mkdir()
+    (folder / "other/list.txt").write_text("config3.yaml\n")
+    with locked(array, "plt submit"):
+        (line,) = refusal(root=checkout, array="list.txt")
+    assert line.startswith(f"{array}: another") and not slurm.calls("sbatch") and not (array / "runs.txt").exists()
+
+    def plan_and_wait(*arguments):
+        planned = plan(*arguments)
+        monkeypatch.setattr(arrays, "plan_array", plan)
+        submit_run(root=checkout, array="list.txt")
+        slurm.jobs(("100_1", "PENDING", directives(array / "job.sbatch")["--job-name"]))
+        return planned
+
+    monkeypatch.setattr(arrays, "plan_array", plan_and_wait)
+    (line,) = refusal(root=checkout, array="other/list.txt")
+    assert str(array) in line and "100_1" in line and len(slurm.calls("sbatch")) == 1
+    assert (array / "runs.txt").read_text().split() == [str(run) for run in members]
 
 
 def test_an_array_leaves_the_code_of_a_member_that_goes_on_by_itself_alone(folder, slurm, checkout, members):
