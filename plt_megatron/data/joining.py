@@ -44,6 +44,8 @@ def join(patterns: Sequence[str], output_prefix: str, *, overwrite: bool = False
         for prefix in prefixes
     ]
     manifest = _joined_manifest(indices, manifests, listed)
+    for left in target.parent.glob(f".{glob.escape(target.name)}.idx.????????"):  # by a join that was killed
+        left.unlink(missing_ok=True)
     with replacing(Path(f"{target}.idx"), "wb") as file:
         write_index(Path(file.name), indices[0].dtype, lambda: (index.lengths for index in indices))
     publish_json(Path(f"{target}.manifest.json"), manifest)
@@ -56,6 +58,8 @@ def check_output(prefix: str | os.PathLike[str], *, overwrite: bool, parts: Sequ
     may have been made again."""
     existing = [suffix for suffix in (".bin", ".idx") if os.path.exists(f"{prefix}{suffix}")]
     if not existing or (overwrite and ".bin" not in existing):
+        return
+    if existing == [".idx"] and not os.path.exists(f"{prefix}{SOURCE_PARTS}"):  # of a join that was cut short
         return
     if parts and list(listed_parts(os.fspath(prefix)) or ()) == list(map(os.path.abspath, parts)):
         return

@@ -277,6 +277,17 @@ def test_a_portion_made_before_a_file_was_touched_joins(shards, tmp_path):
         join([f"{shards[0].parent}/text.shard-*"], str(tmp_path / "third"))
 
 
+def test_a_join_that_was_cut_short_is_made_again(shards, tmp_path):
+    target = tmp_path / "again"
+    join(list(map(str, shards)), str(target))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    for suffix in (".parts.json", ".manifest.json"):  # written after the index
+        Path(f"{target}{suffix}").unlink()
+    (tmp_path / ".again.idx.0123abcd").touch()
+    join(list(map(str, shards)), str(target))
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
 def test_what_is_there_already_stays(shards, whole, tmp_path):
     target = shards[0].parent / "text"
     before = digest(shards[0])
