@@ -20,7 +20,7 @@ from plt_megatron.data.formats import LEFT_OUT, Reader, ReadOptions, Span, open_
 from plt_megatron.data.hf_tokenizer import build_tokenizer_json, first_difference
 from plt_megatron.data.tokenizer import UNIGRAM_SCORE_STEP, load_tokenizer
 from plt_megatron.errors import UserError
-from plt_megatron.run_folder.files import LOCK, locked, publish, write_text, writing
+from plt_megatron.run_folder.files import LOCK, locked, replacing, writing
 from plt_megatron.run_folder.text import format_bytes, plural
 from plt_megatron.runtime.local_processes import usable_cores
 
@@ -122,9 +122,12 @@ def _train_and_publish(sample: Sample, options: TrainingOptions, folder: Path, t
     different = first_difference(load_tokenizer(temporary), content, files["tokenizer.json"], texts)
     if different is not None:
         raise UserError(f"tokenizer.json would not encode like the sentencepiece model: {different}")
-    for name, text in files.items():
-        write_text(folder / name, text)
-    publish(temporary, folder / "tokenizer.model")
+    with contextlib.ExitStack() as stack:  # renames all of them once all are on the disk, the model last
+        for name, data in [("tokenizer.model", content), *((name, text.encode()) for name, text in files.items())]:
+            file = stack.enter_context(replacing(folder / name, "wb"))
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
     return len(texts)
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -73,6 +75,28 @@ def test_differences_are_found_and_nothing_is_written(
     ):
         train(corpus, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_the_old_tokenizer_whole(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def contents() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    train(corpus, tmp_path)
+    before, sync = contents(), os.fsync
+    syncs = iter(range(10))
+
+    def full(descriptor: int) -> None:
+        if next(syncs) == 2:  # of the last of three files
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="No space left"):
+            train(corpus, tmp_path, model_type="unigram", overwrite=True)
+    assert contents() == before
+    train(corpus, tmp_path, model_type="unigram", overwrite=True)
+    assert contents().keys() == before.keys() and contents()["tokenizer.json"] != before["tokenizer.json"]
 
 
 def test_a_lossy_decoder_is_found(bpe_model: Path) -> None:
