@@ -29,7 +29,7 @@ from plt_megatron.hf.safetensors_files import SafetensorsFolder
 from plt_megatron.hf.sources import CARD, PRECISIONS, check_hf_tensors, hf_precision, read_lineage
 from plt_megatron.hf.switches import IMPORT_OPTIONS
 from plt_megatron.hf.tokenizer_files import copy_tokenizer, read_generation_config, token_ids
-from plt_megatron.run_folder.text import first_few
+from plt_megatron.run_folder.text import first_few, format_bytes
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -44,9 +44,10 @@ def unpack(path: Path, folder: Path) -> None:
 
     Raises:
         UserError: the file is broken, of a model that transformers does not know or reads wrongly or in part, or a
-            package is missing.
+            package is missing; or the weights cannot be written.
     """
     require("reading a GGUF file", "gguf", "safetensors")
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -58,7 +59,14 @@ def unpack(path: Path, folder: Path) -> None:
     weights = {name: t.contiguous() for name, t in revert_weight_conversion(model, model.state_dict()).items()}
     if model.config.tie_word_embeddings:
         del weights["lm_head.weight"]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:  # not an OSError on a full disk either
+        size = format_bytes(sum(tensor.nbytes for tensor in weights.values()))
+        raise UserError(
+            f"{folder.parent}: {first_line(error)}; the weights of {path.name} take {size} there: if that is too much, "
+            "set TMPDIR to another folder"
+        ) from error
     vars(model.config).pop("quantization_config", None)  # not every transformers sets it
     model.config.save_pretrained(folder)
     if license_name is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -108,6 +109,19 @@ def test_a_gguf_becomes_a_plt_with_the_same_logits(quantized: bool, tmp_path: Pa
     progress = read_progress(result.checkpoint)
     assert progress["imported_from"] == "tiny (llama)"
     assert (progress["base_model"], progress["license"]) == ("tiny", "apache-2.0")
+
+
+def test_a_temporary_folder_that_is_too_small_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import safetensors
+
+    write_gguf(tmp_path / "tiny.gguf")
+    full = Mock(side_effect=safetensors.SafetensorError("Error while serializing: No space left on device"))
+    monkeypatch.setattr("safetensors.torch.serialize_file", full)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "small"))
+    (tmp_path / "small").mkdir()
+    with pytest.raises(UserError, match=r"/small/plt-gguf-.*: No space .* tiny.gguf take \d+ kB there.* TMPDIR"):
+        import_model(ImportOptions(tmp_path / "tiny.gguf", tmp_path / "run"))
+    assert not (tmp_path / "run").exists() and not list((tmp_path / "small").glob("plt-gguf-*"))
 
 
 @pytest.mark.parametrize("content", [b"GGUF", b"not one at all", b""])
