@@ -156,6 +156,13 @@ def hear_every_interrupt() -> None:
     sys.unraisablehook = hear
 
 
+def quiet_streams() -> None:
+    """Silence errors of streams that are garbage-collected: on a full disk torch's checkpoint writer fails, which is
+    reported, and fails again when its streams are dropped."""
+    report = sys.unraisablehook
+    sys.unraisablehook = lambda found: None if isinstance(found.object, io.IOBase) else report(found)
+
+
 def go_on_without_readers() -> None:
     """From now on, drop what the standard streams cannot take: the reader has left, or the disk is full."""
     prepare_streams()

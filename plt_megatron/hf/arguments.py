@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from plt_megatron.errors import UserError
+from plt_megatron.errors import UserError, quiet_streams
 from plt_megatron.run_folder.checkpoints import candidates
 from plt_megatron.runtime.environment import FLASH_FIRST, quiet_imports
 
@@ -115,6 +115,7 @@ def parse_size(text: str) -> int:
 def prepare_conversion() -> None:
     """Prepare the imports of a command that leaves no partial output when it is terminated."""
     prepare_imports()
+    quiet_streams()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 

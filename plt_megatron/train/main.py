@@ -7,7 +7,6 @@ Exit status: 0 finished, 2 something for the user to fix, 75 stopped on request,
 from __future__ import annotations
 
 import faulthandler
-import io
 import os
 import signal
 import sys
@@ -25,6 +24,7 @@ from plt_megatron.errors import (
     go_on_without_readers,
     hear_every_interrupt,
     print_error,
+    quiet_streams,
 )
 from plt_megatron.run_folder.attempts import ExitStatus
 from plt_megatron.run_folder.folder import RunFolder
@@ -64,7 +64,7 @@ def train(config: RunConfig) -> int:
 
     _check_gpus()
     quiet_imports()
-    _quiet_streams()
+    quiet_streams()
     from plt_megatron.runtime.cpu_runtime import enter_cpu_runtime, keep_freed_memory
 
     if enter_cpu_runtime():
@@ -133,13 +133,6 @@ def _describe_failure(error: OSError | RuntimeError) -> str | None:
     if any(mark in text for mark in ("onnection closed by peer", "onnection reset by peer", "Broken pipe")):
         return f"lost the connection to another rank, which has ended ({first_line(error)[:200]})"
     return None
-
-
-def _quiet_streams() -> None:
-    """Silence errors of streams that are garbage-collected: on a full disk torch's checkpoint writer fails, which is
-    reported, and fails again when its streams are dropped."""
-    report = sys.unraisablehook
-    sys.unraisablehook = lambda found: None if isinstance(found.object, io.IOBase) else report(found)
 
 
 if __name__ == "__main__":

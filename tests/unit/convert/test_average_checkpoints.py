@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
+import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,7 +20,7 @@ from safetensors.torch import load_file
 
 from plt_megatron.commands import average as command
 from plt_megatron.errors import UserError
-from plt_megatron.hf import averaging
+from plt_megatron.hf import arguments, averaging
 from plt_megatron.hf.averaging import AverageOptions, average
 from plt_megatron.hf.exporting import ExportOptions, export
 from plt_megatron.train.checkpoint.reading import read_weights
@@ -32,6 +37,19 @@ MODELS = {
         "moe.first_k_dense_replace": 1,
     },
 }
+
+
+def test_a_writer_that_has_failed_says_nothing_more_when_it_is_dropped(monkeypatch):
+    """As torch's does on a full disk, after the command's error."""
+    said = Mock()
+    monkeypatch.setattr(sys, "unraisablehook", said)
+    monkeypatch.setattr(signal, "signal", Mock())
+    monkeypatch.setattr(arguments, "prepare_imports", Mock())
+    arguments.prepare_conversion()
+    sys.unraisablehook(SimpleNamespace(object=io.BytesIO()))
+    assert not said.called
+    sys.unraisablehook(SimpleNamespace(object=None))
+    assert said.called
 
 
 def quiet(sources, output, **options):

@@ -80,7 +80,7 @@ def test_fp32_is_not_tf32_whatever_an_image_sets(monkeypatch):
 
     monkeypatch.setattr(os, "environ", dict(os.environ))
     monkeypatch.setattr(module, "_check_gpus", lambda: None)
-    monkeypatch.setattr(module, "_quiet_streams", lambda: None)
+    monkeypatch.setattr(module, "quiet_streams", lambda: None)
     monkeypatch.setattr("plt_megatron.runtime.process_groups.init_process_groups", reached)
     before = torch.get_float32_matmul_precision()
     try:
