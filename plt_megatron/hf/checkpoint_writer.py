@@ -97,7 +97,11 @@ def write_checkpoint(
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is intended
             save({}, storage_writer=writer, planner=_Planner(list(tensors), dtype), no_dist=True)
     except CheckpointException as error:  # torch's wrapper of the error, not an Exception
-        raise next(iter(error.failures.values()))[0] from None
+        cause: BaseException | None
+        cause = failure = next(iter(error.failures.values()))[0]
+        while isinstance(cause, RuntimeError):  # torch's, where a file could not be written
+            cause = cause.__context__
+        raise (cause if isinstance(cause, OSError) else failure) from None
     (temporary / "metadata.json").write_text(json.dumps(_BACKEND), encoding="utf-8")
     write_json(temporary / checkpoints.PROGRESS, _described(config, vocab_size, progress, step))
     return publishing.publish(temporary, {})
