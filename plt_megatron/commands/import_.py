@@ -16,6 +16,7 @@ from plt_megatron.config import yaml_nodes
 from plt_megatron.config.presets import LOOP_PRESETS
 from plt_megatron.errors import UserError
 from plt_megatron.hf.switches import IMPORT_OPTIONS
+from plt_megatron.run_folder.folder import MODEL_YAML
 from plt_megatron.run_folder.text import plural
 
 
@@ -67,7 +68,7 @@ def _import(arguments: argparse.Namespace) -> None:
             raise UserError(f"{arguments.model}: no such file")
     else:
         checks.check_hf_folder(arguments.model)
-    from plt_megatron.hf.importing import MODEL_YAML, ImportOptions, import_model
+    from plt_megatron.hf.importing import ImportOptions, import_model
 
     given = vars(arguments)
     switches = {name: given.pop(name) for name in IMPORT_OPTIONS}

@@ -29,6 +29,7 @@ from plt_megatron.hf.safetensors_files import SafetensorsFolder
 from plt_megatron.hf.sources import CARD, PRECISIONS, check_hf_tensors, hf_precision, read_lineage
 from plt_megatron.hf.switches import IMPORT_OPTIONS
 from plt_megatron.hf.tokenizer_files import copy_tokenizer, read_generation_config, token_ids
+from plt_megatron.run_folder.folder import MODEL_YAML
 from plt_megatron.run_folder.text import first_few, format_bytes
 
 if TYPE_CHECKING:
@@ -136,7 +137,6 @@ def _check_attention(reader: GGUFReader, path: Path) -> None:
         )
 
 
-MODEL_YAML = "model.yaml"
 _TRAINABLE = ("fp32", "bf16")
 
 

@@ -20,6 +20,7 @@ from plt_megatron.run_folder.metrics import METRICS, RunMetrics, read_metrics
 
 CONFIG, JOB_SCRIPT, CODE, LOGS = WRITTEN, "job.sbatch", "code", "logs"
 STOP, SAVE = "STOP", "SAVE"
+MODEL_YAML = "model.yaml"  # beside an import's checkpoints: its model, for runs to include
 _DEPTH = 3  # depth of run folders below the output folder: sweeps are one level deeper than runs
 
 

@@ -26,7 +26,7 @@ from plt_megatron.config.schema import ModelConfig, RunConfig, TrainingConfig
 from plt_megatron.errors import UserError
 from plt_megatron.model.parameters import Sizes, parameters_of
 from plt_megatron.run_folder import checkpoints
-from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.run_folder.folder import MODEL_YAML, RunFolder
 
 _FOLLOWING = ("optimizer.lr_decay_iters", "optimizer.lr_wsd_decay_iters")  # if unset, derived from the run's length
 _LENGTHS = ("train_iters", "train_tokens")
@@ -276,11 +276,17 @@ def check_model(start: Start, config: RunConfig, vocab_size: int | None) -> None
     ]
     differences = [f"model.{name} {getattr(saved, name)} (now {getattr(own, name)})" for name in causes]
     shapes = "" if fits else ", and has tensors of other shapes"
-    kept = f", as in {RunFolder.of(config).config_file}" if start.is_own else ""
     raise UserError(
-        f"checkpoint {start.path} was trained with {', '.join(differences)}{shapes}; restore that{kept}, or start a "
-        "run of another name"
+        f"checkpoint {start.path} was trained with {', '.join(differences)}{shapes}; restore that{_ways(start, config)}"
     )
+
+
+def _ways(start: Start, config: RunConfig) -> str:
+    """Return where the settings of a checkpoint's model are, if in a file, and how to train another model."""
+    if start.is_own:
+        return f", as in {RunFolder.of(config).config_file}, or start a run of another name"
+    imported = start.path.parent.parent / MODEL_YAML
+    return f"{f' (include {imported})' if imported.is_file() else ''}, or leave checkpoint.load out"
 
 
 def _changes_of_form(saved: ModelConfig, own: ModelConfig) -> list[str]:

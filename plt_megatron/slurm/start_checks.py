@@ -16,12 +16,14 @@ from plt_megatron.config.derived import missing_files
 from plt_megatron.config.rules.uploads import destinations, is_url, protocol_of
 from plt_megatron.config.schedules import all_sources
 from plt_megatron.config.schema import DataConfig, RunConfig
+from plt_megatron.data import fill_in_middle
 from plt_megatron.data.indexed import check_mask, open_index, part_prefixes, read_manifest, total_size
 from plt_megatron.data.mix import check_data, samples_after, training_fingerprint
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.model import trainable
 from plt_megatron.run_folder import resuming
+from plt_megatron.run_folder.checkpoints import candidates
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.slurm.profile import Container
 from plt_megatron.storage.copies import read_progress
@@ -36,12 +38,15 @@ def open_tokenizer(config: RunConfig) -> tuple[Tokenizer | None, list[str]]:
         tokenizer = load_tokenizer(path)
     except UserError as error:
         return None, [f"data.tokenizer: {line}" for line in str(error).splitlines()]
-    given = config.model.vocab_size
+    given, problems = config.model.vocab_size, []
     if given is not None and given < tokenizer.vocab_size:
-        return tokenizer, [
-            f"model.vocab_size {given} is smaller than the {tokenizer.vocab_size} ids of data.tokenizer {path}"
-        ]
-    return tokenizer, []
+        ids = f"{tokenizer.vocab_size} ids of data.tokenizer {path}"
+        problems.append(f"model.vocab_size {given} is smaller than the {ids}")
+    try:
+        fill_in_middle.settings_of(config.data, tokenizer, config.training.seed)
+    except UserError as error:
+        problems.append(str(error))
+    return tokenizer, problems
 
 
 def data_problems(config: RunConfig, tokenizer: Tokenizer | None) -> list[str]:
@@ -153,7 +158,7 @@ def start_problems(config: RunConfig, tokenizer: Tokenizer | None, vocab_size: i
         return unknown
     start = resuming.find_start(config) or _start_elsewhere(config)
     if start is None:
-        return []
+        return _find_nothing_there(config)
     settings = config.checkpoint
     if start.progress.get("weights_only") and not settings.weights_only:
         return [f"checkpoint {start.path} has only weights, no optimizer state; set checkpoint.weights_only=true"]
@@ -167,6 +172,15 @@ def start_problems(config: RunConfig, tokenizer: Tokenizer | None, vocab_size: i
     # As a path, a URL has lost one of its two slashes.
     url = settings.load if not start.is_own and settings.load and is_url(settings.load) else None
     return [line.replace(str(Path(url)), url) for line in problems] if url else problems
+
+
+def _find_nothing_there(config: RunConfig) -> list[str]:
+    """Tell if `checkpoint.load` names a folder without checkpoints, which the run, without any of its own, would read.
+    The training loop reports damaged ones."""
+    load, own = config.checkpoint.load, RunFolder.of(config).checkpoints
+    if load is None or is_url(load) or candidates(own) or candidates(Path(load)):
+        return []
+    return [f"checkpoint.load: {load} holds no checkpoint"]
 
 
 def _start_elsewhere(config: RunConfig) -> resuming.Start | None:

@@ -140,3 +140,18 @@ def test_a_run_goes_on_with_the_form_that_it_has(before, now, refused):
     assert not refused or all(part in str(error.value) for part in (*refused, "runs/run/config.yaml"))
     with pytest.raises(UserError) if "hidden_size" in now else nullcontext():
         resuming.check_model(dataclasses.replace(start, is_own=False), own, None)
+
+
+def test_another_model_than_that_of_checkpoint_load_is_restored_or_trained_without(tmp_path):
+    """An import has its model in a file."""
+    saved, own = run([], 2), run([], 2)
+    own.model.hidden_size *= 2
+    progress = {"config": dataclasses.asdict(saved)}
+    start = resuming.Start(tmp_path / "imported/checkpoints/step_00000000", progress, is_own=False)
+    with pytest.raises(UserError, match="leave checkpoint.load out$") as error:
+        resuming.check_model(start, own, None)
+    assert "another name" not in str(error.value) and "model.yaml" not in str(error.value)
+    (tmp_path / "imported").mkdir()
+    (tmp_path / "imported/model.yaml").touch()
+    with pytest.raises(UserError, match="include .*/imported/model.yaml"):
+        resuming.check_model(start, own, None)

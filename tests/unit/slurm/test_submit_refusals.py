@@ -160,6 +160,17 @@ def test_data_that_left_its_mask_behind_or_has_nothing_to_say_of_its_tokenizer(f
     assert len(lines) == 2 and "data/corpus.loss_mask.bin not found" in lines[1], lines
 
 
+@pytest.mark.parametrize("load", ["empty", "run.yaml"])
+def test_nothing_to_load_is_told_before_the_queue(folder, slurm, load):
+    (folder / "empty/checkpoints").mkdir(parents=True)
+    assert_one_line(folder, slurm, refusal(f"checkpoint.load={load}"), f"checkpoint.load: {load} holds no checkpoint")
+
+
+def test_a_tokenizer_without_the_tokens_of_filling_in(folder, slurm):
+    lines = refusal(f"data.tokenizer={tokenizer_file(folder)}", "data.fim.rate=0.5")
+    assert_one_line(folder, slurm, lines, "data.fim.tokens", "tokenizer_400.json")
+
+
 def tokenizer_file(folder, words=400):
     """A tokenizer.json of `words` ids, made by the library that reads it."""
     from tokenizers import Tokenizer, models
