@@ -103,6 +103,11 @@ class _Job:
         self.manifest_path = Path(f"{self.prefix}.manifest.json")
         self.sources = open_inputs(options.inputs, options.read, options.format)
         self.tokenizer: Tokenizer = load_tokenizer(options.tokenizer, options.eod_token)
+        if options.eod_token is not None:
+            try:
+                load_tokenizer(options.tokenizer)  # as runs do, which have no such option
+            except UserError as error:
+                _say(f"warning: no run can load this tokenizer: {error}")
         self.identity = self._identity()
         self.plan = Plan(self.sources, options.shard_bytes, self.work, options.shard or (1, 1))
 

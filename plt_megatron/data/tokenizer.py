@@ -25,6 +25,7 @@ from plt_megatron.run_folder.files import read_json_object
 # Tried in this order if the tokenizer does not say which token ends a document.
 EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<eod>", "</s>", "<eos>")
 
+_NAMES = "tokenizer_config.json"  # beside a tokenizer.json: names its special tokens
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a byte-fallback token
 
 # Unigram scores that are multiples of this step add up exactly in sentencepiece's float32 over a chunk of
@@ -113,8 +114,13 @@ class Tokenizer(ABC):
         if name is not None:
             raise UserError(f"{self.path}: the tokenizer has no token {name!r} to end documents with")
         raise UserError(
-            f"{self.path}: cannot tell which token ends a document (looked for {', '.join(EOD_NAMES)}): name it"
+            f"{self.path}: cannot tell which token ends a document (looked for {', '.join(EOD_NAMES)}): "
+            f"{self._how_to_name_eod()}"
         )
+
+    @abstractmethod
+    def _how_to_name_eod(self) -> str:
+        """Return how to give the tokenizer a token that ends documents."""
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -159,6 +165,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def token_name(self, index: int) -> str:
         return self._processor.id_to_piece(int(index))
+
+    def _how_to_name_eod(self) -> str:
+        return "train it with one of them as a control symbol, or with an end token (eos_id)"
 
     def _splits_exactly(self, proto: Any) -> bool:
         """Return whether parts cut at `COARSE` borders encode to the ids of the whole."""
@@ -236,7 +245,7 @@ class HuggingFaceTokenizer(Tokenizer):
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"{path}: not a tokenizer.json ({error})") from error
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        names, self._control_names = _token_names(path.with_name("tokenizer_config.json"))
+        names, self._control_names = _token_names(path.with_name(_NAMES))
         named = [names.get(key) for key in ("bos_token", "eos_token", "pad_token")]
         self.bos, self.eos, self.pad = (None if name is None else self.token_id(name) for name in named)
         self.eod = self._find_eod(eod_token, names.get("eos_token"))
@@ -261,6 +270,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def token_name(self, index: int) -> str:
         return self._tokenizer.id_to_token(int(index)) or f"<{index}>"
+
+    def _how_to_name_eod(self) -> str:
+        return f'name it as "eos_token" in {self.path.with_name(_NAMES)}'
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)

@@ -210,7 +210,10 @@ def _saved_tokenizer(data: Mapping[str, Any], checkpoint: Path, given: Path | No
     for candidate in (path, beside):
         if candidate.exists():
             return load_tokenizer(candidate)
-    raise UserError(f"tokenizer {path}, which the run used, is missing (seen from this directory): pass --tokenizer")
+    raise UserError(
+        f"tokenizer {path}, which the run used, is missing (seen from this directory): "
+        "run this where the run was started, or pass --tokenizer (plt export, plt diagnose)"
+    )
 
 
 # ---------------------------------------------------------------- Hugging Face folders

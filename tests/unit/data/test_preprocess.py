@@ -82,16 +82,19 @@ def test_all_formats_together(texts: list[str], bpe_model: Path, tmp_path: Path)
 
 
 def test_hugging_face_tokenizer_and_large_vocabulary(
-    corpus: Path, texts: list[str], bpe_model: Path, tmp_path: Path
+    corpus: Path, texts: list[str], bpe_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """One that names no token that ends documents is of no use to runs."""
     fast = bpe_model.with_name("tokenizer.json")
     run_preprocess([corpus], tmp_path / "x", fast, append_eod=False)
     assert documents(tmp_path / "x") == [ids[:-1] for ids in expected(bpe_model, texts)]
     value = json.loads(fast.read_text(encoding="utf-8"))
     value["model"]["vocab"]["<far>"] = 70_000
     large = tmp_path / "tokenizer.json"
-    large.write_text(json.dumps(value), encoding="utf-8")
+    large.write_text(json.dumps(value).replace("</s>", "<fin>"), encoding="utf-8")
+    assert "warning" not in capsys.readouterr().err
     manifest = run_preprocess([corpus], tmp_path / "y", large, eod_token="<far>")
+    assert "warning: no run can load" in capsys.readouterr().err
     assert manifest["dtype"] == "int32"
     assert documents(tmp_path / "y") == [[*ids[:-1], 70_000] for ids in expected(bpe_model, texts)]
 

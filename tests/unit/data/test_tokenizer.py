@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import sentencepiece
 from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import models
 
 from plt_megatron.data.segments import COARSE, chunks, crosses_no_piece, word_pattern
 from plt_megatron.data.tokenizer import SentencePieceTokenizer, load_tokenizer, token_dtype
@@ -241,6 +242,20 @@ def test_unusable_settings(bpe_model: Path, tmp_path: Path) -> None:
         load_tokenizer(bpe_model, "<none>")
     with pytest.raises(UserError, match="holds neither"):
         load_tokenizer(tmp_path)
+
+
+def test_a_token_that_ends_documents_is_given_beside_a_json_or_in_training(tmp_path: Path, texts: list[str]) -> None:
+    words = models.WordLevel({"<fin>": 0, "word": 1}, unk_token="word")
+    FastTokenizer(words).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match=f'"eos_token" in {tmp_path / "tokenizer_config.json"}'):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<fin>"}')
+    assert load_tokenizer(tmp_path).eod == 0
+    with pytest.raises(UserError, match="control symbol.*eos_id"):
+        load_tokenizer(train_plainly(texts[:20], tmp_path / "t.model", eos_id=-1))
+    for settings in ({"eos_piece": "<fin>"}, {"eos_id": -1, "control_symbols": ["<|endoftext|>"]}):
+        tokenizer = load_tokenizer(train_plainly(texts[:20], tmp_path / "t.model", **settings))
+        assert tokenizer.token_name(tokenizer.eod) in ("<fin>", "<|endoftext|>")
 
 
 def test_types_of_ids() -> None:
