@@ -220,7 +220,9 @@ def _check_raw(config: RunConfig, world_size: int | None) -> Iterator[str]:
             continue
         refused = next((name for name in _prefixes(key) if name in REFUSED), None)
         if refused is not None:
-            yield f"deepspeed.config.{key} cannot be set here: {REFUSED[refused]}"
+            instead = REFUSED[refused]
+            out = "" if "leave" in instead else "; leave this out"
+            yield f"deepspeed.config.{key} cannot be set here: {instead}{out}"
         elif key in decided:
             yield f"deepspeed.config.{key} must be {_text(decided[key])} here: leave it out"
         elif key not in ADDABLE:

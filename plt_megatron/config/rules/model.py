@@ -32,13 +32,14 @@ def _check_layers(config: RunConfig) -> Iterator[str]:
     if model.loop_count > 1 and not model.share_values and not model.share_kv:
         yield (
             "model.share_values=false applies to shared keys, but model.share_kv=false shares neither; set "
-            "model.share_values=true or model.share_kv=true"
+            "model.share_values=true, or model.share_kv=true and model.full_attention=every_loop"
         )
     if derived.windows_earlier_loops(model) and model.share_kv:
+        values = "" if model.share_values else "model.share_values=true, "
         yield (
             "model.full_attention last_loop needs model.share_kv=false: the first loop, which attends within a window, "
-            "keeps no keys of the whole context to share; set model.share_kv=false and model.gated_window=false, or "
-            "model.full_attention=every_loop"
+            f"keeps no keys of the whole context to share; set {values}model.share_kv=false and "
+            "model.gated_window=false, or model.full_attention=every_loop"
         )
 
 

@@ -213,15 +213,17 @@ def find_te_problems(config: RunConfig, have_te: bool | None) -> Iterator[str]:
     kinds = [("cp_comm_type", parallel.cp_comm_type)]
     if derived.has_windows(model):
         kinds.append(("window_cp_comm_type", parallel.window_cp_comm_type))
+    indivisible = derived.num_query_groups(model) % (tp * cp) > 0
     for name, kind in kinds:
+        change = "data.reset_at_document_boundaries=false" if indivisible else f"parallel.{name}=a2a"
         if packed and kind != "a2a":
             yield (
                 f"parallel.{name} {kind} with data.reset_at_document_boundaries: Transformer Engine would split each "
-                f"document over the ranks, not the sequence; set parallel.{name}=a2a, {other}"
+                f"document over the ranks, not the sequence; set {change}, {other}"
             )
-        elif kind == "a2a" and derived.num_query_groups(model) % (tp * cp):
+        elif kind == "a2a" and indivisible:
             yield (
                 f"parallel.{name} a2a splits the {derived.num_query_groups(model)} key/value heads "
                 f"(model.num_query_groups): not divisible by tensor {tp} x context {cp}; "
-                f"{'set data.reset_at_document_boundaries=false' if packed else 'use all_gather'}, {other}"
+                f"{f'set {change}' if packed else 'use all_gather'}, {other}"
             )

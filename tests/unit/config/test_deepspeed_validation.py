@@ -137,7 +137,7 @@ def test_each_decision_names_the_setting_it_follows_from(key):
             {"zero_optimization": {"stage": True}},
             "deepspeed.config.zero_optimization.stage true contradicts deepspeed.zero_stage",
         ),
-        ({"fp16": {"enabled": True}}, "deepspeed.config.fp16.enabled cannot be set here: set training.precision=bf16"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled cannot be set here: set training.precision=bf16; leave this out"),
         ({"zero_optimization": {"overlap_comm": True}}, "overlap_comm cannot be set here: it reduces gradients before"),
         ({"zero_optimization": {"offload_optimizer": {"ratio": 0.5}}}, "leave it out: all of the optimizer"),
         ({"scheduler": {"type": "WarmupLR"}}, "deepspeed.config.scheduler.type cannot be set here: set the optimizer"),

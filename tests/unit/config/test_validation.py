@@ -99,7 +99,7 @@ TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
             {"evaluation__tasks": ["a"]},
             "evaluation.tasks need exports of the run and their tokenizer: set",
         ),
-        ({"checkpoint__exports__interval": 30}, "multiple of checkpoint.save_interval, which is 0"),
+        ({"checkpoint__exports__interval": 30}, "needs checkpoint.save_interval, which is 0: set it, as to 30"),
         ({"checkpoint__exports__interval": 30, "checkpoint__enabled": False}, "checkpoint.enabled=false writes none"),
         (
             {"model__hidden_size": 130},
@@ -317,7 +317,7 @@ def test_context_parallelism_counts_among_the_processes():
         ),
         (
             {"parallel__cp_comm_type": "p2p", "model__loop_count": 1, "data__reset_at_document_boundaries": True},
-            "parallel.cp_comm_type p2p with data.reset_at_document_boundaries: Transformer Engine would split",
+            "document over the ranks, not the sequence; set data.reset_at_document_boundaries=false",
         ),
         (
             {"parallel__cp_comm_type": "a2a", "model__loop_count": 1, "data__reset_at_document_boundaries": True},
@@ -335,6 +335,26 @@ def test_what_transformer_engine_cannot_share(settings, expected):
         assert (
             find_problems(change(good(), model__backend=backend, **settings), check_files=False, have_te=have_te) == []
         )
+
+
+WINDOWED_VALUES = {"model__share_values": False, "model__gated_window": False, "model__full_attention": "last_loop"}
+
+
+@pytest.mark.parametrize("share_kv", [False, True])
+@pytest.mark.parametrize(
+    "change_to",
+    [
+        {"model__share_values": True, "model__share_kv": False},
+        {"model__share_kv": True, "model__full_attention": "every_loop"},
+    ],
+)
+def test_values_of_their_own_lead_from_no_refusal_to_another(share_kv, change_to):
+    settings: dict[str, object] = {**WINDOWED_VALUES, "model__share_kv": share_kv}
+    (line,) = find_problems(change(good(), **settings), check_files=False)
+    for key, value in change_to.items():
+        if settings[key] != value:
+            assert f"{key.replace('__', '.')}={str(value).lower()}" in line
+    assert find_problems(change(good(), **settings | change_to), check_files=False) == []
 
 
 def test_transformer_engine_shares_what_divides():
