@@ -95,6 +95,13 @@ def launch(plan: SweepPlan, todo: Sequence[PlannedRun], options: RunOptions) -> 
     return local.run(), local
 
 
+def check_jobs(runs: Sequence[PlannedRun], jobs: int) -> None:
+    """Raise `UserError` if one of several runs at a time has several processes."""
+    large = [run.name for run in runs if layout_of(run.config).world_size > 1]
+    if jobs > 1 and large:
+        raise UserError(f"--jobs {jobs} needs runs of one process each; {large[0]} has more: use --jobs 1")
+
+
 @dataclass
 class _Running:
     run: PlannedRun
@@ -114,9 +121,7 @@ class LocalSweep:
     """
 
     def __init__(self, plan: SweepPlan, runs: Sequence[PlannedRun], jobs: int = 1) -> None:
-        large = [run.name for run in runs if layout_of(run.config).world_size > 1]
-        if jobs > 1 and large:
-            raise UserError(f"--jobs {jobs} needs runs of one process each; {large[0]} has more: use --jobs 1")
+        check_jobs(runs, jobs)
         self.plan = plan
         self.jobs = jobs
         self.waiting = list(runs)
@@ -344,6 +349,8 @@ def dry_run(plan: SweepPlan, todo: Sequence[PlannedRun], options: RunOptions, *,
 
     `makes_corpus`: a real run makes the files that are missing.
     """
+    if options.submit is None:
+        check_jobs(todo, options.jobs)
     problems = run_file_problems(todo)
     for problem in [] if makes_corpus else problems:
         print(f"note: {problem}")

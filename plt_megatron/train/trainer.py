@@ -111,6 +111,8 @@ class Trainer:
         """Train to the end, or until asked to stop; return whether the run is finished."""
         self._resume()
         if self.is_first_rank:
+            if not self.folder.config_file.is_file():  # started without plt train
+                self.folder.save_config(self.config)
             self.folder.keep_config()
         self._each(Callback.on_start)
         self._batches = self.data.training_batches(self.clock.samples, self.clock.tokens)

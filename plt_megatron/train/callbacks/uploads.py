@@ -190,7 +190,7 @@ def check_destinations(config: RunConfig) -> None:
 
 def _check(config: RunConfig) -> None:
     folder = RunFolder.of(config)
-    if not folder.config_file.is_file():  # training was started without plt train; uploads read this file
+    if not folder.config_file.is_file():  # started without plt train; the command below reads it
         folder.save_config(config)
     command = [*own_python(), "-m", "plt_megatron", "upload", str(folder.path), "--check"]
     minutes = _SHARE * config.parallel.distributed_timeout_minutes

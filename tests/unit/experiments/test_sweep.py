@@ -224,6 +224,9 @@ def test_runs_of_several_processes_are_refused_several_at_once(tmp_path):
     plan = saved_plan(tmp_path, LOOPS, ("parallel.tensor_model_parallel_size=2",))
     with pytest.raises(UserError, match="--jobs 2 needs runs of one process"):
         LocalSweep(plan, plan.runs, jobs=2)
+    with pytest.raises(UserError, match="--jobs 2 needs runs of one process"):
+        sweep.dry_run(plan, plan.runs, RunOptions(jobs=2, dry_run=True), makes_corpus=True)
+    sweep.dry_run(plan, plan.runs, RunOptions(dry_run=True), makes_corpus=True)
 
 
 def test_what_is_done_is_not_done_again(tmp_path, launcher, capsys):

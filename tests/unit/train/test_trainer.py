@@ -59,6 +59,19 @@ def test_a_run_without_checkpoints_says_that_nothing_is_saved(enabled, asked, mo
     assert ["checkpoint.enabled=false" in warning for warning in warnings] == [True] * (asked and not enabled)
 
 
+@pytest.mark.parametrize("started_before", [False, True])
+def test_a_run_that_another_launcher_starts_has_its_configuration_too(started_before, tmp_path):
+    """Other commands know a run by it."""
+    config = RunConfig(name="run", output_dir=str(tmp_path))
+    folder = RunFolder.of(config)
+    if started_before:
+        folder.save_config(RunConfig(name="before"))
+    parts = {name: Mock() for name in ("clock", "data", "checkpoints", "stop")}
+    run = Mock(spec=Trainer, folder=folder, config=config, is_first_rank=True, is_finished=True, **parts)
+    Trainer.run(run)
+    assert folder.config() == (RunConfig(name="before") if started_before else config)
+
+
 def test_saving_is_asked_for_once_and_stopping_for_good(request_of_one_rank, tmp_path):
     (tmp_path / "SAVE").touch()
     assert request_of_one_rank.agree() and not request_of_one_rank.requested
