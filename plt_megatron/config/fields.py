@@ -204,6 +204,28 @@ def either(alternatives: Sequence[Sequence[str]]) -> str:
     return " or ".join("/".join(names) for names in alternatives)
 
 
+# Settings at the top of each kind of file, for who gives a command another kind.
+_KINDS = {
+    "a run (plt train, plt submit)": {
+        *("model", "parallel", "data", "training", "optimizer", "validation", "checkpoint", "evaluation", "logging"),
+        "deepspeed",
+    },
+    "a sweep (plt sweep)": {
+        *("title", "base", "set", "axes", "seeds", "demo_corpus", "match_budget", "tolerance", "compare", "baseline"),
+        *("questions", "decode"),
+    },
+    "a study (plt study)": {
+        *("title", "base", "set", "variants", "sizes", "loops", "horizons", "seeds", "demo_corpus", "decay_share"),
+        *("lr_exponent_of_width", "budget", "rounds", "measure", "decide", "noise"),
+    },
+}
+
+
+def kinds_with(name: str) -> str:
+    """Return which kinds of files have a setting of this name at the top, in words; empty if none has."""
+    return " or ".join(kind for kind, names in _KINDS.items() if name in names)
+
+
 _UNTESTABLE = "it can only be verified on GPUs, and is not yet"
 _OFFLOAD = "it counts a stack's layers once per forward pass, but loops pass through them several times"
 _GRAPH = (

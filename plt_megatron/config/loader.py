@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from plt_megatron.config import yaml_nodes
+from plt_megatron.config import fields, yaml_nodes
 from plt_megatron.config.fields import RenamedFrom, field_types, find_type_problems, leaves, plain_type, section_of
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.upgrade import UPGRADE, new_name, new_section, upgrade
@@ -321,7 +321,8 @@ class _Reader:
             match = difflib.get_close_matches(name, list(elsewhere), n=1, cutoff=0.8)
             candidates = [elsewhere[match[0]]] if match else candidates
         hint = f"did you mean {candidates[0]}?" if candidates else f"known here: {', '.join(siblings)}"
-        return UserError(f"{at}: unknown key {join(section, name)}; {hint}")
+        kinds = "" if section else fields.kinds_with(name)
+        return UserError(f"{at}: unknown key {join(section, name)}; {f'it is of {kinds}' if kinds else hint}")
 
 
 def _hint(at: str) -> str:

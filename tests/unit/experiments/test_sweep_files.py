@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from plt_megatron.config.fields import field_types, kinds_with
 from plt_megatron.config.loader import load_config
+from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
-from plt_megatron.experiments.files import Hold, SweepFile, read_study, read_sweep
+from plt_megatron.experiments.files import Hold, StudyFile, SweepFile, read_study, read_sweep
 from plt_megatron.experiments.records import Status
 from plt_megatron.experiments.sweep_plan import make_plan
 from tests.unit.experiments.study.study_helpers import STUDY, write_study
@@ -104,6 +106,14 @@ def test_a_setting_that_every_run_overrides_is_refused(tmp_path):
     assert read_sweep(path, ["model.share_kv=true"]).settings == ["model.share_kv=true"]
 
 
+def test_settings_of_each_kind_of_file_are_known_to_the_others():
+    kinds = {"a run (plt train, plt submit)": RunConfig, "a sweep (plt sweep)": SweepFile}
+    kinds |= {"a study (plt study)": StudyFile}
+    names = {kind: set(field_types(schema)) for kind, schema in kinds.items()}
+    for name in set().union(*names.values()) - {"name", "output_dir"}:
+        assert kinds_with(name) == " or ".join(kind for kind in kinds if name in names[kind])
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -131,6 +141,8 @@ def test_a_setting_that_every_run_overrides_is_refused(tmp_path):
         ("base: a.yaml\ntolerance: 2", ":2: tolerance must be below 1, got 2.0"),
         ("base: a.yaml\ndecode: {batch: 4}", ":2: unknown key decode.batch; did you mean decode.batch_size?"),
         ("base: a.yaml\nbase: b.yaml", "base is given twice"),
+        ("model: {num_layers: 4}", ":1: unknown key model; it is of a run (plt train, plt submit)"),
+        ("base: a.yaml\nhorizons: [1]", ":2: unknown key horizons; it is of a study (plt study)"),
         ("base: [", "not valid YAML"),
         ("", "base is missing"),
         ("base: a.yaml\nhold_equal: tokens", ":2: hold_equal is now called match_budget"),
