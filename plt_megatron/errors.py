@@ -17,8 +17,10 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 128 + 2
 EXIT_BROKEN_PIPE = 128 + 13
 _OPEN_FILES = 1 << 16
+# Commands have raised the soft limit to it.
+RAISE_OPEN_FILES = "have the hard limit raised (ulimit -Hn), in limits.conf or as a service's LimitNOFILE"
 _ADVICE = {
-    errno.EMFILE: "too many open files: raise the limit (ulimit -n)",
+    errno.EMFILE: f"too many open files: {RAISE_OPEN_FILES}",
     errno.ENFILE: "too many open files on this machine",
 }
 

@@ -23,7 +23,7 @@ from plt_megatron.config.loop_schedule import LoopSchedule
 from plt_megatron.config.schedules import BatchSchedule, LengthSchedule
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import processes_on, validate
-from plt_megatron.errors import UserError, go_on_without_readers
+from plt_megatron.errors import RAISE_OPEN_FILES, UserError, go_on_without_readers
 from plt_megatron.installation import own_python, python_path
 from plt_megatron.predict.flops import run_flops_per_token
 from plt_megatron.predict.parameters import count_parameters
@@ -119,7 +119,7 @@ def _check_environment() -> None:
     not open their files."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if 0 <= files < _OPEN_FILES:
-        raise UserError(f"the limit of open files is {files}, training needs {_OPEN_FILES}: raise it (ulimit -n 1024)")
+        raise UserError(f"the limit of open files is {files}, training needs {_OPEN_FILES}: {RAISE_OPEN_FILES}")
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes != "1":
         raise UserError(

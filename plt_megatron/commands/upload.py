@@ -45,8 +45,12 @@ def _upload(arguments: argparse.Namespace) -> int:
 
     run = RunFolder(arguments.folder)
     if not run.config_file.is_file():
-        if arguments.to is None or arguments.check or arguments.waiting:
-            what = "give --to URL" if arguments.to is None else "--check and --waiting are for runs"
+        for_runs = arguments.check or arguments.waiting
+        if arguments.to is None or for_runs:
+            if not arguments.folder.is_dir():
+                what = f"is a file: give its folder, {arguments.folder.parent}"
+                raise UserError(f"{arguments.folder} {what if arguments.folder.is_file() else 'not found'}")
+            what = "--check and --waiting are for runs" if for_runs else "give --to URL"
             raise UserError(f"{arguments.folder} is not a run's folder: {what}")
         started = time.monotonic()
         uploaded = upload_folder(arguments.folder, arguments.to, verify=arguments.verify)

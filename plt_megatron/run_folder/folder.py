@@ -137,7 +137,10 @@ class RunFolder:
         """Read the run's metrics. Raises `UserError` if it has no training step yet."""
         if not self.metrics_file.exists():
             packed = _unpack_hint(self.path) or _unpack_hint(self.path.parent)
-            raise UserError(f"{self.metrics_file} not found: {self.path} has no run that has started{packed}")
+            runs = _find_runs(self.path, lambda error: None) if self.path.is_dir() else []
+            inside = next((run for run in runs if run != self.path), None)
+            why = f"has no run that has started{packed}" if inside is None else f"has folders of runs, as {inside}"
+            raise UserError(f"{self.metrics_file} not found: {self.path} {why}")
         metrics = self.metrics()
         if not metrics.train:
             raise UserError(f"{self.metrics_file} has no training step yet")
@@ -193,9 +196,10 @@ def load_run(path: str | os.PathLike[str], overrides: Sequence[str]) -> RunConfi
     is_named = any(text.startswith(("name=", "output_dir=")) for text in overrides)
     if Path(path).name == CONFIG and checkpoints.checkpoint_folders(here / own.checkpoints.name) and not is_named:
         if here.resolve() != own.path.resolve():
+            seen = "" if own.path.is_absolute() else f" (seen from {Path.cwd()})"
             raise UserError(
-                f"{here} is not where its configuration says, {own.path}, where the run would begin anew; to continue "
-                f"it, add {shlex.join([f'name={here.name}', f'output_dir={here.parent}'])}"
+                f"{here} is not where its configuration says, {own.path}{seen}, where the run would begin anew; to "
+                f"continue it, add {shlex.join([f'name={here.name}', f'output_dir={here.parent}'])}"
             )
     return config
 
@@ -227,6 +231,8 @@ def _unpack_hint(folder: Path) -> str:
 
 
 def _find_runs(folder: Path, on_unreadable: Callable[[OSError], None]) -> list[Path]:
+    if folder.is_file():
+        raise UserError(f"{folder} is a file: name its run's folder, as {folder.parent}")
     if not folder.is_dir():
         raise UserError(f"{folder} not found: name run folders, or give --output-dir")
     found: dict[Path, Path] = {}  # by the real path, since a link may lead to a run that is here too

@@ -93,7 +93,7 @@ def test_few_open_files_are_a_line(world):
     run = partial(subprocess.run, command, cwd=world.folder, capture_output=True, text=True, env=environment())
     before = world.content()
     done = run(preexec_fn=limit)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and "ulimit -n" in done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "ulimit -Hn" in done.stderr
     assert done.stderr.count("\n") == 1 and world.content() == before
 
 

@@ -134,6 +134,7 @@ def test_a_run_folder_that_was_moved_does_not_begin_anew_where_it_was(folder):
     (folder / "runs/try").rename(folder / "runs/moved")
     result = launch(folder, "runs/moved/config.yaml", "--dry-run")
     assert result.returncode == 2 and f"name=moved output_dir={folder / 'runs'}" in result.stderr
+    assert f"seen from {folder}" in result.stderr
     assert launch(folder, "runs/moved/config.yaml", "--dry-run", "name=other").returncode == 0
 
 

@@ -95,9 +95,12 @@ def test_bad_requests_are_refused(runs, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "metrics.jsonl").write_text("")
     (tmp_path / "file").write_text("")
+    (tmp_path / "study/round/run").mkdir(parents=True)
+    (tmp_path / "study/round/run/config.yaml").touch()
     for asked, name, said in (
         ([], "loss.png", "no run to plot"),
         ([tmp_path / "absent"], "loss.png", r"metrics\.jsonl not found: .*absent has no run that has started"),
+        ([tmp_path / "study"], "loss.png", "study has folders of runs, as .*study/round/run"),
         ([tmp_path / "empty"], "loss.png", "no training step yet"),
         (runs, "loss.sculpture", "cannot write the plot"),
         (runs, "file/loss.png", "cannot write the plot"),

@@ -75,8 +75,8 @@ def test_the_limit_of_open_files_is_raised_for_a_command_and_what_it_starts(give
         (PermissionError(errno.EACCES, "Permission denied", "/a/file"), "error: /a/file: Permission denied\n"),
         (OSError(errno.ENOSPC, "No space left on device", "/a/file"), "error: /a/file: No space left on device\n"),
         (OSError(errno.EXDEV, "Invalid cross-device link", "/a", None, "/b"), "/a to /b"),
-        (OSError(errno.EMFILE, "Too many open files", "/a/file"), "ulimit -n"),
-        (ImportError("libtorch.so: cannot open shared object file: Too many open files"), "ulimit -n"),
+        (OSError(errno.EMFILE, "Too many open files", "/a/file"), "ulimit -Hn"),
+        (ImportError("libtorch.so: cannot open shared object file: Too many open files"), "ulimit -Hn"),
     ],
 )
 def test_what_the_user_or_the_system_refuses_is_a_line_and_status_2(capsys, error, words):

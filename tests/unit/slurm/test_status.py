@@ -272,10 +272,13 @@ def test_json_lines(run, slurm):
     assert expected.items() <= record.items() and record["seconds_left"] == 800.0
 
 
-@pytest.mark.parametrize("names", [["runs/gone"], ["data"], ["gone"]])
-def test_what_is_no_run_is_refused(run, slurm, names):
-    with pytest.raises(UserError) as caught:
-        report(names, "runs", False)
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("runs/gone", "not found"), ("data", "contains none"), ("gone", "not found"), ("runs/try/config.yaml", "file: .* runs/try$")],
+)
+def test_what_is_no_run_is_refused(run, slurm, name, words):
+    with pytest.raises(UserError, match=words) as caught:
+        report([name], "runs", False)
     assert len(str(caught.value).splitlines()) == 1
 
 

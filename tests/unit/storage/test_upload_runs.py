@@ -196,8 +196,11 @@ def test_the_place_of_a_run_that_ended_before_its_first_upload_can_be_had(tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["nowhere"], "nowhere is not a run's folder: give --to URL"),
-        (["nowhere", "--to", "file:///tmp/x", "--check"], "nowhere is not a run's folder: --check and --waiting"),
+        (["nowhere"], "nowhere not found"),
+        (["empty"], "empty is not a run's folder: give --to URL"),
+        (["empty", "--check"], "empty is not a run's folder: --check and --waiting"),
+        (["empty", "--to", "file:///tmp/x", "--check"], "empty is not a run's folder: --check and --waiting"),
+        (["config.yaml"], "/mine/config.yaml is a file: give its folder, "),
         (["nowhere", "--to", "file:///tmp/x"], "nowhere: no such folder"),
         (["nowhere", "--to", "bucket/x"], "--to: bucket/x is not a URL"),
         (["nowhere", "--to", "hf://owner/name"], "hf://owner/name names no revision"),
@@ -211,7 +214,10 @@ def test_a_command_that_means_nothing_is_one_line(tmp_path, capsys, arguments, p
         "run": a_run(tmp_path),
         "plain": a_run(tmp_path / "other", export_to=None, to=None),
     }
-    arguments = [str(runs[part].path) if part in runs else part for part in arguments]
+    (tmp_path / "empty").mkdir()
+    paths = {name: run.path for name, run in runs.items()}
+    paths |= {"empty": tmp_path / "empty", "config.yaml": runs["run"].config_file}
+    arguments = [str(paths.get(part, part)) for part in arguments]
     assert command.main(arguments) == 2
     said = capsys.readouterr().err
     assert problem in said and said.count("\n") == 1
