@@ -213,10 +213,10 @@ def find_te_problems(config: RunConfig, have_te: bool | None) -> Iterator[str]:
     kinds = [("cp_comm_type", parallel.cp_comm_type)]
     if derived.has_windows(model):
         kinds.append(("window_cp_comm_type", parallel.window_cp_comm_type))
-    indivisible = derived.num_query_groups(model) % (tp * cp) > 0
+    indivisible, unpacked = derived.num_query_groups(model) % (tp * cp) > 0, "data.reset_at_document_boundaries=false"
     for name, kind in kinds:
-        change = "data.reset_at_document_boundaries=false" if indivisible else f"parallel.{name}=a2a"
         if packed and kind != "a2a":
+            change = unpacked if indivisible else f"parallel.{name}=a2a"
             yield (
                 f"parallel.{name} {kind} with data.reset_at_document_boundaries: Transformer Engine would split each "
                 f"document over the ranks, not the sequence; set {change}, {other}"
@@ -225,5 +225,5 @@ def find_te_problems(config: RunConfig, have_te: bool | None) -> Iterator[str]:
             yield (
                 f"parallel.{name} a2a splits the {derived.num_query_groups(model)} key/value heads "
                 f"(model.num_query_groups): not divisible by tensor {tp} x context {cp}; "
-                f"{f'set {change}' if packed else 'use all_gather'}, {other}"
+                f"set {f'{unpacked} and ' if packed else ''}parallel.{name}=all_gather, {other}"
             )

@@ -321,7 +321,7 @@ def test_context_parallelism_counts_among_the_processes():
         ),
         (
             {"parallel__cp_comm_type": "a2a", "model__loop_count": 1, "data__reset_at_document_boundaries": True},
-            "context 8; set data.reset_at_document_boundaries=false",
+            "context 8; set data.reset_at_document_boundaries=false and parallel.cp_comm_type=all_gather, or",
         ),
     ],
 )
