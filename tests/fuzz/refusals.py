@@ -1,4 +1,4 @@
-"""A configuration is refused before a process starts, in lines that name a setting, or it trains.
+"""A configuration is refused before a process starts, in lines that name a setting and say what helps, or it trains.
 
 Of each case many configurations are loaded and checked as they come, and one that is accepted is trained to its end by
 the trainer, on real text.
@@ -7,8 +7,10 @@ the trainer, on real text.
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from plt_megatron.commands.train import describe
@@ -25,6 +27,7 @@ from tests.fuzz.search import Kind
 _VOCAB_SIZE = 380  # the tokenizer's
 _WILD = 50  # configurations of a case that are checked only
 _SECTIONS = ("model", "parallel", "data", "training", "optimizer", "validation", "checkpoint", "logging")
+_SETTING = r"(?:[a-z_0-9]+\.)*[a-z_0-9]+=(?:\[[^\]]*\]|[^\s,;:()\[\]]+)"
 
 
 class Refusals(Kind):
@@ -73,8 +76,12 @@ class Refusals(Kind):
             config = draw.load(settings)
             validate(config, check_files=False)
         except UserError as error:
-            unclear = [line for line in str(error).splitlines() if not self.names & set(draw.words(line))]
-            return f"is refused without the name of a setting: {unclear[0]}" if unclear else ""
+            lines = str(error).splitlines()
+            unclear = [line for line in lines if not self.names & set(draw.words(line))]
+            if unclear:
+                return f"is refused without the name of a setting: {unclear[0]}"
+            vain = ((line, way) for line in lines for way in ways(line) if _core(line) in _refused(settings, way))
+            return next((f"is refused after {' '.join(way)} as before: {line}" for line, way in vain), "")
         ranks = layout_of(config).world_size
         describe(config, ranks, 0, {}, [])
         estimate_run(config, world_size=ranks, vocab_size=config.model.vocab_size or _VOCAB_SIZE)
@@ -84,3 +91,23 @@ class Refusals(Kind):
             return None if load_config(folder / "config.yaml") == config else "config.yaml: is read as another"
         finally:
             shutil.rmtree(folder)
+
+
+def ways(line: str) -> Iterator[list[str]]:
+    """Yield what a refusal says to set: the settings of each alternative that has nothing but settings."""
+    for sentence in re.split(r"[;:,] (?:and |or )?set |, or | or (?:set )?", line)[1:]:
+        if re.fullmatch(rf"{_SETTING}(?:(?:,| and|, and)? {_SETTING})*", sentence):
+            yield re.findall(_SETTING, sentence)
+
+
+def _refused(settings: draw.Settings, way: Sequence[str]) -> set[str]:
+    try:
+        validate(load_config(draw.TINY, [*draw.overrides(settings), *way]), check_files=False)
+    except UserError as error:
+        return {_core(line) for line in str(error).splitlines()}
+    return set()
+
+
+def _core(line: str) -> str:
+    """A refusal without its place and numbers."""
+    return re.sub(r"\d[\d,.]*", "#", re.sub(r"^\S+:\d+: ", "", line))

@@ -11,9 +11,10 @@ import pytest
 
 from plt_megatron.config.fields import Range
 from plt_megatron.config.schema import ModelConfig
+from plt_megatron.errors import UserError
 from tests.fuzz import draw, search
 from tests.fuzz.parity import Parity, before_chaos
-from tests.fuzz.refusals import Refusals
+from tests.fuzz.refusals import Refusals, ways
 from tests.fuzz.sections import value_of
 from tests.running import ROOT, run
 
@@ -110,6 +111,20 @@ def test_layouts_of_drawn_models_give_one_processs_numbers(run_distributed, numb
     parity = Parity(run_distributed)
     settings = parity.draw(0, number)
     assert parity.check(settings) is None, draw.overrides(settings)
+
+
+def test_what_a_refusal_says_to_set_is_understood():
+    line = "model.a 3 needs b: why; set model.b=true and model.c=[1, 2], or model.d=null, or leave out the section e"
+    assert list(ways(line)) == [["model.b=true", "model.c=[1, 2]"], ["model.d=null"]]
+    assert list(ways("model.a must be 4, got 3")) == list(ways("x: set model.a=8; leave this out")) == []
+
+
+def test_a_refusal_that_stays_when_it_is_followed_is_a_finding(monkeypatch):
+    def refuse(config, **_):
+        raise UserError(f"model.window_size {config.model.window_size} is small; set model.window_size=64")
+
+    monkeypatch.setattr("tests.fuzz.refusals.validate", refuse)
+    assert "after model.window_size=64 as before" in (Refusals(None).refusal({"model.window_size": 8}) or "")
 
 
 def test_what_is_refused_is_refused_by_name():
