@@ -322,7 +322,7 @@ class _Reader:
             candidates = [elsewhere[match[0]]] if match else candidates
         hint = f"did you mean {candidates[0]}?" if candidates else f"known here: {', '.join(siblings)}"
         kinds = "" if section else fields.kinds_with(name)
-        return UserError(f"{at}: unknown key {join(section, name)}; {f'it is of {kinds}' if kinds else hint}")
+        return UserError(f"{at}: unknown key {join(section, name)}; {f'it is a setting of {kinds}' if kinds else hint}")
 
 
 def _hint(at: str) -> str:

@@ -137,7 +137,7 @@ class RunFolder:
         """Read the run's metrics. Raises `UserError` if it has no training step yet."""
         if not self.metrics_file.exists():
             packed = _unpack_hint(self.path) or _unpack_hint(self.path.parent)
-            runs = _find_runs(self.path, lambda error: None) if self.path.is_dir() else []
+            runs = _find_runs(self.path, lambda error: None) if self.path.exists() else []
             inside = next((run for run in runs if run != self.path), None)
             why = f"has no run that has started{packed}" if inside is None else f"has folders of runs, as {inside}"
             raise UserError(f"{self.metrics_file} not found: {self.path} {why}")

@@ -155,8 +155,8 @@ def test_a_disk_that_does_not_answer_may_have_the_file_next_time(write, monkeypa
         ("optimizer: {train_iters: 3}\n", "optimizer.train_iters; did you mean training.train_iters?"),
         ("loop_count: 3\n", "unknown key loop_count; did you mean model.loop_count?"),
         ("model.moe.router_topk: 3\n", "sections contain their keys: write model: {moe: {router_topk: ...}}"),
-        ("axes: {}\n", "unknown key axes; it is of a sweep (plt sweep)"),
-        ("title: x\n", "it is of a sweep (plt sweep) or a study (plt study)"),
+        ("axes: {}\n", "unknown key axes; it is a setting of a sweep (plt sweep)"),
+        ("title: x\n", "it is a setting of a sweep (plt sweep) or a study (plt study)"),
         ("zzz: 3\n", "unknown key zzz; known here: name, output_dir, model"),
         (
             "data: {sources: [{pth: x}]}\n",

@@ -101,6 +101,7 @@ def test_bad_requests_are_refused(runs, tmp_path):
         ([], "loss.png", "no run to plot"),
         ([tmp_path / "absent"], "loss.png", r"metrics\.jsonl not found: .*absent has no run that has started"),
         ([tmp_path / "study"], "loss.png", "study has folders of runs, as .*study/round/run"),
+        ([tmp_path / "study/round/run/config.yaml"], "loss.png", "file: name its run's folder, as .*/run$"),
         ([tmp_path / "empty"], "loss.png", "no training step yet"),
         (runs, "loss.sculpture", "cannot write the plot"),
         (runs, "file/loss.png", "cannot write the plot"),
