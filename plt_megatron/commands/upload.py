@@ -22,7 +22,7 @@ from plt_megatron.errors import AttemptFailed, UserError, print_error
 
 def _arguments(parser: CommandParser) -> None:
     parser.epilog = (
-        "Exit status: 0 everything is there, 1 an upload of a run failed or --check got no answer, 2 something for you "
+        "Exit status: 0 everything is there, 1 an upload of a run failed or now would (--check), 2 something for you "
         "to fix."
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a run's folder, or an export or a checkpoint")

@@ -91,7 +91,7 @@ def read_index(name: str, text: str) -> Index:
         if content["format"] > FORMAT:
             raise ValueError(f"{name}: its format {content['format']} is newer than this program")
         files = {file: Entry(int(entry["bytes"]), str(entry["sha256"])) for file, entry in content["files"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{name} is damaged") from error
     outside = next((file for file in files if file.startswith("/") or ".." in file.split("/")), None)
     if outside is not None:
@@ -243,9 +243,17 @@ def find_checkpoint(url: str) -> Place:
     # Later steps belong to a course of training that was rolled back.
     for step in sorted((step for step in steps_in(folder) if last is None or step <= last), reverse=True):
         candidate = folder / checkpoints.folder_name(step)
-        if candidate.read_text(checkpoints.MANIFEST) is not None:
+        if has_manifest(candidate):
             return candidate
     raise UserError(f"{url}: no complete checkpoint there")
+
+
+def has_manifest(checkpoint: Place) -> bool:
+    """Return whether a checkpoint is complete: its manifest is there, and not one whose writing was cut short."""
+    try:
+        return bool(json.loads(checkpoint.read_text(checkpoints.MANIFEST) or "{}"))
+    except json.JSONDecodeError:
+        return False
 
 
 def steps_in(folder: Place) -> list[int]:

@@ -14,6 +14,7 @@ from typing import Any
 from plt_megatron.config.rules.uploads import packages_for, protocol_of
 from plt_megatron.errors import UserError, file_error
 from plt_megatron.extras import require
+from plt_megatron.run_folder.files import write_bytes
 
 # Attributes of a file that change with its content; the first that the file system has is used.
 _MARKS = ("ETag", "etag", "md5Hash", "content_md5", "generation", "mtime", "LastModified", "last_modified", "created")
@@ -52,6 +53,7 @@ class Place:
         # systems making one would create the bucket.
         self._has_folders = root.startswith("/")
         self._fs = DirFileSystem(root, fs)
+        self._local = Path(root) if protocol_of(url) in ("file", "local") else None
 
     def __truediv__(self, name: str) -> Place:
         """Return the folder `name` in this one."""
@@ -66,8 +68,11 @@ class Place:
                 return None
 
     def write_text(self, name: str, text: str) -> None:
-        """Write or replace a small file."""
+        """Write or replace a small file. On this machine's file systems, one that cannot be written stays as it was."""
         with failing(f"{self.url}/{name} cannot be written"):
+            if self._local is not None:
+                write_bytes(self._local / name, text.encode())
+                return
             self._make_folder_of(name)
             self._fs.pipe_file(name, text.encode())
 

@@ -15,14 +15,23 @@ from typing import Any
 from plt_megatron.config.rules import uploads as upload_rules
 from plt_megatron.config.rules.uploads import HUB, protocol_of
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.errors import UserError
+from plt_megatron.errors import AttemptFailed, UserError
 from plt_megatron.extras import require
 from plt_megatron.run_folder import checkpoints, json_lines
 from plt_megatron.run_folder.checkpoints import NAME
 from plt_megatron.run_folder.files import locked, write_text, writing
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.text import format_bytes, format_duration, plural
-from plt_megatron.storage.copies import INDEX, Uploaded, files_in, index_of, latest_step, steps_in, upload
+from plt_megatron.storage.copies import (
+    INDEX,
+    Uploaded,
+    files_in,
+    has_manifest,
+    index_of,
+    latest_step,
+    steps_in,
+    upload,
+)
 from plt_megatron.storage.places import Place, failing
 from plt_megatron.storage.queue import CHECKPOINT, EXPORT, UploadQueue, Waiting
 
@@ -143,12 +152,16 @@ class RunUploads:
 
     def check(self) -> None:
         """Raise `UserError` if a destination cannot be written, has another run's uploads, or this run's checkpoints
-        while its folder has none and it does not continue from them."""
+        while its folder has none and it does not continue from them.
+
+        If a run that has checkpoints cannot write there, it is an `AttemptFailed`: as during training, it goes on.
+        """
         for kind, key in ((CHECKPOINT, "checkpoint.uploads.to"), (EXPORT, "checkpoint.exports.upload_to")):
             try:
                 self._claim(self._to[kind])
             except UserError as error:
-                raise type(error)(f"{key}: {error}") from error
+                goes_on = isinstance(error.__cause__, OSError) and self._last_step() is not None
+                raise (AttemptFailed if goes_on else type(error))(f"{key}: {error}") from error
         to = self._to[CHECKPOINT]
         if to is None or self._last_step() is not None or self._loads_from(to):
             return
@@ -241,7 +254,7 @@ class RunUploads:
         last = self._last_step()
         steps = [step for step in steps_in(place) if last is None or step <= last]
         folders = {step: place / checkpoints.folder_name(step) for step in steps}
-        complete = [step for step in folders if folders[step].read_text(checkpoints.MANIFEST) is not None]
+        complete = [step for step in folders if has_manifest(folders[step])]
         if complete and latest_step(place) != max(complete):
             place.write_text(checkpoints.LATEST, checkpoints.folder_name(max(complete)) + "\n")
         unfinished = {entry.step for entry in self.queue.waiting() if entry.kind == CHECKPOINT}
@@ -305,8 +318,8 @@ def describe(target: str, uploaded: Uploaded, seconds: float) -> str:
 
 
 def _claim_place(place: Place, run_id: str) -> None:
-    owner = place.read_text(_OWNER)
-    if owner is not None and owner.strip() != run_id:
+    owner = (place.read_text(_OWNER) or "").strip()  # empty: the disk was full when it was written
+    if owner and owner != run_id:
         folders = place.folders()
         if not folders:
             raise UserError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -227,12 +229,15 @@ def test_a_download_goes_on_where_it_was_cut_short(tmp_path, monkeypatch):
     assert fetched == ["__0_0.distcp", "progress.json"]
 
 
-def test_the_checkpoint_that_a_url_means(tmp_path):
+@pytest.mark.parametrize("cut", [0, 20])
+def test_the_checkpoint_that_a_url_means(tmp_path, cut):
     """As in a run's folder here: the latest, else the one before, never an incomplete one or one that was given up."""
     run = tmp_path / "bucket" / "run"
     for step in (2, 4, 6, 8):
         upload(a_checkpoint(tmp_path, step), place_at(run / "checkpoints" / f"step_{step:08d}"))
     (run / "checkpoints" / "step_00000006" / "manifest.json").unlink()
+    upload(a_checkpoint(tmp_path, 10), place_at(run / "checkpoints" / "step_00000010"))
+    os.truncate(run / "checkpoints" / "step_00000010" / "manifest.json", cut)  # a disk was full
     assert find_checkpoint(f"file://{run}").url.endswith("run/checkpoints/step_00000008")
     (run / "checkpoints" / "latest").write_text("step_00000006\n")
     for url in (run, run / "checkpoints", f"{run}/checkpoints/step_00000004/"):
@@ -246,7 +251,7 @@ def test_the_checkpoint_that_a_url_means(tmp_path):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("{", "Expecting"),
+        ("{", "is damaged"),
         ("[]", "is damaged"),
         ('{"format": 1, "files": {"a": {"bytes": 1}}}', "is damaged"),
         ('{"format": 99, "files": {}}', "newer than this program"),
@@ -280,11 +285,22 @@ def test_a_protocol_that_is_unknown_or_lacks_its_package_is_one_line(url, proble
     assert "\n" not in str(caught.value) and str(caught.value).startswith(url)
 
 
+def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
+    place = place_at(tmp_path / "there")
+    place.write_text("upload_id", "mine")
+    full = Mock(side_effect=OSError(errno.EDQUOT, "Disk quota exceeded"))
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="there/upload_id cannot be written"):
+        place.write_text("upload_id", "theirs")
+    assert content(tmp_path / "there") == {"upload_id": b"mine"}
+
+
 def test_folders_are_made_wherever_paths_begin_with_a_slash(tmp_path, monkeypatch):
     """As over SFTP, whose file system names no root."""
     monkeypatch.setattr(fsspec.implementations.local.LocalFileSystem, "root_marker", "")
     monkeypatch.setattr(fsspec.implementations.local.LocalFileSystem, "auto_mkdir", False, raising=False)
-    Place(f"file://{tmp_path}/new/folder").write_text("deeper/name", "text")
+    (tmp_path / "name").write_text("text")
+    Place(f"file://{tmp_path}/new/folder").put(tmp_path / "name", "deeper/name")
     assert (tmp_path / "new/folder/deeper/name").read_text() == "text"
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -23,7 +26,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.run_folder import json_lines
 from plt_megatron.run_folder.files import locked
 from plt_megatron.run_folder.folder import RunFolder
-from plt_megatron.storage import run_uploads
+from plt_megatron.storage import places, run_uploads
 from plt_megatron.storage.places import Place
 from plt_megatron.storage.queue import CHECKPOINT, EXPORT, UploadQueue
 from plt_megatron.storage.run_uploads import RunUploads
@@ -191,6 +194,37 @@ def test_the_place_of_a_run_that_ended_before_its_first_upload_can_be_had(tmp_pa
     assert command.main([str(again.path), "--check"]) == 2
     (tmp_path / capsys.readouterr().err.rpartition(f"remove file://{tmp_path}/")[2].strip()).unlink()
     assert command.main([str(again.path)]) == 0 and steps(tmp_path / "there" / "mine" / "checkpoints") == [2]
+
+
+def test_a_marker_that_a_full_disk_left_empty_is_nobodys(tmp_path):
+    run = a_run(tmp_path)
+    saved(run, 2)
+    (tmp_path / "there" / "mine").mkdir(parents=True)
+    (tmp_path / "there" / "mine" / "upload_id").touch()
+    assert command.main([str(run.path)]) == 0 and steps(tmp_path / "there" / "mine" / "checkpoints") == [2]
+
+
+def test_a_full_destination_stops_a_new_run_and_not_one_that_has_checkpoints(tmp_path, monkeypatch, capsys):
+    run = a_run(tmp_path)
+    monkeypatch.setattr(places, "write_bytes", Mock(side_effect=OSError(errno.EDQUOT, "Disk quota exceeded")))
+    assert command.main([str(run.path), "--check"]) == 2
+    saved(run, 2)
+    assert command.main([str(run.path), "--check"]) == 1
+    assert capsys.readouterr().err.count("mine/upload_id cannot be written") == 2
+
+
+@pytest.mark.parametrize("cut", [0, 20])
+def test_a_manifest_that_was_cut_short_displaces_no_checkpoint(tmp_path, cut):
+    run = a_run(tmp_path, upload_keep_last=1)
+    there = tmp_path / "there" / "mine" / "checkpoints"
+    for step in (2, 4):
+        UploadQueue(run).add(CHECKPOINT, saved(run, step))
+    first, second = UploadQueue(run).waiting()
+    shutil.copytree(second.folder, there / "step_00000004")
+    os.truncate(there / "step_00000004" / "manifest.json", cut)
+    UploadQueue(run).done(second)
+    assert uploads(run).work()
+    assert steps(there) == [first.step] and (there / "latest").read_text() == "step_00000002\n"
 
 
 @pytest.mark.parametrize(
