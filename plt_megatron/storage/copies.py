@@ -19,7 +19,6 @@ from typing import Any
 
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder import checkpoints
-from plt_megatron.run_folder.files import write_text
 from plt_megatron.storage.places import Place, Stored
 
 INDEX = "upload.json"
@@ -288,9 +287,3 @@ def download_part(place: Place, index: Index, folder: Path, part: int = 0, parts
                 f"{place.url}/{name} is damaged, its SHA-256 is not that of {index.name}; "
                 "give another step's checkpoint (checkpoint.load=.../checkpoints/step_...)"
             )
-
-
-def finish_download(index: Index, partial: Path, folder: Path) -> None:
-    """Write the index of a completely fetched checkpoint and move it to its final name. Raises `OSError`."""
-    write_text(partial / index.name, index.text)
-    partial.rename(folder)

@@ -21,7 +21,7 @@ from plt_megatron.errors import AttemptFailed, UserError
 from plt_megatron.run_folder import checkpoints
 from plt_megatron.run_folder.files import write_text
 from plt_megatron.run_folder.folder import RunFolder
-from plt_megatron.storage.copies import Index, download_part, find_checkpoint, finish_download, read_manifest
+from plt_megatron.storage.copies import Index, download_part, find_checkpoint, read_manifest
 from plt_megatron.storage.places import Place
 from plt_megatron.train.checkpoint import publishing
 from plt_megatron.train.checkpoint.collective import any_rank, describe, first_of_all_ranks, on_rank_0, say
@@ -151,8 +151,8 @@ class CheckpointStore:
         return path
 
 
-# Fetching a remote checkpoint that a run starts from into the run's folder. The ranks divide the files among them. An
-# interrupted download resumes: files that have arrived intact are not fetched again.
+# Fetching a remote checkpoint that a run starts from into the run's folder. The ranks divide the files among them.
+# Files that an earlier start has fetched are checked: a kill, or a lost node, may have left any of them damaged.
 
 
 def fetch_checkpoint(url: str, directory: Path, beat: Callable[[], Any]) -> Path:
@@ -167,29 +167,26 @@ def fetch_checkpoint(url: str, directory: Path, beat: Callable[[], Any]) -> Path
         UserError: on all ranks, if there is no complete checkpoint or it could not be read; an AttemptFailed if that
             may pass.
     """
-    at, index, folder, there = on_rank_0(partial(_begin, url, directory))
-    if there:
-        return folder
-    part = folder.with_suffix(".tmp")
+    at, index, folder = on_rank_0(partial(_begin, url, directory))
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    _in_turns(lambda: download_part(Place(at), index, part, rank, ranks), beat)
-    on_rank_0(partial(finish_download, index, part, folder))
+    _in_turns(lambda: download_part(Place(at), index, folder, rank, ranks), beat)
+    on_rank_0(partial(write_text, folder / index.name, index.text))
     return folder
 
 
-def _begin(url: str, directory: Path) -> tuple[str, Index, Path, bool]:
-    """Return the checkpoint's URL, its index, its local folder, and whether that is complete."""
+def _begin(url: str, directory: Path) -> tuple[str, Index, Path]:
+    """Return the checkpoint's URL, its index, and its local folder."""
     place = find_checkpoint(url)
     folder, source = directory / place.url.rpartition("/")[2], directory / _SOURCE
     if not source.is_file() or source.read_text(encoding="utf-8").strip() != place.url:
         shutil.rmtree(directory, ignore_errors=True)
         write_text(source, place.url + "\n")
     index = read_manifest(place)
-    there = folder.is_dir() and (folder / index.name).read_text(encoding="utf-8") == index.text
-    if not there:
+    manifest = folder / index.name
+    if manifest.is_file() and manifest.read_text(encoding="utf-8") != index.text:
         shutil.rmtree(folder, ignore_errors=True)  # from before the same step was trained again
-        folder.with_suffix(".tmp").mkdir(exist_ok=True)
-    return place.url, index, folder, there
+    folder.mkdir(exist_ok=True)
+    return place.url, index, folder
 
 
 def _in_turns(work: Callable[[], None], beat: Callable[[], Any]) -> None:

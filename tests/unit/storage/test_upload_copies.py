@@ -19,7 +19,6 @@ from plt_megatron.storage import copies, places
 from plt_megatron.storage.copies import (
     download_part,
     find_checkpoint,
-    finish_download,
     index_of,
     read_index,
     read_manifest,
@@ -189,13 +188,13 @@ def test_a_checkpoint_has_its_manifest_as_index_and_comes_back_whole(tmp_path, s
     upload(checkpoint, place_at(target))
     assert content(target) == content(checkpoint)
     assert "manifest.json" not in sent
-    index, partial = read_manifest(place_at(target)), tmp_path / "loaded.tmp"
-    partial.mkdir()
+    index, loaded = read_manifest(place_at(target)), tmp_path / "loaded"
+    loaded.mkdir()
     for part in range(2):
-        download_part(place_at(target), index, partial, part, 2)
-    finish_download(index, partial, tmp_path / "loaded")
-    assert content(tmp_path / "loaded") == content(checkpoint)
-    assert checkpoints.damage(tmp_path / "loaded") is None
+        download_part(place_at(target), index, loaded, part, 2)
+    (loaded / index.name).write_text(index.text)
+    assert content(loaded) == content(checkpoint)
+    assert checkpoints.damage(loaded) is None
 
 
 def test_a_damaged_checkpoint_is_neither_sent_nor_taken(tmp_path, sent, monkeypatch):

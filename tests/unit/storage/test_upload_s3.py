@@ -15,7 +15,7 @@ from plt_megatron.commands import upload as command
 from plt_megatron.errors import AttemptFailed, UserError
 from plt_megatron.run_folder import checkpoints
 from plt_megatron.storage import copies
-from plt_megatron.storage.copies import download_part, find_checkpoint, finish_download, read_manifest, upload
+from plt_megatron.storage.copies import download_part, find_checkpoint, read_manifest, upload
 from plt_megatron.storage.places import Place
 from plt_megatron.storage.queue import CHECKPOINT, UploadQueue
 from tests.unit.storage.test_upload_copies import Killed, an_export, content
@@ -97,12 +97,12 @@ def test_checkpoints_are_kept_there_and_come_back(tmp_path, bucket):
     names = {path.split("/")[1] for path in stored("models/runs/mine") if path.startswith("checkpoints/step")}
     assert names == {"step_00000004", "step_00000006"}
     place = find_checkpoint(f"s3://{bucket}/runs/mine")
-    index, partial = read_manifest(place), tmp_path / "partial"
-    partial.mkdir()
-    download_part(place, index, partial)
-    finish_download(index, partial, tmp_path / "step_00000006")
-    assert content(tmp_path / "step_00000006") == content(run.checkpoints / "step_00000006")
-    assert checkpoints.damage(tmp_path / "step_00000006") is None
+    index, loaded = read_manifest(place), tmp_path / "loaded"
+    loaded.mkdir()
+    download_part(place, index, loaded)
+    (loaded / index.name).write_text(index.text)
+    assert content(loaded) == content(run.checkpoints / "step_00000006")
+    assert checkpoints.damage(loaded) is None
 
 
 def test_a_removed_folder_leaves_those_that_its_name_would_match_as_a_pattern(bucket):
