@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import time
 from dataclasses import dataclass
@@ -37,6 +38,15 @@ def link_folder(source: Path, target: Path) -> None:
     except shutil.Error as error:  # has the errors of all files
         raise OSError(None, str(error.args[0][0][2])) from error
     partial.rename(target)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder, if there is one; renamed first, it is whole or gone. Raises `OSError`."""
+    # A name of its own: NFS keeps a folder in which another process has a file open.
+    doomed = folder.with_suffix(f".{secrets.token_hex(4)}{_TEMPORARY}")
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,7 @@ class UploadQueue:
     def add(self, kind: str, folder: Path) -> None:
         """Queue a finished folder, replacing an earlier one of the same step. Raises `OSError`."""
         waiting = self._folder(kind) / folder.name
-        _remove(waiting.with_suffix(_NOW))
+        remove(waiting.with_suffix(_NOW))
         link_folder(folder, waiting)
 
     def waiting(self) -> list[Waiting]:
@@ -98,31 +108,20 @@ class UploadQueue:
             entry.folder.rename(waiting)
 
     def done(self, entry: Waiting) -> None:
-        _remove(entry.folder)
+        remove(entry.folder)
 
     def drop_older_checkpoints(self, step: int, keep_every: int) -> None:
         """Drop waiting checkpoints before `step`, except permanent ones, since uploads may be slower than saves."""
         for entry in self.waiting():
             permanent = keep_every > 0 and entry.step % keep_every == 0
             if entry.kind == CHECKPOINT and entry.step < step and not permanent and entry.folder.suffix != _NOW:
-                _remove(entry.folder)
+                remove(entry.folder)
 
     def drop_after(self, step: int) -> None:
         """Remove entries after `step`, which belong to a course of training that was rolled back."""
         for entry in self.waiting():
             if entry.step > step:
-                _remove(entry.folder)
+                remove(entry.folder)
 
     def _folder(self, kind: str) -> Path:
         return self.path / _FOLDERS[kind]
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder, renaming it first, so that an entry that is taken meanwhile keeps all of its files."""
-    doomed = folder.with_suffix(_TEMPORARY)
-    shutil.rmtree(doomed, ignore_errors=True)
-    try:
-        folder.rename(doomed)
-    except FileNotFoundError:
-        return
-    shutil.rmtree(doomed, ignore_errors=True)

@@ -167,6 +167,21 @@ def test_the_queue_holds_links_and_of_checkpoints_the_newest(tmp_path):
     assert [entry.folder.name for entry in queue.waiting()] == ["step_00000002", "step_00000004"]
 
 
+def test_a_folder_that_cannot_be_emptied_is_in_nobodys_way(tmp_path, monkeypatch):
+    """As NFS keeps one in which another process has a file open; at the next start it goes."""
+    queue = UploadQueue(a_run(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        for _ in range(2):
+            folder = an_export(queue.path / "exports" / "step_00000002")
+            queue.done(queue.waiting()[0])
+            assert not queue.waiting() and not folder.exists()
+    for left in (queue.path / "exports").iterdir():
+        os.utime(left, (0, 0))
+    queue.clear_leftovers()
+    assert not list((queue.path / "exports").iterdir())
+
+
 def test_another_run_of_that_name_is_refused_and_a_run_that_goes_on_from_its_uploads_is_not(tmp_path, capsys):
     models = f"file://{tmp_path}/models"
     run = a_run(tmp_path, models)
