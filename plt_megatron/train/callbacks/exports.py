@@ -29,7 +29,7 @@ from plt_megatron.run_folder.checkpoints import (
     trained_tokens,
 )
 from plt_megatron.run_folder.metrics import read_scores
-from plt_megatron.storage.queue import clear_leftovers, link_folder
+from plt_megatron.storage.queue import clear_leftovers, link_folder, remove
 from plt_megatron.train.callbacks.base import Callback, Run
 
 _EXPORT, _EVALUATION = "export", "evaluation"
@@ -133,7 +133,11 @@ class Exports(Callback):
 
     def on_start(self) -> None:
         """Continue with what an earlier job left."""
-        clear_leftovers(self.run.folder.exporting)
+        for folder in (self.run.folder.exporting, self.run.folder.exports):
+            clear_leftovers(folder)
+        for checkpoint in checkpoint_folders(self.run.folder.exporting):
+            if _waits_for_export(checkpoint) and self._export(checkpoint).is_dir():  # the job ended before it noticed
+                self._have_exported(checkpoint)
         self._start_next()
 
     def after_step(self, *_: Any) -> None:
@@ -194,6 +198,7 @@ class Exports(Callback):
         waiting = self.run.folder.exporting / checkpoint.name
         self._cancel(*(what for what, job in self._jobs.items() if job.checkpoint == waiting))  # trained again
         try:
+            remove(self._export(checkpoint))  # from before the step was trained again
             link_folder(checkpoint, waiting)
         except OSError as error:
             self.run.say(f"warning: {checkpoint} is not exported, since keeping it for the export failed: {error}")
@@ -209,8 +214,6 @@ class Exports(Callback):
             if what == _EVALUATION and self.run.config.evaluation is None:  # asked for by an earlier job
                 self._finish(checkpoint)
                 continue
-            if what == _EXPORT:
-                shutil.rmtree(self._export(checkpoint), ignore_errors=True)  # from before the step was trained again
             try:
                 self._jobs[what] = _Job(checkpoint, BesideProcess(self._command(what, checkpoint), _log(checkpoint)))
             except OSError as error:
@@ -232,15 +235,20 @@ class Exports(Callback):
         if status != 0:
             self.run.say(f"warning: {_words(what, checkpoint)} failed: {process.last_words()}")
         elif what == _EXPORT:
-            self.run.say(f"exported {self._export(checkpoint)}")
+            self._have_exported(checkpoint)
         else:
             self._report_scores(checkpoint)
-        if what == _EVALUATION or (status == 0 and self.run.config.evaluation is None):
+        if what == _EVALUATION:
             self._finish(checkpoint)
-        elif status == 0:
-            self._keep_for_evaluation(checkpoint)
-        else:
+        elif status != 0:
             self._forget(checkpoint)
+
+    def _have_exported(self, checkpoint: Path) -> None:
+        self.run.say(f"exported {self._export(checkpoint)}")
+        if self.run.config.evaluation is None:
+            self._finish(checkpoint)
+        else:
+            self._keep_for_evaluation(checkpoint)
 
     def _keep_for_evaluation(self, checkpoint: Path) -> None:
         """Give back the space of an exported checkpoint's weights, which it may wait long to be evaluated without."""
@@ -266,12 +274,18 @@ class Exports(Callback):
         with contextlib.suppress(OSError):
             (checkpoint / PROGRESS).unlink()  # first: what an interrupted removal leaves is no export then
         shutil.rmtree(checkpoint, ignore_errors=True)
-        _log(checkpoint).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            _log(checkpoint).unlink()
 
     def _report_scores(self, checkpoint: Path) -> None:
-        progress = read_verified_progress(checkpoint)  # its export has verified it
+        try:
+            progress = read_verified_progress(checkpoint)  # its export has verified it
+            scores = read_scores(self._export(checkpoint))
+        except (OSError, ValueError) as error:
+            self.run.say(f"warning: the scores of step {step_of(checkpoint)} cannot be read: {error}")
+            return
         clock = {"step": progress["step"], "tokens": trained_tokens(progress)}
-        self.run.report({"kind": "evaluation", **clock, "scores": read_scores(self._export(checkpoint))})
+        self.run.report({"kind": "evaluation", **clock, "scores": scores})
 
     def _export(self, checkpoint: Path) -> Path:
         return self.run.folder.exports / checkpoint.name

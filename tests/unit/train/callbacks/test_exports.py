@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import select
@@ -194,6 +195,21 @@ def test_an_export_that_is_killed_is_the_next_jobs(run, callback):
     assert exported(run) == {"step_00000004": "of 4", "step_00000008": "of 8"}
 
 
+@pytest.mark.parametrize("tasks", [[], ["choice"]])
+def test_an_export_that_an_earlier_job_did_not_live_to_notice_is_done(run, callback, tasks):
+    run.config.evaluation = EvaluationConfig(tasks=tasks) if tasks else None
+    let_go(run)
+    save(callback, 4, "whole")
+    callback._jobs["export"].process._process.wait()
+    shutil.rmtree(run.folder.checkpoints)
+    run.commands.clear()
+    again = exports.Exports(run)
+    again.on_start()
+    finish(again)
+    assert [command[7] for command in run.commands] == ["evaluate"] * len(tasks)
+    assert exported(run) == {"step_00000004": "whole"} and not list(run.folder.exporting.iterdir())
+
+
 def test_a_step_that_is_trained_again_is_exported_again(run, callback):
     let_go(run)
     for weights in ("first", "second"):
@@ -275,6 +291,24 @@ def test_exports_are_evaluated_one_by_one(run, callback):
         *("evaluate", "--model", str(run.folder.exports / "step_00000008")),
         *("--tasks", "choice", "--include-path", "tasks", "--limit", "3"),
     ]
+
+
+def test_what_an_evaluation_leaves_broken_does_not_end_training(run, callback, monkeypatch):
+    """Its scores, and a log that cannot be removed."""
+    unlink = Path.unlink
+
+    def broken(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".log":
+            raise OSError(errno.EIO, "Input/output error")
+        unlink(path, missing_ok)
+
+    run.config.evaluation = EvaluationConfig(tasks=["choice"])
+    monkeypatch.setattr(exports, "read_scores", lambda export: json.loads(""))
+    monkeypatch.setattr(Path, "unlink", broken)
+    let_go(run)
+    save(callback, 4)
+    finish(callback)
+    assert "warning: the scores of step 4" in run.said[-1] and run.records == []
 
 
 def test_exports_do_not_wait_for_evaluations_nor_keep_the_weights_for_them(run, callback):
