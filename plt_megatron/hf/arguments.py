@@ -20,6 +20,7 @@ import psutil
 
 from plt_megatron.errors import UserError, quiet_streams
 from plt_megatron.run_folder.checkpoints import candidates
+from plt_megatron.run_folder.files import publish
 from plt_megatron.runtime.environment import FLASH_FIRST, quiet_imports
 
 CONFIG = "config.json"  # of a Hugging Face folder
@@ -46,7 +47,7 @@ def published_folder(target: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         check_target(target)
-        temporary.rename(target)
+        publish(temporary, target)
     except OSError as error:
         raise UserError(f"{error.filename or target}: {error.strerror or error}; nothing is written") from error
     finally:

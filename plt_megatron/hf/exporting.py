@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from plt_megatron.errors import UserError
-from plt_megatron.hf.arguments import CONFIG, check_target, parse_size, published_folder
+from plt_megatron.hf.arguments import CONFIG, parse_size, published_folder
 from plt_megatron.hf.config_keys import loopcoder_keys, plt_keys
 from plt_megatron.hf.conversion import ParamMapping, Style, mappings_for, to_hf
 from plt_megatron.hf.model_card import model_card
@@ -68,7 +68,6 @@ def export(options: ExportOptions, say: Callable[[str], None] = print) -> Export
         UserError: the checkpoint, its tokenizer or the target is unusable, a tensor is missing or unknown, or the
             verification failed.
     """
-    check_target(options.output)
     shard_size = parse_size(options.max_shard_size)
     source = open_source(options.checkpoint, options.tokenizer, ema=options.ema)
     mappings = mappings_for(source.model, source.vocab_size, options.style)

@@ -21,7 +21,7 @@ from plt_megatron.config.rules import model as model_rules
 from plt_megatron.config.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from plt_megatron.errors import UserError, first_line
 from plt_megatron.extras import require
-from plt_megatron.hf.arguments import check_target, is_gguf, published_folder
+from plt_megatron.hf.arguments import is_gguf, published_folder
 from plt_megatron.hf.checkpoint_writer import LazyTensor, padded, write_checkpoint
 from plt_megatron.hf.config_keys import read_config
 from plt_megatron.hf.conversion import ParamMapping, mappings_for
@@ -191,7 +191,6 @@ def import_model(options: ImportOptions) -> ImportResult:
     Raises:
         UserError: the folder is not a known model, is broken, or the target exists.
     """
-    check_target(options.output)
     if is_gguf(options.model):
         with TemporaryDirectory(prefix="plt-gguf-") as place:
             folder = Path(place) / options.model.stem

@@ -99,10 +99,7 @@ class SafetensorsWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         try:
-            if kind is None:
-                assert not self._left, f"not written: {list(self._left)}"
-                for descriptor in self._descriptors:
-                    os.fsync(descriptor)
+            assert kind is not None or not self._left, f"not written: {list(self._left)}"
         finally:
             for descriptor in self._descriptors:
                 os.close(descriptor)

@@ -51,7 +51,7 @@ def publish(temporary: Path, target: Path | str) -> None:
     Both are on one file system. An existing file or empty folder is replaced. Raises `OSError`.
     """
     target = Path(target)
-    for path in temporary.iterdir() if temporary.is_dir() else (temporary,):
+    for path in (temporary, *temporary.rglob("*")):
         _sync(path)
     temporary.replace(target)
     _sync(target.parent)

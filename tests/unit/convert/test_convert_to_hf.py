@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import weakref
@@ -366,6 +367,19 @@ def test_nothing_half_written(tmp_path, run, monkeypatch, error):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     if isinstance(error, OSError):
         assert "No space left on device; nothing is written" in str(caught.value)
+
+
+def test_all_files_reach_the_disk_before_the_folder_has_its_name(tmp_path, run, monkeypatch):
+    synced, fsync = set(), os.fsync
+
+    def noted(descriptor: int) -> None:
+        if not (tmp_path / "out").exists():
+            synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    quiet((run[0], tmp_path / "out"))
+    assert {path.stat().st_ino for path in (tmp_path / "out").rglob("*")} <= synced
 
 
 def test_targets_and_checkpoints_that_cannot_be_used(tmp_path, run):

@@ -77,10 +77,10 @@ def test_everything_reaches_the_disk_before_the_name_and_the_name_after(tmp_path
     files.write_text(tmp_path / "file", "four")
     assert order == [4, "named", "folder"]
     order.clear()
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "file").write_text("three")
+    (tmp_path / "new" / "inner").mkdir(parents=True)
+    (tmp_path / "new" / "inner" / "file").write_text("three")
     files.publish(tmp_path / "new", tmp_path / "folder")
-    assert order == [5, "named", "folder"] and names(tmp_path / "folder") == ["file"]
+    assert order == ["folder", "folder", 5, "named", "folder"] and names(tmp_path / "folder" / "inner") == ["file"]
 
 
 def test_permissions_are_those_of_any_new_file(tmp_path):
