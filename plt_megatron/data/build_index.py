@@ -27,6 +27,7 @@ def build_index(config_path: str, overrides: Sequence[str] = ()) -> None:
         seed=config.training.seed,
         cache_dir=index_folder(config),
         tokenizer=load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None,
+        vocab_size=config.model.vocab_size,
     )
     print(f"the sample index of {samples[0]:,} train and {samples[1]:,} validation samples is ready")
 

@@ -41,6 +41,7 @@ from plt_megatron.data.megatron_builder import Builder, JoinedDataset, MegatronT
 from plt_megatron.data.mix import (
     PARTS,
     SourceShare,
+    check_ids,
     check_masks,
     check_tokenizer,
     content_hashes,
@@ -65,6 +66,7 @@ INDEX_TIMEOUT_MINUTES = 60.0  # ranks wait for rank 0 to build the sample index
 class _DatasetConfig(GPTDatasetConfig):
     reset_at_document_boundaries: bool = False
     masked_token: int | None = None  # no loss on the token that follows it
+    vocab_size: int | None = None  # the model's, if known
     fill_in_middle: FillInMiddle | None = None  # applied to the training part only
 
 
@@ -112,6 +114,8 @@ class _DocumentDataset(GPTDataset):
     def __getitem__(self, idx: int | None) -> dict[str, Any]:
         text, lengths = self._text(int(idx or 0))
         settings = self.config
+        if settings.vocab_size is not None:
+            check_ids(self.dataset_path, text, settings.vocab_size)  # `check_tokenizer` reads parts of a large file
         return make_sample(
             text,
             lengths,
@@ -247,20 +251,23 @@ def build_datasets(
     seed: int,
     cache_dir: str,
     tokenizer: Tokenizer | None,
+    vocab_size: int | None = None,
 ) -> Datasets:
     """Build the samples of a run: `num_samples` of train, validation and test; None for a part of 0 samples.
+    `vocab_size`: the model's, if it is not the tokenizer's.
 
     Must be called by all ranks if torch.distributed is initialized. Rank 0 builds the index in `cache_dir` if it is
     missing; the others wait for up to `INDEX_TIMEOUT_MINUTES`. Raises `UserError`, on all ranks, if the data is
     missing or damaged, was made with another tokenizer, or cannot provide the samples.
     """
+    vocab_size = vocab_size or (tokenizer.vocab_size if tokenizer else None)
     folder = Path(cache_dir).absolute()
     outcome: list[Any] = [None, None, UserError]  # what rank 0 built, and why it could not
     failure: Exception | None = None
     is_alone = not dist.is_initialized() or dist.get_world_size() == 1
     if is_alone or dist.get_rank() == 0:
         try:
-            outcome[0] = _build_index(data, num_samples, seed, folder, tokenizer)
+            outcome[0] = _build_index(data, num_samples, seed, folder, tokenizer, vocab_size)
         except OSError as error:
             failure = file_error(_index_failure(folder, error), error)
         except Exception as error:  # of any kind: the other ranks must not be left waiting
@@ -282,7 +289,7 @@ def build_datasets(
             "data.index_cache to a folder that all machines share"
         )
     try:
-        train, validation, test = _load(data, num_samples, seed, index, tokenizer)
+        train, validation, test = _load(data, num_samples, seed, index, tokenizer, vocab_size)
     except OSError as error:
         raise file_error(f"the data cannot be read: {describe_os_error(error)}", error) from error
     return Datasets(train, validation, test, key, shares)
@@ -313,12 +320,16 @@ def _from_rank_0(outcome: list[Any]) -> list[Any]:
 
 
 def _build_index(
-    data: DataConfig, num_samples: tuple[int, int, int], seed: int, folder: Path, tokenizer: Tokenizer | None
+    data: DataConfig,
+    num_samples: tuple[int, int, int],
+    seed: int,
+    folder: Path,
+    tokenizer: Tokenizer | None,
+    vocab_size: int | None,
 ) -> tuple[str, dict[str, Any], list[SourceShare]]:
     """Check the data and build the index if it is missing; return its folder and the rest of `Datasets`."""
     shares = mix_shares(data, num_samples)
-    if tokenizer is not None:
-        check_tokenizer(data, tokenizer)
+    check_tokenizer(data, tokenizer, vocab_size)
     check_masks(data)
     settings = settings_of(data, tokenizer, seed)
     for share in shares:
@@ -374,7 +385,12 @@ def _remove_abandoned(target: Path) -> None:
 
 
 def _load(
-    data: DataConfig, num_samples: tuple[int, int, int], seed: int, cache: str, tokenizer: Tokenizer | None
+    data: DataConfig,
+    num_samples: tuple[int, int, int],
+    seed: int,
+    cache: str,
+    tokenizer: Tokenizer | None,
+    vocab_size: int | None = None,
 ) -> list[Samples | None]:
     config = _DatasetConfig(
         random_seed=seed,
@@ -387,6 +403,7 @@ def _load(
         create_attention_mask=False,
         reset_at_document_boundaries=data.reset_at_document_boundaries,
         masked_token=tokenizer.eod if data.eod_mask_loss and tokenizer else None,
+        vocab_size=vocab_size,
         fill_in_middle=settings_of(data, tokenizer, seed),
         num_dataset_builder_threads=min(8, usable_cores()),
         **_blend(data, num_samples),

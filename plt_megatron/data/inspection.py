@@ -87,6 +87,7 @@ class Inspector:
             seed=config.training.seed,
             cache_dir=index_folder(config),
             tokenizer=self._tokenizer,
+            vocab_size=config.model.vocab_size,
         )
         train, validation, test = required_samples(config)
         built = build(config.data, num_samples=(train, validation, test))

@@ -234,24 +234,31 @@ def consumed_epochs(shares: Sequence[SourceShare], consumed_samples: int, num_sa
     return found
 
 
-def check_tokenizer(data: DataConfig, tokenizer: Tokenizer) -> None:
-    """Raise `UserError` if a source was made with another tokenizer, by its manifest or by ids out of range."""
+def check_tokenizer(data: DataConfig, tokenizer: Tokenizer | None, vocab_size: int | None = None) -> None:
+    """Raise `UserError` if a source was made with another tokenizer, by its manifest or by ids out of range: the
+    tokenizer's, or without one that of `vocab_size`."""
+    ids, owner = (vocab_size, "the model's vocabulary") if tokenizer is None else (tokenizer.vocab_size, tokenizer.path)
     for path in _paths(data):
         made_with = read_manifest(path).get("tokenizer", {})
-        if made_with and made_with["sha256"] != tokenizer.fingerprint:
+        if tokenizer is not None and made_with and made_with["sha256"] != tokenizer.fingerprint:
             raise UserError(
                 f"{path} was tokenized with {made_with['path']}, not with {tokenizer.path}: tokenize it again or "
                 "set data.tokenizer"
             )
         index = read_index(path)
         tokens, size = flat_tokens(index), _BLOCK // index.dtype.itemsize
-        blocks = (tokens[start : start + size] for start in _starts(len(tokens), size))
-        largest = max((int(block.max()) for block in blocks), default=0)
-        if largest >= tokenizer.vocab_size:
-            raise UserError(
-                f"{path} contains token {largest}, but {tokenizer.path} has {tokenizer.vocab_size} tokens: it was "
-                "tokenized with another tokenizer"
-            )
+        for start in _starts(len(tokens), size) if ids is not None else ():
+            check_ids(path, tokens[start : start + size], ids, owner)
+
+
+def check_ids(path: str, tokens: np.ndarray, vocab_size: int, owner: object = "the model's vocabulary") -> None:
+    """Raise `UserError` if a source's tokens are not ids of a vocabulary of this size."""
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocab_size:
+        raise UserError(
+            f"{path} contains token {low if low < 0 else high}, but {owner} has {vocab_size} tokens: it was tokenized "
+            "with another tokenizer, or is damaged"
+        )
 
 
 def document_record(data: DataConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:

@@ -143,8 +143,14 @@ class RunData:
         self._count_bytes = _byte_counter(self.tokenizer) if self.by_source else None
 
     def _build(self, data: DataConfig, num_samples: tuple[int, int, int]) -> Datasets:
-        seed, folder = self._config.training.seed, index_folder(self._config)
-        return build_datasets(data, num_samples=num_samples, seed=seed, cache_dir=folder, tokenizer=self.tokenizer)
+        return build_datasets(
+            data,
+            num_samples=num_samples,
+            seed=self._config.training.seed,
+            cache_dir=index_folder(self._config),
+            tokenizer=self.tokenizer,
+            vocab_size=self.vocab_size,
+        )
 
     def _build_by_source(self, samples: int) -> dict[str, Samples]:
         found = {}

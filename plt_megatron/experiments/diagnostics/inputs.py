@@ -14,7 +14,7 @@ import torch
 from plt_megatron.config.schema import DataConfig, DataSource
 from plt_megatron.data.formats import ReadOptions, Span, open_inputs
 from plt_megatron.data.indexed import flat_tokens, has_mask, open_mask, read_index
-from plt_megatron.data.mix import check_tokenizer
+from plt_megatron.data.mix import check_ids, check_tokenizer
 from plt_megatron.data.tokenizer import Tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.hf.sources import PRECISIONS, ModelSource, open_source
@@ -105,12 +105,7 @@ def draw_sequences(
         raise UserError(f"the model has no tokenizer to read {data} with: pass --tokenizer, or a .bin/.idx prefix")
     else:
         drawn = _from_text(data, tokenizer, length, count, seed)
-    largest = int(drawn.tokens.max())
-    if largest >= vocab_size:
-        raise UserError(
-            f"{data} contains token {largest}, the model's vocabulary has {vocab_size}: it was tokenized with another "
-            "tokenizer"
-        )
+    check_ids(data, drawn.tokens, vocab_size)
     drawn.starts[:, 0] = True
     return drawn
 

@@ -80,10 +80,10 @@ def build(
     return build_datasets(data, num_samples=counts, seed=seed, cache_dir=str(cache), tokenizer=tokenizer)
 
 
-def write_source(prefix: Path, tokens: Any, lengths: Any) -> str:
+def write_source(prefix: Path, tokens: Any, lengths: Any, dtype: Any = np.uint16) -> str:
     """A tokenized source without a manifest; its prefix."""
-    np.asarray(tokens, np.uint16).tofile(f"{prefix}.bin")
-    write_index(Path(f"{prefix}.idx"), np.uint16, lambda: [np.asarray(lengths, np.int32)])
+    np.asarray(tokens, dtype).tofile(f"{prefix}.bin")
+    write_index(Path(f"{prefix}.idx"), dtype, lambda: [np.asarray(lengths, np.int32)])
     return str(prefix)
 
 

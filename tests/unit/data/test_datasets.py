@@ -16,7 +16,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from plt_megatron.config.schema import DataConfig, DataSource, RunConfig
 from plt_megatron.data import mix
-from plt_megatron.data.datasets import Samples, make_sample
+from plt_megatron.data.datasets import Samples, build_datasets, make_sample
 from plt_megatron.data.preprocess import PreprocessOptions, preprocess
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
@@ -290,6 +290,25 @@ def test_without_a_tokenizer(prefix: str, tokenizer: Tokenizer, tmp_path: Path) 
     data = config(prefix, reset_at_document_boundaries=True)
     with_one, without = (build(data, (20, 0, 0), tmp_path, used).train for used in (tokenizer, None))
     assert all(torch.equal(with_one[3][name], without[3][name]) for name in with_one[3])
+
+
+@pytest.mark.parametrize("token", [-5, 380, 100_000])
+def test_ids_outside_the_vocabulary(token: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are found before training, and in a source too large to be read before it, in their batch."""
+    path = write_source(tmp_path / "a", [1] * 50 + [token] + [379] * 49, [100], np.int32)
+
+    def samples() -> Samples:
+        data = DataConfig(sources=[DataSource(path)], sequence_length=32)
+        return build_datasets(
+            data, num_samples=(3, 0, 0), seed=1, cache_dir=str(tmp_path / "cache"), tokenizer=None, vocab_size=380
+        ).train
+
+    with pytest.raises(UserError, match=rf"{path} contains token {token}, .* has 380 "):
+        samples()
+    monkeypatch.setattr(mix, "_starts", lambda length, size: [])
+    read = samples()
+    with pytest.raises(UserError, match=rf"{path} contains token {token}, .* has 380 "):
+        texts_of(read)
 
 
 WORKER = """

@@ -334,7 +334,7 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(tmp_path, place):
     other = train_tokenizer(TrainingOptions([str(place.text)], str(tmp_path / "other"), IDS + 30, threads=1)).model
     with pytest.raises(UserError, match=f"has {IDS + 30} ids, the model's vocabulary {IDS}"):
         place.diagnose(place.run, tokenizer=other, output=tmp_path / "out")
-    with pytest.raises(UserError, match="the model's vocabulary has 50: it was tokenized with another tokenizer"):
+    with pytest.raises(UserError, match="token .* the model's vocabulary has 50 "):
         draw_sequences(str(place.text), _tokenizer(place), 50, length=64, max_tokens=64 * 9, seed=0)
 
 
