@@ -34,6 +34,10 @@ class AttemptFailed(UserError):
     crash."""
 
 
+class BadTokens(UserError):
+    """Ids outside the vocabulary. The rank that reads them may be the only one to know."""
+
+
 # What a network or its file system answers while it is away.
 _PASSING = {
     *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO, errno.ESHUTDOWN),

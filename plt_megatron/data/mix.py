@@ -28,7 +28,7 @@ from plt_megatron.data import indexed
 from plt_megatron.data.fill_in_middle import ADDED_TOKENS, find_tokens
 from plt_megatron.data.indexed import IndexedFile, files_of, flat_tokens, map_files, read_index, read_manifest
 from plt_megatron.data.tokenizer import Tokenizer
-from plt_megatron.errors import UserError, file_error
+from plt_megatron.errors import BadTokens, UserError, file_error
 from plt_megatron.run_folder.checkpoints import (
     DOCUMENT_END,
     MADE_ELSEWHERE,
@@ -252,10 +252,10 @@ def check_tokenizer(data: DataConfig, tokenizer: Tokenizer | None, vocab_size: i
 
 
 def check_ids(path: str, tokens: np.ndarray, vocab_size: int, owner: object = "the model's vocabulary") -> None:
-    """Raise `UserError` if a source's tokens are not ids of a vocabulary of this size."""
+    """Raise `BadTokens` if a source's tokens are not ids of a vocabulary of this size."""
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocab_size:
-        raise UserError(
+        raise BadTokens(
             f"{path} contains token {low if low < 0 else high}, but {owner} has {vocab_size} tokens: it was tokenized "
             "with another tokenizer, or is damaged"
         )

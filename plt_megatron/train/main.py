@@ -19,6 +19,7 @@ from plt_megatron.config.validation import validate
 from plt_megatron.errors import (
     EXIT_INTERRUPTED,
     AttemptFailed,
+    BadTokens,
     UserError,
     first_line,
     go_on_without_readers,
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> int:
         validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
         return train(config)
     except UserError as error:
-        if first_here:
+        if first_here or isinstance(error, BadTokens):
             print_error(error)
         if isinstance(error, AttemptFailed):  # before the first step: the next attempt may fare better
             return ExitStatus.FAILED

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.errors import AttemptFailed, UserError, file_error
+from plt_megatron.errors import AttemptFailed, BadTokens, UserError, file_error
 from plt_megatron.run_folder.attempts import ExitStatus
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.train import main as module
@@ -47,6 +47,19 @@ def test_a_node_says_what_it_lacks(local, says, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("LOCAL_RANK", local)
     assert module.main([str(tmp_path / "gone.yaml")]) == 2
     assert ("gone.yaml" in capsys.readouterr().err) == says
+
+
+def test_the_rank_that_reads_bad_tokens_says_so(monkeypatch, tmp_path, capsys):
+    def fail(path, overrides):
+        raise BadTokens("token -5")
+
+    for name in ("hear_every_interrupt", "go_on_without_readers"):
+        monkeypatch.setattr(module, name, lambda: None)
+    monkeypatch.setattr(module, "load_config", fail)
+    monkeypatch.setenv("RANK", "9")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert module.main([str(tmp_path / "run.yaml")]) == 2
+    assert "token -5" in capsys.readouterr().err
 
 
 def test_a_gpu_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu(monkeypatch, tmp_path):
