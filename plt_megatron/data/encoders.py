@@ -94,7 +94,12 @@ class ChatEncoder(Encoder):
             beside = folder / "tokenizer.json"
             where = f"pass {beside}" if beside.is_file() else "pass a folder with a tokenizer.json"
             raise UserError(f"--chat: {tokenizer.path} has no chat template; {where}")
-        self._templates = AutoTokenizer.from_pretrained(folder)
+        try:
+            self._templates = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--chat: transformers cannot read the tokenizer in {folder} ({first_line(error)})"
+            ) from error
         self._was_split = bool(self._templates.split_special_tokens)
         self._templates.split_special_tokens = False  # the template writes them
         added = (token.content for token in self._templates.added_tokens_decoder.values() if token.special)
@@ -215,7 +220,10 @@ def _rejecting() -> Iterator[None]:
 
     try:
         yield
-    except (jinja2.TemplateError, TypeError, ValueError, RecursionError) as error:
+    except (
+        *(jinja2.TemplateError, TypeError, ValueError, RecursionError),
+        *(ArithmeticError, LookupError, AttributeError, AssertionError),  # of expressions in it
+    ) as error:
         raise _BadConversation(f"the chat template rejects it: {first_line(error)}") from error
 
 

@@ -82,7 +82,7 @@ def _load(path: Path) -> tuple[Any, Any, Any]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    source: Any = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    source: Any = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, "trust_remote_code": False}
     try:
         reader = GGUFReader(path)
         _check_attention(reader, path)

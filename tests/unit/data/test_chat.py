@@ -261,6 +261,25 @@ def test_a_template_may_refuse_without_a_word(tmp_path: Path) -> None:
     assert "rejects it" in encoded.bad[0][1]
 
 
+@pytest.mark.parametrize("fails", ["1 / 0", "{}.popitem()", "'{x}'.format()", "'%s'.nothing.at.all", "10.0 ** 999"])
+def test_a_conversation_that_breaks_the_template_is_a_bad_line(fails: str, tmp_path: Path) -> None:
+    encoder = ChatEncoder(
+        load_tokenizer(chat_tokenizer(tmp_path / "a", "{{ " + fails + " }}" + CHATML)), append_eod=True
+    )
+    assert list(encoder([json.dumps({"messages": [say("assistant", "a")], "tools": None})]).bad) == [0]
+
+
+def test_a_tokenizers_own_code_is_not_run(tmp_path: Path) -> None:
+    folder = chat_tokenizer(tmp_path / "a")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(UserError, match=re.escape(str(folder))) as error:
+        ChatEncoder(load_tokenizer(folder), append_eod=True)
+    assert "\n" not in str(error.value) and not (tmp_path / "ran").exists()
+
+
 def test_a_template_for_tools_is_one_of_several(chatml: Path, tmp_path: Path) -> None:
     templates = [{"name": "default", "template": OPEN}, {"name": "tool_use", "template": MARKED_CHATML}]
     several = chat_tokenizer(tmp_path / "several", templates)
