@@ -57,6 +57,11 @@ class TextEncoder(Encoder):
     def __call__(self, texts: Sequence[str]) -> Encoded:
         flat, lengths = self._tokenizer.encode_flat(texts)
         bad = {int(place): ("empty", "document has no token") for place in np.flatnonzero(lengths == 0)}
+        if self._tokenizer.refused:
+            numbers = np.repeat(np.arange(len(lengths)), lengths)
+            refused = np.unique(numbers[np.isin(flat, self._tokenizer.refused)])
+            bad |= {int(place): ("special token", "document spells a special token") for place in refused}
+            flat, lengths[refused] = flat[~np.isin(numbers, refused)], 0
         lengths = lengths[lengths > 0]
         if self._append_eod:
             flat, lengths = _append_token(flat, lengths, self._tokenizer.eod)

@@ -44,7 +44,8 @@ class Tokenizer(ABC):
 
     `fingerprint` is the SHA-256 of the file. `bos`, `eos` and `pad` are None where the tokenizer has none;
     `eod`, the end-of-document token, always exists. `spelling` is what stands in documents for a special token that
-    text could spell, where earlier versions wrote that token: "unknown" (the unknown token), "text"; "" if none can.
+    text could spell, where earlier versions wrote that token: "unknown" (the unknown token), "text", "nothing" (such
+    documents are bad, by `refused`); "" if none can. `refused` are ids that no document may have.
     """
 
     vocab_size: int
@@ -53,6 +54,7 @@ class Tokenizer(ABC):
     eos: int | None
     pad: int | None
     spelling: str = ""
+    refused: Sequence[int] = ()
 
     def __init__(self, path: Path, content: bytes) -> None:
         self.path = path
@@ -259,11 +261,14 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
-        self._spelled, self._unknown = [], described["model"].get("unk_id")
-        if described["model"].get("type") == "Unigram" and self._unknown is not None:
-            # It finds them among its pieces, whatever `encode_special_tokens` says.
-            special = {token["id"] for token in described["added_tokens"] if token["special"]}
-            self._spelled, self.spelling = sorted(ends | special), "unknown"
+        special = ends | {token["id"] for token in described["added_tokens"] if token["special"]}
+        named = {self.token_name(index): index for index in special}
+        spelled, self._unknown = _spelled_by_text(described["model"], named)
+        self._spelled = sorted(spelled - {self._unknown})
+        if self._spelled:
+            self.spelling = "unknown"
+        if self._spelled and self._unknown in (None, self.eod):
+            self._spelled, self.refused, self.spelling = [], sorted(spelled), "nothing"
 
     def token_id(self, name: str) -> int | None:
         return self._tokenizer.token_to_id(name)
@@ -307,6 +312,20 @@ class HuggingFaceTokenizer(Tokenizer):
             else:
                 lengths[index] = 1 if _BYTE.fullmatch(text) else _utf8_length(text)
         return lengths
+
+
+def _spelled_by_text(model: dict[str, Any], special: dict[str, int]) -> tuple[set[int], int | None]:
+    """Return the ids of those special tokens that a tokenizer.json's model may find in a text, whatever
+    `encode_special_tokens` says, and the id of its unknown token."""
+    if model["type"] == "Unigram":
+        return set(special.values()), model["unk_id"]
+    vocab: dict[str, int] = model["vocab"]
+    found = special.keys() & vocab.keys()
+    if model["type"] == "BPE" and not model["ignore_merges"] and any(len(name) > 1 for name in found):
+        prefix = model["continuing_subword_prefix"] or ""
+        merged = {first + second.removeprefix(prefix) for first, second in model["merges"]}
+        found = {name for name in found if len(name) == 1 or name in merged}
+    return {special[name] for name in found}, vocab.get(model["unk_token"])
 
 
 def _utf8_length(piece: str) -> int:

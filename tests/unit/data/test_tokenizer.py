@@ -13,6 +13,7 @@ import sentencepiece
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models
 
+from plt_megatron.data.encoders import TextEncoder
 from plt_megatron.data.segments import COARSE, chunks, crosses_no_piece, word_pattern
 from plt_megatron.data.tokenizer import SentencePieceTokenizer, load_tokenizer, token_dtype
 from plt_megatron.data.tokenizer_training import hostile_strings
@@ -215,6 +216,36 @@ def test_a_unigram_model_finds_no_special_token_in_text(added: list[str], tmp_pa
     assert tokenizer.eod == 1
     ids = tokenizer.encode("a</s>b")
     assert tokenizer.eod not in ids and (ids[0], ids[-1]) == (2, 3)
+
+
+@pytest.mark.parametrize("added", [["</s>"], []])
+@pytest.mark.parametrize("kind", ["WordLevel", "WordPiece", "BPE", "BPE of words", "BPE without unknown"])
+def test_no_model_finds_the_end_of_a_document_in_its_text(kind: str, added: list[str], tmp_path: Path) -> None:
+    """Nor is a special token that text cannot spell replaced, or data that have it tokenized anew."""
+    from tokenizers import models, pre_tokenizers
+
+    pieces = {name: index for index, name in enumerate(["<unk>", "a", "<", "/", "s", ">", "</", "s>", "</s>"])}
+    merges, unknown = [("<", "/"), ("s", ">"), ("</", "s>")], {} if "without" in kind else {"unk_token": "<unk>"}
+    fast = FastTokenizer(
+        getattr(models, kind)(pieces, **unknown)
+        if kind.startswith("Word")
+        else models.BPE(pieces, [] if "words" in kind else merges, ignore_merges="words" in kind, **unknown)
+    )
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    fast.add_special_tokens(added)
+    fast.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    encoded = TextEncoder(tokenizer, append_eod=True)(["a", "a </s> a", "", "a a"])
+    if unknown:
+        assert encoded.flat.tolist() == [1, 8, 1, 0, 1, 8, 1, 1, 8] and encoded.bad.keys() == {2}
+        assert tokenizer.spelling == "unknown"
+    else:
+        assert encoded.flat.tolist() == [1, 8, 1, 1, 8] and encoded.bad.keys() == {1, 2}
+        assert tokenizer.spelling == "nothing"
+    if kind == "BPE":
+        fast.model = models.BPE(pieces, merges[:2], unk_token="<unk>")  # type: ignore[assignment]
+        fast.save(str(tmp_path / "tokenizer.json"))
+        assert load_tokenizer(tmp_path / "tokenizer.json").spelling == ""
 
 
 @pytest.mark.parametrize(
