@@ -57,17 +57,19 @@ def read_lineage(folder: Path) -> dict[str, str]:
 def read_license(folder: Path) -> dict[str, str]:
     """Return the license keys in the front matter of the folder's card, if it has one: it is between lines of `---`."""
     try:
-        text = (folder / CARD).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        text = (folder / CARD).read_bytes().decode("utf-8-sig", "replace")
+    except OSError:
         return {}
-    front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
+    front = re.match(r"\s*---[^\S\n]*\n(.*?)\n---[^\S\n]*(\n|$)", text, re.DOTALL)
     try:
-        values: Any = yaml.safe_load(front[1]) if front else {}
-    except yaml.YAMLError:
+        # Every scalar as text: nobody checks the dates and numbers of a card.
+        values: Any = yaml.load(front[1], getattr(yaml, "CBaseLoader", yaml.BaseLoader)) if front else {}
+    except (yaml.YAMLError, RecursionError):
         return {}
     if not isinstance(values, dict):
         return {}
-    return {key: values[key] for key in _LICENSE if isinstance(values.get(key), str)}
+    known = {key: values[key] for key in _LICENSE if isinstance(values.get(key), str)}
+    return {key: value for key, value in known.items() if value not in ("", "~", "null")}
 
 
 def front_matter(lineage: dict[str, str]) -> list[str]:

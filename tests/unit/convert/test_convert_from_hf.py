@@ -177,8 +177,15 @@ def test_a_models_name_on_the_hub(tmp_path):
     for card in ("# no front matter\n---\nlicense: mit\n---\n", "---\n{: broken\n---\n", "---\n- a list\n---\n"):
         (folder / "README.md").write_text(card)
         assert read_lineage(folder) == {"base_model": "Someone/Some-Model"}
-    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
-    assert read_lineage(folder)["license"] == "mit"
+    for card in (
+        *(b"---\nlicense: mit\n---\n", b"\xef\xbb\xbf---\r\nlicense: mit\r\n---", b"\n---\nlicense: mit\n---\ncaf\xe9"),
+        *(b"---\nlicense: mit\ndate: 2024-02-30\n---\n", b"---\nlicense: mit\nx: !!int abc\n---\n"),
+    ):
+        (folder / "README.md").write_bytes(card)
+        assert read_lineage(folder)["license"] == "mit"
+    for card in (b"---\nlicense:\n---\n", b"---\nlicense: mit\nx: " + b"[" * 3000 + b"\n---\n", b"---" + b"\n" * 10**6):
+        (folder / "README.md").write_bytes(card)
+        assert "license" not in read_lineage(folder)
 
 
 def save_llama(folder, tokenizer_model, **changes):
