@@ -247,8 +247,9 @@ def check_tokenizer(data: DataConfig, tokenizer: Tokenizer | None, vocab_size: i
             )
         index = read_index(path)
         tokens, size = flat_tokens(index), _BLOCK // index.dtype.itemsize
-        for start in _starts(len(tokens), size) if ids is not None else ():
-            check_ids(path, tokens[start : start + size], ids, owner)
+        for start in _starts(len(tokens), size):
+            if ids is not None:
+                check_ids(path, tokens[start : start + size], ids, owner)
 
 
 def check_ids(path: str, tokens: np.ndarray, vocab_size: int, owner: object = "the model's vocabulary") -> None:
