@@ -20,7 +20,7 @@ from plt_megatron.run_folder.files import write_bytes
 _MARKS = ("ETag", "etag", "md5Hash", "content_md5", "generation", "mtime", "LastModified", "last_modified", "created")
 _SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSWORD|CREDENTIAL|KEY|SAS", re.IGNORECASE)
 # Hub tokens, user and password in a URL, and a URL's query, which may contain signatures.
-_SECRET = re.compile(r"hf_\w{8,}|(?<=://)[^/\s@]+@|(?<=\w)\?\S*[=&]\S*")
+_SECRET = re.compile(r"hf_\w{8,}|(?<=://)(?:[^/\s@]*:(?!\d+/)\S*|[^/\s@]+)@|(?<=\w)\?\S*[=&]\S*")
 _SHORTEST = 6  # minimum characters of a secret: shorter words occur in every message
 _LONGEST = 300  # maximum characters of a message
 

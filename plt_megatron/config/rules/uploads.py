@@ -14,6 +14,7 @@ from plt_megatron.config.schema import RunConfig
 
 HUB = "hf"
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.+)")
+_PASSWORD = re.compile(r"://[^/\s@]*:(?!\d+/)\S*@")  # after a port there is no @, in a password there may be a slash
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _MODELS_INSTEAD = {
     "checkpoint.uploads.to": "give a bucket or folder (checkpoint.exports.upload_to takes a hub)",
@@ -47,12 +48,12 @@ def checkpoints_of(config: RunConfig) -> str | None:
 
 def url_problem(url: str) -> str | None:
     """Return what is wrong with the form of a URL; None if nothing is. Secrets in it are not repeated."""
+    if _PASSWORD.search(url):
+        return "it contains a password, which belongs in the environment or its library's own configuration"
     match = _URL.fullmatch(url)
     if match is None:
         return f"{url} is not a URL, {_EXAMPLES}"
     protocol, rest = match.groups()
-    if protocol != HUB and ":" in rest.split("/")[0].rpartition("@")[0]:
-        return "it contains a password, which belongs in the environment or its library's own configuration"
     if any(mark in url for mark in _MARKS):
         return f"{protocol}://... contains one of {' '.join(_MARKS)}; give a plain URL, {_EXAMPLES}"
     if protocol == "file" and not rest.startswith("/"):

@@ -51,6 +51,7 @@ def problems(**checkpoint: Any) -> list[str]:
         {"export_to": "file:///shared/backup", "to": "gs://bucket/deep/folder/"},
         {"load": "s3://bucket/runs/other/checkpoints/step_00000100"},
         {"to": "sftp://user@host/folder"},
+        {"to": "sftp://host:22/folder@noon"},
     ],
 )
 def test_what_looks_right(checkpoint):
@@ -88,8 +89,18 @@ def test_a_runs_name_that_its_destination_would_read_as_more_than_a_name(name):
     )
 
 
-def test_a_password_in_a_url_is_refused_and_not_repeated():
-    (problem,) = problems(to="sftp://me:s3cret@host/folder")
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sftp://me:s3cret@host/a",
+        "s3://me:s3c/s3cret@b/a",
+        "S3://me:s3cret@b/a",
+        "hf://me:s3cret@a/b",
+        "x::s3://m:s3cret@b",
+    ],
+)
+def test_a_password_in_a_url_is_refused_and_not_repeated(url):
+    (problem,) = problems(to=url)
     assert "a password, which belongs in the environment" in problem and "s3cret" not in problem
 
 

@@ -347,5 +347,6 @@ def test_secrets_are_not_repeated(monkeypatch):
     monkeypatch.setenv("SOME_TOKEN", "ab")  # would be in every word
     said = redacted(
         "https://me:pass@host/key?X-Amz-Signature=1f&b=2 wJalrXUtnFEMI hf_abcdefghij cab s3://bucket/cab is there?"
+        " s3://AK:a/b@bucket/x sftp://host:22/a@b"
     )
-    assert said == "https://***host/key*** *** *** cab s3://bucket/cab is there?"
+    assert said == ("https://***host/key*** *** *** cab s3://bucket/cab is there? s3://***bucket/x sftp://host:22/a@b")
