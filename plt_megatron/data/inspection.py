@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -180,6 +181,8 @@ def _runs(tokens: Sequence[int], asked: Sequence[bool], tokenizer: Tokenizer | N
         yield Run(text, predicted, control, len(ids))
 
 
+# As a terminal obeys, but newline and tab.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 LEGEND = "[[...]]: tokens that do not count in the loss"
 
 
@@ -209,6 +212,7 @@ def describe_part(part: ShownPart) -> str:
 
 def _indented(runs: Sequence[Run], width: int | None) -> Iterator[str]:
     text = "".join(run.text if run.predicted else f"[[{run.text}]]" for run in runs)
+    text = _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
     if width is not None and len(text) > width:
         text = f"{text[: width // 2]} ... {text[len(text) - width // 2 :]}"
     yield from (f"  | {line}" for line in text.split("\n"))

@@ -16,7 +16,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from plt_megatron.commands.inspect_data import main
 from plt_megatron.config.loader import load_config
 from plt_megatron.data.datasets import build_datasets
-from plt_megatron.data.inspection import Inspector
+from plt_megatron.data.inspection import Inspector, Run, ShownBatch, ShownPart, ShownSample, describe_batch
 from plt_megatron.data.mix import required_samples
 from plt_megatron.data.preprocess import PreprocessOptions, preprocess
 from plt_megatron.data.tokenizer import load_tokenizer
@@ -140,6 +140,13 @@ def test_text_is_escaped(run: Path, tmp_path: Path) -> None:
     html = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<b>" not in html and "&lt;b&gt;" not in html.split("<pre>")[0]
     assert re.search(r"&amp; b&lt;/b&gt; &lt;/s&gt;</span><span class=\" control\">&lt;/s&gt;</span>", html)
+
+
+def test_a_document_does_not_command_the_terminal() -> None:
+    part = ShownPart(0, 0, 3, 3, 0, None, False, [Run("a\x1b]0;x\x07\x9b\r\tb\nc", True, False, 3)])
+    sample = ShownSample(0, "one", "one", 2, 2, [part])
+    lines = describe_batch(ShownBatch("train", 1, 1, 2, [sample])).splitlines()
+    assert lines[-2:] == ["  | a\\x1b]0;x\\x07\\x9b\\r\tb", "  | c"]
 
 
 def test_without_a_tokenizer(run: Path) -> None:
