@@ -24,6 +24,7 @@ _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": Fals
 _INT = re.compile(r"[-+]?[0-9][0-9_]*")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _FLOW_MARKS = re.compile(r"[,\[\]{}]")
+_MOST_VALUES = 1_000_000
 _LONGEST = 60  # characters of a value that a message quotes
 
 
@@ -66,7 +67,7 @@ def compose(text: str, name: str) -> yaml.Node | None:
         loader = _LOADER(_Named(text, name))
         try:
             node = loader.get_single_node()
-            _refuse_loops(node, ())
+            _count_values(node, {})
             return typing.cast("yaml.Node | None", node)
         finally:
             loader.dispose()
@@ -81,14 +82,22 @@ def compose(text: str, name: str) -> yaml.Node | None:
         raise UserError(f"{at}: not valid YAML: {problem}") from error
 
 
-def _refuse_loops(node: object, above: tuple[object, ...]) -> None:
-    """Raise `UserError` if an alias stands for a node that it lies in."""
-    if isinstance(node, yaml.CollectionNode):
-        if node in above:
-            raise UserError(f"{where(node)}: an alias inside this stands for all of it: write out what it means there")
-        for part in node.value:
-            for inner in part if isinstance(part, tuple) else (part,):
-                _refuse_loops(inner, (*above, node))
+def _count_values(node: object, counts: dict[int, int]) -> int:
+    """Return how many values a node has, those of its aliases included; `counts` has those of other nodes, by their id.
+
+    Raises `UserError` if an alias stands for a node that it lies in, or there are too many to read.
+    """
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in counts:
+        counts[id(node)] = 0  # it is being counted
+        parts = (part if isinstance(part, tuple) else (part,) for part in node.value)
+        counts[id(node)] = 1 + sum(_count_values(inner, counts) for part in parts for inner in part)
+    if not counts[id(node)]:
+        raise UserError(f"{where(node)}: an alias inside this stands for all of it: write out what it means there")
+    if counts[id(node)] > _MOST_VALUES:
+        raise UserError(f"{where(node)}: aliases inside this make more than {_MOST_VALUES:,} values of it: use fewer")
+    return counts[id(node)]
 
 
 def items(node: yaml.Node, what: str = "") -> list[tuple[str, yaml.Node, str]]:

@@ -165,6 +165,10 @@ def test_a_disk_that_does_not_answer_may_have_the_file_next_time(write, monkeypa
         ("model: {<<: {num_layers: 3}}\n", "unknown key model.<<"),
         ("[1]: 3\n", "expected a setting's name"),
         ("deepspeed: {config: &all {a: *all}}\n", ":1: an alias inside this stands for all of it"),
+        (
+            "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10) if i else 0}]\n" for i in range(10)),
+            ":7: aliases inside this make more than 1,000,000 values",
+        ),
     ],
 )
 def test_an_unknown_key_names_the_nearest_known_one(write, text, expected):
