@@ -191,7 +191,7 @@ class DataSource:
     """A tokenized source of a data mix; `path` is the prefix of its .bin and .idx."""
 
     path: Annotated[str, NotEmpty("the path prefix of a .bin and .idx pair")]
-    weight: Positive = 1.0
+    weight: Annotated[float, Range(0, 1e12, low_excluded=True)] = 1.0
     name: str | None = None
     max_epochs: Positive | None = None
     fim_rate: Share | None = None  # training sources only; null: data.fim.rate

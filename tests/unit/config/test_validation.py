@@ -184,6 +184,7 @@ TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
         (TWO_PARTS, "data.validation_sources is empty"),
         ({"data__sources": [], "data__test_sources": [DataSource("a")]}, "data.train_sources is empty"),
         ({"data__sources": [DataSource("a", weight=0.0)]}, "data.sources[0].weight must be above 0"),
+        ({"data__sources": [DataSource("a", weight=1e308)]}, "data.sources[0].weight must be at most 1"),
         (
             {"data__sources": [DataSource("a"), DataSource("b", max_epochs=-1.0)]},
             "data.sources[1].max_epochs",
