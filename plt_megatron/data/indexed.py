@@ -178,6 +178,10 @@ def open_index(prefix: str | os.PathLike[str]) -> IndexedFile:
 def read_index(prefix: str | os.PathLike[str]) -> IndexedFile:
     """Like `open_index`, but also checks that all lengths add up to the size of `prefix`.bin."""
     index = open_index(prefix)
+    if index.documents and index.lengths.min() < 0:
+        raise UserError(
+            f"{index.prefix}.idx is damaged (a document of {index.lengths.min()} tokens): tokenize it again"
+        )
     _check_size(index, index.tokens * index.dtype.itemsize)
     return index
 

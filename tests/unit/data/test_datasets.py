@@ -236,6 +236,7 @@ def test_new_data_at_an_old_path(copy: str, tokenizer: Tokenizer, bpe_model: Pat
         ("remove .idx", r"a\.idx not found"),
         ("cut .bin", r"a\.bin has \d+ bytes where its index expects \d+"),
         ("cut .idx", r"a\.idx is truncated at \d+ bytes"),
+        ("negative lengths", r"a\.idx .* -1 tokens"),
         ("other tokenizer", r"a was tokenized with .*tokenizer\.model, not with .*: tokenize it again"),
         ("no manifest", r"a contains token \d+, but .* has \d+ tokens: it was tokenized with another tokenizer"),
         ("broken manifest {", r"a\.manifest\.json is not valid JSON"),
@@ -250,6 +251,10 @@ def test_unusable_data(
         os.unlink(copy + suffix)
     elif what == "cut":
         os.truncate(copy + suffix, os.path.getsize(copy + suffix) - 10)
+    elif what == "negative":
+        lengths = np.memmap(f"{copy}.idx", np.int32, "r+", 34, (2,))
+        lengths[:] = -1, lengths.sum() + 1
+        lengths.flush()
     elif what == "broken":
         Path(f"{copy}.manifest.json").write_text(damage.split()[-1])
     else:
