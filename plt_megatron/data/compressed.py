@@ -13,6 +13,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.extras import require
 
 _READ = 1 << 20
+_FEED = 1 << 11  # bytes for zstandard at once, of which it makes up to 64 MiB
 _WINDOW = 1 << 31  # of zstd --long=31, as in Reddit's dumps; memory is taken only for what a file needs
 
 
@@ -74,7 +75,7 @@ class _Zstandard(_Decompressing):
 
     def readinto(self, buffer: Any) -> int:
         while not self._output:
-            chunk = self._pending or self.compressed.read(_READ // 8)
+            chunk = self._pending or self.compressed.read(_FEED)
             self._pending = b""
             if not chunk:
                 if self._frame is not None:

@@ -4,6 +4,7 @@ import gzip
 import json
 import pickle
 import random
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -122,6 +123,16 @@ def test_a_long_window_is_read_as_archives_have_it(tmp_path: Path) -> None:
     path.write_bytes(stream.compress(content) + stream.flush())
     assert zstandard.get_frame_parameters(path.read_bytes()).window_size == 1 << 28
     assert [document.text for document in read(path)] == texts
+
+
+def test_a_small_file_takes_little_memory_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "b.zst"
+    path.write_bytes(zstd(bytes(200 << 20)))
+    tracemalloc.start()
+    with open_stream(path) as stream:
+        assert sum(iter(lambda: len(stream.read(1 << 20)), 0)) == 200 << 20
+    assert tracemalloc.get_traced_memory()[1] < 150 << 20
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
