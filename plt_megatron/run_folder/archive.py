@@ -101,6 +101,6 @@ def _unpacked(archive: Path, _changed: int) -> tempfile.TemporaryDirectory[str]:
     try:
         with tarfile.open(archive, "r:xz") as packed:
             packed.extractall(copy.name, filter="data")
-    except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
+    except (tarfile.TarError, lzma.LZMAError, EOFError, OSError) as error:
         raise UserError(f"{archive}: broken ({error}); restore it") from error
     return copy

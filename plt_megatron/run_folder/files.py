@@ -78,7 +78,7 @@ def read_json_object(path: Path, remedy: str = "") -> dict[str, Any]:
     """Read a JSON file. Raises `UserError`, which ends with `remedy`, if it is not an object; `OSError`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter where it is nested deeply
         raise UserError(f"{path} is not valid JSON ({error}){remedy}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a JSON object{remedy}")

@@ -123,6 +123,16 @@ def test_a_folder_without_records_replaces_no_archive(tmp_path):
     assert (kept / ARCHIVE).read_bytes() == b"kept"
 
 
+@pytest.mark.parametrize("name", ["n" * 300, "a/b"])
+def test_names_that_no_file_can_have_are_an_error_that_names_the_archive(tmp_path, name):
+    archive = tmp_path / ARCHIVE
+    with tarfile.open(archive, "w:xz") as packed:
+        packed.addfile(tarfile.TarInfo("a"))
+        packed.addfile(tarfile.TarInfo(name))
+    with pytest.raises(UserError, match=ARCHIVE):
+        unpacked(archive)
+
+
 @pytest.mark.parametrize("harm", ["cut", "changed", "other", "empty"])
 def test_a_broken_archive_is_an_error_that_names_it(tmp_path, harm):
     archive = tmp_path / ARCHIVE

@@ -96,6 +96,13 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
     assert (tmp_path / "file").read_text() == "first" and names(tmp_path) == ["file"]
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 200_000, '{"a": ' + "9" * 5000 + "}"])
+def test_a_file_that_is_no_json_object_is_an_error_that_names_it(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match="a.json"):
+        files.read_json_object(tmp_path / "a.json")
+
+
 def test_what_the_user_has_to_put_right_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     target = tmp_path / "file" / "below"
