@@ -147,8 +147,11 @@ def _write_from_sentencepiece(tokenizer: SentencePieceTokenizer, folder: Path) -
     path = tokenizer.path
     beside = {name: path.with_name(name) for name in (JSON, CONFIG)}
     if all(file.is_file() for file in beside.values()):
-        texts = {name: file.read_text(encoding="utf-8") for name, file in beside.items()}
-        fast = tokenizers.Tokenizer.from_str(texts[JSON])
+        try:
+            texts = {name: file.read_text(encoding="utf-8") for name, file in beside.items()}
+            fast = tokenizers.Tokenizer.from_str(texts[JSON])
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"{beside[JSON]}: not a tokenizer.json ({error})") from error
         for text in _SAMPLES:
             if fast.encode(text, add_special_tokens=False).ids != tokenizer.encode(text):
                 raise UserError(f"{beside[JSON]} does not encode like {path}, for example {text!r}")
@@ -161,11 +164,23 @@ def _write_from_sentencepiece(tokenizer: SentencePieceTokenizer, folder: Path) -
     _copy_found(_TEMPLATES, path.parent, folder)
 
 
+def _found(patterns: Iterable[str], source: Path) -> list[Path]:
+    return [file for pattern in patterns for file in source.glob(pattern) if file.is_file()]
+
+
 def _copy_found(patterns: Iterable[str], source: Path, folder: Path) -> None:
-    for file in (file for pattern in patterns for file in source.glob(pattern) if file.is_file()):
+    for file in _found(patterns, source):
         copy = folder / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, copy)
+
+
+def _check_link(file: Path, source: Path) -> None:
+    """Raise `UserError` if a downloaded folder's file is one of this machine, other than of the hub's cache."""
+    target = file.resolve()
+    cached = target.parent.name == "blobs" and target.parents[1].name.startswith("models--")
+    if not cached and not target.is_relative_to(source.resolve()):
+        raise UserError(f"{file} is a link out of its folder, to {target}: put the file itself there if it is yours")
 
 
 def _write_config(tokenizer: HuggingFaceTokenizer, folder: Path) -> None:
@@ -184,14 +199,17 @@ def copy_tokenizer(source: Path, folder: Path, family: str, vocab_size: int, tok
         The file that training reads, or None if there is no tokenizer in `source`.
 
     Raises:
-        UserError: the tokenizer has more ids than the model.
+        UserError: the tokenizer has more ids than the model, or a file is a link to another folder's.
     """
     read = hf_tokenizer_file(source, family)
     if read is None:
         return None
     check_vocabulary(load_hf_tokenizer(read, tokens), vocab_size, None)
+    names = (MODEL, JSON, CONFIG, *_OTHERS)
+    for file in _found(names, source):
+        _check_link(file, source)
     folder.mkdir()
-    _copy_found((MODEL, JSON, CONFIG, *_OTHERS), source, folder)
+    _copy_found(names, source, folder)
     _drop_code(folder)
     ids, generation = token_ids(tokens, read_generation_config(source))
     (folder / GENERATION_CONFIG).write_text(json.dumps(ids | generation, indent=2) + "\n", encoding="utf-8")

@@ -36,7 +36,7 @@ from plt_megatron.hf.exporting import ExportOptions, export
 from plt_megatron.hf.importing import ImportOptions, import_model
 from plt_megatron.hf.model_card import model_card
 from plt_megatron.hf.sources import open_source
-from plt_megatron.hf.tokenizer_files import write_tokenizer
+from plt_megatron.hf.tokenizer_files import copy_tokenizer, write_tokenizer
 from plt_megatron.hf.verification import export_of
 from tests.unit.data.data_helpers import CHATML, make_texts, train, write_jsonl
 
@@ -230,6 +230,34 @@ def test_a_chat_template_beside_a_sentencepiece_model(tmp_path, tokenizer_model,
     write_tokenizer(load_tokenizer(folder / "tokenizer.model"), tmp_path / "out")
     exported = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert (exported.chat_template, len(exported)) == (template, 400)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff"])
+def test_a_broken_file_beside_a_sentencepiece_model_is_named(tokenizer_model, tmp_path, content):
+    shutil.copy(tokenizer_model, tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(UserError, match=str(tmp_path / "tokenizer.json")):
+        write_tokenizer(load_tokenizer(tmp_path / "tokenizer.model"), tmp_path)
+
+
+def test_an_import_copies_the_models_files_alone(tokenizer_model, tmp_path):
+    """Of the hub's cache, where they are links, too; but no other file that a link names."""
+    (tmp_path / "secret").write_text("secret")
+    cache = tmp_path / "models--a--b"
+    (cache / "blobs").mkdir(parents=True)
+    folder = cache / "snapshots" / "0a"
+    folder.mkdir(parents=True)
+    shutil.copy(tokenizer_model.with_name("tokenizer.json"), cache / "blobs" / "1")
+    (folder / "tokenizer.json").symlink_to("../../blobs/1")
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "added_tokens.json").symlink_to("tokenizer_config.json")
+    assert copy_tokenizer(folder, tmp_path / "one", "llama", 400, {}) == tmp_path / "one" / "tokenizer.json"
+    assert (tmp_path / "one" / "added_tokens.json").read_text() == "{}"
+    (folder / "merges.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="merges.txt"):
+        copy_tokenizer(folder, tmp_path / "two", "llama", 400, {})
+    assert not (tmp_path / "two").exists()
 
 
 @pytest.mark.parametrize("known", [{}, {"imported_from": "a model"}, {"made_elsewhere": True}])
