@@ -262,8 +262,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         special = ends | {token["id"] for token in described["added_tokens"] if token["special"]}
-        named = {self.token_name(index): index for index in special}
-        spelled, self._unknown = _spelled_by_text(described["model"], named)
+        by_name = {self.token_name(index): index for index in special}
+        spelled, self._unknown = _spelled_by_text(described["model"], by_name)
         self._spelled = sorted(spelled - {self._unknown})
         if self._spelled:
             self.spelling = "unknown"
@@ -285,6 +285,7 @@ class HuggingFaceTokenizer(Tokenizer):
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         flat = np.fromiter(chain.from_iterable(ids), self.dtype, int(lengths.sum()))
         if self._spelled:
+            assert self._unknown is not None, "else they are `refused`"
             flat[np.isin(flat, self._spelled)] = self._unknown
         return flat, lengths
 
@@ -345,11 +346,12 @@ def _token_names(config: Path) -> tuple[dict[str, str], set[str]]:
     if not config.is_file():
         return {}, set()
     values = read_json_object(config)
+    others = values.get("additional_special_tokens")
     names = {key: values.get(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    names |= {str(place): name for place, name in enumerate(others)} if isinstance(others, list) else {}
     plain = {key: name.get("content") if isinstance(name, dict) else name for key, name in names.items()}
     known = {key: name for key, name in plain.items() if isinstance(name, str)}
-    others = [name for name in values.get("additional_special_tokens") or [] if isinstance(name, str)]
-    return known, {*known.values(), *others}
+    return known, set(known.values())
 
 
 def load_tokenizer(path: str | Path, eod_token: str | None = None) -> Tokenizer:

@@ -248,6 +248,17 @@ def test_no_model_finds_the_end_of_a_document_in_its_text(kind: str, added: list
         assert load_tokenizer(tmp_path / "tokenizer.json").spelling == ""
 
 
+@pytest.mark.parametrize(("named", "size"), [(5, 3), (None, 3), (["<x>"], 0), ([{"content": "<x>"}, 5], 0)])
+def test_further_special_tokens_are_named_in_any_form(named: object, size: int, tmp_path: Path) -> None:
+    from tokenizers import decoders, models
+
+    fast = FastTokenizer(models.BPE({"a": 0, "<x>": 1, "</s>": 2}, []))
+    fast.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    fast.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"additional_special_tokens": named}))
+    assert load_tokenizer(tmp_path / "tokenizer.json").byte_lengths()[:2].tolist() == [1, size]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
