@@ -19,6 +19,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Context
+from numbers import Real
 from typing import Annotated, Any
 
 MAX_LOOP_COUNT = 8
@@ -35,6 +36,8 @@ class Range:
 
     def problem(self, value: float) -> str | None:
         """Return why `value` is out of range; None if it is in range."""
+        if not isinstance(value, Real):  # of a file that `loader` does not read
+            return f"must be a number, got {value!r}"
         if isinstance(value, float) and not math.isfinite(value):
             return f"must be a finite number, got {value}"
         if value < self.low or (self.low_excluded and value == self.low):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.config import derived
-from plt_megatron.config.fields import MAX_LOOP_COUNT
+from plt_megatron.config.fields import MAX_LOOP_COUNT, find_type_problems
 from plt_megatron.config.schema import ModelConfig, MoeConfig, RopeScalingConfig, YarnConfig
 from plt_megatron.errors import UserError
 from plt_megatron.hf import switches
@@ -241,7 +241,10 @@ def read_config(folder: Path) -> HFModelConfig:
     try:
         if keys.get("quantization_config"):
             raise UserError("the weights are quantized (quantization_config); convert the original model")
-        return _FAMILIES[family](keys)
+        found = _FAMILIES[family](keys)
+        if problems := list(find_type_problems(found.model)):
+            raise UserError("; ".join(problems))
+        return found
     except Exception as error:  # the configuration classes' checks raise types of their own
         reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise UserError(f"{path}: {reason}") from error

@@ -31,6 +31,7 @@ from plt_megatron.config import derived
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import DataConfig, RunConfig, TrainingConfig
 from plt_megatron.errors import UserError
+from plt_megatron.hf.config_keys import read_config
 from plt_megatron.hf.exporting import ExportOptions, export
 from plt_megatron.hf.importing import ImportOptions, import_model
 from plt_megatron.hf.sources import open_source, read_lineage
@@ -297,6 +298,15 @@ def test_dtypes(tmp_path):
 
 
 # ---------------------------------------------------------------- what cannot be converted
+
+
+@pytest.mark.parametrize("value", ["abc", [1.0], float("nan")])
+def test_a_setting_of_our_own_that_is_no_number(tmp_path, value):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "plt"}))
+    assert read_config(tmp_path).model.embedding_scale == 1
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "plt", "embedding_scale": value}))
+    with pytest.raises(UserError, match=r"config\.json: embedding_scale "):
+        read_config(tmp_path)
 
 
 @pytest.mark.parametrize(
