@@ -207,4 +207,3 @@ def _check_packages(config: RunConfig, have_te: bool | None) -> Iterator[str]:
     for is_used, setting, modules, off in used:
         if is_used and lacking(*modules):
             yield f"{setting} {lacking(*modules)}, or set {off}"
-    yield from deepspeed_rules.find_version_problem(config)

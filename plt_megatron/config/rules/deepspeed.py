@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import importlib.metadata
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -17,9 +16,7 @@ from plt_megatron.config.fields import leaves
 from plt_megatron.config.layout import num_microbatches
 from plt_megatron.config.rules.optimizer import optimizer_spec
 from plt_megatron.config.schema import DeepSpeedConfig, RunConfig
-from plt_megatron.extras import lacking
 
-VERSIONS = ">=0.19,<0.20"
 Kind = Literal["bool", "count", "positive", "even"]
 
 # Keys that the raw section may add: speed, memory, reports. `count`: a whole number >= 0, also 5e8; `positive`: >= 1;
@@ -266,12 +263,3 @@ def _text(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return str(value).lower().replace("none", "null")
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def find_version_problem(config: RunConfig) -> Iterator[str]:
-    """Yield why the installed DeepSpeed, if needed, cannot be used. Does not import it."""
-    if config.deepspeed is None or lacking("deepspeed"):
-        return
-    version = importlib.metadata.version("deepspeed")
-    if version.split(".")[:2] != ["0", "19"]:
-        yield f"deepspeed needs DeepSpeed {VERSIONS}, found {version}; install that, or leave the section out"

@@ -40,12 +40,11 @@ def _check_exports(config: RunConfig) -> Iterator[str]:
             yield f"checkpoint.{name} are made of checkpoints, but checkpoint.enabled=false writes none"
     if exports is None or not checkpoint.enabled:
         return
-    if checkpoint.save_interval == 0:
-        yield f"checkpoint.exports needs checkpoint.save_interval, which is 0: set it, as to {exports.interval}"
-    elif exports.interval % checkpoint.save_interval:
+    if not checkpoint.save_interval or exports.interval % checkpoint.save_interval:
+        advice = "" if checkpoint.save_interval else f": set it, as to {exports.interval}"
         yield (
             f"checkpoint.exports.interval {exports.interval} must be a multiple of checkpoint.save_interval, which is "
-            f"{checkpoint.save_interval}"
+            f"{checkpoint.save_interval}{advice}"
         )
 
 

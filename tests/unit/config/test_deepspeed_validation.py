@@ -12,7 +12,7 @@ import pytest
 
 from plt_megatron.config.loader import dump_config, load_config
 from plt_megatron.config.rules import deepspeed
-from plt_megatron.config.rules.deepspeed import deepspeed_config, find_version_problem
+from plt_megatron.config.rules.deepspeed import deepspeed_config
 from plt_megatron.config.schema import DeepSpeedConfig, RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
@@ -274,10 +274,7 @@ def test_another_version_is_refused(monkeypatch, version):
     lines = find_problems(config_with(), check_files=False, check_packages=True)
     (line,) = (line for line in lines if version in line)
     assert all(part in line for part in ("deepspeed", ">=0.19", "<0.20", "deepspeed=null"))
-    monkeypatch.setattr(importlib.metadata, "requires", lambda name: None)  # the range of the extra is not known
-    (line,) = find_version_problem(config_with())
-    assert f"needs DeepSpeed >=0.19,<0.20, found {version}" in line and "leave the section out" in line
-    assert list(find_version_problem(good())) == []
+    assert not any(version in line for line in find_problems(good(), check_files=False, check_packages=True))
 
 
 def test_a_missing_package_is_refused(monkeypatch):
@@ -289,4 +286,5 @@ def test_a_missing_package_is_refused(monkeypatch):
 @pytest.mark.parametrize("version", ["0.19.0", "0.19.8"])
 def test_the_supported_versions(monkeypatch, version):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
-    assert list(find_version_problem(config_with())) == []
+    lines = find_problems(config_with(), check_files=False, check_packages=True)
+    assert not any("deepspeed" in line for line in lines)

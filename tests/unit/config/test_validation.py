@@ -99,7 +99,7 @@ TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
             {"evaluation__tasks": ["a"]},
             "evaluation.tasks need exports of the run and their tokenizer: set",
         ),
-        ({"checkpoint__exports__interval": 30}, "needs checkpoint.save_interval, which is 0: set it, as to 30"),
+        ({"checkpoint__exports__interval": 30}, "a multiple of checkpoint.save_interval, which is 0: set it, as to 30"),
         ({"checkpoint__exports__interval": 30, "checkpoint__enabled": False}, "checkpoint.enabled=false writes none"),
         (
             {"model__hidden_size": 130},
