@@ -115,7 +115,8 @@ class UploadQueue:
         for entry in self.waiting():
             permanent = keep_every > 0 and entry.step % keep_every == 0
             if entry.kind == CHECKPOINT and entry.step < step and not permanent and entry.folder.suffix != _NOW:
-                remove(entry.folder)
+                with contextlib.suppress(OSError):  # one that stays is uploaded
+                    remove(entry.folder)
 
     def drop_after(self, step: int) -> None:
         """Remove entries after `step`, which belong to a course of training that was rolled back."""
