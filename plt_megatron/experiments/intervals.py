@@ -93,9 +93,9 @@ def t_quantile(probability: float, degrees: int) -> float:
     return float(stdtrit(degrees, probability))
 
 
-def stretch(level: float, degrees: int) -> float:
+def stretch(degrees: int) -> float:
     """Return Student's t quantile over the normal one: how much wider few residuals make an interval."""
-    probability = (1 + level) / 2
+    probability = (1 + LEVEL) / 2
     return t_quantile(probability, degrees) / NormalDist().inv_cdf(probability)
 
 
@@ -175,8 +175,10 @@ def adjusted_residuals(residuals: np.ndarray, jacobian: np.ndarray, weights: np.
     Args:
         jacobian: [n, p], derivatives of the losses by all coefficients.
     """
+    from scipy.linalg import orth
+
     roots = np.sqrt(weights)
-    orthogonal = _range(roots[:, None] * jacobian)
+    orthogonal = orth(roots[:, None] * jacobian, rcond=1e-10)  # a coefficient at its bound adds no column
     adjusted = np.empty_like(residuals)
     for block in range(data.blocks.max() + 1):
         rows = np.flatnonzero(data.blocks == block)
@@ -198,9 +200,3 @@ def draw_errors(adjusted: np.ndarray, data: Arrays, count: int, rng: np.random.G
     blocks = rng.choice(_FACTORS, size=(count, data.blocks.max() + 1))
     common = rng.choice(_FACTORS, size=(count, seeds)) * np.sqrt(seeds / max(1, seeds - 1))
     return own * blocks[:, data.blocks] + (means * common)[:, data.seeds]
-
-
-def _range(matrix: np.ndarray) -> np.ndarray:
-    """Return an orthonormal basis [n, rank] of the columns; a coefficient at its bound adds none."""
-    left, values, _ = np.linalg.svd(matrix, full_matrices=False)
-    return left[:, values > 1e-10 * values.max(initial=0.0)]

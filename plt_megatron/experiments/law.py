@@ -48,6 +48,7 @@ _HUBER = 1.345  # standard deviations beyond which a residual counts less: 95 % 
 _ROUNDS = 12  # rounds of reweighting, at most
 _TINY = 1e-12  # replaces a coefficient of 0 in logarithms
 _REFITS = 2  # rounds of reweighting in a draw of the bootstrap
+_LARGEST = 40.0  # exponent for which UNIT_D to its power is a number
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,6 @@ class LawFit:
     adjusted: np.ndarray
     samples: np.ndarray
     cost: float
-    level: float
     notes: tuple[str, ...] = ()
 
     @property
@@ -81,8 +81,12 @@ class LawFit:
     def coefficients(self) -> dict[str, Interval]:
         """E, and alpha, beta, A and B of the terms in the law; A and B for N and D in single parameters and tokens."""
         has_n, has_d = self.data.terms
-        names = ("E", *(("A", "alpha") if has_n else ()), *(("B", "beta") if has_d else ()))
-        return {name: self.interval(_natural(self._rows, name)) for name in names}
+        e, a, b, alpha, beta = self._rows[:, :5].T
+        # Runs that do not determine an exponent leave it at any size in a resampled fit.
+        of_n = {"A": a * UNIT_N ** np.minimum(alpha, _LARGEST), "alpha": alpha}
+        of_d = {"B": b * UNIT_D ** np.minimum(beta, _LARGEST), "beta": beta}
+        columns = {"E": e} | (of_n if has_n else {}) | (of_d if has_d else {})
+        return {name: self.interval(values) for name, values in columns.items()}
 
     @property
     def phis(self) -> dict[str, Interval]:
@@ -106,26 +110,16 @@ class LawFit:
 
     def bounds(self, values: np.ndarray) -> np.ndarray:
         """Return both ends [2, ...] of the interval of quantities [b, ...] over the samples."""
-        ends = [(1 - self.level) / 2, (1 + self.level) / 2]
+        ends = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
         return np.quantile(values, ends, axis=0, method="weibull")  # whatever the number of draws
 
     def fitted(self, runs: Sequence[Run]) -> np.ndarray:
-        """Return the losses [m] of runs by the fit, however far from its own. Raises `UserError` like `drawn`."""
-        return evaluate(self.theta[None], self._asked(runs))[0]
+        """Return the losses [m] of runs by the fit, however far from its own. Those of several loops have a phi."""
+        return evaluate(self.theta[None], to_arrays(runs, self.data.variants))[0]
 
     def drawn(self, runs: Sequence[Run]) -> np.ndarray:
-        """Return the losses [1 + b, m] of runs by the fit, first, and by its samples.
-
-        Raises:
-            UserError: a run with several loops is of a variant without a phi.
-        """
-        return evaluate(self._rows, self._asked(runs))
-
-    def _asked(self, runs: Sequence[Run]) -> Arrays:
-        unknown = sorted({run.variant for run in runs if run.loops > 1} - set(self.data.variants))
-        if unknown:
-            raise UserError(f"the law has no phi for {', '.join(unknown)}: no finished run of it has several loops")
-        return to_arrays(runs, self.data.variants)
+        """Return the losses [1 + b, m] of such runs by the fit, first, and by its samples."""
+        return evaluate(self._rows, to_arrays(runs, self.data.variants))
 
     def predict(self, run: Run) -> Interval:
         """Predict a run's loss. Raises `UserError` for a run that is `beyond` the law's own."""
@@ -168,7 +162,6 @@ def fit_law(
     variants: Sequence[str] | None = None,
     with_phi: bool = True,
     bootstraps: int = 400,
-    level: float = LEVEL,
     seed: int = 0,
 ) -> LawFit:
     """Fit the law.
@@ -178,15 +171,14 @@ def fit_law(
         with_phi: whether to fit loops; else all runs are of one wiring, with all parameters as `looped`, once.
         bootstraps: number of draws for the intervals; 0: none, and `samples` is empty.
 
-    Raises:
-        UserError: the runs do not determine the law, or a loss is not a number.
+    Raises `UserError` if the runs do not determine the law, or a loss is not a number.
     """
     if isinstance(runs, Arrays):
         data = runs
     else:
         found = looped_variants(runs) if with_phi else ()
         data = to_arrays(runs, [name for name in variants or found if name in found])
-    problem = what_is_missing(data) if with_phi else _missing_without_phi(data)
+    problem = what_is_missing(data, with_phi)
     if problem:
         raise UserError(f"{'no law yet' if with_phi else 'no fit'}: {problem}")
     solution, weights, spread = _robust(data, _ROUNDS if with_phi else 0)
@@ -198,32 +190,27 @@ def fit_law(
         samples[row] = _refit(data, data.loss - residuals + error, solution, weights, spread)
     # Half: each coefficient depends on only a part of the blocks, a variant's phi on its own and those of one loop.
     degrees = max(3, (int(data.blocks.max()) + 1 - data.coefficients) // 2)
-    samples = _stretched(samples, solution.theta, stretch(level, degrees))
+    samples = _stretched(samples, solution.theta, stretch(degrees))
     notes = tuple(_notes(data, solution.theta, weights))
-    return LawFit(data, solution.theta, weights, residuals, adjusted, samples, solution.cost, level, notes)
+    return LawFit(data, solution.theta, weights, residuals, adjusted, samples, solution.cost, notes)
 
 
-def what_is_missing(data: Arrays) -> str | None:
-    """Describe the runs that a law with phis lacks; None if it lacks none."""
-    if not data.variants:
+def what_is_missing(data: Arrays, with_phi: bool = True) -> str | None:
+    """Describe the runs that a law lacks; None if it lacks none. Without phis, N or D need not vary."""
+    if with_phi and not data.variants:
         return "no finished run has several loops, so phi is unknown"
-    if not (data.loops == 1).any():
+    if with_phi and not (data.loops == 1).any():
         return "no finished run has one loop, which every variant is measured against"
-    for values, name in ((data.looped, "sizes"), (data.tokens, "numbers of tokens")):
+    names, instead = ("sizes", "numbers of tokens"), ""
+    if not with_phi:
+        names, instead = ("model sizes", "token budgets"), ", or one to leave it out"
+    for values, name in zip((data.looped, data.tokens), names, strict=True):
         count = distinct(values)
-        if count < _DISTINCT:
-            return f"{count} {name}; an exponent needs at least {_DISTINCT}"
-    return _too_few(data, "finished runs")
-
-
-def _missing_without_phi(data: Arrays) -> str | None:
-    for values, name in ((data.looped, "model sizes"), (data.tokens, "token budgets")):
-        count = distinct(values)
-        if 1 < count < _DISTINCT:
-            return f"{count} {name}; an exponent needs at least {_DISTINCT}, or one to leave it out"
+        if count < _DISTINCT and (with_phi or count > 1):
+            return f"{count} {name}; an exponent needs at least {_DISTINCT}{instead}"
     if not any(data.terms):
         return "one model size and one token budget; a scaling law needs at least three of either"
-    return _too_few(data, "points")
+    return _too_few(data, "finished runs" if with_phi else "points")
 
 
 def _too_few(data: Arrays, what: str) -> str | None:
@@ -294,19 +281,6 @@ def _notes(data: Arrays, theta: np.ndarray, weights: np.ndarray) -> Iterator[str
         yield f"{few} of {data.n} runs are far from the law and count less than half"
 
 
-_LARGEST = 40.0  # exponent for which UNIT_D to its power is a number
-
-
-def _natural(theta: np.ndarray, name: str) -> np.ndarray:
-    """Return a coefficient's column of theta [b, p], for N and D in single parameters and tokens."""
-    # Runs that do not determine an exponent leave it at any size in a resampled fit.
-    if name == "A":
-        return theta[:, 1] * UNIT_N ** np.minimum(theta[:, 3], _LARGEST)
-    if name == "B":
-        return theta[:, 2] * UNIT_D ** np.minimum(theta[:, 4], _LARGEST)
-    return theta[:, {"E": 0, "alpha": 3, "beta": 4}[name]]
-
-
 # ---------------------------------------------------------------- questions to a fitted law
 
 
@@ -331,16 +305,10 @@ def profile(fit: LawFit, variant: str, points: int = 25) -> tuple[np.ndarray, np
 
 
 def equal_phis(fit: LawFit, variants: Sequence[str], draws: int = 200, seed: int = 0) -> float:
-    """Test whether the variants have one phi, by the bootstrap of a law in which they do.
+    """Test whether variants of the law have one phi, by the bootstrap of a law in which they do.
 
     Returns the p-value: how often chance alone makes separate phis fit as much better, if they are equal.
-
-    Raises:
-        UserError: one of them has no phi.
     """
-    unknown = [name for name in variants if name not in fit.data.variants]
-    if unknown:
-        raise UserError(f"no phi of {', '.join(unknown)} to compare: no finished run of it has several loops")
     data, equal = fit.data, _joined(fit.data, variants)
     restricted = solve(equal, data.loss, fit.weights)
     fitted = evaluate(restricted.theta[None], equal)[0]
@@ -359,12 +327,11 @@ def equal_phis(fit: LawFit, variants: Sequence[str], draws: int = 200, seed: int
 def hold_out_largest(fit: LawFit, bootstraps: int = 100) -> HeldOut:
     """Predict the largest size from the others.
 
-    Raises:
-        UserError: the others do not determine a law.
+    Raises `UserError` if the others do not determine a law.
     """
     data = fit.data
     is_largest = data.looped >= (1 - SAME) * data.looped.max()  # variants of one size differ by their gates
-    smaller = fit_law(data.subset(~is_largest), bootstraps=bootstraps, level=fit.level)
+    smaller = fit_law(data.subset(~is_largest), bootstraps=bootstraps)
     asked = data.subset(is_largest)
     said = evaluate(smaller.theta[None], asked)[0]
     low, high = fit.bounds(evaluate(smaller.samples, asked))

@@ -123,8 +123,7 @@ def looped_variants(runs: Sequence[Run]) -> tuple[str, ...]:
 def to_arrays(runs: Sequence[Run], variants: Sequence[str]) -> Arrays:
     """Convert runs to arrays. `variants`: names of all variants with several loops.
 
-    Raises:
-        UserError: a loss is not a number, or a size is not positive.
+    Raises `UserError` if a loss is not a number, or a size is not positive.
     """
     for each in runs:
         sound = math.isfinite(each.loss) and each.once >= 0 and each.looped > 0 and each.tokens > 0 and each.loops >= 1
@@ -237,8 +236,7 @@ class _Problem:
         shape = np.empty(self.count)
         bounded = np.tanh(free) / 2 + 0.5
         shape[self.free] = self.low[self.free] + bounded * (self.high - self.low)[self.free]
-        for index, value in self.fixed.items():
-            shape[index] = value
+        shape[list(self.fixed)] = list(self.fixed.values())
         return shape
 
     def unbounded(self, shape: np.ndarray) -> np.ndarray:
@@ -264,7 +262,7 @@ class _Problem:
         free = np.frombuffer(key)
         shape = self.shape(free)
         columns, slopes = _columns(shape, self.data)
-        columns = self.roots[:, None] * self._kept(columns)
+        columns = self.roots[:, None] * columns[:, self.kept]
         linear, q = np.zeros(3), columns
         linear[self.kept], q = _linear(columns, self.target)
         scale = np.array([linear[1], linear[2], *[linear[1]] * (self.count - 2)])
@@ -278,16 +276,12 @@ class _Problem:
         shapes = {}
         for alpha, beta, phi in itertools.product(exponents, exponents, (0.1, 0.5, 0.9)):
             shape = np.array([alpha, beta, *[phi] * (self.count - 2)])
-            for index, value in self.fixed.items():
-                shape[index] = value
+            shape[list(self.fixed)] = list(self.fixed.values())
             shapes[shape.tobytes()] = shape
         return sorted(shapes.values(), key=self._cost)
 
-    def _kept(self, columns: np.ndarray) -> np.ndarray:
-        return columns if self.kept.all() else columns[:, self.kept]
-
     def _cost(self, shape: np.ndarray) -> float:
-        columns = self.roots[:, None] * self._kept(_columns(shape, self.data)[0])
+        columns = self.roots[:, None] * _columns(shape, self.data)[0][:, self.kept]
         residuals = columns @ _non_negative(columns, self.target) - self.target
         return float(residuals @ residuals)
 
