@@ -18,7 +18,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.experiments.diagnostics.decision import RULE, Decision, decide
 from plt_megatron.experiments.diagnostics.diagnose import DIFFERENCES, MEASURES, Diagnosis, Measure, diagnose
 from plt_megatron.experiments.diagnostics.inputs import HeldOut, build_model, draw_sequences, open_model
-from plt_megatron.experiments.figures import MARKERS, Curve, Named, Panel, draw
+from plt_megatron.experiments.figures import MARKERS, Curve, Named, Panel, draw, new_figure
 from plt_megatron.experiments.intervals import FEW, LEVEL, RESAMPLES, Intervals
 from plt_megatron.experiments.pages import (
     Cell,
@@ -388,14 +388,9 @@ def _gates(intervals: Intervals, lowest: float) -> Figure:
     """Draw one heat map per loop, layers down, heads across. A gate is between `lowest` and 1."""
     loops = range(2, len(intervals.mean))
     layers, heads = intervals.mean.shape[1:]
-    columns = min(_HEAT_COLUMNS, len(loops))
-    rows = -(-len(loops) // columns)
-    size = (min(max(0.42 * heads, 2.6), 6.0) * columns + 1.2, min(max(0.36 * layers, 1.5), 6.0) * rows + 0.9)
-    figure = Figure(figsize=size, layout="constrained")
-    found = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
-    for axes in found[len(loops) :]:
-        axes.remove()
-    for axes, loop in zip(found, loops, strict=False):
+    width, height = min(max(0.42 * heads, 2.6), 6.0) + 0.6, min(max(0.36 * layers, 1.5), 6.0) + 0.6
+    figure, plots = new_figure(width, height, len(loops), _HEAT_COLUMNS)
+    for axes, loop in zip(plots, loops, strict=True):
         values = intervals.mean[loop]
         mesh = axes.pcolormesh(values, cmap="RdBu_r", vmin=lowest, vmax=1, edgecolors="white", linewidth=0.5)
         for (layer, head), value in np.ndenumerate(values) if values.size <= _NUMBERED_CELLS else ():
@@ -408,7 +403,9 @@ def _gates(intervals: Intervals, lowest: float) -> Figure:
         axes.invert_yaxis()
         for axis, count in ((axes.xaxis, heads), (axes.yaxis, layers)):
             every = -(-count // 12)
-            axis.set_ticks([index + 0.5 for index in range(0, count, every)], labels=list(range(0, count, every)))
-        axes.tick_params(length=0, labelsize=9)
-    figure.colorbar(mesh, ax=found[: len(loops)], label="g", shrink=0.9)
+            axis.set_ticks(
+                [index + 0.5 for index in range(0, count, every)], labels=list(map(str, range(0, count, every)))
+            )
+        axes.tick_params(length=0)
+    figure.colorbar(mesh, ax=plots, label="g", shrink=0.9)
     return figure
