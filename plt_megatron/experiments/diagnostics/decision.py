@@ -53,13 +53,9 @@ class Decision:
         return {"rule": RULE, **asdict(self)}
 
 
-def decide(diagnosis: Diagnosis, *, sequence_length: int, hidden_size: int) -> Decision:
-    """Apply the rule from loop 2 on.
-
-    Args:
-        sequence_length, hidden_size: bounds of the effective rank.
-    """
-    cautions = list(_cautions(diagnosis, sequence_length, hidden_size))
+def decide(diagnosis: Diagnosis, sequence_length: int) -> Decision:
+    """Apply the rule from loop 2 on."""
+    cautions = list(_cautions(diagnosis, sequence_length))
     if diagnosis.loop_count == 1:
         answer = (
             "The model has one loop: its states, attention and loss are measured, but the rule compares loops and "
@@ -121,7 +117,8 @@ def _signs(diagnosis: Diagnosis) -> Iterator[str]:
             yield f"Predictions change most at loop {loop} for {100 * shares[loop]:.0f} % of the tokens."
 
 
-def _cautions(diagnosis: Diagnosis, sequence_length: int, hidden_size: int) -> Iterator[str]:
+def _cautions(diagnosis: Diagnosis, sequence_length: int) -> Iterator[str]:
+    hidden_size = diagnosis.config.hidden_size
     if diagnosis.sequences == 1:
         yield "A single sequence: no intervals, and nothing can be decided."
     elif diagnosis.sequences < FEW:

@@ -8,6 +8,7 @@ head outputs are the input of its output projection, and gates the output of its
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,8 +25,100 @@ from plt_megatron.experiments.diagnostics.measures import Attention, attention_s
 from plt_megatron.experiments.intervals import Bootstrap, Intervals
 from plt_megatron.hf.modeling_plt import rotate
 
-HEAD_MEASURES = ("gate_mean", "entropy_global", "entropy_local", "kl_global", "kl_local")
-LAYER_MEASURES = ("head_rank", "head_cosine")
+
+@dataclass(frozen=True)
+class Measure:
+    """One diagnostic.
+
+    Attributes:
+        name: name in JSON and CSV.
+        title: name for readers.
+        meaning: one line below a table.
+        first_loop: smallest r for which it is defined, counted among the loops that have what it is `of`.
+        detail: `head`: also for each layer and head; `layer`: for each layer; None: for the loop only.
+        form: format of its numbers.
+        of: what it measures, if not all loops of all models have it: attention, `global` or `local` (in the window),
+            the window's `gate`, or the `shift` of cross-loop parallelism.
+    """
+
+    name: str
+    title: str
+    meaning: str
+    first_loop: int
+    detail: str | None = None
+    form: str = ".4g"
+    of: str | None = None
+
+
+MEASURES = (
+    Measure("hidden_norm", "state norm", "||h(r)||, mean over tokens", 0),
+    Measure("step_size", "step size", "||h(r) - h(r-1)||", 1),
+    Measure("relative_step", "relative step", "||h(r) - h(r-1)|| / ||h(r-1)||", 1),
+    Measure(
+        "update_cosine",
+        "update cosine",
+        "cosine of h(r) - h(r-1) and h(r-1) - h(r-2); below 0: oscillation",
+        2,
+        form="+.3f",
+    ),
+    Measure(
+        "effective_rank",
+        "effective rank",
+        "exp(entropy of the normalized singular values) of the states of a sequence, each divided by its RMS",
+        0,
+        form=".2f",
+    ),
+    Measure("fixed_point_gap", "fixed-point gap", "||h(r) - f(h(r))||, f the stack as the last loop runs it", 1),
+    Measure(
+        "loop_map_gap",
+        "loop-map gap",
+        "||h(r) - the next loop's output for h(r)||: the step of loop r + 1; after the last loop, of one more",
+        1,
+    ),
+    Measure("offset_cost", "offset cost", "||h_i(r-1) - h_(i-1)(r-1)||: the effect of the shift", 2, of="shift"),
+    Measure("gate_mean", "gate", "mean of g", 2, "head", ".3f", of="gate"),
+    Measure("entropy_global", "attention entropy", "of attention to all tokens, nats", 1, "head", ".3f", of="global"),
+    Measure("entropy_local", "window entropy", "of attention in the window, nats", 1, "head", ".3f", of="local"),
+    Measure(
+        "kl_global", "attention KL", "KL(attention of loop r || of loop r-1), all tokens, nats", 2, "head", of="global"
+    ),
+    Measure("kl_local", "window KL", "the same in the window, nats", 2, "head", of="local"),
+    Measure("head_rank", "head rank", "effective rank of the heads' outputs; 1: all the same", 1, "layer", ".3f"),
+    Measure("head_cosine", "head cosine", "mean cosine of two heads' outputs", 1, "layer", "+.3f"),
+    Measure("lens_loss", "loss", "cross-entropy if the model stopped after loop r, nats per token", 1, form=".4f"),
+    Measure(
+        "copy_loss",
+        "loss on copies",
+        "of tokens that also followed the last occurrence of the two tokens before, at most a window back",
+        1,
+        form=".4f",
+    ),
+    Measure("far_copy_loss", "loss on far copies", "the same, from beyond the window", 1, form=".4f"),
+    Measure("lens_rank", "rank of the truth", "mean rank of the right token among all; 1 is best", 1),
+    Measure("lens_entropy", "lens entropy", "of the prediction, nats", 1, form=".3f"),
+    Measure("lens_kl", "lens KL", "KL(p(r) || p(r-1)), nats", 2),
+    Measure("peak_loop", "peak loop", "share of tokens whose largest KL is at loop r", 2, form=".3f"),
+)
+
+
+def measures_for(config: Any) -> list[Measure]:
+    """Return the measures that a model with this `PLTConfig` has, with their first loops in it."""
+    count = config.loop_count
+    having = {
+        None: range(count),
+        "global": config.full_loops(count),
+        "local": config.window_loops(count),
+        "gate": range(count if config.gated_window else 0),
+        "shift": range(count if config.cross_loop_parallel else 0),
+    }
+    return [
+        replace(measure, first_loop=having[measure.of].start + measure.first_loop)
+        for measure in MEASURES
+        if measure.first_loop <= len(having[measure.of])
+    ]
+
+
+# ---------------------------------------------------------------- one sequence
 
 
 class Recording:
@@ -34,17 +127,18 @@ class Recording:
     Attributes:
         states: h(0) .. h(L), [T, d]: the embeddings, then each loop's output as the next loop gets it, i.e. after the
             final norm if the model has `norm_between_loops`.
-        by_head: arrays [L + 1, layers, H] by the names of `HEAD_MEASURES`, means over tokens; NaN if not defined.
-        by_layer: arrays [L + 1, layers] by the names of `LAYER_MEASURES`.
+        details: arrays [L + 1, layers, H] or [L + 1, layers] by the names of measures with details, means over tokens;
+            NaN if not defined.
     """
 
     def __init__(self, model: Any, documents: Tensor | None = None) -> None:
         config = model.config
         self._model, self._documents = model.model, documents
-        loops, layers, heads = config.loop_count, config.num_hidden_layers, config.num_attention_heads
+        layers = config.num_hidden_layers
+        shape = (config.loop_count + 1, layers, config.num_attention_heads)
         self.states: list[Tensor] = []
-        self.by_head = {name: np.full((loops + 1, layers, heads), math.nan) for name in HEAD_MEASURES}
-        self.by_layer = {name: np.full((loops + 1, layers), math.nan) for name in LAYER_MEASURES}
+        shapes = {m.name: shape if m.detail == "head" else shape[:2] for m in MEASURES if m.detail is not None}
+        self.details = {name: np.full(own, math.nan) for name, own in shapes.items()}
         self._gate: Tensor | None = None
         self._head_outputs: Tensor | None = None
         self._previous: dict[tuple[int, str], Attention] = {}
@@ -100,19 +194,19 @@ class Recording:
             local = Attention(query, own_key[0], module.scaling, config.window_size)
             self._add_attention("local", layer, loop, local)
         if self._gate is not None:
-            self.by_head["gate_mean"][loop, layer] = self._gate.double().mean((0, 2)).cpu()
+            self.details["gate_mean"][loop, layer] = self._gate.double().mean((0, 2)).cpu()
         rank, cosine = head_diversity(self._head_outputs.unflatten(-1, (query.shape[0], -1)))
-        self.by_layer["head_rank"][loop, layer] = rank
-        self.by_layer["head_cosine"][loop, layer] = cosine
+        self.details["head_rank"][loop, layer] = rank
+        self.details["head_cosine"][loop, layer] = cosine
         self._gate = self._head_outputs = None
 
     def _add_attention(self, kind: str, layer: int, loop: int, attention: Attention) -> None:
         previous = self._previous.get((layer, kind))
         self._previous[layer, kind] = attention
         entropy, divergence = attention_statistics(attention, previous, self._documents)
-        self.by_head[f"entropy_{kind}"][loop, layer] = entropy.cpu()
+        self.details[f"entropy_{kind}"][loop, layer] = entropy.cpu()
         if divergence is not None:
-            self.by_head[f"kl_{kind}"][loop, layer] = divergence.cpu()
+            self.details[f"kl_{kind}"][loop, layer] = divergence.cpu()
 
     # ------------------------------------------------------------ afterwards
 
@@ -160,106 +254,8 @@ def record(model: Any, tokens: Tensor, starts: Tensor | None = None) -> Recordin
 # ---------------------------------------------------------------- all sequences
 
 
-@dataclass(frozen=True)
-class Measure:
-    """One diagnostic.
-
-    Attributes:
-        name: name in JSON and CSV.
-        title: name for readers.
-        meaning: one line below a table.
-        first_loop: smallest r for which it is defined; with `of`, counted among the loops that have that attention.
-        detail: `head`: also for each layer and head; `layer`: for each layer; None: for the loop only.
-        form: format of its numbers.
-        clp_only: whether it measures an effect that only cross-loop parallelism has.
-        gate_only: whether it measures the window's gate.
-        of: the attention that it measures, `global` or `local` (in the window).
-    """
-
-    name: str
-    title: str
-    meaning: str
-    first_loop: int
-    detail: str | None = None
-    form: str = ".4g"
-    clp_only: bool = False
-    gate_only: bool = False
-    of: str | None = None
-
-
-MEASURES = (
-    Measure("hidden_norm", "state norm", "||h(r)||, mean over tokens", 0),
-    Measure("step_size", "step size", "||h(r) - h(r-1)||", 1),
-    Measure("relative_step", "relative step", "||h(r) - h(r-1)|| / ||h(r-1)||", 1),
-    Measure(
-        "update_cosine",
-        "update cosine",
-        "cosine of h(r) - h(r-1) and h(r-1) - h(r-2); below 0: oscillation",
-        2,
-        form="+.3f",
-    ),
-    Measure(
-        "effective_rank",
-        "effective rank",
-        "exp(entropy of the normalized singular values) of the states of a sequence, each divided by its RMS",
-        0,
-        form=".2f",
-    ),
-    Measure("fixed_point_gap", "fixed-point gap", "||h(r) - f(h(r))||, f the stack as the last loop runs it", 1),
-    Measure(
-        "loop_map_gap",
-        "loop-map gap",
-        "||h(r) - the next loop's output for h(r)||: the step of loop r + 1; after the last loop, of one more",
-        1,
-    ),
-    Measure("offset_cost", "offset cost", "||h_i(r-1) - h_(i-1)(r-1)||: the effect of the shift", 2, clp_only=True),
-    Measure("gate_mean", "gate", "mean of g", 2, "head", ".3f", gate_only=True),
-    Measure("entropy_global", "attention entropy", "of attention to all tokens, nats", 1, "head", ".3f", of="global"),
-    Measure("entropy_local", "window entropy", "of attention in the window, nats", 1, "head", ".3f", of="local"),
-    Measure(
-        "kl_global", "attention KL", "KL(attention of loop r || of loop r-1), all tokens, nats", 2, "head", of="global"
-    ),
-    Measure("kl_local", "window KL", "the same in the window, nats", 2, "head", of="local"),
-    Measure("head_rank", "head rank", "effective rank of the heads' outputs; 1: all the same", 1, "layer", ".3f"),
-    Measure("head_cosine", "head cosine", "mean cosine of two heads' outputs", 1, "layer", "+.3f"),
-    Measure("lens_loss", "loss", "cross-entropy if the model stopped after loop r, nats per token", 1, form=".4f"),
-    Measure(
-        "copy_loss",
-        "loss on copies",
-        "of tokens that also followed the last occurrence of the two tokens before, at most a window back",
-        1,
-        form=".4f",
-    ),
-    Measure("far_copy_loss", "loss on far copies", "the same, from beyond the window", 1, form=".4f"),
-    Measure("lens_rank", "rank of the truth", "mean rank of the right token among all; 1 is best", 1),
-    Measure("lens_entropy", "lens entropy", "of the prediction, nats", 1, form=".3f"),
-    Measure("lens_kl", "lens KL", "KL(p(r) || p(r-1)), nats", 2),
-    Measure("peak_loop", "peak loop", "share of tokens whose largest KL is at loop r", 2, form=".3f"),
-)
-
-
-def measures_for(config: Any) -> list[Measure]:
-    """Return the measures that a model with this `PLTConfig` has, with their first loops in it."""
-    count = config.loop_count
-    having = {None: range(count), "global": config.full_loops(count), "local": config.window_loops(count)}
-    found = []
-    for measure in MEASURES:
-        loops = having[measure.of]
-        if (
-            measure.first_loop <= len(loops)
-            and (config.cross_loop_parallel or not measure.clp_only)
-            and (config.gated_window or not measure.gate_only)
-        ):
-            found.append(replace(measure, first_loop=loops.start + measure.first_loop))
-    return found
-
-
 # Measures whose change from loop to loop has an interval of its own.
 DIFFERENCES = ("effective_rank", "lens_loss", "lens_rank", "step_size")
-_STATE_MEASURES = (
-    *("hidden_norm", "step_size", "relative_step", "update_cosine", "effective_rank"),
-    *("fixed_point_gap", "loop_map_gap", "offset_cost"),
-)
 
 
 @dataclass(frozen=True)
@@ -267,25 +263,30 @@ class Diagnosis:
     """The numbers of one model.
 
     Attributes:
-        loop_count: L.
+        config: the model's `PLTConfig`.
         measures: the measures that this model has.
         loops: by name, arrays [L + 1] over loops 0 .. L; layers and heads averaged.
         details: by name, [L + 1, layers, H] or [L + 1, layers], for measures with details.
         differences: by the names of `DIFFERENCES`, [L + 1]: loop r minus loop r - 1, paired by sequence.
         sequences: number of sequences, n.
-        gate_activation: activation of the gates, sigmoid or tanh.
-        windows_earlier_loops: whether loops before the last attend to a window only, so that their states are not those
-            of the same weights run with fewer loops.
     """
 
-    loop_count: int
+    config: Any
     measures: list[Measure]
     loops: dict[str, Intervals]
     details: dict[str, Intervals]
     differences: dict[str, Intervals]
     sequences: int
-    gate_activation: str = "sigmoid"
-    windows_earlier_loops: bool = False
+
+    @property
+    def loop_count(self) -> int:
+        return int(self.config.loop_count)
+
+    @property
+    def windows_earlier_loops(self) -> bool:
+        """Whether loops before the last attend to a window only, so that their states are not those of the same weights
+        run with fewer loops."""
+        return bool(self.config.windows_earlier_loops)
 
 
 def diagnose(
@@ -327,17 +328,7 @@ def diagnose(
         loops[measure.name] = bootstrap.intervals(values)
         if measure.name in DIFFERENCES:
             differences[measure.name] = bootstrap.intervals(np.diff(values, axis=1, prepend=math.nan))
-    config = model.config
-    return Diagnosis(
-        config.loop_count,
-        wanted,
-        loops,
-        details,
-        differences,
-        total,
-        config.gate_activation,
-        config.windows_earlier_loops,
-    )
+    return Diagnosis(model.config, wanted, loops, details, differences, total)
 
 
 @torch.no_grad()
@@ -372,13 +363,13 @@ def measure_sequence(
         # With a norm between loops the states are normed.
         return model.lm_head(states if model.config.norm_between_loops else model.model.norm(states))
 
-    result = {**recording.by_head, **recording.by_layer, **_state_measures(recording, starts)}
+    result = {**recording.details, **_state_measures(recording, starts)}
     return result | measures.lens_statistics(recording.states, tokens[1:], counted, head, copies)
 
 
 def _state_measures(recording: Recording, starts: Tensor | None) -> dict[str, np.ndarray]:
     states = [state.float() for state in recording.states]
-    found = {name: np.full(len(states), math.nan) for name in _STATE_MEASURES}
+    found: dict[str, np.ndarray] = defaultdict(lambda: np.full(len(states), math.nan))
     for loop, state in enumerate(states):
         found["hidden_norm"][loop] = measures.mean_norm(state)
         found["effective_rank"][loop] = measures.effective_rank(state)

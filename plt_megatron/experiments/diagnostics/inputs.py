@@ -28,9 +28,8 @@ POOL = 32
 def open_model(path: Path, tokenizer: Path | None = None) -> ModelSource:
     """Open a run, a checkpoint or a Hugging Face folder, and check its tokenizer against its vocabulary.
 
-    Raises:
-        UserError: there is no complete model at `path`, its layers do not all loop, or the tokenizer belongs to another
-            model.
+    Raises `UserError` if there is no complete model at `path`, its layers do not all loop, or the tokenizer belongs to
+    another model.
     """
     source = open_source(path, tokenizer)
     model = source.model
@@ -51,8 +50,7 @@ def build_model(source: ModelSource, *, precision: str, device: str) -> Any:
         precision: `fp32` or `bf16`; measures are always computed in fp32 and fp64.
         device: `cpu`, `cuda`, or `auto`: a GPU if there is one.
 
-    Raises:
-        UserError: `cuda` is requested but not available, or the weights do not fit the settings.
+    Raises `UserError` if `cuda` is requested but not available, or the weights do not fit the settings.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here")
@@ -92,8 +90,7 @@ def draw_sequences(
     Documents follow one another, each ended by the end-of-document token, and are cut every `length` tokens; the
     remainder at the end is not used.
 
-    Raises:
-        UserError: there is nothing to read, less than one sequence, or no tokenizer or that of another model.
+    Raises `UserError` if there is nothing to read, less than one sequence, or no tokenizer or that of another model.
     """
     count = max_tokens // length
     if count < 1:

@@ -97,8 +97,8 @@ def run_diagnosis(options: DiagnoseOptions, progress: Callable[[int, int], None]
     _make_folder(folder)
     model = build_model(source, precision=options.precision, device=options.device)
     diagnosis = diagnose(model, held_out, reset=reset, masked_token=masked, seed=options.seed, progress=progress)
-    decision = decide(diagnosis, sequence_length=length, hidden_size=source.model.hidden_size)
-    about = _about(source, options, held_out, length, reset, masked is not None, str(model.device))
+    decision = decide(diagnosis, length)
+    about = _about(source, options, held_out, reset, masked is not None, str(model.device))
     _write(folder, diagnosis, decision, about)
     return Result(diagnosis, decision, folder, _summary(diagnosis, decision, about))
 
@@ -133,15 +133,9 @@ def _make_folder(folder: Path) -> None:
 
 
 def _about(
-    source: ModelSource,
-    options: DiagnoseOptions,
-    held_out: HeldOut,
-    length: int,
-    reset: bool,
-    eod_mask_loss: bool,
-    device: str,
+    source: ModelSource, options: DiagnoseOptions, held_out: HeldOut, reset: bool, eod_mask_loss: bool, device: str
 ) -> dict[str, Any]:
-    model = source.model
+    model, length = source.model, held_out.tokens.shape[1] - 1
     return {
         "model": {
             "path": str(source.path),
@@ -338,7 +332,7 @@ def make_figures(diagnosis: Diagnosis) -> list[Named]:
     predicted = f"Predictions of the model if it stopped after each loop. Bars: {bars}"
     made = [panels("states", moved, _STATES, _by_loop, 3), panels("lens", predicted, _LENS, _by_loop, 3)]
     if "gate_mean" in diagnosis.details:
-        lowest, start = (-1.0, 0.0) if diagnosis.gate_activation == "tanh" else (0.0, 0.5)
+        lowest, start = (-1.0, 0.0) if diagnosis.config.gate_activation == "tanh" else (0.0, 0.5)
         caption = f"Mean of the gate g by layer and head: {start:g}, its initial value, is white."
         made.append(Named("gates", caption, _gates(diagnosis.details["gate_mean"], lowest)))
     seen = f"Attention by layer, mean over heads and tokens. Shaded: {bars}"

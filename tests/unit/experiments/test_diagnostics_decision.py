@@ -11,6 +11,7 @@ import pytest
 from plt_megatron.experiments.diagnostics.decision import decide
 from plt_megatron.experiments.diagnostics.diagnose import DIFFERENCES, Diagnosis
 from plt_megatron.experiments.intervals import Intervals
+from plt_megatron.hf.configuration_plt import PLTConfig
 
 
 def around(values, half):
@@ -35,11 +36,12 @@ def diagnosis(ranks, half=1.0, cosines=None, losses=None, peaks=None, sequences=
         "update_cosine": around(nothing if cosines is None else [math.nan] * 2 + cosines, half and half / 20),
         "peak_loop": around(nothing if peaks is None else [math.nan] * 2 + peaks, half),
     }
-    return Diagnosis(loops, [], by_loop, {}, changes, sequences)
+    config = PLTConfig(loop_count=loops, hidden_size=4096)
+    return Diagnosis(config, [], by_loop, {}, changes, sequences)
 
 
 def rule(*arguments, **options):
-    return decide(diagnosis(*arguments, **options), sequence_length=2048, hidden_size=4096)
+    return decide(diagnosis(*arguments, **options), sequence_length=2048)
 
 
 def test_the_papers_model_of_four_loops_says_two():
@@ -91,6 +93,6 @@ def test_cautions(sequences, text):
     found = rule([100.0, 120.0], sequences=sequences)
     assert any("are few" in caution for caution in found.cautions) == (text is not None)
     assert any("trained for 2 loops" in caution for caution in found.cautions)
-    near = decide(diagnosis([100.0, 120.0]), sequence_length=128, hidden_size=4096)
+    near = decide(diagnosis([100.0, 120.0]), sequence_length=128)
     assert any("near its bound" in caution for caution in near.cautions)
     assert json.loads(json.dumps(near.as_dict()))["rule"].startswith("add a loop while")

@@ -90,13 +90,13 @@ def test_attention_is_what_the_model_reports(name):
     for loop in range(1, loops + 1):
         p = torch.stack([each[0].double() for each in reported[(loop - 1) * layers : loop * layers]])
         entropy = torch.special.entr(p).sum(-1).mean(-1)
-        np.testing.assert_allclose(recording.by_head["entropy_global"][loop], entropy, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(recording.details["entropy_global"][loop], entropy, rtol=1e-4, atol=1e-5)
         if before is not None:
             terms = torch.where(p > 0, p * (p / before).log(), 0.0)
             divergence = terms.nan_to_num(0.0).sum(-1).mean(-1)
-            np.testing.assert_allclose(recording.by_head["kl_global"][loop], divergence, rtol=1e-3, atol=1e-5)
+            np.testing.assert_allclose(recording.details["kl_global"][loop], divergence, rtol=1e-3, atol=1e-5)
         before = p
-    assert np.isnan(recording.by_head["kl_global"][:2]).all()
+    assert np.isnan(recording.details["kl_global"][:2]).all()
 
 
 # ---------------------------------------------------------------- models with known answers
@@ -181,7 +181,7 @@ def test_attention_without_queries_is_uniform(name, whole, local):
 def test_windows_as_long_as_the_text_are_attention_to_all_tokens():
     """Of loops before the last, which are measured as windows."""
     tokens = make_tokens(20)
-    every, last = (record(looped(name, window_size=20), tokens).by_head for name in ("clp", "last_loop"))
+    every, last = (record(looped(name, window_size=20), tokens).details for name in ("clp", "last_loop"))
     for measure in ("entropy", "kl"):
         np.testing.assert_allclose(last[f"{measure}_local"][:3], every[f"{measure}_global"][:3], rtol=1e-4)
     np.testing.assert_allclose(last["entropy_global"][3], every["entropy_global"][3], rtol=1e-4)
@@ -216,8 +216,8 @@ def test_packed_documents_are_measured_as_if_alone(name):
         torch.testing.assert_close(packed.states[loop], alone, rtol=1e-4, atol=1e-4)
     alone = [record(model, document) for document in (first, second)]
     for measure in ("entropy_global", "kl_global"):
-        expected = (9 * alone[0].by_head[measure] + 14 * alone[1].by_head[measure]) / 23
-        np.testing.assert_allclose(packed.by_head[measure], expected, rtol=1e-3, atol=1e-5)
+        expected = (9 * alone[0].details[measure] + 14 * alone[1].details[measure]) / 23
+        np.testing.assert_allclose(packed.details[measure], expected, rtol=1e-3, atol=1e-5)
 
 
 def test_labels_of_other_documents_do_not_count():
@@ -306,5 +306,5 @@ def test_every_kind_of_model_has_its_measures(name):
 @pytest.mark.parametrize(("loops", "expected"), [(1, "entropy_global"), (2, "entropy_global entropy_local")])
 def test_measures_of_few_loops_with_full_attention_in_the_last(loops, expected):
     config = looped("last_loop", loop_count=loops).config
-    assert " ".join(each.name for each in measures_for(config) if each.of) == expected
+    assert " ".join(each.name for each in measures_for(config) if each.of in ("global", "local")) == expected
     assert next(each.first_loop for each in measures_for(config) if each.of == "global") == loops
