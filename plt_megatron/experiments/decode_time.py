@@ -22,7 +22,6 @@ from plt_megatron.errors import UserError
 from plt_megatron.experiments.records import RunResult, SweepResults
 from plt_megatron.experiments.turns import in_turn
 from plt_megatron.experiments.verdicts import Row, Timing, baseline_of, make_rows
-from plt_megatron.extras import require
 from plt_megatron.run_folder.files import write_json
 from plt_megatron.run_folder.text import plural
 
@@ -67,9 +66,8 @@ def read_measurement(folder: Path) -> Measurement | None:
 def measure(results: SweepResults, protocol: DecodeProtocol) -> Measurement:
     """Export a finished run of every row, time them, and write `decode.json`.
 
-    Raises `UserError` if no run is finished, one cannot be exported, or transformers is missing.
+    Raises `UserError` if no run is finished, or one cannot be exported.
     """
-    require("measuring decoding", "transformers")
     import torch
 
     rows = [row for row in make_rows(results) if row.losses]

@@ -15,7 +15,6 @@ from typing import Any
 
 from plt_megatron.experiments.figures import Named, save, svg
 from plt_megatron.experiments.intervals import Interval
-from plt_megatron.extras import require
 from plt_megatron.run_folder.files import write_text, writing
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -190,11 +189,6 @@ class Page:
         return "\n\n".join(parts) + "\n"
 
 
-def check_packages() -> None:
-    """Raise `UserError` if the extra `report` is not installed; call it before a long measurement."""
-    require("a report", "jinja2", "scipy")
-
-
 def write_page(page: Page, folder: Path, *, markdown: str = "", tables: bool = True) -> Path:
     """Write the page and its figures into `folder`, which is created; return the path of the page.
 
@@ -202,9 +196,8 @@ def write_page(page: Page, folder: Path, *, markdown: str = "", tables: bool = T
         markdown: name of a file with the same content in Markdown; empty: none.
         tables: whether to write the tables as CSVs, too.
 
-    Raises `UserError` if they cannot be written, or the extra `report` is missing.
+    Raises `UserError` if they cannot be written. Commands that write pages check for the extra `report` first.
     """
-    check_packages()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for part in page.parts:

@@ -17,7 +17,6 @@ from plt_megatron.experiments.pages import (
     Part,
     Table,
     Verdict,
-    check_packages,
     interval_columns,
     write_page,
 )
@@ -58,10 +57,8 @@ def write_report(sweep: str | Path, output: str | Path | None = None, decode: De
     Args:
         output: the report's folder; None: `report` in the sweep's.
         decode: how to measure decoding time first; None: use the measurement of an earlier report, if any.
-    Raises `UserError` if there is no sweep, the report cannot be written, the extra `report` is missing, or an archived
-    sweep is to be measured.
+    Raises `UserError` if there is no sweep, the report cannot be written, or an archived sweep is to be measured.
     """
-    check_packages()
     if decode is not None:
         check_unpacked(Path(sweep))
     results = load_results(sweep)

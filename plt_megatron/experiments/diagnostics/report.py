@@ -28,7 +28,6 @@ from plt_megatron.experiments.pages import (
     Table,
     Value,
     Verdict,
-    check_packages,
     interval_cell,
     write_page,
 )
@@ -77,10 +76,8 @@ class Result:
 def run_diagnosis(options: DiagnoseOptions, progress: Callable[[int, int], None] = lambda done, total: None) -> Result:
     """Measure, decide and write diagnostics.json, diagnostics.csv, PNGs and index.html.
 
-    Raises:
-        UserError: the model or the text is missing, they do not match, or the result cannot be written.
+    Raises `UserError` if the model or the text is missing, they do not match, or the result cannot be written.
     """
-    check_packages()
     source = open_model(options.model, options.tokenizer)
     length = _sequence_length(options, source)
     held_out = draw_sequences(

@@ -6,10 +6,8 @@ import sys
 
 import pytest
 
-from plt_megatron.errors import UserError
-from plt_megatron.experiments.diagnostics.report import DiagnoseOptions, run_diagnosis
+from plt_megatron.commands import main
 from plt_megatron.experiments.pages import TEMPLATES, Column, Page, Part, Table, Verdict, render
-from plt_megatron.experiments.sweep_report import write_report
 
 HOSTILE = "<script>alert(1)</script> \" ' & {{ 1 + 1 }} </title>"
 
@@ -31,11 +29,9 @@ def test_nothing_in_a_template_is_taken_as_markup_but_figures():
 
 
 @pytest.mark.parametrize("package", ["jinja2", "scipy"])
-def test_a_missing_package_is_named_before_any_work(package, tmp_path, monkeypatch):
+def test_a_missing_package_is_named_before_any_work(package, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, package, None)
-    for work in (
-        lambda: write_report(tmp_path),
-        lambda: run_diagnosis(DiagnoseOptions(model=tmp_path, data="none")),
-    ):
-        with pytest.raises(UserError, match=rf"^a report needs the package {package}: pip install 'plt-megatron\["):
-            work()
+    for command, *arguments in (("report", "none"), ("study", "none.yaml"), ("diagnose", "none", "--data", "none")):
+        assert main([command, *arguments]) == 2
+        expected = f"error: plt {command} needs the package {package}: pip install 'plt-megatron["
+        assert capsys.readouterr().err.startswith(expected)
