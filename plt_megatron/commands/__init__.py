@@ -105,28 +105,28 @@ def command(
     name: str,
     description: str | None,
     add_arguments: Callable[[CommandParser], None],
-    work: Callable[[argparse.Namespace], int | None],
     *,
     interrupted: str = "interrupted",
-) -> Callable[[Sequence[str]], int]:
-    """Return the `main` of a command.
+) -> Callable[[Callable[[argparse.Namespace], int | None]], Callable[[Sequence[str]], int]]:
+    """Return the decorator that makes a function of the parsed arguments a command's `main`.
 
-    Args:
-        work: takes the parsed arguments, and returns the exit status or, for 0, None. An `argparse.ArgumentError` that
-            it raises ends like any other error in the arguments.
-        interrupted: the line that Ctrl-C prints.
+    The function returns the exit status or, for 0, None. An `argparse.ArgumentError` that it raises ends like any other
+    error in the arguments. `interrupted`: the line that Ctrl-C prints.
     """
 
-    def main(argv: Sequence[str]) -> int:
-        parser = CommandParser(name, description=description)
-        add_arguments(parser)
-        arguments = parser.parse_intermixed_args(argv)
-        try:
-            return run_command(lambda: work(arguments), interrupted)
-        except argparse.ArgumentError as error:
-            parser.error(str(error))
+    def of(work: Callable[[argparse.Namespace], int | None]) -> Callable[[Sequence[str]], int]:
+        def main(argv: Sequence[str]) -> int:
+            parser = CommandParser(name, description=description)
+            add_arguments(parser)
+            arguments = parser.parse_intermixed_args(argv)
+            try:
+                return run_command(lambda: work(arguments), interrupted)
+            except argparse.ArgumentError as error:
+                parser.error(str(error))
 
-    return main
+        return main
+
+    return of
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:

@@ -23,7 +23,8 @@ def _arguments(parser: CommandParser) -> None:
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder for the archive; may be FOLDER")
 
 
-def _archive(arguments: argparse.Namespace) -> None:
+@command("archive", __doc__, _arguments)
+def main(arguments: argparse.Namespace) -> None:
     from plt_megatron.experiments.records import note_finished, state_of
     from plt_megatron.experiments.sweep_plan import FILE_NAME, load_plan
 
@@ -35,6 +36,3 @@ def _archive(arguments: argparse.Namespace) -> None:
         note_finished(run for run in load_plan(plan.parent).runs if state_of(run) == "finished")
     count = write_archive(folder, target)
     print(f"{target}: {count} files, {target.stat().st_size:,} bytes")
-
-
-main = command("archive", __doc__, _arguments, _archive)

@@ -38,7 +38,8 @@ def _arguments(parser: CommandParser) -> None:
     )
 
 
-def _average(arguments: argparse.Namespace) -> None:
+@command("average", __doc__, _arguments, interrupted="interrupted: nothing is written")
+def main(arguments: argparse.Namespace) -> None:
     from plt_megatron.hf.arguments import prepare_conversion
     from plt_megatron.hf.averaged_checkpoints import AverageOptions, find_checkpoints
 
@@ -51,6 +52,3 @@ def _average(arguments: argparse.Namespace) -> None:
     shares = ", ".join(f"{share:.4g}" for share in result.shares)
     print(f"{result.checkpoint}: {result.tensors} tensors in {result.precision}, with shares {shares}")
     print(f"start a run from it with checkpoint.load={result.output} checkpoint.weights_only=true")
-
-
-main = command("average", __doc__, _arguments, _average, interrupted="interrupted: nothing is written")

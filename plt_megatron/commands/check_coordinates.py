@@ -22,7 +22,8 @@ def _arguments(parser: CommandParser) -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="write a plot to this .png, .svg or .pdf file")
 
 
-def _check(arguments: argparse.Namespace) -> int:
+@command("check-coordinates", __doc__, _arguments)
+def main(arguments: argparse.Namespace) -> int:
     import logging
 
     from plt_megatron.config.loader import load_config
@@ -41,6 +42,3 @@ def _check(arguments: argparse.Namespace) -> int:
         plot(results, arguments.output)
         print(arguments.output)
     return 0 if all(result.is_flat for result in results) else 1
-
-
-main = command("check-coordinates", __doc__, _arguments, _check)

@@ -55,7 +55,8 @@ def _arguments(parser: CommandParser) -> None:
     parser.add_argument("shell", choices=sorted(_FRONT))
 
 
-def _print(arguments: argparse.Namespace) -> None:
+@command("completion", __doc__, _arguments)
+def main(arguments: argparse.Namespace) -> None:
     cases = "\n".join(f"        {pattern}) echo '{' '.join(words)}' ;;" for pattern, words in _cases())
     print(_WORDS.format(cases=cases) + _FRONT[arguments.shell], end="")
 
@@ -80,6 +81,3 @@ def _help(name: str) -> str:
     with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
         load(name).main(["--help"])
     return shown.getvalue()
-
-
-main = command("completion", __doc__, _arguments, _print)

@@ -15,7 +15,8 @@ def _arguments(parser: CommandParser) -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file has old names")
 
 
-def _upgrade(arguments: argparse.Namespace) -> int:
+@command("config", __doc__, _arguments)
+def main(arguments: argparse.Namespace) -> int:
     from plt_megatron.config.upgrade_file import upgrade_text
     from plt_megatron.config.yaml_nodes import read_text
     from plt_megatron.run_folder.files import write_text
@@ -32,6 +33,3 @@ def _upgrade(arguments: argparse.Namespace) -> int:
             write_text(path.resolve(), upgraded)  # a link stays one
         print(f"{path}: {'has old names' if arguments.check else 'rewritten'}")
     return 1 if old and arguments.check else 0
-
-
-main = command("config", __doc__, _arguments, _upgrade)

@@ -9,10 +9,8 @@ def _arguments(parser: CommandParser) -> None:
     parser.epilog = "All output goes to .demo in the current folder."
 
 
-def _demo(_: object) -> None:
+@command("demo", __doc__, _arguments, interrupted="interrupted: run it again to continue")
+def main(_: object) -> None:
     from plt_megatron.demo.run import run_demo
 
     run_demo()
-
-
-main = command("demo", __doc__, _arguments, _demo, interrupted="interrupted: run it again to continue")

@@ -62,7 +62,8 @@ def _show_progress(done: int, total: int) -> None:
         print(f"\r{done} of {total} sequences", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
-def _diagnose(arguments: argparse.Namespace) -> None:
+@command("diagnose", __doc__, _arguments)
+def main(arguments: argparse.Namespace) -> None:
     from plt_megatron.extras import require
     from plt_megatron.hf import arguments as checks
 
@@ -77,6 +78,3 @@ def _diagnose(arguments: argparse.Namespace) -> None:
     result = run_diagnosis(DiagnoseOptions(**vars(arguments)), _show_progress)
     print(result.text)
     print(f"\n{result.folder}/index.html")
-
-
-main = command("diagnose", __doc__, _arguments, _diagnose)

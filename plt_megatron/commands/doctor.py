@@ -12,7 +12,8 @@ def _arguments(parser: CommandParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
-def _doctor(arguments: argparse.Namespace) -> int:
+@command("doctor", __doc__, _arguments)
+def main(arguments: argparse.Namespace) -> int:
     from plt_megatron.runtime import doctor, machine
 
     report = doctor.judge(machine.observe())
@@ -21,6 +22,3 @@ def _doctor(arguments: argparse.Namespace) -> int:
     else:
         doctor.render(report)
     return 0 if report.can_train else 1
-
-
-main = command("doctor", __doc__, _arguments, _doctor)

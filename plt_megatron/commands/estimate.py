@@ -35,11 +35,9 @@ def _arguments(parser: CommandParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
-def _estimate(arguments: argparse.Namespace) -> int:
+@command("estimate", __doc__, _arguments)
+def main(arguments: argparse.Namespace) -> int:
     from plt_megatron.data.tokenizer import load_tokenizer
     from plt_megatron.predict.report import print_estimate
 
     return print_estimate(arguments, lambda path: load_tokenizer(path).vocab_size)
-
-
-main = command("estimate", __doc__, _arguments, _estimate)

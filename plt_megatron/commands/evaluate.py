@@ -29,7 +29,8 @@ def _names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
 
 
-def _evaluate(arguments: argparse.Namespace) -> None:
+@command("evaluate", __doc__, _arguments, interrupted="interrupted: nothing is written")
+def main(arguments: argparse.Namespace) -> None:
     if not arguments.tasks:
         raise argparse.ArgumentError(None, "--tasks names no task")
     from plt_megatron.extras import require
@@ -46,6 +47,3 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     options = {name: getattr(arguments, name) for name in ("limit", "device", "download", "chat")}
     scores = evaluate(arguments.model, arguments.tasks, arguments.include_path, **options)
     print(format_table([[name, f"{value:.4f}"] for name, value in scores.items()]))
-
-
-main = command("evaluate", __doc__, _arguments, _evaluate, interrupted="interrupted: nothing is written")

@@ -49,7 +49,8 @@ def _arguments(parser: CommandParser) -> None:
     )
 
 
-def _export(arguments: argparse.Namespace) -> None:
+@command("export", __doc__, _arguments, interrupted="interrupted: nothing is written")
+def main(arguments: argparse.Namespace) -> None:
     from plt_megatron.extras import require
     from plt_megatron.hf import arguments as checks
 
@@ -84,6 +85,3 @@ def _write(arguments: argparse.Namespace) -> None:
     result = export(ExportOptions(**vars(arguments)))
     files = plural(result.files, "file")
     print(f"{result.output}: {result.tensors} tensors, {format_bytes(result.total_bytes)} in {files}")
-
-
-main = command("export", __doc__, _arguments, _export, interrupted="interrupted: nothing is written")

@@ -26,7 +26,8 @@ def _arguments(parser: CommandParser) -> None:
     parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="default 0")
 
 
-def _generate(arguments: argparse.Namespace) -> None:
+@command("generate", __doc__, _arguments)
+def main(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.temperature < math.inf:
         raise argparse.ArgumentError(None, "--temperature must be 0 or above")
     from plt_megatron.hf.arguments import check_export, prepare_imports
@@ -40,6 +41,3 @@ def _generate(arguments: argparse.Namespace) -> None:
     print(found.text)
     hint = "; the model has a chat template, which --chat applies" if found.has_chat_template > arguments.chat else ""
     print(f"[{found.seconds:.1f} s{hint}]", file=sys.stderr)
-
-
-main = command("generate", __doc__, _arguments, _generate)

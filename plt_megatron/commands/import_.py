@@ -54,7 +54,8 @@ def _arguments(parser: CommandParser) -> None:
     )
 
 
-def _import(arguments: argparse.Namespace) -> None:
+@command("import", __doc__, _arguments, interrupted="interrupted: nothing is written")
+def main(arguments: argparse.Namespace) -> None:
     from plt_megatron.config import derived
     from plt_megatron.extras import require
     from plt_megatron.hf import arguments as checks
@@ -87,6 +88,3 @@ def _import(arguments: argparse.Namespace) -> None:
         print("the model has no tokenizer: name one in data.tokenizer")
     include = yaml_nodes.dump({"include": str((result.output / MODEL_YAML).absolute())}).strip()
     print(f"start from it with `{include}`")
-
-
-main = command("import", __doc__, _arguments, _import, interrupted="interrupted: nothing is written")

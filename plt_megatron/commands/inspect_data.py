@@ -42,7 +42,8 @@ def _arguments(parser: CommandParser) -> None:
     )
 
 
-def _inspect(arguments: argparse.Namespace) -> None:
+@command("inspect-data", __doc__, _arguments)
+def main(arguments: argparse.Namespace) -> None:
     from plt_megatron.config.loader import load_config
     from plt_megatron.config.validation import validate
     from plt_megatron.runtime.environment import quiet_imports
@@ -68,6 +69,3 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
         write_page(arguments.html, config, batch, found, inspector)
         print(f"\npage: {arguments.html}")
-
-
-main = command("inspect-data", __doc__, _arguments, _inspect)

@@ -19,7 +19,8 @@ def _arguments(parser: CommandParser) -> None:
     parser.add_argument("--labels", nargs="+", metavar="NAME", help="names of the runs; default: their folders' names")
 
 
-def _plot(arguments: argparse.Namespace) -> None:
+@command("plot", __doc__, _arguments)
+def main(arguments: argparse.Namespace) -> None:
     if arguments.labels is not None and len(arguments.labels) != len(arguments.runs):
         raise argparse.ArgumentError(None, f"{len(arguments.labels)} labels for {len(arguments.runs)} runs")
     from plt_megatron.experiments.plots import plot_metrics
@@ -27,6 +28,3 @@ def _plot(arguments: argparse.Namespace) -> None:
     output = arguments.output or arguments.runs[0] / "metrics.png"
     plot_metrics(arguments.runs, output, arguments.labels)
     print(output)
-
-
-main = command("plot", __doc__, _arguments, _plot)

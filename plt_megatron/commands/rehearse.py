@@ -27,7 +27,8 @@ def _arguments(parser: CommandParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, with every call of every rank")
 
 
-def _rehearse(arguments: argparse.Namespace) -> int:
+@command("rehearse", __doc__, _arguments)
+def main(arguments: argparse.Namespace) -> int:
     from plt_megatron.config.loader import load_config
     from plt_megatron.data.tokenizer import load_tokenizer
     from plt_megatron.predict.rehearsal.rehearse import rehearse
@@ -45,6 +46,3 @@ def _rehearse(arguments: argparse.Namespace) -> int:
     )
     print(to_json(found) if arguments.json else to_text(found))
     return 1 if found.problems else 0
-
-
-main = command("rehearse", __doc__, _arguments, _rehearse)

@@ -33,7 +33,8 @@ def _arguments(parser: CommandParser) -> None:
     )
 
 
-def _report(arguments: argparse.Namespace) -> None:
+@command("report", __doc__, _arguments)
+def main(arguments: argparse.Namespace) -> None:
     from plt_megatron.extras import require
 
     require("plt report", "jinja2", "scipy", *(["transformers"] if arguments.measure_decode else []))
@@ -55,6 +56,3 @@ def _report(arguments: argparse.Namespace) -> None:
         group = f"{answer.group}, " if answer.group else ""
         print(f"{group}{answer.question}? {answer.text}")
     print(f"report: {report.folder / PAGE}")
-
-
-main = command("report", __doc__, _arguments, _report)

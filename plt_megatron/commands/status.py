@@ -19,10 +19,8 @@ def _arguments(parser: CommandParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object per run")
 
 
-def _status(arguments: argparse.Namespace) -> None:
+@command("status", __doc__, _arguments)
+def main(arguments: argparse.Namespace) -> None:
     from plt_megatron.slurm.status import report
 
     print(report(arguments.runs, arguments.output_dir, arguments.json))
-
-
-main = command("status", __doc__, _arguments, _status)

@@ -33,7 +33,8 @@ def _arguments(parser: CommandParser) -> None:
     sweep.add_options(parser)
 
 
-def _study(arguments: argparse.Namespace) -> int:
+@command("study", __doc__, _arguments)
+def main(arguments: argparse.Namespace) -> int:
     sweep.check_options(arguments)
     if arguments.report and (arguments.dry_run or arguments.retry_failed):
         raise argparse.ArgumentError(None, "--report runs nothing: leave out --dry-run and --retry-failed")
@@ -46,6 +47,3 @@ def _study(arguments: argparse.Namespace) -> int:
     options = StudyOptions(**sweep.run_options(arguments), **own)
     budget = [f"budget={arguments.budget}"] if arguments.budget else []
     return run_study(arguments.config, [*arguments.settings, *budget], options)
-
-
-main = command("study", __doc__, _arguments, _study)

@@ -54,7 +54,8 @@ def _arguments(parser: CommandParser) -> None:
     )
 
 
-def _submit(arguments: argparse.Namespace) -> int:
+@command("submit", __doc__, _arguments)
+def main(arguments: argparse.Namespace) -> int:
     from plt_megatron.slurm.status import follow
     from plt_megatron.slurm.submission import submit
 
@@ -99,6 +100,3 @@ def _options(arguments: argparse.Namespace) -> Options:
     words, _, _ = given.pop("arguments"), given.pop("follow"), given.pop("rehearse")
     config = None if arguments.array or arguments.branch_from or not words else words[0]
     return Options(config=config, overrides=words if config is None else words[1:], **given)
-
-
-main = command("submit", __doc__, _arguments, _submit)

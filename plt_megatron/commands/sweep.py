@@ -61,7 +61,8 @@ def check_options(arguments: argparse.Namespace) -> None:
         raise argparse.ArgumentError(None, "--max-concurrent and --submit are for --slurm; on this machine use --jobs")
 
 
-def _sweep(arguments: argparse.Namespace) -> int:
+@command("sweep", __doc__, _arguments)
+def main(arguments: argparse.Namespace) -> int:
     check_options(arguments)
     from plt_megatron.experiments.sweep import RunOptions, run_sweep
 
@@ -80,6 +81,3 @@ def run_options(arguments: argparse.Namespace) -> dict[str, Any]:
             given += ["--max-concurrent", str(arguments.max_concurrent)]
         options["submit"] = submit.read_options(given)
     return options
-
-
-main = command("sweep", __doc__, _arguments, _sweep)

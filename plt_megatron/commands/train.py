@@ -62,7 +62,8 @@ def _load(arguments: argparse.Namespace) -> RunConfig:
     return branch_config(arguments.branch_from, settings, arguments.decay_steps)
 
 
-def _train(arguments: argparse.Namespace) -> int:
+@command("train", __doc__, _arguments)
+def main(arguments: argparse.Namespace) -> int:
     if arguments.branch_from is None and (arguments.config is None or arguments.decay_steps is not None):
         words = "give a CONFIG.yaml, or --branch-from RUN@STEP; --decay-steps goes with the latter"
         raise argparse.ArgumentError(None, words)
@@ -207,6 +208,3 @@ def _lengths(config: RunConfig) -> list[tuple[str, str]]:
 
 def _under(title: str, rows: list[str]) -> list[tuple[str, str]]:
     return [(title if number == 0 else "", row) for number, row in enumerate(rows)]
-
-
-main = command("train", __doc__, _arguments, _train)

@@ -52,7 +52,8 @@ def _arguments(parser: CommandParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
 
 
-def _train(arguments: argparse.Namespace) -> None:
+@command("train-tokenizer", __doc__, _arguments)
+def main(arguments: argparse.Namespace) -> None:
     coverage = arguments.character_coverage
     if not 0.98 <= coverage <= 1:  # sentencepiece's own limits
         raise argparse.ArgumentError(None, f"--character-coverage must be from 0.98 to 1, got {coverage:g}")
@@ -62,6 +63,3 @@ def _train(arguments: argparse.Namespace) -> None:
     options = TrainingOptions(**given(arguments, TrainingOptions), max_sample_bytes=sample, read=read)
     result = train_tokenizer(options)
     print(result.summary)
-
-
-main = command("train-tokenizer", __doc__, _arguments, _train)

@@ -38,7 +38,8 @@ def _arguments(parser: CommandParser) -> None:
     parser.add_argument("--waiting", action="store_true", help="upload only what training has queued")
 
 
-def _upload(arguments: argparse.Namespace) -> int:
+@command("upload", __doc__, _arguments, interrupted="interrupted: the same command continues")
+def main(arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     from plt_megatron.run_folder.folder import RunFolder
     from plt_megatron.storage.run_uploads import RunUploads, describe, upload_folder
@@ -70,6 +71,3 @@ def _upload(arguments: argparse.Namespace) -> int:
     if not arguments.waiting:
         uploads.add_all()
     return 0 if uploads.work(verify=arguments.verify) else 1
-
-
-main = command("upload", __doc__, _arguments, _upload, interrupted="interrupted: the same command continues")
