@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from plt_megatron.config.rules import model as model_rules
-from plt_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from plt_megatron.config.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.figures import Curve, Panel, draw, save
 from plt_megatron.hf.verification import single_process
@@ -62,8 +62,7 @@ def check_coordinates(config: RunConfig, axes: Mapping[str, Sequence[int]] = SIZ
         axes: sizes to compare by axis; the other axes are at `BASE`.
         steps: steps of AdamW at the configuration's learning rate, without warm-up.
 
-    Raises:
-        UserError: the check does not support this kind of configuration.
+    Raises `UserError` if the check does not support this kind of configuration.
     """
     if config.model.moe is not None:
         raise UserError("the coordinate check is of dense models; set model.moe=null")
@@ -120,7 +119,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
 
 
 def _measure(config: RunConfig, size: dict[str, int], steps: int) -> dict[str, float]:
-    stage = _build(_resized(config.model, size))
+    stage = _build(config.model, size)
     batch = torch.randint(0, VOCAB_SIZE, (ROWS, TOKENS + 1), generator=torch.Generator().manual_seed(SEED))
     adam = _adam(dataclasses.replace(config, model=stage.plt), stage)
     hidden, logits = _forward(stage, batch)
@@ -152,10 +151,10 @@ def _adam(config: RunConfig, stage: Any) -> torch.optim.AdamW:
     return torch.optim.AdamW(kinds, betas=(settings.adam_beta1, settings.adam_beta2), weight_decay=0.0)
 
 
-def _resized(model: ModelConfig, size: dict[str, int]) -> ModelConfig:
-    """Resize a model: heads of 16 channels, and an FFN in the same proportion to the width."""
+def _build(model: ModelConfig, size: dict[str, int]) -> Any:
+    """Build the model at another size: heads of 16 channels, and an FFN in the same proportion to the width."""
     heads = size["width"] // HEAD_DIM
-    return dataclasses.replace(
+    resized = dataclasses.replace(
         model,
         hidden_size=size["width"],
         num_layers=size["depth"],
@@ -170,16 +169,8 @@ def _resized(model: ModelConfig, size: dict[str, int]) -> ModelConfig:
         fused_gated_window=False,
         backend="torch",
     )
-
-
-def _build(model: ModelConfig) -> Any:
-    config = RunConfig(
-        model=model,
-        parallel=ParallelConfig(),
-        data=DataConfig(sequence_length=TOKENS),
-        training=TrainingConfig(precision="fp32", seed=SEED),
-    )
-    return build_stage(config, VOCAB_SIZE)
+    data, training = DataConfig(sequence_length=TOKENS), TrainingConfig(precision="fp32", seed=SEED)
+    return build_stage(RunConfig(model=resized, data=data, training=training), VOCAB_SIZE)
 
 
 @torch.no_grad()

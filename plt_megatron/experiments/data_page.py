@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from operator import itemgetter
 from pathlib import Path
 
@@ -61,7 +60,7 @@ def _duplicates(found: Duplicates, inspector: Inspector) -> list[Part]:
 
     sources = [
         Column("source", "validation source", itemgetter(0)),
-        *(Column(title, title, partial(_count, at), ",") for at, title in enumerate(_COUNTS)),
+        *(Column(title, title, itemgetter(at), ",") for at, title in enumerate(_COUNTS, start=1)),
     ]
     pairs = [
         Column("tokens", "tokens", lambda pair: pair.length, ","),
@@ -69,16 +68,13 @@ def _duplicates(found: Duplicates, inspector: Inspector) -> list[Part]:
         Column("training", "training", lambda pair: place(pair.training)),
         Column("text", "begins with", lambda pair: inspector.text(pair.tokens), shown=200),
     ]
+    counts = [(name, *numbers) for name, numbers in found.by_source.items()]
     lists = {"Equal documents": found.equal_pairs, "Longest shared spans": found.spans}
     return [
-        Part("By source", tables={"sources": Table(sources, found.by_source.items())}),
+        Part("By source", tables={"sources": Table(sources, counts)}),
         *(
             Part(title, tables={title.replace(" ", "_").lower(): Table(pairs, own)})
             for title, own in lists.items()
             if own
         ),
     ]
-
-
-def _count(place: int, item: tuple[str, tuple[int, int, int]]) -> int:
-    return item[1][place]

@@ -141,14 +141,9 @@ def recorded_fingerprint(run: PlannedRun) -> dict[str, Any] | None:
     return record.fingerprint if record else None
 
 
-def data_part(fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """Return a fingerprint without the parts that differ between seeds and budgets on the same data."""
-    return {key: value for key, value in fingerprint.items() if key not in ("sampling", "sha256")}
-
-
 def data_key(fingerprint: dict[str, Any]) -> str:
     """Return a text that fingerprints of the same data share, whatever seed and budget."""
-    return repr(sorted(data_part(fingerprint).items()))
+    return repr(sorted(item for item in fingerprint.items() if item[0] not in ("sampling", "sha256")))
 
 
 def data_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ wins if the intervals of all other rows' paired differences (by seed) to it excl
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,16 +103,16 @@ class Row:
 
 
 def make_rows(results: SweepResults, timings: Mapping[str, Timing] | None = None) -> list[Row]:
-    """Group results into rows, in the plan's order. `timings`: by row name."""
+    """Group results into rows, a group's together, in the plan's order. `timings`: by row name."""
     compare = results.plan.compare
-    rows: dict[tuple[tuple[str, ...], str], list[RunResult]] = {}
+    found: dict[tuple[str, ...], dict[str, list[RunResult]]] = {}
     for result in results.runs:
         label = result.run.labels[compare] if compare is not None else "all"
-        rows.setdefault((results.plan.group_of(result.run), label), []).append(result)
-    order = list(dict.fromkeys(group for group, _ in rows))
-    made = [Row(group, label, found) for (group, label), found in rows.items()]
-    made.sort(key=lambda row: order.index(row.group))  # stable: a group's rows stay in the plan's order
-    for compared in groups(made):
+        found.setdefault(results.plan.group_of(result.run), {}).setdefault(label, []).append(result)
+    made: list[Row] = []
+    for group, by_label in found.items():
+        compared = [Row(group, label, own) for label, own in by_label.items()]
+        made += compared
         reference = baseline_of(compared, results.plan.baseline)
         for index, row in enumerate(compared):
             row.decode = (timings or {}).get(row.name)
@@ -123,11 +124,8 @@ def make_rows(results: SweepResults, timings: Mapping[str, Timing] | None = None
 
 
 def groups(rows: Sequence[Row]) -> list[list[Row]]:
-    """Return the groups of rows that are compared with one another, in order."""
-    found: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        found.setdefault(row.group, []).append(row)
-    return list(found.values())
+    """Return the groups of `make_rows` that are compared with one another, in order."""
+    return [list(own) for _, own in itertools.groupby(rows, key=lambda row: row.group)]
 
 
 def has_one_data(group: Sequence[Row]) -> bool:

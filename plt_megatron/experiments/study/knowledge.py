@@ -15,7 +15,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.experiments.files import DecideSettings
 from plt_megatron.experiments.law import LawFit, fit_law
 from plt_megatron.experiments.matching import flops_per_token
-from plt_megatron.experiments.records import RunResult, first_few, load_results, state_of
+from plt_megatron.experiments.records import RunResult, load_results, state_of
 from plt_megatron.experiments.solver import Run
 from plt_megatron.experiments.study.decision import Candidate, Frontier, LawVerdict, decide, headline
 from plt_megatron.experiments.study.grid import Grid, GridArm, is_ready, loop_parameters, source_of, start_step
@@ -23,6 +23,7 @@ from plt_megatron.experiments.sweep_plan import SweepPlan
 from plt_megatron.predict.decode_cost import ELEMENT, decode_milliseconds, kv_cache_bytes, state_bytes
 from plt_megatron.predict.parameters import count_parameters
 from plt_megatron.predict.run_estimate import estimate_run
+from plt_megatron.run_folder.text import first_few
 
 Wiring = tuple[str, int]  # a variant, "" for one loop, and a number of loops
 UNITS = {"loss": "nats per token", "bits_per_byte": "bits per byte"}  # of the law's loss
@@ -173,10 +174,7 @@ _MOST_PARAMETERS = 1e12
 
 def make_candidates(grid: Grid, rates: Mapping[Wiring, float]) -> list[Candidate]:
     """Build the candidate shapes of every wiring: the study's largest, scaled down and up in the same proportions.
-
-    Args:
-        rates: model FLOP/s that the runs of each wiring reached.
-    """
+    `rates`: as in `Knowledge`."""
     largest = max(grid.arms, key=lambda arm: arm.looped if arm.loops == 1 else 0.0)
     wirings = {(arm.variant, arm.loops): arm for arm in grid.arms if arm.size == largest.size}
     decide = grid.study.decide

@@ -17,7 +17,7 @@ from plt_megatron.demo.steps import prepare_demo_corpus
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.files import StudyFile, read_study
 from plt_megatron.experiments.law import what_is_missing
-from plt_megatron.experiments.records import check_same_data, first_few, forget_failure, note_finished, state_of
+from plt_megatron.experiments.records import check_same_data, forget_failure, note_finished, state_of
 from plt_megatron.experiments.solver import looped_variants, to_arrays
 from plt_megatron.experiments.study.decision import contrast
 from plt_megatron.experiments.study.design import Arm, Design, choose_runs, estimated_noise, expected_theta
@@ -37,7 +37,7 @@ from plt_megatron.experiments.sweep_plan import (
 )
 from plt_megatron.run_folder.attempts import ExitStatus
 from plt_megatron.run_folder.files import locked
-from plt_megatron.run_folder.text import format_duration, format_table, plural
+from plt_megatron.run_folder.text import first_few, format_duration, format_table, plural
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,7 @@ def run_study(path: str, settings: Sequence[str], options: StudyOptions) -> int:
     Returns the exit status: 0 decided, the budget spent, or submitted; 1 runs failed; 75 stopped, with the running ones
     saved.
 
-    Raises:
-        UserError: the study's file or a run's settings are wrong, or the folder holds another study.
+    Raises `UserError` if the study's file or a run's settings are wrong, or the folder holds another study.
     """
     study = read_study(path, settings)
     if not options.report_only:

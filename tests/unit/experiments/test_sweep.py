@@ -22,7 +22,6 @@ from plt_megatron.experiments import sweep
 from plt_megatron.experiments.records import (
     RunRecord,
     data_fingerprint,
-    data_part,
     failure_of,
     measured_flops_rate,
     read_record,
@@ -348,7 +347,7 @@ def test_a_finished_sweep_goes_on_elsewhere_from_its_records_alone(tmp_path, lau
     loops = "axes.model.loop_count=[1, 2]"
     plan = saved_plan(tmp_path, LOOPS, ("seeds=[1]", loops))
     for run in plan.runs:
-        finish(run, 3.0, fingerprint=data_part(data_fingerprint(run)))
+        finish(run, 3.0, fingerprint=data_fingerprint(run))
     there = f"output_dir={tmp_path / 'sweeps'}"
     assert sweep.run_sweep(str(path), [there, "seeds=[1]", loops], RunOptions()) == 0
     assert "every run is finished" in capsys.readouterr().out
