@@ -139,10 +139,7 @@ def _training_step(run: DemoRun, inputs: Sequence[Path]) -> Step:
 
 
 def start(command: str, *arguments: str) -> None:
-    """Run a command in a process of its own, since it sets up torch, with its output shown here.
-
-    Args:
-        command: a command of `plt`.
+    """Run a command of `plt` in a process of its own, since it sets up torch, with its output shown here.
 
     Raises `UserError` if it fails and `KeyboardInterrupt` after it has ended on one.
     """

@@ -136,8 +136,7 @@ def make_tokenizer(texts: Sequence[Path], folder: Path, vocab_size: int) -> None
 def tokenize_text(text: Path, prefix: Path, tokenizer: Path) -> None:
     from plt_megatron.data.preprocess import PreprocessOptions, preprocess
 
-    workers = usable_cores()
-    preprocess(PreprocessOptions([str(text)], str(prefix), str(tokenizer), workers=workers, overwrite=True))
+    preprocess(PreprocessOptions([str(text)], str(prefix), str(tokenizer), workers=usable_cores(), overwrite=True))
 
 
 # ---------------------------------------------------------------- steps that run once

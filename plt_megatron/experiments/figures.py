@@ -228,8 +228,7 @@ def smooth(values: Sequence[float]) -> list[float]:
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write an image; the path's suffix chooses the format (png, svg, pdf). Its folder is created.
 
-    Raises:
-        UserError: it cannot be written, or there is no such format.
+    Raises `UserError` if it cannot be written, or there is no such format.
     """
     try:
         with replacing(Path(path), "wb") as file:

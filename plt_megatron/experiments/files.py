@@ -207,19 +207,15 @@ class SweepFile(FileOfRuns):
 
 
 def read_sweep(path: str | Path, settings: Sequence[str] = ()) -> SweepFile:
-    """Read a sweep file and apply `key=value` settings from the command line.
-
-    A key of the sweep itself (`seeds=[1,2]`, `match_budget=training_flops`, `name=x`, `axes.model.loop_count=[1,2]`)
-    changes the sweep; any other is a setting of every run.
-    Raises `UserError` naming file, line and key.
-    """
+    """Read a sweep's file like `_read`; `axes.model.loop_count=[1,2]` changes an axis."""
     return _read(SweepFile, path, settings, _sweep_problems)
 
 
 def _read[T: FileOfRuns](
     kind: type[T], path: str | Path, settings: Sequence[str], problems: Callable[[T], Iterator[str]]
 ) -> T:
-    """Read a file; `settings` of its own keys change it, all others are settings of every run.
+    """Read a file. `settings`: `key=value` from the command line; those of the file's own keys (`seeds=[1,2]`) change
+    it, all others are settings of every run.
 
     Raises `UserError` naming file, line and key, also for what `problems` yields.
     """
@@ -358,10 +354,7 @@ class StudyFile(FileOfRuns):
 
 
 def read_study(path: str | Path, settings: Sequence[str] = ()) -> StudyFile:
-    """Read a study's file and apply `key=value` settings: of the study itself, else of every run.
-
-    Raises `UserError` naming file, line and key.
-    """
+    """Read a study's file like `_read`."""
     return _read(StudyFile, path, settings, _study_problems)
 
 

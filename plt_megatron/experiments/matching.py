@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plt_megatron.config import derived
-from plt_megatron.config.derived import run_tokens
 from plt_megatron.config.schedules import BatchSchedule
 from plt_megatron.config.schema import ModelConfig, RunConfig
 from plt_megatron.config.yaml_nodes import read_text
@@ -78,7 +77,7 @@ def match_budget(
             "out, or hold training_flops or parameters"
         )
     held = {
-        "tokens": lambda: MatchedConfig(config, run_tokens(config) / run_tokens(reference) - 1),
+        "tokens": lambda: MatchedConfig(config, derived.run_tokens(config) / derived.run_tokens(reference) - 1),
         "training_flops": lambda: _match_flops(config, reference, vocabs),
         "effective_depth": lambda: _match_depth(config, reference),
         "parameters": lambda: _match_parameters(config, reference, vocabs),
@@ -95,11 +94,11 @@ def match_budget(
 
 def _match_flops(config: RunConfig, reference: RunConfig, vocabs: tuple[int, int]) -> MatchedConfig:
     vocab, of_reference = vocabs
-    target = run_tokens(reference) * flops_per_token(reference, of_reference)
+    target = derived.run_tokens(reference) * flops_per_token(reference, of_reference)
 
     def flops(steps: int) -> float:
         held = _of_steps(config, steps)
-        return run_tokens(held) * flops_per_token(held, vocab)
+        return derived.run_tokens(held) * flops_per_token(held, vocab)
 
     # FLOPs per token may vary with the number of steps: row lengths and loops can follow the tokens seen.
     above = 1
@@ -108,7 +107,7 @@ def _match_flops(config: RunConfig, reference: RunConfig, vocabs: tuple[int, int
     fitting = max(1, bisect.bisect_right(range(above), target, lo=1, key=flops) - 1)
     steps = min(fitting, fitting + 1, key=lambda steps: abs(flops(steps) - target))
     held = _of_steps(config, steps)
-    return MatchedConfig(held, flops(steps) / target - 1, f"tokens {run_tokens(held):,}")
+    return MatchedConfig(held, flops(steps) / target - 1, f"tokens {derived.run_tokens(held):,}")
 
 
 def _of_steps(config: RunConfig, steps: int) -> RunConfig:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plt_megatron.errors import UserError
 from plt_megatron.experiments.figures import (
     LINES,
     MARKERS,
@@ -76,15 +75,13 @@ def plot_metrics(
     quantity that no run recorded has no panel.
 
     Args:
+        run_dirs: folders of runs, at least one.
         out_path: the file; its suffix chooses the format (png, svg, pdf).
         labels: names of the runs; None: their folders' names.
         fields: fields of the training records to draw; none: all.
 
-    Raises:
-        UserError: a run has no metrics, or the file cannot be written.
+    Raises `UserError` if a run has no metrics, or the file cannot be written.
     """
-    if not run_dirs:
-        raise UserError("no run to plot")
     runs = [RunFolder(run).trained_metrics() for run in run_dirs]
     labels = [Path(run).name for run in run_dirs] if labels is None else labels
     asked = [quantity for quantity in _QUANTITIES if quantity.field in fields or not fields]

@@ -50,10 +50,11 @@ from plt_megatron.experiments.sweep_plan import (
     save_plan,
 )
 from plt_megatron.installation import ROOT, own_python, python_path
+from plt_megatron.run_folder import json_lines
 from plt_megatron.run_folder.attempts import ExitStatus, describe_exit
 from plt_megatron.run_folder.files import locked
 from plt_megatron.run_folder.text import first_few, format_duration, format_table, plural
-from plt_megatron.runtime.local_processes import die_with_parent, local_gpus, signals_handled, usable_cores
+from plt_megatron.runtime.local_processes import die_with_parent, local_gpus, signals_handled, threads_per_process
 from plt_megatron.slurm import submission
 from plt_megatron.slurm.profile import ClusterProfile, load_profile
 
@@ -112,13 +113,7 @@ class _Running:
 
 
 class LocalSweep:
-    """Runs the unfinished runs of a plan on this machine.
-
-    Args:
-        plan: a saved plan.
-        runs: runs of the plan to run, in this order.
-        jobs: number of runs at a time; more than one requires single-process runs.
-    """
+    """Runs `runs` of a saved plan here, in this order, `jobs` at a time: several only of one process each."""
 
     def __init__(self, plan: SweepPlan, runs: Sequence[PlannedRun], jobs: int = 1) -> None:
         check_jobs(runs, jobs)
@@ -192,7 +187,7 @@ class LocalSweep:
         """Return the setting of each run's share of the cores, unless the user has set the number of threads."""
         if self.jobs == 1 or "OMP_NUM_THREADS" in os.environ:
             return {}
-        return {"OMP_NUM_THREADS": str(max(1, usable_cores() // self.jobs))}
+        return {"OMP_NUM_THREADS": str(threads_per_process(self.jobs))}
 
     def _note_end(self, item: _Running) -> None:
         run, record, status = item.run, item.record, item.process.returncode
@@ -268,7 +263,7 @@ def _final_loss(run: PlannedRun) -> str:
 
 def _reason(log: Path, status: int) -> str:
     """Return how the run ended, with its own last error line if there is one."""
-    lines = log.read_bytes()[-20000:].decode("utf-8", "replace").splitlines()
+    lines = json_lines.tail(log, 20000).decode("utf-8", "replace").splitlines()
     errors = [line for line in lines if line.startswith("error: ") or "Error: " in line]
     how = describe_exit(status)
     if status == ExitStatus.USER_ERROR and not errors:
@@ -392,9 +387,9 @@ def describe(plan: SweepPlan, states: dict[str, State]) -> str:
         rows.setdefault(run.row(), []).append(run)
     for label, runs in rows.items():
         first = runs[0]
-        cells = [label, str(len(runs)), str(sum(states[run.name] == "finished" for run in runs))]
-        cells += [f"{first.tokens:,}", f"{first.total_flops:.3g}", f"{first.parameters:,}"]
-        cells += [f"{first.non_embedding_parameters:,}"]
+        done = sum(states[run.name] == "finished" for run in runs)
+        cells = [label, str(len(runs)), str(done), f"{first.tokens:,}", f"{first.total_flops:.3g}"]
+        cells += [f"{first.parameters:,}", f"{first.non_embedding_parameters:,}"]
         change = f" ({first.change})" if first.change else ""
         cells += [f"{first.deviation:+.2%}{change}"] if plan.match_budget else []
         table.append(cells)

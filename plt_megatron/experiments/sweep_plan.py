@@ -27,9 +27,11 @@ from plt_megatron.config import derived, yaml_nodes
 from plt_megatron.config.loader import config_differences, load_config, setting
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
+from plt_megatron.data.tokenizer import load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.experiments import matching
 from plt_megatron.experiments.files import FileOfRuns, SweepFile
+from plt_megatron.predict.run_estimate import known_vocab_size
 from plt_megatron.run_folder.archive import ARCHIVE, unpack_command, unpacked
 from plt_megatron.run_folder.files import write_text
 from plt_megatron.run_folder.folder import RunFolder, save_config
@@ -177,15 +179,9 @@ def _problems(rows: Mapping[tuple[str, ...], RunConfig], check_files: bool) -> l
 
 def vocab_of(config: RunConfig, file: FileOfRuns) -> int:
     """Return the run's vocabulary size; the tokenizer of the file's own corpus may not be trained yet."""
-    size = config.model.vocab_size
-    if size is None and file.demo_corpus is not None:
-        size = file.demo_corpus.vocab_size
-    if size is None:
-        from plt_megatron.data.tokenizer import load_tokenizer
-
-        assert config.data.tokenizer is not None, "validation asks for a tokenizer or model.vocab_size"
-        size = load_tokenizer(config.data.tokenizer).vocab_size
-    return size
+    if config.model.vocab_size is None and file.demo_corpus is not None:
+        return file.demo_corpus.vocab_size
+    return known_vocab_size(config, lambda path: load_tokenizer(path).vocab_size)
 
 
 def _seeded(
@@ -244,8 +240,7 @@ def save_plan(plan: SweepPlan) -> None:
 def load_plan(folder: str | Path) -> SweepPlan:
     """Load the plan of the sweep in `folder`, with its runs where their records are (`records_of`).
 
-    Raises:
-        UserError: there is no plan, or it is broken.
+    Raises `UserError` if there is no plan, or it is broken.
     """
     folder = Path(folder)
     path, records = folder / FILE_NAME, records_of(folder)

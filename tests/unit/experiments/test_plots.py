@@ -98,7 +98,6 @@ def test_bad_requests_are_refused(runs, tmp_path):
     (tmp_path / "study/round/run").mkdir(parents=True)
     (tmp_path / "study/round/run/config.yaml").touch()
     for asked, name, said in (
-        ([], "loss.png", "no run to plot"),
         ([tmp_path / "absent"], "loss.png", r"metrics\.jsonl not found: .*absent has no run that has started"),
         ([tmp_path / "study"], "loss.png", "study has folders of runs, as .*study/round/run"),
         ([tmp_path / "study/round/run/config.yaml"], "loss.png", "file: name its run's folder, as .*/run$"),

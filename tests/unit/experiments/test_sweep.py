@@ -32,6 +32,7 @@ from plt_megatron.experiments.records import (
 from plt_megatron.experiments.sweep import LocalSweep, RunOptions
 from plt_megatron.experiments.sweep_plan import load_plan
 from plt_megatron.run_folder.files import locked
+from plt_megatron.runtime import local_processes
 from plt_megatron.slurm import submission
 from plt_megatron.slurm.submission import Options
 from tests.running import wait_for
@@ -115,7 +116,7 @@ def test_several_at_once_share_the_cores_and_gpus(tmp_path, launcher, monkeypatc
     plan = small(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(sweep, "usable_cores", lambda: 6)
+    monkeypatch.setattr(local_processes, "usable_cores", lambda: 6)
     first, second = plan.runs[:2]
     for run in (first, second):
         behave(plan, run.name, "hang")
