@@ -131,14 +131,9 @@ class LawFit:
     def beyond(self, runs: Sequence[Run]) -> str:
         """Describe how far runs are outside of the law's own; empty within `FARTHEST` times them. Without a term of
         N (or D), the law holds only for the N (or D) of its runs."""
-        return " and ".join(distance for distance, _ in self._outside(runs))
+        return " and ".join(distance for distance, _ in self.outside(runs))
 
-    def needed(self, runs: Sequence[Run]) -> str:
-        """Describe the runs that would keep others from being `beyond`; empty if they are not."""
-        needed = " and ".join(bound for _, bound in self._outside(runs))
-        return f"runs of {needed}" if needed else ""
-
-    def _outside(self, runs: Sequence[Run]) -> Iterator[tuple[str, str]]:
+    def outside(self, runs: Sequence[Run]) -> Iterator[tuple[str, str]]:
         """Yield how far runs are outside, and the nearest ones that would suffice, for sizes, tokens and loops."""
         data, asked = self.data, to_arrays(runs, tuple(dict.fromkeys(run.variant for run in runs)))
         sizes, tokens = ((each.once + each.looped, each.tokens) for each in (asked, data))

@@ -281,9 +281,10 @@ def _in_words(
 def _doubts(fit: LawFit, standings: Sequence[Standing], unit: str) -> Iterator[tuple[str, str]]:
     """Yield the reasons why the law is not known to hold at the target, each with what would remove it."""
     runs = [standing.run for standing in standings]
-    beyond, floor = fit.beyond(runs), float(fit.theta[0]) or standings[0].loss.value
-    if beyond:
-        yield f"this extrapolates the law far, {beyond}", fit.needed(runs)
+    outside, floor = list(fit.outside(runs)), float(fit.theta[0]) or standings[0].loss.value
+    if outside:
+        distances, bounds = (" and ".join(words) for words in zip(*outside, strict=True))
+        yield f"this extrapolates the law far, {distances}", f"runs of {bounds}"
     width = max((standing.behind.high - standing.behind.low for standing in standings[1:2]), default=0.0)
     if width > floor:
         words = f"an interval of {width:.3g} {unit} is wider than the law's E, {floor:.3g}"
