@@ -113,10 +113,10 @@ def _write_weights(
     """Write the weights and return (bytes of tensors, number of files)."""
     shapes = [pair for mapping in mappings for pair in mapping.hf]
     buffers = {name for name, _ in shapes if is_buffer(name)}
-    with SafetensorsWriter(folder, shapes, PRECISIONS[precision], shard_size, buffers) as writer:
-        for name, tensor in to_hf(source.weights(), mappings):
-            writer.write(name, tensor)
-        return writer.total_size, len(writer.files)
+    writer = SafetensorsWriter(folder, shapes, PRECISIONS[precision], shard_size, buffers)
+    for name, tensor in to_hf(source.weights(), mappings):  # all of them, or an error
+        writer.write(name, tensor)
+    return writer.total_size, len(writer.files)
 
 
 def _write_configs(source: ModelSource, folder: Path, style: Style, dtype: str) -> None:
