@@ -13,7 +13,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[att
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from plt_megatron.data.segments import COARSE, crosses_no_piece
-from plt_megatron.data.tokenizer import Tokenizer
+from plt_megatron.data.tokenizer import Tokenizer, normalizes
 from plt_megatron.errors import UserError
 
 _SPACE = "\u2581"
@@ -28,10 +28,8 @@ def build_tokenizer_json(model: Path) -> dict[str, str]:
     Control tokens are part of the vocabulary and not "added tokens": as in sentencepiece, their names in a text
     are just text. The configuration tells transformers the same (`split_special_tokens`).
     """
-    proto = ModelProto()
-    proto.ParseFromString(model.read_bytes())
-    normalizer = proto.normalizer_spec
-    if normalizer.precompiled_charsmap or normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces:
+    proto = ModelProto.FromString(model.read_bytes())
+    if normalizes(proto):
         raise UserError(f"{model}: only models without normalization can be written as tokenizer.json")
     kind = proto.SentencePiece
     splittable = crosses_no_piece(COARSE, [piece.piece for piece in proto.pieces if piece.type == kind.NORMAL])

@@ -10,7 +10,6 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -40,7 +39,7 @@ def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
 
 
 class Tokenizer(ABC):
-    """The tokenizer interface of training and preprocessing; megatron-core accepts it as its own.
+    """The tokenizer interface of training and preprocessing.
 
     `fingerprint` is the SHA-256 of the file. `bos`, `eos` and `pad` are None where the tokenizer has none;
     `eod`, the end-of-document token, always exists. `spelling` is what stands in documents for a special token that
@@ -64,11 +63,6 @@ class Tokenizer(ABC):
     def dtype(self) -> type[np.uint16] | type[np.int32]:
         """The dtype of the ids that `encode_flat` returns."""
         return token_dtype(self.vocab_size)
-
-    @property
-    def unique_identifiers(self) -> OrderedDict[str, Any]:
-        """Values that megatron-core hashes into the names of its cached indices."""
-        return OrderedDict([("class", type(self).__name__), ("sha256", self.fingerprint), ("eod", self.eod)])
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`. A lone surrogate raises UnicodeEncodeError."""
@@ -125,6 +119,12 @@ class Tokenizer(ABC):
         """Return how to give the tokenizer a token that ends documents."""
 
 
+def normalizes(proto: Any) -> bool:
+    """Return whether a sentencepiece model changes texts before it encodes them."""
+    spec = proto.normalizer_spec
+    return bool(spec.precompiled_charsmap or spec.add_dummy_prefix or spec.remove_extra_whitespaces)
+
+
 class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece BPE or unigram model, encoded segment by segment where that is exact."""
 
@@ -134,9 +134,8 @@ class SentencePieceTokenizer(Tokenizer):
 
         content = path.read_bytes()
         super().__init__(path, content)
-        proto = ModelProto()
         try:
-            proto.ParseFromString(content)
+            proto = ModelProto.FromString(content)
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         except Exception as error:  # protobuf and sentencepiece raise types of their own
             raise UserError(f"{path}: not a sentencepiece model ({str(error).strip()})") from error
@@ -173,14 +172,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _splits_exactly(self, proto: Any) -> bool:
         """Return whether parts cut at `COARSE` borders encode to the ids of the whole."""
-        normalizer = proto.normalizer_spec
-        if (
-            normalizer.precompiled_charsmap
-            or normalizer.add_dummy_prefix
-            or normalizer.remove_extra_whitespaces
-            or not normalizer.escape_whitespaces
-            or proto.trainer_spec.treat_whitespace_as_suffix
-        ):
+        escapes = proto.normalizer_spec.escape_whitespaces and not proto.trainer_spec.treat_whitespace_as_suffix
+        if normalizes(proto) or not escapes:
             return False  # normalization looks across borders
         types = [piece.type for piece in proto.pieces]
         if types.count(proto.SentencePiece.BYTE) != 256:

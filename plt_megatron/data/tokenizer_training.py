@@ -181,8 +181,7 @@ def _round_scores(content: bytes) -> bytes:
     """Round unigram scores, so that sums are the same in sentencepiece's float32 and in Hugging Face's float64."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
-    proto = ModelProto()
-    proto.ParseFromString(content)
+    proto = ModelProto.FromString(content)
     for piece in proto.pieces:
         piece.score = round(piece.score / UNIGRAM_SCORE_STEP) * UNIGRAM_SCORE_STEP
     return proto.SerializeToString(deterministic=True)
