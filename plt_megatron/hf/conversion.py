@@ -93,10 +93,7 @@ def _bind(parameter: Parameter, layer: int, expert: int, sizes: Sizes, negated: 
     )
 
 
-Weights = Iterable[tuple[str, Tensor]]
-
-
-def to_hf(weights: Weights, mappings: Sequence[ParamMapping]) -> Iterator[tuple[str, Tensor]]:
+def to_hf(weights: Iterable[tuple[str, Tensor]], mappings: Sequence[ParamMapping]) -> Iterator[tuple[str, Tensor]]:
     """Yield (their name, tensor) for everything in `weights`, which has (our name, whole tensor) in any order.
 
     Raises:

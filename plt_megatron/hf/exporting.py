@@ -22,7 +22,6 @@ from plt_megatron.run_folder.checkpoints import MADE_ELSEWHERE
 from plt_megatron.run_folder.files import write_json
 
 MODEL_FILES = ("configuration_plt.py", "modeling_plt.py")
-_DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def export(options: ExportOptions, say: Callable[[str], None] = print) -> Export
             # plt preprocess puts none around texts; a public model, or data made elsewhere, may have them.
             known = not source.progress or source.progress.keys() & {"imported_from", MADE_ELSEWHERE}
             write_tokenizer(source.tokenizer, folder, adds_tokens=bool(known))
-        _write_configs(source, folder, options.style, _DTYPE_NAMES[precision])
+        _write_configs(source, folder, options.style, str(PRECISIONS[precision]).removeprefix("torch."))
         what = "the moving average of the weights of " if source.ema else ""
         say(f"exporting {what}{source.path} as {precision}")
         total_bytes, files = _write_weights(source, mappings, folder, precision, shard_size)
