@@ -212,7 +212,8 @@ def import_model(options: ImportOptions) -> ImportResult:
         published = options.output.absolute() / tokenizer.relative_to(folder) if tokenizer else None
         if published is not None:
             data.tokenizer = str(published)
-        config = _run_config(options.output, model, data, precision)
+        training = TrainingConfig(precision="bf16" if precision == "bf16" else "fp32")
+        config = RunConfig(options.output.name, str(options.output.parent), model=model, data=data, training=training)
         origin = f"{options.model.resolve().name} ({source.family})"
         tokens, _ = token_ids(source.tokens, read_generation_config(options.model))
         progress = {"imported_from": origin, "special_tokens": tokens, **read_lineage(options.model)}
@@ -303,11 +304,6 @@ def _tensor(
         return torch.full(mapping.shape, value)
 
     return LazyTensor(mapping.name, mapping.shape, make)
-
-
-def _run_config(output: Path, model: ModelConfig, data: DataConfig, precision: str) -> RunConfig:
-    training = TrainingConfig(precision="bf16" if precision == "bf16" else "fp32")
-    return RunConfig(name=output.name, output_dir=str(output.parent), model=model, data=data, training=training)
 
 
 def _model_yaml(config: RunConfig, output: Path) -> str:
