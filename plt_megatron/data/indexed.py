@@ -122,12 +122,13 @@ _CODES: dict[int, type] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5:
 
 @dataclass(frozen=True)
 class IndexedFile:
-    """The contents of a `.idx`. `lengths` is memory-mapped int32, tokens per document; `bins` are the files that hold
-    the tokens: one, or one for each part of a source in parts."""
+    """The contents of a `.idx`. `lengths` is memory-mapped int32, tokens per document, and `offsets` int64, where each
+    begins in bytes; `bins` are the files that hold the tokens: one, or one for each part of a source in parts."""
 
     prefix: str
     dtype: np.dtype[Any]
     lengths: np.ndarray
+    offsets: np.ndarray
     bins: Sequence[str]
 
     @property
@@ -137,6 +138,10 @@ class IndexedFile:
     @property
     def tokens(self) -> int:
         return int(self.lengths.sum(dtype=np.int64))
+
+    def start(self, document: int) -> int:
+        """Return where a document starts among the source's tokens."""
+        return int(self.offsets[document]) // self.dtype.itemsize
 
 
 def open_index(prefix: str | os.PathLike[str]) -> IndexedFile:
@@ -163,14 +168,14 @@ def open_index(prefix: str | os.PathLike[str]) -> IndexedFile:
         size = os.path.getsize(prefix + ".idx")
         if size < offset + 12 * sequences + 8 * documents:
             raise UserError(f"{prefix}.idx is truncated at {size} bytes: tokenize the data again")
-        dtype, lengths, end = np.dtype(_CODES[code]), np.empty(0, np.int32), 0
+        dtype, lengths, offsets, end = np.dtype(_CODES[code]), np.empty(0, np.int32), np.empty(0, np.int64), 0
         if sequences:
             lengths = np.memmap(prefix + ".idx", np.int32, "r", offset, (sequences,))
-            starts = np.memmap(prefix + ".idx", np.int64, "r", offset + 4 * sequences, (sequences,))
-            end = int(starts[-1]) + int(lengths[-1]) * dtype.itemsize
+            offsets = np.memmap(prefix + ".idx", np.int64, "r", offset + 4 * sequences, (sequences,))
+            end = int(offsets[-1]) + int(lengths[-1]) * dtype.itemsize
     except OSError as error:
         raise file_error(f"{prefix}.idx cannot be read ({error.strerror})", error) from error
-    index = IndexedFile(prefix, dtype, lengths, bins)
+    index = IndexedFile(prefix, dtype, lengths, offsets, bins)
     _check_size(index, end)
     return index
 
@@ -196,20 +201,6 @@ def _check_size(index: IndexedFile, expected: int) -> None:
 def flat_tokens(index: IndexedFile) -> Any:
     """Memory-map all tokens of a source: one array, or several that are read like one."""
     return map_files(index.bins, index.dtype)
-
-
-def document_starts(index: IndexedFile, documents: Sequence[int]) -> list[int]:
-    """Return where each document starts among the source's tokens, without holding all starts in memory."""
-    wanted = np.asarray(documents, np.int64)
-    found = np.zeros(len(wanted), np.int64)
-    passed = 0
-    for first in range(0, index.documents, 1 << 20):
-        lengths = np.asarray(index.lengths[first : first + (1 << 20)], np.int64)
-        starts = passed + np.cumsum(lengths) - lengths
-        inside = (wanted >= first) & (wanted < first + len(lengths))
-        found[inside] = starts[wanted[inside] - first]
-        passed += int(lengths.sum())
-    return [int(start) for start in found]
 
 
 def read_manifest(prefix: str) -> dict[str, Any]:
