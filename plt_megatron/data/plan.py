@@ -81,22 +81,23 @@ class Plan:
 
     def shards(self) -> Iterator[Shard]:
         """Yield the shards still to do, in order; `keys` is complete when this is exhausted."""
-        group: list[tuple[int, Span]] = []  # small spans that share a shard, each with the number of its file
-        number = 0
+        for number, unit in enumerate(self._grouped()):
+            yield from self._spooled(number, unit) if isinstance(unit, int) else self._undone(number, unit)
+
+    def _grouped(self) -> Iterator[int | list[tuple[int, Span]]]:
+        """Yield the number of each file to decompress, and groups of spans that share a shard, each with its file's."""
+        group: list[tuple[int, Span]] = []
         for file, span, _ in self._own:
+            full = sum(span.disk_bytes for _, span in group) >= self._shard_bytes or len(group) >= 1000
+            if group and (full or span is None):
+                yield group
+                group = []
             if span is None:
-                if group:
-                    yield from self._undone(number, group)
-                    number, group = number + 1, []
-                yield from self._spooled(number, file)
-                number += 1
-                continue
-            group.append((file, span))
-            if sum(span.disk_bytes for _, span in group) >= self._shard_bytes or len(group) >= 1000:
-                yield from self._undone(number, group)
-                number, group = number + 1, []
+                yield file
+            else:
+                group.append((file, span))
         if group:
-            yield from self._undone(number, group)
+            yield group
 
     def _undone(self, number: int, group: list[tuple[int, Span]]) -> Iterator[Shard]:
         key = f"{number:06d}"
