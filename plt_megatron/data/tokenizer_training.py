@@ -226,11 +226,8 @@ class Sample:
         for reader, size in zip(self._readers, sizes, strict=True):
             # Text may be larger than assumed, as in Parquet: no file takes the share of those after it.
             most = self.bytes + self._options.max_sample_bytes * size / max(1, sum(sizes))
-            for span, keep in self._spans(reader, share):
-                for text in self._read(span, keep):
-                    yield text
-                    if self.bytes >= most:
-                        break
+            for text in (text for span, keep in self._spans(reader, share) for text in self._read(span, keep)):
+                yield text
                 if self.bytes >= most:
                     break
 
