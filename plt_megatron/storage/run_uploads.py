@@ -63,16 +63,11 @@ class Repository:
             self._api.create_repo(self._name, private=True, exist_ok=True)
             self._api.create_branch(self._name, branch=_PROBE, exist_ok=True)
             self._api.delete_branch(self._name, branch=_PROBE)
-        owner = self.owner()
-        if owner not in (None, run_id):
-            raise UserError(f"{self.url} has another run's exports in its branches: choose another repository")
-
-    def owner(self) -> str | None:
-        """Return the id of the run whose exports the branches hold; None if there is none."""
         with failing(f"{self.url} cannot be read"):
             steps = [name for name in self._branches() if NAME.fullmatch(name)]
-            text = self._read(_OWNER, max(steps)) if steps else None
-            return text.strip() if text else None
+            owner = (self._read(_OWNER, max(steps)) or "").strip() if steps else ""
+        if owner not in ("", run_id):
+            raise UserError(f"{self.url} has another run's exports in its branches: choose another repository")
 
     def upload(self, folder: Path, revision: str, run_id: str | None = None) -> Uploaded:
         """Make the branch `revision` a copy of a folder; files that the hub already has are not sent again.
