@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -111,10 +112,7 @@ def first_difference(tokenizer: Tokenizer, model: bytes, tokenizer_json: str, te
 
 def _show_difference(text: str, ids: Sequence[Sequence[int]]) -> str:
     ours, reference, theirs = ids
-    place = next(
-        (i for i, same in enumerate(zip(ours, reference, theirs, strict=False)) if len(set(same)) > 1),
-        min(map(len, ids)),
-    )
+    place = next(i for i, same in enumerate(itertools.zip_longest(*ids)) if len(set(same)) > 1)
     window = slice(max(0, place - 2), place + 4)
     return (
         f"at token {place} of {text[:80]!r}: sentencepiece {list(reference[window])}, "

@@ -224,9 +224,9 @@ def write_index(path: Path, dtype: Any, lengths: Callable[[], Iterable[np.ndarra
             file.write(np.asarray(part, np.int32).tobytes())
         start = 0
         for part in lengths():
-            ends = start + np.cumsum(part, dtype=np.int64) * item
-            file.write(np.concatenate(([start], ends[:-1])).astype(np.int64).tobytes() if len(part) else b"")
-            start = int(ends[-1]) if len(part) else start
+            ends = np.cumsum(part, dtype=np.int64)
+            file.write((start + (ends - part) * item).tobytes())
+            start += int(np.sum(part, dtype=np.int64)) * item
         for first in range(0, count + 1, 1 << 20):
             file.write(np.arange(first, min(first + (1 << 20), count + 1), dtype=np.int64).tobytes())
 
