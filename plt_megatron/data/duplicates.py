@@ -49,9 +49,7 @@ class Duplicates:
     """The result of a search.
 
     Attributes:
-        span_tokens: minimum length of a shared span.
-        validation_documents, validation_tokens: size of the text searched for.
-        training_documents, training_tokens: size of the text searched.
+        validation_..., training_...: sizes of the text searched for, and of the text searched.
         equal_documents: validation documents that the training part contains whole.
         equal_pairs: equal documents, each with its first match.
         span_documents: validation documents that share a span with the training part.

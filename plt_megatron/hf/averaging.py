@@ -40,12 +40,7 @@ _KEPT = (
 
 @dataclass(frozen=True)
 class AverageResult:
-    """The output: a run's folder with one checkpoint.
-
-    Attributes:
-        checkpoint: the published folder.
-        checkpoints, shares: the averaged checkpoints and their shares, which add up to 1.
-    """
+    """The output: a run's folder with one checkpoint, the average of `checkpoints`, whose `shares` add up to 1."""
 
     output: Path
     checkpoint: Path

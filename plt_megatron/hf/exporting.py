@@ -60,9 +60,6 @@ class ExportResult:
 def export(options: ExportOptions, say: Callable[[str], None] = print) -> ExportResult:
     """Export a checkpoint: write the folder, completely or not at all.
 
-    Args:
-        say: receives progress messages.
-
     Raises:
         UserError: the checkpoint, its tokenizer or the target is unusable, a tensor is missing or unknown, or the
             verification failed.

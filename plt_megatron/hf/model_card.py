@@ -57,12 +57,7 @@ The weights' names and config.json's keys are LoopCoder-v2's (`IQuestPLTCoderFor
 
 
 def model_card(source: ModelSource, name: str, mappings: list[ParamMapping], style: str) -> str:
-    """Return the card's text.
-
-    Args:
-        name: the exported folder's name.
-        mappings: mappings of the exported tensors, to count parameters.
-    """
+    """Return the text of the card of a folder of this name, with tensors of these mappings."""
     tags = ["plt", "parallel-loop-transformer"] if source.model.loop_count > 1 else ["plt"]
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation", *front_matter(source.lineage)]
     front += ["tags:", *(f"- {tag}" for tag in tags)]

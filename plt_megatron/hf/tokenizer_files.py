@@ -54,12 +54,8 @@ def token_ids(tokens: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, trained_with: str | None) -> None:
-    """Raise `UserError` if the tokenizer cannot be the model's.
-
-    Args:
-        vocab_size: the model's vocabulary size, which may exceed the tokenizer's.
-        trained_with: the fingerprint of the tokenizer the model was trained with, if known.
-    """
+    """Raise `UserError` if the tokenizer cannot be that of a model with at most `vocab_size` ids, `trained_with` the
+    tokenizer of this fingerprint, if that is known."""
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids, the model's vocabulary {vocab_size}: "

@@ -38,13 +38,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Index:
-    """The files of a folder.
-
-    Attributes:
-        name: name of the index file.
-        text: content of the index file.
-        files: by path relative to the folder, with slashes; without the index file itself.
-    """
+    """The index file of a folder. `files`: by path relative to the folder, with slashes; without the index file."""
 
     name: str
     text: str

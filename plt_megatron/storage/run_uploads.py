@@ -124,14 +124,9 @@ class Repository:
 
 
 class RunUploads:
-    """The uploads of one run.
+    """The uploads of one run, to `checkpoint.exports.upload_to` and `checkpoint.uploads.to`.
 
-    Args:
-        config: the run's configuration, with destinations `checkpoint.exports.upload_to` and `checkpoint.uploads.to`.
-        say: called with progress messages.
-
-    Raises:
-        UserError: the configuration has no destination.
+    Raises `UserError` if the configuration has neither.
     """
 
     def __init__(self, config: RunConfig, folder: RunFolder, say: Callable[[str], None] = print) -> None:
