@@ -42,7 +42,7 @@ class Plan:
     def _units(self) -> Iterator[tuple[int, Span | None, int]]:
         """Yield (file number, span or None for a file that is decompressed here, bytes on disk), in order."""
         for file, reader in enumerate(self._readers):
-            if self._must_spool(reader):
+            if reader.by_line and reader.compressed and reader.size > self._shard_bytes // 4:
                 yield file, None, reader.size
             else:
                 yield from ((file, span, span.disk_bytes) for span in reader.spans(self._shard_bytes))
@@ -105,9 +105,6 @@ class Plan:
         if not self.done(key):
             files, spans = zip(*group, strict=True)
             yield Shard(key, spans, files)
-
-    def _must_spool(self, reader: Reader) -> bool:
-        return reader.by_line and reader.compressed and reader.size > self._shard_bytes // 4
 
     def _spooled(self, number: int, file: int) -> Iterator[Shard]:
         """Decompress a file into blocks of whole lines, and yield the shards of those that are not done."""

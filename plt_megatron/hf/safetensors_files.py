@@ -55,7 +55,8 @@ class SafetensorsWriter:
             shards[-1][name] = shape
             filled += size
             self.total_size += size
-        self.files = [folder / _file_name(number, len(shards)) for number in range(len(shards))]
+        numbered = (f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1))
+        self.files = [folder / name for name in ([SINGLE] if len(shards) == 1 else numbered)]
         self._left: dict[str, tuple[Path, int, tuple[int, ...]]] = {}  # (file, offset, shape)
         for path, shard in zip(self.files, shards, strict=True):
             self._begin(path, shard)
@@ -88,10 +89,6 @@ class SafetensorsWriter:
         with path.open("r+b") as file:
             file.seek(place)
             file.write(values.reshape(-1).view(torch.uint8).numpy())
-
-
-def _file_name(number: int, count: int) -> str:
-    return SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
 class SafetensorsFolder:

@@ -53,10 +53,6 @@ def _span(model: ModelConfig) -> str | None:
     return f"{first} to {last - 1} (counted from 0); those before and after them run once"
 
 
-def _order(model: ModelConfig) -> str:
-    return "by stack" if model.loop_order == "stack" else "by layer: 1, 1, 2, 2"
-
-
 def _sharing(model: ModelConfig) -> str:
     return "no" if not model.share_kv else "yes" if model.share_values else "keys only"
 
@@ -85,7 +81,11 @@ OF_LAYERS = (
 OF_LOOPS = (
     Switch("loop_count", in_loopcoder=True),
     Switch("loop_span", title="layers that loop", said=_span),
-    Switch("loop_order", title="order of loops", said=_order),
+    Switch(
+        "loop_order",
+        title="order of loops",
+        said=lambda model: "by stack" if model.loop_order == "stack" else "by layer: 1, 1, 2, 2",
+    ),
     Switch(
         "cross_loop_parallel",
         title="cross-loop parallelism",
