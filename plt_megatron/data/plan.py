@@ -39,21 +39,20 @@ class Plan:
         self._portion = portion
         self.keys: list[str] = []
 
-    def _units(self) -> Iterator[tuple[int, Span | None, int]]:
-        """Yield (file number, span or None for a file that is decompressed here, bytes on disk), in order."""
-        for file, reader in enumerate(self._readers):
-            if reader.by_line and reader.compressed and reader.size > self._shard_bytes // 4:
-                yield file, None, reader.size
-            else:
-                yield from ((file, span, span.disk_bytes) for span in reader.spans(self._shard_bytes))
-
     @cached_property
     def _all(self) -> list[tuple[int, Span | None, int]]:
-        return list(self._units())
+        """(file number, span or None for a file that is decompressed here, bytes on disk) of all machines, in order."""
+        units: list[tuple[int, Span | None, int]] = []
+        for file, reader in enumerate(self._readers):
+            if reader.by_line and reader.compressed and reader.size > self._shard_bytes // 4:
+                units.append((file, None, reader.size))
+            else:
+                units += [(file, span, span.disk_bytes) for span in reader.spans(self._shard_bytes)]
+        return units
 
     @cached_property
     def _own(self) -> list[tuple[int, Span | None, int]]:
-        """The `_units` of this machine."""
+        """Those of this machine."""
         total = max(1, sum(size for *_, size in self._all))
         own, before = [], 0
         for file, span, size in self._all:
