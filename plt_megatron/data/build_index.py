@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.schedules import all_sources
 from plt_megatron.config.validation import validate
-from plt_megatron.data.mix import describe_mix, index_folder, mix_shares, required_samples
+from plt_megatron.data.mix import describe_mix, mix_shares, required_samples
 from plt_megatron.data.tokenizer import load_tokenizer
 from plt_megatron.errors import UserError
 
@@ -21,14 +21,7 @@ def build_index(config_path: str, overrides: Sequence[str] = ()) -> None:
     print(describe_mix(config.data, mix_shares(config.data, samples)), flush=True)
     from plt_megatron.data.datasets import build_datasets
 
-    build_datasets(
-        config.data,
-        num_samples=samples,
-        seed=config.training.seed,
-        cache_dir=index_folder(config),
-        tokenizer=load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None,
-        vocab_size=config.model.vocab_size,
-    )
+    build_datasets(config, samples, load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None)
     print(f"the sample index of {samples[0]:,} train and {samples[1]:,} validation samples is ready")
 
 

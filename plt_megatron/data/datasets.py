@@ -34,7 +34,7 @@ from torch.utils.data import Dataset
 
 from plt_megatron.config import derived
 from plt_megatron.config.schedules import distinct_sources
-from plt_megatron.config.schema import DataConfig
+from plt_megatron.config.schema import DataConfig, RunConfig
 from plt_megatron.data.fill_in_middle import FillInMiddle, RearrangedDocuments, check_ends, settings_of
 from plt_megatron.data.indexed import has_mask, mask_path, open_index, open_mask
 from plt_megatron.data.megatron_builder import Builder, JoinedDataset, MegatronTokenizer, StagedDataset, draw_stages
@@ -46,6 +46,7 @@ from plt_megatron.data.mix import (
     check_tokenizer,
     content_hashes,
     fingerprint,
+    index_folder,
     mix_shares,
     part_sources,
     sample_sources,
@@ -244,32 +245,21 @@ class Datasets:
     shares: list[SourceShare]
 
 
-def build_datasets(
-    data: DataConfig,
-    *,
-    num_samples: tuple[int, int, int],
-    seed: int,
-    cache_dir: str,
-    tokenizer: Tokenizer | None,
-    vocab_size: int | None = None,
-) -> Datasets:
+def build_datasets(config: RunConfig, num_samples: tuple[int, int, int], tokenizer: Tokenizer | None) -> Datasets:
     """Build the samples of a run: `num_samples` of train, validation and test; None for a part of 0 samples.
-    `vocab_size`: the model's, if it is not the tokenizer's.
 
-    Must be called by all ranks if torch.distributed is initialized. Rank 0 builds the index in `cache_dir` if it is
+    Must be called by all ranks if torch.distributed is initialized. Rank 0 builds the index in `index_folder` if it is
     missing; the others wait for up to `INDEX_TIMEOUT_MINUTES`. Raises `UserError`, on all ranks, if the data is
     missing or damaged, was made with another tokenizer, or cannot provide the samples.
     """
-    vocab_size = vocab_size or (tokenizer.vocab_size if tokenizer else None)
-    folder = Path(cache_dir).absolute()
     outcome: list[Any] = [None, None, UserError]  # what rank 0 built, and why it could not
     failure: Exception | None = None
     is_alone = not dist.is_initialized() or dist.get_world_size() == 1
     if is_alone or dist.get_rank() == 0:
         try:
-            outcome[0] = _build_index(data, num_samples, seed, folder, tokenizer, vocab_size)
+            outcome[0] = _build_index(config, num_samples, tokenizer)
         except OSError as error:
-            failure = file_error(_index_failure(folder, error), error)
+            failure = file_error(_index_failure(config, error), error)
         except Exception as error:  # of any kind: the other ranks must not be left waiting
             failure = error
         if failure is not None:
@@ -289,13 +279,14 @@ def build_datasets(
             "data.index_cache to a folder that all machines share"
         )
     try:
-        train, validation, test = _load(data, num_samples, seed, index, tokenizer, vocab_size)
+        train, validation, test = _load(config, num_samples, tokenizer, index)
     except OSError as error:
         raise file_error(f"the data cannot be read: {describe_os_error(error)}", error) from error
     return Datasets(train, validation, test, key, shares)
 
 
-def _index_failure(folder: Path, error: OSError) -> str:
+def _index_failure(config: RunConfig, error: OSError) -> str:
+    folder = Path(index_folder(config)).absolute()
     where, why = Path(error.filename or folder), error.strerror or error
     if where.is_relative_to(folder):
         return f"the sample index cannot be written: {where}: {why}"
@@ -320,16 +311,12 @@ def _from_rank_0(outcome: list[Any]) -> list[Any]:
 
 
 def _build_index(
-    data: DataConfig,
-    num_samples: tuple[int, int, int],
-    seed: int,
-    folder: Path,
-    tokenizer: Tokenizer | None,
-    vocab_size: int | None,
+    config: RunConfig, num_samples: tuple[int, int, int], tokenizer: Tokenizer | None
 ) -> tuple[str, dict[str, Any], list[SourceShare]]:
     """Check the data and build the index if it is missing; return its folder and the rest of `Datasets`."""
+    data, seed = config.data, config.training.seed
     shares = mix_shares(data, num_samples)
-    check_tokenizer(data, tokenizer, vocab_size)
+    check_tokenizer(data, tokenizer, config.model.vocab_size)
     check_masks(data)
     settings = settings_of(data, tokenizer, seed)
     for share in shares:
@@ -347,16 +334,14 @@ def _build_index(
     content = {os.path.abspath(path): digest for path, digest in hashes.items()}
     key = [fingerprint(data, tokenizer, hashes, seed=seed, num_samples=list(num_samples)), content]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    target = folder / digest[:24]
+    target = Path(index_folder(config)).absolute() / digest[:24]
     if not target.is_dir():
-        _build_in(target, data, num_samples, seed, tokenizer)
+        _build_in(target, config, num_samples, tokenizer)
     train = fingerprint(data, tokenizer, hashes, seed=seed, num_samples=num_samples[0])
     return str(target), train, shares
 
 
-def _build_in(
-    target: Path, data: DataConfig, num_samples: tuple[int, int, int], seed: int, tokenizer: Tokenizer | None
-) -> None:
+def _build_in(target: Path, config: RunConfig, num_samples: tuple[int, int, int], tokenizer: Tokenizer | None) -> None:
     """Build the index under a temporary name and rename it once it is complete."""
     started = time.monotonic()
     logger.info("building the sample index in %s", target)
@@ -364,7 +349,7 @@ def _build_in(
     temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")  # two nodes may have equal process ids
     temporary.mkdir(parents=True)
     try:
-        _load(data, num_samples, seed, str(temporary), tokenizer)
+        _load(config, num_samples, tokenizer, str(temporary))
         try:
             publish(temporary, target)
         except OSError:
@@ -385,14 +370,11 @@ def _remove_abandoned(target: Path) -> None:
 
 
 def _load(
-    data: DataConfig,
-    num_samples: tuple[int, int, int],
-    seed: int,
-    cache: str,
-    tokenizer: Tokenizer | None,
-    vocab_size: int | None = None,
+    config: RunConfig, num_samples: tuple[int, int, int], tokenizer: Tokenizer | None, cache: str
 ) -> list[Samples | None]:
-    config = _DatasetConfig(
+    """Open the samples of each part; builds what the index in the folder `cache` lacks."""
+    data, seed = config.data, config.training.seed
+    settings = _DatasetConfig(
         random_seed=seed,
         sequence_length=data.sequence_length,
         path_to_cache=cache,
@@ -403,15 +385,15 @@ def _load(
         create_attention_mask=False,
         reset_at_document_boundaries=data.reset_at_document_boundaries,
         masked_token=tokenizer.eod if data.eod_mask_loss and tokenizer else None,
-        vocab_size=vocab_size,
+        vocab_size=config.model.vocab_size or (tokenizer.vocab_size if tokenizer else None),
         fill_in_middle=settings_of(data, tokenizer, seed),
         num_dataset_builder_threads=min(8, usable_cores()),
         **_blend(data, num_samples),
     )
     if data.sources:  # megatron-core's own split, restricted to the parts that are used
         bounds = split_matrix(data)
-        config.split_matrix = [bounds[i] if num_samples[i] else None for i in range(len(PARTS))]
-    builder = Builder(_DocumentDataset, list(num_samples), lambda: True, config)
+        settings.split_matrix = [bounds[i] if num_samples[i] else None for i in range(len(PARTS))]
+    builder = Builder(_DocumentDataset, list(num_samples), lambda: True, settings)
     staged = _take_staged(builder, data, num_samples[0], cache) if data.stages and num_samples[0] else None
     built = builder.build()
     names = [[derived.source_name(source) for source in part] for part in sample_sources(data)]

@@ -10,29 +10,21 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import importlib.util
 import json
-import os
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import write_bytes
 
+_TESTS = {"test", "tests", "__pycache__"}
 # Neither prose nor code worth continuing: tests, generated tables, and what pip installed.
-_SKIPPED_FOLDERS = {
-    "test",
-    "tests",
-    "idle_test",
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-    "lib2to3",
-    "pydoc_data",
-}
+_SKIPPED_FOLDERS = _TESTS | {"idle_test", "site-packages", "dist-packages", "lib2to3", "pydoc_data"}
 _HELD_OUT = 16  # one document in this many is for validation
 
 
@@ -43,7 +35,8 @@ def write_demo_corpus(folder: Path) -> tuple[int, int]:
     """
     library = Path(sysconfig.get_path("stdlib"))
     files = {part: folder / f"{part}.jsonl" for part in ("train", "validation")}
-    return write_parts(_python_sources(library), files, f"no text for the demo corpus in {library}")
+    documents = sorted(_sources(library, _SKIPPED_FOLDERS), key=lambda document: (_hash(document[0]), document[0]))
+    return write_parts(documents, files, f"no text for the demo corpus in {library}")
 
 
 def write_parts(documents: Iterable[tuple[str, str]], files: Mapping[str, Path], missing: str) -> tuple[int, int]:
@@ -77,20 +70,15 @@ def _hash(name: str) -> str:
     return hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
 
 
-def _python_sources(root: Path) -> Iterator[tuple[str, str]]:
-    """Yield name and text of every usable source file, ordered by the hash of the name."""
-    names = []
-    for parent, folders, files in os.walk(root):
-        folders[:] = [folder for folder in folders if folder not in _SKIPPED_FOLDERS]
-        paths = [Path(parent, file) for file in files if file.endswith(".py")]
-        names += [path.relative_to(root).as_posix() for path in paths]
-    for name in sorted(names, key=lambda name: (_hash(name), name)):
-        try:
-            text = (root / name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            continue
-        if text.strip():
-            yield name, text
+def _sources(root: Path, skipped: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield name and text of every usable source file that is not in a folder of a name in `skipped`."""
+    for parent, folders, files in root.walk():
+        folders[:] = [folder for folder in folders if folder not in skipped]
+        for path in (parent / file for file in files if file.endswith(".py")):
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                text = path.read_text(encoding="utf-8")
+                if text.strip():
+                    yield path.relative_to(root).as_posix(), text
 
 
 DOMAINS = {
@@ -100,7 +88,6 @@ DOMAINS = {
     "mathematics": ("sympy", "mpmath"),
 }
 SOURCES = {"torch"}  # domains of whole files; the others are their documentation strings
-_SKIPPED_IN_PACKAGES = {"test", "tests", "__pycache__"}
 _SHORTEST = 200  # characters; shorter documentation strings are skipped
 _LONGEST = 400_000  # characters; longer files are tables
 
@@ -126,30 +113,22 @@ def _domain_documents(domain: str) -> Iterator[tuple[str, str]]:
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
             raise UserError(f"no text of {domain}: {package} is not installed")
-        root = Path(spec.origin).parent
-        for path in root.rglob("*.py"):
-            inside = path.relative_to(root)
-            if not _SKIPPED_IN_PACKAGES & set(inside.parts):
-                text = _source(path) if domain in SOURCES else "\n\n\n".join(_documentation(path))
-                if text.strip():
-                    yield f"{package}/{inside.as_posix()}", text
+        for name, source in _sources(Path(spec.origin).parent, _TESTS):
+            if domain not in SOURCES:
+                text = "\n\n\n".join(_documentation(source))
+            else:
+                text = source if len(source) <= _LONGEST else ""
+            if text.strip():
+                yield f"{package}/{name}", text
 
 
-def _source(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return ""
-    return text if len(text) <= _LONGEST else ""
-
-
-def _documentation(path: Path) -> Iterator[str]:
+def _documentation(source: str) -> Iterator[str]:
     """Yield the documentation strings of a source file that are long enough."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)  # invalid escapes in its strings
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, SyntaxError):
+            tree = ast.parse(source)
+    except SyntaxError:
         return
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))

@@ -15,7 +15,7 @@ from itertools import count
 
 import numpy as np
 
-from plt_megatron.data.indexed import document_starts, flat_tokens, read_index
+from plt_megatron.data.indexed import flat_tokens, read_index
 from plt_megatron.data.mix import SourceShare
 from plt_megatron.data.rolling_hash import WindowHasher
 from plt_megatron.errors import UserError
@@ -49,9 +49,7 @@ class Duplicates:
     """The result of a search.
 
     Attributes:
-        span_tokens: minimum length of a shared span.
-        validation_documents, validation_tokens: size of the text searched for.
-        training_documents, training_tokens: size of the text searched.
+        validation_..., training_...: sizes of the text searched for, and of the text searched.
         equal_documents: validation documents that the training part contains whole.
         equal_pairs: equal documents, each with its first match.
         span_documents: validation documents that share a span with the training part.
@@ -108,8 +106,9 @@ class _Held:
         texts: list[np.ndarray] = [np.empty(0, np.int32)]
         for name, path, documents in sources:
             index = read_index(path)
-            starts, flat = document_starts(index, documents), flat_tokens(index)
-            for document, start in zip(documents, starts, strict=True):
+            flat = flat_tokens(index)
+            for document in documents:
+                start = index.start(document)
                 self.places.append(Place(name, int(document)))
                 texts.append(np.asarray(flat[start : start + int(index.lengths[document])], np.int32))
         lengths = np.array([len(text) for text in texts[1:]], np.int64)
@@ -164,7 +163,7 @@ class _Search:
     def through(self, share: SourceShare) -> None:
         index = read_index(share.path)
         flat = flat_tokens(index)
-        start = document_starts(index, [share.first])[0] if share.documents else 0
+        start = index.start(share.first) if share.documents else 0
         for first in range(share.first, share.last, _GROUP):
             lengths = np.asarray(index.lengths[first : min(first + _GROUP, share.last)], np.int64)
             ends = start + np.cumsum(lengths)

@@ -64,7 +64,7 @@ class TextEncoder(Encoder):
             flat, lengths[refused] = flat[~np.isin(numbers, refused)], 0
         lengths = lengths[lengths > 0]
         if self._append_eod:
-            flat, lengths = _append_token(flat, lengths, self._tokenizer.eod)
+            flat, lengths = np.insert(flat, np.cumsum(lengths), self._tokenizer.eod), lengths + 1
         return Encoded(flat, lengths, np.empty(0, np.uint8), bad)
 
 
@@ -230,15 +230,3 @@ def _rejecting() -> Iterator[None]:
         *(ArithmeticError, LookupError, AttributeError, AssertionError),  # of expressions in it
     ) as error:
         raise _BadConversation(f"the chat template rejects it: {first_line(error)}") from error
-
-
-def _append_token(flat: np.ndarray, lengths: np.ndarray, token: int) -> tuple[np.ndarray, np.ndarray]:
-    """Append `token` to each document; return the new tokens and lengths."""
-    lengths = lengths + 1
-    ends = np.cumsum(lengths) - 1
-    result = np.empty(flat.size + len(lengths), flat.dtype)
-    inside = np.ones(len(result), bool)
-    inside[ends] = False
-    result[inside] = flat
-    result[ends] = token
-    return result, lengths

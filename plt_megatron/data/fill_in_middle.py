@@ -23,7 +23,7 @@ import numpy as np
 from plt_megatron.config import derived
 from plt_megatron.config.schedules import training_sources
 from plt_megatron.config.schema import DataConfig
-from plt_megatron.data.indexed import document_starts, flat_tokens, open_index
+from plt_megatron.data.indexed import flat_tokens, open_index
 from plt_megatron.data.rolling_hash import scramble
 from plt_megatron.data.tokenizer import Tokenizer
 from plt_megatron.errors import UserError
@@ -95,9 +95,9 @@ def check_ends(setting: str, path: str, first: int, last: int, eod: int) -> None
     index = open_index(path)
     documents = sorted({int(place) for place in np.linspace(first, last - 1, _CHECKED)}) if last > first else []
     flat = flat_tokens(index)
-    for document, start in zip(documents, document_starts(index, documents), strict=True):
+    for document in documents:
         length = int(index.lengths[document])
-        if length and int(flat[start + length - 1]) != eod:
+        if length and int(flat[index.start(document) + length - 1]) != eod:
             raise UserError(
                 f"{setting}: document {document} of {path} does not end with the tokenizer's end-of-document token "
                 f"{eod}: tokenize it again without --no-append-eod and --eod-token"

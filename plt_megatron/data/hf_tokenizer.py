@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[att
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from plt_megatron.data.segments import COARSE, crosses_no_piece
-from plt_megatron.data.tokenizer import Tokenizer
+from plt_megatron.data.tokenizer import Tokenizer, normalizes, pieces_of
 from plt_megatron.errors import UserError
 
 _SPACE = "\u2581"
@@ -28,13 +29,10 @@ def build_tokenizer_json(model: Path) -> dict[str, str]:
     Control tokens are part of the vocabulary and not "added tokens": as in sentencepiece, their names in a text
     are just text. The configuration tells transformers the same (`split_special_tokens`).
     """
-    proto = ModelProto()
-    proto.ParseFromString(model.read_bytes())
-    normalizer = proto.normalizer_spec
-    if normalizer.precompiled_charsmap or normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces:
+    proto = ModelProto.FromString(model.read_bytes())
+    if normalizes(proto):
         raise UserError(f"{model}: only models without normalization can be written as tokenizer.json")
-    kind = proto.SentencePiece
-    splittable = crosses_no_piece(COARSE, [piece.piece for piece in proto.pieces if piece.type == kind.NORMAL])
+    splittable = crosses_no_piece(COARSE, pieces_of(proto, "NORMAL"))
     files = {"tokenizer.json": json.loads(_tokenizer(proto, splittable)), "tokenizer_config.json": _config(proto)}
     return {name: json.dumps(content, ensure_ascii=False, indent=1) + "\n" for name, content in files.items()}
 
@@ -47,8 +45,7 @@ def _tokenizer(proto: Any, splittable: bool) -> str:
         words = tokenizers.Regex(rf"\n|{_SPACE}+[^{_SPACE}\n]*|[^{_SPACE}\n]+")
         built.pre_tokenizer = pre_tokenizers.Split(words, "isolated")
     built.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    user_defined = [piece.piece for piece in proto.pieces if piece.type == proto.SentencePiece.USER_DEFINED]
-    built.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in user_defined])
+    built.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in pieces_of(proto, "USER_DEFINED")])
     return built.to_str()
 
 
@@ -80,11 +77,10 @@ def _unigram(proto: Any) -> models.Unigram:
 def _config(proto: Any) -> dict[str, Any]:
     ids = {f"{name}_token": getattr(proto.trainer_spec, f"{name}_id") for name in ("unk", "bos", "eos", "pad")}
     named = {name: proto.pieces[index].piece for name, index in ids.items() if index >= 0}
-    control = [piece.piece for piece in proto.pieces if piece.type == proto.SentencePiece.CONTROL]
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **named,
-        "additional_special_tokens": [piece for piece in control if piece not in named.values()],
+        "additional_special_tokens": [piece for piece in pieces_of(proto, "CONTROL") if piece not in named.values()],
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**30,
@@ -113,10 +109,7 @@ def first_difference(tokenizer: Tokenizer, model: bytes, tokenizer_json: str, te
 
 def _show_difference(text: str, ids: Sequence[Sequence[int]]) -> str:
     ours, reference, theirs = ids
-    place = next(
-        (i for i, same in enumerate(zip(ours, reference, theirs, strict=False)) if len(set(same)) > 1),
-        min(map(len, ids)),
-    )
+    place = next(i for i, same in enumerate(itertools.zip_longest(*ids)) if len(set(same)) > 1)
     window = slice(max(0, place - 2), place + 4)
     return (
         f"at token {place} of {text[:80]!r}: sentencepiece {list(reference[window])}, "

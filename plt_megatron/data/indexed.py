@@ -122,12 +122,13 @@ _CODES: dict[int, type] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5:
 
 @dataclass(frozen=True)
 class IndexedFile:
-    """The contents of a `.idx`. `lengths` is memory-mapped int32, tokens per document; `bins` are the files that hold
-    the tokens: one, or one for each part of a source in parts."""
+    """The contents of a `.idx`. `lengths` is memory-mapped int32, tokens per document, and `offsets` int64, where each
+    begins in bytes; `bins` are the files that hold the tokens: one, or one for each part of a source in parts."""
 
     prefix: str
     dtype: np.dtype[Any]
     lengths: np.ndarray
+    offsets: np.ndarray
     bins: Sequence[str]
 
     @property
@@ -137,6 +138,10 @@ class IndexedFile:
     @property
     def tokens(self) -> int:
         return int(self.lengths.sum(dtype=np.int64))
+
+    def start(self, document: int) -> int:
+        """Return where a document starts among the source's tokens."""
+        return int(self.offsets[document]) // self.dtype.itemsize
 
 
 def open_index(prefix: str | os.PathLike[str]) -> IndexedFile:
@@ -163,14 +168,14 @@ def open_index(prefix: str | os.PathLike[str]) -> IndexedFile:
         size = os.path.getsize(prefix + ".idx")
         if size < offset + 12 * sequences + 8 * documents:
             raise UserError(f"{prefix}.idx is truncated at {size} bytes: tokenize the data again")
-        dtype, lengths, end = np.dtype(_CODES[code]), np.empty(0, np.int32), 0
+        dtype, lengths, offsets, end = np.dtype(_CODES[code]), np.empty(0, np.int32), np.empty(0, np.int64), 0
         if sequences:
             lengths = np.memmap(prefix + ".idx", np.int32, "r", offset, (sequences,))
-            starts = np.memmap(prefix + ".idx", np.int64, "r", offset + 4 * sequences, (sequences,))
-            end = int(starts[-1]) + int(lengths[-1]) * dtype.itemsize
+            offsets = np.memmap(prefix + ".idx", np.int64, "r", offset + 4 * sequences, (sequences,))
+            end = int(offsets[-1]) + int(lengths[-1]) * dtype.itemsize
     except OSError as error:
         raise file_error(f"{prefix}.idx cannot be read ({error.strerror})", error) from error
-    index = IndexedFile(prefix, dtype, lengths, bins)
+    index = IndexedFile(prefix, dtype, lengths, offsets, bins)
     _check_size(index, end)
     return index
 
@@ -198,20 +203,6 @@ def flat_tokens(index: IndexedFile) -> Any:
     return map_files(index.bins, index.dtype)
 
 
-def document_starts(index: IndexedFile, documents: Sequence[int]) -> list[int]:
-    """Return where each document starts among the source's tokens, without holding all starts in memory."""
-    wanted = np.asarray(documents, np.int64)
-    found = np.zeros(len(wanted), np.int64)
-    passed = 0
-    for first in range(0, index.documents, 1 << 20):
-        lengths = np.asarray(index.lengths[first : first + (1 << 20)], np.int64)
-        starts = passed + np.cumsum(lengths) - lengths
-        inside = (wanted >= first) & (wanted < first + len(lengths))
-        found[inside] = starts[wanted[inside] - first]
-        passed += int(lengths.sum())
-    return [int(start) for start in found]
-
-
 def read_manifest(prefix: str) -> dict[str, Any]:
     """Read the `prefix`.manifest.json that `plt preprocess` wrote; empty for a source that was made elsewhere."""
     with contextlib.suppress(FileNotFoundError):
@@ -233,9 +224,9 @@ def write_index(path: Path, dtype: Any, lengths: Callable[[], Iterable[np.ndarra
             file.write(np.asarray(part, np.int32).tobytes())
         start = 0
         for part in lengths():
-            ends = start + np.cumsum(part, dtype=np.int64) * item
-            file.write(np.concatenate(([start], ends[:-1])).astype(np.int64).tobytes() if len(part) else b"")
-            start = int(ends[-1]) if len(part) else start
+            ends = np.cumsum(part, dtype=np.int64)
+            file.write((start + (ends - part) * item).tobytes())
+            start += int(np.sum(part, dtype=np.int64)) * item
         for first in range(0, count + 1, 1 << 20):
             file.write(np.arange(first, min(first + (1 << 20), count + 1), dtype=np.int64).tobytes())
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import groupby
 
 from plt_megatron.config import derived
@@ -13,7 +12,7 @@ from plt_megatron.config.schedules import BatchSchedule, LengthSchedule, with_gl
 from plt_megatron.config.schema import DataSource, RunConfig
 from plt_megatron.data.datasets import Part, Samples, build_datasets
 from plt_megatron.data.duplicates import Duplicates, Shared, find_duplicates
-from plt_megatron.data.mix import PARTS, index_folder, required_samples, sample_sources, validation_alone
+from plt_megatron.data.mix import PARTS, required_samples, sample_sources, validation_alone
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.text import format_table, plural
@@ -83,22 +82,14 @@ class Inspector:
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         self._tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
-        build = partial(
-            build_datasets,
-            seed=config.training.seed,
-            cache_dir=index_folder(config),
-            tokenizer=self._tokenizer,
-            vocab_size=config.model.vocab_size,
-        )
-        train, validation, test = required_samples(config)
-        built = build(config.data, num_samples=(train, validation, test))
+        counts = required_samples(config)
+        built = build_datasets(config, counts, self._tokenizer)
         self._shares = built.shares
         parts = zip(PARTS, sample_sources(config.data), (built.train, built.validation, built.test), strict=True)
         self._samples = {part: [(sources, found)] if found else [] for part, sources, found in parts}
-        if config.validation.by_source and validation:
-            ones = [
-                ([each], build(data, num_samples=(0, validation, 0))) for each, data in validation_alone(config.data)
-            ]
+        if config.validation.by_source and counts[1]:
+            alone = validation_alone(config)
+            ones = [([each], build_datasets(run, (0, counts[1], 0), self._tokenizer)) for each, run in alone]
             self._samples["validation"] = [(each, one.validation) for each, one in ones if one.validation]
 
     def samples(self, part: str) -> list[tuple[list[DataSource], Samples]]:

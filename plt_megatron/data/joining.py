@@ -26,7 +26,6 @@ def join(patterns: Sequence[str], output_prefix: str, *, overwrite: bool = False
     Args:
         patterns: path prefixes, or globs of .idx files, which are sorted by name. Files written by megatron-core,
             datatrove or Megatron-LM work too.
-        output_prefix: path prefix of the joined source.
 
     Raises:
         UserError: a part is missing or damaged, the parts differ in tokenizer or dtype, or the output exists.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,7 +30,11 @@ class MegatronTokenizer:
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self.eod = tokenizer.eod if tokenizer else None
         self.vocab_size = tokenizer.vocab_size if tokenizer else None
-        self.unique_identifiers = tokenizer.unique_identifiers if tokenizer else OrderedDict(none=None)
+        # megatron-core hashes these into the names of its cached indices.
+        self.unique_identifiers: dict[str, Any] = {"none": None}
+        if tokenizer is not None:
+            kind = type(tokenizer).__name__
+            self.unique_identifiers = {"class": kind, "sha256": tokenizer.fingerprint, "eod": tokenizer.eod}
 
 
 class JoinedDataset(IndexedDataset):

@@ -96,13 +96,14 @@ def sample_sources(data: DataConfig) -> tuple[list[DataSource], list[DataSource]
     return (distinct_sources(data) if data.stages else train), validation, test
 
 
-def validation_alone(data: DataConfig) -> Iterator[tuple[DataSource, DataConfig]]:
-    """Yield each validation source, with the data of which it is the only one (`validation.by_source`)."""
+def validation_alone(config: RunConfig) -> Iterator[tuple[DataSource, RunConfig]]:
+    """Yield each validation source, with the run of which it is the only one (`validation.by_source`)."""
+    data = config.data
     key = "sources" if data.sources else "validation_sources"
     for source in part_sources(data)[1]:
         # The others would be checked again.
         alone: dict[str, Any] = {"stages": [], "train_sources": [], "test_sources": [], key: [source]}
-        yield source, dataclasses.replace(data, **alone)
+        yield source, dataclasses.replace(config, data=dataclasses.replace(data, **alone))
 
 
 def split_matrix(data: DataConfig) -> list[tuple[float, float] | None]:

@@ -39,21 +39,20 @@ class Plan:
         self._portion = portion
         self.keys: list[str] = []
 
-    def _units(self) -> Iterator[tuple[int, Span | None, int]]:
-        """Yield (file number, span or None for a file that is decompressed here, bytes on disk), in order."""
-        for file, reader in enumerate(self._readers):
-            if self._must_spool(reader):
-                yield file, None, reader.size
-            else:
-                yield from ((file, span, span.disk_bytes) for span in reader.spans(self._shard_bytes))
-
     @cached_property
     def _all(self) -> list[tuple[int, Span | None, int]]:
-        return list(self._units())
+        """(file number, span or None for a file that is decompressed here, bytes on disk) of all machines, in order."""
+        units: list[tuple[int, Span | None, int]] = []
+        for file, reader in enumerate(self._readers):
+            if reader.by_line and reader.compressed and reader.size > self._shard_bytes // 4:
+                units.append((file, None, reader.size))
+            else:
+                units += [(file, span, span.disk_bytes) for span in reader.spans(self._shard_bytes)]
+        return units
 
     @cached_property
     def _own(self) -> list[tuple[int, Span | None, int]]:
-        """The `_units` of this machine."""
+        """Those of this machine."""
         total = max(1, sum(size for *_, size in self._all))
         own, before = [], 0
         for file, span, size in self._all:
@@ -81,22 +80,23 @@ class Plan:
 
     def shards(self) -> Iterator[Shard]:
         """Yield the shards still to do, in order; `keys` is complete when this is exhausted."""
-        group: list[tuple[int, Span]] = []  # small spans that share a shard, each with the number of its file
-        number = 0
+        for number, unit in enumerate(self._grouped()):
+            yield from self._spooled(number, unit) if isinstance(unit, int) else self._undone(number, unit)
+
+    def _grouped(self) -> Iterator[int | list[tuple[int, Span]]]:
+        """Yield the number of each file to decompress, and groups of spans that share a shard, each with its file's."""
+        group: list[tuple[int, Span]] = []
         for file, span, _ in self._own:
+            full = sum(span.disk_bytes for _, span in group) >= self._shard_bytes or len(group) >= 1000
+            if group and (full or span is None):
+                yield group
+                group = []
             if span is None:
-                if group:
-                    yield from self._undone(number, group)
-                    number, group = number + 1, []
-                yield from self._spooled(number, file)
-                number += 1
-                continue
-            group.append((file, span))
-            if sum(span.disk_bytes for _, span in group) >= self._shard_bytes or len(group) >= 1000:
-                yield from self._undone(number, group)
-                number, group = number + 1, []
+                yield file
+            else:
+                group.append((file, span))
         if group:
-            yield from self._undone(number, group)
+            yield group
 
     def _undone(self, number: int, group: list[tuple[int, Span]]) -> Iterator[Shard]:
         key = f"{number:06d}"
@@ -104,9 +104,6 @@ class Plan:
         if not self.done(key):
             files, spans = zip(*group, strict=True)
             yield Shard(key, spans, files)
-
-    def _must_spool(self, reader: Reader) -> bool:
-        return reader.by_line and reader.compressed and reader.size > self._shard_bytes // 4
 
     def _spooled(self, number: int, file: int) -> Iterator[Shard]:
         """Decompress a file into blocks of whole lines, and yield the shards of those that are not done."""

@@ -10,7 +10,6 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -40,7 +39,7 @@ def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
 
 
 class Tokenizer(ABC):
-    """The tokenizer interface of training and preprocessing; megatron-core accepts it as its own.
+    """The tokenizer interface of training and preprocessing.
 
     `fingerprint` is the SHA-256 of the file. `bos`, `eos` and `pad` are None where the tokenizer has none;
     `eod`, the end-of-document token, always exists. `spelling` is what stands in documents for a special token that
@@ -64,11 +63,6 @@ class Tokenizer(ABC):
     def dtype(self) -> type[np.uint16] | type[np.int32]:
         """The dtype of the ids that `encode_flat` returns."""
         return token_dtype(self.vocab_size)
-
-    @property
-    def unique_identifiers(self) -> OrderedDict[str, Any]:
-        """Values that megatron-core hashes into the names of its cached indices."""
-        return OrderedDict([("class", type(self).__name__), ("sha256", self.fingerprint), ("eod", self.eod)])
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`. A lone surrogate raises UnicodeEncodeError."""
@@ -125,6 +119,18 @@ class Tokenizer(ABC):
         """Return how to give the tokenizer a token that ends documents."""
 
 
+def normalizes(proto: Any) -> bool:
+    """Return whether a sentencepiece model changes texts before it encodes them."""
+    spec = proto.normalizer_spec
+    return bool(spec.precompiled_charsmap or spec.add_dummy_prefix or spec.remove_extra_whitespaces)
+
+
+def pieces_of(proto: Any, *kinds: str) -> list[str]:
+    """Return the pieces of a sentencepiece model that are of these kinds, such as `NORMAL`."""
+    types = [getattr(proto.SentencePiece, kind) for kind in kinds]
+    return [piece.piece for piece in proto.pieces if piece.type in types]
+
+
 class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece BPE or unigram model, encoded segment by segment where that is exact."""
 
@@ -134,9 +140,8 @@ class SentencePieceTokenizer(Tokenizer):
 
         content = path.read_bytes()
         super().__init__(path, content)
-        proto = ModelProto()
         try:
-            proto.ParseFromString(content)
+            proto = ModelProto.FromString(content)
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         except Exception as error:  # protobuf and sentencepiece raise types of their own
             raise UserError(f"{path}: not a sentencepiece model ({str(error).strip()})") from error
@@ -153,9 +158,9 @@ class SentencePieceTokenizer(Tokenizer):
         self._segments: SegmentEncoder | None = None
         self._exact_chunks = False
         if self._splits_exactly(proto):
-            symbols, kind = self._user_defined(proto), proto.trainer_spec.model_type
+            symbols, kind = pieces_of(proto, "USER_DEFINED"), proto.trainer_spec.model_type
             if kind == proto.trainer_spec.BPE:
-                pattern = word_pattern(self._pieces(proto)) or COARSE
+                pattern = word_pattern(pieces_of(proto, "NORMAL", "UNUSED")) or COARSE
                 self._segments = SegmentEncoder(self._encode_segment, pattern, symbols)
             elif kind == proto.trainer_spec.UNIGRAM and not symbols:
                 # Cutting long texts then changes nothing but the rounding of long sums of scores.
@@ -173,31 +178,13 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _splits_exactly(self, proto: Any) -> bool:
         """Return whether parts cut at `COARSE` borders encode to the ids of the whole."""
-        normalizer = proto.normalizer_spec
-        if (
-            normalizer.precompiled_charsmap
-            or normalizer.add_dummy_prefix
-            or normalizer.remove_extra_whitespaces
-            or not normalizer.escape_whitespaces
-            or proto.trainer_spec.treat_whitespace_as_suffix
-        ):
+        escapes = proto.normalizer_spec.escape_whitespaces and not proto.trainer_spec.treat_whitespace_as_suffix
+        if normalizes(proto) or not escapes:
             return False  # normalization looks across borders
-        types = [piece.type for piece in proto.pieces]
-        if types.count(proto.SentencePiece.BYTE) != 256:
+        if len(pieces_of(proto, "BYTE")) != 256:
             return False  # adjacent unknown characters become one token
-        symbols = self._user_defined(proto)
-        return not any(set(symbol) & set(" \u2581") for symbol in symbols) and crosses_no_piece(
-            COARSE, self._pieces(proto)
-        )
-
-    @staticmethod
-    def _user_defined(proto: Any) -> list[str]:
-        return [piece.piece for piece in proto.pieces if piece.type == proto.SentencePiece.USER_DEFINED]
-
-    @staticmethod
-    def _pieces(proto: Any) -> list[str]:
-        kind = proto.SentencePiece
-        return [piece.piece for piece in proto.pieces if piece.type in (kind.NORMAL, kind.UNUSED)]
+        spaced = set("".join(pieces_of(proto, "USER_DEFINED"))) & set(" \u2581")
+        return not spaced and crosses_no_piece(COARSE, pieces_of(proto, "NORMAL", "UNUSED"))
 
     def _encode_segment(self, segment: str) -> bytes:
         return self._processor.encode(segment, out_type="numpy").astype(self.dtype).tobytes()
@@ -247,7 +234,8 @@ class HuggingFaceTokenizer(Tokenizer):
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"{path}: not a tokenizer.json ({error})") from error
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        names, self._control_names = _token_names(path.with_name(_NAMES))
+        names = _token_names(path.with_name(_NAMES))
+        self._control_names = set(names.values())
         named = [names.get(key) for key in ("bos_token", "eos_token", "pad_token")]
         self.bos, self.eos, self.pad = (None if name is None else self.token_id(name) for name in named)
         self.eod = self._find_eod(eod_token, names.get("eos_token"))
@@ -341,17 +329,16 @@ def _types(decoder: dict[str, Any] | None) -> set[str]:
     return {decoder["type"]}.union(*(_types(part) for part in decoder.get("decoders", [])))
 
 
-def _token_names(config: Path) -> tuple[dict[str, str], set[str]]:
-    """Read the bos, eos, pad and unk tokens named in a tokenizer_config.json, if any, and all control tokens."""
+def _token_names(config: Path) -> dict[str, str]:
+    """Read the bos, eos, pad and unk tokens and further control tokens named in a tokenizer_config.json, if any."""
     if not config.is_file():
-        return {}, set()
+        return {}
     values = read_json_object(config)
     others = values.get("additional_special_tokens")
     names = {key: values.get(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
     names |= {str(place): name for place, name in enumerate(others)} if isinstance(others, list) else {}
     plain = {key: name.get("content") if isinstance(name, dict) else name for key, name in names.items()}
-    known = {key: name for key, name in plain.items() if isinstance(name, str)}
-    return known, set(known.values())
+    return {key: name for key, name in plain.items() if isinstance(name, str)}
 
 
 def load_tokenizer(path: str | Path, eod_token: str | None = None) -> Tokenizer:

@@ -181,8 +181,7 @@ def _round_scores(content: bytes) -> bytes:
     """Round unigram scores, so that sums are the same in sentencepiece's float32 and in Hugging Face's float64."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
-    proto = ModelProto()
-    proto.ParseFromString(content)
+    proto = ModelProto.FromString(content)
     for piece in proto.pieces:
         piece.score = round(piece.score / UNIGRAM_SCORE_STEP) * UNIGRAM_SCORE_STEP
     return proto.SerializeToString(deterministic=True)
@@ -227,11 +226,8 @@ class Sample:
         for reader, size in zip(self._readers, sizes, strict=True):
             # Text may be larger than assumed, as in Parquet: no file takes the share of those after it.
             most = self.bytes + self._options.max_sample_bytes * size / max(1, sum(sizes))
-            for span, keep in self._spans(reader, share):
-                for text in self._read(span, keep):
-                    yield text
-                    if self.bytes >= most:
-                        break
+            for text in (text for span, keep in self._spans(reader, share) for text in self._read(span, keep)):
+                yield text
                 if self.bytes >= most:
                     break
 

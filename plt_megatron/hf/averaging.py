@@ -40,12 +40,7 @@ _KEPT = (
 
 @dataclass(frozen=True)
 class AverageResult:
-    """The output: a run's folder with one checkpoint.
-
-    Attributes:
-        checkpoint: the published folder.
-        checkpoints, shares: the averaged checkpoints and their shares, which add up to 1.
-    """
+    """The output: a run's folder with one checkpoint, the average of `checkpoints`, whose `shares` add up to 1."""
 
     output: Path
     checkpoint: Path
@@ -88,8 +83,8 @@ def average(options: AverageOptions, say: Callable[[str], None] = print) -> Aver
     last = max(members, key=lambda member: member.step)
     mappings = mappings_for(last.model, last.progress["vocab_size"])
     _check_names(members, mappings)
-    config = _config(last, options.precision)
-    precision = config["training"]["precision"]
+    config = last.progress["config"]
+    precision = options.precision or config["training"]["precision"]
     say(f"averaging {', '.join(member.name for member in members)}" + (" (their moving averages)" * options.ema))
     progress = {name: last.progress[name] for name in _KEPT if name in last.progress}
     progress["averaged_from"] = [[member.name, share] for member, share in zip(members, shares, strict=True)]
@@ -97,7 +92,7 @@ def average(options: AverageOptions, say: Callable[[str], None] = print) -> Aver
         written = write_checkpoint(
             folder / checkpoints.FOLDER,
             list(_tensors(members, shares, mappings, last)),
-            config,
+            config | {"training": config["training"] | {"precision": precision}},
             last.progress["vocab_size"],
             PRECISIONS[precision],
             progress | {"of_moving_averages": options.ema},
@@ -151,11 +146,6 @@ def _check_names(members: Sequence[_Member], mappings: Sequence[ParamMapping]) -
 
 
 # Writing the average.
-
-
-def _config(last: _Member, precision: str | None) -> dict[str, Any]:
-    config = last.progress["config"]
-    return config | {"training": config["training"] | ({"precision": precision} if precision else {})}
 
 
 def _tensors(

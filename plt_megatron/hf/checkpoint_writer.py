@@ -35,21 +35,14 @@ _BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor of the checkpoint, made when it is written.
-
-    Attributes:
-        name: our name in the whole model.
-        make: returns the tensor, of `shape`, on the CPU.
-
-    A buffer is written in fp32 whatever the checkpoint's dtype.
-    """
+    """A tensor of the checkpoint, by our name in the whole model: `make` returns it, on the CPU, when it is written."""
 
     name: str
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
 
     def dtype(self, checkpoints: torch.dtype) -> torch.dtype:
-        """Return the tensor's dtype on disk, in a checkpoint of dtype `checkpoints`."""
+        """Return the tensor's dtype on disk, in a checkpoint of dtype `checkpoints`: a buffer's is fp32 in any."""
         return torch.float32 if is_buffer(self.name) else checkpoints
 
 

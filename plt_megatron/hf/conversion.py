@@ -93,10 +93,7 @@ def _bind(parameter: Parameter, layer: int, expert: int, sizes: Sizes, negated: 
     )
 
 
-Weights = Iterable[tuple[str, Tensor]]
-
-
-def to_hf(weights: Weights, mappings: Sequence[ParamMapping]) -> Iterator[tuple[str, Tensor]]:
+def to_hf(weights: Iterable[tuple[str, Tensor]], mappings: Sequence[ParamMapping]) -> Iterator[tuple[str, Tensor]]:
     """Yield (their name, tensor) for everything in `weights`, which has (our name, whole tensor) in any order.
 
     Raises:
@@ -128,11 +125,7 @@ def to_megatron(read: Callable[[str], Tensor], mappings: Sequence[ParamMapping])
 
 
 def check_tensors(shapes: dict[str, tuple[int, ...]], mappings: Sequence[ParamMapping], where: str) -> None:
-    """Raise `UserError` unless `shapes` (their names) are exactly the tensors of `mappings`.
-
-    Args:
-        where: start of the message.
-    """
+    """Raise `UserError`, which begins with `where`, unless `shapes` are those of the tensors of `mappings`, by name."""
     wanted = dict(pair for mapping in mappings for pair in mapping.hf)
     for names, problem in ((wanted.keys() - shapes.keys(), "lacks"), (shapes.keys() - wanted.keys(), "has unknown")):
         if names:

@@ -125,17 +125,11 @@ def _load_data(known: Any, tasks: Sequence[str], download: bool) -> None:
         except (RuntimeError, ImportError) as error:  # a data set that is a script, a package of the task's
             raise UserError(f"the task {task} cannot be loaded: {first_line(error)}") from error
         except (OSError, ValueError) as error:  # from datasets: not cached, no network, no such set, file or split
-            advice = (
-                ""
-                if download
-                else (
-                    "; nothing was downloaded: fill the cache (HF_HOME) on a machine with network access, with "
-                    f"plt evaluate --tasks {task} --download"
-                )
-            )
-            raise UserError(
-                f"the data of the task {task} is not on this machine: {first_line(error)}{advice}"
-            ) from error
+            message = f"the data of the task {task} is not on this machine: {first_line(error)}"
+            if not download:
+                message += "; nothing was downloaded: fill the cache (HF_HOME) on a machine with network access, with "
+                message += f"plt evaluate --tasks {task} --download"
+            raise UserError(message) from error
 
 
 def _scores(results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, float]]:

@@ -22,7 +22,6 @@ from plt_megatron.run_folder.checkpoints import MADE_ELSEWHERE
 from plt_megatron.run_folder.files import write_json
 
 MODEL_FILES = ("configuration_plt.py", "modeling_plt.py")
-_DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -61,9 +60,6 @@ class ExportResult:
 def export(options: ExportOptions, say: Callable[[str], None] = print) -> ExportResult:
     """Export a checkpoint: write the folder, completely or not at all.
 
-    Args:
-        say: receives progress messages.
-
     Raises:
         UserError: the checkpoint, its tokenizer or the target is unusable, a tensor is missing or unknown, or the
             verification failed.
@@ -87,7 +83,7 @@ def export(options: ExportOptions, say: Callable[[str], None] = print) -> Export
             # plt preprocess puts none around texts; a public model, or data made elsewhere, may have them.
             known = not source.progress or source.progress.keys() & {"imported_from", MADE_ELSEWHERE}
             write_tokenizer(source.tokenizer, folder, adds_tokens=bool(known))
-        _write_configs(source, folder, options.style, _DTYPE_NAMES[precision])
+        _write_configs(source, folder, options.style, str(PRECISIONS[precision]).removeprefix("torch."))
         what = "the moving average of the weights of " if source.ema else ""
         say(f"exporting {what}{source.path} as {precision}")
         total_bytes, files = _write_weights(source, mappings, folder, precision, shard_size)
@@ -113,10 +109,10 @@ def _write_weights(
     """Write the weights and return (bytes of tensors, number of files)."""
     shapes = [pair for mapping in mappings for pair in mapping.hf]
     buffers = {name for name, _ in shapes if is_buffer(name)}
-    with SafetensorsWriter(folder, shapes, PRECISIONS[precision], shard_size, buffers) as writer:
-        for name, tensor in to_hf(source.weights(), mappings):
-            writer.write(name, tensor)
-        return writer.total_size, len(writer.files)
+    writer = SafetensorsWriter(folder, shapes, PRECISIONS[precision], shard_size, buffers)
+    for name, tensor in to_hf(source.weights(), mappings):  # all of them, or an error
+        writer.write(name, tensor)
+    return writer.total_size, len(writer.files)
 
 
 def _write_configs(source: ModelSource, folder: Path, style: Style, dtype: str) -> None:

@@ -27,7 +27,7 @@ from plt_megatron.hf.config_keys import read_config
 from plt_megatron.hf.conversion import ParamMapping, mappings_for
 from plt_megatron.hf.safetensors_files import SafetensorsFolder
 from plt_megatron.hf.sources import CARD, PRECISIONS, check_hf_tensors, hf_precision, read_lineage
-from plt_megatron.hf.switches import IMPORT_OPTIONS
+from plt_megatron.hf.switches import IMPORT_OPTIONS, new_loops_problem
 from plt_megatron.hf.tokenizer_files import copy_tokenizer, read_generation_config, token_ids
 from plt_megatron.run_folder.folder import MODEL_YAML
 from plt_megatron.run_folder.text import first_few, format_bytes
@@ -212,7 +212,8 @@ def import_model(options: ImportOptions) -> ImportResult:
         published = options.output.absolute() / tokenizer.relative_to(folder) if tokenizer else None
         if published is not None:
             data.tokenizer = str(published)
-        config = _run_config(options.output, model, data, precision)
+        training = TrainingConfig(precision="bf16" if precision == "bf16" else "fp32")
+        config = RunConfig(options.output.name, str(options.output.parent), model=model, data=data, training=training)
         origin = f"{options.model.resolve().name} ({source.family})"
         tokens, _ = token_ids(source.tokens, read_generation_config(options.model))
         progress = {"imported_from": origin, "special_tokens": tokens, **read_lineage(options.model)}
@@ -262,12 +263,8 @@ def _with_preset(model: ModelConfig, source: ModelConfig, preset: str) -> ModelC
     Raises:
         UserError: there are no new loops, or the preset's would change the first logits.
     """
-    if source.loop_count > 1:
-        raise UserError(
-            f"--preset is for one-loop models; this model's {source.loop_count} loops have settings of their own"
-        )
-    if model.loop_count == 1:
-        raise UserError("--preset says how later loops are parameterized: also give --loop-count 2 or more")
+    if problem := new_loops_problem(source, model, "settings of their own", "says how later loops are parameterized"):
+        raise UserError(f"--preset {problem}")
     branches = {name: getattr(source, name) for name in ("residual_scaling", "residual_scale")}
     loops = {name: LOOP_PRESETS[preset][name] for name in PARAMETERISATION}
     loops |= {"gate_activation": "tanh", "loop_order": "stack"}
@@ -303,11 +300,6 @@ def _tensor(
         return torch.full(mapping.shape, value)
 
     return LazyTensor(mapping.name, mapping.shape, make)
-
-
-def _run_config(output: Path, model: ModelConfig, data: DataConfig, precision: str) -> RunConfig:
-    training = TrainingConfig(precision="bf16" if precision == "bf16" else "fp32")
-    return RunConfig(name=output.name, output_dir=str(output.parent), model=model, data=data, training=training)
 
 
 def _model_yaml(config: RunConfig, output: Path) -> str:

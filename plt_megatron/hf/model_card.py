@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +57,7 @@ The weights' names and config.json's keys are LoopCoder-v2's (`IQuestPLTCoderFor
 
 
 def model_card(source: ModelSource, name: str, mappings: list[ParamMapping], style: str) -> str:
-    """Return the card's text.
-
-    Args:
-        name: the exported folder's name.
-        mappings: mappings of the exported tensors, to count parameters.
-    """
+    """Return the text of the card of a folder of this name, with tensors of these mappings."""
     tags = ["plt", "parallel-loop-transformer"] if source.model.loop_count > 1 else ["plt"]
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation", *front_matter(source.lineage)]
     front += ["tags:", *(f"- {tag}" for tag in tags)]
@@ -70,8 +65,7 @@ def model_card(source: ModelSource, name: str, mappings: list[ParamMapping], sty
     sections.append("## Model\n\n" + _table(_model_facts(source, mappings)))
     if source.progress:
         sections.append("## Training\n\n" + _table(_training_facts(source)))
-        losses = _validation_losses(source)
-        if losses:
+        if losses := _validation_losses(source):
             sections.append("## Validation\n\n" + _table(losses))
     if style == "loopcoder":
         sections.append(_LOOPCODER.strip())
@@ -108,7 +102,7 @@ def _loops(model: ModelConfig) -> str:
     return text
 
 
-def _table(facts: Iterator[tuple[str, Any]]) -> str:
+def _table(facts: Iterable[tuple[str, Any]]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts)])
 
 
@@ -122,10 +116,8 @@ def _model_facts(source: ModelSource, mappings: list[ParamMapping]) -> Iterator[
     else:
         if dense := len(derived.dense_layers(model)):
             yield "dense layers", f"the first {dense}, of FFN size {model.ffn_hidden_size}"
-        yield (
-            "experts",
-            f"{model.moe.router_topk} of {model.moe.num_experts}, of {derived.expert_ffn_hidden_size(model)}",
-        )
+        size = derived.expert_ffn_hidden_size(model)
+        yield "experts", f"{model.moe.router_topk} of {model.moe.num_experts}, of {size}"
         bias = ", balanced by a bias on each" if derived.has_expert_bias(model) else ""
         yield "router", f"{model.moe.router_score_function} scores{bias}"
     heads, groups = model.num_attention_heads, derived.num_query_groups(model)
@@ -193,25 +185,22 @@ def _averaged(progress: Mapping[str, Any]) -> str:
 
 
 def _data(data: Mapping[str, Any]) -> str:
-    stages = [
-        f"{_mix(stage['sources'])} up to {stage['until']:,} tokens" for stage in data.get("stages", [])
-    ]  # older checkpoints have none
-    return ", then ".join([*stages, _mix(data["sources"] or data["train_sources"])])
+    stages = data.get("stages", [])  # older checkpoints have none
+    mixes = [f"{_mix(stage['sources'])} up to {stage['until']:,} tokens" for stage in stages]
+    return ", then ".join([*mixes, _mix(data["sources"] or data["train_sources"])])
 
 
 def _mix(sources: Sequence[Mapping[str, Any]]) -> str:
-    return (
-        ", ".join(f"{item['name'] or Path(item['path']).name} (weight {item['weight']:g})" for item in sources) or "-"
-    )
+    named = (f"{item['name'] or Path(item['path']).name} (weight {item['weight']:g})" for item in sources)
+    return ", ".join(named) or "-"
 
 
-def _validation_losses(source: ModelSource) -> Iterator[tuple[str, Any]] | None:
+def _validation_losses(source: ModelSource) -> list[tuple[str, str]]:
     """Return the losses measured at the checkpoint's step, from the run's metrics if they are beside it."""
     try:
         records = RunFolder(source.path.parent.parent).metrics().validation
     except UserError:
-        return None
+        return []
     field, step = "ema_loss" if source.ema else "loss", source.progress["step"]
     losses = {record["loop_count"]: record[field] for record in records if record["step"] == step and field in record}
-    rows = [(f"loss with {plural(count, 'loop')}", f"{loss:.4f}") for count, loss in losses.items()]
-    return iter(rows) if rows else None
+    return [(f"loss with {plural(count, 'loop')}", f"{loss:.4f}") for count, loss in losses.items()]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
 class SafetensorsWriter:
-    """Context manager that writes tensors of one dtype, some in fp32 instead, into files of at most `max_shard_size`.
+    """Writes tensors of one dtype, some in fp32 instead, into files of at most `max_shard_size`.
 
     Args:
         folder: an existing folder.
@@ -56,9 +55,9 @@ class SafetensorsWriter:
             shards[-1][name] = shape
             filled += size
             self.total_size += size
-        self.files = [folder / _file_name(number, len(shards)) for number in range(len(shards))]
-        self._left: dict[str, tuple[int, int, tuple[int, ...]]] = {}  # (file descriptor, offset, shape)
-        self._descriptors: list[int] = []
+        numbered = (f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1))
+        self.files = [folder / name for name in ([SINGLE] if len(shards) == 1 else numbered)]
+        self._left: dict[str, tuple[Path, int, tuple[int, ...]]] = {}  # (file, offset, shape)
         for path, shard in zip(self.files, shards, strict=True):
             self._begin(path, shard)
         if len(shards) > 1:
@@ -78,35 +77,18 @@ class SafetensorsWriter:
             header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         text = json.dumps(header, separators=(",", ":")).encode("utf-8")
         text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        self._descriptors.append(descriptor)
-        os.pwrite(descriptor, len(text).to_bytes(8, "little") + text, 0)
+        path.write_bytes(len(text).to_bytes(8, "little") + text)
         for name, shape in shard.items():
-            self._left[name] = (descriptor, 8 + len(text) + header[name]["data_offsets"][0], shape)
+            self._left[name] = (path, 8 + len(text) + header[name]["data_offsets"][0], shape)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a tensor of any floating dtype, on the CPU, to its place. Each must be written exactly once."""
-        descriptor, place, shape = self._left.pop(name)
+        path, place, shape = self._left.pop(name)
         assert tuple(tensor.shape) == shape, (name, tensor.shape, shape)
         values = tensor.detach().to(self._dtype_of(name)).contiguous()
-        data = memoryview(values.reshape(-1).view(torch.uint8).numpy())
-        while data:
-            written = os.pwrite(descriptor, data, place)
-            data, place = data[written:], place + written
-
-    def __enter__(self) -> SafetensorsWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        try:
-            assert kind is not None or not self._left, f"not written: {list(self._left)}"
-        finally:
-            for descriptor in self._descriptors:
-                os.close(descriptor)
-
-
-def _file_name(number: int, count: int) -> str:
-    return SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+        with path.open("r+b") as file:
+            file.seek(place)
+            file.write(values.reshape(-1).view(torch.uint8).numpy())
 
 
 class SafetensorsFolder:

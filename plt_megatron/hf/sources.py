@@ -87,14 +87,11 @@ class ModelSource:
     """A model to convert.
 
     Attributes:
-        path: path it is read from.
         family: `model_type` of a Hugging Face folder; otherwise empty.
-        model: its settings.
-        vocab_size: vocabulary size without padding.
+        vocab_size: without padding.
         max_position_embeddings: tokens of the longest text it was made for.
         precision: precision of the weights, a key of `PRECISIONS`.
         weights: yields (our name, whole tensor) of each parameter; every call reads them again, one at a time.
-        tokenizer: None if it has none.
         tokens: ids of special tokens, by config.json's names.
         generation: further settings of generation_config.json.
         progress: a checkpoint's record of its run; otherwise empty.

@@ -53,10 +53,6 @@ def _span(model: ModelConfig) -> str | None:
     return f"{first} to {last - 1} (counted from 0); those before and after them run once"
 
 
-def _order(model: ModelConfig) -> str:
-    return "by stack" if model.loop_order == "stack" else "by layer: 1, 1, 2, 2"
-
-
 def _sharing(model: ModelConfig) -> str:
     return "no" if not model.share_kv else "yes" if model.share_values else "keys only"
 
@@ -85,7 +81,11 @@ OF_LAYERS = (
 OF_LOOPS = (
     Switch("loop_count", in_loopcoder=True),
     Switch("loop_span", title="layers that loop", said=_span),
-    Switch("loop_order", title="order of loops", said=_order),
+    Switch(
+        "loop_order",
+        title="order of loops",
+        said=lambda model: "by stack" if model.loop_order == "stack" else "by layer: 1, 1, 2, 2",
+    ),
     Switch(
         "cross_loop_parallel",
         title="cross-loop parallelism",
@@ -148,11 +148,16 @@ class ImportOption:
     beside: dict[str, Any] = field(default_factory=dict)
 
 
-def _span_problem(span: list[int], source: ModelConfig, target: ModelConfig) -> str | None:
+def new_loops_problem(source: ModelConfig, target: ModelConfig, have: str, says: str) -> str | None:
+    """Return why an option about new loops does not fit: the files' model has several (`have`), or `target` none."""
     if source.loop_count > 1:
-        return f"is for one-loop models; this model's {source.loop_count} loops have their layers"
-    if target.loop_count == 1:
-        return "says which layers loop: also give --loop-count 2 or more"
+        return f"is for one-loop models; this model's {source.loop_count} loops have {have}"
+    return None if target.loop_count > 1 else f"{says}: also give --loop-count 2 or more"
+
+
+def _span_problem(span: list[int], source: ModelConfig, target: ModelConfig) -> str | None:
+    if problem := new_loops_problem(source, target, "their layers", "says which layers loop"):
+        return problem
     first, last = span
     if not 0 <= first < last <= source.num_layers:
         return f"{first} {last}: give 0 <= FIRST < LAST <= {source.num_layers}, the model's layers"
@@ -165,9 +170,7 @@ def _key_shift_problem(form: str, source: ModelConfig, target: ModelConfig) -> s
 
 
 def _full_attention_problem(form: str, source: ModelConfig, target: ModelConfig) -> str | None:
-    if source.loop_count > 1:
-        return f"is for one-loop models; this model's {source.loop_count} loops have their attention"
-    return None if target.loop_count > 1 else "is about later loops: also give --loop-count 2 or more"
+    return new_loops_problem(source, target, "their attention", "is about later loops")
 
 
 IMPORT_OPTIONS = {

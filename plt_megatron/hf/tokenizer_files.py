@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from plt_megatron.run_folder.files import read_json_object, write_json
 
 MODEL, JSON, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
+_PLAIN_CLASS = "PreTrainedTokenizerFast"  # of transformers: needs no code, and adds nothing of its own
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
 # Other tokenizer files of Hugging Face folders.
@@ -54,12 +54,8 @@ def token_ids(tokens: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, trained_with: str | None) -> None:
-    """Raise `UserError` if the tokenizer cannot be the model's.
-
-    Args:
-        vocab_size: the model's vocabulary size, which may exceed the tokenizer's.
-        trained_with: the fingerprint of the tokenizer the model was trained with, if known.
-    """
+    """Raise `UserError` if the tokenizer cannot be that of a model with at most `vocab_size` ids, `trained_with` the
+    tokenizer of this fingerprint, if that is known."""
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids, the model's vocabulary {vocab_size}: "
@@ -107,7 +103,9 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, adds_tokens: bool = T
         # Without a MODEL beside it: an import of the export would read that instead (`hf_tokenizer_file`).
         _copy_found((CONFIG, *_OTHERS), source, folder)
         if not (folder / CONFIG).exists():
-            _write_config(tokenizer, folder)
+            end = tokenizer.token_name(tokenizer.eod)
+            config = {"tokenizer_class": _PLAIN_CLASS, "eos_token": end, "clean_up_tokenization_spaces": False}
+            write_json(folder / CONFIG, config)
     _drop_code(folder)
     _let_templates_write_special_tokens(folder)
     if not adds_tokens:
@@ -122,7 +120,7 @@ def _add_no_tokens(folder: Path) -> None:
     described, config = read_json_object(folder / JSON), read_json_object(folder / CONFIG)
     write_json(folder / JSON, described | {"post_processor": None})
     # A model's own class would make the post-processor again.
-    own = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False, "add_eos_token": False}
+    own = {"tokenizer_class": _PLAIN_CLASS, "add_bos_token": False, "add_eos_token": False}
     write_json(folder / CONFIG, config | own)
 
 
@@ -132,7 +130,7 @@ def _drop_code(folder: Path) -> None:
     path = folder / CONFIG
     if path.is_file() and "auto_map" in (config := read_json_object(path)):
         own = {name: value for name, value in config.items() if name != "auto_map"}
-        write_json(path, own | {"tokenizer_class": "PreTrainedTokenizerFast"})
+        write_json(path, own | {"tokenizer_class": _PLAIN_CLASS})
 
 
 def _let_templates_write_special_tokens(folder: Path) -> None:
@@ -183,13 +181,6 @@ def _check_link(file: Path, source: Path) -> None:
         raise UserError(f"{file} is a link out of its folder, to {target}: put the file itself there if it is yours")
 
 
-def _write_config(tokenizer: HuggingFaceTokenizer, folder: Path) -> None:
-    """Write the configuration of a bare tokenizer.json: its class, and the token that ends a text."""
-    end = tokenizers.Tokenizer.from_file(str(tokenizer.path)).id_to_token(tokenizer.eod)
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "clean_up_tokenization_spaces": False}
-    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-
-
 def copy_tokenizer(source: Path, folder: Path, family: str, vocab_size: int, tokens: dict[str, Any]) -> Path | None:
     """Copy a Hugging Face folder's tokenizer files, without code, into `folder`, which is created.
 
@@ -212,5 +203,5 @@ def copy_tokenizer(source: Path, folder: Path, family: str, vocab_size: int, tok
     _copy_found(names, source, folder)
     _drop_code(folder)
     ids, generation = token_ids(tokens, read_generation_config(source))
-    (folder / GENERATION_CONFIG).write_text(json.dumps(ids | generation, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / GENERATION_CONFIG, ids | generation, indent=2)
     return folder / read.name

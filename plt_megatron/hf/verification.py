@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from plt_megatron.config import derived
 from plt_megatron.config.schema import ParallelConfig
 from plt_megatron.errors import UserError
 from plt_megatron.hf.checkpoint_writer import with_rows
-from plt_megatron.hf.conversion import ParamMapping, mappings_for
+from plt_megatron.hf.conversion import ParamMapping, mappings_for, to_hf
 from plt_megatron.hf.sources import ModelSource, open_source
 from plt_megatron.model.parameters import is_buffer
 from plt_megatron.train.checkpoint.reading import PADDED
@@ -90,8 +91,6 @@ def _megatron_logits(source: ModelSource, tokens: Tensor, export_dtype: torch.dt
 
 def build_model(source: ModelSource, sequence_length: int) -> Any:
     """Build the training model in fp32 on this process's CPU, on the torch backend. Process groups must exist."""
-    import dataclasses
-
     from plt_megatron.model.looped_gpt import LoopedGPT
     from plt_megatron.model.transformer_config import transformer_config
 
@@ -162,7 +161,7 @@ def single_process() -> Iterator[None]:
 def _hf_logits(folder: Path, tokens: Tensor, style: str) -> Tensor:
     """Return logits [1, n, vocabulary], float32."""
     if style == "loopcoder":
-        model = load_any(folder)
+        model = export_of(open_source(folder), torch.float32)  # it has no code of its own
     else:
         from transformers import AutoModelForCausalLM
 
@@ -171,17 +170,11 @@ def _hf_logits(folder: Path, tokens: Tensor, style: str) -> Tensor:
         return model.eval()(tokens, use_cache=False).logits.float()
 
 
-def load_any(folder: Path) -> Any:
-    """Load a folder of any family that we read (LoopCoder-v2's too) into our modeling code, in fp32."""
-    return export_of(open_source(folder), torch.float32)
-
-
 @torch.no_grad()
 def export_of(source: ModelSource, dtype: torch.dtype) -> Any:
     """Build a `PLTForCausalLM` with a source's weights, read one tensor at a time. Buffers stay in fp32."""
     from plt_megatron.hf.config_keys import plt_keys
     from plt_megatron.hf.configuration_plt import PLTConfig
-    from plt_megatron.hf.conversion import to_hf
     from plt_megatron.hf.modeling_plt import PLTForCausalLM
 
     keys = plt_keys(source.model, source.vocab_size, source.max_position_embeddings, source.tokens, "float32")

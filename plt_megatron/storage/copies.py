@@ -38,13 +38,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Index:
-    """The files of a folder.
-
-    Attributes:
-        name: name of the index file.
-        text: content of the index file.
-        files: by path relative to the folder, with slashes; without the index file itself.
-    """
+    """The index file of a folder. `files`: by path relative to the folder, with slashes; without the index file."""
 
     name: str
     text: str
@@ -70,7 +64,7 @@ def index_of(folder: Path) -> Index:
             damage = checkpoints.damage(folder)
             if damage is not None:
                 raise UserError(damage)
-            return read_index(manifest.name, manifest.read_text(encoding="utf-8"))
+            return read_index(str(folder), manifest.name, manifest.read_text(encoding="utf-8"))
         paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != INDEX)
         files = {
             path.relative_to(folder).as_posix(): Entry(path.stat().st_size, checkpoints.sha256(path)) for path in paths
@@ -83,26 +77,28 @@ def index_of(folder: Path) -> Index:
     return Index(INDEX, json.dumps({"format": FORMAT, "files": entries}, indent=1) + "\n", files)
 
 
-def read_index(name: str, text: str) -> Index:
-    """Parse an index file's text. Raises `ValueError` if it is not a valid index."""
+def read_index(where: str, name: str, text: str) -> Index:
+    """Parse an index file's text. Raises `UserError`, which begins with `where`, if it is not a valid index."""
     try:
         content = json.loads(text)
-        if content["format"] > FORMAT:
-            raise ValueError(f"{name}: its format {content['format']} is newer than this program")
-        files = {file: Entry(int(entry["bytes"]), str(entry["sha256"])) for file, entry in content["files"].items()}
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{name} is damaged") from error
+        newer = content["format"] > FORMAT
+        entries = {} if newer else content["files"]
+        files = {file: Entry(int(entry["bytes"]), str(entry["sha256"])) for file, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{where}: {name} is damaged") from error
+    if newer:
+        raise UserError(f"{where}: {name}: its format {content['format']} is newer than this program")
     outside = next((file for file in files if file.startswith("/") or ".." in file.split("/")), None)
     if outside is not None:
-        raise ValueError(f"{name} names a file outside its folder: {outside}")
+        raise UserError(f"{where}: {name} names a file outside its folder: {outside}")
     return Index(name, text, files)
 
 
 def files_in(name: str, text: str | None) -> set[str]:
     """Return the files that an index's text lists; none if there is no text, or if it is damaged."""
     try:
-        return set() if text is None else set(read_index(name, text).files)
-    except ValueError:
+        return set() if text is None else set(read_index("", name, text).files)
+    except UserError:
         return set()
 
 
@@ -207,10 +203,7 @@ def read_manifest(place: Place) -> Index:
     text = place.read_text(checkpoints.MANIFEST)
     if text is None:
         raise UserError(f"{place.url}: no complete checkpoint there, {checkpoints.MANIFEST} is missing")
-    try:
-        return read_index(checkpoints.MANIFEST, text)
-    except ValueError as error:
-        raise UserError(f"{place.url}: {error}") from error
+    return read_index(place.url, checkpoints.MANIFEST, text)
 
 
 def read_progress(url: str) -> tuple[str, dict[str, Any]]:

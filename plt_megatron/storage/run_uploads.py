@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -63,16 +63,11 @@ class Repository:
             self._api.create_repo(self._name, private=True, exist_ok=True)
             self._api.create_branch(self._name, branch=_PROBE, exist_ok=True)
             self._api.delete_branch(self._name, branch=_PROBE)
-        owner = self.owner()
-        if owner not in (None, run_id):
-            raise UserError(f"{self.url} has another run's exports in its branches: choose another repository")
-
-    def owner(self) -> str | None:
-        """Return the id of the run whose exports the branches hold; None if there is none."""
         with failing(f"{self.url} cannot be read"):
             steps = [name for name in self._branches() if NAME.fullmatch(name)]
-            text = self._read(_OWNER, max(steps)) if steps else None
-            return text.strip() if text else None
+            owner = (self._read(_OWNER, max(steps)) or "").strip() if steps else ""
+        if owner not in ("", run_id):
+            raise UserError(f"{self.url} has another run's exports in its branches: choose another repository")
 
     def upload(self, folder: Path, revision: str, run_id: str | None = None) -> Uploaded:
         """Make the branch `revision` a copy of a folder; files that the hub already has are not sent again.
@@ -129,14 +124,9 @@ class Repository:
 
 
 class RunUploads:
-    """The uploads of one run.
+    """The uploads of one run, to `checkpoint.exports.upload_to` and `checkpoint.uploads.to`.
 
-    Args:
-        config: the run's configuration, with destinations `checkpoint.exports.upload_to` and `checkpoint.uploads.to`.
-        say: called with progress messages.
-
-    Raises:
-        UserError: the configuration has no destination.
+    Raises `UserError` if the configuration has neither.
     """
 
     def __init__(self, config: RunConfig, folder: RunFolder, say: Callable[[str], None] = print) -> None:
@@ -186,14 +176,10 @@ class RunUploads:
         have = {EXPORT: self.folder.exports, CHECKPOINT: self.folder.checkpoints}
         waiting = {(entry.kind, entry.step) for entry in self.queue.waiting()}
         for kind, to in self._to.items():
-            found = checkpoints.checkpoint_folders(have[kind]) if to is not None else []
-            if kind == CHECKPOINT and found:
-                last = self._last_step()
-                found = [path for path in found if last is None or checkpoints.step_of(path) <= last]
-                old = self._superseded([checkpoints.step_of(path) for path in found])
-                found = [path for path in found if checkpoints.step_of(path) not in old]
-            for path in found:
-                if (kind, checkpoints.step_of(path)) not in waiting:
+            found = {checkpoints.step_of(path): path for path in checkpoints.checkpoint_folders(have[kind]) if to}
+            old = self._superseded(found, self._last_step() or 0) if kind == CHECKPOINT and found else ()
+            for step, path in found.items():
+                if step not in old and (kind, step) not in waiting:
                     with writing(self.queue.path):
                         self.queue.add(kind, path)
 
@@ -258,12 +244,13 @@ class RunUploads:
         if complete and latest_step(place) != max(complete):
             place.write_text(checkpoints.LATEST, checkpoints.folder_name(max(complete)) + "\n")
         unfinished = {entry.step for entry in self.queue.waiting() if entry.kind == CHECKPOINT}
-        for step in sorted(self._superseded(complete) | folders.keys() - set(complete) - unfinished):
+        old = self._superseded(complete, max(complete, default=0))
+        for step in sorted(old | folders.keys() - set(complete) - unfinished):
             folders[step].remove(checkpoints.MANIFEST)  # first, so that half a checkpoint never looks complete
             folders[step].remove_all()
 
-    def _superseded(self, steps: list[int]) -> set[int]:
-        settings, last = self.config.checkpoint, max(steps, default=0)
+    def _superseded(self, steps: Collection[int], last: int) -> set[int]:
+        settings = self.config.checkpoint
         assert settings.uploads is not None, "only for uploads of checkpoints"
         return checkpoints.superseded(steps, last, settings.uploads.keep_last, settings.keep_every)
 

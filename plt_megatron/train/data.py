@@ -26,13 +26,12 @@ from plt_megatron.config.layout import layout_of
 from plt_megatron.config.rules.uploads import is_url
 from plt_megatron.config.schedules import BatchSchedule, LengthSchedule, stage_samples
 from plt_megatron.config.schema import DataConfig, RunConfig
-from plt_megatron.data.datasets import Datasets, Samples, build_datasets
+from plt_megatron.data.datasets import Samples, build_datasets
 from plt_megatron.data.indexed import read_manifest
 from plt_megatron.data.mix import (
     consumed_epochs,
     describe_mix,
     document_record,
-    index_folder,
     part_sources,
     required_samples,
     samples_after,
@@ -132,7 +131,7 @@ class RunData:
         self.vocab_size = _vocab_size(config, self.tokenizer)
         _, validation, test = required_samples(config)
         self._samples = on_rank_0(lambda: _training_samples(config))
-        built = self._build(config.data, (self._samples, validation, test))
+        built = build_datasets(config, (self._samples, validation, test), self.tokenizer)
         assert built.train is not None
         self.train, self.validation = built.train, built.validation
         self.fingerprint, self._shares = built.fingerprint, built.shares
@@ -142,21 +141,11 @@ class RunData:
         self._bytes: dict[str, int] = {}
         self._count_bytes = _byte_counter(self.tokenizer) if self.by_source else None
 
-    def _build(self, data: DataConfig, num_samples: tuple[int, int, int]) -> Datasets:
-        return build_datasets(
-            data,
-            num_samples=num_samples,
-            seed=self._config.training.seed,
-            cache_dir=index_folder(self._config),
-            tokenizer=self.tokenizer,
-            vocab_size=self.vocab_size,
-        )
-
     def _build_by_source(self, samples: int) -> dict[str, Samples]:
         found = {}
         self._shares = [share for share in self._shares if share.part != "validation"]  # of a mix that is not read
-        for source, alone in validation_alone(self._config.data):
-            built = self._build(alone, (0, samples, 0))
+        for source, alone in validation_alone(self._config):
+            built = build_datasets(alone, (0, samples, 0), self.tokenizer)
             assert built.validation is not None
             found[derived.source_name(source)] = built.validation
             self._shares += built.shares

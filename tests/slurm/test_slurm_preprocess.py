@@ -71,15 +71,9 @@ def test_the_cluster_writes_one_machines_tokens_and_samples(dies, slurm, tmp_pat
 
 def _samples(prefix: Path, cache: Path, run: RunConfig) -> list[list[int]]:
     """The tokens of the training samples of 7 steps, from the index in `cache`, which is built if it is missing."""
-    data = changed(run.data, {"sources": [DataSource(str(prefix))]})
+    data = changed(run.data, {"sources": [DataSource(str(prefix))], "index_cache": str(cache)})
     config = changed(run, {"data": data, "training": changed(run.training, {"train_iters": 7})})
-    built = build_datasets(
-        data,
-        num_samples=required_samples(config),
-        seed=run.training.seed,
-        cache_dir=str(cache),
-        tokenizer=load_tokenizer(str(data.tokenizer)),
-    )
+    built = build_datasets(config, required_samples(config), load_tokenizer(str(data.tokenizer)))
     assert built.train is not None
     return [built.train[number]["tokens"].tolist() for number in range(len(built.train))]
 

@@ -19,9 +19,9 @@ TENSORS = {f"layer.{i}.weight": torch.randn(3 + i, 5) for i in range(5)} | {"nor
 
 def write(folder, dtype=torch.float32, max_shard_size=1 << 30, tensors=TENSORS):
     shapes = [(name, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    with SafetensorsWriter(folder, shapes, dtype, max_shard_size) as writer:
-        for name in reversed(tensors):
-            writer.write(name, tensors[name])
+    writer = SafetensorsWriter(folder, shapes, dtype, max_shard_size)
+    for name in reversed(tensors):
+        writer.write(name, tensors[name])
     return writer
 
 
@@ -54,12 +54,12 @@ def test_shards_keep_to_their_size_and_the_index_finds_everything(tmp_path):
 def test_no_tensor_is_kept_in_memory(tmp_path):
     alive = weakref.WeakSet()
     shapes = [(f"t{i}", (100, 100)) for i in range(20)]
-    with SafetensorsWriter(tmp_path, shapes, torch.float32, 1 << 30) as writer:
-        for name, shape in shapes:
-            tensor = torch.zeros(shape)
-            alive.add(tensor)
-            writer.write(name, tensor)
-            assert len(alive) <= 2
+    writer = SafetensorsWriter(tmp_path, shapes, torch.float32, 1 << 30)
+    for name, shape in shapes:
+        tensor = torch.zeros(shape)
+        alive.add(tensor)
+        writer.write(name, tensor)
+        assert len(alive) <= 2
 
 
 def test_what_the_library_wrote(tmp_path):

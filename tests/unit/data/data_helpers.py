@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from plt_megatron.config.schema import DataConfig
+from plt_megatron.config.schema import DataConfig, RunConfig, TrainingConfig
 from plt_megatron.data.indexed import write_index
 from plt_megatron.data.preprocess import PreprocessOptions, preprocess
 from plt_megatron.data.tokenizer import Tokenizer
@@ -77,7 +78,12 @@ def build(
     """`build_datasets`, with parts that are there."""
     from plt_megatron.data.datasets import build_datasets  # slow to import
 
-    return build_datasets(data, num_samples=counts, seed=seed, cache_dir=str(cache), tokenizer=tokenizer)
+    return build_datasets(run_of(data, cache, seed), counts, tokenizer)
+
+
+def run_of(data: DataConfig, cache: Path, seed: int = 1) -> RunConfig:
+    """A run of this data, with its sample index in `cache`."""
+    return RunConfig(data=dataclasses.replace(data, index_cache=str(cache)), training=TrainingConfig(seed=seed))
 
 
 def write_source(prefix: Path, tokens: Any, lengths: Any, dtype: Any = np.uint16) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_helpers import ROOT, build, make_texts, tool_environment, write_jsonl, write_source
+from data_helpers import ROOT, build, make_texts, run_of, tool_environment, write_jsonl, write_source
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from plt_megatron.config.schema import DataConfig, DataSource, RunConfig
@@ -303,10 +303,9 @@ def test_ids_outside_the_vocabulary(token: int, tmp_path: Path, monkeypatch: pyt
     path = write_source(tmp_path / "a", [1] * 50 + [token] + [379] * 49, [100], np.int32)
 
     def samples() -> Samples:
-        data = DataConfig(sources=[DataSource(path)], sequence_length=32)
-        return build_datasets(
-            data, num_samples=(3, 0, 0), seed=1, cache_dir=str(tmp_path / "cache"), tokenizer=None, vocab_size=380
-        ).train
+        run = run_of(DataConfig(sources=[DataSource(path)], sequence_length=32), tmp_path / "cache")
+        run.model.vocab_size = 380
+        return build_datasets(run, (3, 0, 0), None).train
 
     with pytest.raises(UserError, match=rf"{path} contains token {token}, .* has 380 "):
         samples()
@@ -319,7 +318,7 @@ def test_ids_outside_the_vocabulary(token: int, tmp_path: Path, monkeypatch: pyt
 WORKER = """
 import sys, json, datetime
 import torch.distributed as dist
-from plt_megatron.config.schema import DataConfig, DataSource
+from plt_megatron.config.schema import DataConfig, DataSource, RunConfig, TrainingConfig
 from plt_megatron.data import datasets
 from plt_megatron.errors import UserError
 rank, folder, prefix = int(sys.argv[1]), *sys.argv[2:]
@@ -327,7 +326,8 @@ dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
 store = dist.distributed_c10d._get_default_store()
 real = datasets._build_index
 for mode in ("good", "fails", "bug", "late"):
-    data = DataConfig(sources=[DataSource(prefix)], sequence_length=32)
+    data = DataConfig(sources=[DataSource(prefix)], sequence_length=32, index_cache=f"{folder}/cache")
+    run = RunConfig(data=data, training=TrainingConfig(seed=1))
     datasets.INDEX_TIMEOUT_MINUTES = 0.02 if mode == "late" else 5
     def build(*arguments):
         if mode == "late":
@@ -338,8 +338,7 @@ for mode in ("good", "fails", "bug", "late"):
     datasets._build_index = real if mode == "good" else build
     dist.barrier()
     try:
-        train = datasets.build_datasets(
-            data, num_samples=(40, 4, 0), seed=1, cache_dir=f"{folder}/cache", tokenizer=None).train
+        train = datasets.build_datasets(run, (40, 4, 0), None).train
         print(json.dumps([int(train[i]["tokens"].sum()) for i in range(40)]))
     except Exception as error:
         print(type(error).__name__, error)

@@ -61,13 +61,8 @@ def test_samples_are_the_runs(part: str, run: Path) -> None:
     """Tokens of the named documents at the named places, encoded again, are the sample's; so are the masks."""
     config = load_config(run)
     tokenizer = load_tokenizer(config.data.tokenizer or "")
-    built = build_datasets(
-        config.data,
-        num_samples=required_samples(config),
-        seed=config.training.seed,
-        cache_dir=str(run.parent / "other"),
-        tokenizer=tokenizer,
-    )
+    other = load_config(run, [f"data.index_cache={run.parent / 'other'}"])
+    built = build_datasets(other, required_samples(other), tokenizer)
     samples = getattr(built, part)
     batch = Inspector(config).batch(part, 3, 4)
     assert [sample.number for sample in batch.samples] == [8, 9, 10, 11]

@@ -92,7 +92,7 @@ def test_data_on_a_disk_that_does_not_answer_may_be_there_next_time(tmp_path, mo
     for place, name in ((mix, "map_files"), (datasets, "_build_index")):
         with monkeypatch.context() as patch, pytest.raises(UserError, match=os.strerror(number)) as raised:
             patch.setattr(place, name, Mock(side_effect=error))
-            datasets.build_datasets(data, num_samples=(10, 0, 0), seed=1, cache_dir=str(tmp_path), tokenizer=None)
+            build(data, (10, 0, 0), tmp_path)
         assert type(raised.value) is kind and "[" not in str(raised.value)
 
 
@@ -114,7 +114,7 @@ def test_a_file_that_does_not_answer_is_not_a_missing_one(tmp_path, monkeypatch,
     data = DataConfig(sources=[DataSource(prefix if name != "a.idx" else str(tmp_path / "a"))], sequence_length=10)
     monkeypatch.setattr(place, away)
     with pytest.raises(AttemptFailed, match=os.strerror(errno.ESTALE)):
-        datasets.build_datasets(data, num_samples=(10, 0, 0), seed=1, cache_dir=str(tmp_path), tokenizer=None)
+        build(data, (10, 0, 0), tmp_path)
 
 
 def test_building_the_index_ahead(tmp_path: Path, run_tool: Tool, capsys: pytest.CaptureFixture[str]) -> None:

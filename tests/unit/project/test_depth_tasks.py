@@ -98,12 +98,13 @@ def test_the_sweep_reads_what_is_written(depth):
 
 
 def test_a_run_reads_whole_rows(depth, tmp_path):
-    from plt_megatron.config.schema import DataConfig, DataSource
+    from plt_megatron.config.schema import DataConfig, DataSource, RunConfig
     from plt_megatron.data.datasets import build_datasets
 
     depth.write_data(tmp_path, {"train": depth.Part(40)})
     data = DataConfig(train_sources=[DataSource(path=str(tmp_path / "train"))], sequence_length=128)
-    built = build_datasets(data, num_samples=(32, 0, 0), seed=3, cache_dir=str(tmp_path / "cache"), tokenizer=None)
+    data.index_cache = str(tmp_path / "cache")
+    built = build_datasets(RunConfig(data=data), (32, 0, 0), None)
     written = {bytes(row) for row in np.fromfile(tmp_path / "train.bin", np.uint8).reshape(-1, 128)}
     read = [bytes(built.train[number]["tokens"].numpy().astype(np.uint8)) for number in range(32)]
     assert set(read) <= written and len(set(read)) == 32

@@ -253,14 +253,15 @@ def test_the_checkpoint_that_a_url_means(tmp_path, cut):
         ("{", "is damaged"),
         ("[]", "is damaged"),
         ('{"format": 1, "files": {"a": {"bytes": 1}}}', "is damaged"),
+        ('{"format": 1, "files": {"a": {"bytes": "many", "sha256": "00"}}}', "is damaged"),
         ('{"format": 99, "files": {}}', "newer than this program"),
         ('{"format": 1, "files": {"../../.ssh/keys": {"bytes": 1, "sha256": "00"}}}', "outside its folder"),
         ('{"format": 1, "files": {"/etc/passwd": {"bytes": 1, "sha256": "00"}}}', "outside its folder"),
     ],
 )
 def test_an_index_from_elsewhere_is_not_trusted(text, problem):
-    with pytest.raises(ValueError, match=problem):
-        read_index("manifest.json", text)
+    with pytest.raises(UserError, match=f"there: .*{problem}"):
+        read_index("there", "manifest.json", text)
 
 
 def test_what_there_is_nothing_of_is_not_uploaded(tmp_path):

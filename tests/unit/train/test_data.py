@@ -94,11 +94,12 @@ def test_by_source_the_table_has_each_sources_own_samples(monkeypatch: pytest.Mo
     share = SourceShare("train", "a", "a", 1.0, 0, 9, 90, 5, 2.0, None)
     run._shares = [share, replace(share, part="validation", samples=1)]
 
-    def build(alone: DataConfig, samples: tuple[int, int, int]) -> Any:
-        (source,) = alone.validation_sources
+    def build(alone: RunConfig, samples: tuple[int, int, int], tokenizer: Any) -> Any:
+        (source,) = alone.data.validation_sources
         return Mock(shares=[replace(share, part="validation", name=source.path, samples=samples[1])])
 
-    monkeypatch.setattr(run, "_build", build)
+    run.tokenizer = None
+    monkeypatch.setattr(data, "build_datasets", build)
     assert list(run._build_by_source(8)) == ["a", "b"]
     assert [(each.part, each.name, each.samples) for each in run._shares] == [
         ("train", "a", 5),
