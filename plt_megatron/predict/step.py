@@ -16,10 +16,9 @@ from typing import Self
 
 from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.model.parameters import Component
 from plt_megatron.predict.activations import Activations
 from plt_megatron.predict.cards import GPUSpec
-from plt_megatron.predict.flops import TRAINING_OVER_FORWARD, Flops, Parts, step_flops_per_token
+from plt_megatron.predict.flops import Flops, Parts, step_flops_per_token
 from plt_megatron.predict.held import Stage, share_in_fp8, stages_of
 from plt_megatron.predict.layout import Layout, bubble_fraction
 from plt_megatron.predict.parameters import FFN, Weights
@@ -66,8 +65,11 @@ class Step:
         return step_flops_per_token(self.config, self.padded_vocab_size, self.config.model.loop_count)
 
     def stage_flops(self, stage: Stage) -> Flops:
-        """Return a pipeline stage's training FLOPs per token."""
-        return share_of_stage(self.flops, self.config, self.layout, stage.index)
+        """Return the training FLOPs per token of a pipeline stage's layers and, in the last, of the output layer."""
+        if len(self.stages) == 1:
+            return self.flops
+        vocab = self.padded_vocab_size if stage is self.stages[-1] else 0
+        return step_flops_per_token(self.config, vocab, self.config.model.loop_count, layers=stage.layers)
 
     @cached_property
     def slowest(self) -> Stage:
@@ -78,30 +80,6 @@ class Step:
         """Return the loops that end in a loss, hence an output layer, in this stage."""
         last = stage is self.stages[-1]
         return derived.loops_with_loss(self.config, self.config.model.loop_count) if last else []
-
-
-def share_of_stage(flops: Flops, config: RunConfig, layout: Layout, stage: int) -> Flops:
-    """Return a pipeline stage's part of the FLOPs: its layers, of which other weights may be frozen than of the other
-    stages', and, in the last stage, the output layer."""
-    if layout.pipeline == 1:
-        return flops
-    layers, every = layout.stage_layers(config.model.num_layers)[stage], range(config.model.num_layers)
-    weights, trained = Weights(config.model), Weights.trained(config)
-
-    def part(whole: float, *components: Component) -> float:
-        def products(where: range) -> int:
-            untrained = (TRAINING_OVER_FORWARD - 1) * weights.matmuls(where, *components)
-            return untrained + trained.matmuls(where, *components)
-
-        return whole * products(layers) / max(1, products(every))
-
-    return dataclasses.replace(
-        flops.times(len(layers) / len(every)),
-        projections=part(flops.projections, "attention"),
-        ffn=part(flops.ffn, *FFN),
-        gate=part(flops.gate, "gates"),
-        output=flops.output if stage == layout.pipeline - 1 else 0.0,
-    )
 
 
 # Bytes that the optimizer moves per parameter it owns: it reads gradient, main weight and two moments, writes the last
