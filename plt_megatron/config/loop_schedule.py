@@ -151,12 +151,23 @@ def _shares(stage: LoopStage, config: RunConfig) -> tuple[float, ...]:
     return tuple(float(count == (stage.loop_count or loops)) for count in range(1, loops + 1))
 
 
-def with_loop_count(config: RunConfig, loop_count: int) -> RunConfig:
-    """Return the configuration with `loop_count` loops in every step, to estimate what such a step costs."""
+def with_equal_steps(config: RunConfig, kind: StepKind | None = None) -> RunConfig:
+    """Return the configuration with only steps of this kind, to see what one costs; None: as after all schedules. Rows
+    that are shorter than a sample are as many more."""
+    model, data, training = config.model, config.data, config.training
+    loops, size, length = kind or (model.loop_count, training.global_batch_size, data.sequence_length)
+    rows = data.sequence_length // length
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, loop_count=loop_count),
-        training=dataclasses.replace(config.training, loop_schedule=[]),
+        model=dataclasses.replace(model, loop_count=loops),
+        data=dataclasses.replace(data, sequence_length=length, length_schedule=[]),
+        training=dataclasses.replace(
+            training,
+            micro_batch_size=rows * training.micro_batch_size,
+            global_batch_size=rows * size,
+            batch_schedule=[],
+            loop_schedule=[],
+        ),
     )
 
 

@@ -13,7 +13,6 @@ state, a resumed run continues as it would have, and estimates know a run's step
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -163,12 +162,6 @@ def stage_sizes(stage: BatchStage, after: int) -> list[int]:
     return list(range(stage.global_batch_size, after, stage.increment))
 
 
-def with_global_batch_size(config: RunConfig, size: int) -> RunConfig:
-    """Return the configuration with `size` sequences in every step, to estimate what such a step costs."""
-    training = dataclasses.replace(config.training, global_batch_size=size, batch_schedule=[])
-    return dataclasses.replace(config, training=training)
-
-
 # ---------------------------------------------------------------- checks
 
 
@@ -228,20 +221,6 @@ class LengthSchedule(TokenSchedule):
         """Return (length, number of steps) for each stretch of equal row length among the `steps` steps of
         `step_tokens` tokens each that follow `tokens`."""
         return self.value_stretches(tokens, lambda _: step_tokens, steps=steps)
-
-
-def with_sequence_length(config: RunConfig, length: int) -> RunConfig:
-    """Return the configuration with rows of `length` and as many tokens per step, to estimate what a step costs."""
-    rows, training = config.data.sequence_length // length, config.training
-    return dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, sequence_length=length, length_schedule=[]),
-        training=dataclasses.replace(
-            training,
-            micro_batch_size=rows * training.micro_batch_size,
-            global_batch_size=rows * training.global_batch_size,
-        ),
-    )
 
 
 # ---------------------------------------------------------------- checks

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plt_megatron.config import derived
-from plt_megatron.config.loop_schedule import LoopSchedule, with_loop_count
-from plt_megatron.config.schedules import BatchSchedule, with_sequence_length
+from plt_megatron.config.loop_schedule import LoopSchedule, with_equal_steps
+from plt_megatron.config.schedules import BatchSchedule
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.predict.cards import GPUSpec, find_gpu_spec
@@ -130,11 +130,10 @@ def _mean_step_costs(largest: Step, card: GPUSpec, gpus_per_node: int) -> tuple[
     """Return means over the run's steps: bytes that a rank sends, by purpose; the step's time; its bubble."""
     config, layout = largest.config, largest.layout
     traffic, times, bubble = defaultdict[str, float](float), StepTime(), 0.0
-    for (loops, size, length), share in LoopSchedule(config).step_shares().items():
-        alike = with_sequence_length(with_loop_count(config, loops), length)
-        own = dataclasses.replace(
-            _with_batch(layout, size), loops=loops, micro_batch_size=alike.training.micro_batch_size
-        )
+    for kind, share in LoopSchedule(config).step_shares().items():
+        alike, loops = with_equal_steps(config, kind), kind.loop_count
+        own = _with_batch(layout, kind.global_batch_size)
+        own = dataclasses.replace(own, loops=loops, micro_batch_size=alike.training.micro_batch_size)
         step = dataclasses.replace(largest, config=alike, layout=own)
         sent = communication_bytes(step)
         times += step_time(step, card, sent, gpus_per_node).times(share)

@@ -14,9 +14,8 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from plt_megatron.config.layout import ParallelLayout, layout_of
-from plt_megatron.config.loop_schedule import with_loop_count
+from plt_megatron.config.loop_schedule import with_equal_steps
 from plt_megatron.config.rules.fusions import NAMES as FUSIONS
-from plt_megatron.config.schedules import with_global_batch_size, with_sequence_length
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.predict.cards import find_gpu_spec
@@ -84,7 +83,9 @@ def rehearse(
     config, replaced = _rehearsable(given)
     layout = layout_of(config, world_size)
     estimates = [
-        estimate_run(_alike(each), gpu=gpu, world_size=world_size, gpus_per_node=gpus_per_node, vocab_size=vocab_size)
+        estimate_run(
+            with_equal_steps(each), gpu=gpu, world_size=world_size, gpus_per_node=gpus_per_node, vocab_size=vocab_size
+        )
         for each in (config, given)
     ]
     estimate = estimates[0]
@@ -126,12 +127,6 @@ def ranks_of_each_kind(layout: ParallelLayout) -> list[int]:
 
 def _rank(layout: ParallelLayout, *, tp: int = 0, cp: int = 0, dp: int = 0, pp: int = 0) -> int:
     return tp + layout.tensor * (cp + layout.context * (dp + layout.data * pp))
-
-
-def _alike(config: RunConfig) -> RunConfig:
-    """Return the configuration with schedules removed, so that every step is like the rehearsed one."""
-    config = with_sequence_length(with_loop_count(config, config.model.loop_count), config.data.sequence_length)
-    return with_global_batch_size(config, config.training.global_batch_size)
 
 
 def _rehearsable(config: RunConfig) -> tuple[RunConfig, list[str]]:
