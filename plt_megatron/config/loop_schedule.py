@@ -81,7 +81,10 @@ class LoopSchedule:
 
     def mean_shares(self, start: int = 0) -> dict[int, float]:
         """Return loop count -> share of the steps after `start`."""
-        return _by_loops(self.step_shares(start))
+        found: defaultdict[int, float] = defaultdict(float)
+        for kind, share in self.step_shares(start).items():
+            found[kind.loop_count] += share
+        return dict(found)
 
     def kind_token_shares(self, start: int = 0) -> dict[StepKind, float]:
         """Return each kind's share of the tokens of the steps after `start`."""
@@ -129,13 +132,6 @@ class LoopSchedule:
         new = (progress - stage.start) / (stage.ramp_end - stage.start)
         pairs = zip(self._stages[number - 1].shares, stage.shares, strict=True)
         return tuple((1 - new) * old + new * own for old, own in pairs)
-
-
-def _by_loops(shares: dict[StepKind, float]) -> dict[int, float]:
-    found: defaultdict[int, float] = defaultdict(float)
-    for kind, share in shares.items():
-        found[kind.loop_count] += share
-    return dict(found)
 
 
 def stages_of(config: RunConfig) -> list[LoopStage]:

@@ -179,7 +179,7 @@ def describe(node: yaml.Node) -> str:
     return "nothing (null)" if is_null(node) else repr(text)
 
 
-def text_of(value: bool | float | str | None) -> str:
+def text_of(value: object) -> str:
     """Format a scalar as YAML."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]

@@ -13,6 +13,7 @@ from plt_megatron.config.fields import find_type_problems
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.rules.parallel import uneven_settings
 from plt_megatron.config.schema import ParallelConfig, RunConfig
+from plt_megatron.config.yaml_nodes import text_of
 from plt_megatron.errors import UserError
 from plt_megatron.predict.cards import GPUSpec, find_gpu_spec
 from plt_megatron.predict.layout import RECOMPUTE, problems_on
@@ -32,8 +33,7 @@ class Candidate:
     @property
     def command_line(self) -> str:
         """The overrides as `key=value` arguments."""
-        values = {key: "null" if value is None else str(value).lower() for key, value in self.overrides.items()}
-        return " ".join(f"{key}={value}" for key, value in values.items())
+        return " ".join(f"{key}={text_of(value)}" for key, value in self.overrides.items())
 
     @property
     def overheads(self) -> list[tuple[str, float]]:
