@@ -139,7 +139,7 @@ def _check_files(config: RunConfig) -> Iterator[str]:
     folder = None if config.evaluation is None else config.evaluation.include_path
     if folder is not None and not Path(folder).is_dir():
         yield f"evaluation.include_path: there is no folder {folder}"
-    yield from _check_writable(derived.run_folder(config), "output_dir")
+    yield from _check_writable(derived.run_folder(config))
 
 
 def _check_source(source: DataSource, key: str) -> Iterator[str]:
@@ -180,12 +180,12 @@ def _check_tokenizer(path: Path) -> Iterator[str]:
         yield f"data.tokenizer: {file} is not a {kind} ({' '.join(str(error).split())})"
 
 
-def _check_writable(folder: Path, key: str) -> Iterator[str]:
+def _check_writable(folder: Path) -> Iterator[str]:
     existing = next((path for path in (folder, *folder.parents) if os.path.exists(path)), Path())
     if not existing.is_dir():
-        yield f"{key}: the run folder {folder} cannot be created: {existing} is not a folder"
+        yield f"output_dir: the run folder {folder} cannot be created: {existing} is not a folder"
     elif not os.access(existing, os.W_OK | os.X_OK):
-        yield f"{key}: the run folder {folder} cannot be written: no permission for {existing}"
+        yield f"output_dir: the run folder {folder} cannot be written: no permission for {existing}"
 
 
 def _check_packages(config: RunConfig, have_te: bool | None) -> Iterator[str]:
