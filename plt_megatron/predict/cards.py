@@ -162,13 +162,9 @@ def find_gpu_spec(name: str, processes_per_node: int = 1) -> GPUSpec:
     unknown names.
     """
     if name == "cpu":
-        return _cpu(processes_per_node)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // max(1, processes_per_node)
+        peak = DevicePeak("CPU core", bf16=0.05, fp32=0.05)
+        return GPUSpec("cpu", peak, memory, 10 * GB, 2 * GB, 1 * GB, attention_efficiency=0.3)
     if name not in _CARDS:
         raise UserError(f"gpu {name}: no such card in the table; known: {', '.join(card_names())}")
     return _CARDS[name]
-
-
-def _cpu(processes_per_node: int) -> GPUSpec:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    peak = DevicePeak("CPU core", bf16=0.05, fp32=0.05)
-    return GPUSpec("cpu", peak, memory // max(1, processes_per_node), 10 * GB, 2 * GB, 1 * GB, attention_efficiency=0.3)

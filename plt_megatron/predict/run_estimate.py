@@ -31,23 +31,16 @@ class RunEstimate:
     `training.loop_schedule` and `training.batch_schedule`. Memory is that of the largest step, with all loops.
 
     Attributes:
-        parameters_total, parameters_active, parameters_embedding: numbers of parameters; embedding: the table and,
-            if untied, the output layer.
-        tokens: total over the run.
+        parameters_embedding: of the table and, if untied, the output layer.
+        tokens, total_flops: over the run.
         flops_per_token: training FLOPs of the model, by `flops.run_flops_per_token`; `flops` has the parts.
-        total_flops: total over the run.
-        memory: the worst rank of each pipeline stage.
-        peak_memory_bytes: the worst rank's peak.
-        device_memory_bytes: the card's memory.
+        memory: the worst rank of each pipeline stage; `peak_memory_bytes`: the worst one's peak.
         fits: whether the peak leaves 8 % of the card free (`USABLE_SHARE`).
         bubble_fraction: pipeline idle time over working time.
         communication: bytes sent per step and rank, by purpose.
         step_seconds, total_seconds, gpu_hours: from the card's peaks and achievable shares, without validation and
             checkpoints; `times` has the parts.
-        checkpoint_bytes: size of one checkpoint on disk.
         saving_bytes: extra host memory a rank needs while it writes its part of a checkpoint.
-        world_size: number of ranks.
-        layout: how the ranks are arranged.
         gpu: the card's short name.
     """
 
