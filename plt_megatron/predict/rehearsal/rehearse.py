@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from plt_megatron.config.layout import ParallelLayout, layout_of
 from plt_megatron.config.loop_schedule import with_equal_steps
 from plt_megatron.config.rules.fusions import NAMES as FUSIONS
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.errors import UserError
+from plt_megatron.errors import UserError, first_line
 from plt_megatron.predict.cards import find_gpu_spec
 from plt_megatron.predict.layout import problems_on
 from plt_megatron.predict.rehearsal.compare import Difference, compare, memory_problems, saving_problems
@@ -187,7 +188,7 @@ def _in_processes(calls: Sequence[tuple[Any, ...]], processes: int) -> list[Rank
         while left and len(running) < processes:
             index, call = left.pop(0)
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_send_result, args=(theirs, call))
+            process = context.Process(target=_send_result, args=(theirs, *call))
             process.start()
             theirs.close()
             running[ours] = index, process
@@ -204,23 +205,17 @@ def _in_processes(calls: Sequence[tuple[Any, ...]], processes: int) -> list[Rank
     return [results[index] for index in range(len(calls))]
 
 
-def _send_result(connection: Any, call: tuple[Any, ...]) -> None:
+def _send_result(connection: Any, config: RunConfig, vocab_size: int, rank: int, world_size: int, prepare: Any) -> None:
+    """Send the rank's record, or one line that says why the rank failed."""
     import torch
 
-    torch.set_num_threads(1)  # rebuilds the forked thread pool before autograd's threads do so concurrently and abort
-    connection.send(_rehearse_or_say(*call))
-
-
-def _rehearse_or_say(config: RunConfig, vocab_size: int, rank: int, world_size: int, prepare: Any) -> RankRecord | str:
-    """Return the rank's record, or one line that says why the rank failed."""
     from plt_megatron.predict.rehearsal.rank import rehearse_rank  # imports megatron-core
 
+    torch.set_num_threads(1)  # rebuilds the forked thread pool before autograd's threads do so concurrently and abort
+    result: RankRecord | str
     try:
-        return rehearse_rank(config, vocab_size, rank, world_size, prepare)
+        result = rehearse_rank(config, vocab_size, rank, world_size, prepare)
     except Exception as error:  # whatever it is, a rank that only ends would seem to have run out of memory
-        where = error.__traceback__
-        while where is not None and where.tb_next is not None:
-            where = where.tb_next
-        place = "" if where is None else f" ({where.tb_frame.f_globals.get('__name__')}:{where.tb_lineno})"
-        text = (str(error).splitlines() or [type(error).__name__])[0]
-        return f"rank {rank} fails: {text}{place}"
+        *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+        result = f"rank {rank} fails: {first_line(error)} ({frame.f_globals.get('__name__')}:{line})"
+    connection.send(result)
