@@ -38,11 +38,7 @@ class StepKind(NamedTuple):
 
 
 class LoopSchedule:
-    """Loop count of each step of a run; the model's throughout without a schedule.
-
-    Args:
-        config: validated configuration.
-    """
+    """Loop count of each step of a validated run; the model's throughout without a schedule."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config

@@ -94,13 +94,10 @@ MAX_INCREMENTS = 10_000  # per stage
 
 
 class BatchSchedule(TokenSchedule):
-    """Batch size of each step of a run; `training.global_batch_size` throughout without a schedule.
+    """Batch size of each step of a validated run; `training.global_batch_size` throughout without a schedule.
 
     Attributes:
         sizes: batch sizes in sequences, in order of use; the last one is `training.global_batch_size`.
-
-    Args:
-        config: validated configuration.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -111,7 +108,8 @@ class BatchSchedule(TokenSchedule):
         start, sizes_after = 0, [stage.global_batch_size for stage in training.batch_schedule[1:]]
         sizes_after.append(training.global_batch_size)
         for stage, after in zip(training.batch_schedule, sizes_after, strict=False):  # one size more without stages
-            sizes = stage_sizes(stage, after)
+            size, increment = stage.global_batch_size, stage.increment
+            sizes = [size] if increment is None else list(range(size, after, increment))
             ends += [start + (stage.until - start) * part // len(sizes) for part in range(1, len(sizes) + 1)]
             self.sizes += sizes
             start = stage.until
@@ -155,13 +153,6 @@ class BatchSchedule(TokenSchedule):
         return low if low == high else f"{low} to {high}"
 
 
-def stage_sizes(stage: BatchStage, after: int) -> list[int]:
-    """Return a stage's batch sizes. With an increment, they grow up to the next stage's size `after`, exclusive."""
-    if stage.increment is None:
-        return [stage.global_batch_size]
-    return list(range(stage.global_batch_size, after, stage.increment))
-
-
 # ---------------------------------------------------------------- checks
 
 
@@ -199,13 +190,10 @@ def _check_increment(config: RunConfig, number: int, size: int, increment: int) 
 
 
 class LengthSchedule(TokenSchedule):
-    """Row length of each step of a run; `data.sequence_length` throughout without a schedule.
+    """Row length of each step of a validated run; `data.sequence_length` throughout without a schedule.
 
     Attributes:
         lengths: row lengths in tokens, in order of use; the last one is `data.sequence_length`.
-
-    Args:
-        config: validated configuration.
     """
 
     def __init__(self, config: RunConfig) -> None:

@@ -7,7 +7,6 @@ milliseconds. The engine is in `train/deepspeed`.
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -155,9 +154,8 @@ def raw(config: RunConfig) -> dict[str, Any]:
 
 def deepspeed_config(config: RunConfig, world_size: int | None = None) -> dict[str, Any]:
     """Return the configuration dictionary for DeepSpeed. `config` must be validated."""
-    whole = copy.deepcopy({**_DEFAULTS, **raw(config), **written(config, world_size)})
     nested: dict[str, Any] = {}
-    for key, value in whole.items():
+    for key, value in {**_DEFAULTS, **raw(config), **written(config, world_size)}.items():
         *sections, last = key.split(".")
         place = nested
         for section in sections:
