@@ -121,7 +121,8 @@ def _layouts(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterator
             "parallel.data_parallel_size": data,
         }
         if pipeline != config.parallel.pipeline_model_parallel_size:
-            sizes |= _even_stages(config)
+            # What made stages uneven was meant for another number of them.
+            sizes |= {f"parallel.{name}": getattr(ParallelConfig(), name) for name in uneven_settings(config.parallel)}
         if context == config.parallel.context_parallel_size == 1:
             del sizes["parallel.context_parallel_size"]
         sizes |= _exchanges(config, tensor, context)
@@ -159,12 +160,6 @@ def _sizes(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterator[t
         if config.model.num_attention_heads % tensor or (context > 1 and config.data.sequence_length % (2 * context)):
             continue
         yield tensor, pipeline, context, data
-
-
-def _even_stages(config: RunConfig) -> dict[str, object]:
-    """Return overrides that undo an uneven division of layers, which was meant for another number of stages."""
-    default = ParallelConfig()
-    return {f"parallel.{name}": getattr(default, name) for name in uneven_settings(config.parallel)}
 
 
 def _exchanges(config: RunConfig, tensor: int, context: int) -> dict[str, object]:

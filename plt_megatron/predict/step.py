@@ -119,8 +119,9 @@ def step_time(step: Step, card: GPUSpec, traffic: dict[str, float], gpus_per_nod
     own = step.stage_flops(step.slowest)
     attention_flops = own.global_attention + own.local_attention
 
-    def seconds(purpose: str, ranks: int) -> float:
-        return traffic.get(purpose, 0.0) / _bandwidth(card, ranks, gpus_per_node)
+    def seconds(purpose: str, ranks: int) -> float:  # among neighboring ranks: over the network, unless a node has them
+        link = card.link_bandwidth if ranks <= gpus_per_node else card.network_bandwidth
+        return traffic.get(purpose, 0.0) / (link * card.link_efficiency)
 
     matmul = share * _matmul_seconds(config, card, own, step.slowest.layers)
     attention = share * attention_flops / (peak * card.attention_efficiency)
@@ -161,7 +162,8 @@ def _matmul_seconds(config: RunConfig, card: GPUSpec, flops: Flops, layers: Sequ
 def _memory_bound(step: Step, card: GPUSpec) -> float:
     shapes = dataclasses.replace(step.shapes, recomputed=())  # activations that are not saved are moved too
     model, own = step.config.model, step.slowest.layers
-    saved = len(derived.looped_among(model, own)) * shapes.first_loop_kv()
+    looped = derived.looped_layers(model)
+    saved = sum(layer in looped for layer in own) * shapes.first_loop_kv()
     saved += sum(shapes.layers_in_loop(own, loop) for loop in range(1, model.loop_count + 1))
     saved += len(step.losses(step.slowest)) * (shapes.softmax() + shapes.head_backward())
     moved = PASSES_OVER_ACTIVATIONS * saved * step.layout.microbatches
@@ -186,12 +188,6 @@ def _recompute(step: Step, matmul: float, attention: float, memory_bound: float,
         return parts / 3
     recomputed = matmul * (products - flops.output) / products + attention
     return recomputed / 3 + memory_bound * flops.looped / flops.total * 2 / PASSES_OVER_ACTIVATIONS
-
-
-def _bandwidth(card: GPUSpec, ranks: int, gpus_per_node: int) -> float:
-    """Return the bandwidth of a collective over neighboring ranks: the network's if they do not fit in a node."""
-    link = card.link_bandwidth if ranks <= gpus_per_node else card.network_bandwidth
-    return link * card.link_efficiency
 
 
 def _other_communication(
