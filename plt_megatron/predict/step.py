@@ -59,15 +59,8 @@ class Step:
     def padded_vocab_size(self) -> int:
         return derived.padded_vocab_size(self.config.model, self.vocab_size, self.layout.tensor)
 
-    @cached_property
-    def flops(self) -> Flops:
-        """Training FLOPs per token."""
-        return step_flops_per_token(self.config, self.padded_vocab_size, self.config.model.loop_count)
-
     def stage_flops(self, stage: Stage) -> Flops:
         """Return the training FLOPs per token of a pipeline stage's layers and, in the last, of the output layer."""
-        if len(self.stages) == 1:
-            return self.flops
         vocab = self.padded_vocab_size if stage is self.stages[-1] else 0
         return step_flops_per_token(self.config, vocab, self.config.model.loop_count, layers=stage.layers)
 
