@@ -146,10 +146,10 @@ def _check_source(source: DataSource, key: str) -> Iterator[str]:
 
 def _check_tokenizer(path: Path) -> Iterator[str]:
     """Check that the library that will encode with the file, or with the folder's file, can read it."""
-    if path.is_dir() and not any((path / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+    file = next((path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()), path)
+    if file.is_dir():
         yield f"data.tokenizer: the folder {path} holds neither tokenizer.model nor tokenizer.json"
         return
-    file = next((path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()), path)
     if not file.is_file():
         yield (
             f"data.tokenizer: {path} not found (paths are relative to the current directory; "
