@@ -37,12 +37,6 @@ def looped_layers(model: ModelConfig) -> range:
     return range(first, last)
 
 
-def looped_among(model: ModelConfig, layers: range) -> list[int]:
-    """Return which of the given layers run in every loop."""
-    looped = looped_layers(model)
-    return [layer for layer in layers if layer in looped]
-
-
 def layer_runs(model: ModelConfig) -> int:
     """Return the number of layer runs in a forward pass."""
     return model.num_layers + (model.loop_count - 1) * len(looped_layers(model))

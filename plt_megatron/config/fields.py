@@ -165,23 +165,6 @@ def find_type_problems(settings: Any) -> Iterator[str]:
     return _find_problems(type(settings), settings, "")
 
 
-@functools.cache
-def _checked_fields(section: type) -> tuple[tuple[str, Any], ...]:
-    """Return (name, type) of the dataclass fields that are or contain values to check. Cached, since a search for
-    layouts checks thousands of configurations."""
-    return tuple((name, hint) for name, hint in field_types(section).items() if _is_checked(hint))
-
-
-def _is_checked(hint: Any) -> bool:
-    plain, metadata, _ = plain_type(hint)
-    section, parts = section_of(plain), typing.get_args(plain) if typing.get_origin(plain) is list else ()
-    return (
-        any(isinstance(part, Range | NotEmpty) for part in metadata)
-        or any(map(_is_checked, parts))
-        or (section is not None and bool(_checked_fields(section)))
-    )
-
-
 def _find_problems(hint: Any, value: Any, key: str) -> Iterator[str]:
     plain, metadata, _ = plain_type(hint)
     if value is None:
@@ -195,7 +178,7 @@ def _find_problems(hint: Any, value: Any, key: str) -> Iterator[str]:
         alternatives: Sequence[Sequence[str]] = getattr(section, "ALTERNATIVES", ())
         if sum(any(getattr(value, name) for name in names) for names in alternatives) > 1:
             yield f"{key}: give either {either(alternatives)}, not both"
-        for name, inner in _checked_fields(section):
+        for name, inner in field_types(section).items():
             yield from _find_problems(inner, getattr(value, name), f"{key}.{name}" if key else name)
     elif typing.get_origin(plain) is list:
         for index, item in enumerate(value):

@@ -38,11 +38,7 @@ class StepKind(NamedTuple):
 
 
 class LoopSchedule:
-    """Loop count of each step of a run; the model's throughout without a schedule.
-
-    Args:
-        config: validated configuration.
-    """
+    """Loop count of each step of a validated run; the model's throughout without a schedule."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
@@ -81,7 +77,10 @@ class LoopSchedule:
 
     def mean_shares(self, start: int = 0) -> dict[int, float]:
         """Return loop count -> share of the steps after `start`."""
-        return _by_loops(self.step_shares(start))
+        found: defaultdict[int, float] = defaultdict(float)
+        for kind, share in self.step_shares(start).items():
+            found[kind.loop_count] += share
+        return dict(found)
 
     def kind_token_shares(self, start: int = 0) -> dict[StepKind, float]:
         """Return each kind's share of the tokens of the steps after `start`."""
@@ -131,13 +130,6 @@ class LoopSchedule:
         return tuple((1 - new) * old + new * own for old, own in pairs)
 
 
-def _by_loops(shares: dict[StepKind, float]) -> dict[int, float]:
-    found: defaultdict[int, float] = defaultdict(float)
-    for kind, share in shares.items():
-        found[kind.loop_count] += share
-    return dict(found)
-
-
 def stages_of(config: RunConfig) -> list[LoopStage]:
     """Return the stages of a run from its begin to its end: those given, and the model's loops in what they leave."""
     given = config.training.loop_schedule
@@ -151,12 +143,23 @@ def _shares(stage: LoopStage, config: RunConfig) -> tuple[float, ...]:
     return tuple(float(count == (stage.loop_count or loops)) for count in range(1, loops + 1))
 
 
-def with_loop_count(config: RunConfig, loop_count: int) -> RunConfig:
-    """Return the configuration with `loop_count` loops in every step, to estimate what such a step costs."""
+def with_equal_steps(config: RunConfig, kind: StepKind | None = None) -> RunConfig:
+    """Return the configuration with only steps of this kind, to see what one costs; None: as after all schedules. Rows
+    that are shorter than a sample are as many more."""
+    model, data, training = config.model, config.data, config.training
+    loops, size, length = kind or (model.loop_count, training.global_batch_size, data.sequence_length)
+    rows = data.sequence_length // length
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, loop_count=loop_count),
-        training=dataclasses.replace(config.training, loop_schedule=[]),
+        model=dataclasses.replace(model, loop_count=loops),
+        data=dataclasses.replace(data, sequence_length=length, length_schedule=[]),
+        training=dataclasses.replace(
+            training,
+            micro_batch_size=rows * training.micro_batch_size,
+            global_batch_size=rows * size,
+            batch_schedule=[],
+            loop_schedule=[],
+        ),
     )
 
 

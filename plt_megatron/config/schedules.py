@@ -13,7 +13,6 @@ state, a resumed run continues as it would have, and estimates know a run's step
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -95,13 +94,10 @@ MAX_INCREMENTS = 10_000  # per stage
 
 
 class BatchSchedule(TokenSchedule):
-    """Batch size of each step of a run; `training.global_batch_size` throughout without a schedule.
+    """Batch size of each step of a validated run; `training.global_batch_size` throughout without a schedule.
 
     Attributes:
         sizes: batch sizes in sequences, in order of use; the last one is `training.global_batch_size`.
-
-    Args:
-        config: validated configuration.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -112,7 +108,8 @@ class BatchSchedule(TokenSchedule):
         start, sizes_after = 0, [stage.global_batch_size for stage in training.batch_schedule[1:]]
         sizes_after.append(training.global_batch_size)
         for stage, after in zip(training.batch_schedule, sizes_after, strict=False):  # one size more without stages
-            sizes = stage_sizes(stage, after)
+            size, increment = stage.global_batch_size, stage.increment
+            sizes = [size] if increment is None else list(range(size, after, increment))
             ends += [start + (stage.until - start) * part // len(sizes) for part in range(1, len(sizes) + 1)]
             self.sizes += sizes
             start = stage.until
@@ -156,19 +153,6 @@ class BatchSchedule(TokenSchedule):
         return low if low == high else f"{low} to {high}"
 
 
-def stage_sizes(stage: BatchStage, after: int) -> list[int]:
-    """Return a stage's batch sizes. With an increment, they grow up to the next stage's size `after`, exclusive."""
-    if stage.increment is None:
-        return [stage.global_batch_size]
-    return list(range(stage.global_batch_size, after, stage.increment))
-
-
-def with_global_batch_size(config: RunConfig, size: int) -> RunConfig:
-    """Return the configuration with `size` sequences in every step, to estimate what such a step costs."""
-    training = dataclasses.replace(config.training, global_batch_size=size, batch_schedule=[])
-    return dataclasses.replace(config, training=training)
-
-
 # ---------------------------------------------------------------- checks
 
 
@@ -206,13 +190,10 @@ def _check_increment(config: RunConfig, number: int, size: int, increment: int) 
 
 
 class LengthSchedule(TokenSchedule):
-    """Row length of each step of a run; `data.sequence_length` throughout without a schedule.
+    """Row length of each step of a validated run; `data.sequence_length` throughout without a schedule.
 
     Attributes:
         lengths: row lengths in tokens, in order of use; the last one is `data.sequence_length`.
-
-    Args:
-        config: validated configuration.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -228,20 +209,6 @@ class LengthSchedule(TokenSchedule):
         """Return (length, number of steps) for each stretch of equal row length among the `steps` steps of
         `step_tokens` tokens each that follow `tokens`."""
         return self.value_stretches(tokens, lambda _: step_tokens, steps=steps)
-
-
-def with_sequence_length(config: RunConfig, length: int) -> RunConfig:
-    """Return the configuration with rows of `length` and as many tokens per step, to estimate what a step costs."""
-    rows, training = config.data.sequence_length // length, config.training
-    return dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, sequence_length=length, length_schedule=[]),
-        training=dataclasses.replace(
-            training,
-            micro_batch_size=rows * training.micro_batch_size,
-            global_batch_size=rows * training.global_batch_size,
-        ),
-    )
 
 
 # ---------------------------------------------------------------- checks

@@ -261,13 +261,9 @@ class RateFactors:
 
 
 @dataclass(frozen=True)
-class DecayFactors:
-    """Weight-decay factors by kind of parameter. Vectors do not decay, except norms and biases if set."""
+class DecayFactors(RateFactors):
+    """Weight-decay factors by the same kinds. Vectors do not decay, except norms and biases if set."""
 
-    embedding: NotNegative = 1.0
-    head: NotNegative = 1.0
-    hidden: NotNegative = 1.0
-    gates: NotNegative = 1.0
     norms: NotNegative = 0.0
 
 

@@ -127,7 +127,7 @@ def upgrade(document: yaml.MappingNode) -> yaml.MappingNode:
     settings = flat(document)
     if settings is None:
         return document  # the loader refuses it
-    moved = dict(settings)
+    moved = _without(settings, [*GONE])
     for step in _STEPS:
         moved = step(moved)
     sections = {key[: match.start()] for key in moved for match in re.finditer(r"\.", key)}
@@ -138,34 +138,24 @@ def upgrade(document: yaml.MappingNode) -> yaml.MappingNode:
 
 def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the plain values of a configuration, as checkpoints store them, under their new names."""
-    origins: dict[int, Any] = {}
-    document = _node(values, origins)
-    new = upgrade(typing.cast(yaml.MappingNode, document))
-    return dict(values) if new is document else typing.cast(dict[str, Any], plain(new, origins))
+    document = typing.cast(yaml.MappingNode, _Quoting(sort_keys=False).represent_data(values))
+    new = upgrade(document)
+    return dict(values) if new is document else typing.cast(dict[str, Any], plain(new))
 
 
-def _node(value: Any, origins: dict[int, Any]) -> yaml.Node:
-    """Return a node that stands for a plain value; `origins` keeps the value by the node's id."""
-    if isinstance(value, Mapping):
-        entries = [(yaml.ScalarNode(_TEXT, key), _node(inner, origins)) for key, inner in value.items()]
-        return yaml.MappingNode(_MAPPING, entries)
-    node = (
-        yaml.SequenceNode(_LIST, [_node(item, {}) for item in value])
-        if isinstance(value, list)
-        else yaml.ScalarNode(_TEXT, yaml_nodes.text_of(value), style="'" if isinstance(value, str) else None)
-    )
-    origins[id(node)] = value
-    return node
+class _Quoting(yaml.representer.SafeRepresenter):
+    """Makes nodes of plain values, in which every string is quoted and hence stays one."""
 
 
-def plain(node: yaml.Node, origins: Mapping[int, Any] | None = None) -> Any:
+_Quoting.add_representer(str, lambda self, text: self.represent_scalar(_TEXT, text, style="'"))
+
+
+def plain(node: yaml.Node) -> Any:
     """Return the plain value of a node without a schema, as YAML 1.2 reads it."""
-    if origins is not None and id(node) in origins:
-        return origins[id(node)]
     if isinstance(node, yaml.MappingNode):
-        return {key.value: plain(value, origins) for key, value in node.value}
+        return {key.value: plain(value) for key, value in node.value}
     if isinstance(node, yaml.SequenceNode):
-        return [plain(item, origins) for item in node.value]
+        return [plain(item) for item in node.value]
     if is_null(node):
         return None
     return next(value for kind in (bool, int, float, str) if (value := yaml_nodes.scalar(kind, node)) is not None)
@@ -184,12 +174,17 @@ def _switch_off(settings: Settings) -> Settings:
 
 
 def _upgrade_moe(settings: Settings) -> Settings:
-    enabled, rate = "model.moe_router_enable_expert_bias", "model.moe_router_bias_update_rate"
-    if enabled in settings:
-        switch = settings.pop(enabled)
-        given = settings.get(rate, _scalar(_BIAS_UPDATE_RATE, switch))
-        settings[rate] = given if _is_true(switch) else _scalar("null", switch)
-    return settings
+    rate = "model.moe_router_bias_update_rate"
+    return _switched(settings, "model.moe_router_enable_expert_bias", [rate], _BIAS_UPDATE_RATE, "null")
+
+
+def _switched(settings: Settings, switch: str, keys: list[str], on: str, off: str) -> Settings:
+    """Replace a switch of settings by their value `off` or, if it is on, `on` for those that are not given."""
+    if switch not in settings:
+        return settings
+    node = settings[switch]
+    found = {key: settings.get(key, _scalar(on, node)) if _is_true(node) else _scalar(off, node) for key in keys}
+    return _without(settings, [switch]) | found
 
 
 def _upgrade_choices(settings: Settings) -> Settings:
@@ -273,12 +268,8 @@ def _upgrade_rope_scaling(settings: Settings) -> Settings:
 
 
 def _upgrade_fp8(settings: Settings) -> Settings:
-    key, both, ends = "training.fp8", "training.first_last_layers_bf16", [f"training.{name}" for name in _ENDS]
-    if both in settings:
-        switch = settings.pop(both)
-        for end in ends:
-            given = settings.get(end, _scalar("1", switch))
-            settings[end] = given if _is_true(switch) else _scalar("0", switch)
+    key, ends = "training.fp8", [f"training.{name}" for name in _ENDS]
+    settings = _switched(settings, "training.first_last_layers_bf16", ends, "1", "0")
     if _is(settings, key, "hybrid", "e4m3"):
         settings = {"training.fp8.format" if name == key else name: node for name, node in settings.items()}
     return settings
@@ -324,10 +315,6 @@ def _upgrade_profile(settings: Settings) -> Settings:
     return settings
 
 
-def _remove_gone(settings: Settings) -> Settings:
-    return _without(settings, [*GONE])
-
-
 def _upgrade_evaluation(settings: Settings) -> Settings:
     tasks = settings.get("evaluation.tasks")
     if isinstance(tasks, yaml.SequenceNode) and not tasks.value:
@@ -349,7 +336,6 @@ _STEPS: tuple[Callable[[Settings], Settings], ...] = (
     _upgrade_fim,
     _upgrade_profile,
     _upgrade_evaluation,
-    _remove_gone,
     _upgrade_deepspeed,
     _rename,
     _upgrade_choices,

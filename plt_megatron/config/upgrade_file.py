@@ -33,7 +33,7 @@ def upgrade_text(text: str, name: str) -> str:
         return text
     lines = text.splitlines()
     start = before.start_mark.line
-    found = [*lines[: _with_comments(lines, start, 0)], *_Writer(text, before).block(after, before, "")]
+    found = [*lines[: _with_comments(lines, start, 0)], *_Writer(text).block(after, before, "")]
     upgraded = "\n".join(found) + "\n"
     is_empty = not plain(after) and set(flat(before) or ()) <= GONE.keys()
     if not (is_empty or _says(upgraded, after, name)):
@@ -59,8 +59,8 @@ def _with_comments(lines: list[str], line: int, end: int) -> int:
 class _Writer:
     """Writes sections of a document, reusing lines and texts of another."""
 
-    def __init__(self, text: str, before: yaml.MappingNode) -> None:
-        self._text, self._lines, self._before = text, text.splitlines(), before
+    def __init__(self, text: str) -> None:
+        self._text, self._lines = text, text.splitlines()
 
     def block(self, section: yaml.MappingNode, old: yaml.Node | None, indent: str) -> Iterator[str]:
         """Yield the lines of a section in block style."""
@@ -141,5 +141,4 @@ def _same(one: yaml.Node, other: yaml.Node) -> bool:
     """Return whether two nodes hold the same value nodes."""
     if not isinstance(one, yaml.MappingNode) or not isinstance(other, yaml.MappingNode):
         return one is other
-    before, after = flat(one) or {}, flat(other) or {}
-    return [*before] == [*after] and all(before[key] is after[key] for key in before)
+    return [*(flat(one) or {}).items()] == [*(flat(other) or {}).items()]  # a node equals only itself

@@ -14,15 +14,7 @@ from plt_megatron.config import derived, loop_schedule, schedules
 from plt_megatron.config.fields import find_type_problems
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.loader import place
-from plt_megatron.config.rules import data as data_rules
-from plt_megatron.config.rules import deepspeed as deepspeed_rules
-from plt_megatron.config.rules import fp8 as fp8_rules
-from plt_megatron.config.rules import fusions as fusion_rules
-from plt_megatron.config.rules import model as model_rules
-from plt_megatron.config.rules import optimizer as optimizer_rules
-from plt_megatron.config.rules import parallel as parallel_rules
-from plt_megatron.config.rules import run as run_rules
-from plt_megatron.config.rules import uploads as upload_rules
+from plt_megatron.config.rules import data, deepspeed, fp8, fusions, model, optimizer, parallel, run, uploads
 from plt_megatron.config.schema import DataSource, RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.extras import lacking
@@ -71,18 +63,18 @@ def find_problems(
         problems += schedules.batch_problems(config)
         problems += schedules.length_problems(config)
     if not problems:
-        problems += model_rules.find_problems(config)
-        problems += parallel_rules.find_problems(config, world_size)
-        problems += optimizer_rules.find_problems(config)
+        problems += model.find_problems(config)
+        problems += parallel.find_problems(config, world_size)
+        problems += optimizer.find_problems(config)
         problems += loop_schedule.find_problems(config)
-        problems += run_rules.find_problems(config, world_size)
-        problems += upload_rules.find_problems(config)
-        problems += data_rules.find_problems(config)
-        problems += deepspeed_rules.find_problems(config, world_size)
+        problems += run.find_problems(config, world_size)
+        problems += uploads.find_problems(config)
+        problems += data.find_problems(config)
+        problems += deepspeed.find_problems(config, world_size)
         have = have_te if check_files else bool(have_te)
-        problems += parallel_rules.find_te_problems(config, have)
-        problems += fp8_rules.find_problems(config, capability)
-        problems += fusion_rules.find_problems(config)
+        problems += parallel.find_te_problems(config, have)
+        problems += fp8.find_problems(config, capability)
+        problems += fusions.find_problems(config)
     if check_files:
         problems += _check_files(config)
     if check_files if check_packages is None else check_packages:
@@ -106,15 +98,14 @@ def processes_on(config: RunConfig, devices: int) -> int:
 
 def _check_required(config: RunConfig) -> Iterator[str]:
     """Check settings by themselves, and those of which one must be given."""
-    training, data = config.training, config.data
-    if training.train_iters is None and training.train_tokens is None:
+    if config.training.train_iters is None and config.training.train_tokens is None:
         yield "training: give the run's length, either train_iters or train_tokens"
-    if derived.split_shares(data.split) is None:
-        yield f"data.split must be three numbers >= 0 with a positive sum, as in 95,5,0; got {data.split!r}"
-    for key, path in (("output_dir", config.output_dir), ("data.index_cache", data.index_cache)):
+    if derived.split_shares(config.data.split) is None:
+        yield f"data.split must be three numbers >= 0 with a positive sum, as in 95,5,0; got {config.data.split!r}"
+    for key, path in (("output_dir", config.output_dir), ("data.index_cache", config.data.index_cache)):
         if path is not None and path.startswith(("~", "$")):
             yield f"{key} {path}: only a shell reads ~ and $NAME, at the start of a word; write the whole path"
-    if data.tokenizer is None and config.model.vocab_size is None:
+    if config.data.tokenizer is None and config.model.vocab_size is None:
         yield "give data.tokenizer, or model.vocab_size if the tokenized data needs none"
     parts = Path(config.name).parts
     if not parts or Path(config.name).is_absolute() or ".." in parts or "\0" in config.name:
@@ -127,19 +118,18 @@ def _check_required(config: RunConfig) -> Iterator[str]:
 
 
 def _check_files(config: RunConfig) -> Iterator[str]:
-    data = config.data
-    for key, source in schedules.all_sources(data):
+    for key, source in schedules.all_sources(config.data):
         yield from _check_source(source, f"{key}.path")
-    if data.tokenizer is not None:
-        yield from _check_tokenizer(Path(data.tokenizer))
+    if config.data.tokenizer is not None:
+        yield from _check_tokenizer(Path(config.data.tokenizer))
     load = config.checkpoint.load
-    is_missing = load is not None and not upload_rules.is_url(load) and not Path(load).exists()
+    is_missing = load is not None and not uploads.is_url(load) and not Path(load).exists()
     if is_missing and not derived.has_checkpoints(config):  # a run reads its own first
         yield f"checkpoint.load: {load} not found"
     folder = None if config.evaluation is None else config.evaluation.include_path
     if folder is not None and not Path(folder).is_dir():
         yield f"evaluation.include_path: there is no folder {folder}"
-    yield from _check_writable(derived.run_folder(config), "output_dir")
+    yield from _check_writable(derived.run_folder(config))
 
 
 def _check_source(source: DataSource, key: str) -> Iterator[str]:
@@ -156,10 +146,10 @@ def _check_source(source: DataSource, key: str) -> Iterator[str]:
 
 def _check_tokenizer(path: Path) -> Iterator[str]:
     """Check that the library that will encode with the file, or with the folder's file, can read it."""
-    if path.is_dir() and not any((path / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+    file = next((path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()), path)
+    if file.is_dir():
         yield f"data.tokenizer: the folder {path} holds neither tokenizer.model nor tokenizer.json"
         return
-    file = next((path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()), path)
     if not file.is_file():
         yield (
             f"data.tokenizer: {path} not found (paths are relative to the current directory; "
@@ -180,29 +170,29 @@ def _check_tokenizer(path: Path) -> Iterator[str]:
         yield f"data.tokenizer: {file} is not a {kind} ({' '.join(str(error).split())})"
 
 
-def _check_writable(folder: Path, key: str) -> Iterator[str]:
+def _check_writable(folder: Path) -> Iterator[str]:
     existing = next((path for path in (folder, *folder.parents) if os.path.exists(path)), Path())
     if not existing.is_dir():
-        yield f"{key}: the run folder {folder} cannot be created: {existing} is not a folder"
+        yield f"output_dir: the run folder {folder} cannot be created: {existing} is not a folder"
     elif not os.access(existing, os.W_OK | os.X_OK):
-        yield f"{key}: the run folder {folder} cannot be written: no permission for {existing}"
+        yield f"output_dir: the run folder {folder} cannot be written: no permission for {existing}"
 
 
 def _check_packages(config: RunConfig, have_te: bool | None) -> Iterator[str]:
     """Yield each setting that needs modules of an extra that are not installed, and how to do without them."""
     needs_te = config.model.backend == "te" and have_te is not True
-    optimizer, package = config.optimizer.name, optimizer_rules.optimizer_spec(config.optimizer).package
+    package = optimizer.optimizer_spec(config.optimizer).package
     used: list[tuple[object, str, tuple[str, ...], str]] = [
         (needs_te, "model.backend te", ("transformer_engine",), "model.backend=torch"),
         (config.evaluation, "evaluation", ("lm_eval", "accelerate", "transformers"), "evaluation=null"),
         (config.checkpoint.exports, "checkpoint.exports", ("transformers",), "checkpoint.exports=null"),
         (config.logging.straggler, "logging.straggler", ("nvidia_resiliency_ext",), "logging.straggler=null"),
         (config.logging.wandb_project, "logging.wandb_project", ("wandb",), "logging.wandb_project=null"),
-        (package, f"optimizer.name {optimizer}", (package or "",), "optimizer.name=adam"),
+        (package, f"optimizer.name {config.optimizer.name}", (package or "",), "optimizer.name=adam"),
         (config.deepspeed, "deepspeed", ("deepspeed",), "deepspeed=null"),
     ]
-    for key, url in upload_rules.used_urls(config):
-        modules = upload_rules.packages_for(upload_rules.protocol_of(url))
+    for key, url in uploads.used_urls(config):
+        modules = uploads.packages_for(uploads.protocol_of(url))
         used.append((url, key, modules, f"{key.removesuffix('.to')}=null"))  # uploads are off without their section
     for is_used, setting, modules, off in used:
         if is_used and lacking(*modules):

@@ -64,13 +64,9 @@ def load(text: str) -> object:
 def compose(text: str, name: str) -> yaml.Node | None:
     """Parse one YAML document into nodes whose marks carry `name`. None if it is empty."""
     try:
-        loader = _LOADER(_Named(text, name))
-        try:
-            node = loader.get_single_node()
-            _count_values(node, {})
-            return typing.cast("yaml.Node | None", node)
-        finally:
-            loader.dispose()
+        node = yaml.compose(_Named(text, name), Loader=_LOADER)
+        _count_values(node, {})
+        return typing.cast("yaml.Node | None", node)
     except RecursionError as error:
         raise UserError(f"{name}: nested too deeply") from error
     except UnicodeEncodeError as error:  # command-line bytes that are not text
@@ -179,7 +175,7 @@ def describe(node: yaml.Node) -> str:
     return "nothing (null)" if is_null(node) else repr(text)
 
 
-def text_of(value: bool | float | str | None) -> str:
+def text_of(value: object) -> str:
     """Format a scalar as YAML."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]

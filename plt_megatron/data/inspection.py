@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from plt_megatron.config import derived
-from plt_megatron.config.schedules import BatchSchedule, LengthSchedule, with_global_batch_size, with_sequence_length
+from plt_megatron.config.loop_schedule import with_equal_steps
+from plt_megatron.config.schedules import BatchSchedule, LengthSchedule
 from plt_megatron.config.schema import DataSource, RunConfig
 from plt_megatron.data.datasets import Part, Samples, build_datasets
 from plt_megatron.data.duplicates import Duplicates, Shared, find_duplicates
@@ -104,7 +105,7 @@ class Inspector:
         config, found = self._config, self.samples(part)
         length = config.data.sequence_length
         if part != "train":
-            config = with_sequence_length(with_global_batch_size(config, config.training.global_batch_size), length)
+            config = with_equal_steps(config)
         schedule = BatchSchedule(config)
         batches = [schedule.steps(len(samples) * length) for _, samples in found]
         if not 1 <= number <= sum(batches):

@@ -66,7 +66,7 @@ class Activations(RankLayer):
 
     def kv_gradients(self) -> int:
         """Return the size of one layer's gradients of shared K (and V), accumulated until the first loop's backward."""
-        return (2 if self.shares_values else 1) * self.key_bytes() if self.shares_kv else 0
+        return (2 if derived.shares_values(self.model) else 1) * self.key_bytes() if self.shares_kv else 0
 
     def layers_in_loop(self, layers: Iterable[int], loop: int) -> int:
         """Return what the given layers that run in loop `loop` save, excluding the first loop's K and V."""
@@ -194,7 +194,9 @@ class Activations(RankLayer):
 
     def _own_values(self) -> int:
         """Return V of a later loop that shares only keys: a view of the fused QKV output, or a copy of V."""
-        if self.shares_values or (self.windowed and not self._blocked_window and not self.te):  # the window keeps them
+        if derived.shares_values(self.model) or (
+            self.windowed and not self._blocked_window and not self.te
+        ):  # the window keeps them
             return 0
         return self.key_bytes() if self.te else self.qkv_bytes()
 

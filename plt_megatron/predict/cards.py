@@ -24,7 +24,6 @@ Precision = Literal["bf16", "fp32", "fp8"]
 class DevicePeak:
     """Dense TFLOP/s by precision; None where the device has no such unit."""
 
-    name: str
     bf16: float
     fp32: float
     fp8: float | None = None
@@ -32,24 +31,24 @@ class DevicePeak:
 
 # The first match wins, so a variant comes before its family.
 _PEAKS: tuple[tuple[str, DevicePeak], ...] = (
-    (r"GB300", DevicePeak("GB300", bf16=2500, fp32=80, fp8=5000)),
-    (r"B300", DevicePeak("B300", bf16=2250, fp32=75, fp8=4500)),
-    (r"GB200", DevicePeak("GB200", bf16=2500, fp32=80, fp8=5000)),
-    (r"B200", DevicePeak("B200", bf16=2250, fp32=75, fp8=4500)),
-    (r"B100", DevicePeak("B100", bf16=1750, fp32=60, fp8=3500)),
-    (r"H200 NVL", DevicePeak("H200 NVL", bf16=835.5, fp32=60, fp8=1670.5)),
-    (r"GH200|H200", DevicePeak("H200 SXM", bf16=989.4, fp32=66.9, fp8=1978.9)),
-    (r"H100 NVL", DevicePeak("H100 NVL", bf16=835.5, fp32=60, fp8=1670.5)),
-    (r"H100 PCIe|H800 PCIe", DevicePeak("H100 PCIe", bf16=756, fp32=51, fp8=1513)),
-    (r"H100|H800", DevicePeak("H100 SXM", bf16=989.4, fp32=66.9, fp8=1978.9)),
-    (r"H20", DevicePeak("H20", bf16=148, fp32=44, fp8=296)),
-    (r"A100|A800", DevicePeak("A100", bf16=312, fp32=19.5)),
-    (r"A40", DevicePeak("A40", bf16=149.7, fp32=37.4)),
-    (r"A30", DevicePeak("A30", bf16=165, fp32=10.3)),
-    (r"A10", DevicePeak("A10", bf16=125, fp32=31.2)),
-    (r"L40S", DevicePeak("L40S", bf16=362, fp32=91.6, fp8=733)),
-    (r"L40", DevicePeak("L40", bf16=181, fp32=90.5, fp8=362)),
-    (r"L4", DevicePeak("L4", bf16=121, fp32=30.3, fp8=242)),
+    (r"GB300", DevicePeak(bf16=2500, fp32=80, fp8=5000)),
+    (r"B300", DevicePeak(bf16=2250, fp32=75, fp8=4500)),
+    (r"GB200", DevicePeak(bf16=2500, fp32=80, fp8=5000)),
+    (r"B200", DevicePeak(bf16=2250, fp32=75, fp8=4500)),
+    (r"B100", DevicePeak(bf16=1750, fp32=60, fp8=3500)),
+    (r"H200 NVL", DevicePeak(bf16=835.5, fp32=60, fp8=1670.5)),
+    (r"GH200|H200", DevicePeak(bf16=989.4, fp32=66.9, fp8=1978.9)),
+    (r"H100 NVL", DevicePeak(bf16=835.5, fp32=60, fp8=1670.5)),
+    (r"H100 PCIe|H800 PCIe", DevicePeak(bf16=756, fp32=51, fp8=1513)),
+    (r"H100|H800", DevicePeak(bf16=989.4, fp32=66.9, fp8=1978.9)),
+    (r"H20", DevicePeak(bf16=148, fp32=44, fp8=296)),
+    (r"A100|A800", DevicePeak(bf16=312, fp32=19.5)),
+    (r"A40", DevicePeak(bf16=149.7, fp32=37.4)),
+    (r"A30", DevicePeak(bf16=165, fp32=10.3)),
+    (r"A10", DevicePeak(bf16=125, fp32=31.2)),
+    (r"L40S", DevicePeak(bf16=362, fp32=91.6, fp8=733)),
+    (r"L40", DevicePeak(bf16=181, fp32=90.5, fp8=362)),
+    (r"L4", DevicePeak(bf16=121, fp32=30.3, fp8=242)),
 )
 
 
@@ -162,13 +161,9 @@ def find_gpu_spec(name: str, processes_per_node: int = 1) -> GPUSpec:
     unknown names.
     """
     if name == "cpu":
-        return _cpu(processes_per_node)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // max(1, processes_per_node)
+        peak = DevicePeak(bf16=0.05, fp32=0.05)
+        return GPUSpec("cpu", peak, memory, 10 * GB, 2 * GB, 1 * GB, attention_efficiency=0.3)
     if name not in _CARDS:
         raise UserError(f"gpu {name}: no such card in the table; known: {', '.join(card_names())}")
     return _CARDS[name]
-
-
-def _cpu(processes_per_node: int) -> GPUSpec:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    peak = DevicePeak("CPU core", bf16=0.05, fp32=0.05)
-    return GPUSpec("cpu", peak, memory // max(1, processes_per_node), 10 * GB, 2 * GB, 1 * GB, attention_efficiency=0.3)

@@ -116,7 +116,7 @@ def _step(model: ModelConfig, vocab_size: int, context: int, batch: int) -> tupl
         caches += again if model.share_values else again // 2  # only the keys
     # Windows keep every loop's K and V.
     written = _token_kv(model, derived.layer_runs(model)) if derived.has_windows(model) else kv_cache_bytes(model, 1)
-    flops = forward_flops(model, context, min(model.window_size, context), vocab).total
+    flops = forward_flops(Weights(model), context, min(model.window_size, context), vocab).total
     return weights + batch * float(caches + written + vocab * ELEMENT), batch * flops
 
 

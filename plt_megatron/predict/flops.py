@@ -27,18 +27,16 @@ and without `gated_window`, loops >= 2 use no K and V of their own, so those pro
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 from plt_megatron.config import derived
 from plt_megatron.config.loop_schedule import LoopSchedule
 from plt_megatron.config.schema import ModelConfig, RunConfig
-from plt_megatron.model.parameters import Component
+from plt_megatron.model.trainable import trains
 from plt_megatron.predict.layers import runs
-from plt_megatron.predict.parameters import FFN, Weights, check_trained
-
-TRAINING_OVER_FORWARD = 3  # forward, gradients of the inputs, gradients of the weights
+from plt_megatron.predict.parameters import FFN, Weights
 
 
 @dataclass(frozen=True)
@@ -86,57 +84,45 @@ def mean_keys(sequence_length: int, window_size: int | None = None) -> float:
 
 
 def forward_flops(
-    model: ModelConfig, keys: float, window_keys: float, padded_vocab_size: int, loop: int | None = None
+    weights: Weights,
+    keys: float,
+    window_keys: float,
+    padded_vocab_size: int,
+    *,
+    layers: Sequence[int] | None = None,
+    loop: int | None = None,
 ) -> Flops:
     """Count the FLOPs of one token's forward pass, logits included, that sees `keys` keys, and `window_keys` in a
     window. In training both are means over a sequence; in decoding they follow from the context length.
 
-    `loop`: count the layers of this loop alone, from 1.
+    Args:
+        weights: count products with these weights, and all of attention.
+        layers: count these layers, and the logits; None: all.
+        loop: count the layers in this loop alone, from 1.
     """
-    ran, later = _ran(model, loop)
+    model = weights.model
+    found = runs(model, range(model.num_layers) if layers is None else layers, loop)
+    ran, later = [run.layer for run in found], [run.layer for run in found if run.part == "later"]
     gated = later if derived.has_gates(model) else []
-    local = sum(run.local for run in runs(model, range(model.num_layers), loop))
-    weights = Weights(model)
+    local = sum(run.local for run in found)
     attention = 4 * model.num_attention_heads * derived.head_dim(model)
     return Flops(
-        projections=2 * (weights.matmuls(ran, "attention") - unused_products(weights, later)[0]),
+        projections=2 * (weights.matmuls(ran, "attention") - unused_products(weights, later)),
         ffn=2 * weights.matmuls(ran, *FFN),
         global_attention=(len(ran) - local) * attention * keys,
         local_attention=(len(gated) + local) * attention * window_keys,
         gate=2 * weights.matmuls(gated, "gates"),
-        output=2 * model.hidden_size * padded_vocab_size,
+        output=2 * model.hidden_size * padded_vocab_size * weights.has_head,
     )
 
 
-def unused_products(trained: Weights, later: Sequence[int]) -> tuple[int, int]:
-    """Count a token's multiply-adds with K's and V's matrices that runs of these layers in later loops have no use for:
-    all, and those with weights that are not trained."""
-    model = trained.model
+def unused_products(weights: Weights, later: Iterable[int]) -> int:
+    """Count a token's multiply-adds with those of K's and V's matrices among `weights` that runs of these layers in
+    later loops have no use for."""
+    model = weights.model
     unused = (not derived.later_loops_use_keys(model)) + (not derived.later_loops_use_values(model))
     each = unused * derived.num_query_groups(model) * derived.head_dim(model) * model.hidden_size
-    frozen = sum(any("linear_qkv.weight" in name for name in trained.missing_in(layer)) for layer in later)
-    return each * len(later), each * frozen
-
-
-def _ran(model: ModelConfig, loop: int | None) -> tuple[list[int], list[int]]:
-    """Return the layers that a forward pass, or one loop of it, runs, each as often as it does, and those that run
-    again."""
-    found = runs(model, range(model.num_layers), loop)
-    return [run.layer for run in found], [run.layer for run in found if run.part == "later"]
-
-
-def forward_flops_per_token(
-    model: ModelConfig,
-    sequence_length: int,
-    padded_vocab_size: int,
-    loop_count: int | None = None,
-    loop: int | None = None,
-) -> Flops:
-    """Count the FLOPs per token of one forward pass over a sequence. `loop_count` None: the model's; `loop`: as in
-    `forward_flops`."""
-    model = dataclasses.replace(model, loop_count=model.loop_count if loop_count is None else loop_count)
-    window_keys = mean_keys(sequence_length, model.window_size)
-    return forward_flops(model, mean_keys(sequence_length), window_keys, padded_vocab_size, loop)
+    return each * sum(not any("linear_qkv.weight" in name for name in weights.missing_in(layer)) for layer in later)
 
 
 def training_flops_per_token(
@@ -145,10 +131,27 @@ def training_flops_per_token(
     padded_vocab_size: int,
     loop_count: int | None = None,
     loop: int | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    trained: Weights | None = None,
 ) -> Flops:
-    """Count the model FLOPs per token of one training step (forward and backward, no recomputation)."""
-    forward = forward_flops_per_token(model, sequence_length, padded_vocab_size, loop_count, loop)
-    return forward.times(TRAINING_OVER_FORWARD)
+    """Count the model FLOPs per token of one training step (forward and backward, no recomputation).
+
+    Args:
+        loop_count: None: the model's.
+        loop: as in `forward_flops`.
+        layers: as in `forward_flops`.
+        trained: the weights that have gradients; None: all.
+    """
+    model = dataclasses.replace(model, loop_count=model.loop_count if loop_count is None else loop_count)
+    keys, window_keys = mean_keys(sequence_length), mean_keys(sequence_length, model.window_size)
+
+    def forward(weights: Weights) -> Flops:
+        return forward_flops(weights, keys, window_keys, padded_vocab_size, layers=layers, loop=loop)
+
+    if trained is None or trained.is_whole:  # the output, the input's gradient and the weights'
+        return forward(Weights(model)).times(3)
+    return forward(Weights(model)).times(2) + forward(dataclasses.replace(trained, model=model))
 
 
 def step_flops_per_token(
@@ -157,42 +160,24 @@ def step_flops_per_token(
     loop_count: int,
     sequence_length: int | None = None,
     loop: int | None = None,
+    *,
+    layers: Sequence[int] | None = None,
 ) -> Flops:
     """Count the training FLOPs per token of a run's step with `loop_count` loops: the output layer runs once per loop
     with a loss (`training.loop_loss_weights`), and frozen weights have no gradients. `sequence_length` None:
-    `data.sequence_length`; `loop`: as in `forward_flops`."""
-    length = sequence_length or config.data.sequence_length
-    flops = training_flops_per_token(config.model, length, padded_vocab_size, loop_count, loop)
-    trained = Weights.trained(config)
-    if not trained.is_whole:
-        model = dataclasses.replace(config.model, loop_count=loop_count)
-        flops = _without_frozen_weights(dataclasses.replace(trained, model=model), flops, loop)
-    outputs = len(derived.loops_with_loss(config, loop_count))
-    return dataclasses.replace(flops, output=outputs * flops.output)
-
-
-def _without_frozen_weights(trained: Weights, flops: Flops, loop: int | None) -> Flops:
-    """Return the training FLOPs without the gradients of weights that are not trained."""
-    ran, later = _ran(trained.model, loop)
-
-    def without(part: float, layers: list[int], *components: Component, unused: tuple[int, int] = (0, 0)) -> float:
-        all_weights = Weights(trained.model).matmuls(layers, *components)
-        frozen = all_weights - trained.matmuls(layers, *components) - unused[1]
-        return part - part / TRAINING_OVER_FORWARD * frozen / max(1, all_weights - unused[0])
-
-    return dataclasses.replace(
-        flops,
-        projections=without(flops.projections, ran, "attention", unused=unused_products(trained, later)),
-        ffn=without(flops.ffn, ran, *FFN),
-        gate=without(flops.gate, later, "gates"),
-        output=flops.output * (1 if trained.has_head else 1 - 1 / TRAINING_OVER_FORWARD),
+    `data.sequence_length`; `loop`, `layers`: as in `forward_flops`."""
+    length, trained = sequence_length or config.data.sequence_length, Weights.trained(config)
+    flops = training_flops_per_token(
+        config.model, length, padded_vocab_size, loop_count, loop, layers=layers, trained=trained
     )
+    return dataclasses.replace(flops, output=len(derived.loops_with_loss(config, loop_count)) * flops.output)
 
 
 def run_flops_per_token(config: RunConfig, padded_vocab_size: int, start: int = 0) -> Flops:
     """Return the mean training FLOPs per token over the run's steps after `start`: `training.loop_schedule` sets their
-    loops, `data.length_schedule` their sequence lengths. Raises `UserError` as `check_trained`."""
-    check_trained(config)
+    loops, `data.length_schedule` their sequence lengths. Raises `UserError` if a run is to train parameters that its
+    model lacks, as a step of fewer loops may."""
+    trains(config)
     total = Flops(0, 0, 0, 0, 0, 0)
     for kind, share in LoopSchedule(config).kind_token_shares(start).items():
         total += step_flops_per_token(config, padded_vocab_size, kind.loop_count, kind.sequence_length).times(share)

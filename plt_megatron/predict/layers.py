@@ -187,10 +187,6 @@ class RankLayer:
         """Whether later loops read the layer's first-loop keys."""
         return self.loops and self.model.share_kv
 
-    @property
-    def shares_values(self) -> bool:
-        return derived.shares_values(self.model)
-
     # Bytes of the layer's tensors.
 
     def hidden_bytes(self) -> int:

@@ -37,7 +37,6 @@ class Layout(ParallelLayout):
             distributed optimizer); 2: gradients too; 3: weights too.
         recompute: `none`, `selective` (`recompute_modules`) or `full` (units of `recompute_num_layers` layers).
         recompute_modules: parts of layers that are recomputed separately.
-        micro_batch_size: sequences per microbatch.
         microbatches: number per optimizer step and data-parallel rank.
         deepspeed: whether DeepSpeed trains, with its own buffers.
         offload_optimizer, offload_weights: kept in host memory (DeepSpeed).

@@ -77,7 +77,8 @@ def _report(
     yield _section(f"Memory of the worst rank of each stage, {unit}", *_memory_rows(estimate, unit))
     yield _verdict(estimate)
     yield ""
-    yield _section("Sent per step and rank", _traffic_rows(estimate))
+    sent = [[name, format_bytes(amount)] for name, amount in estimate.communication.items()]
+    yield _section("Sent per step and rank", sent or [["nothing", ""]])
     yield _section("Time of a step", _time_rows(config, estimate, card))
     yield _section("Decoding", _decode_rows(options, config, decoding))
 
@@ -148,11 +149,6 @@ def _verdict(estimate: RunEstimate) -> str:
         f"peak in stage {worst.stage}, at {worst.phase}; {word}: {worst.total_bytes / GIB:.2f} of "
         f"{USABLE_SHARE * device:.1f} GiB usable on a {estimate.gpu} of {device:.1f} GiB"
     )
-
-
-def _traffic_rows(estimate: RunEstimate) -> list[list[str]]:
-    rows = [[name, format_bytes(amount)] for name, amount in estimate.communication.items()]
-    return rows or [["nothing", ""]]
 
 
 def _time_rows(config: RunConfig, estimate: RunEstimate, card: GPUSpec) -> list[list[str]]:

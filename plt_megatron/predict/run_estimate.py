@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plt_megatron.config import derived
-from plt_megatron.config.loop_schedule import LoopSchedule, with_loop_count
-from plt_megatron.config.schedules import BatchSchedule, with_sequence_length
+from plt_megatron.config.loop_schedule import LoopSchedule, with_equal_steps
+from plt_megatron.config.schedules import BatchSchedule
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.predict.cards import GPUSpec, find_gpu_spec
@@ -31,23 +31,16 @@ class RunEstimate:
     `training.loop_schedule` and `training.batch_schedule`. Memory is that of the largest step, with all loops.
 
     Attributes:
-        parameters_total, parameters_active, parameters_embedding: numbers of parameters; embedding: the table and,
-            if untied, the output layer.
-        tokens: total over the run.
+        parameters_embedding: of the table and, if untied, the output layer.
+        tokens, total_flops: over the run.
         flops_per_token: training FLOPs of the model, by `flops.run_flops_per_token`; `flops` has the parts.
-        total_flops: total over the run.
-        memory: the worst rank of each pipeline stage.
-        peak_memory_bytes: the worst rank's peak.
-        device_memory_bytes: the card's memory.
+        memory: the worst rank of each pipeline stage; `peak_memory_bytes`: the worst one's peak.
         fits: whether the peak leaves 8 % of the card free (`USABLE_SHARE`).
         bubble_fraction: pipeline idle time over working time.
         communication: bytes sent per step and rank, by purpose.
         step_seconds, total_seconds, gpu_hours: from the card's peaks and achievable shares, without validation and
             checkpoints; `times` has the parts.
-        checkpoint_bytes: size of one checkpoint on disk.
         saving_bytes: extra host memory a rank needs while it writes its part of a checkpoint.
-        world_size: number of ranks.
-        layout: how the ranks are arranged.
         gpu: the card's short name.
     """
 
@@ -130,11 +123,10 @@ def _mean_step_costs(largest: Step, card: GPUSpec, gpus_per_node: int) -> tuple[
     """Return means over the run's steps: bytes that a rank sends, by purpose; the step's time; its bubble."""
     config, layout = largest.config, largest.layout
     traffic, times, bubble = defaultdict[str, float](float), StepTime(), 0.0
-    for (loops, size, length), share in LoopSchedule(config).step_shares().items():
-        alike = with_sequence_length(with_loop_count(config, loops), length)
-        own = dataclasses.replace(
-            _with_batch(layout, size), loops=loops, micro_batch_size=alike.training.micro_batch_size
-        )
+    for kind, share in LoopSchedule(config).step_shares().items():
+        alike, loops = with_equal_steps(config, kind), kind.loop_count
+        own = _with_batch(layout, kind.global_batch_size)
+        own = dataclasses.replace(own, loops=loops, micro_batch_size=alike.training.micro_batch_size)
         step = dataclasses.replace(largest, config=alike, layout=own)
         sent = communication_bytes(step)
         times += step_time(step, card, sent, gpus_per_node).times(share)

@@ -13,6 +13,7 @@ from plt_megatron.config.fields import find_type_problems
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.rules.parallel import uneven_settings
 from plt_megatron.config.schema import ParallelConfig, RunConfig
+from plt_megatron.config.yaml_nodes import text_of
 from plt_megatron.errors import UserError
 from plt_megatron.predict.cards import GPUSpec, find_gpu_spec
 from plt_megatron.predict.layout import RECOMPUTE, problems_on
@@ -32,8 +33,7 @@ class Candidate:
     @property
     def command_line(self) -> str:
         """The overrides as `key=value` arguments."""
-        values = {key: "null" if value is None else str(value).lower() for key, value in self.overrides.items()}
-        return " ".join(f"{key}={value}" for key, value in values.items())
+        return " ".join(f"{key}={text_of(value)}" for key, value in self.overrides.items())
 
     @property
     def overheads(self) -> list[tuple[str, float]]:
@@ -121,7 +121,8 @@ def _layouts(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterator
             "parallel.data_parallel_size": data,
         }
         if pipeline != config.parallel.pipeline_model_parallel_size:
-            sizes |= _even_stages(config)
+            # What made stages uneven was meant for another number of them.
+            sizes |= {f"parallel.{name}": getattr(ParallelConfig(), name) for name in uneven_settings(config.parallel)}
         if context == config.parallel.context_parallel_size == 1:
             del sizes["parallel.context_parallel_size"]
         sizes |= _exchanges(config, tensor, context)
@@ -159,12 +160,6 @@ def _sizes(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterator[t
         if config.model.num_attention_heads % tensor or (context > 1 and config.data.sequence_length % (2 * context)):
             continue
         yield tensor, pipeline, context, data
-
-
-def _even_stages(config: RunConfig) -> dict[str, object]:
-    """Return overrides that undo an uneven division of layers, which was meant for another number of stages."""
-    default = ParallelConfig()
-    return {f"parallel.{name}": getattr(default, name) for name in uneven_settings(config.parallel)}
 
 
 def _exchanges(config: RunConfig, tensor: int, context: int) -> dict[str, object]:

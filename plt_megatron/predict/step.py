@@ -16,10 +16,9 @@ from typing import Self
 
 from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.model.parameters import Component
 from plt_megatron.predict.activations import Activations
 from plt_megatron.predict.cards import GPUSpec
-from plt_megatron.predict.flops import TRAINING_OVER_FORWARD, Flops, Parts, step_flops_per_token
+from plt_megatron.predict.flops import Flops, Parts, step_flops_per_token
 from plt_megatron.predict.held import Stage, share_in_fp8, stages_of
 from plt_megatron.predict.layout import Layout, bubble_fraction
 from plt_megatron.predict.parameters import FFN, Weights
@@ -60,14 +59,10 @@ class Step:
     def padded_vocab_size(self) -> int:
         return derived.padded_vocab_size(self.config.model, self.vocab_size, self.layout.tensor)
 
-    @cached_property
-    def flops(self) -> Flops:
-        """Training FLOPs per token."""
-        return step_flops_per_token(self.config, self.padded_vocab_size, self.config.model.loop_count)
-
     def stage_flops(self, stage: Stage) -> Flops:
-        """Return a pipeline stage's training FLOPs per token."""
-        return share_of_stage(self.flops, self.config, self.layout, stage.index)
+        """Return the training FLOPs per token of a pipeline stage's layers and, in the last, of the output layer."""
+        vocab = self.padded_vocab_size if stage is self.stages[-1] else 0
+        return step_flops_per_token(self.config, vocab, self.config.model.loop_count, layers=stage.layers)
 
     @cached_property
     def slowest(self) -> Stage:
@@ -78,30 +73,6 @@ class Step:
         """Return the loops that end in a loss, hence an output layer, in this stage."""
         last = stage is self.stages[-1]
         return derived.loops_with_loss(self.config, self.config.model.loop_count) if last else []
-
-
-def share_of_stage(flops: Flops, config: RunConfig, layout: Layout, stage: int) -> Flops:
-    """Return a pipeline stage's part of the FLOPs: its layers, of which other weights may be frozen than of the other
-    stages', and, in the last stage, the output layer."""
-    if layout.pipeline == 1:
-        return flops
-    layers, every = layout.stage_layers(config.model.num_layers)[stage], range(config.model.num_layers)
-    weights, trained = Weights(config.model), Weights.trained(config)
-
-    def part(whole: float, *components: Component) -> float:
-        def products(where: range) -> int:
-            untrained = (TRAINING_OVER_FORWARD - 1) * weights.matmuls(where, *components)
-            return untrained + trained.matmuls(where, *components)
-
-        return whole * products(layers) / max(1, products(every))
-
-    return dataclasses.replace(
-        flops.times(len(layers) / len(every)),
-        projections=part(flops.projections, "attention"),
-        ffn=part(flops.ffn, *FFN),
-        gate=part(flops.gate, "gates"),
-        output=flops.output if stage == layout.pipeline - 1 else 0.0,
-    )
 
 
 # Bytes that the optimizer moves per parameter it owns: it reads gradient, main weight and two moments, writes the last
@@ -141,8 +112,9 @@ def step_time(step: Step, card: GPUSpec, traffic: dict[str, float], gpus_per_nod
     own = step.stage_flops(step.slowest)
     attention_flops = own.global_attention + own.local_attention
 
-    def seconds(purpose: str, ranks: int) -> float:
-        return traffic.get(purpose, 0.0) / _bandwidth(card, ranks, gpus_per_node)
+    def seconds(purpose: str, ranks: int) -> float:  # among neighboring ranks: over the network, unless a node has them
+        link = card.link_bandwidth if ranks <= gpus_per_node else card.network_bandwidth
+        return traffic.get(purpose, 0.0) / (link * card.link_efficiency)
 
     matmul = share * _matmul_seconds(config, card, own, step.slowest.layers)
     attention = share * attention_flops / (peak * card.attention_efficiency)
@@ -183,7 +155,8 @@ def _matmul_seconds(config: RunConfig, card: GPUSpec, flops: Flops, layers: Sequ
 def _memory_bound(step: Step, card: GPUSpec) -> float:
     shapes = dataclasses.replace(step.shapes, recomputed=())  # activations that are not saved are moved too
     model, own = step.config.model, step.slowest.layers
-    saved = len(derived.looped_among(model, own)) * shapes.first_loop_kv()
+    looped = derived.looped_layers(model)
+    saved = sum(layer in looped for layer in own) * shapes.first_loop_kv()
     saved += sum(shapes.layers_in_loop(own, loop) for loop in range(1, model.loop_count + 1))
     saved += len(step.losses(step.slowest)) * (shapes.softmax() + shapes.head_backward())
     moved = PASSES_OVER_ACTIVATIONS * saved * step.layout.microbatches
@@ -208,12 +181,6 @@ def _recompute(step: Step, matmul: float, attention: float, memory_bound: float,
         return parts / 3
     recomputed = matmul * (products - flops.output) / products + attention
     return recomputed / 3 + memory_bound * flops.looped / flops.total * 2 / PASSES_OVER_ACTIVATIONS
-
-
-def _bandwidth(card: GPUSpec, ranks: int, gpus_per_node: int) -> float:
-    """Return the bandwidth of a collective over neighboring ranks: the network's if they do not fit in a node."""
-    link = card.link_bandwidth if ranks <= gpus_per_node else card.network_bandwidth
-    return link * card.link_efficiency
 
 
 def _other_communication(

@@ -172,7 +172,7 @@ def _context_run(run: Activations, parallel: ParallelConfig) -> float:
     layout, again = run.layout, run.layout.recompute == "full" or "core_attn" in run.recomputed
     passes, rows = 3 if again else 2, run.tokens * run.channels * run.element
     reads_first_loop = run.part == "later" and run.shares_kv
-    own = (not reads_first_loop) + (not (reads_first_loop and run.shares_values))  # of K and V
+    own = (not reads_first_loop) + (not (reads_first_loop and derived.shares_values(run.model)))  # of K and V
 
     def exchanged(kind: str, tensors: int) -> float:
         if kind == "a2a":

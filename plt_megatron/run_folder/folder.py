@@ -194,13 +194,13 @@ def load_run(path: str | os.PathLike[str], overrides: Sequence[str]) -> RunConfi
     config = load_config(path, overrides)
     here, own = Path(path).parent.absolute(), RunFolder.of(config)
     is_named = any(text.startswith(("name=", "output_dir=")) for text in overrides)
-    if Path(path).name == CONFIG and checkpoints.checkpoint_folders(here / own.checkpoints.name) and not is_named:
-        if here.resolve() != own.path.resolve():
-            seen = "" if own.path.is_absolute() else f" (seen from {Path.cwd()})"
-            raise UserError(
-                f"{here} is not where its configuration says, {own.path}{seen}, where the run would begin anew; to "
-                f"continue it, add {shlex.join([f'name={here.name}', f'output_dir={here.parent}'])}"
-            )
+    is_run = Path(path).name == CONFIG and checkpoints.checkpoint_folders(here / own.checkpoints.name)
+    if is_run and not is_named and here.resolve() != own.path.resolve():
+        seen = "" if own.path.is_absolute() else f" (seen from {Path.cwd()})"
+        raise UserError(
+            f"{here} is not where its configuration says, {own.path}{seen}, where the run would begin anew; to "
+            f"continue it, add {shlex.join([f'name={here.name}', f'output_dir={here.parent}'])}"
+        )
     return config
 
 

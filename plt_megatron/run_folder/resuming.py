@@ -21,7 +21,6 @@ from plt_megatron.config.loop_schedule import stages_of
 from plt_megatron.config.presets import LOOP_PRESETS, OF_ONE_LOOP
 from plt_megatron.config.rules.optimizer import find_decay_problems, settings_of_others
 from plt_megatron.config.rules.uploads import is_url
-from plt_megatron.config.schedules import BatchSchedule
 from plt_megatron.config.schema import ModelConfig, RunConfig, TrainingConfig
 from plt_megatron.errors import UserError
 from plt_megatron.model.parameters import Sizes, parameters_of
@@ -182,8 +181,7 @@ def _find_order_problems(config: RunConfig, progress: dict[str, Any]) -> Iterato
     if order is None:
         return
     step, tokens = progress["step"], checkpoints.trained_tokens(progress)
-    steps = max(0, derived.last_step(config, step, tokens) - step)
-    samples = BatchSchedule(config).tokens(steps, tokens) // config.data.sequence_length
+    samples = (tokens + derived.tokens_left(config, step, tokens)) // config.data.sequence_length
     if samples > order:
         yield f"data.order_samples {order:,}: the run reads {samples:,} samples in all; give as many"
 

@@ -7,7 +7,6 @@ milliseconds. The engine is in `train/deepspeed`.
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from plt_megatron.config.fields import leaves
 from plt_megatron.config.layout import num_microbatches
 from plt_megatron.config.rules.optimizer import optimizer_spec
 from plt_megatron.config.schema import DeepSpeedConfig, RunConfig
+from plt_megatron.config.yaml_nodes import text_of
 
 Kind = Literal["bool", "count", "positive", "even"]
 
@@ -154,9 +154,8 @@ def raw(config: RunConfig) -> dict[str, Any]:
 
 def deepspeed_config(config: RunConfig, world_size: int | None = None) -> dict[str, Any]:
     """Return the configuration dictionary for DeepSpeed. `config` must be validated."""
-    whole = copy.deepcopy({**_DEFAULTS, **raw(config), **written(config, world_size)})
     nested: dict[str, Any] = {}
-    for key, value in whole.items():
+    for key, value in {**_DEFAULTS, **raw(config), **written(config, world_size)}.items():
         *sections, last = key.split(".")
         place = nested
         for section in sections:
@@ -215,9 +214,8 @@ def _check_raw(config: RunConfig, world_size: int | None) -> Iterator[str]:
                 f"{_text(decided[key])}: set that and leave this out"
             )
             continue
-        refused = next((name for name in _prefixes(key) if name in REFUSED), None)
-        if refused is not None:
-            instead = REFUSED[refused]
+        instead = next((text for name, text in REFUSED.items() if f"{key}.".startswith(f"{name}.")), None)
+        if instead is not None:
             out = "" if "leave" in instead else "; leave this out"
             yield f"deepspeed.config.{key} cannot be set here: {instead}{out}"
         elif key in decided:
@@ -238,11 +236,6 @@ def _check_kind(key: str, value: Any) -> Iterator[str]:
         yield f"deepspeed.config.{key}: expected {expected}, got {_text(value)}"
 
 
-def _prefixes(key: str) -> Iterator[str]:
-    parts = key.split(".")
-    return (".".join(parts[:length]) for length in range(1, len(parts) + 1))
-
-
 def _unknown(key: str) -> str:
     known = [*ADDABLE, *DECIDED_BY]
     inside = [name for name in known if name.startswith(f"{key}.")]
@@ -260,6 +253,4 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return str(value).lower().replace("none", "null")
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else text_of(value)

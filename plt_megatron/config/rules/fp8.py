@@ -29,8 +29,7 @@ class Fp8Choice:
     """What a run computes in FP8.
 
     Attributes:
-        format: `hybrid` (E4M3, gradients in E5M2) or `e4m3`.
-        recipe: scaling of values: `delayed`, `tensorwise`, `blockwise` or `mxfp8`.
+        format, recipe: as in `training.fp8`, the recipe never `auto`.
         attention: whether the global attention is also in FP8.
         layers_in_bf16: number of layers at the start and at the end of the stack that stay in BF16.
     """

@@ -21,18 +21,11 @@ OLDEST_CROSS_ENTROPY = "2.20"
 
 @dataclass(frozen=True)
 class Fusions:
-    """Fused operations that are on, under megatron-core's names.
+    """Fused operations that are on, under megatron-core's names."""
 
-    Attributes:
-        gradient_accumulation_fusion: the matmul of a linear layer's weight gradient adds directly to the fp32 gradient
-            buffer, once per loop and microbatch.
-        apply_rope_fusion: RoPE in one kernel.
-        cross_entropy_loss_fusion: cross-entropy in one kernel per direction, without logits in fp32.
-    """
-
-    gradient_accumulation_fusion: bool = False
+    gradient_accumulation_fusion: bool = False  # weight gradients, once per loop and microbatch
     apply_rope_fusion: bool = False
-    cross_entropy_loss_fusion: bool = False
+    cross_entropy_loss_fusion: bool = False  # one kernel per direction, without logits in fp32
 
     def __str__(self) -> str:
         return ", ".join(name for name in NAMES if getattr(self, name)) or "none"

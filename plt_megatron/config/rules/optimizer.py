@@ -59,16 +59,13 @@ class OptimizerSpec:
         return self.matrix_state if hidden_matrix and self.matrix_state is not None else self.state
 
 
-def _megatron_adam(settings: OptimizerConfig) -> dict[str, Any]:
-    return {
-        "optimizer": "adam",
-        "adam_beta1": settings.adam_beta1,
-        "adam_beta2": settings.adam_beta2,
-        "adam_eps": settings.adam_eps,
-    }
-
-
 _ADAM_SETTINGS = ("adam_beta1", "adam_beta2", "adam_eps")
+
+
+def _megatron_adam(settings: OptimizerConfig) -> dict[str, Any]:
+    return {"optimizer": "adam", **{name: getattr(settings, name) for name in _ADAM_SETTINGS}}
+
+
 _ADAM_STATE = {"exp_avg": FP32, "exp_avg_sq": FP32}
 
 

@@ -115,8 +115,9 @@ def _stage_problems(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
         yield f"parallel.{given[0]} and parallel.{counted[0]} both set what the first and last stage hold: use one"
     elif given:
         yield from _check_given(config, layout, given)
-    else:
-        yield from _check_counted(config, layout, counted)
+    elif (config.model.num_layers + len(counted)) % layout.pipeline:
+        more = "".join(f" + 1 (parallel.{name})" for name in counted)
+        yield f"model.num_layers {config.model.num_layers}{more} is not divisible by {size}"
 
 
 def _check_given(config: RunConfig, layout: ParallelLayout, given: list[str]) -> Iterator[str]:
@@ -130,14 +131,6 @@ def _check_given(config: RunConfig, layout: ParallelLayout, given: list[str]) ->
             f"{names} leave {rest} of model.num_layers {layers} to the other {stages} of "
             f"parallel.pipeline_model_parallel_size {layout.pipeline} stages: it must be a multiple of {stages}"
         )
-
-
-def _check_counted(config: RunConfig, layout: ParallelLayout, counted: list[str]) -> Iterator[str]:
-    layers = config.model.num_layers
-    if (layers + len(counted)) % layout.pipeline == 0:
-        return
-    more = "".join(f" + 1 (parallel.{name})" for name in counted)
-    yield f"model.num_layers {layers}{more} is not divisible by parallel.pipeline_model_parallel_size {layout.pipeline}"
 
 
 def find_problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:

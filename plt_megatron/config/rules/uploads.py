@@ -36,14 +36,14 @@ def protocol_of(url: str) -> str:
 
 def exports_of(config: RunConfig) -> str | None:
     """Return the destination of a run's exports, its own folder or a repository; None if they are not uploaded."""
-    to = dict(destinations(config)).get("checkpoint.exports.upload_to")
+    to = None if config.checkpoint.exports is None else config.checkpoint.exports.upload_to
     return to if to is None or protocol_of(to) == HUB else f"{to.rstrip('/')}/{config.name}"
 
 
 def checkpoints_of(config: RunConfig) -> str | None:
     """Return the run's folder at the destination of checkpoints; None if they are not uploaded."""
-    to = dict(destinations(config)).get("checkpoint.uploads.to")
-    return None if to is None else f"{to.rstrip('/')}/{config.name}"
+    uploads = config.checkpoint.uploads
+    return None if uploads is None else f"{uploads.to.rstrip('/')}/{config.name}"
 
 
 def url_problem(url: str) -> str | None:

@@ -9,12 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.predict.flops import unused_products
+from plt_megatron.predict.flops import step_flops_per_token, unused_products
 from plt_megatron.predict.layers import runs
 from plt_megatron.predict.parameters import Weights
 from plt_megatron.predict.rehearsal.record import BESIDE_STEP, Box, Call, RankRecord, Saving
 from plt_megatron.predict.run_estimate import USABLE_SHARE, RunEstimate
-from plt_megatron.predict.step import share_of_stage
 
 TOLERANCES = {"memory": 0.10, "FLOPs": 0.001, "bytes sent": 0.01, "checkpoint": 0.01}
 # Phases whose traffic repeats per microbatch and is scaled to the run's number of microbatches.
@@ -111,15 +110,17 @@ def _flops(config: RunConfig, record: RankRecord, estimate: RunEstimate) -> Diff
     """Compare FLOPs of linear layers and causal attention, without recomputation, and without windows, which torch
     computes in blocks unless they span the sequence."""
     layout, model = estimate.layout, config.model
-    parts = share_of_stage(estimate.flops, config, layout, record.place["pp"])
-    expected = parts.projections + parts.ffn + parts.global_attention + parts.output
-    loops = model.loop_count
+    layers, loops = layout.stage_layers(model.num_layers)[record.place["pp"]], model.loop_count
+    parts = step_flops_per_token(config, 0, loops, layers=layers)
+    expected = parts.projections + parts.ffn + parts.global_attention
+    if record.place["pp"] == layout.pipeline - 1:
+        expected += estimate.flops.output
     if model.gate_input == "hidden" and loops > 1:  # computed in the first loop too, where it is unused
         copies = 1 if layout.sequence_parallel else layout.tensor  # each rank computes all heads for its rows
         expected += parts.gate * loops / (loops - 1) * copies
     if layout.context == 1 and model.window_size >= config.data.sequence_length:
         expected += parts.local_attention
-    expected += _unused_keys_and_values(config, layout.stage_layers(model.num_layers)[record.place["pp"]])
+    expected += _unused_keys_and_values(config, layers)
     tokens = record.microbatches * config.training.micro_batch_size * config.data.sequence_length
     rehearsed = record.flops.get("linear", 0) + record.flops.get("attention", 0)
     return Difference("FLOPs", "FLOPs", record.rank, rehearsed, expected * tokens / layout.tensor / layout.context)
@@ -128,8 +129,7 @@ def _flops(config: RunConfig, record: RankRecord, estimate: RunEstimate) -> Diff
 def _unused_keys_and_values(config: RunConfig, layers: range) -> int:
     """Return the FLOPs per token of K and V that later loops do not use: a fused projection computes them, too."""
     later = [run.layer for run in runs(config.model, layers) if run.part == "later"]
-    unused, frozen = unused_products(Weights.trained(config), later)
-    return 2 * (3 * unused - frozen)
+    return 2 * (2 * unused_products(Weights(config.model), later) + unused_products(Weights.trained(config), later))
 
 
 def _saving(records: Sequence[RankRecord], estimate: RunEstimate) -> Iterator[Difference]:

@@ -128,8 +128,8 @@ class Observer:
         self._total -= size
 
     def name_held(self, name: str, tensors: Any) -> None:
-        """Count the memory of these tensors under `name`."""
-        for tensor in tensors:
+        """Count the memory of the tensors among these under `name`."""
+        for tensor in filter(torch.is_tensor, tensors):
             key = tensor.untyped_storage()._cdata
             if key in self._live:
                 before, size = self._live[key]

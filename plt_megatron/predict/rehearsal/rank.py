@@ -51,7 +51,7 @@ def rehearse_rank(
         if config.parallel.overlap_grad_reduce:  # the first step reduces differently from all later ones
             engine.train_step(_batches(config, layout.pipeline))
         batches = _batches(config, record.microbatches)
-        _name(observer, "inputs", (each for batch in batches for each in (batch.tokens, batch.labels, batch.loss_mask)))
+        observer.name_held("inputs", (each for batch in batches for each in vars(batch).values()))
         _measure_step(engine, batches, observer, record)
         observer.log.phase = "validation"
         engine.evaluate(_batches(config, layout.pipeline), config.model.loop_count)
@@ -90,25 +90,21 @@ def _batches(config: RunConfig, count: int) -> list[MicroBatch]:
     ]
 
 
-def _name(observer: Observer, name: str, tensors: Any) -> None:
-    observer.name_held(name, (tensor for tensor in tensors if torch.is_tensor(tensor)))
-
-
 def _name_memory(engine: MegatronEngine, observer: Observer) -> WeightAverage | None:
     """Name what the engine holds, and allocate optimizer state, as loading a checkpoint does and a first step would.
     Return the moving average that the run would hold beside the engine, if any."""
     for part in engine.state.parts:
         part.allocate()
         main = [each for group in part.inner.param_groups for each in group["params"]]
-        _name(observer, "main weights", main)
-        _name(observer, "optimizer state", (each for main_ in main for each in part.inner.state[main_].values()))
+        observer.name_held("main weights", main)
+        observer.name_held("optimizer state", (each for main_ in main for each in part.inner.state[main_].values()))
     buffers = [*engine.ddp.buffers, *engine.ddp.expert_parallel_buffers]
-    _name(observer, "gradients", (buffer.grad_data for buffer in buffers))
-    _name(observer, "weights", [*engine.stage.parameters(), *(buffer.param_data for buffer in buffers)])
+    observer.name_held("gradients", (buffer.grad_data for buffer in buffers))
+    observer.name_held("weights", [*engine.stage.parameters(), *(buffer.param_data for buffer in buffers)])
     if engine.config.training.ema_decay is None:
         return None
     average = WeightAverage(engine)
-    _name(observer, "weight average", average.tensors())
+    observer.name_held("weight average", average.tensors())
     return average
 
 

@@ -186,8 +186,7 @@ class RankRecord:
     """Record of one rank, from its first measured step on.
 
     Attributes:
-        rank: global rank.
-        place: its coordinates, as `ParallelLayout.coordinates` names them.
+        place: the rank's coordinates, as `ParallelLayout.coordinates` names them.
         calls: its communication; `wait` entries refer to the position of the awaited message.
         groups: the ranks of each group in `calls`, by `Call.ranks`.
         groups_made: number of process groups that every rank creates at start, by megatron-core's description.
@@ -196,8 +195,7 @@ class RankRecord:
         waits: how often the host waits for the GPU, by phase and place.
         shapes: output shapes of this rank's loops.
         saving: what this rank's stage writes of a checkpoint; None: another rank's record has it, or none is written.
-        microbatches: number that were run.
-        seconds: duration of the rehearsal.
+        microbatches: number that were run; `seconds`: duration of the rehearsal.
     """
 
     rank: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,11 +15,10 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from plt_megatron.config.layout import ParallelLayout, layout_of
-from plt_megatron.config.loop_schedule import with_loop_count
+from plt_megatron.config.loop_schedule import with_equal_steps
 from plt_megatron.config.rules.fusions import NAMES as FUSIONS
-from plt_megatron.config.schedules import with_global_batch_size, with_sequence_length
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.errors import UserError
+from plt_megatron.errors import UserError, first_line
 from plt_megatron.predict.cards import find_gpu_spec
 from plt_megatron.predict.layout import problems_on
 from plt_megatron.predict.rehearsal.compare import Difference, compare, memory_problems, saving_problems
@@ -84,7 +84,9 @@ def rehearse(
     config, replaced = _rehearsable(given)
     layout = layout_of(config, world_size)
     estimates = [
-        estimate_run(_alike(each), gpu=gpu, world_size=world_size, gpus_per_node=gpus_per_node, vocab_size=vocab_size)
+        estimate_run(
+            with_equal_steps(each), gpu=gpu, world_size=world_size, gpus_per_node=gpus_per_node, vocab_size=vocab_size
+        )
         for each in (config, given)
     ]
     estimate = estimates[0]
@@ -126,12 +128,6 @@ def ranks_of_each_kind(layout: ParallelLayout) -> list[int]:
 
 def _rank(layout: ParallelLayout, *, tp: int = 0, cp: int = 0, dp: int = 0, pp: int = 0) -> int:
     return tp + layout.tensor * (cp + layout.context * (dp + layout.data * pp))
-
-
-def _alike(config: RunConfig) -> RunConfig:
-    """Return the configuration with schedules removed, so that every step is like the rehearsed one."""
-    config = with_sequence_length(with_loop_count(config, config.model.loop_count), config.data.sequence_length)
-    return with_global_batch_size(config, config.training.global_batch_size)
 
 
 def _rehearsable(config: RunConfig) -> tuple[RunConfig, list[str]]:
@@ -192,7 +188,7 @@ def _in_processes(calls: Sequence[tuple[Any, ...]], processes: int) -> list[Rank
         while left and len(running) < processes:
             index, call = left.pop(0)
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_send_result, args=(theirs, call))
+            process = context.Process(target=_send_result, args=(theirs, *call))
             process.start()
             theirs.close()
             running[ours] = index, process
@@ -209,23 +205,17 @@ def _in_processes(calls: Sequence[tuple[Any, ...]], processes: int) -> list[Rank
     return [results[index] for index in range(len(calls))]
 
 
-def _send_result(connection: Any, call: tuple[Any, ...]) -> None:
+def _send_result(connection: Any, config: RunConfig, vocab_size: int, rank: int, world_size: int, prepare: Any) -> None:
+    """Send the rank's record, or one line that says why the rank failed."""
     import torch
 
-    torch.set_num_threads(1)  # rebuilds the forked thread pool before autograd's threads do so concurrently and abort
-    connection.send(_rehearse_or_say(*call))
-
-
-def _rehearse_or_say(config: RunConfig, vocab_size: int, rank: int, world_size: int, prepare: Any) -> RankRecord | str:
-    """Return the rank's record, or one line that says why the rank failed."""
     from plt_megatron.predict.rehearsal.rank import rehearse_rank  # imports megatron-core
 
+    torch.set_num_threads(1)  # rebuilds the forked thread pool before autograd's threads do so concurrently and abort
+    result: RankRecord | str
     try:
-        return rehearse_rank(config, vocab_size, rank, world_size, prepare)
+        result = rehearse_rank(config, vocab_size, rank, world_size, prepare)
     except Exception as error:  # whatever it is, a rank that only ends would seem to have run out of memory
-        where = error.__traceback__
-        while where is not None and where.tb_next is not None:
-            where = where.tb_next
-        place = "" if where is None else f" ({where.tb_frame.f_globals.get('__name__')}:{where.tb_lineno})"
-        text = (str(error).splitlines() or [type(error).__name__])[0]
-        return f"rank {rank} fails: {text}{place}"
+        *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+        result = f"rank {rank} fails: {first_line(error)} ({frame.f_globals.get('__name__')}:{line})"
+    connection.send(result)

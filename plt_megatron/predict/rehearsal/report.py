@@ -85,12 +85,8 @@ def _memory(records: Sequence[RankRecord]) -> list[str]:
     peaks = ", ".join(dict.fromkeys(record.peak_phase for record in records))
     return [
         f"peak memory, GiB, by holder or phase of allocation (the peak is in {peaks})",
-        format_table(rows, header=_head(records)),
+        format_table(rows, header=["rank", *(str(record.rank) for record in records)]),
     ]
-
-
-def _head(records: Sequence[RankRecord]) -> list[str]:
-    return ["rank", *(str(record.rank) for record in records)]
 
 
 def _communication(found: Rehearsal) -> list[str]:

@@ -11,11 +11,11 @@ from sweep_helpers import LOOPS, plan_of, planned, saved_plan
 
 from plt_megatron.config import derived
 from plt_megatron.config.loader import setting
-from plt_megatron.config.loop_schedule import with_loop_count
 from plt_megatron.config.schedules import BatchSchedule
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.sweep_plan import FILE_NAME, config_path, load_plan, merge
 from plt_megatron.predict.decode_cost import decode_cost, decode_milliseconds
+from tests.settings import changed
 
 
 def match_on(what: str) -> str:
@@ -81,7 +81,7 @@ def test_a_curriculum_is_an_axis_and_costs_what_its_stages_cost(tmp_path):
     axis = f"axes: {{loops: {{always: {{model.loop_count: 2}}, late: {{training.loop_schedule: {stages}}}}}}}"
     text = match_on("training_flops").replace("axes: {model.loop_count: [1, 2, 3]}", axis)
     always, late = first_seed(plan_of(tmp_path, text, ("model.loop_count=2",)))
-    one = dataclasses.replace(always, config=with_loop_count(always.config, 1))
+    one = dataclasses.replace(always, config=changed(always.config, {"model.loop_count": 1}))
     # An odd number of steps.
     assert late.flops_per_token == pytest.approx((one.flops_per_token + always.flops_per_token) / 2, rel=0.005)
     assert late.deviation == pytest.approx(late.total_flops / always.total_flops - 1)

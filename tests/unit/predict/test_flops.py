@@ -9,13 +9,15 @@ import pytest
 
 from plt_megatron.config.schema import LengthStage, LoopStage, ModelConfig, RunConfig
 from plt_megatron.predict.flops import (
+    Flops,
     flops_of_loops,
-    forward_flops_per_token,
+    forward_flops,
     mean_keys,
     run_flops_per_token,
     step_flops_per_token,
     training_flops_per_token,
 )
+from plt_megatron.predict.parameters import Weights
 from tests.settings import changed, make
 
 MODEL = ModelConfig(
@@ -29,6 +31,11 @@ MODEL = ModelConfig(
     window_size=5,
 )
 N, V = 16, 384
+
+
+def forward(model: ModelConfig, n: int, vocab: int, loop: int | None = None) -> Flops:
+    """Mean over a sequence's tokens."""
+    return forward_flops(Weights(model), mean_keys(n), mean_keys(n, model.window_size), vocab, loop=loop)
 
 
 class Counter:
@@ -110,9 +117,9 @@ def ffn_widths(model: ModelConfig) -> list[int]:
 )
 def test_forward_equals_the_count_by_hand(changes):
     model = changed(MODEL, changes)
-    whole = forward_flops_per_token(model, N, V)
+    whole = forward(model, N, V)
     assert whole.total * N == pytest.approx(brute_force(model, N, V), rel=1e-12)
-    loops = [forward_flops_per_token(model, N, V, loop=loop).looped for loop in range(1, model.loop_count + 1)]
+    loops = [forward(model, N, V, loop=loop).looped for loop in range(1, model.loop_count + 1)]
     assert sum(loops) == pytest.approx(whole.looped)
 
 
@@ -125,21 +132,20 @@ def test_mean_keys_counts_the_mask(n, w):
 
 
 def test_training_is_three_forward_passes():
-    forward, training = forward_flops_per_token(MODEL, N, V), training_flops_per_token(MODEL, N, V)
-    for field in dataclasses.fields(forward):
-        assert getattr(training, field.name) == 3 * getattr(forward, field.name)
+    once, training = forward(MODEL, N, V), training_flops_per_token(MODEL, N, V)
+    for field in dataclasses.fields(once):
+        assert getattr(training, field.name) == 3 * getattr(once, field.name)
     assert training.total == training.looped + training.output
 
 
 def test_a_loop_count_can_be_asked_for():
-    assert forward_flops_per_token(MODEL, N, V, loop_count=3) == forward_flops_per_token(
-        dataclasses.replace(MODEL, loop_count=3), N, V
-    )
-    assert forward_flops_per_token(MODEL, N, V, 1).local_attention == 0
+    three = dataclasses.replace(MODEL, loop_count=3)
+    assert training_flops_per_token(MODEL, N, V, loop_count=3) == training_flops_per_token(three, N, V)
+    assert training_flops_per_token(MODEL, N, V, 1).local_attention == 0
 
 
 def test_loops_multiply_the_stack_and_not_the_head():
-    one, two, three = (forward_flops_per_token(MODEL, N, V, loops) for loops in (1, 2, 3))
+    one, two, three = (training_flops_per_token(MODEL, N, V, loops) for loops in (1, 2, 3))
     assert one.output == two.output == three.output
     assert two.ffn == 2 * one.ffn and three.ffn == 3 * one.ffn
     assert three.looped - two.looped == pytest.approx(two.looped - one.looped)
@@ -179,7 +185,7 @@ def test_frozen_weights_save_one_product_of_three(form, trained):
 
 def test_full_attention_costs_in_the_last_loop():
     model = changed(MODEL, {"gated_window": False, "share_kv": False, "full_attention": "last_loop"})
-    first, last = (forward_flops_per_token(model, 4096, V, loop=loop) for loop in (1, 2))
+    first, last = (forward(model, 4096, V, loop=loop) for loop in (1, 2))
     assert first.global_attention == last.local_attention == 0
     assert last.global_attention == pytest.approx(first.local_attention * mean_keys(4096) / mean_keys(4096, 5))
 
