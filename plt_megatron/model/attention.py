@@ -18,6 +18,7 @@ loop attends to the whole context, the others to a window.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,9 +62,8 @@ def _zeros_by_head(config: TransformerConfig, *shape: int) -> nn.Parameter:
 
 
 class QueryGate(nn.Module):
-    """Gate logits from each head's query. Weight [heads / TP, head_dim], bias [heads / TP], split by head."""
-
-    reads_hidden_states = False
+    """Gate logits from each head's query, in the core attention of loops >= 2. Weight [heads / TP, head_dim], bias
+    [heads / TP], split by head."""
 
     def __init__(self, config: TransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
         super().__init__()
@@ -85,10 +85,9 @@ class QueryGate(nn.Module):
 
 
 class HiddenGate(nn.Module):
-    """Gate logits from the residual stream. Weight [heads, hidden], bias [heads] and norm [hidden] are replicated on
-    every rank: each computes all heads for its rows, and only the logits are exchanged."""
-
-    reads_hidden_states = True
+    """Gate logits from the residual stream, in every loop before the core attention. Weight [heads, hidden], bias
+    [heads] and norm [hidden] are replicated on every rank: each computes all heads for its rows, and only the logits
+    are exchanged."""
 
     def __init__(self, config: TransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
         super().__init__()
@@ -109,11 +108,6 @@ class HiddenGate(nn.Module):
                 logits, tensor_parallel_output_grad=False, group=self.tp_group
             )
         return scatter_to_tensor_model_parallel_region(logits, group=self.tp_group)
-
-
-# By `model.gate_input`. Gates with `reads_hidden_states` are called with the layer's input in every loop, before the
-# core attention; the others with the query, in the core attention of loops >= 2.
-GATES = {"query": QueryGate, "hidden": HiddenGate}
 
 
 class TorchAttention(nn.Module):
@@ -172,9 +166,7 @@ class FusedGatedWindow(nn.Module):
         gate reads the query -> y [s, b, heads, d]."""
         from plt_megatron.model.gated_window_kernel import gated_window
 
-        if logits is None and not isinstance(gate, QueryGate):
-            logits = gate(query)  # the kernel itself computes only the paper's gate
-        of_query: dict[str, Any] = {} if logits is not None else {"weight": gate.weight, "bias": gate.bias}
+        of_query: dict[str, Any] = {"weight": gate.weight, "bias": gate.bias} if logits is None else {}
         return gated_window(
             query,
             key,
@@ -225,11 +217,9 @@ class GatedSlidingWindowAttention(MegatronModule):
         self.loops = self.plt.loop_count > 1 and layer_number - 1 in derived.looped_layers(self.plt)
         self.head_dim = config.kv_channels
 
-        def build(window_size: int | None) -> TorchAttention | TEAttention:
-            kwargs: dict[str, Any] = {"layer_number": layer_number, "softmax_scale": softmax_scale}
-            kernel = TEAttention if config.backend == "te" else TorchAttention
-            return kernel(window_size, config=config, pg_collection=pg_collection, **kwargs)
-
+        common: dict[str, Any] = {"config": config, "layer_number": layer_number, "softmax_scale": softmax_scale}
+        kernel = TEAttention if config.backend == "te" else TorchAttention
+        build = partial(kernel, pg_collection=pg_collection, **common)
         self.global_attention = build(None)
         self.local_attention: nn.Module | None = None
         self.plt_gate: nn.Module | None = None
@@ -238,7 +228,8 @@ class GatedSlidingWindowAttention(MegatronModule):
                 self.local_attention = FusedGatedWindow(self.plt, softmax_scale)
             else:
                 self.local_attention = build(self.plt.window_size)
-            self.plt_gate = GATES[self.plt.gate_input](config, pg_collection.tp)
+            gate = HiddenGate if self.plt.gate_input == "hidden" else QueryGate
+            self.plt_gate = gate(config, pg_collection.tp)
         elif self.loops and derived.windows_earlier_loops(self.plt):
             self.local_attention = build(self.plt.window_size)
 
@@ -273,7 +264,7 @@ class GatedSlidingWindowAttention(MegatronModule):
         assert attention_mask is None and attention_bias is None, "PLT attention is always causal"
         context = packed_seq_params or LoopContext()
         logits = None
-        if getattr(self.plt_gate, "reads_hidden_states", False):
+        if isinstance(self.plt_gate, HiddenGate):
             query, logits = query[..., : self.head_dim], query[..., self.head_dim]
         query = self.global_attention.lay_out(query, context.documents)
         out = self._attend(query, key, value, logits, context)
@@ -346,8 +337,7 @@ class KeyShift(nn.Module):
         self.groups = range(first, first + max(groups // self.tp_group.size(), 1))  # this rank's, of the whole model's
         self.first_shifted = groups // 2
         if self.form == "learned":
-            kwargs: dict[str, Any] = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
-            self.key, self.value = (nn.Parameter(torch.zeros(groups, **kwargs)) for _ in range(2))
+            self.key, self.value = _zeros(config, groups), _zeros(config, groups)
 
     def forward(self, key: Tensor, value: Tensor, context: LoopContext) -> tuple[Tensor, Tensor]:
         """key and value [s / CP, b, groups / TP, d], before RoPE -> the same."""
@@ -404,6 +394,6 @@ class PLTSelfAttention(SelfAttention):
             # With recomputation, K's norm would otherwise run its backward without a gradient.
             key = key.detach()
         gate = self.core_attention.plt_gate
-        if getattr(gate, "reads_hidden_states", False):
+        if isinstance(gate, HiddenGate):
             query = torch.cat((query, gate(hidden_states).unsqueeze(-1).to(query.dtype)), dim=-1)
         return query, key, value
