@@ -41,12 +41,7 @@ _NEXT_TRY_STATUS = {
 
 
 class Coordinator:
-    """Runs the job of one allocation.
-
-    Args:
-        send: sends a message to a node.
-        say: writes a line to the log.
-        clock: returns seconds; for tests.
+    """Runs the job of one allocation: `send` takes a node and a message to it, `say` a line for the log.
 
     Attributes:
         status: the exit status of all launchers once the job is over; None before.

@@ -76,11 +76,8 @@ def save_settings(settings: JobSettings, run: Path) -> None:
 
 
 def load_settings(run: Path) -> JobSettings:
-    """Read `RUN/job.yaml`.
-
-    Raises:
-        UserError: the file is missing or not YAML, or a setting is unknown, missing, of the wrong type or out of range.
-    """
+    """Read `RUN/job.yaml`. Raises `UserError` if it is missing or not YAML, or if a setting is unknown, missing, of the
+    wrong type or out of range."""
     path = RunFolder(run).job_file
     if not path.is_file():
         raise UserError(f"{path} does not exist; plt submit writes it")
@@ -129,9 +126,8 @@ class Allocation:
         return self.launcher_port + 1 + attempt % (_PORTS_PER_JOB - 1)
 
 
-def read_allocation(env: Mapping[str, str] | None = None) -> Allocation:
+def read_allocation(env: Mapping[str, str] = os.environ) -> Allocation:
     """Read the allocation of the job that this process runs in. Raises `UserError` if this is not a Slurm job."""
-    env = os.environ if env is None else env
     try:
         job_id = int(env["SLURM_JOB_ID"])
         nodes = tuple(expand_nodes(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]))

@@ -193,11 +193,7 @@ def stamp(attempt: int, who: str, text: str) -> str:
 
 
 class LogFile:
-    """Log file to which whole lines are appended. A full disk costs lines, never the run.
-
-    Attributes:
-        lost: number of lines that could not be written.
-    """
+    """Log file to which whole lines are appended. A full disk costs lines (`lost` counts them), never the run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

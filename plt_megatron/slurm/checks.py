@@ -82,13 +82,8 @@ class Forecast:
 def forecast(
     config: RunConfig, run: Path, resources: Resources, vocab_size: int, tflops_per_process: float | None
 ) -> Forecast:
-    """Forecast a run.
-
-    Args:
-        config: valid for `resources.world_size` processes.
-        vocab_size: the tokenizer's, or the model's.
-        tflops_per_process: matrix product rate on a CPU cluster; None: unknown.
-    """
+    """Forecast a run whose configuration is valid for `resources.world_size` processes. `tflops_per_process`: matrix
+    product rate on a CPU cluster; None: unknown."""
     estimate = estimate_run(
         config,
         gpu=resources.card,
