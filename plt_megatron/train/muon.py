@@ -46,12 +46,8 @@ class Matrix:
 
     @classmethod
     def of(cls, parameter: Parameter, model: ModelConfig, shape: torch.Size, tensor: int) -> Matrix:
-        """Describe a parameter's part. What Hugging Face stores as several matrices, Muon treats as several too.
-
-        Args:
-            parameter: the parameter's entry in the table.
-            tensor: number of tensor-parallel ranks.
-        """
+        """Describe a parameter's part on one of `tensor` tensor-parallel ranks. What Hugging Face stores as several
+        matrices, Muon treats as several too."""
         head = derived.head_dim(model)
         queries = model.num_attention_heads // derived.num_query_groups(model) * head
         parts = {"qkv": [queries, head, head], "gate_up": [shape[0] // 2] * 2, "direct": None}
@@ -72,13 +68,8 @@ def _matrices(part: DistributedOptimizer, stage: LoopedGPT, model: ModelConfig) 
 
 
 class Muon(TensorParallelMuon):
-    """megatron-core's Muon over flat main parameters.
-
-    The iteration runs in bf16 if the model does, as usual, and in fp32 otherwise.
-
-    Args:
-        matrices: the `Matrix` of each main parameter.
-    """
+    """megatron-core's Muon over flat main parameters. The iteration runs in bf16 if the model does, as usual, and in
+    fp32 otherwise."""
 
     def __init__(self, config: RunConfig, stage: LoopedGPT, matrices: dict[Tensor, Matrix]) -> None:
         settings = config.optimizer
