@@ -18,7 +18,6 @@ loop attends to the whole context, the others to a window.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -144,43 +143,6 @@ class TorchAttention(nn.Module):
         return window_attention(query, key, value, window_size=self.window_size, **kwargs)
 
 
-class FusedGatedWindow(nn.Module):
-    """Window, blend and gate in one kernel (`gated_window_kernel`); works with any backend's global attention."""
-
-    def __init__(self, plt: ModelConfig, softmax_scale: float | None) -> None:
-        super().__init__()
-        require_fused_gated_window()
-        self.plt, self.softmax_scale = plt, softmax_scale
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        y_global: Tensor,
-        logits: Tensor | None,
-        gate: nn.Module,
-        documents: Documents | None,
-    ) -> Tensor:
-        """query and y_global [s, b, heads, d], key and value [s, b, groups, d], logits [s, b, heads] or None if the
-        gate reads the query -> y [s, b, heads, d]."""
-        from plt_megatron.model.gated_window_kernel import gated_window
-
-        of_query: dict[str, Any] = {"weight": gate.weight, "bias": gate.bias} if logits is None else {}
-        return gated_window(
-            query,
-            key,
-            value,
-            y_global,
-            logits=logits,
-            window_size=self.plt.window_size,
-            gate_side=self.plt.gate_side,
-            softmax_scale=self.softmax_scale,
-            document_starts=None if documents is None else documents.first_tokens,
-            **of_query,
-        )
-
-
 def require_fused_gated_window() -> None:
     """Raise `UserError` unless Triton and a GPU (or Triton's interpreter, in tests) are available."""
     try:
@@ -194,7 +156,8 @@ def require_fused_gated_window() -> None:
 class GatedSlidingWindowAttention(MegatronModule):
     """megatron-core `core_attention` of a PLT layer; each call's `packed_seq_params` tells it which loop runs.
 
-    The global attention is in FP8 where configured, the local one never.
+    The global attention is in FP8 where configured, the local one never. With `model.fused_gated_window` one kernel,
+    which works with any backend's global attention, computes the local one, the gate and the blend.
 
     Attributes:
         loops: whether the layer runs in every loop; a layer that runs once has plain causal attention and no gate.
@@ -215,17 +178,19 @@ class GatedSlidingWindowAttention(MegatronModule):
         self.plt = config.plt
         self.layer_number = layer_number
         self.loops = self.plt.loop_count > 1 and layer_number - 1 in derived.looped_layers(self.plt)
-        self.head_dim = config.kv_channels
+        self.head_dim, self.softmax_scale = config.kv_channels, softmax_scale
 
-        common: dict[str, Any] = {"config": config, "layer_number": layer_number, "softmax_scale": softmax_scale}
-        kernel = TEAttention if config.backend == "te" else TorchAttention
-        build = partial(kernel, pg_collection=pg_collection, **common)
+        def build(window_size: int | None) -> TorchAttention | TEAttention:
+            kwargs: dict[str, Any] = {"layer_number": layer_number, "softmax_scale": softmax_scale}
+            kernel = TEAttention if config.backend == "te" else TorchAttention
+            return kernel(window_size, config=config, pg_collection=pg_collection, **kwargs)
+
         self.global_attention = build(None)
         self.local_attention: nn.Module | None = None
         self.plt_gate: nn.Module | None = None
         if self.loops and self.plt.gated_window:
             if self.plt.fused_gated_window:
-                self.local_attention = FusedGatedWindow(self.plt, softmax_scale)
+                require_fused_gated_window()
             else:
                 self.local_attention = build(self.plt.window_size)
             gate = HiddenGate if self.plt.gate_input == "hidden" else QueryGate
@@ -284,13 +249,13 @@ class GatedSlidingWindowAttention(MegatronModule):
         if not self.plt.share_values:
             (value_1,) = self.global_attention.prepare(context.documents, value)
         y_global = self.global_attention(query, key_1, value_1, context.documents)
-        if self.plt_gate is None or self.local_attention is None:
+        if self.plt_gate is None:
             return y_global
-        if isinstance(self.local_attention, FusedGatedWindow):
+        if self.local_attention is None:
             if context.statistics is not None:
                 with torch.no_grad():  # again: the kernel does not return the gate
                     context.statistics.add_gate(context.loop, self.layer_number, self._gate(query, logits))
-            return self.local_attention(query, key, value, y_global, logits, self.plt_gate, context.documents)
+            return self._fused_window(query, key, value, y_global, logits=logits, documents=context.documents)
         y_local = self.local_attention(query, key, value, context.documents)
         gate = self._gate(query, logits)
         if context.statistics is not None:
@@ -298,6 +263,21 @@ class GatedSlidingWindowAttention(MegatronModule):
         if self.plt.gate_side == "local":
             return torch.lerp(y_global, y_local, gate)
         return torch.lerp(y_local, y_global, gate)
+
+    def _fused_window(self, *tensors: Tensor, logits: Tensor | None, documents: Documents | None) -> Tensor:
+        """Query, key, value and the global attention's output, as in `_attend` -> [s, b, heads, d]."""
+        from plt_megatron.model.gated_window_kernel import gated_window
+
+        gate: Any = self.plt_gate
+        return gated_window(
+            *tensors,
+            logits=logits,
+            **({"weight": gate.weight, "bias": gate.bias} if logits is None else {}),
+            window_size=self.plt.window_size,
+            gate_side=self.plt.gate_side,
+            softmax_scale=self.softmax_scale,
+            document_starts=None if documents is None else documents.first_tokens,
+        )
 
     def _gate(self, query: Tensor, logits: Tensor | None) -> Tensor:
         """Return gate values [s, b, heads / TP, 1]; `logits` come from a gate that reads hidden states."""
