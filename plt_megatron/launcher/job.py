@@ -88,24 +88,16 @@ def load_settings(run: Path) -> JobSettings:
 
 @dataclass(frozen=True)
 class Allocation:
-    """A job's nodes, and which of them this process runs on.
+    """A job's nodes, and which of them this process runs on."""
 
-    Attributes:
-        job_id: Slurm's job number.
-        scheduler_id: the id that names only this job to `scontrol`; for a member of an array `ARRAY_TASK`, since one
-            member has the number of the array itself.
-        restart_count: how often Slurm has requeued the job.
-        nodes: node names, in Slurm's order.
-        node_index: this node's index in `nodes`.
-        end_time: when the time limit ends the job, seconds since 1970; infinite if Slurm does not say.
-    """
-
-    job_id: int
+    job_id: int  # Slurm's job number
+    # The id that names only this job to `scontrol`; for a member of an array `ARRAY_TASK`, since one member has the
+    # number of the array itself.
     scheduler_id: str
-    restart_count: int
-    nodes: tuple[str, ...]
-    node_index: int
-    end_time: float = math.inf
+    restart_count: int  # how often Slurm has requeued the job
+    nodes: tuple[str, ...]  # names, in Slurm's order
+    node_index: int  # this node's index in `nodes`
+    end_time: float = math.inf  # when the time limit ends the job, seconds since 1970; infinite if Slurm does not say
 
     @property
     def node(self) -> str:

@@ -28,18 +28,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class JobStatus:
-    """Status of one run.
-
-    Attributes:
-        state: running, pending, finished, preempted, failed, stopped, not started, not readable, ...
-        detail: details of the state: the job, its nodes, why it is pending.
-        jobs: ids of the run's running and pending jobs.
-    """
+    """Status of one run."""
 
     run: Path
-    state: str
-    detail: str
-    jobs: list[str]
+    state: str  # running, pending, finished, preempted, failed, stopped, not started, not readable, ...
+    detail: str  # the job, its nodes, why it is pending
+    jobs: list[str]  # ids of the run's running and pending jobs
     progress: RunStatus
 
 

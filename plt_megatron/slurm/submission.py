@@ -57,15 +57,10 @@ class Options(SbatchOptions):
 
 @dataclass(frozen=True)
 class Submission:
-    """Submitted runs and their jobs.
+    """Submitted runs and their jobs."""
 
-    Attributes:
-        runs: absolute run folders.
-        job_ids: job ids of each run, in the order of `runs`; several in a chain.
-    """
-
-    runs: list[Path]
-    job_ids: list[list[str]]
+    runs: list[Path]  # absolute run folders
+    job_ids: list[list[str]]  # of each run, in the order of `runs`; several in a chain
 
 
 # Takes a valid configuration, its vocabulary size and the job's resources; returns one line per problem.

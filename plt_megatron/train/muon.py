@@ -32,17 +32,11 @@ def give_matrices_to_muon(part: DistributedOptimizer, stage: LoopedGPT, config: 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A rank's part of a hidden matrix, with the attributes that `TensorParallelMuon` reads from a parameter.
+    """A rank's part of a hidden matrix, with the attributes that `TensorParallelMuon` reads from a parameter."""
 
-    Attributes:
-        shape: [rows, columns] on this rank.
-        partition_dim: dimension that tensor-parallel ranks divide; None: each rank has all of the matrix.
-        qkv_split_shapes: rows of the matrices it consists of, in a repeating pattern; None: it is a single matrix.
-    """
-
-    shape: torch.Size
-    partition_dim: int | None
-    qkv_split_shapes: list[int] | None
+    shape: torch.Size  # [rows, columns] on this rank
+    partition_dim: int | None  # that tensor-parallel ranks divide; None: each rank has all of the matrix
+    qkv_split_shapes: list[int] | None  # rows of the matrices in it, in a repeating pattern; None: it is a single one
 
     @classmethod
     def of(cls, parameter: Parameter, model: ModelConfig, shape: torch.Size, tensor: int) -> Matrix:
@@ -97,12 +91,8 @@ class Muon(TensorParallelMuon):
 
 
 class MuonAndAdam:
-    """Muon and Adam as the one inner optimizer that megatron-core's distributed optimizer expects.
-
-    Attributes:
-        param_groups: the groups that Adam was built with; each of the two optimizers steps its own.
-        state: state of both optimizers.
-    """
+    """Muon and Adam as the one inner optimizer that megatron-core's distributed optimizer expects: with the groups that
+    Adam was built with, of which each of the two steps its own, and the state of both."""
 
     def __init__(self, muon: Muon, adam: Any) -> None:
         self.muon, self.adam = muon, adam

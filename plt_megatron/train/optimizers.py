@@ -111,18 +111,13 @@ def megatron_settings(config: RunConfig) -> MegatronOptimizerConfig:
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters with the same rates.
+    """Parameters with the same rates."""
 
-    Attributes:
-        name: name in messages.
-        rate, decay, eps: factors of learning rate, weight decay and Adam's epsilon.
-    """
-
-    name: str
+    name: str  # in messages
     parameters: tuple[Parameter, ...]
-    rate: float
-    decay: float
-    eps: float
+    rate: float  # factors: of the learning rate,
+    decay: float  # of weight decay,
+    eps: float  # and of Adam's epsilon
 
     def has(self, name: str) -> bool:
         """Return whether the parameter of this name is in the group."""
@@ -240,10 +235,7 @@ class LearningRate(OptimizerParamScheduler):
     """Learning-rate schedule over an optimizer's parameter groups, starting at step 0.
 
     It counts steps. If the run's length is given in tokens, these are steps of the `training.global_batch_size` that
-    the run began with, whatever the batch size is now, so that a rate belongs to a number of tokens.
-
-    Attributes:
-        step_tokens: tokens of one counted step.
+    the run began with (`step_tokens`), whatever the batch size is now, so that a rate belongs to a number of tokens.
     """
 
     def __init__(self, config: RunConfig, optimizer: Any, step_tokens: int | None = None) -> None:

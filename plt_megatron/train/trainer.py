@@ -39,14 +39,10 @@ _NOTHING, _SAVE, _STOP = 0, 1, 2
 
 
 class StopRequest:
-    """Listens for requests to stop or to save.
-
-    Attributes:
-        requested: whether the ranks have agreed to stop.
-    """
+    """Listens for requests to stop or to save."""
 
     def __init__(self, folder: RunFolder) -> None:
-        self.requested = False
+        self.requested = False  # whether the ranks have agreed to stop
         self._folder = folder
         self._signaled = False  # never reset: a signal during a collective counts at the next step boundary
         self._previous = {number: signal.signal(number, self._hear) for number in _SIGNALS}

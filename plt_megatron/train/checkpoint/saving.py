@@ -96,7 +96,6 @@ class PendingSave:
         writer: megatron-core's writer, which turns all ranks' results into the checkpoint's metadata.
         global_metadata: all ranks' plans, on rank 0.
         buckets: the data that this rank writes, by file.
-
         progress: the content of progress.json, fixed when the save began.
     """
 
