@@ -41,16 +41,7 @@ _NEXT_TRY_STATUS = {
 
 
 class Coordinator:
-    """Runs the job of one allocation.
-
-    Args:
-        send: sends a message to a node.
-        say: writes a line to the log.
-        clock: returns seconds; for tests.
-
-    Attributes:
-        status: the exit status of all launchers once the job is over; None before.
-    """
+    """Runs the job of one allocation: `send` takes a node and a message to it, `say` a line for the log."""
 
     def __init__(
         self,
@@ -61,7 +52,7 @@ class Coordinator:
         say: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.status: int | None = None
+        self.status: int | None = None  # the exit status of all launchers once the job is over
         self._allocation, self._settings, self._records = allocation, settings, run_records
         self._send, self._say, self._clock = send, say, clock
         self._facts: dict[str, preflight.Facts] = {}

@@ -98,13 +98,9 @@ _MOST_FRUITLESS = 6
 
 @dataclass(frozen=True)
 class Decision:
-    """The next action, with its reason in one line.
+    """The next action, with its reason in one line."""
 
-    Attributes:
-        action: finish; again; exclude: again, without `nodes`; halt: a user stopped it; stop: give up.
-    """
-
-    action: str
+    action: str  # finish; again; exclude: again, without `nodes`; halt: a user stopped it; stop: give up
     reason: str
     nodes: dict[str, str] = field(default_factory=dict)
 

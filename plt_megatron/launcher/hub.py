@@ -147,11 +147,8 @@ class Every:
 
 
 class Hub:
-    """Connections of all nodes, including the first node's own; writes the merged log.
-
-    Raises:
-        UserError: the port is already in use on this node.
-    """
+    """Connections of all nodes, including the first node's own; writes the merged log. Raises `UserError` if the port
+    is already in use on this node."""
 
     def __init__(
         self, run: Path, settings: JobSettings, allocation: Allocation, selector: selectors.BaseSelector
@@ -248,13 +245,8 @@ class Hub:
 
 
 def clock_skew(sent: float, theirs: float, received: float) -> float:
-    """Return the seconds that another clock is ahead of this one, beyond what the round trip can explain.
-
-    Args:
-        sent: time of the request, by this clock.
-        theirs: time that the other clock showed.
-        received: time of the answer, by this clock.
-    """
+    """Return the seconds that another clock, which showed `theirs` between `sent` and `received`, is ahead of this one,
+    beyond what the round trip can explain."""
     difference, doubt = theirs - (sent + received) / 2, (received - sent) / 2
     return math.copysign(max(0.0, abs(difference) - doubt), difference)
 

@@ -76,11 +76,8 @@ def save_settings(settings: JobSettings, run: Path) -> None:
 
 
 def load_settings(run: Path) -> JobSettings:
-    """Read `RUN/job.yaml`.
-
-    Raises:
-        UserError: the file is missing or not YAML, or a setting is unknown, missing, of the wrong type or out of range.
-    """
+    """Read `RUN/job.yaml`. Raises `UserError` if it is missing or not YAML, or if a setting is unknown, missing, of the
+    wrong type or out of range."""
     path = RunFolder(run).job_file
     if not path.is_file():
         raise UserError(f"{path} does not exist; plt submit writes it")
@@ -91,24 +88,16 @@ def load_settings(run: Path) -> JobSettings:
 
 @dataclass(frozen=True)
 class Allocation:
-    """A job's nodes, and which of them this process runs on.
+    """A job's nodes, and which of them this process runs on."""
 
-    Attributes:
-        job_id: Slurm's job number.
-        scheduler_id: the id that names only this job to `scontrol`; for a member of an array `ARRAY_TASK`, since one
-            member has the number of the array itself.
-        restart_count: how often Slurm has requeued the job.
-        nodes: node names, in Slurm's order.
-        node_index: this node's index in `nodes`.
-        end_time: when the time limit ends the job, seconds since 1970; infinite if Slurm does not say.
-    """
-
-    job_id: int
+    job_id: int  # Slurm's job number
+    # The id that names only this job to `scontrol`; for a member of an array `ARRAY_TASK`, since one member has the
+    # number of the array itself.
     scheduler_id: str
-    restart_count: int
-    nodes: tuple[str, ...]
-    node_index: int
-    end_time: float = math.inf
+    restart_count: int  # how often Slurm has requeued the job
+    nodes: tuple[str, ...]  # names, in Slurm's order
+    node_index: int  # this node's index in `nodes`
+    end_time: float = math.inf  # when the time limit ends the job, seconds since 1970; infinite if Slurm does not say
 
     @property
     def node(self) -> str:
@@ -129,9 +118,8 @@ class Allocation:
         return self.launcher_port + 1 + attempt % (_PORTS_PER_JOB - 1)
 
 
-def read_allocation(env: Mapping[str, str] | None = None) -> Allocation:
+def read_allocation(env: Mapping[str, str] = os.environ) -> Allocation:
     """Read the allocation of the job that this process runs in. Raises `UserError` if this is not a Slurm job."""
-    env = os.environ if env is None else env
     try:
         job_id = int(env["SLURM_JOB_ID"])
         nodes = tuple(expand_nodes(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]))

@@ -95,7 +95,7 @@ class NodeLauncher:
             facts = preflight.gather_facts(self._run)
             self._cpus = os.sched_getaffinity(0)
             count = self._settings.processes_per_node
-            near = workers.cpus_near_gpus(count) if self._settings.gpus_per_node else []
+            near = workers.cpus_near_gpus() if self._settings.gpus_per_node else []
             self._shares = workers.share_out(self._cpus, count, near)
             if self._connect():
                 us = {"node": allocation.node, "job_id": allocation.job_id, "restart_count": allocation.restart_count}
@@ -258,8 +258,6 @@ class NodeLauncher:
         if self._hub is not None:
             deadline = time.monotonic() + _FLUSH_SECONDS
             while self._hub.pending and time.monotonic() < deadline:
-                for key, _ in self._selector.select(_TICK_SECONDS):
-                    key.data()
-                self._hub.turn()
+                self._turn()
             self._hub.close()
         return self._status

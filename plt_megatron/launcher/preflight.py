@@ -94,7 +94,6 @@ def judge(facts: Mapping[str, Facts], gpus_per_node: int) -> dict[str, str]:
 
     Args:
         facts: facts by node, the first node first; with `skew`, the seconds its clock is ahead of the first node's.
-        gpus_per_node: devices that each node must have.
     """
     skews = [own.get("skew", 0.0) for own in facts.values()]
     usual = min(statistics.median_low(skews), statistics.median_high(skews), key=abs)  # of two nodes, the first's

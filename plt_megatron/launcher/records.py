@@ -40,23 +40,14 @@ class Exit:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an attempt ended.
+    """How an attempt ended."""
 
-    Attributes:
-        status: one of `run_folder.attempts`.
-        reason: one line.
-        retry: whether another attempt may succeed; not after a user error.
-        bad_nodes: node -> what is wrong with it; the job should continue without these.
-        failure: the rank that caused it to fail, if one did.
-        output: the last lines of the job's output, if no rank reports anything.
-    """
-
-    status: str
-    reason: str
-    retry: bool = True
-    bad_nodes: dict[str, str] = field(default_factory=dict)
-    failure: Exit | None = None
-    output: list[str] = field(default_factory=list)
+    status: str  # one of `run_folder.attempts`
+    reason: str  # one line
+    retry: bool = True  # whether another attempt may succeed; not after a user error
+    bad_nodes: dict[str, str] = field(default_factory=dict)  # node -> its fault; the job should continue without these
+    failure: Exit | None = None  # the rank that caused it to fail, if one did
+    output: list[str] = field(default_factory=list)  # the last lines of the job's, if no rank reports anything
 
 
 class Records:
@@ -147,11 +138,8 @@ class Records:
 
 
 def describe_end(folder: RunFolder, reason: str, end: dict[str, Any]) -> str:
-    """Return the text of why.txt: why the run stopped, the failed rank and its last lines, and what is saved.
-
-    Args:
-        end: the end of the last attempt, from attempts.jsonl.
-    """
+    """Return the text of why.txt: why the run stopped, the failed rank and its last lines, and what is saved. `end` is
+    the last attempt's, from attempts.jsonl."""
     lines = [
         reason,
         f"attempt {end['attempt']}, job {end['job_id']}, on {', '.join(end['nodes'] or [])}: {end['status']}",
@@ -193,11 +181,7 @@ def stamp(attempt: int, who: str, text: str) -> str:
 
 
 class LogFile:
-    """Log file to which whole lines are appended. A full disk costs lines, never the run.
-
-    Attributes:
-        lost: number of lines that could not be written.
-    """
+    """Log file to which whole lines are appended. A full disk costs lines (`lost` counts them), never the run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

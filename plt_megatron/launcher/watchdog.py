@@ -40,28 +40,20 @@ _MOST_SHOWN = 8  # ranks in a message
 
 @dataclass(frozen=True)
 class Sign:
-    """A rank's report, made by its watchdog thread.
-
-    Attributes:
-        count: number of this report, which reveals a frozen process without comparing clocks.
-        quiet_for: seconds since the training loop last gave a sign.
-        waits_in: the collective that the rank is waiting in; None if in none.
-        at: position of its main thread: file, line and function.
-        turn: progress of the training loop: counts every phase and step, and the first microbatch in each. It is equal
-            on ranks that are equally far.
-        collectives: number started so far, by process group.
-    """
+    """A rank's report, made by its watchdog thread."""
 
     rank: int
     host: str
-    count: int
+    count: int  # number of this report, which reveals a frozen process without comparing clocks
     step: int
     phase: str
-    quiet_for: float
-    waits_in: str | None
-    at: str
+    quiet_for: float  # seconds since the training loop last gave a sign
+    waits_in: str | None  # the collective that the rank is waiting in; None if in none
+    at: str  # position of its main thread: file, line and function
+    # Progress of the training loop: counts every phase and step, and the first microbatch in each. It is equal on ranks
+    # that are equally far.
     turn: int = 0
-    collectives: dict[str, int] = field(default_factory=dict)
+    collectives: dict[str, int] = field(default_factory=dict)  # number started so far, by process group
 
 
 def describe_hang(signs: list[Sign]) -> str:

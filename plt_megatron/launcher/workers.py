@@ -36,8 +36,7 @@ class WorkerGroup:
     """The processes of one task on this node.
 
     Args:
-        command: the command, the same for all.
-        environments: environment of each process, by rank.
+        environments: environment of each process, by rank; the command is the same for all.
         cpus: CPUs that each process is bound to; None: not bound.
         on_lines: called with a rank and the complete lines that it has printed.
         on_exit: called when a process has ended, with its exit status, negative for a signal.
@@ -174,10 +173,9 @@ def threads(share: set[int] | None, cpus: set[int], count: int, cpus_per_process
     return max(1, min(available, cpus_per_process))
 
 
-def cpus_near_gpus(count: int) -> list[set[int] | None]:
-    """Return the CPUs on the same NUMA node as each of the first `count` GPUs; None where unknown."""
-    known = [_local_cpus(row[0]) for row in query_gpus("pci.bus_id")]
-    return [*known, *[None] * count][:count]
+def cpus_near_gpus() -> list[set[int] | None]:
+    """Return the CPUs on the same NUMA node as each GPU; None where unknown."""
+    return [_local_cpus(row[0]) for row in query_gpus("pci.bus_id")]
 
 
 def _local_cpus(bus_id: str, devices: Path = Path("/sys/bus/pci/devices")) -> set[int] | None:

@@ -61,9 +61,8 @@ def _zeros_by_head(config: TransformerConfig, *shape: int) -> nn.Parameter:
 
 
 class QueryGate(nn.Module):
-    """Gate logits from each head's query. Weight [heads / TP, head_dim], bias [heads / TP], split by head."""
-
-    reads_hidden_states = False
+    """Gate logits from each head's query, in the core attention of loops >= 2. Weight [heads / TP, head_dim], bias
+    [heads / TP], split by head."""
 
     def __init__(self, config: TransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
         super().__init__()
@@ -85,10 +84,9 @@ class QueryGate(nn.Module):
 
 
 class HiddenGate(nn.Module):
-    """Gate logits from the residual stream. Weight [heads, hidden], bias [heads] and norm [hidden] are replicated on
-    every rank: each computes all heads for its rows, and only the logits are exchanged."""
-
-    reads_hidden_states = True
+    """Gate logits from the residual stream, in every loop before the core attention. Weight [heads, hidden], bias
+    [heads] and norm [hidden] are replicated on every rank: each computes all heads for its rows, and only the logits
+    are exchanged."""
 
     def __init__(self, config: TransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
         super().__init__()
@@ -109,11 +107,6 @@ class HiddenGate(nn.Module):
                 logits, tensor_parallel_output_grad=False, group=self.tp_group
             )
         return scatter_to_tensor_model_parallel_region(logits, group=self.tp_group)
-
-
-# By `model.gate_input`. Gates with `reads_hidden_states` are called with the layer's input in every loop, before the
-# core attention; the others with the query, in the core attention of loops >= 2.
-GATES = {"query": QueryGate, "hidden": HiddenGate}
 
 
 class TorchAttention(nn.Module):
@@ -150,45 +143,6 @@ class TorchAttention(nn.Module):
         return window_attention(query, key, value, window_size=self.window_size, **kwargs)
 
 
-class FusedGatedWindow(nn.Module):
-    """Window, blend and gate in one kernel (`gated_window_kernel`); works with any backend's global attention."""
-
-    def __init__(self, plt: ModelConfig, softmax_scale: float | None) -> None:
-        super().__init__()
-        require_fused_gated_window()
-        self.plt, self.softmax_scale = plt, softmax_scale
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        y_global: Tensor,
-        logits: Tensor | None,
-        gate: nn.Module,
-        documents: Documents | None,
-    ) -> Tensor:
-        """query and y_global [s, b, heads, d], key and value [s, b, groups, d], logits [s, b, heads] or None if the
-        gate reads the query -> y [s, b, heads, d]."""
-        from plt_megatron.model.gated_window_kernel import gated_window
-
-        if logits is None and not isinstance(gate, QueryGate):
-            logits = gate(query)  # the kernel itself computes only the paper's gate
-        of_query: dict[str, Any] = {} if logits is not None else {"weight": gate.weight, "bias": gate.bias}
-        return gated_window(
-            query,
-            key,
-            value,
-            y_global,
-            logits=logits,
-            window_size=self.plt.window_size,
-            gate_side=self.plt.gate_side,
-            softmax_scale=self.softmax_scale,
-            document_starts=None if documents is None else documents.first_tokens,
-            **of_query,
-        )
-
-
 def require_fused_gated_window() -> None:
     """Raise `UserError` unless Triton and a GPU (or Triton's interpreter, in tests) are available."""
     try:
@@ -202,7 +156,8 @@ def require_fused_gated_window() -> None:
 class GatedSlidingWindowAttention(MegatronModule):
     """megatron-core `core_attention` of a PLT layer; each call's `packed_seq_params` tells it which loop runs.
 
-    The global attention is in FP8 where configured, the local one never.
+    The global attention is in FP8 where configured, the local one never. With `model.fused_gated_window` one kernel,
+    which works with any backend's global attention, computes the local one, the gate and the blend.
 
     Attributes:
         loops: whether the layer runs in every loop; a layer that runs once has plain causal attention and no gate.
@@ -223,7 +178,7 @@ class GatedSlidingWindowAttention(MegatronModule):
         self.plt = config.plt
         self.layer_number = layer_number
         self.loops = self.plt.loop_count > 1 and layer_number - 1 in derived.looped_layers(self.plt)
-        self.head_dim = config.kv_channels
+        self.head_dim, self.softmax_scale = config.kv_channels, softmax_scale
 
         def build(window_size: int | None) -> TorchAttention | TEAttention:
             kwargs: dict[str, Any] = {"layer_number": layer_number, "softmax_scale": softmax_scale}
@@ -235,10 +190,11 @@ class GatedSlidingWindowAttention(MegatronModule):
         self.plt_gate: nn.Module | None = None
         if self.loops and self.plt.gated_window:
             if self.plt.fused_gated_window:
-                self.local_attention = FusedGatedWindow(self.plt, softmax_scale)
+                require_fused_gated_window()
             else:
                 self.local_attention = build(self.plt.window_size)
-            self.plt_gate = GATES[self.plt.gate_input](config, pg_collection.tp)
+            gate = HiddenGate if self.plt.gate_input == "hidden" else QueryGate
+            self.plt_gate = gate(config, pg_collection.tp)
         elif self.loops and derived.windows_earlier_loops(self.plt):
             self.local_attention = build(self.plt.window_size)
 
@@ -273,7 +229,7 @@ class GatedSlidingWindowAttention(MegatronModule):
         assert attention_mask is None and attention_bias is None, "PLT attention is always causal"
         context = packed_seq_params or LoopContext()
         logits = None
-        if getattr(self.plt_gate, "reads_hidden_states", False):
+        if isinstance(self.plt_gate, HiddenGate):
             query, logits = query[..., : self.head_dim], query[..., self.head_dim]
         query = self.global_attention.lay_out(query, context.documents)
         out = self._attend(query, key, value, logits, context)
@@ -293,13 +249,13 @@ class GatedSlidingWindowAttention(MegatronModule):
         if not self.plt.share_values:
             (value_1,) = self.global_attention.prepare(context.documents, value)
         y_global = self.global_attention(query, key_1, value_1, context.documents)
-        if self.plt_gate is None or self.local_attention is None:
+        if self.plt_gate is None:
             return y_global
-        if isinstance(self.local_attention, FusedGatedWindow):
+        if self.local_attention is None:
             if context.statistics is not None:
                 with torch.no_grad():  # again: the kernel does not return the gate
                     context.statistics.add_gate(context.loop, self.layer_number, self._gate(query, logits))
-            return self.local_attention(query, key, value, y_global, logits, self.plt_gate, context.documents)
+            return self._fused_window(query, key, value, y_global, logits=logits, documents=context.documents)
         y_local = self.local_attention(query, key, value, context.documents)
         gate = self._gate(query, logits)
         if context.statistics is not None:
@@ -307,6 +263,21 @@ class GatedSlidingWindowAttention(MegatronModule):
         if self.plt.gate_side == "local":
             return torch.lerp(y_global, y_local, gate)
         return torch.lerp(y_local, y_global, gate)
+
+    def _fused_window(self, *tensors: Tensor, logits: Tensor | None, documents: Documents | None) -> Tensor:
+        """Query, key, value and the global attention's output, as in `_attend` -> [s, b, heads, d]."""
+        from plt_megatron.model.gated_window_kernel import gated_window
+
+        gate: Any = self.plt_gate
+        return gated_window(
+            *tensors,
+            logits=logits,
+            **({"weight": gate.weight, "bias": gate.bias} if logits is None else {}),
+            window_size=self.plt.window_size,
+            gate_side=self.plt.gate_side,
+            softmax_scale=self.softmax_scale,
+            document_starts=None if documents is None else documents.first_tokens,
+        )
 
     def _gate(self, query: Tensor, logits: Tensor | None) -> Tensor:
         """Return gate values [s, b, heads / TP, 1]; `logits` come from a gate that reads hidden states."""
@@ -346,8 +317,7 @@ class KeyShift(nn.Module):
         self.groups = range(first, first + max(groups // self.tp_group.size(), 1))  # this rank's, of the whole model's
         self.first_shifted = groups // 2
         if self.form == "learned":
-            kwargs: dict[str, Any] = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
-            self.key, self.value = (nn.Parameter(torch.zeros(groups, **kwargs)) for _ in range(2))
+            self.key, self.value = _zeros(config, groups), _zeros(config, groups)
 
     def forward(self, key: Tensor, value: Tensor, context: LoopContext) -> tuple[Tensor, Tensor]:
         """key and value [s / CP, b, groups / TP, d], before RoPE -> the same."""
@@ -404,6 +374,6 @@ class PLTSelfAttention(SelfAttention):
             # With recomputation, K's norm would otherwise run its backward without a gradient.
             key = key.detach()
         gate = self.core_attention.plt_gate
-        if getattr(gate, "reads_hidden_states", False):
+        if isinstance(gate, HiddenGate):
             query = torch.cat((query, gate(hidden_states).unsqueeze(-1).to(query.dtype)), dim=-1)
         return query, key, value

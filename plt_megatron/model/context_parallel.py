@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import (
@@ -192,30 +193,19 @@ class SequenceShard:
     def _make_plan(self, length: int, count: int, device: torch.device) -> _Plan:
         runs = [zigzag_runs(length, self.context_ranks, self.sequence_ranks, rank) for rank in range(self.size)]
         wanted = [[range(max(0, run.start - count), run.start) for run in held] for held in runs]
-        sources = [_held_by([row for part in parts for row in part], runs) for parts in wanted]
-        send = [[row for owner, row in rows if owner == self.rank] for rows in sources]
-        owners = [owner for owner, _ in sources[self.rank]]
-        arrival = sorted(range(len(owners)), key=owners.__getitem__)  # by sender, each sender's in the wanted order
-        order = sorted(range(len(owners)), key=arrival.__getitem__)  # its inverse
+        place = np.argsort(np.concatenate([_rows(held) for held in runs]))  # of each row, rank after rank
+        owners, local = zip(*(np.divmod(place[_rows(parts)], length // self.size) for parts in wanted), strict=True)
+        send = [rows[of == self.rank] for of, rows in zip(owners, local, strict=True)]
+        own = owners[self.rank]
+        order = np.argsort(np.argsort(own, kind="stable"))  # arrivals are by sender, each sender's in the wanted order
         return _Plan(
-            send=torch.tensor([row for rows in send for row in rows], dtype=torch.int64, device=device),
+            send=torch.tensor(np.concatenate(send), device=device),
             send_counts=[len(rows) for rows in send],
-            receive_counts=[owners.count(rank) for rank in range(self.size)],
+            receive_counts=np.bincount(own, minlength=self.size).tolist(),
             sizes=[len(part) for part in wanted[self.rank]],
-            order=None if order == sorted(order) else torch.tensor(order, device=device),
+            order=None if (order[1:] > order[:-1]).all() else torch.tensor(order, device=device),
         )
 
 
-def _held_by(rows: list[int], runs: list[list[range]]) -> list[tuple[int, int]]:
-    """Return (rank, local row) for each of the sequence's `rows`."""
-    spans = []
-    for rank, held in enumerate(runs):
-        first = 0
-        for run in held:
-            spans.append((run, rank, first))
-            first += len(run)
-    found = []
-    for row in rows:
-        run, rank, first = next(span for span in spans if row in span[0])
-        found.append((rank, first + row - run.start))
-    return found
+def _rows(parts: list[range]) -> np.ndarray:
+    return np.concatenate([np.arange(part.start, part.stop) for part in parts])

@@ -40,15 +40,11 @@ from plt_megatron.runtime.cpu_runtime import patch_token_dispatcher
 
 
 class LoopRouter(TopKRouter):
-    """megatron-core's router, which also records statistics of its loop.
-
-    Attributes:
-        context: the current pass's context, or None.
-    """
+    """megatron-core's router, which also records statistics of its loop."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.context: LoopContext | None = None
+        self.context: LoopContext | None = None  # of the current pass
         self.number = 0
 
     def set_layer_number(self, layer_number: int) -> None:
@@ -124,33 +120,13 @@ class MoETransformerLayer(TransformerLayer):
             self.mlp.router.context = None
 
 
-def moe_submodules(backend: str, linear: type, row_linear: type) -> MoESubmodules:
-    """Return the submodules of an MoE layer: experts that run one after another in torch, a grouped GEMM in Transformer
-    Engine; a shared expert is an ordinary MLP."""
-    patch_token_dispatcher()
-    provider: Any
-    if backend == "te":
-        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
-
-        provider = TESpecProvider()
-    else:
-        from megatron.core.models.backends import LocalSpecProvider
-
-        provider = LocalSpecProvider()
-    return MoESubmodules(
-        experts=provider.grouped_mlp_modules(backend == "te"),
-        shared_experts=partial(SharedExpertMLP, submodules=MLPSubmodules(linear_fc1=linear, linear_fc2=row_linear)),
-        router=LoopRouter,
-    )
-
-
 class _OutputNorm:
     """Mixin that adds an RMSNorm to the output of a megatron-core module."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config: Any = self.config  # type: ignore[attr-defined]
-        norm = norm_class(config.backend)
+        norm = kit_of(config.backend).norm
         self.output_norm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -182,7 +158,7 @@ class OutputNormSelfAttention(_OutputNorm, PLTSelfAttention):
 
 
 @dataclass(frozen=True)
-class _Kit:
+class Kit:
     """The modules of a backend's layers."""
 
     backend: str
@@ -200,15 +176,9 @@ def layer_specs(model: ModelConfig, backend: str, layers: range) -> TransformerB
 
 
 def layer_spec(model: ModelConfig, backend: str, *, experts: bool = False) -> ModuleSpec:
-    """Return the spec of a PLT layer on `backend` (`torch` or `te`).
-
-    Args:
-        experts: whether the layer's FFN is a mixture of experts.
-
-    Raises:
-        UserError: `te` without Transformer Engine, or with too old a version.
-    """
-    kit, post = _kit(backend), model.norm_placement == "post"
+    """Return the spec of a PLT layer on `backend` (`torch` or `te`), whose FFN may be a mixture of experts. Raises
+    `UserError` for `te` without Transformer Engine, or with too old a version."""
+    kit, post = kit_of(backend), model.norm_placement == "post"
     q_norm, k_norm = IdentityOp, IdentityOp
     if model.qk_layernorm:
         heads = model.num_attention_heads, derived.num_query_groups(model)
@@ -237,10 +207,10 @@ def layer_spec(model: ModelConfig, backend: str, *, experts: bool = False) -> Mo
     )
 
 
-def _kit(backend: str) -> _Kit:
+def kit_of(backend: str) -> Kit:
+    """Return the modules of `backend`."""
     if backend == "torch":
-        linears = ColumnParallelLinear, NormColumnParallelLinear, RowParallelLinear
-        return _Kit(backend, *linears, RMSNorm)
+        return Kit(backend, ColumnParallelLinear, NormColumnParallelLinear, RowParallelLinear, RMSNorm)
     require_transformer_engine()
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelLinear,
@@ -249,13 +219,7 @@ def _kit(backend: str) -> _Kit:
         TERowParallelLinear,
     )
 
-    linears = TEColumnParallelLinear, TELayerNormColumnParallelLinear, TERowParallelLinear
-    return _Kit(backend, *linears, TENorm)
-
-
-def norm_class(backend: str) -> type:
-    """Return the RMSNorm class of `backend`."""
-    return _kit(backend).norm
+    return Kit(backend, TEColumnParallelLinear, TELayerNormColumnParallelLinear, TERowParallelLinear, TENorm)
 
 
 def _residual_add(factor: float) -> Callable[..., Any]:
@@ -274,11 +238,26 @@ def _residual_add(factor: float) -> Callable[..., Any]:
     return build
 
 
-def _ffn(model: ModelConfig, kit: _Kit, experts: bool) -> Any:
+def _moe_submodules(kit: Kit) -> MoESubmodules:
+    """Return the submodules of an MoE layer: experts that run one after another in torch, a grouped GEMM in Transformer
+    Engine; a shared expert is an ordinary MLP."""
+    patch_token_dispatcher()
+    if kit.backend == "te":
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider as Provider
+    else:
+        from megatron.core.models.backends import LocalSpecProvider as Provider
+    shared = MLPSubmodules(linear_fc1=kit.linear, linear_fc2=kit.row_linear)
+    return MoESubmodules(
+        experts=Provider().grouped_mlp_modules(kit.backend == "te"),
+        shared_experts=partial(SharedExpertMLP, submodules=shared),
+        router=LoopRouter,
+    )
+
+
+def _ffn(model: ModelConfig, kit: Kit, experts: bool) -> Any:
     post = model.norm_placement == "post"
     output_norm = model.norm_placement != "pre"
     if experts:
-        submodules = moe_submodules(kit.backend, kit.linear, kit.row_linear)
-        return partial(OutputNormMoELayer if output_norm else MoELayer, submodules=submodules)
+        return partial(OutputNormMoELayer if output_norm else MoELayer, submodules=_moe_submodules(kit))
     mlp = MLPSubmodules(linear_fc1=kit.linear if post else kit.normed_linear, linear_fc2=kit.row_linear)
     return partial((OutputNormMLP if output_norm else MLP).as_mlp_submodule, submodules=mlp)

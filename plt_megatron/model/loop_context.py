@@ -156,9 +156,6 @@ class LoopStatistics:
 
     Sums over tokens (and heads) of one microbatch, added up over the ranks by `reduce`, at logging intervals. Names
     follow LoopCoder-v2's diagnostics (arXiv 2606.18023, section 3.2), computed here over training text.
-
-    Args:
-        experts: the statistics of a mixture of experts, or None.
     """
 
     def __init__(
@@ -221,14 +218,10 @@ def document_lengths(starts: Tensor) -> list[int]:
 class Documents:
     """The documents packed into a microbatch's rows: whole rows, even if a rank holds only part of them.
 
-    Args:
-        starts: bool [b, s], True at each document's first token.
-        lengths: `document_lengths(starts)`, if known, which avoids reading from the device.
-
     Attributes:
         starts: bool [b, s], True at each document's first token. A row's first token always starts a document.
         segments: int [b, s], the index of a token's document within its row.
-        lengths: the documents' lengths in tokens, row after row; they add up to b * s.
+        lengths: `document_lengths(starts)`; if known at construction, nothing is read from the device.
     """
 
     def __init__(self, starts: Tensor, lengths: list[int] | None = None) -> None:

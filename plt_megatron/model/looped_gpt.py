@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from plt_megatron.config import derived
 from plt_megatron.model.context_parallel import SequenceShard
-from plt_megatron.model.layer_specs import layer_specs, norm_class
+from plt_megatron.model.layer_specs import kit_of, layer_specs
 from plt_megatron.model.loop_context import Documents, LoopContext, LoopStatistics
 from plt_megatron.model.loop_input import LoopInput, shift
 from plt_megatron.model.loss import attach_loss, sum_of_losses
@@ -175,7 +175,7 @@ class LoopedGPT(LanguageModule):
         return range(first, first + get_num_layers_to_build(config, pp_rank=rank))
 
     def _build_head(self, config: PLTTransformerConfig) -> None:
-        self.final_layernorm = norm_class(config.backend)(
+        self.final_layernorm = kit_of(config.backend).norm(
             config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
         )
         # Transformer Engine has no such layer; megatron-core's would accumulate its gradient with an apex kernel.
@@ -196,7 +196,6 @@ class LoopedGPT(LanguageModule):
         """Run all loops; this stage must be the whole model.
 
         Args:
-            batch: the microbatch.
             loop_count: number of loops, if other than the model was built with (for evaluation).
 
         Returns:

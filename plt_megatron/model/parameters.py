@@ -78,8 +78,8 @@ class Sizes:
             query=query,
             key_value=key_value,
             qkv=query + 2 * key_value,
-            query_norm=query if _post(model) else head_dim,
-            key_norm=key_value if _post(model) else head_dim,
+            query_norm=query if model.norm_placement == "post" else head_dim,
+            key_norm=key_value if model.norm_placement == "post" else head_dim,
             ffn=ffn,
             gate_up=2 * ffn,
             experts=derived.num_experts(model),
@@ -260,28 +260,13 @@ class Parameter:
 # ---------------------------------------------------------------- when a parameter exists
 
 
-def _tied(model: ModelConfig) -> bool:
-    return model.share_embeddings_and_output_weights
-
-
-def _untied(model: ModelConfig) -> bool:
-    return not model.share_embeddings_and_output_weights
-
-
-def _pre(model: ModelConfig) -> bool:
-    return model.norm_placement != "post"
-
-
-def _post(model: ModelConfig) -> bool:
-    return model.norm_placement == "post"
+def _if(setting: str, *values: Any) -> Callable[[ModelConfig], bool]:
+    """Return whether a model's setting has one of these values."""
+    return lambda model: getattr(model, setting) in values
 
 
 def _shared_expert(model: ModelConfig) -> bool:
     return derived.shared_expert_size(model) > 0
-
-
-def _qk_norm(model: ModelConfig) -> bool:
-    return model.qk_layernorm
 
 
 def _gate(kind: str) -> Callable[[ModelConfig], bool]:
@@ -313,7 +298,9 @@ _QKV = "self_attention.linear_qkv."
 _GATE, _HF_GATE = "self_attention.core_attention.plt_gate.", "self_attn.plt_gate."
 _EXPERT, _SHARED, _HF_SHARED = f"mlp.experts.{EXPERT}.", "mlp.shared_experts.", "mlp.shared_expert."
 
-_COPIES = {None: _untied, "output_layer.weight": _tied}  # the embedding's copy
+_UNTIED, _TIED = (_if("share_embeddings_and_output_weights", is_tied) for is_tied in (False, True))
+_COPIES = {None: _UNTIED, "output_layer.weight": _TIED}  # the embedding's copy
+_PRE, _QK_NORM = _if("norm_placement", "pre", "pre_ffn_output"), _if("qk_layernorm", True)
 _SCALES = {"model": "one", "channel": "hidden"}  # dimensions, by `model.learned_hidden_scale`
 _OF_QKV = {"form": "qkv", "split": "rows"}
 _OF_QUERY_GATE = {"init": 0.0, "split": "rows", "gate_logit": True, "in_core_attention": True, "exists": _gate("query")}
@@ -327,16 +314,16 @@ TABLE = (
     *(_parameter("loop_input.hidden_scale", dims, "loop_input", "model.loop_input.hidden_scale",
                  init="hidden_scale", exists=_hidden_scale(kind)) for kind, dims in _SCALES.items()),
     *_in_layers(
-        _norm(_QKV + "layer_norm_weight", "input_layernorm.weight", feeds_linear=True, exists=_pre),
+        _norm(_QKV + "layer_norm_weight", "input_layernorm.weight", feeds_linear=True, exists=_PRE),
         _parameter(_QKV + "weight", "qkv hidden", "attention",
                    "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight", **_OF_QKV),
         _parameter(_QKV + "bias", "qkv", "attention",
                    "self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias", **_OF_QKV,
-                   init=0.0, exists=lambda model: model.qkv_bias),
-        _norm("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", "query_norm", exists=_qk_norm),
-        _norm("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "key_norm", exists=_qk_norm),
+                   init=0.0, exists=_if("qkv_bias", True)),
+        _norm("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", "query_norm", exists=_QK_NORM),
+        _norm("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "key_norm", exists=_QK_NORM),
         *(_parameter(f"self_attention.key_shift.{kind}", "groups", "attention", f"self_attn.key_shift.{kind}",
-                     init=0.0, mixes_tokens=kind, exists=lambda model: model.key_shift == "learned")
+                     init=0.0, mixes_tokens=kind, exists=_if("key_shift", "learned"))
           for kind in ("key", "value")),
         _parameter(_GATE + "weight", "heads head_dim", "gates", _HF_GATE + "weight", **_OF_QUERY_GATE),
         _parameter(_GATE + "bias", "heads", "gates", _HF_GATE + "bias", **_OF_QUERY_GATE),
@@ -346,11 +333,12 @@ TABLE = (
                    init=1.0, exists=_gate("hidden")),
         _parameter("self_attention.linear_proj.weight", "hidden query", "attention", "self_attn.o_proj.weight",
                    split="columns", init="output"),
-        _norm("self_attention.output_norm.weight", "post_attention_layernorm.weight", exists=_post),
+        _norm("self_attention.output_norm.weight", "post_attention_layernorm.weight",
+              exists=_if("norm_placement", "post")),
         _norm("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight",
-              feeds_linear=True, ffn="dense", exists=_pre),
+              feeds_linear=True, ffn="dense", exists=_PRE),
         _norm("pre_mlp_layernorm.weight", "post_attention_layernorm.weight",
-              feeds_linear=True, ffn="experts", exists=_pre),
+              feeds_linear=True, ffn="experts", exists=_PRE),
         _parameter("mlp.linear_fc1.weight", "gate_up hidden", "ffn", "mlp.gate_proj.weight", "mlp.up_proj.weight",
                    form="gate_up", split="rows", ffn="dense"),
         _parameter("mlp.linear_fc2.weight", "hidden ffn", "ffn", "mlp.down_proj.weight",
@@ -368,10 +356,10 @@ TABLE = (
         _parameter(_SHARED + "linear_fc2.weight", "hidden shared_ffn", "ffn", _HF_SHARED + "down_proj.weight",
                    split="columns", init="output", ffn="experts", exists=_shared_expert),
         _norm("mlp.output_norm.weight", "post_feedforward_layernorm.weight",
-              exists=lambda model: model.norm_placement != "pre"),
+              exists=_if("norm_placement", "pre_ffn_output", "post")),
     ),
     Parameter("final_layernorm.weight", "hidden", "final_norm", ("model.norm.weight",), init="final_norm"),
-    _parameter("output_layer.weight", "vocab hidden", "output_layer", "lm_head.weight", split="rows", exists=_untied),
+    _parameter("output_layer.weight", "vocab hidden", "output_layer", "lm_head.weight", split="rows", exists=_UNTIED),
 )
 # fmt: on
 
@@ -390,32 +378,16 @@ def parameters_of(model: ModelConfig) -> list[Parameter]:
 
 
 def find(model: ModelConfig, name: str) -> Parameter:
-    """Return a model's parameter or buffer by a name that `Parameter.is_named` accepts.
-
-    Raises:
-        KeyError: the model has none of this name.
-    """
+    """Return a model's parameter or buffer by a name that `Parameter.is_named` accepts. Raises `KeyError` if it has
+    none of this name."""
     return _first(tensors_of(model), name)
 
 
 @cache  # called for each parameter once per optimizer group
-def find_in_any(name: str) -> Parameter:
-    """Return the parameter or buffer of any model by a name that `Parameter.is_named` accepts.
-
-    Raises:
-        KeyError: no model has one.
-    """
-    return _first(TABLE, name)
-
-
 def hidden_matrix(name: str) -> Parameter | None:
     """Return the parameter by a name that `Parameter.is_named` accepts, in any model, or None if it is not a hidden
-    matrix.
-
-    Raises:
-        KeyError: no model has one.
-    """
-    parameter = find_in_any(name)
+    matrix. Raises `KeyError` if no model has one."""
+    parameter = _first(TABLE, name)
     return parameter if parameter.is_hidden_matrix else None
 
 

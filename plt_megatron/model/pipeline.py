@@ -54,10 +54,8 @@ class LoopChunk(nn.Module):
     """One loop of a stage, as the schedule's model chunk. Owns no parameters.
 
     Args:
-        stage: the stage whose weights it runs.
         config: the schedule's configuration (virtual pipeline size = loops).
         loop: 1 for the first; None runs all loops at once (a model in one stage).
-        loop_count: loops of this schedule.
     """
 
     def __init__(self, stage: LoopedGPT, config: Any, loop: int | None, loop_count: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch.distributed as dist
@@ -9,7 +10,6 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from torch import Tensor
 
-from plt_megatron.config.schema import ModelConfig
 from plt_megatron.model.transformer_config import PLTTransformerConfig
 
 
@@ -29,33 +29,24 @@ class RotaryAngles:
     """
 
     def __init__(self, config: PLTTransformerConfig, cp_group: dist.ProcessGroup) -> None:
-        common: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "kv_channels": config.kv_channels,
             "rotary_percent": 1.0,
             "rotary_base": config.plt.rotary_base,
             "use_cpu_initialization": config.use_cpu_initialization,
             "cp_group": cp_group,
         }
-        self._embedding = _build(config.plt, common)
+        scaling = config.plt.rope_scaling
+        kind: type[RotaryEmbedding] = RotaryEmbedding
+        if scaling is not None and scaling.yarn is not None:
+            kind = _YarnAngles
+            settings |= {"scaling_factor": scaling.factor, **dataclasses.asdict(scaling.yarn)}
+        elif scaling is not None:
+            settings |= {"rope_scaling": True, "rope_scaling_factor": scaling.factor}
+        self._embedding = kind(**settings)
 
     def __call__(self, length: int, whole: bool = False) -> Tensor:
         """Return the angles, float32 [length (/ CP), 1, 1, head_dim]; with `whole`, those of the whole row instead of
         this rank's part."""
         angles = self._embedding(length, packed_seq=whole)
         return angles[0] if isinstance(angles, tuple) else angles
-
-
-def _build(model: ModelConfig, common: dict[str, Any]) -> RotaryEmbedding:
-    scaling = model.rope_scaling
-    if scaling is not None and scaling.yarn is not None:
-        return _YarnAngles(
-            **common,
-            scaling_factor=scaling.factor,
-            original_max_position_embeddings=scaling.yarn.original_max_position_embeddings,
-            beta_fast=scaling.yarn.beta_fast,
-            beta_slow=scaling.yarn.beta_slow,
-            correction_range_round_to_int=scaling.yarn.correction_range_round_to_int,
-        )
-    return RotaryEmbedding(
-        **common, rope_scaling=scaling is not None, rope_scaling_factor=scaling.factor if scaling else 1.0
-    )

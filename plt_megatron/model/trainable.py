@@ -22,11 +22,8 @@ _EXPERT = re.compile(r"(?<=\.mlp\.experts\.)(\d+|\{expert\})\.")
 
 
 def trains(config: RunConfig) -> Callable[[str], bool]:
-    """Return a predicate that tells by a parameter's name whether the run trains it.
-
-    Raises:
-        UserError: a pattern of `training.trainable` matches no parameter of the model.
-    """
+    """Return a predicate that tells by a parameter's name whether the run trains it. Raises `UserError` if a pattern of
+    `training.trainable` matches no parameter of the model."""
     problems = find_problems(config)
     if problems:
         raise UserError("\n".join(problems))

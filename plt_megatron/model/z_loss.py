@@ -48,13 +48,10 @@ class HeadZLoss:
         logits, of_labels = _LabelLogits.apply(logits, labels.transpose(0, 1), self._tp_group)
         losses = cross_entropy(labels, logits)
         squares = (losses + of_labels.transpose(0, 1)).square()
-        self._add(squares.detach(), loss_mask)
+        total = sum_of_losses(squares.detach(), loss_mask)[0].double()
+        self._total = total if self._total is None else self._total + total
         weighted = self.coefficient * squares
         return losses + (weighted - weighted.detach())
-
-    def _add(self, squares: Tensor, loss_mask: Tensor | None) -> None:
-        total = sum_of_losses(squares, loss_mask)[0].double()
-        self._total = total if self._total is None else self._total + total
 
     def take(self) -> Tensor | float:
         """Return the sum of log(Z)^2 over the tokens that counted since the last call, float64 []; 0.0 if none did."""

@@ -165,7 +165,7 @@ def _replace_random_state() -> None:
     def get_rng_state(device: Any = "cpu") -> torch.Tensor:
         return torch.get_rng_state()
 
-    def set_rng_state(new_state: torch.Tensor, device: Any = "cpu") -> None:
+    def set_rng_state(new_state: torch.Tensor, device: Any = "cpu", graph_safe: bool = False) -> None:
         torch.set_rng_state(new_state)
 
     def manual_seed(seed: int) -> None:
@@ -181,10 +181,7 @@ def _replace_random_state() -> None:
     with _compiled_when_called():
         import megatron.core.tensor_parallel.random as megatron_random
 
-    def set_cuda_rng_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
-        torch.set_rng_state(new_state)
-
-    megatron_random._set_cuda_rng_state = set_cuda_rng_state
+    megatron_random._set_cuda_rng_state = set_rng_state
 
 
 @contextlib.contextmanager

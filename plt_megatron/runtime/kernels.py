@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import re
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from plt_megatron.config.rules import fusions as fusion_rules
 from plt_megatron.config.rules import kernels as kernel_rules
 from plt_megatron.config.rules.fp8 import Fp8Choice
 from plt_megatron.config.rules.fusions import Fusions
-from plt_megatron.config.rules.kernels import Version, Versions
+from plt_megatron.config.rules.kernels import Versions
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
 
@@ -25,11 +24,8 @@ logger = logging.getLogger(__name__)
 
 
 def choose_fp8(config: RunConfig) -> Fp8Choice | None:
-    """Choose what the run computes in FP8; None: nothing.
-
-    Raises:
-        UserError: the card has no kernels for it; the message names each violated rule in one line.
-    """
+    """Choose what the run computes in FP8; None: nothing. Raises `UserError` if the card has no kernels for it, with
+    each violated rule in one line."""
     if config.training.fp8 is None:
         return None
     if not torch.cuda.is_available():
@@ -134,26 +130,19 @@ def _attention_settings(config: RunConfig, window: int | None, exchange: str) ->
 
 
 def _versions() -> Versions:
+    from packaging.version import parse
     from transformer_engine.pytorch.attention.dot_product_attention.utils import FlashAttentionUtils
     from transformer_engine.pytorch.utils import get_cudnn_version
 
     # Not one that is installed but outside of the range that Transformer Engine takes.
-    flash_attn = _version(str(FlashAttentionUtils.version)) if FlashAttentionUtils.is_installed else None
-    return Versions(cuda=_version(torch.version.cuda or ""), cudnn=tuple(get_cudnn_version()), flash_attn=flash_attn)
-
-
-def _version(text: str) -> Version | None:
-    """Parse 2.8.3.post1 as (2, 8, 3)."""
-    match = re.match(r"[0-9]+(\.[0-9]+)*", text)
-    return tuple(map(int, match[0].split("."))) if match else None
+    flash_attn = parse(str(FlashAttentionUtils.version)).release if FlashAttentionUtils.is_installed else None
+    cuda = None if torch.version.cuda is None else parse(torch.version.cuda).release
+    return Versions(cuda=cuda, cudnn=tuple(get_cudnn_version()), flash_attn=flash_attn)
 
 
 def choose_fusions(config: RunConfig, backend: str, vocab_size: int) -> Fusions:
-    """Choose what the run fuses, with `backend` (`torch` or `te`) and a vocabulary of `vocab_size` tokens.
-
-    Raises:
-        UserError: a requested fusion is not possible, one line each.
-    """
+    """Choose what the run fuses, with `backend` (`torch` or `te`) and a vocabulary of `vocab_size` tokens. Raises
+    `UserError` if a requested fusion is not possible, one line each."""
     why = fusion_rules.obstacles(config, backend)
     if "cross_entropy_loss_fusion" not in why:
         why |= _cross_entropy_obstacle(config, vocab_size)

@@ -25,7 +25,7 @@ _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _POLL_SECONDS = 0.05
 _INTERRUPTED = 128 + signal.SIGINT
 _PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_LIBC = ctypes.CDLL(None)
 
 
 def run_processes(
@@ -216,10 +216,9 @@ class _Job:
 def die_with_parent(number: int = signal.SIGTERM) -> None:
     """Have the kernel send a signal to this process when its parent dies, so that nothing is left behind.
 
-    For a child between fork and exec (`preexec_fn`). Linux only; does nothing elsewhere.
+    For a child between fork and exec (`preexec_fn`).
     """
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, number)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, number)
 
 
 def _exit_status(returncodes: Sequence[int]) -> int:

@@ -84,11 +84,8 @@ def plan_array(
 
 
 def write_array(array: Array, runs: Sequence[Path], script: str, root: Path) -> Path:
-    """Write the array's folder, which the caller has locked, and return the snapshot that its members share.
-
-    Raises:
-        UserError: the folder cannot be written, or an array has been submitted from it since this one was planned.
-    """
+    """Write the array's folder, which the caller has locked, and return the snapshot that its members share. Raises
+    `UserError` if it cannot be written, or if an array has been submitted from it since this one was planned."""
     folder = RunFolder(array.folder)
     job = run_files.job_of(array.folder, run_files.active_jobs)
     if job is not None:

@@ -44,29 +44,17 @@ _CPU_SHARE = 0.5  # share of a CPU's matrix product rate that training reaches
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is known about a run before it starts. Seconds are None if unknown.
-
-    Attributes:
-        steps: the step it ends at, which depends on the tokens of earlier steps if its length is given in tokens.
-        start_step: the step it resumes from.
-        step_seconds: mean time of the steps after `start_step`.
-        slowest: time of the largest step with all loops, relative to the mean: 1 without `training.loop_schedule` and
-            `training.batch_schedule`.
-        measured: whether the step time was measured in this run's earlier steps instead of estimated.
-        checkpoint_bytes: size of one checkpoint; 0 if none are written.
-        storage_bytes: space that exports and further checkpoints, beyond the existing ones, will need.
-        free_bytes: free space on the file system of the run's folder.
-    """
+    """What is known about a run before it starts. Seconds are None if unknown."""
 
     estimate: RunEstimate
-    steps: int
-    start_step: int
-    step_seconds: float | None
-    slowest: float
-    measured: bool
-    checkpoint_bytes: int
-    storage_bytes: int
-    free_bytes: int
+    steps: int  # the step it ends at, which depends on the tokens of earlier steps if its length is given in tokens
+    start_step: int  # the step it resumes from
+    step_seconds: float | None  # mean time of the steps after `start_step`
+    slowest: float  # time of the largest step with all loops, relative to the mean: 1 unless a schedule changes them
+    measured: bool  # whether the step time was measured in this run's earlier steps instead of estimated
+    checkpoint_bytes: int  # size of one checkpoint; 0 if none are written
+    storage_bytes: int  # space that exports and further checkpoints, beyond the existing ones, will need
+    free_bytes: int  # free space on the file system of the run's folder
 
     @property
     def steps_left(self) -> int:
@@ -82,13 +70,8 @@ class Forecast:
 def forecast(
     config: RunConfig, run: Path, resources: Resources, vocab_size: int, tflops_per_process: float | None
 ) -> Forecast:
-    """Forecast a run.
-
-    Args:
-        config: valid for `resources.world_size` processes.
-        vocab_size: the tokenizer's, or the model's.
-        tflops_per_process: matrix product rate on a CPU cluster; None: unknown.
-    """
+    """Forecast a run whose configuration is valid for `resources.world_size` processes. `tflops_per_process`: matrix
+    product rate on a CPU cluster; None: unknown."""
     estimate = estimate_run(
         config,
         gpu=resources.card,

@@ -124,11 +124,8 @@ def _integer(text: str) -> int:
 
 
 def my_jobs() -> list[Job]:
-    """List this user's jobs, including recently ended ones and each member of an array.
-
-    Raises:
-        SlurmError: Slurm does not answer.
-    """
+    """List this user's jobs, including recently ended ones and each member of an array. Raises `SlurmError` if Slurm
+    does not answer."""
     text = _ask("squeue", "--noheader", "--array", "--me", "--states=all", "--format=%i|%T|%r|%M|%l|%S|%N|%j")
     rows = [fields for line in text.splitlines() if len(fields := line.split("|", 7)) == 8]
     # Reason `None` means no reason: not scheduled yet, or nothing failed.
@@ -136,11 +133,8 @@ def my_jobs() -> list[Job]:
 
 
 def submit(script: Path, *options: str) -> str:
-    """Submit a script with sbatch and return the job's id. `options` take precedence over the script's.
-
-    Raises:
-        SlurmError: sbatch refused; with its reason.
-    """
+    """Submit a script with sbatch and return the job's id. `options` take precedence over the script's. Raises
+    `SlurmError` with the reason if sbatch refuses."""
     # The controller may carry out what it has not answered: better to wait than to submit twice.
     answer = _ask("sbatch", "--parsable", *options, str(script), seconds=_SUBMIT_SECONDS).strip().splitlines()
     job_id = answer[-1].partition(";")[0] if answer else ""
@@ -218,10 +212,7 @@ def time_option(seconds: float) -> str:
 
 def expand_nodes(text: str) -> list[str]:
     """Expand `"gpu[08-10,12],login1"` to a list of names, like `scontrol show hostnames`, which a container lacks.
-
-    Raises:
-        UserError: `text` is not a list of nodes.
-    """
+    Raises `UserError` if `text` is not a list of nodes."""
     names: list[str] = []
     for item in re.split(r",(?![^\[]*\])", text):  # at commas outside brackets
         pieces = _NODES.findall(item)
@@ -248,11 +239,8 @@ def _numbers(ranges: str, text: str) -> list[str]:
 
 
 class Scheduler:
-    """Slurm's commands for one job. All raise `SlurmError` if Slurm refuses, or does not answer after several tries.
-
-    Args:
-        job: the job's id, as `scontrol` takes it.
-    """
+    """Slurm's commands for one job (its id as `scontrol` takes it). All raise `SlurmError` if Slurm refuses, or does
+    not answer after several tries."""
 
     def __init__(self, job: str) -> None:
         self.job = job

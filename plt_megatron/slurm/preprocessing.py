@@ -43,9 +43,7 @@ def submit_preprocessing(
     Args:
         arguments: arguments of `plt preprocess`, without `--shard` and `--workers`.
         following: arguments of each `plt preprocess` that follows, one after another, by the names of their scripts.
-        output_prefix: prefix of the source's files.
         reads: paths that the jobs read, each after its name.
-        cluster: name of the profile.
         nodes: number of array members, each on its own node.
         time: time limit of each job; None: the profile's.
         workers: processes per member; None: all of a node's CPUs.

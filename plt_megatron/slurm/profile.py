@@ -82,14 +82,8 @@ class ClusterProfile(SbatchOptions, JobHandling):
 
 
 def load_profile(name: str) -> ClusterProfile:
-    """Load a profile.
-
-    Args:
-        name: name of a file in configs/clusters, here or shipped with the package, or a path.
-
-    Raises:
-        UserError: it is missing or invalid; one line per problem.
-    """
+    """Load a profile by the name of a file in configs/clusters, here or shipped with the package, or by its path.
+    Raises `UserError` if it is missing or invalid, with one line per problem."""
     path = Path(name)
     if not name.endswith((".yaml", ".yml")) and os.sep not in name:
         path = find_config(CLUSTERS / f"{name}.yaml")

@@ -22,19 +22,14 @@ _SLICE = re.compile(r"\d+g\.\d+gb")  # of a GPU (MIG)
 
 @dataclass(frozen=True, kw_only=True)
 class Resources(JobSize):
-    """A job's share of the cluster.
-
-    Attributes:
-        card: the name that estimates use for a process's device.
-        guessed: whether the number of processes is unknown or too large, so that no layout can be checked.
-    """
+    """A job's share of the cluster."""
 
     partition: str | None
     gpu_type: str | None
-    card: str
+    card: str  # the name that estimates use for a process's device
     node_memory_bytes: int | None  # of the smallest suitable node; None: unknown
     notes: list[str] = field(default_factory=list)  # assumptions made
-    guessed: bool = False
+    guessed: bool = False  # whether the number of processes is unknown or too large, so that no layout can be checked
 
 
 def parse_gpus(text: str) -> tuple[str | None, int]:

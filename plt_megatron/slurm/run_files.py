@@ -183,7 +183,6 @@ def write_run(
 
     Args:
         run: absolute path of the folder.
-        script: the text of its job.sbatch.
         root: the checkout whose code the job runs.
         code: an array's snapshot to share; None: make a new one.
 

@@ -35,11 +35,8 @@ def variables(text: str) -> list[str]:
 
 
 def directive(option: str, value: str | int | None = None) -> str:
-    """Format an `#SBATCH` line. sbatch quotes like the shell, except that backslashes escape even within quotes.
-
-    Raises:
-        UserError: such a line cannot contain the value.
-    """
+    """Format an `#SBATCH` line. sbatch quotes like the shell, except that backslashes escape even within quotes. Raises
+    `UserError` if such a line cannot contain the value."""
     if value is None:
         return f"#SBATCH {option}"
     check_one_line(str(value), option)
@@ -88,14 +85,8 @@ class Script:
     command: str = ""  # shell command that srun starts, for templates with @COMMAND@
 
     def render(self, template: str) -> str:
-        """Render the job script.
-
-        Args:
-            template: the text of slurm/job.sbatch or slurm/preprocess.sbatch.
-
-        Raises:
-            UserError: a job script cannot contain one of the values.
-        """
+        """Render the job script from the text of slurm/job.sbatch or slurm/preprocess.sbatch. Raises `UserError` if it
+        cannot contain one of the values."""
         for path in (self.run, self.workdir):
             check_one_line(str(path), "the path of the run folder and of the working directory")
         if ":" in str(self.run):  # it separates the paths of PYTHONPATH: processes would import other code

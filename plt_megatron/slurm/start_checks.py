@@ -52,12 +52,12 @@ def open_tokenizer(config: RunConfig) -> tuple[Tokenizer | None, list[str]]:
 def data_problems(config: RunConfig, tokenizer: Tokenizer | None) -> list[str]:
     """List what is wrong with the sources whose files exist, one line each."""
     vocab_size = config.model.vocab_size or (tokenizer.vocab_size if tokenizer else None)
-    sources = (path for path in dict.fromkeys(_paths(config.data)) if not missing_files(path))
+    sources = (path for path in _paths(config.data) if not missing_files(path))
     return [problem for path in sources for problem in _source_problems(path, tokenizer, vocab_size)]
 
 
-def _paths(data: DataConfig) -> Iterator[str]:
-    yield from (source.path for _, source in all_sources(data))
+def _paths(data: DataConfig) -> Iterable[str]:
+    return dict.fromkeys(source.path for _, source in all_sources(data))
 
 
 def _source_problems(prefix: str, tokenizer: Tokenizer | None, vocab_size: int | None) -> Iterator[str]:
@@ -86,7 +86,7 @@ def _mismatch(
     if not manifest or ("parts" in manifest and "tokenizer" not in manifest):
         return
     try:
-        made: dict[str, Any] = manifest["tokenizer"]
+        made = manifest["tokenizer"]
         sha256, ids = made["sha256"], made["vocab_size"]
     except (KeyError, TypeError) as error:
         yield f"{prefix}.manifest.json cannot be read ({error}): tokenize the data again (plt preprocess)"
@@ -101,11 +101,7 @@ def _mismatch(
 
 
 def mount_problems(config: RunConfig, container: Container, mounted: Sequence[Path]) -> list[str]:
-    """List the run's paths that the container cannot see, one line each.
-
-    Args:
-        mounted: folders that are mounted in addition to the profile's.
-    """
+    """List the run's paths that the container cannot see, one line each. `mounted`: folders besides the profile's."""
     sources = dict.fromkeys(part for path in _paths(config.data) for part in _parts(path))
     read = [(f"data source {path}", path) for path in sources]
     named = {
@@ -121,9 +117,7 @@ def mount_problems(config: RunConfig, container: Container, mounted: Sequence[Pa
 
 def unseen(paths: Iterable[tuple[str, str]], container: Container, mounted: Sequence[Path]) -> list[str]:
     """List those of the given paths, each after its name, that the container cannot see, one line each."""
-    visible = list(mounted)
-    for mount in container.mounts:
-        visible.append(Path(os.path.expandvars(mount.split(":")[1] if ":" in mount else mount)))
+    visible = [*mounted, *(Path(os.path.expandvars(mount.split(":")[:2][-1])) for mount in container.mounts)]
     return [
         f"{what} is not in a folder that the container sees: add one to container.mounts of the cluster's profile"
         for what, path in paths
@@ -148,11 +142,7 @@ def _parts(prefix: str) -> list[str]:
 
 def start_problems(config: RunConfig, tokenizer: Tokenizer | None, vocab_size: int | None) -> list[str]:
     """List why a valid configuration with existing data cannot start: unknown parameter names, or an unsuitable
-    checkpoint, its own or that of `checkpoint.load`.
-
-    Args:
-        vocab_size: the run's, without padding; None: unknown.
-    """
+    checkpoint, its own or that of `checkpoint.load`. `vocab_size` is without padding; None: unknown."""
     unknown = trainable.find_problems(config)
     if unknown:
         return unknown

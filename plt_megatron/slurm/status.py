@@ -7,7 +7,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,18 +28,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class JobStatus:
-    """Status of one run.
-
-    Attributes:
-        state: running, pending, finished, preempted, failed, stopped, not started, not readable, ...
-        detail: details of the state: the job, its nodes, why it is pending.
-        jobs: ids of the run's running and pending jobs.
-    """
+    """Status of one run."""
 
     run: Path
-    state: str
-    detail: str
-    jobs: list[str]
+    state: str  # running, pending, finished, preempted, failed, stopped, not started, not readable, ...
+    detail: str  # the job, its nodes, why it is pending
+    jobs: list[str]  # ids of the run's running and pending jobs
     progress: RunStatus
 
 
@@ -154,11 +148,8 @@ def as_json(statuses: Sequence[JobStatus]) -> str:
 
 
 def report(names: Sequence[str], output_dir: str, json_lines: bool) -> str:
-    """Return the output of plt status, with notes on unreadable folders, and on Slurm if it could not be asked.
-
-    Raises:
-        UserError: a run does not exist.
-    """
+    """Return the output of plt status, with notes on unreadable folders, and on Slurm if it could not be asked. Raises
+    `UserError` if a run does not exist."""
     notes: list[str] = []
     runs = runs_named(names, output_dir, lambda error: notes.append(f"note: {_unreadable(error.filename, error)}"))
     if not runs:
@@ -187,11 +178,8 @@ _STAMP = re.compile(r"\S+ \S+ attempt \d+ launcher [^\s:]+: ")
 
 
 def follow(submission: Submission) -> int:
-    """Print progress until all jobs have ended. Ctrl-C stops the printing, not the jobs.
-
-    Returns:
-        0 if every run is finished, or after Ctrl-C; else 1.
-    """
+    """Print progress until all jobs have ended, and return 0 if every run is finished, else 1. Ctrl-C stops the
+    printing, not the jobs, and returns 0."""
     try:
         for lines in watch(submission):
             for line in lines:
@@ -210,8 +198,8 @@ def watch(
     """Yield the new lines of each poll until all jobs have ended, then the outcome of each run."""
     labels = {run: f"{run.name}: " if len(submission.runs) > 1 else "" for run in submission.runs}
     jobs = [(run, job) for run, ids in zip(submission.runs, submission.job_ids, strict=True) for job in ids]
-    sources: list[_Output | _Tail] = [_Output(log_of(run, job), labels[run]) for run, job in jobs]
-    sources += [_Tail(run, label) for run, label in labels.items()]
+    sources = [_new_output(log_of(run, job), labels[run]) for run, job in jobs]
+    sources += [_new_records(run, label) for run, label in labels.items()]
     states = _States({job: labels[run] for run, job in jobs})
     due = time.monotonic()
     while not states.ended:
@@ -220,7 +208,7 @@ def watch(
             due = time.monotonic() + ask_seconds
             lines = states.changes()
         # States first, files second, so that everything written before a job ended is shown.
-        yield lines + [line for source in sources for line in source.lines()]
+        yield lines + [line for read in sources for line in read()]
         if not states.ended:
             time.sleep(look_seconds)
     yield [line for run, label in labels.items() for line in _conclusion(run, label)]
@@ -276,29 +264,25 @@ def _describe(job: client.Job) -> str:
     return f"is {state} on {job.nodes}" if job.state == "RUNNING" else f"is {state}"
 
 
-class _Output:
-    """Reader of new lines in a job's output: its launchers' messages and srun's errors."""
-
-    def __init__(self, path: Path, label: str) -> None:
-        self._label, self._follower = label, json_lines.Follower(path)
-
-    def lines(self) -> list[str]:
-        return [self._label + _STAMP.sub("", line) for line in self._follower.lines()]
+def _new_output(path: Path, label: str) -> Callable[[], list[str]]:
+    """Return a function that reads the new lines of a job's output: its launchers' messages and srun's errors."""
+    follower = json_lines.Follower(path)
+    return lambda: [label + _STAMP.sub("", line) for line in follower.lines()]
 
 
-class _Tail:
-    """Reader of new records in metrics.jsonl, as lines of text. A resuming trainer rewinds the file to its step."""
+def _new_records(run: Path, label: str) -> Callable[[], list[str]]:
+    """Return a function that reads the new records in metrics.jsonl, as lines of text. A resuming trainer rewinds the
+    file to its step."""
+    follower = json_lines.Follower(RunFolder(run).metrics_file, from_end=True)
+    steps = read_run_status(run).steps
 
-    def __init__(self, run: Path, label: str) -> None:
-        self._run, self._label = run, label
-        self._follower = json_lines.Follower(RunFolder(run).metrics_file, from_end=True)
-        self._steps = read_run_status(run).steps
+    def read() -> list[str]:
+        records = filter(None, (json_lines.parse(line.encode()) for line in follower.lines()))
+        if follower.replaced:
+            return [f"{label}continues after step {read_run_status(run).step:,}"]
+        return [label + _step_line(with_nan(record), steps) for record in records]
 
-    def lines(self) -> list[str]:
-        records = filter(None, (json_lines.parse(line.encode()) for line in self._follower.lines()))
-        if self._follower.replaced:
-            return [f"{self._label}continues after step {read_run_status(self._run).step:,}"]
-        return [self._label + _step_line(with_nan(record), self._steps) for record in records]
+    return read
 
 
 def _step_line(record: dict[str, Any], steps: int | None) -> str:

@@ -57,15 +57,10 @@ class Options(SbatchOptions):
 
 @dataclass(frozen=True)
 class Submission:
-    """Submitted runs and their jobs.
+    """Submitted runs and their jobs."""
 
-    Attributes:
-        runs: absolute run folders.
-        job_ids: job ids of each run, in the order of `runs`; several in a chain.
-    """
-
-    runs: list[Path]
-    job_ids: list[list[str]]
+    runs: list[Path]  # absolute run folders
+    job_ids: list[list[str]]  # of each run, in the order of `runs`; several in a chain
 
 
 # Takes a valid configuration, its vocabulary size and the job's resources; returns one line per problem.
@@ -73,17 +68,12 @@ Check = Callable[[RunConfig, int, Resources], list[str]]
 
 
 def submit(options: Options, root: Path, last_check: Check | None = None) -> Submission | None:
-    """Check, write the run folders, submit, and print what was done.
+    """Check, write the run folders, submit, and print what was done. Return what was submitted; None after a dry run.
+    Raises `UserError`, with one line per problem, if nothing was submitted.
 
     Args:
         root: the checkout whose code the job runs.
         last_check: called for each run that has no problem so far, since it is slow (a rehearsal takes a minute).
-
-    Returns:
-        What was submitted; None after a dry run.
-
-    Raises:
-        UserError: nothing was submitted; one line per problem.
     """
     plan = _Plan(options, root, last_check)
     plan.check()

@@ -7,8 +7,7 @@ from plt_megatron.train.engine import Engine
 
 
 def build_engine(config: RunConfig, vocab_size: int) -> Engine:
-    """Build the engine. `config` must be validated and process groups must exist; DeepSpeed is imported only if
-    configured."""
+    """Build the engine; DeepSpeed is imported only if configured."""
     if config.deepspeed is None:
         from plt_megatron.train.megatron_engine import MegatronEngine
 

@@ -71,16 +71,12 @@ def micro_batch_indices(
 
     Args:
         consumed_samples: samples that all ranks together have trained on.
-        global_batch_sizes: sizes of the batches that follow; iteration ends with them.
-
-    Raises:
-        ValueError: a global batch does not divide into microbatches over the ranks.
+        global_batch_sizes: sizes of the batches that follow, multiples of the ranks' microbatches; iteration ends with
+            them.
     """
     per_step = micro_batch_size * data_parallel_size
     start = consumed_samples
     for size in global_batch_sizes:
-        if micro_batch_size < 1 or size < 1 or size % per_step:
-            raise ValueError(f"global batch size {size} is not a multiple of {micro_batch_size} x {data_parallel_size}")
         if wrap_to is None and start + size > length:
             return
         for first in range(start + data_parallel_rank * micro_batch_size, start + size, per_step):
@@ -89,24 +85,20 @@ def micro_batch_indices(
         start += size
 
 
-def batches(dataset: Samples, indices: Iterator[list[int]], prefetch: int = 0) -> Generator[dict[str, Tensor]]:
-    """Iterate over microbatches, dicts of stacked tensors; `sample_ids` (int64 [micro batch]) has the sample numbers.
+def batches(dataset: Samples, indices: Iterator[list[int]], prefetch: int) -> Generator[dict[str, Tensor]]:
+    """Yield microbatches, dicts of stacked tensors; `sample_ids` (int64 [micro batch]) has the sample numbers.
 
     Args:
         indices: sample numbers from `micro_batch_indices`.
-        prefetch: microbatches that a thread prepares ahead, in the same order. Close the iterator to end the thread.
+        prefetch: microbatches that a thread prepares ahead, in the same order; its exception is raised in place of one.
+            Close the iterator to end the thread.
     """
     made = ({**collate([dataset[index] for index in part]), "sample_ids": torch.tensor(part)} for part in indices)
-    return _ahead(made, prefetch) if prefetch > 0 else made
-
-
-def _ahead(items: Iterator[dict[str, Tensor]], depth: int) -> Generator[dict[str, Tensor]]:
-    """Yield `items`, prepared by a thread up to `depth` ahead; raise the thread's exception in place of an item."""
     pool = ThreadPoolExecutor(1, "batches")
     try:
-        ready = deque(pool.submit(next, items, None) for _ in range(depth))
+        ready = deque(pool.submit(next, made, None) for _ in range(prefetch))
         while (item := ready.popleft().result()) is not None:
-            ready.append(pool.submit(next, items, None))
+            ready.append(pool.submit(next, made, None))
             yield item
     finally:
         # A thread still inside torch when the interpreter exits would abort the process.
@@ -117,12 +109,9 @@ class RunData:
     """Training and validation data. Construction is collective and needs process groups.
 
     Attributes:
-        vocab_size: the model's vocabulary size.
-        train, validation: samples.
         by_source: with `validation.by_source`, validation samples by source name; empty otherwise, or without
             validation.
         fingerprint: everything that the sequence of training samples depends on.
-        document_record: as from `mix.document_record`.
     """
 
     def __init__(self, config: RunConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections import defaultdict
@@ -20,7 +19,6 @@ from plt_megatron.config.schema import RunConfig
 from plt_megatron.model.build import build_stage
 from plt_megatron.model.looped_gpt import LoopedGPT, MicroBatch
 from plt_megatron.model.loss import sum_of_losses
-from plt_megatron.model.parameters import only_in_loops
 from plt_megatron.train.checkpoint.state import EngineState
 from plt_megatron.train.optimizers import LearningRate
 
@@ -38,11 +36,6 @@ def summed_over_tensor_parallel(name: str, parameter: nn.Parameter, stage: Loope
 def leaves_later_loops_out(config: RunConfig, loop_count: int) -> bool:
     """Return whether a step of `loop_count` loops leaves parameters unused that the model may have."""
     return loop_count == 1 < config.model.loop_count
-
-
-def later_parameters(stage: nn.Module) -> list[nn.Parameter]:
-    """Return a stage's parameters that only later loops use; a step that skips those loops gives them no gradient."""
-    return [parameter for name, parameter in stage.named_parameters() if only_in_loops(name)]
 
 
 @contextmanager
@@ -129,11 +122,8 @@ def masked_loss(loss_mask: Tensor | None, output: Tensor) -> tuple[Tensor, Tenso
 
 
 class Engine:
-    """The model, its gradients and its optimizer on this rank: what trainer and checkpoints use of an engine.
-
-    Args:
-        config: a validated configuration; process groups must exist.
-        vocab_size: the tokenizer's vocabulary size.
+    """The model, its gradients and its optimizer on this rank: what trainer and checkpoints use of an engine. Process
+    groups must exist, and the configuration be valid.
 
     Attributes:
         stage: this rank's part of the model.
@@ -163,7 +153,6 @@ class Engine:
         """Run forward and backward over this rank's microbatches, then the optimizer.
 
         Args:
-            batches: this rank's microbatches.
             accept: decides from loss and gradient norm, equal on all ranks, whether the weights may be updated. A
                 rejected step leaves weights and optimizer state unchanged; the learning-rate schedule continues.
             loop_count: loops of this step; None: the model's.
@@ -237,7 +226,7 @@ class StepTimes:
         self._seconds: dict[str, float] = defaultdict(float)
         self._steps = 0
 
-    @contextlib.contextmanager
+    @contextmanager
     def measure(self, name: str) -> Iterator[None]:
         """Time a block. Nested blocks each count their whole time."""
         started = time.perf_counter()

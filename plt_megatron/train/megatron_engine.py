@@ -36,11 +36,11 @@ from plt_megatron.model.pipeline import (
 )
 from plt_megatron.model.transformer_config import schedule_config
 from plt_megatron.train.checkpoint.megatron_state import MegatronState
+from plt_megatron.train.checkpoint.state import later_parameters
 from plt_megatron.train.engine import (
     Engine,
     ExpectedGradients,
     StepResult,
-    later_parameters,
     leaves_later_loops_out,
     left_alone,
     masked_loss,

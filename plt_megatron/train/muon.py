@@ -32,26 +32,16 @@ def give_matrices_to_muon(part: DistributedOptimizer, stage: LoopedGPT, config: 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A rank's part of a hidden matrix, with the attributes that `TensorParallelMuon` reads from a parameter.
+    """A rank's part of a hidden matrix, with the attributes that `TensorParallelMuon` reads from a parameter."""
 
-    Attributes:
-        shape: [rows, columns] on this rank.
-        partition_dim: dimension that tensor-parallel ranks divide; None: each rank has all of the matrix.
-        qkv_split_shapes: rows of the matrices it consists of, in a repeating pattern; None: it is a single matrix.
-    """
-
-    shape: torch.Size
-    partition_dim: int | None
-    qkv_split_shapes: list[int] | None
+    shape: torch.Size  # [rows, columns] on this rank
+    partition_dim: int | None  # that tensor-parallel ranks divide; None: each rank has all of the matrix
+    qkv_split_shapes: list[int] | None  # rows of the matrices in it, in a repeating pattern; None: it is a single one
 
     @classmethod
     def of(cls, parameter: Parameter, model: ModelConfig, shape: torch.Size, tensor: int) -> Matrix:
-        """Describe a parameter's part. What Hugging Face stores as several matrices, Muon treats as several too.
-
-        Args:
-            parameter: the parameter's entry in the table.
-            tensor: number of tensor-parallel ranks.
-        """
+        """Describe a parameter's part on one of `tensor` tensor-parallel ranks. What Hugging Face stores as several
+        matrices, Muon treats as several too."""
         head = derived.head_dim(model)
         queries = model.num_attention_heads // derived.num_query_groups(model) * head
         parts = {"qkv": [queries, head, head], "gate_up": [shape[0] // 2] * 2, "direct": None}
@@ -72,13 +62,8 @@ def _matrices(part: DistributedOptimizer, stage: LoopedGPT, model: ModelConfig) 
 
 
 class Muon(TensorParallelMuon):
-    """megatron-core's Muon over flat main parameters.
-
-    The iteration runs in bf16 if the model does, as usual, and in fp32 otherwise.
-
-    Args:
-        matrices: the `Matrix` of each main parameter.
-    """
+    """megatron-core's Muon over flat main parameters. The iteration runs in bf16 if the model does, as usual, and in
+    fp32 otherwise."""
 
     def __init__(self, config: RunConfig, stage: LoopedGPT, matrices: dict[Tensor, Matrix]) -> None:
         settings = config.optimizer
@@ -106,12 +91,8 @@ class Muon(TensorParallelMuon):
 
 
 class MuonAndAdam:
-    """Muon and Adam as the one inner optimizer that megatron-core's distributed optimizer expects.
-
-    Attributes:
-        param_groups: the groups that Adam was built with; each of the two optimizers steps its own.
-        state: state of both optimizers.
-    """
+    """Muon and Adam as the one inner optimizer that megatron-core's distributed optimizer expects: with the groups that
+    Adam was built with, of which each of the two steps its own, and the state of both."""
 
     def __init__(self, muon: Muon, adam: Any) -> None:
         self.muon, self.adam = muon, adam

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any, get_args
 
 import torch
@@ -85,9 +85,8 @@ def _exchange(part: DistributedOptimizer, spec: OptimizerSpec, settings: Optimiz
 
     megatron-core builds its distributed optimizer only around Adam, but uses nothing of it except its step.
     """
-    module, _, name = (spec.torch_class or "").rpartition(".")
-    build = getattr(import_module(module), name)
     # Built over a dummy: pieces of fp32 parameters are views, which torch's constructors reject.
+    build = resolve_name(spec.torch_class or "")
     inner = build([torch.empty(0)], lr=settings.lr, **spec.arguments(settings))
     inner.param_groups = part.optimizer.param_groups
     for group in inner.param_groups:  # each group keeps its current rate
@@ -112,18 +111,13 @@ def megatron_settings(config: RunConfig) -> MegatronOptimizerConfig:
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters with the same rates.
+    """Parameters with the same rates."""
 
-    Attributes:
-        name: name in messages.
-        rate, decay, eps: factors of learning rate, weight decay and Adam's epsilon.
-    """
-
-    name: str
+    name: str  # in messages
     parameters: tuple[Parameter, ...]
-    rate: float
-    decay: float
-    eps: float
+    rate: float  # factors: of the learning rate,
+    decay: float  # of weight decay,
+    eps: float  # and of Adam's epsilon
 
     def has(self, name: str) -> bool:
         """Return whether the parameter of this name is in the group."""
@@ -186,10 +180,7 @@ def check_groups(
     config: RunConfig, stage: nn.Module, built: Iterable[tuple[nn.Parameter, dict[str, Any] | None]]
 ) -> None:
     """Assert that each trained parameter of a stage is in exactly one group of the optimizer, with its kind's rates.
-
-    Args:
-        built: (parameter, its group, or None if another rank updates it).
-    """
+    `built`: (parameter, its group, or None if another rank updates it)."""
     settings, own, of = config.optimizer, groups(config), list(built)
     trained = {name: parameter for name, parameter in stage.named_parameters() if parameter.requires_grad}
     assert Counter(id(parameter) for parameter, _ in of) == Counter(map(id, trained.values()))
@@ -244,10 +235,7 @@ class LearningRate(OptimizerParamScheduler):
     """Learning-rate schedule over an optimizer's parameter groups, starting at step 0.
 
     It counts steps. If the run's length is given in tokens, these are steps of the `training.global_batch_size` that
-    the run began with, whatever the batch size is now, so that a rate belongs to a number of tokens.
-
-    Attributes:
-        step_tokens: tokens of one counted step.
+    the run began with (`step_tokens`), whatever the batch size is now, so that a rate belongs to a number of tokens.
     """
 
     def __init__(self, config: RunConfig, optimizer: Any, step_tokens: int | None = None) -> None:

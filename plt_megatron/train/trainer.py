@@ -39,14 +39,10 @@ _NOTHING, _SAVE, _STOP = 0, 1, 2
 
 
 class StopRequest:
-    """Listens for requests to stop or to save.
-
-    Attributes:
-        requested: whether the ranks have agreed to stop.
-    """
+    """Listens for requests to stop or to save."""
 
     def __init__(self, folder: RunFolder) -> None:
-        self.requested = False
+        self.requested = False  # whether the ranks have agreed to stop
         self._folder = folder
         self._signaled = False  # never reset: a signal during a collective counts at the next step boundary
         self._previous = {number: signal.signal(number, self._hear) for number in _SIGNALS}
@@ -83,12 +79,10 @@ _TURN_S = 0.5  # between checks of whether callbacks are still working
 class Trainer:
     """A run: its model, data and progress; its callbacks see it as a `Run`. Process groups must exist.
 
-    Args:
-        config: a validated configuration.
-        heartbeat: called at every sign of life with this rank's phase and step.
+    `heartbeat` is called at every sign of life with this rank's phase and step.
     """
 
-    def __init__(self, config: RunConfig, heartbeat: Callable[[str, int], Any] | None = None) -> None:
+    def __init__(self, config: RunConfig, heartbeat: Callable[[str, int], Any] = lambda phase, step: None) -> None:
         self._heartbeat, self._phase = heartbeat, "starting"
         self.config = config
         self.folder = RunFolder.of(config)
@@ -244,7 +238,7 @@ class Trainer:
         self._each(Callback.on_save, checkpoint)
 
     def what_is_saved(self) -> str:
-        latest = self.checkpoints.latest()
+        latest = self.folder.latest_checkpoint(verify=False)
         return f"The last checkpoint is intact: {latest}" if latest else "There is no checkpoint yet"
 
     # Signs of life.
@@ -252,8 +246,7 @@ class Trainer:
     def beat(self, phase: str | None = None) -> None:
         """Report a sign of life; without `phase`, in the current phase."""
         self._phase = phase or self._phase
-        if self._heartbeat is not None:
-            self._heartbeat(self._phase, self.clock.step)
+        self._heartbeat(self._phase, self.clock.step)
 
     def say(self, line: str) -> None:
         self._each(Callback.say, line)

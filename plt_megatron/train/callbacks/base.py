@@ -20,38 +20,23 @@ class TrainingFailed(RuntimeError):
 
 @dataclass
 class Clock:
-    """The progress of a run.
+    """The progress of a run."""
 
-    Attributes:
-        step: optimizer steps, including those without an update.
-        samples: samples taken from the training data, including those skipped by rollbacks.
-        tokens: tokens trained on.
-    """
-
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
+    step: int = 0  # optimizer steps, including those without an update
+    samples: int = 0  # taken from the training data, including those skipped by rollbacks
+    tokens: int = 0  # trained on
 
 
 @dataclass
 class Step:
-    """An optimizer step in progress.
+    """An optimizer step in progress."""
 
-    Attributes:
-        number: 1 for the run's first.
-        batches: this rank's microbatches.
-        loop_count: loops of this step. A callback may change it before the step, to the same number on all ranks.
-        global_batch_size: samples of this step over all ranks.
-        sequence_length: tokens of the rows that samples are cut into.
-        seconds: duration of data loading, passes and update, once the step is done.
-    """
-
-    number: int
-    batches: list[MicroBatch]
-    loop_count: int
-    global_batch_size: int
-    sequence_length: int
-    seconds: float = 0.0
+    number: int  # 1 for the run's first
+    batches: list[MicroBatch]  # this rank's
+    loop_count: int  # a callback may change it before the step, to the same number on all ranks
+    global_batch_size: int  # samples over all ranks
+    sequence_length: int  # tokens of the rows that samples are cut into
+    seconds: float = 0.0  # duration of data loading, passes and update, once the step is done
 
 
 class Run(Protocol):
@@ -95,12 +80,9 @@ class Callback:
     A run has one of each class in `registry.CALLBACKS` that it needs (`registry.is_needed`). All methods are called on
     all ranks at the same points, in the order of that list, so that they may communicate. A class reads its settings
     from `run.config`.
-
-    Attributes:
-        name: name of its state in checkpoints; not needed without state.
     """
 
-    name = ""
+    name = ""  # of its state in checkpoints; not needed without state
 
     def __init__(self, run: Run) -> None:
         self.run = run

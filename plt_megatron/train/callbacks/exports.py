@@ -48,12 +48,7 @@ _OF_A_RANK = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TOR
 
 
 class BesideProcess:
-    """A `plt` command that runs beside training, and ends with it.
-
-    Args:
-        command: the command's name and arguments.
-        log: file that receives its stderr.
-    """
+    """A `plt` command that runs beside training, and ends with it. `log` receives its stderr."""
 
     def __init__(self, command: Sequence[str], log: Path) -> None:
         self._log = log

@@ -28,20 +28,13 @@ _REPORTED = 128  # recent losses that a report summarizes if nothing is done abo
 
 
 class StepKind(NamedTuple):
-    """The properties that a run's schedules give a step; losses of different kinds of steps are not comparable.
+    """The properties that a run's schedules give a step; losses of different kinds of steps are not comparable."""
 
-    Attributes:
-        first_stage, last_stage: stages of `data.stages` that the step's first and last sample belong to.
-        sequence_length: tokens per row.
-        loop_count: loops of the step.
-        global_batch_size: in samples. Losses of smaller batches scatter more, so they can judge larger batches too.
-    """
-
-    first_stage: int = 0
+    first_stage: int = 0  # of `data.stages`, which the step's first sample belongs to
     last_stage: int = 0
     sequence_length: int = 0
     loop_count: int = 0
-    global_batch_size: int = 0
+    global_batch_size: int = 0  # losses of smaller batches scatter more, so they can judge larger batches too
 
     def can_be_judged_by(self, other: StepKind) -> bool:
         """Return whether losses of the kind `other` can judge those of this kind."""

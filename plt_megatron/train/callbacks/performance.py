@@ -13,8 +13,8 @@ import contextlib
 import math
 import resource
 import statistics
-import sys
 import time
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,18 +36,11 @@ class Throughput(Callback):
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         self.peak, self.peak_source = _job_peak(run.config)
-        self._flops_per_token: dict[tuple[int, int], float] = {}  # by loop count and row length
+        tp = run.config.parallel.tensor_model_parallel_size
+        padded = derived.padded_vocab_size(run.config.model, run.data.vocab_size, tp)
+        # Training FLOPs by loop count and row length.
+        self.flops_per_token = cache(lambda *kind: flops.step_flops_per_token(run.config, padded, *kind).total)
         self._tokens, self._flops, self._seconds = 0, 0.0, 0.0
-
-    def flops_per_token(self, loop_count: int, sequence_length: int) -> float:
-        """Return training FLOPs per token with this many loops, in rows of this many tokens."""
-        kind = loop_count, sequence_length
-        if kind not in self._flops_per_token:
-            config = self.run.config
-            tp = config.parallel.tensor_model_parallel_size
-            padded = derived.padded_vocab_size(config.model, self.run.data.vocab_size, tp)
-            self._flops_per_token[kind] = flops.step_flops_per_token(config, padded, *kind).total
-        return self._flops_per_token[kind]
 
     def on_start(self) -> None:
         """Print a line about the model and the peak that its MFU is based on."""
@@ -110,7 +103,7 @@ def _job_peak(config: RunConfig) -> tuple[float | None, str]:
 def peak_memory_bytes() -> int:
     """Return the highest peak memory of any rank: its GPU's or, on a CPU, its process's. Collective."""
     if is_cpu_runtime():
-        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     else:
         own = torch.cuda.max_memory_allocated()
     largest = torch.tensor(own, dtype=torch.int64, device=torch.cuda.current_device())
@@ -152,10 +145,7 @@ class Profiling(Callback):
         if self._profiler is not None and step.number > self._last:
             self.on_end()
         elif self._profiler is None and self._first < step.number <= self._last:
-            activities = [torch.profiler.ProfilerActivity.CPU]
-            if torch.cuda.is_available():
-                activities.append(torch.profiler.ProfilerActivity.CUDA)
-            self._profiler = torch.profiler.profile(activities=activities, profile_memory=True)
+            self._profiler = torch.profiler.profile(profile_memory=True)  # the CPU and, if there is one, the GPU
             self._profiler.start()
 
     def on_end(self) -> None:

@@ -13,7 +13,7 @@ from plt_megatron.train.callbacks.base import Callback, Run
 from plt_megatron.train.callbacks.exports import Exports
 from plt_megatron.train.callbacks.incidents import Incidents
 from plt_megatron.train.callbacks.performance import Profiling, Stragglers, Throughput
-from plt_megatron.train.callbacks.train_log import LoopLosses, LoopMeasures, Metrics, Overview, ProgressBar, TrainLog
+from plt_megatron.train.callbacks.train_log import LoopLosses, LoopMeasures, Metrics, ProgressBar, TrainLog
 from plt_megatron.train.callbacks.uploads import Uploads
 from plt_megatron.train.callbacks.validation import Validation
 from plt_megatron.train.callbacks.weight_ema import WeightEMA
@@ -23,7 +23,6 @@ CALLBACKS: dict[type[Callback], Callable[[Run], bool] | None] = {
     Profiling: None,
     Stragglers: lambda run: run.config.logging.straggler is not None,
     ProgressBar: lambda run: run.is_first_rank,
-    Overview: None,
     Throughput: None,
     Incidents: None,
     WeightEMA: lambda run: run.config.training.ema_decay is not None,

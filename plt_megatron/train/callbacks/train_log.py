@@ -35,14 +35,6 @@ from plt_megatron.train.optimizers import described
 _SOURCES = 64  # in a record: thousands would make it 100 kB long
 
 
-class Overview(Callback):
-    """Prints, before the first step, a table of the data's sources and how each kind of parameter is updated."""
-
-    def on_start(self) -> None:
-        self.run.say(self.run.data.describe())
-        self.run.say(described(self.run.config))
-
-
 class LoopLosses(Callback):
     """Reports, under a `training.loop_schedule`, the last step's loop count and the losses by loop count.
 
@@ -217,7 +209,8 @@ def _numbers(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 class ProgressBar(Callback):
-    """Progress display of the first rank."""
+    """Progress display of the first rank; before the first step, a table of the data's sources and how each kind of
+    parameter is updated."""
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
@@ -243,6 +236,8 @@ class ProgressBar(Callback):
             self._task = self._bar.add_task("training", total=total, completed=step, loss="-")
         if step:
             self.say(f"resumed at step {step} of {total}")
+        self.say(self.run.data.describe())
+        self.say(described(self.run.config))
 
     def on_rollback(self, state: dict[str, Any]) -> None:
         """Tell the time left from here on: the tokens trained on are fewer again."""

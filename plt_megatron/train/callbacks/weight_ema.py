@@ -52,9 +52,6 @@ class WeightAverage:
     A rank keeps the average of the main weights it owns: 4 bytes per parameter, spread over the ranks that hold the
     same parameters.
 
-    Args:
-        engine: the engine with the main weights to average.
-
     Attributes:
         updates: number of updates averaged. Before the first, the average holds the engine's weights at construction.
     """

@@ -219,11 +219,8 @@ def _take_out(request: dict[str, Any], keys: set[str]) -> None:
 
 
 def _read(path: Path, request: dict[str, Any], sharing: dist.ProcessGroup | None = None) -> dict[str, Any]:
-    """Read each rank's request; a failure on any rank is an error on all.
-
-    Args:
-        sharing: ranks that request the same tensors: one of them reads a tensor and sends it to the others.
-    """
+    """Read each rank's request; a failure on any rank is an error on all. One of the `sharing` ranks, which request the
+    same tensors, reads a tensor and sends it to the others."""
     strategy: Any = _AgreedLoad(path)
     if sharing:
         strategy = FullyParallelLoadStrategyWrapper(strategy, sharing)

@@ -88,9 +88,6 @@ class OptimizerPart:
         its memory: by the parameter's index in its buffers, the state's name (`param`, `exp_avg`, ...) and the box.
 
         Parameter groups are not included: they follow from the configuration.
-
-        Args:
-            model: the model's sharded tensors.
         """
         self.allocate()
         wholes, prefix = state.by_tensor(model), state.OPTIMIZER_PREFIX
@@ -105,14 +102,8 @@ class OptimizerPart:
     def sharded_beside(
         self, model: dict[str, Any], pieces: Mapping[int, Tensor], prefix: str
     ) -> dict[int, dict[int, ShardedTensor]]:
-        """Return other tensors kept of the main parameters, as sharded tensors that share their memory: by the
-        parameter's index in its buffers and the box.
-
-        Args:
-            model: the model's sharded tensors.
-            pieces: tensors in the shapes of the method `pieces`, by the same indices.
-            prefix: prefix of keys; the parameter's key follows.
-        """
+        """Return other tensors kept of the main parameters, in the shapes of the method `pieces`, as sharded tensors
+        that share their memory: by the parameter's index in its buffers and the box. Its key follows `prefix`."""
         wholes = state.by_tensor(model)
         return {
             index: self._boxes(wholes[parameter], parameter, part.start, prefix, pieces[index])
@@ -299,9 +290,8 @@ class MegatronState:
 
     def set_step(self, step: int, later_step: int) -> None:
         self.step, self.later_step = step, later_step
-        later = [parameter for name, parameter in self._stage.named_parameters() if only_in_loops(name)]
         for part in self.parts:
-            part.set_step(step, later, later_step)
+            part.set_step(step, state.later_parameters(self._stage), later_step)
 
     @torch.no_grad()
     def _build_gates(self, loaded: dict[str, Any]) -> None:

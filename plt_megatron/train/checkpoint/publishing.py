@@ -82,11 +82,8 @@ def recover(directory: Path) -> None:
 
 
 def publish(temporary: Path, checksums: dict[str, str]) -> Path:
-    """Make a complete temporary folder the run's latest checkpoint.
-
-    Args:
-        checksums: SHA-256 of the files whose writers have computed it; computed here for the others.
-    """
+    """Make a complete temporary folder the run's latest checkpoint. `checksums` has the SHA-256 of the files whose
+    writers have computed it; it is computed here for the others."""
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": checksums.get(path.name) or sha256(path, sync=True)}
         for path in sorted(temporary.iterdir())

@@ -93,11 +93,9 @@ class PendingSave:
     """A save between its plan and its publication.
 
     Attributes:
-        temporary: the folder it is written to.
         writer: megatron-core's writer, which turns all ranks' results into the checkpoint's metadata.
         global_metadata: all ranks' plans, on rank 0.
         buckets: the data that this rank writes, by file.
-        step: the step that the checkpoint is named after.
         progress: the content of progress.json, fixed when the save began.
     """
 
@@ -113,12 +111,11 @@ class PendingSave:
 
     def write(self) -> None:
         """Write this rank's files. Not collective: `publish` raises its error. May run in a thread of its own."""
-        transforms = [self.writer.transforms] if hasattr(self.writer, "transforms") else []
         try:
             for index, bucket in enumerate(self.buckets):
                 path, name, _ = bucket
                 _, outcome = FileSystemWriterAsync.write_preloaded_data(
-                    transforms, index, bucket, results_queue=None, count_queue=None, use_fsync=False
+                    [self.writer.transforms], index, bucket, results_queue=None, count_queue=None, use_fsync=False
                 )
                 if isinstance(outcome, Exception):
                     raise outcome
@@ -252,11 +249,7 @@ def _prune(published: Path, keep_last: int, keep_every: int) -> None:
 
 
 def replica_difference(engine: Engine, saved: dict[str, Any]) -> str | None:
-    """Return in one line which ranks hold different copies of which tensor, or None if none do. Collective.
-
-    Args:
-        saved: what the engine is about to save: the sharded tensors of `model` and `optimizer`.
-    """
+    """Return in one line which ranks hold different copies of a tensor to be saved, or None if none do. Collective."""
     groups, model = engine.groups, engine.config.model
     if groups.tp.size() == groups.pp.size() == 1:
         return None

@@ -17,9 +17,10 @@ from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
-from torch import Tensor
+from torch import Tensor, nn
 
 from plt_megatron.model.looped_gpt import LoopedGPT
+from plt_megatron.model.parameters import only_in_loops
 
 RNG_KEY = "rng_state"
 OPTIMIZER_PREFIX = "optimizer.state."
@@ -60,6 +61,11 @@ def kept_tensors(stage: LoopedGPT, name: str, tensors: Mapping[Any, Any]) -> dic
 def by_tensor(model: dict[str, Any]) -> dict[Tensor, ShardedTensor | ShardedTensorFactory]:
     """Return the sharded tensors of `model_state` by the stage's own parameters and buffers."""
     return {value.data: value for value in model.values() if isinstance(value, ShardedTensor | ShardedTensorFactory)}
+
+
+def later_parameters(stage: nn.Module) -> list[nn.Parameter]:
+    """Return a stage's parameters that only later loops use; a step that skips those loops gives them no gradient."""
+    return [parameter for name, parameter in stage.named_parameters() if only_in_loops(name)]
 
 
 def _is_empty_object(value: Any) -> bool:

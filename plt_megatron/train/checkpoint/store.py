@@ -35,7 +35,7 @@ _TURN_S = 0.2
 
 
 class CheckpointStore:
-    """The checkpoints of one run. All methods except `latest` are collective.
+    """The checkpoints of one run. All methods are collective.
 
     With `checkpoint.async_save` a save returns once its data is copied; `poll` at a later step boundary, the next save
     or `close` publishes it. Only one is in flight at a time.
@@ -133,10 +133,6 @@ class CheckpointStore:
         if thread.is_alive():
             pending.error = f"writing took longer than {0.9 * minutes:g} minutes (rank {dist.get_rank()})"
         return self._publish(pending)
-
-    def latest(self) -> Path | None:
-        """Return the checkpoint published last, unchecked."""
-        return checkpoints.latest_checkpoint(self.directory, verify=False)
 
     def _look_for_own(self) -> bool:
         publishing.recover(self.directory)

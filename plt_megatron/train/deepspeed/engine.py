@@ -86,12 +86,7 @@ class DeepSpeedEngine(Engine):
 
 
 class _LeaveAlone:
-    """Skips the optimizer's step for parameter groups that a training step does not use.
-
-    Args:
-        optimizer: DeepSpeed's optimizer.
-        later_groups: numbers of the groups that only later loops use.
-    """
+    """Skips the optimizer's step for parameter groups that a training step does not use (`later_groups`, by number)."""
 
     def __init__(self, optimizer: Any, later_groups: set[int]) -> None:
         self._optimizer, self.unused = optimizer, False

@@ -91,12 +91,7 @@ class ModelParallelUnit:
 def start_deepspeed(
     deepspeed: ModuleType, model: nn.Module, parameter_groups: list[dict[str, Any]], config: dict[str, Any]
 ) -> Any:
-    """Build DeepSpeed's engine around a model.
-
-    Args:
-        parameter_groups: parameter groups as torch's optimizers take them.
-        config: DeepSpeed's configuration.
-    """
+    """Build DeepSpeed's engine around a model, with its own configuration and torch's parameter groups."""
     from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 
     class ZeroEngine(deepspeed.DeepSpeedEngine):  # type: ignore[name-defined,misc]

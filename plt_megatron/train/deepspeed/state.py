@@ -81,7 +81,8 @@ class DeepSpeedState:
             whole = {key: self._optimizer.gather(entry.parameter, key) for key in (_MAIN, *self._keys)}
             if owner != self._engine.groups.dp.rank():
                 continue
-            own = replace(entry, sharded=_only_copy(entry.sharded))
+            replica_id = (*entry.sharded.replica_id[:-1], 0)  # no other data-parallel rank has a copy
+            own = replace(entry, sharded=replace(entry.sharded, replica_id=replica_id))
             tensors = {key: tensor.cpu().view(entry.shape) for key, tensor in whole.items()}
             # DeepSpeed's weights are the rounded fp32 copy.
             model[name] = own.with_data(tensors[_MAIN].to(entry.dtype))
@@ -189,7 +190,7 @@ class DeepSpeedState:
         """Numbers of the optimizer's groups whose parameters are all used by later loops only."""
         optimizer = self._engine.optimizer
         groups = optimizer.fp16_groups if zero_of(self._engine.config).zero_stage == 3 else optimizer.bit16_groups
-        later = {id(parameter) for name, parameter in self._engine.stage.named_parameters() if only_in_loops(name)}
+        later = {id(parameter) for parameter in state.later_parameters(self._engine.stage)}
         return {number for number, group in enumerate(groups) if {id(parameter) for parameter in group} <= later}
 
     @property
@@ -201,11 +202,6 @@ class DeepSpeedState:
 
 def _empty(entry: _Entry, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
     return torch.empty(entry.shape, dtype=dtype, device=device)
-
-
-def _only_copy(sharded: ShardedTensor | ShardedTensorFactory) -> ShardedTensor | ShardedTensorFactory:
-    """Set the last part of the replica id, the data-parallel rank, to 0: no other rank has a copy."""
-    return replace(sharded, replica_id=(*sharded.replica_id[:-1], 0))
 
 
 # ZeRO's pieces.

@@ -14,7 +14,7 @@ from plt_megatron.model.parameters import (
     TABLE,
     Sizes,
     find,
-    find_in_any,
+    hidden_matrix,
     layer_of,
     only_in_loops,
     parameters_of,
@@ -116,7 +116,7 @@ def test_an_unknown_name_is_an_error(name):
     with pytest.raises(KeyError, match="not in the table"):
         find(ModelConfig(), name)
     with pytest.raises(KeyError, match="not in the table"):
-        find_in_any(name)
+        hidden_matrix(name)
     assert not only_in_loops(name)
     with pytest.raises(KeyError):
         find(ModelConfig(loop_count=1), "decoder.layers.0.self_attention.core_attention.plt_gate.bias")

@@ -148,6 +148,7 @@ def test_the_time_left_counts_from_a_rollback(tmp_path, monkeypatch, capsys):
     run.config.training.train_iters, run.last_step = 1000, 1000
     monkeypatch.setattr(train_log, "time", SimpleNamespace(monotonic=lambda: now[0]))
     step_tokens = derived.tokens_per_step(run.config)
+    run.data = SimpleNamespace(describe=lambda: "the sources")
     bar = ProgressBar(run)
     bar.on_start()
     rates = {"grad_norm": 1.0, "lr": 1e-3, "tokens_per_second": step_tokens, "mfu": None}

@@ -34,7 +34,7 @@ def test_a_rank_has_what_its_run_needs(tmp_path, section, settings, on_all, on_f
     run.config.validation.iters, run.data = 0, SimpleNamespace(validation=object())
     for name, value in settings.items():
         setattr(getattr(run.config, section), name, value)
-    always = {"Profiling", "Overview", "Throughput", "Incidents", "LoopMeasures", "TrainLog"}
+    always = {"Profiling", "Throughput", "Incidents", "LoopMeasures", "TrainLog"}
     assert names(run) == always | {"ProgressBar", "Metrics"} | on_all | on_first
     run.is_first_rank = False
     assert names(run) == always | on_all
