@@ -314,7 +314,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
 def test_hashes_of_many_files_are_saved_seldom(
     bpe_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,6 +324,7 @@ def test_hashes_of_many_files_are_saved_seldom(
     assert saved.count("hashes.json") == 1 and all(entry["sha256"] for entry in made["sources"])
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(bpe_model: Path, tmp_path: Path) -> None:
     """Peak of the command and of its worker, in KiB: 8 times the text, at most a few MB more."""
     texts = make_texts(2000, seed=4)
