@@ -121,6 +121,3 @@ def test_what_slurm_has_run_is_still_finished_without_its_checkpoints(archived, 
         note.unlink()
     archive([str(folder), str(tmp_path / "again")])
     assert [result.status for result in load_results(tmp_path / "again").runs] == before and "used" in before
-
-
-# ---------------------------------------------------------------- what this repository keeps

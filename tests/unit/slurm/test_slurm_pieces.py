@@ -82,11 +82,6 @@ def test_every_mark_is_filled(text):
     assert "@" not in text.replace("B:USR1@", "").replace("[@]", "").replace("$@", "")
 
 
-def test_launch_holds_the_commands():
-    names = {path.name for path in (ROOT / "launch").iterdir()} - {"__pycache__"}
-    assert names == {"submit.py", "status.py", "train.py", "container"}
-
-
 def arrays_of(text: str, tmp_path: Path) -> dict[str, list[str]]:
     """The script's arrays, as bash reads them."""
     found = {}
