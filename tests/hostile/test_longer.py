@@ -9,14 +9,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from plt_megatron.run_folder.folder import RunFolder
 from tests.hostile.world import World
+from tests.running import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 LONGER = "training.train_iters=4"
 ALLOWED = ("checkpoint.allow_other_schedule=true", "checkpoint.allow_other_data=true")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 
 import pytest
 
@@ -14,9 +13,8 @@ from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import ModelConfig, MoeConfig
 from plt_megatron.predict.held import count_rank_parameters
 from plt_megatron.predict.parameters import count_parameters
+from tests.running import ROOT
 from tests.settings import changed
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def shipped(name: str) -> ModelConfig:
