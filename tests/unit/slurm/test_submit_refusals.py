@@ -45,6 +45,7 @@ LINES = {
     "unknown partition": (UNFIT, {"partition": "gpus"}, ("gpus", "did you mean gpu?", "gpu, cpu")),
     "more GPUs than a node": (UNFIT, {"gpus_per_node": "9"}, ("--gpus-per-node 9", "partition gpu", "8 GPUs")),
     "GPUs where none are": (UNFIT, {"gpus_per_node": "1", "partition": "cpu"}, ("partition cpu", "no GPUs")),
+    "no GPUs, and none asked for": (UNFIT, {"partition": "cpu"}, ("partition cpu has no GPUs: for a CPU run",)),
     "another type": (UNFIT, {"gpus_per_node": "a100:7"}, ("a100:7", "no such nodes", "h100")),
     "too many nodes": (UNFIT, {"nodes": 17}, ("--nodes 17", "16 nodes")),
     "one is singular": ((), {"nodes": 2, "sinfo": ("|16|", "|1|")}, ("partition gpu has 1 node",)),
