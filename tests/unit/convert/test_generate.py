@@ -147,6 +147,8 @@ def test_the_command_on_a_truncated_file(generate, exported, tmp_path):
     assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("error: ")
 
 
-def test_an_empty_prompt_is_refused(exported):
+def test_an_empty_prompt_and_a_folder_without_a_model_are_refused(exported, tmp_path, capsys):
+    assert generate_command.main(["--model", str(tmp_path), "--prompt", "the loop"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}: no exported model")
     with pytest.raises(UserError, match="the prompt is empty"):
         generation.generate(str(exported), "", 4, 0.0, 0)
