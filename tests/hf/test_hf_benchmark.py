@@ -2,13 +2,13 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "decode.py"
+from tests.running import ROOT, run
+
+SCRIPT = ROOT / "benchmarks" / "decode.py"
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +65,8 @@ def test_memory_bar_holds_for_the_benchmarks_model(bench):
 
 @pytest.mark.slow
 def test_small_run(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--small", "--threads", "1", "--output", str(tmp_path / "out.json")]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "every bar that applies is met" in result.stdout
+    command = [sys.executable, SCRIPT, "--small", "--threads", "1", "--output", tmp_path / "out.json"]
+    assert "every bar that applies is met" in run(command, tmp_path).stdout
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]["1"]
     others = {"vanilla": ["shifted keys"], "PLT-2": ["shifted keys", "last loop"]}  # beside their rows
     of_the_paper = ["vanilla", "naive loop", "+ CLP", "+ KV sharing", "PLT-2", "PLT-3"]

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import runpy
-import subprocess
 import sys
 import tomllib
 from contextlib import nullcontext
@@ -21,6 +20,7 @@ from plt_megatron.hf import configuration_plt, model_card
 from plt_megatron.hf.configuration_plt import PLTConfig
 from plt_megatron.hf.modeling_plt import PLTForCausalLM, PLTModel
 from tests.hf.tiny import ALL, SIZES, VARIANTS, full, make_model, make_tokens
+from tests.running import ROOT, run
 
 LOAD = """
 import json, sys
@@ -41,17 +41,8 @@ def load_elsewhere(folder, tokens, tmp_path, **options):
     out = tmp_path / "out.pt"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
     environment.pop("PYTHONPATH", None)
-    command = [
-        sys.executable,
-        "-c",
-        LOAD,
-        str(folder),
-        json.dumps(options),
-        json.dumps(tokens.tolist()),
-        str(out),
-    ]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    command = [sys.executable, "-c", LOAD, folder, json.dumps(options), json.dumps(tokens.tolist()), out]
+    result = run(command, tmp_path, env=environment)
     return (*torch.load(out), result.stderr)
 
 
@@ -191,7 +182,7 @@ def test_newer_transformers_is_not(version, monkeypatch):
 
 
 def test_card_and_package_name_the_same_transformers():
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extra = {one.name: one for one in map(Requirement, project["optional-dependencies"]["hf"])}
     assert "5.4.0" in extra["transformers"].specifier and "5.3.9" not in extra["transformers"].specifier
     assert "torch and transformers 5.4 or later.\nAssisted generation needs transformers 5.15" in model_card._USE

@@ -29,6 +29,15 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def evaluate(folder, monkeypatch):
+    """The command on an export of the folder, in this process, whose environment it changes."""
+    from plt_megatron.commands import evaluate
+
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    return lambda model, *arguments: evaluate.main(["--model", str(folder / model), *arguments])
+
+
 def run(folder, *command):
     caches = {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     command = [sys.executable, "-m", *command]
@@ -72,49 +81,38 @@ def test_log_likelihoods_are_sums_in_fp32_after_the_end_of_a_document(folder):
     assert harness.loglikelihood_rolling([request], disable_tqdm=True) == [pytest.approx(wanted, abs=1e-3)]
 
 
-def test_a_task_that_the_model_cannot_run_is_one_line(folder, monkeypatch, capsys):
-    from plt_megatron.commands import evaluate
-
-    monkeypatch.setattr(os, "environ", dict(os.environ))
+def test_a_task_that_the_model_cannot_run_is_one_line(folder, evaluate, capsys):
     task = folder / "write.yaml"
     task.write_text(task.read_text().replace("max_gen_toks: 6", "max_gen_toks: 100000"))
-    assert evaluate.main(["--model", str(folder / "model"), "--tasks", "write", "--include-path", str(folder)]) == 2
+    assert evaluate("model", "--tasks", "write", "--include-path", str(folder)) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "write" in error and "100000" in error
     assert not (folder / "model/evaluation.json").exists()
 
 
-def test_a_text_that_fails_without_a_word_is_one_line(folder, monkeypatch, capsys):
+def test_a_text_that_fails_without_a_word_is_one_line(evaluate, monkeypatch, capsys):
     """lm-evaluation-harness asserts that a text has tokens, and not more than the context."""
-    from plt_megatron.commands import evaluate
     from plt_megatron.hf import evaluation
 
-    monkeypatch.setattr(os, "environ", dict(os.environ))
     fail = Mock(side_effect=AssertionError())
     monkeypatch.setattr(evaluation, "_harness", lambda *_: (Mock(simple_evaluate=fail), Mock()))
-    assert evaluate.main(["--model", str(folder / "model"), "--tasks", "choice"]) == 2
+    assert evaluate("model", "--tasks", "choice") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and "choice: a text is empty, or longer than the model's context" in error
 
 
 @pytest.mark.slow
-def test_errors(folder, monkeypatch, capsys):
+def test_errors(folder, evaluate, capsys):
     """It reads the names of some ten thousand tasks."""
-    from plt_megatron.commands import evaluate
-
-    monkeypatch.setattr(os, "environ", dict(os.environ))
-    assert evaluate.main(["--model", str(folder / "model"), "--tasks", "chance"]) == 2
+    assert evaluate("model", "--tasks", "chance") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and "there is no task 'chance' in lm-evaluation-harness" in error
     assert not (folder / "model/evaluation.json").exists()
 
 
-def test_an_export_without_a_tokenizer_is_refused(folder, monkeypatch, capsys):
-    from plt_megatron.commands import evaluate
-
-    monkeypatch.setattr(os, "environ", dict(os.environ))
+def test_an_export_without_a_tokenizer_is_refused(folder, evaluate, capsys):
     make_model(loop_count=2).save_pretrained(folder / "bare")
-    assert evaluate.main(["--model", str(folder / "bare"), "--tasks", "choice", "--include-path", str(folder)]) == 2
+    assert evaluate("bare", "--tasks", "choice", "--include-path", str(folder)) == 2
     assert "the model has no tokenizer" in capsys.readouterr().err
 
 

@@ -6,17 +6,16 @@ import json
 import os
 import resource
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from plt_megatron.run_folder.folder import RunFolder
 from tests.hostile.world import World
+from tests.running import ROOT
+from tests.running import run as run_command
 
-ROOT = Path(__file__).resolve().parents[2]
 LONGER = "training.train_iters=4"
 ALLOWED = ("checkpoint.allow_other_schedule=true", "checkpoint.allow_other_data=true")
 
@@ -42,15 +41,10 @@ def steps(folder: RunFolder) -> list[int]:
 
 def test_a_finished_run_says_so_at_once_and_without_torch(world):
     before, started = world.content(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
-        [sys.executable, "-m", "plt_megatron", "train", "run.yaml"],
-        cwd=world.folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONPROFILEIMPORTTIME": "1"},
-        capture_output=True,
-        text=True,
-    )
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONPROFILEIMPORTTIME": "1"}
+    done = run_command([sys.executable, "-m", "plt_megatron", "train", "run.yaml"], world.folder, env=env)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 0 and "runs/mine is finished: step 2 of 2" in done.stdout
+    assert "runs/mine is finished: step 2 of 2" in done.stdout
     assert "training.train_iters" in done.stdout and "error: " not in done.stderr
     assert used.ru_utime + used.ru_stime - started.ru_utime - started.ru_stime < 1  # of the processor
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines() if "|" in line}

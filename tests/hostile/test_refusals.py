@@ -261,7 +261,3 @@ def test_it_is_refused_in_a_line_and_leaves_no_trace(world, command, arguments, 
     assert not missing, f"{missing} not in {said}"
     after = world.content()
     assert after == before, {name for name in before | after if before.get(name) != after.get(name)}
-
-
-def test_there_are_enough():
-    assert len(REFUSED) >= 150

@@ -17,8 +17,8 @@ import pytest
 
 import plt_megatron
 from plt_megatron.commands import COMMANDS
+from tests.running import ROOT, run
 
-ROOT = Path(__file__).resolve().parents[2]
 ESTIMATE = ("estimate", "run.yaml")
 
 
@@ -50,8 +50,8 @@ def test_an_encoding_that_lacks_a_letter_is_no_trouble(world):
 def test_a_stream_that_is_closed_is_no_trouble(world, closed):
     """The real interpreter: only it sees that a stream is closed."""
     command = f"exec {sys.executable} -m plt_megatron estimate run.yaml {closed}"
-    done = subprocess.run(["sh", "-c", command], cwd=world.folder, capture_output=True, text=True, env=environment())
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    done = run(["sh", "-c", command], world.folder, env=environment())
+    assert "Traceback" not in done.stderr, done.stderr
     assert ("parameters" in done.stdout) == (">&-" not in closed.replace("2>&-", ""))
 
 
@@ -83,8 +83,8 @@ def test_a_folder_that_is_gone_is_a_line(world, tmp_path):
     gone.mkdir()
     command = f"rmdir {gone}; exec {world.python} -m plt_megatron train run.yaml --print-config"
     shell = ["sh", "-c", command.replace(world.python, sys.executable)]
-    done = subprocess.run(shell, cwd=gone, capture_output=True, text=True, env=environment())
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and "folder" in done.stderr
+    done = run(shell, gone, status=2, env=environment())
+    assert (done.stdout, done.stderr.count("\n")) == ("", 1) and "folder" in done.stderr
 
 
 def test_few_open_files_are_a_line(world):
@@ -122,9 +122,8 @@ def test_a_file_that_may_not_be_read_is_a_line(world):
         for suffix in (".bin", ".idx"):
             shutil.copy(world.folder / f"data/text{suffix}", Path(folder, f"secret{suffix}"))
         Path(folder, "secret.bin").chmod(0)
-        command = [sys.executable, "-c", UNREADABLE]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment())
-    assert done.returncode == 2 and "secret.bin" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        done = run([sys.executable, "-c", UNREADABLE], Path(folder), status=2, env=environment())
+    assert "secret.bin" in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert "read" in done.stderr and "written" not in done.stderr
 
 
@@ -168,15 +167,8 @@ runpy.run_module("plt_megatron", run_name="__main__", alter_sys=True)
 )
 def test_ctrl_c_at_an_import_is_a_line(world, command, at):
     before = world.content()
-    done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, at, *command.split()],
-        cwd=world.folder,
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=240,
-    )
-    assert done.returncode == 130, done.stdout + done.stderr
+    command = [sys.executable, "-c", INTERRUPTED, at, *command.split()]
+    done = run(command, world.folder, status=130, env=environment())
     assert done.stderr.startswith("interrupted") and done.stderr.count("\n") == 1, done.stderr
     assert world.content() == before
 

@@ -13,10 +13,9 @@ import pytest
 
 from plt_megatron.config.schema import DataConfig
 from tests.distributed.training_jobs import make_data
+from tests.running import ROOT
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.runs import make_config, train_locally
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")

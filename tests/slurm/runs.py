@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,10 +21,9 @@ from plt_megatron.slurm.run_files import job_name, write_run
 from plt_megatron.slurm.script import TEMPLATE, Script
 from tests.distributed.training_jobs import run_config
 from tests.distributed.whole_runs import MACHINE_FIELDS
-from tests.running import wait_for
+from tests.running import ROOT, run, wait_for
 from tests.slurm.cluster import SlurmCluster, processes
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS, SAVE_INTERVAL = 24, 4
 LAYOUT = {
     "tensor_model_parallel_size": 2,
@@ -53,8 +51,7 @@ def train_locally(config: RunConfig, python: str = sys.executable) -> list[dict[
     path = Path(config.output_dir) / f"{config.name}.yaml"
     save_config(config, path)
     command = [python, str(ROOT / "launch" / "train.py"), str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run(command)
     return numbers(Path(config.output_dir) / config.name)
 
 

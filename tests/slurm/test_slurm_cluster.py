@@ -11,10 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.running import wait_for
+from tests.running import ROOT, wait_for
 from tests.slurm.cluster import SCRIPT, SlurmCluster, processes
-
-ROOT = Path(__file__).resolve().parents[2]
 
 REASON = SlurmCluster.reason_for_none()
 needs_cluster = pytest.mark.skipif(REASON is not None, reason=f"no Slurm test cluster: {REASON}")

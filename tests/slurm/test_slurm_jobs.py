@@ -6,14 +6,15 @@ import json
 import re
 import resource
 import statistics
-import subprocess
 import sys
 import time
 
 import pytest
 
 from plt_megatron.run_folder.folder import save_config
-from tests.slurm.runs import ROOT, STEPS, SlurmRun, make_config, numbers, submit, train_locally
+from tests.running import ROOT
+from tests.running import run as run_command
+from tests.slurm.runs import STEPS, SlurmRun, make_config, numbers, submit, train_locally
 
 
 @pytest.mark.parametrize("processes_per_node", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -56,8 +57,7 @@ def test_two_nodes_train_as_the_same_layout_does_locally(slurm, slurm_data, warm
     # What a job would refuse on its checkpoint, the login node refuses.
     command = [sys.executable, str(ROOT / "launch" / "submit.py"), str(tmp_path / "plain.yaml"), *options]
     for settings, words in (([], "is finished"), (["optimizer.lr=0.5", "--accept-changes"], "optimizer.lr 0.")):
-        done = subprocess.run([*command, *settings], env=slurm.environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 2 and words in done.stderr, done
+        assert words in run_command([*command, *settings], status=2, env=slurm.environment).stderr
 
 
 REFUSED = {  # what is wrong -> options and overrides, words of the line
@@ -88,10 +88,8 @@ def test_what_cannot_run_is_refused_in_one_line_each(slurm, slurm_data, tmp_path
     save_config(make_config("refused", tmp_path, slurm_data), tmp_path / "run.yaml")
     for what, (words, line) in REFUSED.items():
         command = [sys.executable, str(ROOT / "launch" / "submit.py"), str(tmp_path / "run.yaml"), "--nodes=2"]
-        done = subprocess.run(
-            [*command, "--time=30", *words], env=slurm.environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 2 and done.stdout == "", (what, done)
+        done = run_command([*command, "--time=30", *words], status=2, env=slurm.environment)
+        assert done.stdout == "", (what, done)
         assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and line in done.stderr, (what, done)
     assert not slurm.jobs() and not (tmp_path / "refused").exists()
 

@@ -19,9 +19,8 @@ from plt_megatron.data.preprocess import PreprocessOptions, preprocess
 from plt_megatron.data.tokenizer import load_tokenizer
 from plt_megatron.run_folder.folder import save_config
 from tests.distributed.training_jobs import make_data, run_config
-from tests.running import wait_for
+from tests.running import ROOT, wait_for
 from tests.settings import changed
-from tests.slurm.runs import ROOT
 
 PROFILE = "gpus_per_node: 0\nprocesses_per_node: 1\ncpus_per_process: 1\ndefault_time: '30'\n"
 

@@ -10,8 +10,8 @@ from plt_megatron.run_folder.folder import RunFolder, save_config
 from plt_megatron.slurm import run_files
 from plt_megatron.slurm.status import report
 from plt_megatron.slurm.submission import Options, submit
-from tests.running import wait_for
-from tests.slurm.runs import ROOT, SlurmRun, make_config
+from tests.running import ROOT, wait_for
+from tests.slurm.runs import SlurmRun, make_config
 
 LMOD = 'module() { echo "Lmod has detected the following error: unknown: $2" >&2; return 1; }'
 # What is wrong -> the profile, and what the reason names.

@@ -9,8 +9,7 @@ import pytest
 
 from plt_megatron.experiments.sweep import LIST
 from plt_megatron.experiments.sweep_plan import load_plan
-from tests.running import wait_for
-from tests.slurm.runs import ROOT
+from tests.running import ROOT, wait_for
 
 
 @pytest.mark.slow

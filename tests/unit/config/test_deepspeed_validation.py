@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import re
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -16,6 +15,7 @@ from plt_megatron.config.rules.deepspeed import deepspeed_config
 from plt_megatron.config.schema import DeepSpeedConfig, RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
+from tests.running import ROOT
 from tests.unit.config.test_validation import change, good
 
 
@@ -260,7 +260,7 @@ def test_every_name_and_every_least_value_is_deepspeeds_own():
 
 
 def test_the_documentation_lists_what_may_be_added():
-    text = (Path(__file__).resolve().parents[3] / "docs/deepspeed.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/deepspeed.md").read_text(encoding="utf-8")
     listed = text.partition("These keys are accepted, and no others:")[2].partition("\nA key")[0]
     assert sorted(re.findall(r"`([\w.]+)`", listed)) == sorted(deepspeed.ADDABLE)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from plt_megatron.config import derived
-from plt_megatron.config.layout import layout_of, num_microbatches
+from plt_megatron.config.layout import num_microbatches
 from tests.unit.config.test_validation import good
 
 
@@ -20,15 +20,10 @@ def test_derived_values():
     assert derived.padded_vocab_size(model, 1) == 128
     assert derived.padded_vocab_size(model, 256, 2) == 256
     assert derived.padded_vocab_size(model, 257, 2) == 512
-    assert layout_of(config).world_size == 1
     config.parallel.tensor_model_parallel_size = 2
     config.parallel.pipeline_model_parallel_size = 2
-    assert layout_of(config).world_size == 4
-    assert layout_of(config, 16).data == 4
     assert num_microbatches(config, 16) == 2
     assert num_microbatches(config) == 8
-    config.parallel.data_parallel_size = 2
-    assert layout_of(config).world_size == 8
     assert derived.split_shares("969, 30, 1") == pytest.approx((0.969, 0.03, 0.001))
     assert derived.run_folder(config) == Path("runs/run")
 

@@ -94,4 +94,3 @@ def test_a_problem_is_placed_at_the_preset(tmp_path):
 def test_an_unknown_preset_names_the_nearest(tmp_path):
     with pytest.raises(UserError, match=r"model\.loop_preset: expected one of paper, .* did you mean recommended\?"):
         load_config(write(tmp_path, "model: {loop_preset: recomended}"))
-    assert load_config(write(tmp_path, "model: {loop_preset: null}")).model == RunConfig().model

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from plt_megatron.config import derived
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.validation import validate
+from tests.running import ROOT
 
-ROOT = Path(__file__).resolve().parents[3]
 RUNS = sorted((ROOT / "configs" / "runs").glob("*.yaml"))
 ABLATION_ROWS = [
     [],

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import stat
 import tarfile
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -116,70 +117,51 @@ def test_comments_and_untouched_sections_stay(old, rewritten):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("{fim_rate: 0.0, fim_spm_rate: 0.5, fim_prefix_token: null}", None),
-        ("{fim_rate: 0.5, fim_spm_rate: 0.2}", FimConfig(0.5, 0.2)),
-        ("{fim_rate: 0.0, fim_spm_rate: 0.2}", FimConfig(0.0, 0.2)),
+        # With a rate of 0 a source may have one of its own.
+        ("data: {fim_rate: 0.0, fim_spm_rate: 0.5, fim_prefix_token: null}", {"data.fim": None}),
+        ("data: {fim_rate: 0.5, fim_spm_rate: 0.2}", {"data.fim": FimConfig(0.5, 0.2)}),
+        ("data: {fim_rate: 0.0, fim_spm_rate: 0.2}", {"data.fim": FimConfig(0.0, 0.2)}),
         (
-            "{fim_rate: 0, fim_prefix_token: a, fim_middle_token: b, fim_suffix_token: c}",
-            FimConfig(0.0, tokens=[*"abc"]),
+            "data: {fim_rate: 0, fim_prefix_token: a, fim_middle_token: b, fim_suffix_token: c}",
+            {"data.fim": FimConfig(0.0, tokens=[*"abc"])},
         ),
-    ],
-)
-def test_fill_in_the_middle_is_a_section_where_anything_of_it_counts(tmp_path, old, new):
-    """With a rate of 0 a source may have one of its own."""
-    path = tmp_path / "config.yaml"
-    path.write_text(f"data: {old}\n")
-    assert load_config(path).data.fim == new
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("{on_spike: ignore, spike_threshold: 6.0, spike_window: 128}", None),
-        ("{on_spike: skip, spike_threshold: 4.0, spike_window: 64}", SpikeConfig("skip", 4.0, 64)),
-        ("{on_spike: rollback}", SpikeConfig("rollback")),
-    ],
-)
-def test_spikes_are_a_section_where_something_is_done_about_them(tmp_path, old, new):
-    path = tmp_path / "config.yaml"
-    path.write_text(f"training: {old}\n")
-    assert load_config(path).training.spikes == new
-
-
-@pytest.mark.parametrize(
-    ("old", "exports", "uploads"),
-    [
-        ("{export_interval: 0, export_upload_to: null, upload_to: null, upload_keep_last: 2}", None, None),
-        ("{export_interval: 4, export_upload_to: null}", ExportsConfig(4), None),
+        ("training: {on_spike: ignore, spike_threshold: 6.0, spike_window: 128}", {"training.spikes": None}),
         (
-            "{export_interval: 4, export_upload_to: hf://a/b, upload_to: s3://c, upload_keep_last: 3}",
-            ExportsConfig(4, "hf://a/b"),
-            UploadsConfig("s3://c", 3),
+            "training: {on_spike: skip, spike_threshold: 4.0, spike_window: 64}",
+            {"training.spikes": SpikeConfig("skip", 4.0, 64)},
         ),
+        ("training: {on_spike: rollback}", {"training.spikes": SpikeConfig("rollback")}),
+        (
+            "checkpoint: {export_interval: 0, export_upload_to: null, upload_to: null, upload_keep_last: 2}",
+            {"checkpoint.exports": None, "checkpoint.uploads": None},
+        ),
+        (
+            "checkpoint: {export_interval: 4, export_upload_to: null}",
+            {"checkpoint.exports": ExportsConfig(4), "checkpoint.uploads": None},
+        ),
+        (
+            "checkpoint: {export_interval: 4, export_upload_to: hf://a/b, upload_to: s3://c, upload_keep_last: 3}",
+            {"checkpoint.exports": ExportsConfig(4, "hf://a/b"), "checkpoint.uploads": UploadsConfig("s3://c", 3)},
+        ),
+        (
+            "logging: {profile_step_start: 1, profile_step_end: 3, profile_ranks: [0, 2]}",
+            {"logging.profile": ProfileConfig(3, 1, [0, 2])},
+        ),
+        ("logging: {profile_step_start: 0, profile_step_end: 0, profile_ranks: [0]}", {"logging.profile": None}),
+        (
+            "logging: {straggler_interval: 5, straggler_threshold: 0.5}",
+            {"logging.straggler": StragglerConfig(5, 0.5)},
+        ),
+        ("logging: {straggler_interval: 0, straggler_threshold: 0.75}", {"logging.straggler": None}),
+        ("evaluation: {tasks: [a], limit: 3}", {"evaluation": EvaluationConfig(["a"], limit=3)}),
+        ("evaluation: {tasks: [], include_path: null, limit: null}", {"evaluation": None}),
     ],
 )
-def test_exports_and_uploads_are_sections_where_there_are_any(tmp_path, old, exports, uploads):
+def test_what_is_a_section_now_is_one_where_anything_of_it_counts(tmp_path, old, new):
     path = tmp_path / "config.yaml"
-    path.write_text(f"checkpoint: {old}\n")
-    checkpoint = load_config(path).checkpoint
-    assert (checkpoint.exports, checkpoint.uploads) == (exports, uploads)
-
-
-def test_logging_and_evaluation_are_sections(tmp_path):
-    path = tmp_path / "config.yaml"
-    path.write_text(
-        "logging: {profile_step_start: 1, profile_step_end: 3, profile_ranks: [0, 2], straggler_interval: 5,"
-        " straggler_threshold: 0.5}\nevaluation: {tasks: [a], limit: 3}\n"
-    )
+    path.write_text(f"{old}\n")
     config = load_config(path)
-    assert config.logging.profile == ProfileConfig(3, 1, [0, 2]) and config.logging.straggler == StragglerConfig(5, 0.5)
-    assert config.evaluation == EvaluationConfig(["a"], limit=3)
-    path.write_text(
-        "logging: {profile_step_start: 0, profile_step_end: 0, profile_ranks: [0], straggler_interval: 0,"
-        " straggler_threshold: 0.75}\nevaluation: {tasks: [], include_path: null, limit: null}\n"
-    )
-    config = load_config(path)
-    assert (config.logging.profile, config.logging.straggler, config.evaluation) == (None, None, None)
+    assert {section: attrgetter(section)(config) for section in new} == new
 
 
 def test_a_second_time_changes_nothing(rewritten, capsys):

@@ -7,7 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from data_helpers import ROOT, Tool, make_texts, tool_environment, train, write_jsonl
+from data_helpers import Tool, make_texts, tool_environment, train, write_jsonl
+
+from tests.running import ROOT
 
 
 @pytest.fixture(autouse=True)

@@ -22,8 +22,6 @@ from plt_megatron.data.preprocess import PreprocessOptions, preprocess
 from plt_megatron.data.tokenizer import Tokenizer
 from plt_megatron.data.tokenizer_training import TrainingOptions, train_tokenizer
 
-ROOT = Path(__file__).resolve().parents[3]
-
 Tool = Callable[..., "subprocess.CompletedProcess[str]"]
 
 WORDS = (

@@ -192,15 +192,6 @@ def test_tokens_that_the_tokenizers_file_lacks_are_named(tmp_path: Path) -> None
         encode(folder, {"messages": [say("user", "two?"), say("assistant", "2")]})
 
 
-def test_what_counts_is_what_the_assistant_says(chatml: Path) -> None:
-    messages = [say("user", "two?"), say("assistant", "2"), say("user", "three?"), say("assistant", "3 \u65e5")]
-    ids, mask = encode(chatml, {"messages": messages})
-    tokenizer = load_tokenizer(chatml)
-    counted = [tokenizer.token_name(i) if i < 3 else tokenizer.decode([i]) for i, m in zip(ids, mask, strict=True) if m]
-    assert tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m]) == "23 \u65e5"
-    assert counted.count("<|im_end|>") == 2
-
-
 @pytest.mark.parametrize("last", ["user", "assistant"])
 def test_an_answer_that_the_template_does_not_end_is_ended(last: str, tmp_path: Path) -> None:
     folder = chat_tokenizer(tmp_path / "open", OPEN)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_helpers import ROOT, build, make_texts, run_of, tool_environment, write_jsonl, write_source
+from data_helpers import build, make_texts, run_of, tool_environment, write_jsonl, write_source
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from plt_megatron.config.schema import DataConfig, DataSource, RunConfig
@@ -20,6 +20,7 @@ from plt_megatron.data.datasets import Samples, build_datasets, make_sample
 from plt_megatron.data.preprocess import PreprocessOptions, preprocess
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
+from tests.running import ROOT
 
 LENGTH = 32
 EOD = 2

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_helpers import ROOT, Tool, build, digest, run_preprocess, write_jsonl, write_parquet
+from data_helpers import Tool, build, digest, run_preprocess, write_jsonl, write_parquet
 
 from plt_megatron.config.schema import DataConfig, DataSource
 from plt_megatron.data.indexed import JoinedArrays, flat_tokens, mask_path, part_prefixes, read_index
@@ -22,6 +22,7 @@ from plt_megatron.data.joining import check_output, join
 from plt_megatron.data.preprocess import shard_prefix
 from plt_megatron.data.tokenizer import load_tokenizer
 from plt_megatron.errors import UserError
+from tests.running import ROOT
 
 SMALL = 6000  # bytes of a shard of work
 

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 from data_helpers import (
-    ROOT,
     Tool,
     digest,
     documents,
@@ -34,6 +32,7 @@ from plt_megatron.data.indexed import open_index, read_index
 from plt_megatron.data.mix import document_record
 from plt_megatron.data.tokenizer import load_tokenizer
 from plt_megatron.errors import UserError
+from tests.running import ROOT, run
 
 
 def test_upstream_reads_what_the_command_writes(
@@ -314,7 +313,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
 def test_hashes_of_many_files_are_saved_seldom(
     bpe_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,6 +323,7 @@ def test_hashes_of_many_files_are_saved_seldom(
     assert saved.count("hashes.json") == 1 and all(entry["sha256"] for entry in made["sources"])
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(bpe_model: Path, tmp_path: Path) -> None:
     """Peak of the command and of its worker, in KiB: 8 times the text, at most a few MB more."""
     texts = make_texts(2000, seed=4)
@@ -337,7 +336,7 @@ def test_memory_does_not_grow_with_the_corpus(bpe_model: Path, tmp_path: Path) -
         packed.write_bytes(gzip.compress(path.read_bytes(), 1))
         command = [sys.executable, str(script), str(tmp_path / f"x{copies}"), str(bpe_model), str(path), str(packed)]
         environment = {**tool_environment(), "PYTHONPATH": str(ROOT)}
-        result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        result = run(command, env=environment)
         peaks.append([int(result.stdout), int((tmp_path / f"x{copies}.worker").read_text())])
     assert all(10_000 < before and after < before + 12_000 for before, after in zip(*peaks, strict=True)), peaks
 

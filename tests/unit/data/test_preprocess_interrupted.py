@@ -16,12 +16,12 @@ from typing import Any
 
 import psutil
 import pytest
-from data_helpers import ROOT, digest, documents, expected, make_texts, run_preprocess, tool_environment, write_jsonl
+from data_helpers import digest, documents, expected, make_texts, run_preprocess, tool_environment, write_jsonl
 
 from plt_megatron.data import preprocess as module
 from plt_megatron.data.preprocess import PreprocessOptions
 from plt_megatron.errors import UserError
-from tests.running import wait_for, wait_until_gone
+from tests.running import ROOT, wait_for, wait_until_gone
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:

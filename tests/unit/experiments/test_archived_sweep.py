@@ -22,8 +22,8 @@ from plt_megatron.experiments.sweep_plan import load_plan
 from plt_megatron.experiments.sweep_report import write_report
 from plt_megatron.run_folder.archive import ARCHIVE, unpack_command, write_archive
 from plt_megatron.run_folder.folder import runs_named
-
-ROOT = Path(__file__).resolve().parents[3]
+from tests.running import ROOT
+from tests.running import run as run_command
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -102,14 +102,11 @@ def test_an_archive_of_no_sweep_is_refused_by_its_own_name(tmp_path):
 def test_the_command_archives_what_plt_report_reads(archived, tmp_path):
     folder, kept = archived
     command = [sys.executable, str(ROOT / "tools/archive.py"), str(folder), str(tmp_path / "again")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert str(tmp_path / "again" / ARCHIVE) in done.stdout
+    assert str(tmp_path / "again" / ARCHIVE) in run_command(command).stdout
     assert (tmp_path / "again" / ARCHIVE).read_bytes() == (kept / ARCHIVE).read_bytes()
     for wrong in (tmp_path / "nowhere", tmp_path / "again"):
-        done = subprocess.run(
-            [*command[:2], str(wrong), str(tmp_path / "x")], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 2 and str(wrong) in done.stderr and len(done.stderr.splitlines()) == 1
+        done = run_command([*command[:2], wrong, tmp_path / "x"], status=2)
+        assert str(wrong) in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "x").exists()
 
 
@@ -121,6 +118,3 @@ def test_what_slurm_has_run_is_still_finished_without_its_checkpoints(archived, 
         note.unlink()
     archive([str(folder), str(tmp_path / "again")])
     assert [result.status for result in load_results(tmp_path / "again").runs] == before and "used" in before
-
-
-# ---------------------------------------------------------------- what this repository keeps

@@ -8,7 +8,6 @@ import json
 import math
 import random
 import re
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +23,10 @@ from plt_megatron.errors import UserError
 from plt_megatron.experiments.diagnostics import report
 from plt_megatron.experiments.diagnostics.inputs import draw_sequences
 from plt_megatron.experiments.diagnostics.report import DiagnoseOptions, run_diagnosis
+from tests.running import ROOT, run
 from tests.unit.convert.convert_helpers import make_model, megatron_logits, quiet, random_weights, save_run
 from tests.unit.data.data_helpers import write_source
 
-ROOT = Path(__file__).resolve().parents[3]
 IDS = 380
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -353,10 +352,7 @@ def test_the_command(tmp_path, place, warm_python):
     """As a user starts it: what it prints, where it writes, and its exit statuses."""
 
     def command(*arguments):
-        return subprocess.run(
-            [warm_python, str(ROOT / "tools/diagnose.py"), *map(str, arguments)],
-            cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
+        return run([warm_python, ROOT / "tools/diagnose.py", *map(str, arguments)], tmp_path, status=None)
 
     fine = command(place.run, "--data", place.text, "--output", "out", "--max-tokens", 128, "--seed", 5)
     assert fine.returncode == 0 and fine.stderr == ""

@@ -42,25 +42,11 @@ def reference(attention, previous=None, documents=None):
     return entropy, torch.where(p > 0, p * (p / q).log(), 0.0).nan_to_num(0.0).sum(-1).mean(-1)
 
 
-@pytest.mark.parametrize("window", [None, 4, 1])
-def test_uniform_attention_has_the_entropy_of_its_keys(window):
-    attention = Attention(torch.zeros(3, 10, 8), random(3, 10, 8), 0.5, window)
-    entropy, _ = attention_statistics(attention)
-    expected = sum(math.log(min(i + 1, window or 10)) for i in range(10)) / 10
-    torch.testing.assert_close(entropy, torch.full((3,), expected, dtype=torch.float64))
-
-
 def test_attention_to_one_key_has_none():
     tokens = 6
     key = 1000 * torch.eye(tokens)[None]
     entropy, _ = attention_statistics(Attention(torch.eye(tokens)[None], key, 1.0))
     assert float(entropy) == 0, "every token attends to itself"
-
-
-def test_the_same_attention_does_not_diverge():
-    attention = make()
-    _, divergence = attention_statistics(attention, attention)
-    assert divergence is not None and float(divergence.abs().max()) == 0
 
 
 def test_divergence_of_two_known_attentions():
@@ -72,7 +58,7 @@ def test_divergence_of_two_known_attentions():
     assert float(entropy) == pytest.approx((0.75 * math.log(4 / 3) + 0.25 * math.log(4)) / 2, rel=1e-6)
 
 
-@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("window", [None, 5, 1])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("block", [None, 3])
 def test_blocks_documents_and_grouped_heads_against_a_dense_computation(monkeypatch, window, packed, block):

@@ -63,12 +63,7 @@ def test_offset_cost_does_not_cross_documents():
 # ---------------------------------------------------------------- ranks
 
 
-def test_rank_one_states_have_effective_rank_one():
-    states = random(50, 1) * random(1, 16, seed=1)
-    assert measures.effective_rank(states) == pytest.approx(1, abs=1e-4)
-
-
-@pytest.mark.parametrize("directions", [2, 5, 16])
+@pytest.mark.parametrize("directions", [1, 2, 5, 16])
 def test_equally_many_tokens_along_orthogonal_directions(directions):
     states = torch.eye(16)[:directions].repeat(3, 1)
     assert measures.effective_rank(states) == pytest.approx(directions, abs=1e-4)
@@ -84,13 +79,6 @@ def test_effective_rank_by_its_definition(shape):
     rotation = torch.linalg.qr(random(shape[1], shape[1], seed=2)).Q
     scales = random(shape[0], 1, seed=3).exp()
     assert measures.effective_rank(scales * states @ rotation) == pytest.approx(measures.effective_rank(states))
-
-
-def test_uneven_directions():
-    """Three tokens along one direction and one along another: singular values sqrt(3) and 1 (times the RMS's scale)."""
-    p = np.array([math.sqrt(3), 1]) / (math.sqrt(3) + 1)
-    states = torch.eye(6)[[0, 0, 0, 1]]
-    assert measures.effective_rank(states) == pytest.approx(math.exp(-(p * np.log(p)).sum()), rel=1e-6)
 
 
 def test_states_of_zero_have_no_rank():

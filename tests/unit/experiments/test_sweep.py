@@ -35,7 +35,8 @@ from plt_megatron.run_folder.files import locked
 from plt_megatron.runtime import local_processes
 from plt_megatron.slurm import submission
 from plt_megatron.slurm.submission import Options
-from tests.running import wait_for
+from tests.running import ROOT, wait_for
+from tests.running import run as run_command
 
 # Behaves as the run's folder says: `behave` holds fail, hang (until SIGTERM, saving half) or nothing (finish).
 LAUNCHER = """
@@ -290,20 +291,18 @@ def test_a_dry_run_for_a_cluster_shows_the_array_and_writes_nothing(tmp_path):
     """Through the real submit command, which also refuses what it would refuse."""
     path = write_sweep(tmp_path)
     write_text_data(tmp_path)
-    root = Path(__file__).resolve().parents[3]
-    command = [sys.executable, str(root / "tools" / "sweep.py"), str(path), f"output_dir={tmp_path / 'sweeps'}"]
-    command += ["seeds=[1]", "--slurm", "--cluster", str(root / "configs/clusters/cpu.yaml"), "--dry-run"]
+    command = [sys.executable, str(ROOT / "tools" / "sweep.py"), str(path), f"output_dir={tmp_path / 'sweeps'}"]
+    command += ["seeds=[1]", "--slurm", "--cluster", str(ROOT / "configs/clusters/cpu.yaml"), "--dry-run"]
     command += ["--submit", "--time 1:00:00", "parallel.data_parallel_size=2", "training.global_batch_size=4"]
-    done = subprocess.run([*command, "--max-concurrent", "2"], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = run_command([*command, "--max-concurrent", "2"], tmp_path)
     assert "3 of 3 runs to do" in done.stdout and "#SBATCH --array=1-3%2" in done.stdout
     assert "#SBATCH --time=01:00:00" in done.stdout and "job-name=loops-" in done.stdout
     assert not (tmp_path / "sweeps").exists()
-    refused = subprocess.run([*command, "training.global_batch_size=3"], capture_output=True, text=True, cwd=tmp_path)
-    assert refused.returncode == 2 and "global_batch_size 3 is not divisible" in refused.stderr
+    refused = run_command([*command, "training.global_batch_size=3"], tmp_path, status=2)
+    assert "global_batch_size 3 is not divisible" in refused.stderr
     for option in ("--follow", "--dry-run"):  # the sweep's own --dry-run submits nothing and says so
-        refused = subprocess.run([*command, f"--submit={option}"], capture_output=True, text=True, cwd=tmp_path)
-        assert refused.returncode == 2 and refused.stderr.startswith("error: --submit takes options of plt submit")
+        refused = run_command([*command, f"--submit={option}"], tmp_path, status=2)
+        assert refused.stderr.startswith("error: --submit takes options of plt submit")
 
 
 def test_states_follow_from_what_lies_in_the_folder(tmp_path):

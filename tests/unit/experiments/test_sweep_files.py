@@ -16,9 +16,9 @@ from plt_megatron.errors import UserError
 from plt_megatron.experiments.files import Hold, StudyFile, SweepFile, read_study, read_sweep
 from plt_megatron.experiments.records import Status
 from plt_megatron.experiments.sweep_plan import make_plan
+from tests.running import ROOT
 from tests.unit.experiments.study.study_helpers import STUDY, write_study
 
-ROOT = Path(__file__).resolve().parents[3]
 PRESETS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
 CORPUS = ["demo_corpus.vocab_size=2048"]  # of a tokenizer that does not exist
 

@@ -21,7 +21,7 @@ from plt_megatron.config.schema import RunConfig
 from plt_megatron.launcher import node as launching
 from plt_megatron.launcher.job import Allocation, save_settings
 from plt_megatron.run_folder.folder import save_config
-from tests.running import ROOT, alive, wait_for
+from tests.running import ROOT, alive, run, wait_for
 
 # Stands in for the interpreter: `-P -m plt_megatron.launcher.preflight` or `-P -m plt_megatron.train.main CONFIG`.
 PROGRAM = """#!{python} -S
@@ -284,5 +284,5 @@ def test_a_port_that_is_taken(two_nodes):
 
 def test_outside_of_a_job(tmp_path):
     command = [sys.executable, str(ROOT / "plt_megatron" / "launcher" / "in_job.py"), "node", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"}, check=False)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    done = run(command, status=2, env={"PATH": "/usr/bin:/bin"})
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests.running import ROOT
 
 
 def test_the_tests_that_hold_a_promise_exist():

@@ -48,13 +48,6 @@ def check_resources(rows: list[dict[str, Any]]) -> None:
         assert row["registers"] <= 255 and row["spilled bytes"] <= limit, row
 
 
-@pytest.mark.slow
-def test_the_kernels_compile_for_h100():
-    rows = run_script("tests/unit/model/gated_window_compile.py", "90", "128")
-    assert len(rows) == 3
-    check_resources(rows)
-
-
 @pytest.mark.slow  # half a minute of compiling
 def test_the_kernels_compile_for_a100_and_h100_at_every_head_dimension():
     rows = run_script("tests/unit/model/gated_window_compile.py", "80,90", "64,96,128")

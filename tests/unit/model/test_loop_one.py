@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import BASE, CLP, LOOPCODER_V2, VOCAB_SIZE, build, differences, draw
+from tiny_models import VOCAB_SIZE, build, differences, draw
 from torch import Tensor
 
 from plt_megatron.config.schema import ModelConfig
@@ -82,19 +82,3 @@ def test_llama_for_causal_lm_computes_the_same(tied):
     )
     assert max(wrong.values()) <= 1e-5, wrong
     assert len(gradients) == len(theirs)
-
-
-@pytest.mark.parametrize("settings", [{}, LOOPCODER_V2, CLP], ids=["PLT", "LoopCoder-v2", "CLP"])
-def test_one_loop_adds_no_parameters_and_more_loops_only_the_gates(settings):
-    def shapes(loops: int) -> dict[str, torch.Size]:
-        stage = build({**settings, "loop_count": loops})
-        return {name: parameter.shape for name, parameter in stage.named_parameters()}
-
-    one, two, three = shapes(1), shapes(2), shapes(3)
-    assert two == three
-    assert one.items() <= two.items()
-    assert not [name for name in one if "gate" in name]
-    added = {name for name in two if name not in one}
-    assert all(".core_attention.plt_gate." in name for name in added)
-    parts = {"PLT": 2, "CLP": 0, "LoopCoder-v2": 3}["CLP" if settings is CLP else "LoopCoder-v2" if settings else "PLT"]
-    assert len(added) == parts * BASE["num_layers"]

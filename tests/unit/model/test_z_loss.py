@@ -8,7 +8,6 @@ import pytest
 import torch
 from tiny_models import (
     LOOPCODER_V2,
-    VOCAB_SIZE,
     build,
     differences,
     draw,
@@ -79,16 +78,3 @@ def test_losses_on_earlier_loops_have_none():
     wrong = differences(run(stage, data, 2), reference)
     assert max(wrong.values()) <= 2e-5, wrong
     assert float(stage.z_loss.take()) == pytest.approx(squares, rel=1e-6)
-
-
-def test_padding_of_the_vocabulary_takes_no_part():
-    from plt_megatron.model.z_loss import HeadZLoss
-
-    outcomes = []
-    for rows in (VOCAB_SIZE, 128):
-        stage = build({"loop_count": 1}, padded_vocab_size=rows)
-        stage.z_loss = HeadZLoss(COEFFICIENT, stage.pg_collection.tp)
-        outcomes.append((run(stage, draw(), 1), float(stage.z_loss.take())))
-    (plain, squares), (padded, other) = outcomes
-    assert other == pytest.approx(squares, rel=1e-6)
-    assert max(differences(padded, plain).values()) <= 1e-5

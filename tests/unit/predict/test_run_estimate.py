@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from pathlib import Path
 
 import pytest
 
@@ -26,9 +25,9 @@ from plt_megatron.predict.layout import bubble_fraction, enough_microbatches, es
 from plt_megatron.predict.memory import persistent_bytes
 from plt_megatron.predict.parameters import count_parameters
 from plt_megatron.predict.run_estimate import estimate_run
+from tests.running import ROOT
 from tests.settings import changed, make
 
-ROOT = Path(__file__).resolve().parents[3]
 MODEL = ModelConfig(
     num_layers=8, hidden_size=512, ffn_hidden_size=1536, num_attention_heads=8, num_query_groups=4,
     vocab_size=1000, loop_count=2, window_size=32,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from plt_megatron.config.loader import load_config
@@ -12,8 +10,8 @@ from plt_megatron.errors import UserError
 from plt_megatron.predict import search as searching
 from plt_megatron.predict.run_estimate import estimate_run
 from plt_megatron.predict.search import search
+from tests.running import ROOT
 
-ROOT = Path(__file__).resolve().parents[3]
 RUN = ROOT / "configs/runs/loopcoder_7b.yaml"
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests.running import ROOT
+
 FOLDER = ROOT / "launch/container"
 CONTAINERFILE = (FOLDER / "Containerfile").read_text(encoding="utf-8")
 DEFINITION = (FOLDER / "plt_megatron.def").read_text(encoding="utf-8")

@@ -12,8 +12,8 @@ import pytest
 from plt_megatron.config.fields import REFUSED, field_types
 from plt_megatron.config.schema import RunConfig
 from tests.fuzz import draw
+from tests.running import ROOT
 
-ROOT = Path(__file__).resolve().parents[3]
 PAGE = ROOT / "docs" / "from_megatron_lm.md"
 LIST = ROOT / "tests" / "fixtures" / "megatron_lm_arguments.txt"
 VERDICTS = {"always", "never", "refused"}

@@ -12,8 +12,8 @@ import yaml
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import ModelConfig
 from plt_megatron.config.validation import validate
+from tests.running import ROOT
 
-ROOT = Path(__file__).resolve().parents[3]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "configs/README.md", "results/README.md"]
 DOCUMENTS += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import traceback
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.running import ROOT, run
 
 
 def probe_the_compiler_is_imported_when_something_is_compiled() -> None:
@@ -349,12 +350,8 @@ def stand_for_a_machine_with_a_gpu() -> dict[str, Any]:
 
 def _in_a_process(function: str) -> Any:
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = str(Path(__file__).resolve().parents[3])
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, function], env=env, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    env["PYTHONPATH"] = str(ROOT)
+    return json.loads(run([sys.executable, "-W", "ignore", __file__, function], env=env).stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")

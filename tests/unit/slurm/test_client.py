@@ -32,6 +32,18 @@ def ask(monkeypatch):
     return scheduler
 
 
+@pytest.fixture
+def scontrol(tmp_path, monkeypatch):
+    """Makes the program of that name of a shell's lines."""
+
+    def write(lines: str) -> None:
+        (tmp_path / "scontrol").write_text(f"#!/bin/sh\n{lines}\n")
+        (tmp_path / "scontrol").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+    return write
+
+
 def show(state: str = "RUNNING", excluded: str = "(null)", requeue: int = 1, preempted: str = "None") -> str:
     return (
         f"JobId=7 JobName=x\n   JobState={state} Reason=None Dependency=(null)\n   Requeue={requeue} Restarts=0\n"
@@ -122,25 +134,19 @@ def test_nothing_to_cancel_cancels_nothing(ask):
     assert fake.asked == [["scancel", "8", "9"]]
 
 
-def test_a_controller_that_does_not_answer_is_asked_again(tmp_path, monkeypatch):
+def test_a_controller_that_does_not_answer_is_asked_again(scontrol, tmp_path, monkeypatch):
     calls = tmp_path / "calls"
-    program = tmp_path / "scontrol"
-    program.write_text(
-        f"#!/bin/sh\necho x >> {calls}\n[ $(wc -l < {calls}) -gt 2 ] && echo JobState=RUNNING && exit 0\n"
-        "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2\nexit 1\n"
+    scontrol(
+        f"echo x >> {calls}\n[ $(wc -l < {calls}) -gt 2 ] && echo JobState=RUNNING && exit 0\n"
+        "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2\nexit 1"
     )
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setattr(client, "_PAUSE_SECONDS", 0.0)
     assert Scheduler("7").ended_by_slurm() is None
     assert calls.read_text().count("x") == 3
 
 
-def test_a_refusal_is_told_at_once(tmp_path, monkeypatch):
-    program = tmp_path / "scontrol"
-    program.write_text("#!/bin/sh\n[ $1 = show ] && exit\necho 'Job is in transition' >&2\nexit 1\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+def test_a_refusal_is_told_at_once(scontrol, tmp_path, monkeypatch):
+    scontrol("[ $1 = show ] && exit\necho 'Job is in transition' >&2\nexit 1")
     with pytest.raises(SlurmError, match="scontrol requeue: Job is in transition"):
         Scheduler("7").requeue()
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
@@ -148,14 +154,9 @@ def test_a_refusal_is_told_at_once(tmp_path, monkeypatch):
         Scheduler("7").requeue()
 
 
-def test_another_job_at_work(tmp_path, monkeypatch):
-    program = tmp_path / "scontrol"
-    program.write_text(
-        "#!/bin/sh\ncase $3 in 7) echo JobState=COMPLETED ;; 8_2) echo JobState=RUNNING ;;\n"
-        "*) echo no such job >&2; exit 1 ;; esac\n"
-    )
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+def test_another_job_at_work(scontrol, tmp_path, monkeypatch):
+    states = "7) echo JobState=COMPLETED ;; 8_2) echo JobState=RUNNING ;;"
+    scontrol(f"case $3 in {states} *) echo no such job >&2; exit 1 ;; esac")
     assert job_at_work(["6", "7", "8_2"]) == "8_2"
     assert job_at_work(["6", "7"]) is None
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))  # in a container
@@ -163,15 +164,12 @@ def test_another_job_at_work(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("afterwards", "at_work"), [("CANCELLED", None), ("RUNNING", "7")])
-def test_a_job_that_is_ending_is_waited_for(afterwards, at_work, tmp_path, monkeypatch):
+def test_a_job_that_is_ending_is_waited_for(afterwards, at_work, scontrol, tmp_path, monkeypatch):
     """Its processes may still save, and the next job of a chain would load an older checkpoint."""
-    program = tmp_path / "scontrol"
-    program.write_text(
-        f"#!/bin/sh\necho >> {tmp_path}/asked\n"
-        f"[ $(wc -l < {tmp_path}/asked) -gt 2 ] && echo JobState={afterwards} || echo JobState=COMPLETING\n"
+    scontrol(
+        f"echo >> {tmp_path}/asked\n"
+        f"[ $(wc -l < {tmp_path}/asked) -gt 2 ] && echo JobState={afterwards} || echo JobState=COMPLETING"
     )
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     waits: list[float] = []
     monkeypatch.setattr(client.time, "sleep", waits.append)
     assert job_at_work(["7"]) == at_work and waits.count(client._PAUSE_SECONDS) == 2

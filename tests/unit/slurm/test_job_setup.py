@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 
 import pytest
 import yaml
 from submitting import submit_run
+
+from tests.running import wait_for
 
 IGNORED = "the job's setup went on after status {} of: {}"
 
@@ -123,10 +124,7 @@ def test_a_job_told_to_leave_while_it_is_set_up_leaves(folder, slurm, checkout, 
     )
     submit_run(root=checkout, cluster="./mine.yaml")
     process = job(folder / "runs" / "try" / "job.sbatch")
-    deadline = time.monotonic() + 20
-    while not (folder / "begun").exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.01)
+    wait_for((folder / "begun").exists, seconds=20)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(30) == 75
     assert [line.split("'")[1] for line in (folder / "seen").read_text().splitlines()] == ["finalize"]

@@ -26,6 +26,7 @@ from plt_megatron.slurm.preprocessing import submit_preprocessing
 from plt_megatron.slurm.profile import ClusterProfile, Container, load_profile
 from plt_megatron.slurm.resources import resolve
 from plt_megatron.slurm.script import TEMPLATE, Array, Script, expandable
+from tests.running import run
 
 SETTINGS = JobSettings(
     job_name="name-1234",
@@ -67,14 +68,7 @@ VARIANTS = {
 @pytest.mark.parametrize("text", [(ROOT / TEMPLATE).read_text(), *VARIANTS.values()], ids=["template", *VARIANTS])
 def test_shellcheck_finds_nothing(text):
     # SC1091: that a profile's setup sources a file that is not here.
-    done = subprocess.run(
-        [str(SHELLCHECK), "--shell=bash", "--exclude=SC1091", "-"],
-        input=text,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
+    run([SHELLCHECK, "--shell=bash", "--exclude=SC1091", "-"], input=text)
 
 
 @pytest.mark.parametrize("text", VARIANTS.values(), ids=VARIANTS)
@@ -82,24 +76,13 @@ def test_every_mark_is_filled(text):
     assert "@" not in text.replace("B:USR1@", "").replace("[@]", "").replace("$@", "")
 
 
-def test_launch_holds_the_commands():
-    names = {path.name for path in (ROOT / "launch").iterdir()} - {"__pycache__"}
-    assert names == {"submit.py", "status.py", "train.py", "container"}
-
-
 def arrays_of(text: str, tmp_path: Path) -> dict[str, list[str]]:
     """The script's arrays, as bash reads them."""
     found = {}
     for name in ("SRUN_OPTIONS", "CONTAINER"):
         (line,) = [line for line in text.splitlines() if line.startswith(f"{name}=(")]
-        done = subprocess.run(
-            ["bash", "-c", f"{line}\n[[ ${{#{name}[@]}} == 0 ]] || printf '%s\\0' \"${{{name}[@]}}\""],
-            capture_output=True,
-            text=True,
-            check=True,
-            env={"HOME": "/home/me", "PATH": os.environ["PATH"]},
-            cwd=tmp_path,
-        )
+        command = f"{line}\n[[ ${{#{name}[@]}} == 0 ]] || printf '%s\\0' \"${{{name}[@]}}\""
+        done = run(["bash", "-c", command], tmp_path, env={"HOME": "/home/me", "PATH": os.environ["PATH"]})
         found[name] = done.stdout.split("\0")[:-1]
     return found
 
@@ -148,8 +131,7 @@ def test_no_gpus_are_asked_for_on_a_cpu_cluster():
 def test_text_that_is_no_variable_stays_as_it_is(text):
     for prefix, value in (("", ""), ("$A/", "A's/")):
         line = f"x={expandable(prefix + text)}; printf '%s.' \"$x\""
-        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True, env={"A": "A's"})
-        assert done.stdout == f"{value}{text}."
+        assert run(["bash", "-c", line], env={"A": "A's"}).stdout == f"{value}{text}."
 
 
 # Profiles.

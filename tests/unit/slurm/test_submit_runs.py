@@ -8,7 +8,6 @@ import re
 import resource
 import signal
 import sys
-import time
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -25,6 +24,7 @@ from plt_megatron.predict.flops import training_flops_per_token
 from plt_megatron.run_folder import json_lines
 from plt_megatron.slurm.run_files import check_no_active_job, job_name, submitted_jobs
 from plt_megatron.slurm.submission import Options, submit
+from tests.running import wait_for
 from tests.settings import make
 
 # The run folder.
@@ -129,10 +129,7 @@ def test_the_snapshot_runs_though_the_checkout_changes(folder, slurm, checkout, 
 def test_signals_reach_the_launchers_as_usr1(folder, slurm, checkout, job, number):
     submit_run(root=checkout)
     process = job(folder / "runs" / "try" / "job.sbatch", WAIT="1")
-    deadline = time.monotonic() + 20
-    while not (folder / "ready").exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.01)
+    wait_for((folder / "ready").exists, seconds=20)
     process.send_signal(number)
     assert process.wait(30) == 75
     assert "'--status', '75'" in (folder / "seen").read_text()

@@ -20,6 +20,7 @@ import pytest
 
 from plt_megatron.config.schema import EvaluationConfig, ExportsConfig
 from plt_megatron.train.callbacks import exports
+from tests.running import wait_for
 from tests.unit.train.callbacks.a_run import a_run, finish
 
 # Waits for a file named `go` beside the run, then writes the export, or fails if the checkpoint says so.
@@ -104,6 +105,12 @@ def let_go(run: Any) -> None:
     (run.folder.path.parent / "go").touch()
 
 
+def finish_in_the_next_job(run: Any) -> None:
+    callback = exports.Exports(run)
+    callback.on_start()
+    finish(callback)
+
+
 def test_what_cannot_be_started_is_left_to_the_next_job(run, callback, monkeypatch):
     def full(*_: Any, **__: Any) -> None:
         raise BlockingIOError(11, "Resource temporarily unavailable")
@@ -119,9 +126,7 @@ def test_what_cannot_be_started_is_left_to_the_next_job(run, callback, monkeypat
     halved.mkdir()
     os.utime(left, (0, 0))
     let_go(run)
-    again = exports.Exports(run)
-    again.on_start()
-    finish(again)
+    finish_in_the_next_job(run)
     assert exported(run) == {"step_00000004": "of 4"} and not left.exists() and not halved.exists()
 
 
@@ -145,9 +150,7 @@ def test_a_run_that_was_stopped_leaves_its_exports_to_the_next_job(run, callback
     callback.close()  # stopped at step 4: nobody waits
     assert exported(run) == {}
     let_go(run)
-    again = exports.Exports(run)
-    again.on_start()
-    finish(again)
+    finish_in_the_next_job(run)
     assert exported(run) == {"step_00000004": "of 4"}
 
 
@@ -155,8 +158,7 @@ def test_an_export_that_hears_no_signal_is_killed(run, callback, monkeypatch):
     monkeypatch.setattr(exports, "_GRACE_S", 0.2)
     save(callback, 4, "deaf")
     process, ready = callback._jobs["export"].process._process, run.folder.path.parent / "deaf"
-    while not ready.exists():
-        time.sleep(0.01)
+    wait_for(ready.exists)
     callback.close()
     assert process.returncode == -signal.SIGKILL
 
@@ -189,9 +191,7 @@ def test_an_export_that_is_killed_is_the_next_jobs(run, callback):
     assert exported(run) == {"step_00000008": "of 8"}
     assert [said for said in run.said if "step 4" in said and "killed" in said and "next job" in said]
     (run.folder.exporting / "step_00000004/weights").write_text("of 4")
-    again = exports.Exports(run)
-    again.on_start()
-    finish(again)
+    finish_in_the_next_job(run)
     assert exported(run) == {"step_00000004": "of 4", "step_00000008": "of 8"}
 
 
@@ -203,9 +203,7 @@ def test_an_export_that_an_earlier_job_did_not_live_to_notice_is_done(run, callb
     callback._jobs["export"].process._process.wait()
     shutil.rmtree(run.folder.checkpoints)
     run.commands.clear()
-    again = exports.Exports(run)
-    again.on_start()
-    finish(again)
+    finish_in_the_next_job(run)
     assert [command[7] for command in run.commands] == ["evaluate"] * len(tasks)
     assert exported(run) == {"step_00000004": "whole"} and not list(run.folder.exporting.iterdir())
 
@@ -326,9 +324,7 @@ def test_exports_do_not_wait_for_evaluations_nor_keep_the_weights_for_them(run, 
     callback.close()
     run.commands.clear()
     (run.folder.path.parent / "evaluate").touch()
-    again = exports.Exports(run)
-    again.on_start()
-    finish(again)
+    finish_in_the_next_job(run)
     assert [command[7] for command in run.commands] == ["evaluate"] * 3
     assert [record["step"] for record in run.records] == [4, 8, 12] and not list(run.folder.exporting.iterdir())
 
