@@ -52,7 +52,7 @@ FACTORS = {
 }
 # As a case's `parallel`: embedding and head count as layers where a pipeline's layers are divided.
 ENDS = {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}
-SPAN = {"loop_span": [1, 3]}  # of four layers
+SPAN = {"num_layers": 4, "loop_span": [1, 3]}
 # Models that change several things at once.
 NAIVE = {"cross_loop_parallel": False, "share_kv": False, "gated_window": False}
 LOOPCODER = {**settings.LOOPCODER, "window_size": 4}

@@ -32,7 +32,6 @@ CASES = {  # layout, precision in `make test` (None: not there), changes; `make 
 )
 def test_resume_is_bit_for_bit(run_distributed, tmp_path, name, precision):
     words, _, changes = CASES[name]
-    changes = changes if "loop_span" in changes else {"num_layers": 2, **changes}
     layout = {**Layout.of(words).settings, "overlap_grad_reduce": words.startswith(("DP", "CP"))}
     job = (jobs.resume_bit_for_bit, Layout.of(words).world_size, tmp_path, layout, (precision,))
     ranks = run_distributed(*job, all_ranks=True, **changes)
