@@ -52,7 +52,7 @@ FACTORS = {
 }
 # As a case's `parallel`: embedding and head count as layers where a pipeline's layers are divided.
 ENDS = {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}
-SPAN = {"loop_span": [1, 3]}  # of four layers
+SPAN = {"num_layers": 4, "loop_span": [1, 3]}
 # Models that change several things at once.
 NAIVE = {"cross_loop_parallel": False, "share_kv": False, "gated_window": False}
 LOOPCODER = {**settings.LOOPCODER, "window_size": 4}
@@ -122,6 +122,12 @@ class Case:
     def __post_init__(self) -> None:
         for name in ("model", "parallel", "training", "optimizer"):
             object.__setattr__(self, name, Settings(getattr(self, name)))
+
+    def fitted(self, layout: Layout) -> Case:
+        """With half of the layers, most of a step's time, where no pipeline divides them and none is named."""
+        if layout.pp > 1 or self.model.keys() & {"num_layers", "loop_span", "moe.first_k_dense_replace"}:
+            return self
+        return replace(self, model={"num_layers": MODEL["num_layers"] // 2, **self.model})
 
     @property
     def reference(self) -> Case:

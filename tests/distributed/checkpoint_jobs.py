@@ -45,7 +45,7 @@ def run_config(
 ) -> RunConfig:
     """Sizes no power of two divides, so that buffers need padding between parameters and between buckets."""
     sizes: dict[str, Any] = {
-        "num_layers": 4,
+        "num_layers": 2,
         "hidden_size": 40,
         "ffn_hidden_size": 56,
         "num_attention_heads": 4,

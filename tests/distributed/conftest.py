@@ -45,6 +45,7 @@ def check(run_distributed, reference, record_property) -> Callable[..., None]:
     def check(
         layout: Layout, cases: list[Case], table: str, names: list[str] | None = None, timeout_s: float = 240
     ) -> None:
+        cases = [case.fitted(layout) for case in cases]
         outcomes = run_distributed(train_cases, layout.world_size, layout, cases, timeout_s=timeout_s)
         rows = [f"{name}, {layout}" for name in names] if names else [f"L{case.loops} {layout}" for case in cases]
         assert all(len(outcome.dispatched) == layout.world_size for outcome in outcomes)

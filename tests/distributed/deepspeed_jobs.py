@@ -73,6 +73,7 @@ def train_cases(layout: Layout, cases: list[tuple[Case, Zero]]) -> list[Outcome]
     init_process_groups(parity._parallel(layout, Case()))
     outcomes = []
     for case, zero in cases:
+        case = case.fitted(layout)
         with parity._randomized(case.zero_gates):
             engine = build_engine(with_engine(parity._config(layout, case), zero), VOCAB_SIZE)
         numbers = parity.train_case(engine, layout, case, STEPS)
@@ -89,7 +90,7 @@ def refuse_steps(layout: Layout, zeros: list[Zero], precision: str = "fp32") -> 
     from plt_megatron.train.build_engine import build_engine
     from tests.distributed import parity
 
-    case = Case(2, precision=precision)
+    case = Case(2, precision=precision).fitted(layout)
     init_process_groups(parity._parallel(layout, case))
     outcomes = []
     for zero in zeros:

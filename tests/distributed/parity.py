@@ -93,7 +93,7 @@ def train_case(engine: Any, layout: Layout, case: Case, count: int) -> dict[str,
     """The numbers of `count` steps, or of as many as the case has."""
     loops = case.step_loops or (case.loops,) * count
     steps = ((_batches(step, layout, case), loops[step]) for step in range(len(loops)))
-    return train_steps(engine, steps, _batches(100, layout, case), case.loops)
+    return train_steps(engine, steps, _validation(layout, case), case.loops)
 
 
 def train_steps(
@@ -150,6 +150,13 @@ def _micro_batch_size(layout: Layout) -> int:
 
 def _batches(seed: int, layout: Layout, case: Case) -> list[MicroBatch]:
     return draw_batches(_config(layout, case), seed, GLOBAL_BATCH_SIZE, SEQUENCE_LENGTH, VOCAB_SIZE)
+
+
+def _validation(layout: Layout, case: Case) -> list[MicroBatch]:
+    """Half a batch, in a microbatch per pipeline stage."""
+    config, samples = _config(layout, case), GLOBAL_BATCH_SIZE // 2
+    config.training.micro_batch_size = samples // (layout.dp * layout.pp)
+    return draw_batches(config, 100, samples, SEQUENCE_LENGTH, VOCAB_SIZE)
 
 
 def draw_batches(config: RunConfig, seed: int, samples: int, length: int, vocab_size: int) -> list[MicroBatch]:

@@ -224,7 +224,7 @@ def _save_copies_that_differ(directory, config, name, main):
 
 
 EMBEDDING = "embedding.word_embeddings.weight"
-GATE = "decoder.layers.2.self_attention.core_attention.plt_gate.weight"
+GATE = "decoder.layers.1.self_attention.core_attention.plt_gate.weight"
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ GATE = "decoder.layers.2.self_attention.core_attention.plt_gate.weight"
     [
         (PP2, "output_layer.weight", False, EMBEDDING),
         (PP2, "output_layer.weight", True, f"optimizer.state.param.{EMBEDDING}"),
-        (TP2, "decoder.layers.2.mlp.linear_fc1.layer_norm_weight", False, "decoder.layers.mlp.linear_fc1."),
+        (TP2, "decoder.layers.1.mlp.linear_fc1.layer_norm_weight", False, "decoder.layers.mlp.linear_fc1."),
         (TP2, GATE, False, "decoder.layers.self_attention.core_attention.plt_gate."),
     ],
     ids=["embedding", "main weights", "norm", "gate on hidden states"],
@@ -249,5 +249,5 @@ def test_copies_that_differ_are_not_written(run_distributed, tmp_path, layout, n
 
 def test_what_ranks_share_out_may_differ(run_distributed, tmp_path):
     config = jobs.run_config(TP2)
-    name = "decoder.layers.2.mlp.linear_fc1.weight"
+    name = "decoder.layers.1.mlp.linear_fc1.weight"
     assert run_distributed(_save_copies_that_differ, 2, tmp_path, config, name, False) == "saved"

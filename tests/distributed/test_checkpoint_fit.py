@@ -75,7 +75,7 @@ def test_one_loop_goes_on_with_two_in_a_layout_with_more_vocabulary_padding(run_
     )
     for rank in seen:
         assert rank["loss"] == pytest.approx(one, rel=1e-5)  # the weights are the one-loop model's
-        assert rank["gates"] == 8 and rank["zero"] and not any(rank["moments"]) and min(rank["others"]) > 0
+        assert rank["gates"] == 4 and rank["zero"] and not any(rank["moments"]) and min(rank["others"]) > 0
         assert rank["updates"] == {(True, 0.0), (False, 3.0)}
         assert not rank["mixed groups"], "a group may have one count of updates"
         assert rank["continued"][0] == rank["continued"][1]
@@ -107,7 +107,7 @@ def test_anything_else_missing_or_of_another_shape_is_named(run_distributed, two
             r"lacks the tensor decoder\.layers\.self_attention\.k_layernorm\.weight and \d+ more, ",
         ),
         ({"hidden_size": 48}, r"the tensor decoder\.layers\.\S+ " + shape),
-        ({"num_layers": 2}, r"the tensor decoder\.layers\.\S+ has shape \(4, .*, this model needs \(2, "),
+        ({"num_layers": 3}, r"the tensor decoder\.layers\.\S+ has shape \(2, .*, this model needs \(3, "),
         ({"gate_input": "hidden"}, r"the tensor decoder\.layers\.\S+plt_gate.weight " + shape),
         (UNTIED, r"lacks the tensor output_layer\.weight and 3 more, which this model needs"),
     ]

@@ -19,10 +19,11 @@ from tests.distributed.params import slow
 
 KINDS: dict[str, dict[str, Any]] = {
     "PLT": jobs.SCALES,
+    "four layers": {**jobs.SCALES, "num_layers": 4},
     "one key/value head": {**jobs.SCALES, "num_query_groups": 1},
     "layers that run once": {**jobs.SCALES, **SPAN},
     "experts": jobs.EXPERTS,
-    "Muon": {"optimizer": "muon"},
+    "Muon": {"optimizer": "muon", "num_layers": 4},
     "SGD": {"optimizer": "sgd"},
 }
 
@@ -50,7 +51,8 @@ def saved(run_distributed, tmp_path_factory) -> Callable[[str, str], tuple[dict[
 @pytest.mark.parametrize(
     ("kind", "start", "end"),
     [
-        *(("PLT", "TP2 SP PP2", end) for end in ("TP1", "PP4", "TP2 DP2", "CP2 DP2")),
+        *(("PLT", "TP2 SP PP2", end) for end in ("TP1", "TP2 DP2", "CP2 DP2")),
+        ("four layers", "PP2", "PP4"),
         slow("PLT", "TP2 SP PP2", "DP4"),
         *(slow("one key/value head", start, "TP2") for start in ("TP1", "TP4")),
         *(slow("one key/value head", "TP2", end) for end in ("TP1", "TP4")),
@@ -101,7 +103,7 @@ def test_replicas_share_the_writing(run_distributed, saved, tmp_path):
     run_distributed(jobs.train_and_save, 4, tmp_path, config_of("PLT", "PP2 DP2"))
     sizes = {path.name: path.stat().st_size for path in tmp_path.glob("step_*/*.distcp")}
     assert sorted(sizes) == [f"__{rank}_0.distcp" for rank in range(4)]
-    assert sum(sizes.values()) < 1.2 * sum(path.stat().st_size for path in alone.glob("step_*/*.distcp"))
+    assert sum(sizes.values()) < 1.3 * sum(path.stat().st_size for path in alone.glob("step_*/*.distcp"))
     moved = run_distributed(jobs.load_and_train, 1, tmp_path, config_of("PLT", "TP1"))
     np.testing.assert_allclose(moved["after"], stayed["after"], rtol=1e-5)
 
@@ -127,7 +129,7 @@ def test_read_weights_needs_no_megatron(saved):
     )
     command = [sys.executable, "-W", "ignore", "-c", program, str(saved("PLT", "TP2 SP PP2")[1])]
     done = subprocess.run(command, capture_output=True, text=True, cwd=jobs.ROOT, timeout=120)
-    assert done.stdout.split() == ["35", "False"], done.stderr
+    assert done.stdout.split() == ["19", "False"], done.stderr
 
 
 def test_read_weights_needs_no_processes_and_gives_whole_tensors(saved):
@@ -142,7 +144,7 @@ def test_read_weights_needs_no_processes_and_gives_whole_tensors(saved):
     assert not torch.distributed.is_initialized()
     assert ours.keys() == theirs.keys()
     assert ours["embedding.word_embeddings.weight"].shape == (jobs.VOCAB, 40)
-    assert ours["decoder.layers.3.mlp.linear_fc1.weight"].shape == (2 * 56, 40)
+    assert ours["decoder.layers.1.mlp.linear_fc1.weight"].shape == (2 * 56, 40)
     assert "decoder.layers.0.self_attention.core_attention.plt_gate.bias" in ours
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-6, msg=name)
@@ -155,12 +157,12 @@ def test_experts_weights_are_read_one_by_one(saved):
     weights, others = dict(read_weights(alone)), dict(read_weights(shared_out))
     assert weights.keys() == others.keys()
     names = [name for name in weights if ".mlp.experts." in name]
-    assert len(names) == 3 * 4 * 2 and "decoder.layers.0.mlp.linear_fc1.weight" in weights
-    assert weights["decoder.layers.3.mlp.experts.2.linear_fc1.weight"].shape == (2 * 24, 40)
-    biases = [weights[f"decoder.layers.{layer}.mlp.router.expert_bias"] for layer in range(1, 4)]
-    assert all(bias.shape == (4,) and 0.01 < bias.abs().max() < 0.07 for bias in biases), "three steps of 0.02"
+    assert len(names) == 4 * 2 and "decoder.layers.0.mlp.linear_fc1.weight" in weights
+    assert weights["decoder.layers.1.mlp.experts.2.linear_fc1.weight"].shape == (2 * 24, 40)
+    bias = weights["decoder.layers.1.mlp.router.expert_bias"]
+    assert bias.shape == (4,) and 0.01 < bias.abs().max() < 0.07, "three steps of 0.02"
     main = Weights(stayed["path"], "main weights")
     assert set(main.names) == weights.keys(), "biases, which no optimizer has, go with any"
-    assert torch.equal(main.read("decoder.layers.1.mlp.router.expert_bias"), biases[1])
+    assert torch.equal(main.read("decoder.layers.1.mlp.router.expert_bias"), bias)
     for name in names + [name for name in weights if name.endswith("expert_bias")]:
         assert (weights[name] - others[name]).abs().max() < 1e-5 * weights[name].abs().max(), name
