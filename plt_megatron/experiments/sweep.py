@@ -54,7 +54,7 @@ from plt_megatron.run_folder.attempts import ExitStatus, describe_exit
 from plt_megatron.run_folder.files import locked
 from plt_megatron.run_folder.text import first_few, format_duration, format_table, plural
 from plt_megatron.runtime.local_processes import die_with_parent, local_gpus, signals_handled, threads_per_process
-from plt_megatron.slurm import submission
+from plt_megatron.slurm import resources, submission
 from plt_megatron.slurm.profile import ClusterProfile, load_profile
 
 LIST = "array.txt"
@@ -449,6 +449,7 @@ def card_of(options: RunOptions) -> str:
     if options.gpu is not None or options.submit is None:
         return options.gpu or "cpu"
     profile = load_profile(options.submit.cluster) if options.submit.cluster else ClusterProfile()
-    if options.submit.gpus_per_node is None and (profile.gpus_per_node == 0 or profile.processes_per_node):
-        return "cpu"
-    return profile.gpu or "h100"
+    kind, gpus = None, 0 if profile.gpus_per_node == 0 or profile.processes_per_node else 1
+    if options.submit.gpus_per_node is not None:
+        kind, gpus = resources.parse_gpus(options.submit.gpus_per_node)
+    return resources.card(profile, gpus, [kind] if kind else [], [])

@@ -314,7 +314,13 @@ def test_a_cluster_gets_what_is_not_finished_as_one_array(tmp_path, monkeypatch,
     assert all(Path(line).is_file() for line in listing.read_text().splitlines())
     assert failure_of(plan.runs[1]) is None
     assert "GPU hours on a100" in capsys.readouterr().out
+    for given, card in (("a100:4", "a100"), ("4", "a100"), ("b200:8", "a100"), ("0", "cpu")):  # the profile's first
+        asked = dataclasses.replace(options.submit, gpus_per_node=given)
+        assert sweep.card_of(RunOptions(submit=asked)) == card
     profile.write_text("processes_per_node: 2\n")
+    for given, card in (("a100:4", "a100"), ("4", "h100"), (None, "cpu")):
+        asked = dataclasses.replace(options.submit, gpus_per_node=given)
+        assert sweep.card_of(RunOptions(submit=asked)) == card
     assert sweep.run_sweep(str(path), settings, dataclasses.replace(options, dry_run=True)) == 0
     said = capsys.readouterr().out
     assert "process hours on cpu" in said
