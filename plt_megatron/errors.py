@@ -16,6 +16,7 @@ from typing import Any, TextIO
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 128 + 2
 EXIT_BROKEN_PIPE = 128 + 13
+EXIT_TERMINATED = 128 + 15
 _OPEN_FILES = 1 << 16
 # Commands have raised the soft limit to it.
 RAISE_OPEN_FILES = "have the hard limit raised (ulimit -Hn), in limits.conf or as a service's LimitNOFILE"
@@ -160,6 +161,11 @@ def hear_every_interrupt() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0.01)
 
     sys.unraisablehook = hear
+
+
+def clean_up_when_terminated() -> None:
+    """From now on, have SIGTERM end this process by an exception, as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
 
 
 def quiet_streams() -> None:

@@ -72,8 +72,8 @@ def main(arguments: argparse.Namespace) -> int:
         print(dump_config(config), end="")
         validate(config, check_files=False)
         return 0
-    validate(config)
     gpus = len(local_gpus())
+    validate(config, have_te=None if gpus else False)  # on a CPU it is not used
     count = processes_on(config, gpus)
     if 0 < gpus < count:
         raise UserError(

@@ -11,13 +11,11 @@ copy as complete last.
 from __future__ import annotations
 
 import argparse
-import signal
-import sys
 import time
 from pathlib import Path
 
 from plt_megatron.commands import CommandParser, command
-from plt_megatron.errors import AttemptFailed, UserError, print_error
+from plt_megatron.errors import AttemptFailed, UserError, clean_up_when_terminated, print_error
 
 
 def _arguments(parser: CommandParser) -> None:
@@ -40,7 +38,7 @@ def _arguments(parser: CommandParser) -> None:
 
 @command("upload", __doc__, _arguments, interrupted="interrupted: the same command continues")
 def main(arguments: argparse.Namespace) -> int:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    clean_up_when_terminated()
     from plt_megatron.run_folder.folder import RunFolder
     from plt_megatron.storage.run_uploads import RunUploads, describe, upload_folder
 

@@ -25,7 +25,7 @@ from plt_megatron.predict.parameters import count_parameters
 from plt_megatron.run_folder.checkpoints import LATEST
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.text import format_duration, format_table, plural
-from plt_megatron.runtime.local_processes import local_gpus
+from plt_megatron.runtime.local_processes import die_with_parent, local_gpus
 
 # Relative to the current folder. configs/data/demo.yaml names the same files.
 FOLDER = Path(".demo")
@@ -146,6 +146,7 @@ def start(command: str, *arguments: str) -> None:
     process = subprocess.Popen(
         [*own_python(), "-m", "plt_megatron", command, *arguments],
         env=os.environ | {"PYTHONPATH": python_path()},
+        preexec_fn=die_with_parent,
     )
     try:
         status = process.wait()

@@ -22,7 +22,7 @@ from types import FrameType
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.validation import find_problems
 from plt_megatron.demo.steps import prepare_demo_corpus
-from plt_megatron.errors import UserError
+from plt_megatron.errors import UserError, go_on_without_readers
 from plt_megatron.experiments.files import SweepFile, read_sweep
 from plt_megatron.experiments.records import (
     RunRecord,
@@ -55,7 +55,7 @@ from plt_megatron.run_folder.attempts import ExitStatus, describe_exit
 from plt_megatron.run_folder.files import locked
 from plt_megatron.run_folder.text import first_few, format_duration, format_table, plural
 from plt_megatron.runtime.local_processes import die_with_parent, local_gpus, signals_handled, threads_per_process
-from plt_megatron.slurm import submission
+from plt_megatron.slurm import resources, submission
 from plt_megatron.slurm.profile import ClusterProfile, load_profile
 
 LIST = "array.txt"
@@ -131,8 +131,9 @@ class LocalSweep:
         """Run all of them, or until asked to stop.
 
         Returns the exit status: 0 all finished, 75 stopped with the running ones saved, 1 some failed. A second SIGINT
-        kills the running ones.
+        kills the running ones. After an error they are saved, too.
         """
+        go_on_without_readers()  # as the runs do
         with signals_handled(_SIGNALS, self._hear):
             try:
                 while self.running or (self.waiting and not self._signals):
@@ -145,7 +146,7 @@ class LocalSweep:
                         break
                     time.sleep(_POLL_SECONDS)
             finally:
-                self._kill()
+                self._end_all()
         if self._signals:
             return ExitStatus.PREEMPTED
         has_failed = any(status != "finished" for status in self.outcome.values())
@@ -216,27 +217,36 @@ class LocalSweep:
             return
         self._reported = time.monotonic()
         runs, left = [item.run for item in self.running], ""
-        rate = measured_flops_rate(self.plan.runs)
-        if rate:
-            left = f"; about {format_duration(remaining_seconds([*runs, *self.waiting], rate, self.jobs))} left"
-        print(f"      {', '.join(map(_progress, runs))}{left}", flush=True)
+        with contextlib.suppress(OSError, UserError):  # a disk that does not answer costs a line, not the sweep
+            rate = measured_flops_rate(self.plan.runs)
+            if rate:
+                left = f"; about {format_duration(remaining_seconds([*runs, *self.waiting], rate, self.jobs))} left"
+            print(f"      {', '.join(map(_progress, runs))}{left}", flush=True)
 
     # Being stopped.
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self._signals.append(number)
         if len(self._signals) == 1:
-            # os.write: print is not safe in a signal handler.
-            os.write(2, b"stopping: waiting for the running runs to save; interrupt again to kill them\n")
-            for item in self.running:
-                item.process.send_signal(signal.SIGTERM)
+            self._ask_to_save()
+            with contextlib.suppress(OSError):  # nobody reads it; print is not safe in a signal handler
+                os.write(2, b"stopping: waiting for the running runs to save; interrupt again to kill them\n")
 
-    def _kill(self) -> None:
+    def _ask_to_save(self) -> None:
         for item in self.running:
-            with contextlib.suppress(ProcessLookupError):
+            item.process.send_signal(signal.SIGTERM)
+
+    def _end_all(self) -> None:
+        """End what still runs: after an error save it, after a second SIGINT kill it."""
+        if not self._signals:
+            self._ask_to_save()
+        while self._signals.count(signal.SIGINT) < 2 and any(item.process.poll() is None for item in self.running):
+            time.sleep(_POLL_SECONDS)
+        for item in self.running:
+            if item.process.poll() is None:
                 os.killpg(item.process.pid, signal.SIGKILL)
+                item.process.wait()
         for item in self.running:
-            item.process.wait()
             self._note_end(item)
         self.running = []
 
@@ -434,6 +444,7 @@ def card_of(options: RunOptions) -> str:
     if options.gpu is not None or options.submit is None:
         return options.gpu or "cpu"
     profile = load_profile(options.submit.cluster) if options.submit.cluster else ClusterProfile()
-    if options.submit.gpus_per_node is None and (profile.gpus_per_node == 0 or profile.processes_per_node):
-        return "cpu"
-    return profile.gpu or "h100"
+    kind, gpus = None, 0 if profile.gpus_per_node == 0 or profile.processes_per_node else 1
+    if options.submit.gpus_per_node is not None:
+        kind, gpus = resources.parse_gpus(options.submit.gpus_per_node)
+    return resources.card(profile, gpus, [kind] if kind else [], [])

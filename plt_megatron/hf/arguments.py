@@ -10,15 +10,13 @@ import logging
 import os
 import re
 import shutil
-import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
-from plt_megatron.errors import UserError, quiet_streams
+from plt_megatron.errors import UserError, clean_up_when_terminated, quiet_streams
 from plt_megatron.run_folder.checkpoints import candidates
 from plt_megatron.run_folder.files import publish
 from plt_megatron.runtime.environment import FLASH_FIRST, quiet_imports
@@ -117,7 +115,7 @@ def prepare_conversion() -> None:
     """Prepare the imports of a command that leaves no partial output when it is terminated."""
     prepare_imports()
     quiet_streams()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    clean_up_when_terminated()
 
 
 def prepare_imports() -> None:

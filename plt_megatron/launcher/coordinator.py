@@ -60,6 +60,7 @@ class Coordinator:
         self._heard = {node: clock() for node in allocation.nodes}
         self._preempted = False
         self._asked = 0.0  # when Slurm asked to stop, while training
+        self._must_end = float("inf")  # Slurm's limit, unlike the silence of nodes, passes while this process is stuck
         self._restarts = 0
         self._state, self._deadline = "", 0.0
         self._node_of: dict[int, str] = {}  # of each process of the preflight check
@@ -96,7 +97,7 @@ class Coordinator:
             # put off since the job began.
             left = self._allocation.end_time - time.time()
             if left > 0:
-                self._deadline = min(self._deadline, self._asked + max(left / 2, left - STOP_SECONDS - _LEAVE_SECONDS))
+                self._must_end = time.monotonic() + max(left / 2, left - STOP_SECONDS - _LEAVE_SECONDS)
             self._send_all({"type": "preempt"})
         elif self._state in ("joining", "preflight"):
             self._stop(Outcome(attempts.PREEMPTED, "asked to stop before training began"))
@@ -121,7 +122,8 @@ class Coordinator:
             gone = now - heard > SILENCE_SECONDS or (was_silent and now - self._asked > _SUSPICIOUS_SECONDS)
             if gone and self._state != "joining":
                 self.lost(node, f"its launcher has been silent for {now - heard:.0f} s")
-        if self.status is None and now >= self._deadline:
+        out_of_time = self._state == "training" and time.monotonic() >= self._must_end
+        if self.status is None and (now >= self._deadline or out_of_time):
             self._on_deadline()
 
     # Joining and preflight.

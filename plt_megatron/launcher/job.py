@@ -8,10 +8,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from plt_megatron.config import yaml_nodes
-from plt_megatron.config.fields import Count, PositiveCount, WholeSeconds
+from plt_megatron.config.fields import Count, PositiveCount, Range, WholeSeconds
 from plt_megatron.config.loader import check, load
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import write_text
@@ -21,6 +21,8 @@ from plt_megatron.slurm.client import expand_nodes
 # Below Linux's ephemeral ports, which begin at 32768, so that no outgoing connection takes one of these.
 _FIRST_PORT, _PORTS_PER_JOB, _SLOTS = 16000, 4, 4000
 COPY = "PLT_COPY_"  # prefix of copies of variables that srun or an image may set to something else
+LONGEST_MARGIN = 65_535  # seconds that sbatch's --signal takes
+_Margin = Annotated[int, Range(1, LONGEST_MARGIN)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,7 @@ class JobSize:
 class JobHandling:
     """Settings of a cluster's profile for all of its jobs: their environment, and how failures are handled."""
 
-    signal_margin_seconds: WholeSeconds = 300  # how long before the time limit the job is told to save
+    signal_margin_seconds: _Margin = 300  # how long before the time limit the job is told to save
     max_restarts: Count = 1  # within one allocation
     max_exclusions: Count = 2  # times the job may be requeued without bad nodes
     max_requeues_without_progress: Count = 1  # further attempts without progress before the run is given up

@@ -5,6 +5,7 @@ Restarts append to the logs; every line has its time, attempt and rank.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -71,7 +72,7 @@ class Records:
         events = self.events()
         for event in unended(events):
             reason = "no exit record: its node was lost, or Slurm ended it (scancel, a limit) before it could write one"
-            self._end(event, Outcome(KILLED, reason))
+            self._end(event | {"time": self._last_seen(event)}, Outcome(KILLED, reason))
         attempt = last_attempt(events) + 1
         if self.folder.why_file.exists():  # the run was given up, and someone has restarted it
             self.folder.why_file.replace(self.folder.logs / f"why-before-attempt-{attempt}.txt")
@@ -82,7 +83,7 @@ class Records:
 
     def end(self, attempt: int, outcome: Outcome) -> dict[str, Any]:
         """Record the end of an attempt of this job, and return the event."""
-        return self._end({"attempt": attempt, **self._job}, outcome)
+        return self._end({"attempt": attempt, "time": time.time(), **self._job}, outcome)
 
     def stop(self, attempt: int, reason: str) -> None:
         """Record that the run has been given up."""
@@ -96,6 +97,12 @@ class Records:
                 return event if same and event["event"] == "end" else None
         return None
 
+    def _last_seen(self, start: dict[str, Any]) -> float:
+        """Return when an attempt without an end last logged a step: what follows may be time in the queue."""
+        with contextlib.suppress(OSError):
+            return max(start["time"], self.folder.metrics_file.stat().st_mtime)
+        return float(start["time"])
+
     def _end(self, start: dict[str, Any], outcome: Outcome) -> dict[str, Any]:
         cause = outcome.failure
         failure = None
@@ -103,7 +110,7 @@ class Records:
             exit_text = describe_exit(cause.code)
             failure = {"rank": cause.rank, "node": cause.node, "exit": exit_text, "lines": cause.lines}
         return self._append(
-            {name: start.get(name) for name in ("attempt", "job_id", "restart_count", "nodes")}
+            {name: start.get(name) for name in ("time", "attempt", "job_id", "restart_count", "nodes")}
             | {
                 "event": "end",
                 "status": outcome.status,

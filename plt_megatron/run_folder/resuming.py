@@ -361,6 +361,7 @@ def branch_config(source: str, settings: Sequence[str], decay: int | None = None
         raise UserError(f"--branch-from {source}: the branch needs a name of its own: name=...")
     start = find_start(config)
     if start is not None and start.is_own:  # a branch that has begun, unless this is another one
-        allow_other = any(setting.startswith("checkpoint.allow_other_schedule=") for setting in settings)
+        given = any(setting.startswith("checkpoint.allow_other_schedule=") for setting in settings)  # its own is true
+        allow_other = given and config.checkpoint.allow_other_schedule
         check_schedule(start.path, start.progress, config, allow_other=allow_other)
     return config

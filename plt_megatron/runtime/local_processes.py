@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
+from plt_megatron.errors import EXIT_INTERRUPTED
 from plt_megatron.run_folder.attempts import PEACEFUL, describe_exit
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _POLL_SECONDS = 0.05
-_INTERRUPTED = 128 + signal.SIGINT
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
 
@@ -163,7 +163,7 @@ class _Job:
             running = self.running()
             failed = [(r, p.returncode) for r, p in enumerate(self.processes) if p.returncode not in (None, *PEACEFUL)]
             if failed:
-                interrupted = signal.SIGINT in self.received and all(code == _INTERRUPTED for _, code in failed)
+                interrupted = signal.SIGINT in self.received and all(code == EXIT_INTERRUPTED for _, code in failed)
                 for rank, returncode in [] if interrupted else failed:
                     print(f"rank {rank} {describe_exit(returncode)}", file=sys.stderr, flush=True)
                 self.stop(interrupted=interrupted)
@@ -171,7 +171,7 @@ class _Job:
             if not running:
                 return max((p.returncode for p in self.processes), default=0)
             if self._killed_by_user():
-                return _INTERRUPTED
+                return EXIT_INTERRUPTED
             time.sleep(_POLL_SECONDS)
 
     def stop(self, *, interrupted: bool = False) -> None:

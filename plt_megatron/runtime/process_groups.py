@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from datetime import timedelta
 
@@ -27,7 +28,9 @@ def init_process_groups(parallel: ParallelConfig) -> None:
     problem = layout.world_size_problem(world_size)
     if problem is not None:
         raise UserError(f"parallel: {problem}")
-    timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
+    # The watchdog ends a hung job, and names the rank: collectives, which blame those that wait, give up later.
+    longest = max(60 * parallel.distributed_timeout_minutes, parallel.distributed_timeout_seconds_after_init)
+    timeout = timedelta(seconds=2 * longest + 60)
     if not dist.is_initialized():
         _init_torch_distributed(world_size, timeout)
     parallel_state.initialize_model_parallel(
@@ -35,7 +38,7 @@ def init_process_groups(parallel: ParallelConfig) -> None:
         expert_tensor_parallel_size=1,  # experts are not split, but distributed over tensor-parallel ranks too
         # Needed only for checkpoints gathered on the host, unlike ours; each group costs connections at start.
         create_gloo_process_groups=False,
-        distributed_timeout_minutes=max(1, int(parallel.distributed_timeout_minutes)),
+        distributed_timeout_minutes=math.ceil(timeout / timedelta(minutes=1)),
     )
 
 

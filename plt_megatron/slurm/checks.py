@@ -14,7 +14,7 @@ from plt_megatron.config.rules.uploads import is_url
 from plt_megatron.config.schedules import BatchSchedule
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
-from plt_megatron.launcher.job import load_settings
+from plt_megatron.launcher.job import LONGEST_MARGIN, load_settings
 from plt_megatron.launcher.preflight import LEAST_RUN_FOLDER
 from plt_megatron.predict.flops import run_flops_per_token, step_flops_per_token
 from plt_megatron.predict.layout import BYTES
@@ -306,7 +306,7 @@ def time_warnings(ahead: Forecast, limit: int, margin: int, *, requeue: bool, ch
     if 2 * slowest > margin:
         warnings.append(
             f"a step takes about {slowest:.3g} s, and the job is told to save {margin} s before its limit: "
-            f"give --signal-margin {round(3 * slowest) + margin}"
+            f"give --signal-margin {min(round(3 * slowest) + margin, LONGEST_MARGIN)}"
         )
     usable = max(1, usable_seconds(limit, margin))  # a run with no usable time is refused
     jobs = max(1, math.ceil(remaining / usable))

@@ -91,7 +91,7 @@ def resolve(
         gpus_per_node=gpu_count,
         partition=profile.partition,
         gpu_type=gpu_type,
-        card=_card(profile, gpu_count, types, notes),
+        card=card(profile, gpu_count, types, notes),
         node_memory_bytes=min((group.memory_mib for group in groups), default=0) << 20 or None,
         notes=notes,
         guessed=guessed,
@@ -194,15 +194,16 @@ def _share_of_cpus(groups: Sequence[NodeGroup], processes: int, gpus: int) -> in
     return max(1, min(group.cpus // max(group.gpus if gpus else 0, processes) for group in groups))
 
 
-def _card(profile: ClusterProfile, gpus: int, types: Sequence[str], notes: list[str]) -> str:
+def card(profile: ClusterProfile, gpus: int, types: Sequence[str], notes: list[str]) -> str:
+    """Return the name that estimates use for a process's device; an assumption is noted."""
     if gpus == 0:
         return "cpu"
     if profile.gpu is not None:
         return profile.gpu
     for kind in types:
-        for card in sorted(card_names(), key=len, reverse=True):
-            if _names(kind, card):
-                return card
+        for name in sorted(card_names(), key=len, reverse=True):
+            if _names(kind, name):
+                return name
     notes.append(f"assuming {_DEFAULT_CARD.upper()} GPUs: set gpu in the cluster's profile")
     return _DEFAULT_CARD
 

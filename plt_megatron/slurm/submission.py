@@ -16,7 +16,7 @@ from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
 from plt_megatron.installation import is_checkout
-from plt_megatron.launcher.job import JobHandling, JobSettings, JobSize, fields_of
+from plt_megatron.launcher.job import LONGEST_MARGIN, JobHandling, JobSettings, JobSize, fields_of
 from plt_megatron.predict.cards import find_gpu_spec
 from plt_megatron.run_folder.files import locked
 from plt_megatron.run_folder.folder import RunFolder, load_run
@@ -308,8 +308,10 @@ def _check_options(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if options.chain > _MOST_JOBS:
-        raise UserError(f"--chain must be at most {_MOST_JOBS}, got {options.chain}")
+    for name, most in (("chain", _MOST_JOBS), ("signal_margin", LONGEST_MARGIN)):
+        value = getattr(options, name)
+        if value is not None and value > most:
+            raise UserError(f"--{name.replace('_', '-')} must be at most {most}, got {value}")
     if options.array is not None and options.chain > 1:
         raise UserError(
             "--chain cannot be combined with --array: use --requeue, and each member continues until it is finished"

@@ -30,6 +30,7 @@ from plt_megatron.errors import (
 from plt_megatron.run_folder.attempts import ExitStatus
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.runtime.environment import quiet_imports, set_cuda_environment
+from plt_megatron.runtime.local_processes import local_gpus, query_gpus
 
 
 def main(arguments: list[str]) -> int:
@@ -41,7 +42,9 @@ def main(arguments: list[str]) -> int:
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # blocked by plt train
         config = load_config(arguments[0], arguments[1:])
-        validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        on_gpus = config.parallel.context_parallel_size == 1 or bool(local_gpus())  # asked for where it matters: slow
+        have_te = None if on_gpus else False  # on a CPU it is not used
+        validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1")), have_te=have_te)
         return train(config)
     except UserError as error:
         if first_here or isinstance(error, BadTokens):
@@ -116,8 +119,6 @@ def train(config: RunConfig) -> int:
 def _check_gpus() -> None:
     """Raise `UserError` if there are GPUs that a CUDA build of torch cannot use: the run would go on on the CPU."""
     import torch
-
-    from plt_megatron.runtime.local_processes import local_gpus, query_gpus
 
     if torch.version.cuda and not torch.cuda.is_available() and query_gpus("index") and local_gpus():
         raise UserError(

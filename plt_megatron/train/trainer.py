@@ -34,7 +34,7 @@ from plt_megatron.train.checkpoint.state import Kept
 from plt_megatron.train.checkpoint.store import CheckpointStore
 from plt_megatron.train.data import RunData
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # and SIGHUP, of a closed terminal, unless under nohup
 _NOTHING, _SAVE, _STOP = 0, 1, 2
 
 
@@ -45,7 +45,8 @@ class StopRequest:
         self.requested = False  # whether the ranks have agreed to stop
         self._folder = folder
         self._signaled = False  # never reset: a signal during a collective counts at the next step boundary
-        self._previous = {number: signal.signal(number, self._hear) for number in _SIGNALS}
+        numbers = _SIGNALS if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (*_SIGNALS, signal.SIGHUP)
+        self._previous = {number: signal.signal(number, self._hear) for number in numbers}
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self._signaled = True

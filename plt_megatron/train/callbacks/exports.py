@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from plt_megatron.errors import describe_os_error
+from plt_megatron.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, describe_os_error
 from plt_megatron.installation import own_python, python_path
 from plt_megatron.run_folder.checkpoints import (
     MANIFEST,
@@ -34,7 +34,6 @@ from plt_megatron.train.callbacks.base import Callback, Run
 
 _EXPORT, _EVALUATION = "export", "evaluation"
 _LONGEST_WAIT_S = 3600.0  # for evaluations after the last step, while all ranks wait
-_KILLED = (130, 143)  # exit statuses of a command that a signal has ended
 _SENDING_CPU_S = 0.2  # CPU time that a process which waits does not use in minutes
 _GRACE_S = 10.0  # for a process to clean up after it was asked to end
 # Ends with its run: a killed run cannot end it, and the next job would do the same work beside it. (A preexec_fn would
@@ -224,7 +223,7 @@ class Exports(Callback):
 
     def _handle_end(self, what: str, checkpoint: Path, process: BesideProcess) -> None:
         status = process.poll()
-        if status is None or status < 0 or status in _KILLED:
+        if status is None or status < 0 or status in (EXIT_INTERRUPTED, EXIT_TERMINATED):
             self._leave(what, checkpoint, "was killed")
             return
         if status != 0:

@@ -193,7 +193,7 @@ def _check(config: RunConfig) -> None:
     if not folder.config_file.is_file():  # started without plt train; the command below reads it
         folder.save_config(config)
     command = [*own_python(), "-m", "plt_megatron", "upload", str(folder.path), "--check"]
-    minutes = _SHARE * config.parallel.distributed_timeout_minutes
+    minutes = min(_SHARE * config.parallel.distributed_timeout_minutes, 24 * 60)  # Python waits for 24 days at most
     try:
         found = subprocess.run(
             command, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60 * minutes

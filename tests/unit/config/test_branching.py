@@ -59,8 +59,9 @@ def test_another_branch_of_the_same_name_does_not_go_on_with_the_first(trunk):
     first = branch_config(f"{trunk.path}@36", [])
     checkpoint = write_checkpoint(RunFolder.of(first).checkpoints, first, 38, data_fingerprint={})
     assert branch_config(f"{trunk.path}@36", []) == first
-    with pytest.raises(UserError, match=f"{checkpoint} was trained with .*lr_wsd_decay_iters 4 .now 8"):
-        branch_config(f"{trunk.path}@36", [], 8)
+    for same in ([], ["checkpoint.allow_other_schedule=false"]):
+        with pytest.raises(UserError, match=f"{checkpoint} was trained with .*lr_wsd_decay_iters 4 .now 8"):
+            branch_config(f"{trunk.path}@36", same, 8)
     assert branch_config(f"{trunk.path}@36", ["checkpoint.allow_other_schedule=true"], 8).training.train_iters == 44
 
 

@@ -205,6 +205,15 @@ def test_all_gpus_of_the_machine_are_used(folder, gpus, settings, said, monkeypa
     assert train.main(["run.yaml", "--dry-run", *settings]) == 0 and said in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("gpus", "status"), [("", 0), ("0,1", 2)])
+def test_the_limits_of_transformer_engine_are_those_of_gpus(folder, gpus, status):
+    """It may be installed on a machine without a GPU, as in a container."""
+    (folder / "site" / "transformer_engine.py").touch()
+    split = ("parallel.context_parallel_size=2", "data.reset_at_document_boundaries=true", "training.precision=bf16")
+    result = launch(folder, "run.yaml", "--dry-run", *split, CUDA_VISIBLE_DEVICES=gpus)
+    assert result.returncode == status and ("Transformer Engine" in result.stderr) == (status == 2), result.stderr
+
+
 def test_fewer_gpus_than_processes_is_one_line(folder):
     result = launch(folder, "run.yaml", "parallel.context_parallel_size=4", CUDA_VISIBLE_DEVICES="0,1")
     assert result.returncode == 2 and not (folder / "seen.0").exists()

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -14,6 +15,7 @@ from plt_megatron.demo import run as demo
 from plt_megatron.demo import steps as demo_data
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.folder import save_config
+from plt_megatron.runtime.local_processes import die_with_parent
 
 
 class Commands:
@@ -167,3 +169,10 @@ def test_a_command_that_fails_is_named(capfd):
     with pytest.raises(UserError, match=r"plot --fast ended with status 2: see above, then run the demo again"):
         demo.start("plot", "--fast")
     assert "RUN" in capfd.readouterr().err
+
+
+def test_a_killed_demo_leaves_no_training_behind(monkeypatch):
+    started = Mock(return_value=Mock(wait=lambda: 0))
+    monkeypatch.setattr(demo.subprocess, "Popen", started)
+    demo.start("train")
+    assert started.call_args.kwargs["preexec_fn"] is die_with_parent

@@ -17,7 +17,7 @@ from unittest.mock import Mock
 import pytest
 from sweep_helpers import LOOPS, finish, saved_plan, write_sweep, write_text_data
 
-from plt_megatron.errors import UserError
+from plt_megatron.errors import UserError, go_on_without_readers
 from plt_megatron.experiments import sweep
 from plt_megatron.experiments.records import (
     RunRecord,
@@ -87,6 +87,7 @@ def launcher(tmp_path, monkeypatch):
     script.write_text(LAUNCHER.format(here=here))
     monkeypatch.setattr(sweep, "TRAIN", (sys.executable, str(script)))
     monkeypatch.setattr(sweep, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(sweep, "go_on_without_readers", lambda: None)
 
 
 def behave(plan, name, how):
@@ -181,7 +182,7 @@ def test_a_stop_while_a_run_is_being_started_is_heard(tmp_path, launcher, monkey
 
 
 def test_a_note_that_cannot_be_written_ends_no_run(tmp_path, launcher, monkeypatch, capsys):
-    """Whatever else ends a sweep kills all that run."""
+    """A second interrupt kills all that run."""
     plan = small(tmp_path)
     for run in plan.runs[:2]:
         run.folder.path.mkdir(parents=True)
@@ -193,10 +194,42 @@ def test_a_note_that_cannot_be_written_ends_no_run(tmp_path, launcher, monkeypat
     local.running = [
         sweep._Running(run, process, 0.0, RunRecord(), None) for run, process in zip(plan.runs, processes, strict=False)
     ]
+    local._signals = [signal.SIGINT] * 2
     monkeypatch.setattr(local, "_note_end", Mock(side_effect=KeyError))
     with pytest.raises(KeyError):
-        local._kill()
+        local._end_all()
     assert [process.wait(10) for process in processes] == [-signal.SIGKILL] * 2
+
+
+def test_a_sweep_goes_on_without_a_reader_and_without_its_reports(tmp_path, launcher, monkeypatch):
+    plan = small(tmp_path)
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr(sweep, "go_on_without_readers", go_on_without_readers)
+    monkeypatch.setattr(sweep, "_REPORT_SECONDS", 0.0)
+    reports = Mock(side_effect=OSError(errno.EIO, "Input/output error"))
+    monkeypatch.setattr(sweep, "measured_flops_rate", reports)
+    with monkeypatch.context() as patch, open(writing, "w") as nobody:
+        patch.setattr(sys, "stderr", sys.stderr)
+        patch.setattr(sys, "stdout", nobody)
+        assert LocalSweep(plan, plan.runs[:2]).run() == 0 and reports.called
+
+
+def test_an_error_of_a_sweep_has_its_runs_saved(tmp_path, launcher, monkeypatch):
+    plan = small(tmp_path)
+    runs = plan.runs[:2]
+    for run in runs:
+        behave(plan, run.name, "hang")
+
+    def fail_when_both_run():
+        if all((run.folder.path / "now").exists() for run in runs):
+            raise KeyError
+
+    local = LocalSweep(plan, runs, jobs=2)
+    monkeypatch.setattr(local, "_report", fail_when_both_run)
+    with pytest.raises(KeyError):
+        local.run()
+    assert [state_of(run) for run in runs] == ["interrupted"] * 2 == list(local.outcome.values())
 
 
 def test_a_failure_is_noted_and_the_others_go_on(tmp_path, launcher, capsys):
@@ -281,7 +314,13 @@ def test_a_cluster_gets_what_is_not_finished_as_one_array(tmp_path, monkeypatch,
     assert all(Path(line).is_file() for line in listing.read_text().splitlines())
     assert failure_of(plan.runs[1]) is None
     assert "GPU hours on a100" in capsys.readouterr().out
+    for given, card in (("a100:4", "a100"), ("4", "a100"), ("b200:8", "a100"), ("0", "cpu")):  # the profile's first
+        asked = dataclasses.replace(options.submit, gpus_per_node=given)
+        assert sweep.card_of(RunOptions(submit=asked)) == card
     profile.write_text("processes_per_node: 2\n")
+    for given, card in (("a100:4", "a100"), ("4", "h100"), (None, "cpu")):
+        asked = dataclasses.replace(options.submit, gpus_per_node=given)
+        assert sweep.card_of(RunOptions(submit=asked)) == card
     assert sweep.run_sweep(str(path), settings, dataclasses.replace(options, dry_run=True)) == 0
     said = capsys.readouterr().out
     assert "process hours on cpu" in said

@@ -315,17 +315,20 @@ def test_a_time_limit_that_was_extended_ends_nothing(tmp_path, monkeypatch):
     assert play.coordinator.status is None and not play.told("stop")
 
 
-def test_what_does_not_save_before_the_time_limit_is_ended_before_slurm_ends_the_job(tmp_path, monkeypatch):
-    """A job that is out of time is not requeued. The limit is 200 s away when Slurm warns."""
+@pytest.mark.parametrize("stuck", [1, 10])
+def test_what_does_not_save_before_the_time_limit_is_ended_before_slurm_ends_the_job(tmp_path, monkeypatch, stuck):
+    """A job that is out of time is not requeued. The limit is 200 s away when Slurm warns. The launcher's clock may
+    stand still meanwhile."""
     play = Play(tmp_path, end_time=time.time() + 500)
     play.train()
     play.after(300)
     later = time.time() + 300
     monkeypatch.setattr(coordinating.time, "time", lambda: later)
+    monkeypatch.setattr(coordinating.time, "monotonic", lambda: 1000 + stuck * (play.now - 300))
     play.coordinator.preempt()
-    play.after(200 - coordinating.STOP_SECONDS - coordinating._LEAVE_SECONDS - 5)
+    play.after((200 - coordinating.STOP_SECONDS - coordinating._LEAVE_SECONDS - 5) / stuck)
     assert play.coordinator.status is None and not play.told("stop")
-    play.after(6)
+    play.after(6 / stuck)
     assert play.told("stop") == ["a", "b"]
     play.stopped()
     assert play.ends[0]["status"] == "failed" and play.ends[0]["retry"] and "time limit" in play.ends[0]["reason"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from plt_megatron.launcher import records
 from plt_megatron.launcher.job import Allocation
 from plt_megatron.launcher.records import Exit, LogFile, Outcome, Records, stamp
+from plt_megatron.run_folder.attempts import job_seconds
 from plt_megatron.run_folder.checkpoints import latest_of_full_size, latest_step
 from plt_megatron.run_folder.folder import RunFolder
 
@@ -56,6 +58,23 @@ def test_an_attempt_that_left_no_word_is_ended_at_the_next_start(tmp_path):
     start, end, again = RunFolder(tmp_path).attempts()
     assert (end["status"], end["attempt"], end["job_id"], end["restart_count"]) == ("killed", 1, "7", 0)
     assert (again["event"], again["attempt"], again["restart_count"]) == ("start", 2, 1)
+
+
+@pytest.mark.parametrize("logged", [True, False])
+def test_time_in_the_queue_is_not_a_lost_attempts(tmp_path, monkeypatch, logged):
+    """A node is lost after ten minutes, and the job starts again after three days."""
+    monkeypatch.setattr(records.time, "time", lambda: now)
+    now = 1e9
+    Records(tmp_path, allocation(7, 0)).begin()
+    if logged:
+        (tmp_path / "metrics.jsonl").write_text('{"step": 5, "kind": "train"}\n')
+        os.utime(tmp_path / "metrics.jsonl", (now + 600, now + 600))
+    now += 3 * 86400
+    run = Records(tmp_path, allocation(7, 1))
+    attempt = run.begin()
+    now += 600
+    run.end(attempt, Outcome("finished", ""))
+    assert job_seconds(run.events()) == (1200 if logged else 600)
 
 
 def test_torn_lines_are_passed_over(tmp_path):

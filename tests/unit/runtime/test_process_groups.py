@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from plt_megatron.config.layout import ParallelLayout
 from plt_megatron.config.schema import ParallelConfig
 from plt_megatron.errors import UserError
+from plt_megatron.launcher.watchdog import Watchdog
 from plt_megatron.runtime.cpu_runtime import enter_cpu_runtime
 from plt_megatron.runtime.process_groups import destroy_process_groups, init_process_groups
 
@@ -90,3 +92,18 @@ def test_groups_and_coordinates_are_those_of_megatron_core(world, layout):
 def test_a_world_of_another_size_is_refused(world):
     with pytest.raises(UserError, match="parallel: 8 processes: tensor 3 x pipeline 1 parallel needs a multiple of 3"):
         init_process_groups(ParallelConfig(tensor_model_parallel_size=3))
+
+
+@pytest.mark.parametrize(("minutes", "seconds"), [(1.9, 1000.0), (10.0, 300.0), (0.01, 2.0)])
+def test_the_watchdog_ends_a_hung_job_before_its_collectives_do(tmp_path, monkeypatch, minutes, seconds):
+    from megatron.core import parallel_state
+
+    joined, grouped = Mock(), Mock()
+    monkeypatch.setattr(dist, "init_process_group", joined)
+    monkeypatch.setattr(parallel_state, "initialize_model_parallel", grouped)
+    limits = {"distributed_timeout_minutes": minutes, "distributed_timeout_seconds_after_init": seconds}
+    init_process_groups(ParallelConfig(**limits))
+    watchdog = Watchdog(tmp_path, Mock(), 0, 1, patience=seconds, slow_patience=60 * minutes)
+    last = watchdog.limit() + 8 * watchdog._interval  # rank 0's, with the time that it leaves to the others
+    assert joined.call_args.kwargs["timeout"].total_seconds() > last
+    assert 60 * grouped.call_args.kwargs["distributed_timeout_minutes"] > last

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -19,7 +20,7 @@ from submitting import ROOT, directives, refusal, submit_run
 from plt_megatron.config.schema import RunConfig, TrainingConfig, UploadsConfig
 from plt_megatron.data.joining import join
 from plt_megatron.errors import UserError
-from plt_megatron.launcher.job import JobSettings, load_settings, save_settings
+from plt_megatron.launcher.job import LONGEST_MARGIN, JobSettings, load_settings, save_settings
 from plt_megatron.slurm import checks
 from plt_megatron.slurm.client import NodeGroup, Partition, parse_duration, partitions, time_option
 from plt_megatron.slurm.preprocessing import submit_preprocessing
@@ -192,6 +193,7 @@ def test_data_outside_of_a_containers_mounts_is_refused(folder, slurm):
         ("gpus_per_node: -1", ":1: gpus_per_node must be at least 0, got -1"),
         ("cpus_per_process: 0", ":1: cpus_per_process must be at least 1, got 0"),
         ("signal_margin_seconds: true", "signal_margin_seconds: expected an integer"),
+        ("signal_margin_seconds: 65536", ":1: signal_margin_seconds must be at most 65,535"),
         ("environment: {'A B': x}", "is not a valid variable name"),
         ("environment: {A: [b]}", ":1: environment.A: expected a string, got a list"),
         ("environment: [A]", "environment is a section of its own keys, got a list"),
@@ -381,6 +383,12 @@ def test_a_tokenizing_job_finds_its_code_account_and_files(folder, slurm, monkey
     slurm.jobs(("7", "PENDING", directives(script)["--job-name"]))
     with pytest.raises(UserError, match="its job 7 is pending"):
         submitted()
+
+
+def test_a_margin_is_advised_that_sbatch_takes():
+    ahead = Mock(step_seconds=30_000.0, slowest=1.0, remaining_seconds=60_000.0)
+    warning, *_ = checks.time_warnings(ahead, 10**6, 300, requeue=True, chain=1)
+    assert warning.endswith(f"--signal-margin {LONGEST_MARGIN}")
 
 
 def test_a_run_that_starts_from_an_uploaded_checkpoint_begins_at_its_step(tmp_path):

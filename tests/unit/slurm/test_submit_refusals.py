@@ -96,6 +96,7 @@ LINES = {
     "limit within the margin": ((), {"time": "00:05:00"}, ("--time 00:05:00", *LEAVES_NO_TIME)),
     "limit before the first step": ((), {"time": "00:08:00"}, ("--time 00:08:00", *LEAVES_NO_TIME)),
     "the same, of unknown speed": ((), {"time": "00:08:00"} | CPU, ("--time 00:08:00", *LEAVES_NO_TIME)),
+    "a margin that sbatch refuses": ((), {"time": "48:00:00", "signal_margin": 65_536}, ("--signal-margin", "65535")),
     "limit in minutes and seconds": ((), {"time": "05:00"}, ("--time 00:05:00",)),
     **{
         f"no time: {time}": ((), {"time": time}, ("--time",))

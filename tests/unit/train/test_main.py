@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import errno
 import os
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.schema import ParallelConfig, RunConfig
 from plt_megatron.errors import AttemptFailed, BadTokens, UserError, file_error
 from plt_megatron.run_folder.attempts import ExitStatus
 from plt_megatron.run_folder.folder import RunFolder
@@ -60,6 +61,18 @@ def test_the_rank_that_reads_bad_tokens_says_so(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert module.main([str(tmp_path / "run.yaml")]) == 2
     assert "token -5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("gpus", "have_te"), [("", False), ("0,1", None)])
+def test_transformer_engine_is_not_used_without_a_gpu(gpus, have_te, monkeypatch, tmp_path):
+    checked = Mock(side_effect=UserError("enough"))
+    for name in ("hear_every_interrupt", "go_on_without_readers"):
+        monkeypatch.setattr(module, name, lambda: None)
+    monkeypatch.setattr(module, "validate", checked)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    run = RunFolder(tmp_path / "run")
+    run.try_config(RunConfig(name="run", output_dir=str(tmp_path), parallel=ParallelConfig(context_parallel_size=2)))
+    assert module.main([str(run.config_file)]) == 2 and checked.call_args.kwargs["have_te"] is have_te
 
 
 def test_a_gpu_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu(monkeypatch, tmp_path):

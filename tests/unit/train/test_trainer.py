@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from types import SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -34,6 +34,15 @@ def test_a_signal_during_the_collective_counts_at_the_next_step(request_of_one_r
     assert not request_of_one_rank.agree()
     monkeypatch.setattr(dist, "all_reduce", lambda flag, op: None)
     assert request_of_one_rank.agree() and request_of_one_rank.requested
+
+
+@pytest.mark.parametrize("former", [signal.SIG_DFL, signal.SIG_IGN])
+def test_a_closed_terminal_asks_to_stop_unless_under_nohup(tmp_path, monkeypatch, former):
+    monkeypatch.setattr(signal, "signal", heard := Mock())
+    monkeypatch.setattr(signal, "getsignal", lambda number: former)
+    request = StopRequest(RunFolder(tmp_path))
+    heard.assert_any_call(signal.SIGTERM, request._hear)
+    assert (call(signal.SIGHUP, request._hear) in heard.mock_calls) == (former is signal.SIG_DFL)
 
 
 def test_a_steps_seconds_are_those_of_the_device(monkeypatch):

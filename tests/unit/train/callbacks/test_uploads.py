@@ -11,6 +11,7 @@ import subprocess
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -266,3 +267,11 @@ def test_a_process_beside_training_is_no_rank_and_is_seen_to_move(tmp_path, monk
     assert process.poll() is None, "it has been seen to move, not to end"
     process.end()
     assert process.poll() != 0
+
+
+def test_a_time_limit_longer_than_python_can_wait_is_a_day(run, monkeypatch):
+    run.config.parallel.distributed_timeout_minutes = 1e6
+    checked = Mock(return_value=Mock(returncode=0, stderr=""))
+    monkeypatch.setattr(subprocess, "run", checked)
+    uploads._check(run.config)
+    assert checked.call_args.kwargs["timeout"] == 24 * 3600
