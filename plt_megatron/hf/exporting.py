@@ -96,7 +96,7 @@ def export(options: ExportOptions, say: Callable[[str], None] = print) -> Export
         difference = tokens = None
         if options.verify:
             say("verifying: the same text through both models, in fp32")
-            difference, tokens = largest_difference(source, folder, PRECISIONS[precision], options.style)
+            difference, tokens = largest_difference(source, folder, precision, options.style)
             say(f"largest difference of logits over {tokens} tokens: {difference:.2e} of the largest logit")
             if not difference <= TOLERANCE:
                 raise UserError(
