@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -68,8 +68,9 @@ def export(options: ExportOptions, say: Callable[[str], None] = print) -> Export
         UserError: the checkpoint, its tokenizer or the target is unusable, a tensor is missing or unknown, or the
             verification failed.
     """
+    options = replace(options, checkpoint=Path(options.checkpoint), output=Path(options.output))
     shard_size = parse_size(options.max_shard_size)
-    source = open_source(options.checkpoint, options.tokenizer, ema=options.ema)
+    source = open_source(options.checkpoint, options.tokenizer and Path(options.tokenizer), ema=options.ema)
     mappings = mappings_for(source.model, source.vocab_size, options.style)
     precision = options.precision or source.precision
     if source.tokenizer is not None:

@@ -33,6 +33,7 @@ from plt_megatron.data.encoders import ChatEncoder
 from plt_megatron.data.tokenizer import load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.hf import exporting, verification
+from plt_megatron.hf.averaging import AverageOptions, average
 from plt_megatron.hf.exporting import ExportOptions, export
 from plt_megatron.hf.importing import ImportOptions, import_model
 from plt_megatron.hf.model_card import model_card
@@ -351,6 +352,17 @@ def test_one_tensor_at_a_time(tmp_path, run, monkeypatch):
     monkeypatch.setattr(exporting, "open_source", watched)
     quiet((folder, tmp_path / "out"))
     assert 1 <= most <= 2
+
+
+def test_paths_may_be_texts(tmp_path, run):
+    export(ExportOptions(str(run[0]), str(tmp_path / "out")), say=[].append)  # type: ignore[arg-type]
+    import_model(ImportOptions(str(tmp_path / "out"), str(tmp_path / "back")))  # type: ignore[arg-type]
+    folders = [path / "checkpoints" / "step_00000000" for path in (run[0], tmp_path / "back")]
+    options = AverageOptions(folders, str(tmp_path / "mean"))  # type: ignore[arg-type,list-item]
+    average(options, say=[].append)
+    assert torch.equal(
+        dict(open_source(tmp_path / "mean").weights())["final_layernorm.weight"], run[2]["final_layernorm.weight"]
+    )
 
 
 def test_the_verification_sees_a_wrong_export(tmp_path, run, monkeypatch):
