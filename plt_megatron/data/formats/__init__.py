@@ -37,7 +37,7 @@ def open_inputs(patterns: Sequence[str | Path], options: ReadOptions, format: st
     a pattern matches no file, a file cannot be read or is an archive, or the package that reads it is missing.
     """
     paths: dict[str, str] = {}  # by the file itself, which may have several names
-    for pattern in map(os.fspath, [patterns] if isinstance(patterns, str | Path) else patterns):
+    for pattern in map(str, [patterns] if isinstance(patterns, str | Path) else patterns):
         found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         files = [path for path in found if os.path.isfile(path)]
         if not files:
