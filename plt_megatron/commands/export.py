@@ -8,10 +8,6 @@ The folder then works with `AutoModelForCausalLM.from_pretrained(folder, trust_r
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from plt_megatron.commands import CommandParser, command
@@ -56,26 +52,6 @@ def main(arguments: argparse.Namespace) -> None:
 
     checks.prepare_conversion()
     require("plt export", "transformers")
-    with _own_modules() if arguments.verify else contextlib.nullcontext():
-        _write(arguments)
-
-
-@contextlib.contextmanager
-def _own_modules() -> Iterator[None]:
-    """Have transformers copy a folder's code to a temporary place: a verified export would leave it in the user's home
-    for good, which may not be writable."""
-    with tempfile.TemporaryDirectory() as folder:
-        used = os.environ.setdefault("HF_MODULES_CACHE", folder)
-        try:
-            yield
-        finally:
-            if used == folder:
-                del os.environ["HF_MODULES_CACHE"]
-
-
-def _write(arguments: argparse.Namespace) -> None:
-    from plt_megatron.hf import arguments as checks
-
     checks.check_target(arguments.output)
     checks.check_model(arguments.checkpoint)
     checks.check_file("--tokenizer", arguments.tokenizer)

@@ -14,13 +14,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Context
-from numbers import Real
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 MAX_LOOP_COUNT = 8
 
@@ -36,8 +36,6 @@ class Range:
 
     def problem(self, value: float) -> str | None:
         """Return why `value` is out of range; None if it is in range."""
-        if not isinstance(value, Real):  # of a file that `loader` does not read
-            return f"must be a number, got {value!r}"
         if isinstance(value, float) and not math.isfinite(value):
             return f"must be a finite number, got {value}"
         if value < self.low or (self.low_excluded and value == self.low):
@@ -159,30 +157,61 @@ def section_of(hint: Any) -> type | None:
     return plain if isinstance(plain, type) and dataclasses.is_dataclass(plain) else None
 
 
-def find_type_problems(settings: Any) -> Iterator[str]:
-    """Yield a line, starting with the dotted key, for each value of a dataclass that its type does not allow: a number
-    out of range, an empty text or list, several of mutually exclusive fields."""
-    return _find_problems(type(settings), settings, "")
+def find_type_problems(settings: Any, *, ranges: bool = True) -> Iterator[str]:
+    """Yield a line, starting with the dotted key, for each value of a dataclass that its type does not allow: one of
+    another type, a number out of range, an empty text or list, several of mutually exclusive fields.
+
+    Args:
+        ranges: False: only values of another type, which other checks cannot read.
+    """
+    return _find_problems(type(settings), settings, "", ranges)
 
 
-def _find_problems(hint: Any, value: Any, key: str) -> Iterator[str]:
-    plain, metadata, _ = plain_type(hint)
-    if value is None:
+def _find_problems(hint: Any, value: Any, key: str, ranges: bool) -> Iterator[str]:
+    plain, metadata, optional = plain_type(hint)
+    if value is None and optional:
         return
-    for part in metadata:
-        problem = part.problem(value) if isinstance(part, Range | NotEmpty) else None
+    wrong, parts = _wrong_type(plain, value), [part for part in metadata if isinstance(part, Range | NotEmpty)]
+    for problem in [wrong] if wrong else [part.problem(value) for part in parts if ranges]:
         if problem:
             yield f"{key} {problem}"
     section = section_of(plain)
+    if wrong:
+        return
     if section is not None:
-        alternatives: Sequence[Sequence[str]] = getattr(section, "ALTERNATIVES", ())
+        alternatives: Sequence[Sequence[str]] = getattr(section, "ALTERNATIVES", ()) if ranges else ()
         if sum(any(getattr(value, name) for name in names) for names in alternatives) > 1:
             yield f"{key}: give either {either(alternatives)}, not both"
         for name, inner in field_types(section).items():
-            yield from _find_problems(inner, getattr(value, name), f"{key}.{name}" if key else name)
+            yield from _find_problems(inner, getattr(value, name), f"{key}.{name}" if key else name, ranges)
     elif typing.get_origin(plain) is list:
         for index, item in enumerate(value):
-            yield from _find_problems(typing.get_args(plain)[0], item, f"{key}[{index}]")
+            yield from _find_problems(typing.get_args(plain)[0], item, f"{key}[{index}]", ranges)
+
+
+_TYPES: dict[Any, tuple[str, tuple[type, ...]]] = {
+    int: ("a whole number", (int,)),
+    float: ("a number", (int, float)),
+    bool: ("true or false", (bool,)),
+    str: ("text", (str,)),
+}
+
+
+def _wrong_type(plain: Any, value: Any) -> str | None:
+    """Return why `value` is not of a field's type; None if it is. Only programs and files that `loader` does not read
+    give such values. Subclasses of numbers, such as numpy's, could not be written to a file."""
+    if plain in _TYPES:
+        what, kinds = _TYPES[plain]
+        fits = type(value) in kinds
+    elif typing.get_origin(plain) is Literal:
+        what, fits = f"one of {', '.join(typing.get_args(plain))}", value in typing.get_args(plain)
+    elif typing.get_origin(plain) is list:
+        what, fits = "a list", isinstance(value, list | tuple)
+    elif section_of(plain) is not None:
+        what, fits = f"a {plain.__name__}", isinstance(value, plain)
+    else:  # another program's settings, or a type with `from_node`
+        return None
+    return None if fits else f"must be {what}, got {reprlib.repr(value)}"
 
 
 def either(alternatives: Sequence[Sequence[str]]) -> str:

@@ -58,6 +58,8 @@ def find_problems(
     `check_packages`: also look for optional packages; None: with `check_files`. A container has packages of its own.
     """
     problems = list(find_type_problems(config))
+    if problems and (wrong := list(find_type_problems(config, ranges=False))):  # no other check could read them
+        return place(config, wrong)
     problems += _check_required(config)
     if not problems:
         problems += schedules.batch_problems(config)

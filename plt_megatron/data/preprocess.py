@@ -59,7 +59,10 @@ def check_options(options: PreprocessOptions) -> None:
 
 
 def preprocess(options: PreprocessOptions) -> dict[str, Any]:
-    """Tokenize a corpus and return the manifest. Raises `UserError`; the work done so far is kept."""
+    """Tokenize a corpus and return the manifest. Raises `UserError`; the work done so far is kept.
+
+    Its worker processes import the main module again: a script calls this below `if __name__ == "__main__":`.
+    """
     job = _Job(options)
     if (manifest := job.finished()) is not None:
         if _read_json(job.work / "plan.json") == job.identity:  # left if killed at the very end
@@ -177,7 +180,7 @@ class _Job:
     def encode(self) -> None:
         """Encode all shards that are not done yet."""
         context = multiprocessing.get_context("spawn")
-        counters = context.Array("q", 3)
+        counters = context.Array("q", 4)  # the last: workers that started
         done = self._bytes_done()
         total = self.plan.bytes()
         if done:
@@ -192,9 +195,14 @@ class _Job:
             self._run_shards(pool, progress, counters)
             hashing.result()
             pool.shutdown()
-        except BaseException:
+        except BaseException as error:
             for worker in set(multiprocessing.active_children()) - others:
                 worker.terminate()  # rather than wait for their shards
+            if isinstance(error, BrokenProcessPool) and not counters[3]:
+                raise UserError(
+                    "a worker process did not start: each imports the main module again, so call preprocess() in a "
+                    'file, below `if __name__ == "__main__":`'
+                ) from error
             raise
         finally:
             stop.set()
@@ -211,7 +219,7 @@ class _Job:
             if not running:
                 return
             finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
-            text_bytes, tokens, disk_bytes = counters[:]
+            text_bytes, tokens, disk_bytes = counters[:3]
             progress.update(disk_bytes, text_bytes, tokens)
             for future in finished:
                 shard = running.pop(future)

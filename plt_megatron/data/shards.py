@@ -35,7 +35,7 @@ _BAD_LINES_KEPT = 1000  # per shard, with file, line and reason; all are counted
 class PreprocessOptions:
     """Options of a preprocessing job. See `plt preprocess --help`."""
 
-    inputs: Sequence[str]
+    inputs: Sequence[str | Path]
     output_prefix: str
     tokenizer: str
     workers: int = 1
@@ -103,6 +103,7 @@ _worker: dict[str, Any] = {}
 
 def start_worker(options: PreprocessOptions, work: Path, counters: Any) -> None:
     """Set up a worker process. It exits when its parent is gone, however that happened."""
+    _count(counters, 0, 0, 0, 1)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -126,7 +127,7 @@ def run_in_worker(shard: Shard) -> None:
 def encode_shard(shard: Shard, options: PreprocessOptions, encoder: Encoder, work: Path, counters: Any) -> None:
     """Read, encode and publish a shard.
 
-    `counters`, a shared array [3] of int64, is increased by the bytes read, tokens and disk bytes of each batch.
+    `counters`, a shared array of int64, is increased by the bytes read, tokens and disk bytes of each batch.
     """
     target = work / shard.key
     lengths, masks = [np.empty(0, np.int32)], [np.empty(0, np.uint8)]

@@ -34,7 +34,7 @@ _UNIGRAM_CHUNK = 1 << 13
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
-    """Return the dtype of ids on disk: uint16 if every id fits (megatron-core's rule), else int32."""
+    """Return the dtype of ids on disk: uint16 if every id fits, else int32."""
     return np.uint16 if vocab_size <= np.iinfo(np.uint16).max + 1 else np.int32
 
 

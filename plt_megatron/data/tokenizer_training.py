@@ -33,7 +33,7 @@ _CHECKED = 8 << 20  # characters of the sample on which both tokenizers are comp
 class TrainingOptions:
     """Options of tokenizer training. See `plt train-tokenizer --help`."""
 
-    inputs: Sequence[str]
+    inputs: Sequence[str | Path]
     output_dir: str
     vocab_size: int
     model_type: str = "bpe"  # or "unigram"

@@ -76,6 +76,7 @@ def average(options: AverageOptions, say: Callable[[str], None] = print) -> Aver
     Raises:
         UserError: a checkpoint is missing or damaged, they are not of one model, or the target exists.
     """
+    options = dataclasses.replace(options, sources=[*map(str, options.sources)], output=Path(options.output))
     paths, shares = find_checkpoints(options)
     members = [_open(path, options.ema) for path in paths]
     for other in members[1:]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.config import derived
-from plt_megatron.config.fields import MAX_LOOP_COUNT, find_type_problems
+from plt_megatron.config.fields import MAX_LOOP_COUNT, Size, find_type_problems
 from plt_megatron.config.schema import ModelConfig, MoeConfig, RopeScalingConfig, YarnConfig
 from plt_megatron.errors import UserError
 from plt_megatron.hf import switches
@@ -117,7 +117,7 @@ class HFModelConfig:
 
     model: ModelConfig
     vocab_size: int
-    max_position_embeddings: int
+    max_position_embeddings: Size
     family: str
     tokens: dict[str, Any] = field(default_factory=dict)
     style: Style = "plt"
@@ -242,8 +242,8 @@ def read_config(folder: Path) -> HFModelConfig:
         if keys.get("quantization_config"):
             raise UserError("the weights are quantized (quantization_config); convert the original model")
         found = _FAMILIES[family](keys)
-        if problems := list(find_type_problems(found.model)):
-            raise UserError("; ".join(problems))
+        if problems := list(find_type_problems(found)):
+            raise UserError("; ".join(problem.removeprefix("model.") for problem in problems))
         return found
     except Exception as error:  # the configuration classes' checks raise types of their own
         reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
@@ -370,10 +370,14 @@ def _described(config: Any, **settings: Any) -> HFModelConfig:
     if heads % derived.num_query_groups(model):
         raise UserError(f"num_attention_heads {heads} is not divisible by num_key_value_heads {model.num_query_groups}")
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    tokens = {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
+    for name, ids in tokens.items():
+        if any(type(each) is not int for each in (ids if isinstance(ids, list) else [ids])):
+            raise UserError(f"{name} {ids!r} is not a token's id")
     return HFModelConfig(
         model=model,
         vocab_size=config.vocab_size,
         max_position_embeddings=config.max_position_embeddings,
         family=config.model_type,
-        tokens={name: getattr(config, name) for name in names if getattr(config, name, None) is not None},
+        tokens=tokens,
     )

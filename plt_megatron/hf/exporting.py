@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -64,8 +64,9 @@ def export(options: ExportOptions, say: Callable[[str], None] = print) -> Export
         UserError: the checkpoint, its tokenizer or the target is unusable, a tensor is missing or unknown, or the
             verification failed.
     """
+    options = replace(options, checkpoint=Path(options.checkpoint), output=Path(options.output))
     shard_size = parse_size(options.max_shard_size)
-    source = open_source(options.checkpoint, options.tokenizer, ema=options.ema)
+    source = open_source(options.checkpoint, options.tokenizer and Path(options.tokenizer), ema=options.ema)
     mappings = mappings_for(source.model, source.vocab_size, options.style)
     precision = options.precision or source.precision
     if source.tokenizer is not None:
@@ -92,7 +93,7 @@ def export(options: ExportOptions, say: Callable[[str], None] = print) -> Export
         difference = tokens = None
         if options.verify:
             say("verifying: the same text through both models, in fp32")
-            difference, tokens = largest_difference(source, folder, PRECISIONS[precision], options.style)
+            difference, tokens = largest_difference(source, folder, precision, options.style)
             say(f"largest difference of logits over {tokens} tokens: {difference:.2e} of the largest logit")
             if not difference <= TOLERANCE:
                 raise UserError(

@@ -5,6 +5,7 @@ Python code in a model's folder is never run.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -72,12 +73,16 @@ def generate(
     """Continue a text, or answer it (`chat`: in the tokenizer's chat template), on a GPU if there is one.
 
     Raises:
-        UserError: `folder` is not a complete export, the prompt is empty, there is no chat template, or transformers is
-            missing.
+        UserError: `folder` is not a complete export, the prompt is empty, a number cannot be, there is no chat
+            template, or transformers is missing.
     """
+    if max_new_tokens < 1 or not 0 <= temperature < math.inf or not 0 <= seed < 2**32:
+        raise UserError(
+            f"max_new_tokens {max_new_tokens}, temperature {temperature}, seed {seed}: give at least 1 token, a "
+            f"temperature of at least 0 and a seed from 0 to {2**32 - 1}"
+        )
     require("generating", "transformers")
     import torch
-    from transformers import set_seed
 
     tokenizer, model = load_export(Path(folder))
     if torch.cuda.is_available():
@@ -88,11 +93,12 @@ def generate(
     if not prompt or not inputs["input_ids"].numel():
         raise UserError("the prompt is empty")
     _check_length(model.config.max_position_embeddings, inputs["input_ids"].shape[1], max_new_tokens)
-    set_seed(seed)
     # generation_config.json may set `do_sample` too.
     sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.95} if temperature else {"do_sample": False}
     started = time.perf_counter()
-    with torch.inference_mode():
+    # The caller's random state stays as it was, on all devices, since the seed is given to all.
+    with torch.random.fork_rng(list(range(torch.cuda.device_count()))), torch.inference_mode():
+        torch.manual_seed(seed)
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, **sampling)[0]
     seconds = time.perf_counter() - started
     text = tokenizer.decode(output[inputs["input_ids"].shape[1] :] if chat else output, skip_special_tokens=True)

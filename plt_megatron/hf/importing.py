@@ -191,6 +191,7 @@ def import_model(options: ImportOptions) -> ImportResult:
     Raises:
         UserError: the folder is not a known model, is broken, or the target exists.
     """
+    options = dataclasses.replace(options, model=Path(options.model), output=Path(options.output))
     if is_gguf(options.model):
         with TemporaryDirectory(prefix="plt-gguf-") as place:
             folder = Path(place) / options.model.stem

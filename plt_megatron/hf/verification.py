@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -14,10 +19,14 @@ from torch import Tensor
 from plt_megatron.config import derived
 from plt_megatron.config.schema import ParallelConfig
 from plt_megatron.errors import UserError
+from plt_megatron.hf.arguments import prepare_imports
 from plt_megatron.hf.checkpoint_writer import with_rows
 from plt_megatron.hf.conversion import ParamMapping, mappings_for, to_hf
-from plt_megatron.hf.sources import ModelSource, open_source
+from plt_megatron.hf.sources import PRECISIONS, ModelSource, open_source
+from plt_megatron.installation import own_python, python_path
 from plt_megatron.model.parameters import is_buffer
+from plt_megatron.run_folder.attempts import describe_exit
+from plt_megatron.runtime.environment import environment_of_no_rank
 from plt_megatron.train.checkpoint.reading import PADDED
 
 TOLERANCE = 2e-5  # of logits in fp32, as a share of the largest: 30 layers of 576 channels show 2.3e-6
@@ -36,18 +45,45 @@ A text needs accents, too: d\u00e9j\u00e0 vu, \u03b1\u03b2\u03b3, \u4f60\u597d. 
 """
 
 
-def largest_difference(source: ModelSource, folder: Path, export_dtype: torch.dtype, style: str) -> tuple[float, int]:
+def largest_difference(source: ModelSource, folder: Path, precision: str, style: str) -> tuple[float, int]:
     """Compare the export with the training model; return (largest difference of logits as a share of the largest logit,
     tokens compared).
 
-    Both hold the weights as exported, rounded to `export_dtype`, and compute in fp32. One model is in memory at a time.
-    Runs megatron-core on the CPU runtime.
+    A process of its own does it: megatron-core's CPU runtime would take the GPU from this one for good, and
+    transformers would leave a copy of the folder's code in the user's home, which may not be writable.
     """
-    tokens = _tokens(source, folder)
-    expected = _megatron_logits(source, tokens, export_dtype)
-    actual = _hf_logits(folder, tokens, style)
+    tokenizer = None if source.tokenizer is None else str(source.tokenizer.path)
+    arguments = [str(source.path), tokenizer, source.ema, str(folder), precision, style]
+    with TemporaryDirectory() as modules:
+        done = subprocess.run(
+            [*own_python(), "-m", "plt_megatron.hf.verification", json.dumps(arguments)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            env={"HF_MODULES_CACHE": modules, **environment_of_no_rank(), "PYTHONPATH": python_path()},
+            process_group=0,  # Ctrl-C reaches it only through us
+            check=False,
+        )
+    if done.returncode:
+        raise UserError(f"the verification {describe_exit(done.returncode)}; nothing is written")
+    answer = json.loads(done.stdout.splitlines()[-1])  # after what libraries print
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer["difference"], answer["tokens"]
+
+
+def _main(path: str, tokenizer: str | None, ema: bool, folder: str, precision: str, style: str) -> dict[str, Any]:
+    """Both models hold the weights as exported and compute in fp32. One model is in memory at a time."""
+    prepare_imports()
+    logging.getLogger().setLevel(logging.ERROR)  # the caller has logged what is doubtful about the source
+    try:
+        source = open_source(Path(path), None if tokenizer is None else Path(tokenizer), ema=ema)
+        tokens = _tokens(source, Path(folder))
+        expected = _megatron_logits(source, tokens, PRECISIONS[precision])
+        actual = _hf_logits(Path(folder), tokens, style)
+    except UserError as error:
+        return {"error": str(error)}
     largest = expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-    return float((actual - expected).abs().max() / largest), tokens.shape[1]
+    return {"difference": float((actual - expected).abs().max() / largest), "tokens": tokens.shape[1]}
 
 
 def _tokens(source: ModelSource, folder: Path) -> Tensor:
@@ -188,3 +224,7 @@ def export_of(source: ModelSource, dtype: torch.dtype) -> Any:
         else:
             parameters[name].copy_(tensor)
     return model
+
+
+if __name__ == "__main__":
+    print(json.dumps(_main(*json.loads(sys.argv[1]))))

@@ -18,6 +18,13 @@ ALLOCATOR, ALLOCATOR_TOO = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
 # torch's first choice of attention on Hopper, cuDNN's, compiles a plan of 20 ms or more for each new length of queries
 # or keys, and keeps them all; flash attention, its second, does not. Read at torch's first attention.
 FLASH_FIRST = ("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
+# Variables set by a rank's launcher: with them a library might join the run's job and wait for its other ranks.
+_OF_A_RANK = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "PMI", "OMPI_", "MV2_")
+
+
+def environment_of_no_rank() -> dict[str, str]:
+    """Return this process's environment, for a process that is not a rank."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_OF_A_RANK)}
 
 
 def cuda_environment(config: RunConfig) -> dict[str, str]:

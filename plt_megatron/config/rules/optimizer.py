@@ -29,7 +29,8 @@ class OptimizerSpec:
 
     Attributes:
         title: name in messages.
-        state: state of each parameter, name in checkpoints -> bytes per element.
+        state: state of each parameter, in its shape: name in checkpoints -> bytes per element. Besides `step` it must
+            be all: with a class that keeps more, such as NAdam, runs could not resume.
         settings: fields of `OptimizerConfig` that it reads but not every optimizer does.
         megatron: megatron-core's settings, if its distributed optimizer supports it: only Adam.
         matrix_state: state of hidden matrices (model/parameters.py), if a class of their own (train/muon.py) updates

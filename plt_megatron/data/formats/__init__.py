@@ -29,7 +29,7 @@ for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
 
-def open_inputs(patterns: Sequence[str], options: ReadOptions, format: str | None = None) -> list[Reader]:
+def open_inputs(patterns: Sequence[str | Path], options: ReadOptions, format: str | None = None) -> list[Reader]:
     """Return readers of the files that paths and globs (`**` included) match.
 
     Each file occurs once, whatever its names, in the order given; those of a glob are sorted by name. The format
@@ -37,7 +37,7 @@ def open_inputs(patterns: Sequence[str], options: ReadOptions, format: str | Non
     a pattern matches no file, a file cannot be read or is an archive, or the package that reads it is missing.
     """
     paths: dict[str, str] = {}  # by the file itself, which may have several names
-    for pattern in patterns:
+    for pattern in map(str, [patterns] if isinstance(patterns, str | Path) else patterns):
         found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         files = [path for path in found if os.path.isfile(path)]
         if not files:

@@ -143,8 +143,10 @@ class Reader(ABC):
 
     def __init_subclass__(cls) -> None:
         if "name" in vars(cls):
-            others = {suffix for reader in READERS.values() for suffix in reader.suffixes}
-            assert cls.name not in READERS and not others.intersection(cls.suffixes), f"{cls.name}: already taken"
+            place = (cls.__module__, cls.__qualname__)  # of a class that is defined again, as in a notebook: it may be
+            others = [each for each in READERS.values() if (each.__module__, each.__qualname__) != place]
+            taken = {name for each in others for name in (each.name, *each.suffixes)}
+            assert not taken.intersection((cls.name, *cls.suffixes)), f"{cls.name}: already taken"
             READERS[cls.name] = cls
 
     @property

@@ -6,7 +6,6 @@ Work beside training runs in processes at low priority, without a GPU, and not a
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
 import shutil
 import subprocess
@@ -29,6 +28,7 @@ from plt_megatron.run_folder.checkpoints import (
     trained_tokens,
 )
 from plt_megatron.run_folder.metrics import read_scores
+from plt_megatron.runtime.environment import environment_of_no_rank
 from plt_megatron.storage.queue import clear_leftovers, link_folder, remove
 from plt_megatron.train.callbacks.base import Callback, Run
 
@@ -42,8 +42,6 @@ _MAIN = (
     "import sys; from plt_megatron.runtime.local_processes import die_with_parent; die_with_parent(); "
     "from plt_megatron.commands import main; sys.exit(main())"
 )
-# Variables set by a rank's launcher: with them a library might join the run's job and wait for its other ranks.
-_OF_A_RANK = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "PMI", "OMPI_", "MV2_")
 
 
 class BesideProcess:
@@ -95,9 +93,8 @@ class BesideProcess:
 
 
 def environment() -> dict[str, str]:
-    """Return this process's environment, for a process that is not a rank."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith(_OF_A_RANK)}
-    return own | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
+    """Return the environment of a process beside training."""
+    return environment_of_no_rank() | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
 
 
 @dataclass

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from plt_megatron.config.rules.optimizer import WHOLE_MATRICES, optimizer_spec
 from plt_megatron.config.schema import RunConfig
+from plt_megatron.errors import UserError
 from plt_megatron.model.build import global_names, initial_value
 from plt_megatron.model.looped_gpt import LoopedGPT
 from plt_megatron.model.parameters import only_in_loops
@@ -90,6 +91,8 @@ class OptimizerPart:
         Parameter groups are not included: they follow from the configuration.
         """
         self.allocate()
+        if self._spec.torch_class is not None:
+            self._check_state()
         wholes, prefix = state.by_tensor(model), state.OPTIMIZER_PREFIX
         return {
             index: {
@@ -98,6 +101,15 @@ class OptimizerPart:
             }
             for index, parameter, part in self._owned()
         }
+
+    def _check_state(self) -> None:
+        """Raise `UserError` if torch's class keeps state that checkpoints lack, with which no run could resume."""
+        for _, parameter, _ in self._owned():
+            kept = self.inner.state[self.main_parameter(parameter)].keys()
+            if others := sorted(kept - {*self._keys(parameter), "step"}):
+                raise UserError(
+                    f"{self._spec.torch_class} keeps {', '.join(others)}, which its OptimizerSpec.state lacks"
+                )
 
     def sharded_beside(
         self, model: dict[str, Any], pieces: Mapping[int, Tensor], prefix: str

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from plt_megatron.config.layout import layout_of, num_microbatches
@@ -384,6 +387,20 @@ def test_all_problems_are_reported_at_once():
     with pytest.raises(UserError) as caught:
         validate(config, check_files=False)
     assert len(str(caught.value).splitlines()) == 3
+
+
+def test_values_of_another_type_that_a_program_gives_are_all_that_is_named():
+    config: Any = RunConfig()
+    config.name, config.data.sources, config.data.stages = 3, [DataSource("x"), {}], None
+    config.data.sources[0].path = Path("x")
+    config.model.share_kv, config.model.loop_count, config.model.loop_span = "no", True, [0, 1.0]
+    config.training.train_iters, config.training.train_tokens = np.int64(10), 4e9
+    config.optimizer.name, config.optimizer.lr, config.optimizer.lr_warmup_iters = "adamw", 1, -1
+    assert [problem.partition(" must be ")[0] for problem in find_problems(config)] == [
+        *("name", "model.loop_count", "model.loop_span[1]", "model.share_kv"),
+        *("data.sources[0].path", "data.sources[1]", "data.stages"),
+        *("training.train_iters", "training.train_tokens", "optimizer.name"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -300,12 +300,21 @@ def test_dtypes(tmp_path):
 # ---------------------------------------------------------------- what cannot be converted
 
 
-@pytest.mark.parametrize("value", ["abc", [1.0], float("nan")])
-def test_a_setting_of_our_own_that_is_no_number(tmp_path, value):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "plt"}))
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("embedding_scale", value) for value in ("abc", [1.0], float("nan"))),
+        *(("max_position_embeddings", value) for value in (0, -5)),
+        ("share_kv", "no"),
+        ("bos_token_id", 5.0),
+        ("eos_token_id", [2, "3"]),
+    ],
+)
+def test_a_value_of_another_type_or_out_of_range(tmp_path, key, value):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "plt", "eos_token_id": [2, 3]}))
     assert read_config(tmp_path).model.embedding_scale == 1
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "plt", "embedding_scale": value}))
-    with pytest.raises(UserError, match=r"config\.json: embedding_scale "):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "plt", key: value}))
+    with pytest.raises(UserError, match=rf"config\.json: .*{key}"):
         read_config(tmp_path)
 
 

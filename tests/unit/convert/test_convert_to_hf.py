@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import weakref
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +32,8 @@ from plt_megatron.config import derived
 from plt_megatron.data.encoders import ChatEncoder
 from plt_megatron.data.tokenizer import load_tokenizer
 from plt_megatron.errors import UserError
-from plt_megatron.hf import exporting
+from plt_megatron.hf import exporting, verification
+from plt_megatron.hf.averaging import AverageOptions, average
 from plt_megatron.hf.exporting import ExportOptions, export
 from plt_megatron.hf.importing import ImportOptions, import_model
 from plt_megatron.hf.model_card import model_card
@@ -352,6 +354,17 @@ def test_one_tensor_at_a_time(tmp_path, run, monkeypatch):
     assert 1 <= most <= 2
 
 
+def test_paths_may_be_texts(tmp_path, run):
+    export(ExportOptions(str(run[0]), str(tmp_path / "out")), say=[].append)  # type: ignore[arg-type]
+    import_model(ImportOptions(str(tmp_path / "out"), str(tmp_path / "back")))  # type: ignore[arg-type]
+    folders = [path / "checkpoints" / "step_00000000" for path in (run[0], tmp_path / "back")]
+    options = AverageOptions(folders, str(tmp_path / "mean"))  # type: ignore[arg-type,list-item]
+    average(options, say=[].append)
+    assert torch.equal(
+        dict(open_source(tmp_path / "mean").weights())["final_layernorm.weight"], run[2]["final_layernorm.weight"]
+    )
+
+
 def test_the_verification_sees_a_wrong_export(tmp_path, run, monkeypatch):
     folder, _, _ = run
     right = exporting.to_hf
@@ -364,6 +377,17 @@ def test_the_verification_sees_a_wrong_export(tmp_path, run, monkeypatch):
     with pytest.raises(UserError, match=r"logits differ by up to \d\.\d+e-\d+ of .*, more than 2e-05; nothing is wri"):
         quiet((folder, tmp_path / "out"), verify=True)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_verification_leaves_the_calling_process_and_the_home_folder_alone(tmp_path, run, monkeypatch):
+    monkeypatch.setattr(verification, "single_process", None)  # of this process
+    for name in ("HF_MODULES_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    random, hook = torch.get_rng_state(), sys.excepthook
+    assert quiet((run[0], tmp_path / "out"), verify=True).difference < 1e-5
+    assert torch.equal(torch.get_rng_state(), random) and sys.excepthook is hook
+    assert [path.parent.name for path in tmp_path.rglob("modeling_plt.py")] == ["out"]
 
 
 def test_the_verification_allows_for_the_size_of_logits(tmp_path):

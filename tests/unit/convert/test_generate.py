@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
+import math
+import random
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from convert_helpers import make_model, random_weights, save_run
 from safetensors.torch import load_file, save_file
 
@@ -94,6 +98,19 @@ def test_numbers_that_cannot_be(capsys, option, value):
     with pytest.raises(SystemExit, match="2"):
         generate_command.main(["--model", "model", "--prompt", "the loop", option, value])
     assert f"error: {option} must be " in capsys.readouterr().err
+
+
+def test_the_callers_random_state_stays(exported):
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    generation.generate(str(exported), "the loop", 4, 0.8, 7)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
+
+
+@pytest.mark.parametrize("numbers", [(0, 0.8, 0), (4, -0.1, 0), (4, math.nan, 0), (4, 0.8, 2**32), (4, 0.8, -1)])
+def test_numbers_that_cannot_be_from_a_program(exported, numbers):
+    with pytest.raises(UserError, match="max_new_tokens {}, temperature {}, seed {}:".format(*numbers)):
+        generation.generate(str(exported), "the loop", *numbers)
 
 
 def truncate(folder: Path) -> None:

@@ -13,6 +13,7 @@ from data_helpers import make_texts, write_jsonl, write_parquet
 
 from plt_megatron.data.compressed import BrokenStream, open_stream
 from plt_megatron.data.formats import LEFT_OUT, READERS, Document, Quality, Reader, ReadOptions, Span, open_inputs
+from plt_megatron.data.formats import reader as registry
 from plt_megatron.errors import UserError
 
 
@@ -259,6 +260,8 @@ def test_a_file_of_several_names_is_read_once(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "z.txt").symlink_to("a.txt")
     names = ["./a.txt", "a.txt", str(tmp_path / "a.txt"), "*.txt", "z.txt"]
     assert [reader.path for reader in open_inputs(names, ReadOptions())] == ["./a.txt"]
+    for given in ("a.txt", Path("a.txt"), [Path("a.txt")]):
+        assert [reader.path for reader in open_inputs(given, ReadOptions())] == ["a.txt"]
 
 
 def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,3 +331,11 @@ def test_a_name_or_suffix_is_taken_once() -> None:
         with pytest.raises(AssertionError, match="already taken"):
             type("Another", (Reader,), attributes)
     assert sorted(READERS) == sorted(WRITERS)
+
+
+def test_a_class_that_is_defined_again_replaces_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a notebook's cell that runs twice."""
+    monkeypatch.setattr(registry, "READERS", {})
+    attributes = {"name": "mine", "suffixes": (".mine",), "__module__": "__main__"}
+    _, second = (type("Mine", (Reader,), attributes) for _ in range(2))
+    assert registry.READERS == {"mine": second}

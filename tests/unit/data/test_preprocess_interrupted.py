@@ -140,6 +140,18 @@ def test_a_killed_worker(corpus: Path, bpe_model: Path, tmp_path: Path, monkeypa
         run_preprocess([corpus], tmp_path / "x", bpe_model)
 
 
+def test_a_script_whose_workers_would_begin_it_again(corpus: Path, bpe_model: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from plt_megatron.data.preprocess import PreprocessOptions, preprocess\n"
+        f"preprocess(PreprocessOptions([{str(corpus)!r}], 'x', {str(bpe_model)!r}))\n"
+    )
+    environment = {**tool_environment(), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    *_, last = done.stderr.strip().splitlines()
+    assert done.returncode == 1 and "UserError" in last and "__main__" in last and "memory" not in last
+
+
 def test_disk_full(corpus: Path, bpe_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> str:
         raise OSError(28, "No space left on device", "/data/x")
