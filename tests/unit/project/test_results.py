@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tarfile
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -43,20 +44,29 @@ def test_archives_are_as_the_script_writes_them(archive):
     assert sum(name.endswith("metrics.jsonl") for name in names) >= 6
 
 
-def test_leads_of_the_larger_models_are_those_of_their_records():
+def _leads(runs: Path, plain: str, row: str, seed: int) -> list[float]:
+    """Return at each validation how much lower a row's loss is than that of one loop."""
+    one, looped = (
+        {record["step"]: record["loss"] for record in RunFolder(runs / f"{name}-seed{seed}").metrics().validation}
+        for name in (plain, row)
+    )
+    return [one[step] - looped[step] for step in sorted(one)]
+
+
+def test_leads_are_those_of_the_records():
     page = " ".join((RESULTS / "depth_gain/README.md").read_text().split())
-    runs = unpacked(RESULTS / "depth_gain/four_million" / ARCHIVE)
-    for row, seeds in (("plt-2", (1, 2)), ("plt-2_last_loop_global", (1, 2)), ("eight_layers", (1, 2))):
-        for seed in seeds:
-            plain, looped = (
-                {
-                    record["step"]: record["loss"]
-                    for record in RunFolder(runs / f"{name}-seed{seed}").metrics().validation
-                }
-                for name in ("one_loop", row)
-            )
-            leads = [f"{plain[step] - looped[step]:.3f}" for step in sorted(plain)]
-            assert len(leads) == 5 and f"{', '.join(leads[:-1])} and {leads[-1]}" in page, (row, seed)
+    larger, wide = (unpacked(RESULTS / "depth_gain" / name / ARCHIVE) for name in ("four_million", "two_wide_layers"))
+    shown = {}
+    for row in ("plt-2", "plt-2_last_loop_global", "eight_layers"):
+        shown |= {f"{row} {seed}": _leads(larger, "one_loop", row, seed) for seed in (1, 2)}
+    for row in ("plt-2", "plt-2_last_loop_global", "2k_layers"):
+        of_seeds = [_leads(wide, "k_layers", row, seed) for seed in (1, 2, 3)]
+        shown[f"{row}, mean"] = [fmean(leads) for leads in zip(*of_seeds, strict=True)]
+        ends = [f"{leads[-1]:.3f}" for leads in of_seeds]
+        assert f"{ends[0]}, {ends[1]} and {ends[2]}" in page, row
+    for what, leads in shown.items():
+        texts = [f"{lead:.3f}" for lead in leads]
+        assert len(texts) == 5 and f"{', '.join(texts[:-1])} and {texts[-1]}" in page, what
 
 
 def test_the_shipped_sweeps_are_those_that_the_records_are_of():
