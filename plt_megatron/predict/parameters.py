@@ -12,7 +12,7 @@ from typing import Self, get_args
 from plt_megatron.config import derived
 from plt_megatron.config.schema import ModelConfig, RunConfig
 from plt_megatron.model.parameters import Component, Parameter, Sizes, parameters_of
-from plt_megatron.model.trainable import selection
+from plt_megatron.model.trainable import selection, trains
 
 FFN: tuple[Component, ...] = ("ffn", "router", "experts")
 
@@ -144,6 +144,11 @@ class Weights:
         listed."""
         counted = self.elements(layers, *components, experts=active_experts(self.model))
         return sum(number for parameter, number in counted if parameter.is_matrix)
+
+
+def check_trained(config: RunConfig) -> None:
+    """Raise `UserError` if a run is to train parameters that its model lacks, as a step of fewer loops may."""
+    trains(config)
 
 
 def count_parameters(
