@@ -22,9 +22,10 @@ FINISHED, PREEMPTED, FAILED, NODE_FAILED, KILLED = "finished", "preempted", "fai
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """Read the events of an attempts.jsonl, without lines that a crash or a full disk has torn."""
+    """Read the events of an attempts.jsonl, without lines that a crash, a full disk or somebody's editor has torn."""
+    kinds = {"start": int, "end": int, "stop": int, "again": type(None)}  # of the attempt's number
     events = json_lines.read(path, skip_broken=True)
-    return [event for event in events if event.get("event") in ("start", "end", "stop", "again")]
+    return [event for event in events if type(event.get("attempt")) is kinds.get(str(event.get("event")))]
 
 
 def unended(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -40,7 +41,7 @@ def unended(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def last_attempt(events: Iterable[dict[str, Any]]) -> int:
     """Return the number of the last attempt; 0 if there was none."""
-    return max((int(event.get("attempt") or 0) for event in events), default=0)
+    return max((event.get("attempt", 0) for event in events), default=0)
 
 
 def setup_warnings(events: Iterable[dict[str, Any]]) -> list[str]:

@@ -107,7 +107,7 @@ def rewind(path: Path, keep: Callable[[Record], bool]) -> None:
 
 
 def parse(line: bytes) -> Record | None:
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         record = json.loads(line)
         if isinstance(record, dict):
             return record

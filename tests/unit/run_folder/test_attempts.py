@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plt_megatron.run_folder.attempts import ExitStatus, describe_exit
+from plt_megatron.run_folder.attempts import ExitStatus, describe_exit, last_attempt, read_events, unended
 
 
 def test_exit_statuses_are_what_job_scripts_and_wrappers_rely_on():
@@ -23,3 +23,12 @@ def test_exits_in_words():
     assert describe_exit(-9) == "was killed by SIGKILL (out of memory?)"
     assert describe_exit(-7) == "was killed by SIGBUS"
     assert describe_exit(-63).startswith("was killed by ")
+
+
+def test_lines_that_are_no_events_are_left_out(tmp_path):
+    broken = ['{"event": "start"}', '{"event": "end", "attempt": "2"}', '{"event": [1]}', "[" * 100_000, '{"a":']
+    events = ['{"event": "start", "attempt": 1}', *broken, '{"event": "again"}', '{"event": "start", "attempt": 2}']
+    (tmp_path / "attempts.jsonl").write_text("\n".join(events) + "\n")
+    found = read_events(tmp_path / "attempts.jsonl")
+    assert [event["event"] for event in found] == ["start", "again", "start"]
+    assert last_attempt(found) == 2 and len(unended(found)) == 2
