@@ -209,7 +209,9 @@ def _wrong_type(plain: Any, value: Any) -> str | None:
         what, fits = "a list", isinstance(value, list | tuple)
     elif section_of(plain) is not None:
         what, fits = f"a {plain.__name__}", isinstance(value, plain)
-    else:  # another program's settings, or a type with `from_node`
+    elif typing.get_origin(plain) is dict:
+        what, fits = "a mapping", isinstance(value, dict)
+    else:  # a type with `from_node`
         return None
     return None if fits else f"must be {what}, got {reprlib.repr(value)}"
 

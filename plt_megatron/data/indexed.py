@@ -170,8 +170,8 @@ def open_index(prefix: str | os.PathLike[str]) -> IndexedFile:
             raise UserError(f"{prefix}.idx is truncated at {size} bytes: tokenize the data again")
         dtype, lengths, offsets, end = np.dtype(_CODES[code]), np.empty(0, np.int32), np.empty(0, np.int64), 0
         if sequences:
-            lengths = np.memmap(prefix + ".idx", np.int32, "r", offset, (sequences,))
-            offsets = np.memmap(prefix + ".idx", np.int64, "r", offset + 4 * sequences, (sequences,))
+            both = np.memmap(prefix + ".idx", np.uint8, "r", offset, (12 * sequences,))  # one open file for both
+            lengths, offsets = both[: 4 * sequences].view(np.int32), both[4 * sequences :].view(np.int64)
             end = int(offsets[-1]) + int(lengths[-1]) * dtype.itemsize
     except OSError as error:
         raise file_error(f"{prefix}.idx cannot be read ({error.strerror})", error) from error

@@ -238,8 +238,9 @@ class LocalSweep:
 
     def _end_all(self) -> None:
         """End what still runs: after an error save it, after a second SIGINT kill it."""
-        if not self._signals:
+        if self.running and not self._signals:
             self._ask_to_save()
+            self._signals.append(signal.SIGTERM)  # ours: a run without handlers yet is interrupted, not failed
         while self._signals.count(signal.SIGINT) < 2 and any(item.process.poll() is None for item in self.running):
             time.sleep(_POLL_SECONDS)
         for item in self.running:

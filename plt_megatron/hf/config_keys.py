@@ -8,10 +8,10 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from plt_megatron.config import derived
-from plt_megatron.config.fields import MAX_LOOP_COUNT, Size, find_type_problems
+from plt_megatron.config.fields import MAX_LOOP_COUNT, Range, find_type_problems
 from plt_megatron.config.schema import ModelConfig, MoeConfig, RopeScalingConfig, YarnConfig
 from plt_megatron.errors import UserError
 from plt_megatron.hf import switches
@@ -117,7 +117,7 @@ class HFModelConfig:
 
     model: ModelConfig
     vocab_size: int
-    max_position_embeddings: Size
+    max_position_embeddings: Annotated[int, Range(1, 10**9)]
     family: str
     tokens: dict[str, Any] = field(default_factory=dict)
     style: Style = "plt"

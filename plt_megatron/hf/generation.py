@@ -97,7 +97,8 @@ def generate(
     sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.95} if temperature else {"do_sample": False}
     started = time.perf_counter()
     # The caller's random state stays as it was, on all devices, since the seed is given to all.
-    with torch.random.fork_rng(list(range(torch.cuda.device_count()))), torch.inference_mode():
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)  # the driver counts unusable ones too
+    with torch.random.fork_rng(gpus), torch.inference_mode():
         torch.manual_seed(seed)
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, **sampling)[0]
     seconds = time.perf_counter() - started

@@ -119,12 +119,13 @@ class ModelSource:
         return (self.progress.get("data_fingerprint") or {}).get("tokenizer")
 
 
-def open_source(path: Path, tokenizer: Path | None = None, *, ema: bool = False) -> ModelSource:
+def open_source(path: Path, tokenizer: Path | None = None, *, ema: bool = False, verify: bool = True) -> ModelSource:
     """Open a run's folder (its last complete checkpoint), a checkpoint, or a Hugging Face folder.
 
     Args:
         tokenizer: overrides the one that the checkpoint names.
         ema: use the moving average of its weights (`training.ema_decay`) instead of the weights.
+        verify: whether to read a checkpoint's files and compare their checksums.
 
     Raises:
         UserError: `path` is none of these, or broken.
@@ -133,15 +134,15 @@ def open_source(path: Path, tokenizer: Path | None = None, *, ema: bool = False)
         if ema:
             raise UserError(f"{path}: a Hugging Face folder has one set of weights; leave --ema out")
         return _open_hf(path, tokenizer)
-    return _open_checkpoint(path, tokenizer, ema)
+    return _open_checkpoint(path, tokenizer, ema, verify)
 
 
 # ---------------------------------------------------------------- checkpoints
 
 
-def _open_checkpoint(path: Path, tokenizer: Path | None, ema: bool) -> ModelSource:
+def _open_checkpoint(path: Path, tokenizer: Path | None, ema: bool, verify: bool) -> ModelSource:
     check_model(path)
-    found = latest_checkpoint(path)
+    found = latest_checkpoint(path, verify=verify)
     if found is None:
         raise UserError(f"{path}: no complete checkpoint there")
     progress = read_verified_progress(found)

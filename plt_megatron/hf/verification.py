@@ -27,6 +27,7 @@ from plt_megatron.installation import own_python, python_path
 from plt_megatron.model.parameters import is_buffer
 from plt_megatron.run_folder.attempts import describe_exit
 from plt_megatron.runtime.environment import environment_of_no_rank
+from plt_megatron.runtime.local_processes import die_with_parent
 from plt_megatron.train.checkpoint.reading import PADDED
 
 TOLERANCE = 2e-5  # of logits in fp32, as a share of the largest: 30 layers of 576 channels show 2.3e-6
@@ -76,7 +77,7 @@ def _main(path: str, tokenizer: str | None, ema: bool, folder: str, precision: s
     prepare_imports()
     logging.getLogger().setLevel(logging.ERROR)  # the caller has logged what is doubtful about the source
     try:
-        source = open_source(Path(path), None if tokenizer is None else Path(tokenizer), ema=ema)
+        source = open_source(Path(path), Path(tokenizer) if tokenizer else None, ema=ema, verify=False)
         tokens = _tokens(source, Path(folder))
         expected = _megatron_logits(source, tokens, PRECISIONS[precision])
         actual = _hf_logits(Path(folder), tokens, style)
@@ -227,4 +228,5 @@ def export_of(source: ModelSource, dtype: torch.dtype) -> Any:
 
 
 if __name__ == "__main__":
+    die_with_parent()
     print(json.dumps(_main(*json.loads(sys.argv[1]))))

@@ -234,7 +234,7 @@ class Coordinator:
                 self._enter("settling", UNEXPLAINED_SECONDS)
             if is_explained(end):
                 self._deadline = min(self._deadline, self._clock() + SETTLE_SECONDS)
-        elif self._deadline == float("inf"):
+        elif self._deadline == self._must_end == float("inf"):
             self._deadline = self._clock() + _STRAGGLER_SECONDS
 
     # The end of an attempt.

@@ -99,9 +99,11 @@ class Records:
 
     def _last_seen(self, start: dict[str, Any]) -> float:
         """Return when an attempt without an end last logged a step: what follows may be time in the queue."""
+        begun = start.get("time")
+        begun = float(begun) if isinstance(begun, int | float) else 0.0  # of a damaged line
         with contextlib.suppress(OSError):
-            return max(start["time"], self.folder.metrics_file.stat().st_mtime)
-        return float(start["time"])
+            return max(begun, self.folder.metrics_file.stat().st_mtime)
+        return begun
 
     def _end(self, start: dict[str, Any], outcome: Outcome) -> dict[str, Any]:
         cause = outcome.failure

@@ -41,7 +41,7 @@ def unended(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def last_attempt(events: Iterable[dict[str, Any]]) -> int:
     """Return the number of the last attempt; 0 if there was none."""
-    return max((event.get("attempt", 0) for event in events), default=0)
+    return max((event.get("attempt") or 0 for event in events), default=0)
 
 
 def setup_warnings(events: Iterable[dict[str, Any]]) -> list[str]:

@@ -39,8 +39,9 @@ def run_processes(
     """Run `count` copies of `command` as one distributed job and return its exit status.
 
     Each gets `RANK`, `LOCAL_RANK`, `WORLD_SIZE`, `LOCAL_WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT` on top of
-    `env` (default: this process's environment). SIGTERM, SIGINT and SIGUSR1 are forwarded to all of them; a second
-    SIGINT kills them (status 130). When one fails, the others get SIGTERM and, after `grace_seconds`, SIGKILL.
+    `env` (default: this process's environment). SIGTERM, SIGINT, SIGUSR1 and, unless under `nohup`, SIGHUP are
+    forwarded to all of them; a second SIGINT kills them (status 130). When one fails, the others get SIGTERM and, after
+    `grace_seconds`, SIGKILL.
 
     Files of `pass_fds` stay open, and their locks held, until the last process has ended, even if this one is killed.
 
@@ -52,7 +53,8 @@ def run_processes(
     base = dict(os.environ if env is None else env)
     with _reserved_port() as port:
         job = _Job(grace_seconds, pass_fds)
-        with signals_handled(_FORWARDED, job.forward):
+        hangup = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+        with signals_handled((*_FORWARDED, *hangup), job.forward):
             try:
                 for rank in range(count):
                     job.start(command, base | rank_environment(rank, rank, count, count, "127.0.0.1", port))

@@ -86,7 +86,7 @@ def _exchange(part: DistributedOptimizer, spec: OptimizerSpec, settings: Optimiz
     megatron-core builds its distributed optimizer only around Adam, but uses nothing of it except its step.
     """
     # Built over a dummy: pieces of fp32 parameters are views, which torch's constructors reject.
-    build = resolve_name(spec.torch_class or "")
+    build = resolve_name(":".join((spec.torch_class or "").rsplit(".", 1)))  # one import, whose error says why
     inner = build([torch.empty(0)], lr=settings.lr, **spec.arguments(settings))
     inner.param_groups = part.optimizer.param_groups
     for group in inner.param_groups:  # each group keeps its current rate

@@ -105,6 +105,13 @@ def test_samples_and_fingerprint_are_those_of_one_file(settings, whole, joined, 
             assert all(torch.equal(mine[name], expected[name]) for name in expected), number
 
 
+def test_an_index_is_one_open_file(whole):
+    """Joining holds the indices of all parts."""
+    before = len(os.listdir("/proc/self/fd"))
+    index = read_index(whole)
+    assert len(os.listdir("/proc/self/fd")) == before + 1 and index.start(1) == index.lengths[0]
+
+
 def test_a_source_in_parts_has_a_loss_mask_in_parts(whole, joined, bpe_model, tmp_path):
     counted = (np.random.default_rng(1).random(read_index(whole).tokens) < 0.3).astype(np.uint8)
     prefixes = []

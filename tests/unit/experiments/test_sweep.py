@@ -38,7 +38,8 @@ from plt_megatron.slurm.submission import Options
 from tests.running import ROOT, wait_for
 from tests.running import run as run_command
 
-# Behaves as the run's folder says: `behave` holds fail, hang (until SIGTERM, saving half) or nothing (finish).
+# Behaves as the run's folder says: `behave` holds fail, hang (until SIGTERM, saving half), start (until a SIGTERM that
+# it does not handle yet) or nothing (finish).
 LAUNCHER = """
 import json, os, signal, sys, threading
 sys.path.insert(0, {here!r})
@@ -55,6 +56,8 @@ signal.signal(signal.SIGTERM, lambda *_: asked.set())
 (run.folder.path / "gpu").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "none"))
 behave = run.folder.path.parent / (run.folder.path.name + ".behave")
 todo = behave.read_text() if behave.exists() else ""
+if todo == "start":
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 others = sorted(path.parent.name for path in run.folder.path.parent.glob("*/now"))
 with (run.folder.path.parent / "log").open("a") as log:
     log.write(json.dumps([run.folder.path.name, others]) + "\\n")
@@ -67,6 +70,8 @@ try:
         os.kill(os.getpid(), signal.SIGSEGV)
     if todo == "lie":
         sys.exit(0)
+    if todo == "start":
+        signal.pause()
     if todo == "hang":
         while not asked.wait(0.05):
             pass
@@ -218,8 +223,8 @@ def test_a_sweep_goes_on_without_a_reader_and_without_its_reports(tmp_path, laun
 def test_an_error_of_a_sweep_has_its_runs_saved(tmp_path, launcher, monkeypatch):
     plan = small(tmp_path)
     runs = plan.runs[:2]
-    for run in runs:
-        behave(plan, run.name, "hang")
+    for run, how in zip(runs, ("hang", "start"), strict=True):
+        behave(plan, run.name, how)
 
     def fail_when_both_run():
         if all((run.folder.path / "now").exists() for run in runs):
@@ -229,7 +234,8 @@ def test_an_error_of_a_sweep_has_its_runs_saved(tmp_path, launcher, monkeypatch)
     monkeypatch.setattr(local, "_report", fail_when_both_run)
     with pytest.raises(KeyError):
         local.run()
-    assert [state_of(run) for run in runs] == ["interrupted"] * 2 == list(local.outcome.values())
+    assert [state_of(run) for run in runs] == ["interrupted", "pending"]
+    assert list(local.outcome.values()) == ["interrupted"] * 2
 
 
 def test_a_failure_is_noted_and_the_others_go_on(tmp_path, launcher, capsys):

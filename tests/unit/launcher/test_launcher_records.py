@@ -77,6 +77,14 @@ def test_time_in_the_queue_is_not_a_lost_attempts(tmp_path, monkeypatch, logged)
     assert job_seconds(run.events()) == (1200 if logged else 600)
 
 
+def test_a_lost_attempt_without_a_time_ends_as_the_others(tmp_path):
+    (tmp_path / "attempts.jsonl").write_text(
+        '{"event": "start", "attempt": 1}\n{"event": "start", "attempt": 2, "time": "x"}\n'
+    )
+    run = Records(tmp_path, allocation())
+    assert run.begin() == 3 and [event["event"] for event in run.events()] == ["start", "start", "end", "end", "start"]
+
+
 def test_torn_lines_are_passed_over(tmp_path):
     Records(tmp_path, allocation()).begin()
     with (tmp_path / "attempts.jsonl").open("a") as file:

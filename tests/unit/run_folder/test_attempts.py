@@ -27,7 +27,12 @@ def test_exits_in_words():
 
 def test_lines_that_are_no_events_are_left_out(tmp_path):
     broken = ['{"event": "start"}', '{"event": "end", "attempt": "2"}', '{"event": [1]}', "[" * 100_000, '{"a":']
-    events = ['{"event": "start", "attempt": 1}', *broken, '{"event": "again"}', '{"event": "start", "attempt": 2}']
+    events = [
+        '{"event": "start", "attempt": 1}',
+        *broken,
+        '{"event": "again", "attempt": null}',
+        '{"event": "start", "attempt": 2}',
+    ]
     (tmp_path / "attempts.jsonl").write_text("\n".join(events) + "\n")
     found = read_events(tmp_path / "attempts.jsonl")
     assert [event["event"] for event in found] == ["start", "again", "start"]

@@ -138,7 +138,7 @@ heard = []
 def hear(number, frame):
     heard.append(number)
     print(signal.Signals(number).name, file=open(f"{folder}/heard.{rank}", "a"), flush=True)
-for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
     signal.signal(getattr(signal, name), hear)
 print(os.getpid(), file=open(f"{folder}/up.{rank}.part", "w"), flush=True)
 os.rename(f"{folder}/up.{rank}.part", f"{folder}/up.{rank}")
@@ -193,9 +193,11 @@ def test_signals_reach_every_process_and_preemption_is_reported(tmp_path):
         wait_for(lambda: heard(tmp_path) == [["SIGUSR1"]] * 2)
         process.send_signal(signal.SIGINT)
         wait_for(lambda: heard(tmp_path) == [["SIGUSR1", "SIGINT"]] * 2)
+        process.send_signal(signal.SIGHUP)
+        wait_for(lambda: heard(tmp_path) == [["SIGUSR1", "SIGINT", "SIGHUP"]] * 2)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 75
-    assert heard(tmp_path) == [["SIGUSR1", "SIGINT", "SIGTERM"]] * 2
+    assert heard(tmp_path) == [["SIGUSR1", "SIGINT", "SIGHUP", "SIGTERM"]] * 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
