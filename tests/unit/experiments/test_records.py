@@ -109,7 +109,8 @@ def test_a_failed_run_is_told_with_its_reason(tmp_path):
     )
     slurm = planned(plan, "2_loops-seed1").folder  # as plt_megatron/launcher leaves it
     slurm.why_file.write_text("out of memory\n")
-    events = [{"event": "start", "attempt": 1}, {"event": "stop", "reason": "rank 3 was killed by signal 9"}]
+    stop = {"event": "stop", "attempt": 1, "reason": "rank 3 was killed by signal 9"}
+    events = [{"event": "start", "attempt": 1}, stop]
     slurm.attempts_file.write_text("".join(json.dumps(event) + "\n" for event in events))
     results = load_results(plan.folder)
     assert statuses(results) == {"1_loop-seed1": "failed", "2_loops-seed1": "failed"}
