@@ -37,6 +37,12 @@ def looped_layers(model: ModelConfig) -> range:
     return range(first, last)
 
 
+def count_looped(model: ModelConfig, layers: range) -> int:
+    """Return how many of the given layers run in every loop."""
+    looped = looped_layers(model)
+    return sum(layer in looped for layer in layers)
+
+
 def layer_runs(model: ModelConfig) -> int:
     """Return the number of layer runs in a forward pass."""
     return model.num_layers + (model.loop_count - 1) * len(looped_layers(model))

@@ -46,6 +46,7 @@ _VERSION = 1
 _BAD_LINES_SHOWN = 10
 _HASHED = 1 << 30  # bytes of input whose hashes may be lost
 _LARGEST_DOCUMENT = 1 << 30  # bytes; a document's tokens are counted in an int32
+_SPAWN = multiprocessing.get_context("spawn")
 
 
 def shard_prefix(prefix: str, number: int, of: int) -> str:
@@ -75,6 +76,11 @@ def preprocess(options: PreprocessOptions) -> dict[str, Any]:
             manifest = job.merge()
         shutil.rmtree(job.work)
     except BrokenProcessPool as error:
+        if not job.counters[3]:
+            raise UserError(
+                "a worker process did not start: each imports the main module again, so call preprocess() in a file, "
+                'below `if __name__ == "__main__":`'
+            ) from error
         raise UserError(
             "a worker process was killed (out of memory?): the same command continues where this one stopped; "
             "fewer --workers need less memory"
@@ -113,6 +119,7 @@ class _Job:
                 _say(f"warning: no run can load this tokenizer: {error}")
         self.identity = self._identity()
         self.plan = Plan(self.sources, options.shard_bytes, self.work, options.shard or (1, 1))
+        self.counters = _SPAWN.Array("q", 4)  # done: bytes of text, tokens, bytes on disk; and workers that started
 
     def _identity(self) -> dict[str, Any]:
         """Return what the output depends on; a resumed or repeated command must match it."""
@@ -179,30 +186,23 @@ class _Job:
 
     def encode(self) -> None:
         """Encode all shards that are not done yet."""
-        context = multiprocessing.get_context("spawn")
-        counters = context.Array("q", 4)  # the last: workers that started
         done = self._bytes_done()
         total = self.plan.bytes()
         if done:
             _say(f"resuming: {done / max(total, 1):.1%} of the input is already encoded")
         progress = ProgressBar(total, done)
         others = set(multiprocessing.active_children())
-        pool = ProcessPoolExecutor(self.options.workers, context, start_worker, (self.options, self.work, counters))
+        pool = ProcessPoolExecutor(self.options.workers, _SPAWN, start_worker, (self.options, self.work, self.counters))
         hasher = ThreadPoolExecutor(1)
         stop = threading.Event()
         hashing = hasher.submit(self._hash_sources, stop)
         try:
-            self._run_shards(pool, progress, counters)
+            self._run_shards(pool, progress)
             hashing.result()
             pool.shutdown()
-        except BaseException as error:
+        except BaseException:
             for worker in set(multiprocessing.active_children()) - others:
                 worker.terminate()  # rather than wait for their shards
-            if isinstance(error, BrokenProcessPool) and not counters[3]:
-                raise UserError(
-                    "a worker process did not start: each imports the main module again, so call preprocess() in a "
-                    'file, below `if __name__ == "__main__":`'
-                ) from error
             raise
         finally:
             stop.set()
@@ -210,7 +210,7 @@ class _Job:
             pool.shutdown(wait=False, cancel_futures=True)
             hasher.shutdown(wait=False, cancel_futures=True)
 
-    def _run_shards(self, pool: ProcessPoolExecutor, progress: ProgressBar, counters: Any) -> None:
+    def _run_shards(self, pool: ProcessPoolExecutor, progress: ProgressBar) -> None:
         running: dict[Future[None], Shard] = {}
         shards = self.plan.shards()
         while True:
@@ -219,7 +219,7 @@ class _Job:
             if not running:
                 return
             finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
-            text_bytes, tokens, disk_bytes = counters[:3]
+            text_bytes, tokens, disk_bytes = self.counters[:3]
             progress.update(disk_bytes, text_bytes, tokens)
             for future in finished:
                 shard = running.pop(future)

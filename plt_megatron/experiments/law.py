@@ -173,7 +173,7 @@ def fit_law(
     else:
         found = looped_variants(runs) if with_phi else ()
         data = to_arrays(runs, [name for name in variants or found if name in found])
-    problem = what_is_missing(data, with_phi)
+    problem = what_is_missing(data) if with_phi else _missing_without_phi(data)
     if problem:
         raise UserError(f"{'no law yet' if with_phi else 'no fit'}: {problem}")
     solution, weights, spread = _robust(data, _ROUNDS if with_phi else 0)
@@ -190,22 +190,27 @@ def fit_law(
     return LawFit(data, solution.theta, weights, residuals, adjusted, samples, solution.cost, notes)
 
 
-def what_is_missing(data: Arrays, with_phi: bool = True) -> str | None:
-    """Describe the runs that a law lacks; None if it lacks none. Without phis, N or D need not vary."""
-    if with_phi and not data.variants:
+def what_is_missing(data: Arrays) -> str | None:
+    """Describe the runs that a law with phis lacks; None if it lacks none."""
+    if not data.variants:
         return "no finished run has several loops, so phi is unknown"
-    if with_phi and not (data.loops == 1).any():
+    if not (data.loops == 1).any():
         return "no finished run has one loop, which every variant is measured against"
-    names, instead = ("sizes", "numbers of tokens"), ""
-    if not with_phi:
-        names, instead = ("model sizes", "token budgets"), ", or one to leave it out"
-    for values, name in zip((data.looped, data.tokens), names, strict=True):
+    for values, name in ((data.looped, "sizes"), (data.tokens, "numbers of tokens")):
         count = distinct(values)
-        if count < _DISTINCT and (with_phi or count > 1):
-            return f"{count} {name}; an exponent needs at least {_DISTINCT}{instead}"
+        if count < _DISTINCT:
+            return f"{count} {name}; an exponent needs at least {_DISTINCT}"
+    return _too_few(data, "finished runs")
+
+
+def _missing_without_phi(data: Arrays) -> str | None:
+    for values, name in ((data.looped, "model sizes"), (data.tokens, "token budgets")):
+        count = distinct(values)
+        if 1 < count < _DISTINCT:
+            return f"{count} {name}; an exponent needs at least {_DISTINCT}, or one to leave it out"
     if not any(data.terms):
         return "one model size and one token budget; a scaling law needs at least three of either"
-    return _too_few(data, "finished runs" if with_phi else "points")
+    return _too_few(data, "points")
 
 
 def _too_few(data: Arrays, what: str) -> str | None:

@@ -168,20 +168,15 @@ def fill_model(stage: Any, weights: Iterator[tuple[str, Tensor]], mappings: list
 
 @contextmanager
 def single_process() -> Iterator[None]:
-    """Set up megatron-core's process groups for a job of one process; existing ones are used."""
+    """Set up megatron-core's process groups for a job of one process."""
     from plt_megatron.runtime.cpu_runtime import enter_cpu_runtime
 
     enter_cpu_runtime(force=True)
     import torch.distributed as dist
-    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core import tensor_parallel
 
     from plt_megatron.runtime.process_groups import destroy_process_groups, init_process_groups
 
-    if parallel_state.model_parallel_is_initialized():
-        assert parallel_state.get_tensor_model_parallel_world_size() == 1
-        assert parallel_state.get_pipeline_model_parallel_world_size() == 1
-        yield
-        return
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     init_process_groups(ParallelConfig())

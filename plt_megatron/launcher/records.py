@@ -99,8 +99,7 @@ class Records:
 
     def _last_seen(self, start: dict[str, Any]) -> float:
         """Return when an attempt without an end last logged a step: what follows may be time in the queue."""
-        begun = start.get("time")
-        begun = float(begun) if isinstance(begun, int | float) else 0.0  # of a damaged line
+        begun = float(start.get("time", 0.0))  # a damaged line has none
         with contextlib.suppress(OSError):
             return max(begun, self.folder.metrics_file.stat().st_mtime)
         return begun

@@ -194,9 +194,8 @@ class Activations(RankLayer):
 
     def _own_values(self) -> int:
         """Return V of a later loop that shares only keys: a view of the fused QKV output, or a copy of V."""
-        if derived.shares_values(self.model) or (
-            self.windowed and not self._blocked_window and not self.te
-        ):  # the window keeps them
+        window_keeps_them = self.windowed and not self._blocked_window and not self.te
+        if derived.shares_values(self.model) or window_keeps_them:
             return 0
         return self.key_bytes() if self.te else self.qkv_bytes()
 

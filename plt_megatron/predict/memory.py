@@ -37,8 +37,7 @@ class MemorySimulator:
         self.model, self.layout, self.shapes = self.of.config.model, self.of.layout, self.of.shapes
         self.trained, self.own = self.stage.trained, self.stage.layers
         self.loops = self.model.loop_count
-        looped = derived.looped_layers(self.model)
-        self.layers, self.looped = len(self.own), sum(layer in looped for layer in self.own)
+        self.layers, self.looped = len(self.own), derived.count_looped(self.model, self.own)
         self.by_layer = self.model.loop_order == "layer"
         self.full = self.layout.recompute == "full"
         self.alone = self.layout.pipeline == 1

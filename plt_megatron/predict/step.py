@@ -155,8 +155,7 @@ def _matmul_seconds(config: RunConfig, card: GPUSpec, flops: Flops, layers: Sequ
 def _memory_bound(step: Step, card: GPUSpec) -> float:
     shapes = dataclasses.replace(step.shapes, recomputed=())  # activations that are not saved are moved too
     model, own = step.config.model, step.slowest.layers
-    looped = derived.looped_layers(model)
-    saved = sum(layer in looped for layer in own) * shapes.first_loop_kv()
+    saved = derived.count_looped(model, own) * shapes.first_loop_kv()
     saved += sum(shapes.layers_in_loop(own, loop) for loop in range(1, model.loop_count + 1))
     saved += len(step.losses(step.slowest)) * (shapes.softmax() + shapes.head_backward())
     moved = PASSES_OVER_ACTIVATIONS * saved * step.layout.microbatches

@@ -25,6 +25,9 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     """Read the events of an attempts.jsonl, without lines that a crash, a full disk or somebody's editor has torn."""
     kinds = {"start": int, "end": int, "stop": int, "again": type(None)}  # of the attempt's number
     events = json_lines.read(path, skip_broken=True)
+    for event in events:
+        if not isinstance(event.get("time"), int | float):
+            event.pop("time", None)
     return [event for event in events if type(event.get("attempt")) is kinds.get(str(event.get("event")))]
 
 

@@ -22,7 +22,6 @@ from types import FrameType
 from plt_megatron.errors import EXIT_INTERRUPTED
 from plt_megatron.run_folder.attempts import PEACEFUL, describe_exit
 
-_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _POLL_SECONDS = 0.05
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
@@ -39,9 +38,8 @@ def run_processes(
     """Run `count` copies of `command` as one distributed job and return its exit status.
 
     Each gets `RANK`, `LOCAL_RANK`, `WORLD_SIZE`, `LOCAL_WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT` on top of
-    `env` (default: this process's environment). SIGTERM, SIGINT, SIGUSR1 and, unless under `nohup`, SIGHUP are
-    forwarded to all of them; a second SIGINT kills them (status 130). When one fails, the others get SIGTERM and, after
-    `grace_seconds`, SIGKILL.
+    `env` (default: this process's environment). `stop_signals` are forwarded to all of them; a second SIGINT kills them
+    (status 130). When one fails, the others get SIGTERM and, after `grace_seconds`, SIGKILL.
 
     Files of `pass_fds` stay open, and their locks held, until the last process has ended, even if this one is killed.
 
@@ -53,15 +51,21 @@ def run_processes(
     base = dict(os.environ if env is None else env)
     with _reserved_port() as port:
         job = _Job(grace_seconds, pass_fds)
-        hangup = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
-        with signals_handled((*_FORWARDED, *hangup), job.forward):
+        forwarded = stop_signals()
+        with signals_handled(forwarded, job.forward):
             try:
                 for rank in range(count):
                     job.start(command, base | rank_environment(rank, rank, count, count, "127.0.0.1", port))
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, forwarded)
                 return job.wait()
             finally:
                 job.kill()
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Return the signals that ask a run to save and stop: SIGHUP, of a closed terminal, only without `nohup`."""
+    asked = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    return asked if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (*asked, signal.SIGHUP)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pkgutil import resolve_name
+from importlib import import_module
 from typing import Any, get_args
 
 import torch
@@ -85,8 +85,9 @@ def _exchange(part: DistributedOptimizer, spec: OptimizerSpec, settings: Optimiz
 
     megatron-core builds its distributed optimizer only around Adam, but uses nothing of it except its step.
     """
+    module, _, name = (spec.torch_class or "").rpartition(".")
+    build = getattr(import_module(module), name)
     # Built over a dummy: pieces of fp32 parameters are views, which torch's constructors reject.
-    build = resolve_name(":".join((spec.torch_class or "").rsplit(".", 1)))  # one import, whose error says why
     inner = build([torch.empty(0)], lr=settings.lr, **spec.arguments(settings))
     inner.param_groups = part.optimizer.param_groups
     for group in inner.param_groups:  # each group keeps its current rate

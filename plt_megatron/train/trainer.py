@@ -26,6 +26,7 @@ from plt_megatron.config.schedules import BatchSchedule, LengthSchedule
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.run_folder.checkpoints import sequence_length, trained_tokens
 from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.runtime.local_processes import stop_signals
 from plt_megatron.train.build_engine import build_engine
 from plt_megatron.train.callbacks.base import Callback, Clock, Step, TrainingFailed
 from plt_megatron.train.callbacks.registry import CALLBACKS, is_needed
@@ -34,7 +35,6 @@ from plt_megatron.train.checkpoint.state import Kept
 from plt_megatron.train.checkpoint.store import CheckpointStore
 from plt_megatron.train.data import RunData
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # and SIGHUP, of a closed terminal, unless under nohup
 _NOTHING, _SAVE, _STOP = 0, 1, 2
 
 
@@ -45,8 +45,7 @@ class StopRequest:
         self.requested = False  # whether the ranks have agreed to stop
         self._folder = folder
         self._signaled = False  # never reset: a signal during a collective counts at the next step boundary
-        numbers = _SIGNALS if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (*_SIGNALS, signal.SIGHUP)
-        self._previous = {number: signal.signal(number, self._hear) for number in numbers}
+        self._previous = {number: signal.signal(number, self._hear) for number in stop_signals()}
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self._signaled = True

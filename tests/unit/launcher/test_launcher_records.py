@@ -83,6 +83,7 @@ def test_a_lost_attempt_without_a_time_ends_as_the_others(tmp_path):
     )
     run = Records(tmp_path, allocation())
     assert run.begin() == 3 and [event["event"] for event in run.events()] == ["start", "start", "end", "end", "start"]
+    assert job_seconds(run.events()) == 0
 
 
 def test_torn_lines_are_passed_over(tmp_path):
