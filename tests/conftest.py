@@ -91,6 +91,12 @@ def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     python.close()
 
 
+@pytest.fixture
+def warm_starts(warm_python: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that the package starts, such as an export's verification, have their imports too."""
+    monkeypatch.setattr(sys, "executable", warm_python)
+
+
 @pytest.fixture(scope="session")
 def run_distributed(warm_python: str) -> Iterator[Callable[..., Any]]:
     """Run a function on several ranks, which the session's pool keeps."""

@@ -14,7 +14,9 @@ _FORWARDED = (_signal.SIGTERM, _signal.SIGINT, _signal.SIGUSR1)
 
 
 def main(address: str, arguments: list[str]) -> None:
-    if not arguments or (arguments[0].startswith("-") and arguments[0] != "-m"):
+    own = arguments[:1] == ["-P"]
+    command = arguments[own:]
+    if not command or (command[0].startswith("-") and command[0] not in (["-m", "-c"] if own else ["-m"])):
         os.execv(sys.executable, [sys.executable, *arguments])
     server = _socket.socket(_socket.AF_UNIX)
     server.connect(address)

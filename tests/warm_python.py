@@ -1,10 +1,12 @@
 """A `python` for tests that runs commands without their seconds of imports.
 
 A server process has torch, megatron-core and the package imported, on the CPU runtime, and forks for each command.
-`WarmPython.executable` stands in for the interpreter: `-m MODULE` and scripts run in a fork, with the arguments,
-folder, environment and standard streams of the caller; the processes that they start by `sys.executable` do so too.
-Signals are passed on, and its exit status is the command's. Anything else (`-c`) goes to the real interpreter, which is
-also used where the start itself is tested: what is imported, and when, cannot be seen here.
+`WarmPython.executable` stands in for the interpreter: `-m MODULE` and scripts, also after `-P`, run in a fork, with the
+arguments, folder, environment and standard streams of the caller; the processes that they start by `sys.executable` do
+so too.
+Signals are passed on, and its exit status is the command's. `-c` is run like that after `-P` alone, with which the
+package starts its own processes; this and anything else goes to the real interpreter, which is also used where the
+start itself is tested: what is imported, and when, cannot be seen here.
 
 The test processes of a session share one server: the first that needs it starts it, and it ends with the last one.
 
@@ -210,14 +212,21 @@ def run(request: dict[str, Any], executable: str) -> None:
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    modules: Any = sys.modules.get("transformers.dynamic_module_utils")
+    if modules is not None and "HF_MODULES_CACHE" in os.environ:
+        modules.HF_MODULES_CACHE = os.environ["HF_MODULES_CACHE"]  # it has read the server's
     sys.executable = executable
     _open_streams()
-    first, *arguments = request["arguments"]
+    arguments = request["arguments"]
+    safe = arguments[0] == "-P"
+    first, *rest = arguments[safe:]
+    sys.argv = {"-m": rest, "-c": ["-c", *rest[1:]]}.get(first, [first, *rest])
+    sys.path[:1] = [] if safe else [request["folder"] if first == "-m" else str(Path(first).resolve().parent)]
     if first == "-m":
-        sys.argv, sys.path[0] = arguments, request["folder"]
-        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif first == "-c":
+        exec(rest[0], {"__name__": "__main__"})
     else:
-        sys.argv, sys.path[0] = request["arguments"], str(Path(first).resolve().parent)
         runpy.run_path(first, run_name="__main__")
 
 

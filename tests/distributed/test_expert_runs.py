@@ -82,6 +82,7 @@ def flat(value) -> list[float]:
     return [0.0 if value is None else value]
 
 
+@pytest.mark.usefixtures("warm_starts")
 def test_a_run_that_shares_out_experts_exports(data, tmp_path, run_distributed):
     """The training model's logits, by the exported model."""
     from plt_megatron.hf.exporting import ExportOptions, export

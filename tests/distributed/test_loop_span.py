@@ -133,6 +133,7 @@ def test_gates_of_other_layers_are_refused_and_one_loops_weights_are_a_start(run
 # ---------------------------------------------------------------- a whole run
 
 
+@pytest.mark.usefixtures("warm_starts")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "model",

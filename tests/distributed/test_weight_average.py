@@ -203,6 +203,7 @@ def assert_same_average(other: RunConfig, config: RunConfig) -> None:
         assert one["ema_loss"] == pytest.approx(another["ema_loss"], rel=1e-5)
 
 
+@pytest.mark.usefixtures("warm_starts")
 @pytest.mark.slow
 def test_experts_have_averages_too(data, tmp_path, run_distributed):
     """Theirs is an optimizer of its own; EP2 x DP2 against one process. Biases go along as they are."""

@@ -165,6 +165,7 @@ def test_a_checkpoint_moves_between_fp8_and_bf16(run_te, saved):
     assert after[0][0] == pytest.approx(whole["after"][0][0], rel=0.02)
 
 
+@pytest.mark.usefixtures("warm_starts")
 def test_an_export_is_the_weights_alone(saved, tmp_path):
     from safetensors import safe_open
 

@@ -267,6 +267,7 @@ def test_chat_tokens_survive_a_second_import(tmp_path, tokenizer_model):
         assert exported.apply_chat_template(chat, return_dict=True)["input_ids"] == expected
 
 
+@pytest.mark.usefixtures("warm_starts")
 def test_code_of_a_models_folder_is_not_asked_for(tmp_path, tokenizer_model):
     """It is not copied; a name such as `owner/repo--module.Class` would have readers of the export fetch and run it."""
     from transformers import AutoTokenizer

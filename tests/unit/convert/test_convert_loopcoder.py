@@ -99,6 +99,7 @@ def published(**changes):
     return PLTConfig(**{**sizes, **gates, **others, **changes})
 
 
+@pytest.mark.usefixtures("warm_starts")
 @pytest.mark.parametrize(
     ("keys", "changes"),
     [
@@ -137,6 +138,7 @@ def test_loopcoder_runs_in_our_code_and_goes_back(tmp_path, keys, changes):
     assert not (tmp_path / "back" / "modeling_plt.py").exists()
 
 
+@pytest.mark.usefixtures("warm_starts")
 def test_a_local_gate_travels_through_loopcoders_format(tmp_path):
     model = make_model(share_embeddings_and_output_weights=False)
     weights = random_weights(model)

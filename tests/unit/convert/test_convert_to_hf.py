@@ -137,6 +137,7 @@ def test_another_models_tokenizer(tmp_path, tokenizer_model):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "tokenizer"]
 
 
+@pytest.mark.usefixtures("warm_starts")
 def test_everything_a_user_needs(tmp_path, tokenizer_model):
     from transformers import AutoTokenizer, pipeline
 
@@ -308,6 +309,7 @@ def test_an_exports_chat_template_writes_the_tokens_of_training(tmp_path, read):
     assert {exported.convert_tokens_to_ids(symbol) for symbol in symbols} <= set(trained)
 
 
+@pytest.mark.usefixtures("warm_starts")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_dtypes(tmp_path, run, precision):
     folder, model, weights = run
@@ -365,6 +367,7 @@ def test_paths_may_be_texts(tmp_path, run):
     )
 
 
+@pytest.mark.usefixtures("warm_starts")
 def test_the_verification_sees_a_wrong_export(tmp_path, run, monkeypatch):
     folder, _, _ = run
     right = exporting.to_hf
@@ -390,6 +393,7 @@ def test_the_verification_leaves_the_calling_process_and_the_home_folder_alone(t
     assert [path.parent.name for path in tmp_path.rglob("modeling_plt.py")] == ["out"]
 
 
+@pytest.mark.usefixtures("warm_starts")
 def test_the_verification_allows_for_the_size_of_logits(tmp_path):
     """Rounding grows with them: those of public models reach 40."""
     model = make_model()

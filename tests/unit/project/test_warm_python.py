@@ -71,6 +71,16 @@ def test_modules_run_and_what_they_start_is_warm_too(run, warm_python):
     assert run(inner).stdout.splitlines()[-1] == f"{warm_python} 0"
 
 
+@pytest.mark.parametrize(("options", "status"), [([], 0), (["-P"], 1)])
+def test_modules_of_the_folder_are_found_unless_the_path_is_safe(warm_python, tmp_path, options, status):
+    (tmp_path / "of_the_folder.py").write_text("import sys; print('torch' in sys.modules)")
+    command = [warm_python, *options, "-m", "of_the_folder"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == status and done.stdout == ("" if status else "True\n"), done.stderr
+    script = subprocess.run([warm_python, *options, "of_the_folder.py"], capture_output=True, text=True, cwd=tmp_path)
+    assert script.stdout == "True\n"
+
+
 def test_other_options_go_to_the_interpreter_itself(warm_python):
     text = "import sys; print(sys.executable, 'torch' in sys.modules)"
     done = subprocess.run([warm_python, "-c", text], capture_output=True, text=True, timeout=120)
