@@ -183,7 +183,16 @@ class Decoding:
             started |= {out.request_id for out in self.engine.step() if out.outputs[0].token_ids}
 
     def milliseconds(self, steps: int) -> float:
-        """Return milliseconds per decode step, as the mean of `steps` steps."""
+        """Return milliseconds per decode step, as the mean of `steps` steps.
+
+        On a GPU vLLM returns from a step while the next one runs: the clock starts when those of other engines are done
+        and this engine's, which had ended before its turn, has been taken.
+        """
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            self.engine.step()
         begun = time.perf_counter()
         for _ in range(steps):
             self.engine.step()
@@ -197,7 +206,7 @@ class Decoding:
 
 def decode_times(engines: dict, batch: int, args: argparse.Namespace) -> dict[str, list[float]]:
     """Return milliseconds per decode step, by row and turn."""
-    tokens = (args.turns + 1) * args.steps + 8
+    tokens = (args.turns + 1) * (args.steps + 1) + 8
     decodings = {name: Decoding(engine, batch, args.prompt, tokens) for name, engine in engines.items()}
     times: dict[str, list[float]] = {name: [] for name in engines}
     for turn in range(args.turns + 1):

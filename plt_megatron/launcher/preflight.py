@@ -254,8 +254,8 @@ def _check_links(torch: Any, device: Any, result: dict[str, Any]) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     _say(result | {"stage": 2})
     elements = (_GPU_BYTES if device.type == "cuda" else _CPU_BYTES) // 4
-    data = torch.full((elements,), float(rank + 1), device=device)
-    seconds = _time(torch, device, lambda: dist.all_reduce(data.copy_(torch.full_like(data, rank + 1.0))))
+    data = torch.empty(elements, device=device)
+    seconds = _time(torch, device, lambda: dist.all_reduce(data), lambda: data.fill_(rank + 1.0))
     assert bool((data == world * (world + 1) / 2).all()), "an all-reduce has a wrong sum"
     result["all_reduce"] = 2 * (world - 1) / world * 4 * elements / seconds / 1e9
     _say(result | {"stage": 3})
@@ -278,9 +278,10 @@ def _ring(dist: Any, outgoing: Any, incoming: Any) -> None:
         request.wait()
 
 
-def _time(torch: Any, device: Any, run: Any) -> float:
-    """Return the seconds of the second run; the first one sets up the connections."""
+def _time(torch: Any, device: Any, run: Any, prepare: Any = lambda: None) -> float:
+    """Return the seconds of the second run; the first one sets up the connections. `prepare` is not timed."""
     for _ in range(2):
+        prepare()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         started = time.perf_counter()

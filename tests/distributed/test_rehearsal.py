@@ -28,7 +28,7 @@ SOUND = ["layerwise recomputed", "DP2 gates", "TP2 hidden wide recomputed", "ung
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    return rehearsed("TP2 PP2", "TP2 PP2 batches", "PP2 top", *SOUND)
+    return rehearsed("TP2 PP2", "PP2 top batches", "PP2 top", *SOUND)
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +69,8 @@ def test_nothing_is_wrong_with_what_is_recomputed_layer_by_layer_or_hardly_train
 
 
 def test_of_a_run_with_other_batches_before_the_last_step_is_compared(found):
-    assert found["TP2 PP2 batches"]["problems"] == []
-    assert found["TP2 PP2 batches"]["differences"] == found["TP2 PP2"]["differences"]
+    assert found["PP2 top batches"]["problems"] == []
+    assert found["PP2 top batches"]["differences"] == found["PP2 top"]["differences"]
 
 
 # The others name 8 cards.

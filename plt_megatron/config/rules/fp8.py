@@ -129,9 +129,13 @@ def _obstacles_of_attention(config: RunConfig, fp8: Fp8Config, capability: Capab
     parallel, head = config.parallel, derived.head_dim(config.model)
     recompute = parallel.recompute_granularity == "selective" and "core_attn" in parallel.recompute_modules
     recipe = None if capability is None and fp8.recipe == "auto" else _recipe(fp8, capability or HOPPER)
+    loops = parallel.recompute_granularity == "full" and config.model.loop_count > 1
     found = {
         "with parallel.recompute_granularity selective: attention would be recomputed in BF16; set "
         "parallel.recompute_granularity=none, or": recompute,
+        # Its scores and their gradients have delayed scales all the same.
+        "with training.fp8.recipe tensorwise, parallel.recompute_granularity full and loops: a loop would be "
+        "recomputed with another loop's scales; use mxfp8, or": loops and recipe == "tensorwise",
         "with training.fp8.recipe blockwise: no card has a kernel; use delayed, or": recipe == "blockwise",
         "with data.reset_at_document_boundaries: no kernel for packed documents;": (
             config.data.reset_at_document_boundaries

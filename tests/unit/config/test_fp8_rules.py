@@ -97,6 +97,11 @@ def test_what_no_card_does_is_refused_without_knowing_the_card(settings, expecte
             "recipe tensorwise needs Blackwell; on sm90 use delayed",
         ),
         (
+            BLACKWELL,
+            {**ATTENTION, "training__fp8__recipe": "tensorwise", "parallel__recompute_granularity": "full"},
+            "a loop would be recomputed with another loop's scales; use mxfp8",
+        ),
+        (
             HOPPER,
             {**ATTENTION, "model__kv_channels": 64},
             "on sm90 needs a head dimension of 128, but model.kv_channels is 64",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
@@ -140,3 +142,13 @@ def test_the_facts_of_this_machine(tmp_path, monkeypatch):
     assert facts["space"]["run"] == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.1)
     assert list(tmp_path.iterdir()) == [tmp_path / "made"], "the test file is gone"
     assert "cannot be written to" in preflight.gather_facts(tmp_path / "absent")["run_error"]
+
+
+def test_only_the_communication_is_timed(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(preflight.time, "perf_counter", lambda: clock[0])
+
+    def takes(seconds: float) -> Callable[[], None]:
+        return lambda: clock.__setitem__(0, clock[0] + seconds)
+
+    assert preflight._time(None, SimpleNamespace(type="cpu"), takes(1.0), takes(10.0)) == 1.0

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.running import ROOT, run
 
@@ -46,3 +49,35 @@ def test_the_gpu_benchmark_says_that_it_needs_a_gpu(tmp_path, warm_python):
     command = [warm_python, str(ROOT / "benchmarks/gpu.py"), "--output", str(tmp_path / "gpu")]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     assert "no GPU here" in run(command, status=2, env=environment).stderr
+
+
+def test_a_serving_row_is_charged_for_no_other_rows_step(monkeypatch):
+    """On a GPU vLLM returns from a step while its next one runs, which the next row would wait for."""
+    spec = importlib.util.spec_from_file_location("serving_benchmark", ROOT / "benchmarks/serving.py")
+    assert spec is not None and spec.loader is not None
+    serving = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(serving)
+    clock = SimpleNamespace(now=0.0, gpu_done=0.0)
+
+    class Engine:
+        """Two batches under way, as with vLLM's asynchronous scheduling."""
+
+        def __init__(self, seconds: float) -> None:
+            self.seconds, self.ends = seconds, []
+
+        def add_request(self, *args, **kwargs) -> None: ...
+
+        def step(self) -> list:
+            while len(self.ends) < 2:
+                clock.gpu_done = max(clock.gpu_done, clock.now) + self.seconds
+                self.ends.append(clock.gpu_done)
+            clock.now = max(clock.now, self.ends.pop(0))
+            return []
+
+    monkeypatch.setattr(serving.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: setattr(clock, "now", max(clock.now, clock.gpu_done)))
+    decodings = {seconds: serving.Decoding(Engine(seconds), 0, 0, 0) for seconds in (0.002, 0.004, 0.003)}
+    for turn in range(6):
+        for seconds in serving.in_turn(decodings, turn):
+            assert decodings[seconds].milliseconds(6) == pytest.approx(1e3 * seconds), turn
