@@ -18,9 +18,11 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
+from plt_megatron.data.hf_tokenizer import class_defaults
 from plt_megatron.data.tokenizer import Tokenizer
 from plt_megatron.errors import UserError, first_line
 from plt_megatron.extras import require
+from plt_megatron.run_folder.files import read_json_object
 
 _MARK = re.compile(r"{%-?\s*generation\s*-?%}")
 
@@ -92,15 +94,20 @@ class ChatEncoder(Encoder):
     def __init__(self, tokenizer: Tokenizer, *, append_eod: bool) -> None:
         super().__init__(tokenizer, append_eod=append_eod)
         require("--chat", "transformers")
-        from transformers import AutoTokenizer
+        from transformers import PreTrainedTokenizerFast
 
         folder = Path(tokenizer.path).parent
         if Path(tokenizer.path).name != "tokenizer.json":  # the one that transformers reads
             beside = folder / "tokenizer.json"
             where = f"pass {beside}" if beside.is_file() else "pass a folder with a tokenizer.json"
             raise UserError(f"--chat: {tokenizer.path} has no chat template; {where}")
+        path = folder / "tokenizer_config.json"
+        config = read_json_object(path) if path.is_file() else {}
+        # Not the class that `config` names: it may rebuild parts of tokenizer.json, which texts are encoded with.
+        self._class = config.get("tokenizer_class")
         try:
-            self._templates = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            defaults = class_defaults(config, tokenizer.path)
+            self._templates = PreTrainedTokenizerFast.from_pretrained(folder, **defaults)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"--chat: transformers cannot read the tokenizer in {folder} ({first_line(error)})"
@@ -122,7 +129,12 @@ class ChatEncoder(Encoder):
         """SHA-256 of the template and of the special tokens, which it may print."""
         # What earlier versions spelled as text is other data.
         was_split = ["special tokens"] if self._was_split else []
-        content = [self._templates.chat_template, self._templates.special_tokens_map, *was_split, *self._unnamed]
+        # What they encoded with the class may be other data, too.
+        by_class = [] if self._class in (None, "PreTrainedTokenizerFast", "TokenizersBackend") else [self._class]
+        content = [
+            *(self._templates.chat_template, self._templates.special_tokens_map),
+            *(*was_split, *self._unnamed, *by_class),
+        ]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
     def __call__(self, texts: Sequence[str]) -> Encoded:

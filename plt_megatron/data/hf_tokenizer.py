@@ -1,10 +1,11 @@
-"""Write a sentencepiece model as a Hugging Face `tokenizer.json`, and check that both encode identically."""
+"""A sentencepiece model written as a Hugging Face `tokenizer.json`, and what transformers' classes add to one."""
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ def build_tokenizer_json(model: Path) -> dict[str, str]:
     """
     proto = ModelProto.FromString(model.read_bytes())
     if normalizes(proto):
-        raise UserError(f"{model}: only models without normalization can be written as tokenizer.json")
+        raise UserError(
+            f"{model}: only models without normalization can be written as tokenizer.json: put the model's own there"
+        )
     splittable = crosses_no_piece(COARSE, pieces_of(proto, "NORMAL"))
     files = {"tokenizer.json": json.loads(_tokenizer(proto, splittable)), "tokenizer_config.json": _config(proto)}
     return {name: json.dumps(content, ensure_ascii=False, indent=1) + "\n" for name, content in files.items()}
@@ -85,6 +88,22 @@ def _config(proto: Any) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**30,
     }
+
+
+def class_defaults(config: Mapping[str, Any], tokenizer_json: Path) -> dict[str, Any]:
+    """Return the special tokens and the padding side that a tokenizer has by the class that its tokenizer_config.json
+    names, and not by that file: those to state where transformers reads tokenizer.json without the class."""
+    import transformers
+
+    kind = getattr(transformers, str(config.get("tokenizer_class")), None)
+    if kind is None:
+        return {}
+    known = tokenizers.Tokenizer.from_file(str(tokenizer_json)).get_vocab(with_added_tokens=True)
+    given = inspect.signature(kind).parameters
+    names = [name for name in ("bos_token", "eos_token", "unk_token", "pad_token") if name in given]
+    tokens = {name: str(given[name].default) for name in names if str(given[name].default) in known}
+    sides = {"padding_side": "left"} if getattr(kind, "padding_side", None) == "left" else {}
+    return {name: value for name, value in {**tokens, **sides}.items() if name not in config}
 
 
 def first_difference(tokenizer: Tokenizer, model: bytes, tokenizer_json: str, texts: Sequence[str]) -> str | None:

@@ -307,7 +307,11 @@ def _from_transformers(keys: dict[str, Any]) -> HFModelConfig:
     """Read with transformers' own class, which fills in defaults and accepts older spellings."""
     from transformers import CONFIG_MAPPING
 
-    config = CONFIG_MAPPING[keys["model_type"]].from_dict(_without_code(keys))
+    ours = ("scoring_func", "first_k_dense_replace", "shared_expert_intermediate_size", "use_routing_bias")
+    theirs = {key: value for key, value in _without_code(keys).items() if key not in ours}  # which ignore those
+    config = CONFIG_MAPPING[keys["model_type"]].from_dict(theirs)
+    if hasattr(config, "standardize_rope_params"):  # as models do: from_dict does it before it has all keys
+        config.standardize_rope_params()
     understood, settings = _PUBLIC[config.model_type]
     _refuse(config, **understood)
     return _described(config, **settings)
@@ -354,8 +358,10 @@ def _refuse(config: Any, **understood: Any) -> None:
 
 def _described(config: Any, **settings: Any) -> HFModelConfig:
     """Return the settings common to all families, plus `settings`. A dense model is one loop with the paper's."""
-    _refuse(config, hidden_act="silu")
+    _refuse(config, hidden_act="silu", is_causal=True)
     rope = dict(config.rope_parameters or {})
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise UserError(f"rope_parameters by layer type ({', '.join(rope)}) are not supported, only the same for all")
     heads = config.num_attention_heads
     model = ModelConfig(
         **{setting: getattr(config, key) for setting, key in _LLAMA.items()},

@@ -81,6 +81,10 @@ def generate(
             f"max_new_tokens {max_new_tokens}, temperature {temperature}, seed {seed}: give at least 1 token, a "
             f"temperature of at least 0 and a seed from 0 to {2**32 - 1}"
         )
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:  # bytes of a command line
+        raise UserError(f"the prompt is not UTF-8 ({error.reason}, at character {error.start})") from error
     require("generating", "transformers")
     import torch
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import tokenizers
 
-from plt_megatron.data.hf_tokenizer import build_tokenizer_json
+from plt_megatron.data.hf_tokenizer import build_tokenizer_json, class_defaults
 from plt_megatron.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import read_json_object, write_json
@@ -104,9 +104,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, adds_tokens: bool = T
         _copy_found((CONFIG, *_OTHERS), source, folder)
         if not (folder / CONFIG).exists():
             end = tokenizer.token_name(tokenizer.eod)
-            config = {"tokenizer_class": _PLAIN_CLASS, "eos_token": end, "clean_up_tokenization_spaces": False}
-            write_json(folder / CONFIG, config)
-    _drop_code(folder)
+            write_json(folder / CONFIG, {"eos_token": end, "clean_up_tokenization_spaces": False})
+    _use_no_code(folder)
     _let_templates_write_special_tokens(folder)
     if not adds_tokens:
         _add_no_tokens(folder)
@@ -119,17 +118,20 @@ def _add_no_tokens(folder: Path) -> None:
         return
     described, config = read_json_object(folder / JSON), read_json_object(folder / CONFIG)
     write_json(folder / JSON, described | {"post_processor": None})
-    # A model's own class would make the post-processor again.
-    own = {"tokenizer_class": _PLAIN_CLASS, "add_bos_token": False, "add_eos_token": False}
-    write_json(folder / CONFIG, config | own)
+    write_json(folder / CONFIG, config | {"add_bos_token": False, "add_eos_token": False})
 
 
-def _drop_code(folder: Path) -> None:
-    """Make transformers load the tokenizer without code of its model's folder, which is not copied, or of a repository
-    that `auto_map` names."""
-    path = folder / CONFIG
-    if path.is_file() and "auto_map" in (config := read_json_object(path)):
-        own = {name: value for name, value in config.items() if name != "auto_map"}
+def _use_no_code(folder: Path) -> None:
+    """Make transformers read tokenizer.json as it is. Its classes rebuild parts of it, unless the config.json of some
+    families is beside it; code of the model's folder is not copied, nor fetched from where `auto_map` says."""
+    path, described = folder / CONFIG, folder / JSON
+    if not path.is_file():
+        return
+    config = read_json_object(path)
+    own = {name: value for name, value in config.items() if name != "auto_map"}
+    if described.is_file():
+        own |= class_defaults(config, described)
+    if described.is_file() or "auto_map" in config:
         write_json(path, own | {"tokenizer_class": _PLAIN_CLASS})
 
 
@@ -190,18 +192,21 @@ def copy_tokenizer(source: Path, folder: Path, family: str, vocab_size: int, tok
         The file that training reads, or None if there is no tokenizer in `source`.
 
     Raises:
-        UserError: the tokenizer has more ids than the model, or a file is a link to another folder's.
+        UserError: the tokenizer has more ids than the model, is a sentencepiece model that no export could be written
+            with, or a file is a link to another folder's.
     """
     read = hf_tokenizer_file(source, family)
     if read is None:
         return None
     check_vocabulary(load_hf_tokenizer(read, tokens), vocab_size, None)
+    if read.name == MODEL and not all((source / name).is_file() for name in (JSON, CONFIG)):
+        build_tokenizer_json(read)  # else no export could have its tokenizer
     names = (MODEL, JSON, CONFIG, *_OTHERS)
     for file in _found(names, source):
         _check_link(file, source)
     folder.mkdir()
     _copy_found(names, source, folder)
-    _drop_code(folder)
+    _use_no_code(folder)
     ids, generation = token_ids(tokens, read_generation_config(source))
     write_json(folder / GENERATION_CONFIG, ids | generation, indent=2)
     return folder / read.name

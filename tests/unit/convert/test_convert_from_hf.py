@@ -319,6 +319,19 @@ def test_a_value_of_another_type_or_out_of_range(tmp_path, key, value):
         read_config(tmp_path)
 
 
+def test_keys_are_read_as_the_familys_own_model_reads_them(tmp_path):
+    scaling = {"rope_theta": 1e4, "original_max_position_embeddings": 64, "rope_scaling": {"type": "yarn", "factor": 4}}
+    keys = {"model_type": "llama", "max_position_embeddings": 512, **scaling}
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    assert read_config(tmp_path).model.rope_scaling.yarn.original_max_position_embeddings == 64
+    ours = {"scoring_func": "sigmoid", "first_k_dense_replace": 1, "shared_expert_intermediate_size": 8}
+    keys = {"model_type": "qwen3_moe", "num_experts": 4, "norm_topk_prob": True, "use_routing_bias": True}
+    (tmp_path / "config.json").write_text(json.dumps({**keys, **ours}))
+    moe = read_config(tmp_path).model.moe
+    assert (moe.router_score_function, moe.router_bias_update_rate) == ("softmax", None)
+    assert (moe.first_k_dense_replace, moe.shared_expert_intermediate_size) == (0, None)
+
+
 @pytest.mark.parametrize(
     ("family", "keys", "message"),
     [
@@ -339,6 +352,8 @@ def test_a_value_of_another_type_or_out_of_range(tmp_path, key, value):
         ("llama", {"num_hidden_layers": 3}, r"lacks tensors model\.layers\.2\."),
         ("llama", {"hidden_size": "big"}, "config.json: "),
         ("llama", {"tie_word_embeddings": True}, r"but lm_head\.weight is not model\.embed_tokens\.weight"),
+        ("llama", {"is_causal": False}, "is_causal False is not supported, only True"),
+        ("qwen3", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters .*full_attention"),
         ("mistral", {"sliding_window": 32}, "sliding_window 32 is not supported, only None"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 32}, "use_sliding_window True is not supported"),
         ("qwen3", {"attention_bias": True}, "attention_bias True is not supported"),

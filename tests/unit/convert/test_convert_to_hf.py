@@ -263,6 +263,50 @@ def test_an_import_copies_the_models_files_alone(tokenizer_model, tmp_path):
     assert not (tmp_path / "two").exists()
 
 
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "LlamaTokenizer"])
+def test_an_import_and_its_export_encode_as_training_does(tmp_path, kind):
+    """And not as the class that the model's tokenizer_config.json names, whose special tokens and padding they keep."""
+    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import AutoTokenizer
+
+    fast = Tokenizer(
+        models.BPE({"1": 0, "2": 1, "3": 2, "4": 3, "12": 4, "34": 5, "\u2581": 6}, [("1", "2"), ("3", "4")])
+    )
+    if kind == "GPT2Tokenizer":
+        groups = pre_tokenizers.Split(Regex(r"\d{1,3}"), "isolated")
+        fast.pre_tokenizer = pre_tokenizers.Sequence([groups, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    else:
+        fast.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    end = "<|endoftext|>" if kind == "GPT2Tokenizer" else "</s>"
+    fast.add_special_tokens([AddedToken(end, normalized=False)])
+    folder = tmp_path / "model"
+    folder.mkdir()
+    fast.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": kind, "model_max_length": 77, "chat_template": "{{ messages[0]['content'] }}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    read = copy_tokenizer(folder, tmp_path / "in", "llama", 8, {})
+    (tmp_path / "out").mkdir()
+    write_tokenizer(load_tokenizer(read), tmp_path / "out")
+    for text in ("1234", "  12", " 3"):
+        ids = load_tokenizer(folder / "tokenizer.json").encode(text)
+        for made in ("in", "out"):
+            theirs = AutoTokenizer.from_pretrained(tmp_path / made)
+            assert theirs(text, add_special_tokens=False)["input_ids"] == ids, (text, made)
+    side = "left" if kind == "LlamaTokenizer" else "right"
+    assert (theirs.eos_token, theirs.padding_side, theirs.model_max_length) == (end, side, 77)
+
+
+def test_a_sentencepiece_model_that_no_export_could_have_is_not_imported(tmp_path, tokenizer_model):
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    proto = ModelProto.FromString(tokenizer_model.read_bytes())
+    proto.normalizer_spec.add_dummy_prefix = True
+    (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
+    with pytest.raises(UserError, match=str(tmp_path / "tokenizer.model")):
+        copy_tokenizer(tmp_path, tmp_path / "in", "llama", 400, {})
+    assert not (tmp_path / "in").exists()
+
+
 @pytest.mark.parametrize("known", [{}, {"imported_from": "a model"}, {"made_elsewhere": True}])
 def test_prompts_begin_as_texts_did_in_training(tmp_path, known):
     """Without the token that a public model's tokenizer puts before them, unless it is that model or its data; and they

@@ -63,6 +63,11 @@ def test_no_temperature_is_the_likeliest_token_whatever_the_folder_prefers(expor
     assert "generation flags" not in capfd.readouterr().err
 
 
+def test_a_prompt_that_is_not_utf_8():
+    with pytest.raises(UserError, match="at character 1"):
+        generation.generate("nowhere", "a\udcff", 4, 0.0, 1)
+
+
 def test_a_folders_own_python_is_not_run(exported, tmp_path):
     shutil.copytree(exported, tmp_path / "out")
     for name in ("modeling_plt.py", "configuration_plt.py"):
