@@ -55,13 +55,18 @@ def _leads(runs: Path, plain: str, row: str, seed: int) -> list[float]:
 
 def test_leads_are_those_of_the_records():
     page = " ".join((RESULTS / "depth_gain/README.md").read_text().split())
-    larger, wide = (unpacked(RESULTS / "depth_gain" / name / ARCHIVE) for name in ("four_million", "two_wide_layers"))
+    larger, wide, deep = (
+        unpacked(RESULTS / "depth_gain" / name / ARCHIVE) for name in ("four_million", "two_wide_layers", "six_layers")
+    )
     shown = {}
     for row in ("plt-2", "plt-2_last_loop_global", "eight_layers"):
         shown |= {f"{row} {seed}": _leads(larger, "one_loop", row, seed) for seed in (1, 2)}
-    for row in ("plt-2", "plt-2_last_loop_global", "2k_layers"):
-        of_seeds = [_leads(wide, "k_layers", row, seed) for seed in (1, 2, 3)]
-        shown[f"{row}, mean"] = [fmean(leads) for leads in zip(*of_seeds, strict=True)]
+    for runs, plain, row in (
+        *((wide, "k_layers", row) for row in ("plt-2", "plt-2_last_loop_global", "2k_layers")),
+        *((deep, "one_loop", row) for row in ("plt-2", "plt-2_last_loop_global", "twelve_layers")),
+    ):
+        of_seeds = [_leads(runs, plain, row, seed) for seed in (1, 2, 3)]
+        shown[f"{plain}, {row}, mean"] = [fmean(leads) for leads in zip(*of_seeds, strict=True)]
         ends = [f"{leads[-1]:.3f}" for leads in of_seeds]
         assert f"{ends[0]}, {ends[1]} and {ends[2]}" in page, row
     for what, leads in shown.items():
