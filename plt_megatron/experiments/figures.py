@@ -33,6 +33,7 @@ TOKENS, FLOPS = "training tokens", "training FLOPs"  # labels of x axes with num
 _DPI = 150
 _LABELS = 10  # font size
 _SHORT, _ROW = 3, 0.085  # entries of a short legend, and share of a plot's height that a row of a longer one takes
+_TALLEST = 20  # entries in a column beside a plot
 _SMOOTHING_WINDOWS = 25  # the smoothed curve averages over a 25th of the run
 
 
@@ -194,18 +195,24 @@ def new_figure(width: float, height: float, count: int = 1, columns: int = 1) ->
 
 def add_legend(axes: Axes, size: int = 9, *, beside: bool = False) -> None:
     """Add a legend if any curve has a label: where it covers least, or if it is long, in room made above the curves.
-    `beside`: to the right of the plot, not on it."""
-    count = len(axes.get_legend_handles_labels()[0])
+    `beside`, or if it would take more than half of the height: to the right of the plot, not on it."""
+    labels = axes.get_legend_handles_labels()[1]
+    count = len(labels)
     if not count:
         return
-    where: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if beside else {}
-    if count > _SHORT and not beside:
-        where = {"loc": "upper center", "ncols": 2}
-        room = _ROW * -(-count // 2)  # share of the height
+    # As many as fit beside one another; the layout makes plots wider than they are now.
+    letters = 1.15 * axes.bbox.width / axes.figure.dpi * 72 / (0.62 * size)
+    columns = 2 if 2 * (max(map(len, labels)) + 7) <= letters else 1
+    room = _ROW * -(-count // columns)  # share of the height
+    where: dict[str, Any] = {}
+    if beside or room > 0.5:
+        where = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "ncols": -(-count // _TALLEST)}
+    elif count > _SHORT:
+        where = {"loc": "upper center", "ncols": columns}
         to_scale = axes.yaxis.get_transform()
         bottom, top = to_scale.transform(axes.get_ylim())
         axes.set_ylim(top=float(to_scale.inverted().transform(bottom + (top - bottom) / (1 - room))))
-    as_written(axes.legend(frameon=False, fontsize=size, **where))
+    as_written(axes.legend(facecolor="white", edgecolor="none", framealpha=0.85, fontsize=size, **where))
 
 
 def as_written(legend: Legend) -> None:

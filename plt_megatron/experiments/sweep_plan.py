@@ -329,7 +329,8 @@ def refuse_other(folder: Path, what: str, problems: Sequence[str]) -> None:
     if problems:
         raise UserError(
             f"{folder} holds another {what}: {'; '.join(problems[:4])}{' ...' if len(problems) > 4 else ''}. "
-            "Give this one another name (name=...), or remove that folder"
+            f"To go on with it, give it its former settings, as in {folder / CONFIGS}; else give this one another name "
+            "(name=...)"
         )
 
 

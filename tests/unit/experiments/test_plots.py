@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -13,7 +14,7 @@ from matplotlib.image import imread
 
 from plt_megatron.errors import UserError
 from plt_megatron.experiments import plots
-from plt_megatron.experiments.figures import Named, new_figure, smooth, svg
+from plt_megatron.experiments.figures import Named, add_legend, new_figure, smooth, svg
 from tests.running import ROOT, run
 
 
@@ -185,6 +186,19 @@ def test_parts_have_styles_of_their_own_and_nothing_lies_on_the_frame_or_under_t
     bottom = times.get_legend().get_window_extent().y0
     curves = [line for line in times.lines if len(line.get_ydata())]
     assert all(times.transData.transform((0, max(line.get_ydata())))[1] < bottom for line in curves)
+
+
+@pytest.mark.parametrize(("count", "letters"), [(1, 9), (4, 9), (4, 60), (5, 60), (13, 9), (23, 9), (24, 9), (40, 9)])
+def test_a_legend_of_any_length_leaves_the_curves_their_room(count, letters):
+    figure, (axes,) = new_figure(8, 5)
+    for place in range(count):
+        axes.plot([0, 1], [3, 2.5], label=f"{place:0{letters}}")
+    axes.set_ylim(2.4, 3.1)
+    add_legend(axes)
+    figure.savefig(io.BytesIO())  # lays it out
+    bottom, top = axes.get_ylim()
+    assert bottom == 2.4 and 3.1 <= top < 4 and axes.get_position().width > 0.5
+    assert axes.get_legend().get_frame().get_facecolor()[:3] == (1, 1, 1), "curves that go on behind it are not read"
 
 
 @pytest.mark.parametrize("gates", [[-0.6, -0.4], [-0.2, 0.7]])

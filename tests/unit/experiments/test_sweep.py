@@ -291,8 +291,11 @@ def test_what_is_done_is_not_done_again(tmp_path, launcher, capsys):
     out = capsys.readouterr().out
     assert "2 of 4 runs to do" in out and "GFLOP/s per run measured here" in out
     assert "2 finished, 0 failed" in out
-    with pytest.raises(UserError, match="holds another sweep: 1_loop-seed1: training.train_iters was 100, is 60"):
+    with pytest.raises(
+        UserError, match="holds another sweep: 1_loop-seed1: training.train_iters was 100, is 60"
+    ) as other:
         sweep.run_sweep(str(path), [*settings, "training.train_iters=60"], RunOptions())
+    assert "/plan; else" in str(other.value), "where the former settings are"
 
 
 def test_two_sweeps_at_once_in_a_folder_are_refused(tmp_path):
