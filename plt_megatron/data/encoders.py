@@ -18,7 +18,6 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from plt_megatron.data.hf_tokenizer import class_defaults
 from plt_megatron.data.tokenizer import Tokenizer
 from plt_megatron.errors import UserError, first_line
 from plt_megatron.extras import require
@@ -96,6 +95,9 @@ class ChatEncoder(Encoder):
         require("--chat", "transformers")
         from transformers import PreTrainedTokenizerFast
 
+        # Here, since each worker without --chat would import sentencepiece too.
+        from plt_megatron.data.hf_tokenizer import PLAIN_CLASS, class_defaults
+
         folder = Path(tokenizer.path).parent
         if Path(tokenizer.path).name != "tokenizer.json":  # the one that transformers reads
             beside = folder / "tokenizer.json"
@@ -104,7 +106,9 @@ class ChatEncoder(Encoder):
         path = folder / "tokenizer_config.json"
         config = read_json_object(path) if path.is_file() else {}
         # Not the class that `config` names: it may rebuild parts of tokenizer.json, which texts are encoded with.
-        self._class = config.get("tokenizer_class")
+        kind = config.get("tokenizer_class")
+        # Earlier versions encoded with it: their data may be other data.
+        self._by_class = [] if kind in (None, PLAIN_CLASS, "TokenizersBackend") else [kind]
         try:
             defaults = class_defaults(config, tokenizer.path)
             self._templates = PreTrainedTokenizerFast.from_pretrained(folder, **defaults)
@@ -129,12 +133,8 @@ class ChatEncoder(Encoder):
         """SHA-256 of the template and of the special tokens, which it may print."""
         # What earlier versions spelled as text is other data.
         was_split = ["special tokens"] if self._was_split else []
-        # What they encoded with the class may be other data, too.
-        by_class = [] if self._class in (None, "PreTrainedTokenizerFast", "TokenizersBackend") else [self._class]
-        content = [
-            *(self._templates.chat_template, self._templates.special_tokens_map),
-            *(*was_split, *self._unnamed, *by_class),
-        ]
+        content = [self._templates.chat_template, self._templates.special_tokens_map]
+        content += [*was_split, *self._unnamed, *self._by_class]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
     def __call__(self, texts: Sequence[str]) -> Encoded:

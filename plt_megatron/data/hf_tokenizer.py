@@ -18,6 +18,8 @@ from plt_megatron.data.segments import COARSE, crosses_no_piece
 from plt_megatron.data.tokenizer import Tokenizer, normalizes, pieces_of
 from plt_megatron.errors import UserError
 
+PLAIN_CLASS = "PreTrainedTokenizerFast"  # of transformers: needs no code, and adds nothing of its own
+
 _SPACE = "\u2581"
 # Below any real score, so that the name of a control or byte token in a text never wins over its characters.
 _NEVER = -1e9
@@ -81,7 +83,7 @@ def _config(proto: Any) -> dict[str, Any]:
     ids = {f"{name}_token": getattr(proto.trainer_spec, f"{name}_id") for name in ("unk", "bos", "eos", "pad")}
     named = {name: proto.pieces[index].piece for name, index in ids.items() if index >= 0}
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": PLAIN_CLASS,
         **named,
         "additional_special_tokens": [piece for piece in pieces_of(proto, "CONTROL") if piece not in named.values()],
         "split_special_tokens": True,

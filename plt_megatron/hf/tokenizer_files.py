@@ -9,14 +9,13 @@ from typing import Any
 
 import tokenizers
 
-from plt_megatron.data.hf_tokenizer import build_tokenizer_json, class_defaults
+from plt_megatron.data.hf_tokenizer import PLAIN_CLASS, build_tokenizer_json, class_defaults
 from plt_megatron.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import read_json_object, write_json
 
 MODEL, JSON, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
-_PLAIN_CLASS = "PreTrainedTokenizerFast"  # of transformers: needs no code, and adds nothing of its own
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
 # Other tokenizer files of Hugging Face folders.
@@ -132,7 +131,7 @@ def _use_no_code(folder: Path) -> None:
     if described.is_file():
         own |= class_defaults(config, described)
     if described.is_file() or "auto_map" in config:
-        write_json(path, own | {"tokenizer_class": _PLAIN_CLASS})
+        write_json(path, own | {"tokenizer_class": PLAIN_CLASS})
 
 
 def _let_templates_write_special_tokens(folder: Path) -> None:

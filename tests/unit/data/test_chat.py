@@ -270,6 +270,14 @@ def test_a_tokenizers_own_code_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_tokenizer_that_transformers_cannot_read_is_a_line(tmp_path: Path) -> None:
+    folder = chat_tokenizer(tmp_path / "damaged")
+    (folder / "special_tokens_map.json").write_text("{")
+    with pytest.raises(UserError, match=re.escape(str(folder))) as error:
+        ChatEncoder(load_tokenizer(folder), append_eod=True)
+    assert "\n" not in str(error.value)
+
+
 def test_a_conversation_is_encoded_as_texts_are(tmp_path: Path) -> None:
     """And not as the class named beside tokenizer.json would; what it encoded once is other data."""
     folder, template = chat_tokenizer(tmp_path / "a"), "{{ messages[0]['content'] }}"

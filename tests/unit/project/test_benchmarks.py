@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from tests.running import ROOT, run
+from tests.unit.project.test_sweep_benchmarks import load
 
 
 def test_the_bubble_benchmark_measures_real_schedules(tmp_path, warm_python):
@@ -53,10 +53,7 @@ def test_the_gpu_benchmark_says_that_it_needs_a_gpu(tmp_path, warm_python):
 
 def test_a_serving_row_is_charged_for_no_other_rows_step(monkeypatch):
     """On a GPU vLLM returns from a step while its next one runs, which the next row would wait for."""
-    spec = importlib.util.spec_from_file_location("serving_benchmark", ROOT / "benchmarks/serving.py")
-    assert spec is not None and spec.loader is not None
-    serving = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(serving)
+    serving = load("serving")
     clock = SimpleNamespace(now=0.0, gpu_done=0.0)
 
     class Engine:
