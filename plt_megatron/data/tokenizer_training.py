@@ -26,6 +26,7 @@ from plt_megatron.runtime.local_processes import usable_cores
 
 _SPAN = 1 << 20  # bytes read at one place of a file when sampling
 _LINE = 4000  # sentencepiece silently drops longer sentences (4192 bytes), counted in UTF-8 bytes
+_NAMED_THREADS = 2  # in every model, however many trained it; the models of `results/` have this number
 _CHECKED = 8 << 20  # characters of the sample on which both tokenizers are compared
 
 
@@ -164,8 +165,7 @@ def _train(sample: Sample, options: TrainingOptions) -> bytes:
             raise UserError(_explain(str(error), options)) from error
     if not sample.bytes:
         raise UserError("the input has no usable text to train a tokenizer on")
-    content = model.getvalue()
-    return _round_scores(content) if options.model_type == "unigram" else content
+    return _settle(model.getvalue(), options.model_type)
 
 
 def _explain(message: str, options: TrainingOptions) -> str:
@@ -177,12 +177,18 @@ def _explain(message: str, options: TrainingOptions) -> str:
     return f"sentencepiece cannot train: {' '.join(message.split())}"
 
 
-def _round_scores(content: bytes) -> bytes:
-    """Round unigram scores, so that sums are the same in sentencepiece's float32 and in Hugging Face's float64."""
+def _settle(content: bytes, model_type: str) -> bytes:
+    """Return the model without what differs between machines or formats.
+
+    The number of threads is one constant, since runs tell tokenizers apart by their bytes; BPE models do not depend on
+    it, unigram models do. Unigram scores are rounded, so that sums are the same in sentencepiece's float32 and in Hugging
+    Face's float64.
+    """
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
     proto = ModelProto.FromString(content)
-    for piece in proto.pieces:
+    proto.trainer_spec.num_threads = _NAMED_THREADS
+    for piece in proto.pieces if model_type == "unigram" else ():
         piece.score = round(piece.score / UNIGRAM_SCORE_STEP) * UNIGRAM_SCORE_STEP
     return proto.SerializeToString(deterministic=True)
 

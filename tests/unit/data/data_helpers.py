@@ -65,8 +65,8 @@ def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
     return path
 
 
-def train(corpus: Path, folder: Path, **settings: object) -> Path:
-    options = TrainingOptions([str(corpus)], str(folder), 560, threads=1, **settings)  # type: ignore[arg-type]
+def train(corpus: Path, folder: Path, threads: int = 1, **settings: object) -> Path:
+    options = TrainingOptions([str(corpus)], str(folder), 560, threads=threads, **settings)  # type: ignore[arg-type]
     return train_tokenizer(options).model
 
 
