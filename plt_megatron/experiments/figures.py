@@ -22,8 +22,11 @@ from matplotlib.ticker import EngFormatter, FuncFormatter
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import replacing
 
-# Okabe and Ito's palette, which color-blind readers can tell apart, also in grey.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+# Okabe and Ito's palette, which color-blind readers can tell apart, also in grey, then five of Paul Tol's.
+COLORS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"),
+    *("#882255", "#999933", "#88CCEE", "#661100", "#AAAAAA"),
+)
 LINES: tuple[Any, ...] = (
     *("-", "--", "-.", ":"),
     *((0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 2, 1, 2, 1, 2))),

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from plt_megatron.experiments.figures import (
@@ -26,6 +27,8 @@ from plt_megatron.run_folder.metrics import RunMetrics
 from plt_megatron.run_folder.text import plural
 
 _COLUMNS = 3
+_LABEL = 60  # letters in a line of a run's name
+_LETTERS = 12  # in an inch of the legend
 _HEAD_ROOM = 0.35  # share of the y range for the steep beginning; the rest shows where runs differ
 
 
@@ -89,7 +92,10 @@ def plot_metrics(
     size = (9, 5.4) if len(panels) == 1 else (5, 3.5)
     figure = draw(panels, *size, _COLUMNS)
     handles = [figure.axes[0].plot([], [], color=color(index), linewidth=2)[0] for index in range(len(runs))]
-    as_written(figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(runs)), frameon=False))
+    labels = [fill(label, _LABEL) for label in labels]
+    columns = min(4, len(runs), int(_LETTERS * figure.get_figwidth() / (max(map(len, labels)) + 5)) or 1)
+    as_written(legend := figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False))
+    figure.set_figheight(figure.get_figheight() + legend.get_window_extent().height / figure.dpi)
     save(figure, out_path)
 
 

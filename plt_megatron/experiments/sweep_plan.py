@@ -39,7 +39,6 @@ from plt_megatron.run_folder.text import plural
 
 FILE_NAME = "sweep.yaml"
 CONFIGS = "plan"  # the folder of the runs' configurations
-_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -217,7 +216,6 @@ def save_plan(plan: SweepPlan) -> None:
     for run in plan.runs:
         save_config(run.config, config_path(plan, run))
     content = {
-        "format": _FORMAT,
         **{name: getattr(plan, name) for name in ("name", "title", *_IDENTITY, "tolerance", "questions")},
         "runs": [
             {

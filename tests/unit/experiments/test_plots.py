@@ -76,6 +76,18 @@ def test_the_picture_is_one(runs, tmp_path):
     assert picture[..., :3].std() > 0.05
 
 
+def test_twelve_runs_of_long_names_have_their_colors_and_leave_the_curves_room(tmp_path, monkeypatch):
+    many = [tmp_path / f"model.num_layers={layers},{'x' * 100}" for layers in range(12)]
+    for folder in many:
+        write_losses(folder, [3.0, 2.0, 1.0])
+    (axes,) = panels_drawn(monkeypatch, tmp_path, many, None, ["loss"]).values()
+    axes.figure.draw_without_rendering()
+    (names,) = axes.figure.legends
+    assert len({line.get_color() for line in names.get_lines()}) == 12
+    assert names.get_window_extent().width <= axes.figure.bbox.width
+    assert names.get_window_extent().y0 > axes.bbox.y1 > axes.bbox.y0 + 3 * axes.figure.dpi
+
+
 def test_smoothing_keeps_length_ends_and_level_and_skips_what_is_not_finite():
     values = [float(value) for value in range(200)]
     assert smooth(values) == pytest.approx(values)  # a centered mean leaves a line alone
