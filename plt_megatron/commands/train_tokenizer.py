@@ -6,7 +6,6 @@ import argparse
 
 from plt_megatron.commands import CommandParser, command, given, whole
 from plt_megatron.data.command_line import INPUT_HELP, add_reading_arguments, read_options
-from plt_megatron.runtime.local_processes import usable_cores
 
 
 def _arguments(parser: CommandParser) -> None:
@@ -47,7 +46,9 @@ def _arguments(parser: CommandParser) -> None:
         "--max-sample-mb", type=whole(1, 1 << 20), default=200, help="train on at most this much text (default: 200 MB)"
     )
     parser.add_argument("--seed", type=int, default=1234, help="seed for sampling the text")
-    parser.add_argument("--threads", type=whole(1, 1024), default=usable_cores())
+    parser.add_argument(
+        "--threads", type=whole(1, 1024), help="default: all cores; for unigram, whose pieces depend on it, 16"
+    )
     add_reading_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -332,7 +333,9 @@ def _build_index(
             check_ends(setting, share.path, share.first, share.last, tokenizer.eod)
     hashes = content_hashes(data)
     content = {os.path.abspath(path): digest for path, digest in hashes.items()}
-    key = [fingerprint(data, tokenizer, hashes, seed=seed, num_samples=list(num_samples)), content]
+    key: list[Any] = [fingerprint(data, tokenizer, hashes, seed=seed, num_samples=list(num_samples)), content]
+    # megatron-core's names of the files depend on these too; without them other ranks would look for other files.
+    key += [tokenizer.eod if tokenizer else None, version("megatron-core")]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     target = Path(index_folder(config)).absolute() / digest[:24]
     if not target.is_dir():

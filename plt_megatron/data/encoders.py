@@ -13,6 +13,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -23,6 +24,9 @@ from plt_megatron.errors import UserError, first_line
 from plt_megatron.extras import require
 from plt_megatron.run_folder.files import read_json_object
 
+# What templates print as today's date, so that tokens do not depend on the day: that of Llama 3.1's without a clock.
+_TODAY = datetime(2024, 7, 26)
+_CLOCK = re.compile(r"""\bstrftime_now\s*\(\s*(["'])([^"']*)\1\s*\)""")
 _MARK = re.compile(r"{%-?\s*generation\s*-?%}")
 
 
@@ -84,6 +88,22 @@ def _texts(value: Any) -> Iterator[str]:
             left += [*value, *value.values()] if isinstance(value, dict) else value
 
 
+def _dated(template: Any, folder: Path) -> Any:
+    """Return a template, or those of several names, with `_TODAY` written in place of today's date.
+
+    Raises `UserError` if one asks for the date in a computed format.
+    """
+    if isinstance(template, dict):
+        return {name: _dated(text, folder) for name, text in template.items()}
+    dated = _CLOCK.sub(lambda call: repr(_TODAY.strftime(call[2])), template)
+    if re.search(r"\bstrftime_now\s*\(", dated):
+        raise UserError(
+            f"--chat: the template of {folder} prints today's date, on which tokens would depend: write a date there "
+            "in place of strftime_now"
+        )
+    return dated
+
+
 class ChatEncoder(Encoder):
     """Encodes conversations (as JSON) with the chat template next to a `tokenizer.json`.
 
@@ -122,11 +142,13 @@ class ChatEncoder(Encoder):
         named = self._templates.all_special_tokens
         self._unnamed = sorted(set(added) - set(named))
         self._special = [*named, *self._unnamed]
-        if not self._templates.chat_template:
+        template = self._templates.chat_template
+        if not template:
             raise UserError(
                 f"--chat: {folder} has no chat template: put chat_template.jinja there, or the template into "
                 "tokenizer_config.json"
             )
+        self._templates.chat_template = _dated(template, folder)
 
     @property
     def fingerprint(self) -> str:

@@ -239,7 +239,7 @@ def check_tokenizer(data: DataConfig, tokenizer: Tokenizer | None, vocab_size: i
     """Raise `UserError` if a source was made with another tokenizer, by its manifest or by ids out of range: the
     tokenizer's, or without one that of `vocab_size`."""
     ids, owner = (vocab_size, "the model's vocabulary") if tokenizer is None else (tokenizer.vocab_size, tokenizer.path)
-    for path in _paths(data):
+    for path in source_paths(data):
         made_with = read_manifest(path).get("tokenizer", {})
         if tokenizer is not None and made_with and made_with["sha256"] != tokenizer.fingerprint:
             raise UserError(
@@ -265,7 +265,7 @@ def check_ids(path: str, tokens: np.ndarray, vocab_size: int, owner: object = "t
 
 def document_record(data: DataConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Return what a checkpoint's record says of how documents begin and end, by the sources' manifests."""
-    made = [read_manifest(path).get("tokenizer") for path in _paths(data)]
+    made = [read_manifest(path).get("tokenizer") for path in source_paths(data)]
     record: dict[str, Any] = {} if all(made) else {MADE_ELSEWHERE: True}
     ends = {each.get("eod") for each in made if each}
     if tokenizer is not None and len(ends) == 1 and not ends <= {None, tokenizer.eod}:
@@ -276,7 +276,7 @@ def document_record(data: DataConfig, tokenizer: Tokenizer | None) -> dict[str, 
 def check_masks(data: DataConfig) -> None:
     """Raise `UserError` if a source's loss mask has the wrong size or bytes other than 0 and 1, counts no token, or is
     missing although its manifest records it."""
-    for path in _paths(data):
+    for path in source_paths(data):
         tokens = read_index(path).tokens
         indexed.check_mask(path, tokens, read_manifest(path))
         indexed.check_mask_values(path, tokens)
@@ -307,10 +307,11 @@ def content_hash(prefix: str) -> str:
 
 def content_hashes(data: DataConfig) -> dict[str, str]:
     """Return the content hash of each source, by its path."""
-    return {path: content_hash(path) for path in _paths(data)}
+    return {path: content_hash(path) for path in source_paths(data)}
 
 
-def _paths(data: DataConfig) -> Iterable[str]:
+def source_paths(data: DataConfig) -> Iterable[str]:
+    """Return the paths of all sources, each once."""
     return dict.fromkeys(source.path for _, source in all_sources(data))
 
 

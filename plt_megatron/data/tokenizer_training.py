@@ -26,6 +26,7 @@ from plt_megatron.runtime.local_processes import usable_cores
 
 _SPAN = 1 << 20  # bytes read at one place of a file when sampling
 _LINE = 4000  # sentencepiece silently drops longer sentences (4192 bytes), counted in UTF-8 bytes
+_UNIGRAM_THREADS = 16  # sentencepiece's default; the pieces depend on it, since each thread sums floats of its own
 _NAMED_THREADS = 2  # in every model, however many trained it; the models of `results/` have this number
 _CHECKED = 8 << 20  # characters of the sample on which both tokenizers are compared
 
@@ -44,7 +45,7 @@ class TrainingOptions:
     split_digits: bool = True
     max_sample_bytes: int = 200 << 20
     seed: int = 1234
-    threads: int = field(default_factory=usable_cores)
+    threads: int | None = None  # None: all cores for BPE, and for unigram a number that is the same on every machine
     format: str | None = None
     overwrite: bool = False
     read: ReadOptions = field(default_factory=ReadOptions)
@@ -157,7 +158,7 @@ def _train(sample: Sample, options: TrainingOptions) -> bytes:
             bos_id=1,
             eos_id=2,
             pad_id=3,
-            num_threads=options.threads,
+            num_threads=options.threads or (usable_cores() if options.model_type == "bpe" else _UNIGRAM_THREADS),
             minloglevel=2,
         )
     except RuntimeError as error:
@@ -181,7 +182,7 @@ def _settle(content: bytes, model_type: str) -> bytes:
     """Return the model without what differs between machines or formats.
 
     The number of threads is one constant, since runs tell tokenizers apart by their bytes; BPE models do not depend on
-    it, unigram models do. Unigram scores are rounded, so that sums are the same in sentencepiece's float32 and in
+    it. Unigram scores are rounded, so that sums are the same in sentencepiece's float32 and in
     Hugging Face's float64.
     """
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]

@@ -40,17 +40,18 @@ class DemoCorpus:
     domains: list[Literal["torch", "manuals", "prose", "mathematics"]] = field(default_factory=list)
 
 
-def prepare_demo_corpus(settings: DemoCorpus) -> None:
-    """Make whatever is missing or outdated of a sweep's corpus, tokenizer and tokenized data.
+def prepare_demo_corpus(settings: DemoCorpus, *, is_read: bool) -> None:
+    """Make whatever is missing or outdated of a sweep's corpus, tokenizer and tokenized data. `is_read`: runs have read
+    it, so that what is whole is kept.
 
     The corpus, in the folder above `settings.folder`, is the code corpus of `make demo`; each reuses the other's.
     Further domains are stored beside it, and beside its data as `prose_train_text_document` and so on.
-    Raises `UserError` when a step fails.
+    Raises `UserError` when a step fails, or would replace data that runs have read.
     """
     folder = Path(settings.folder)
     prefix, corpus = f"{folder.name}_", folder.parent / "corpus"
     steps = data_steps(corpus, folder, folder, vocab_size=settings.vocab_size, prefix=prefix, domains=settings.domains)
-    run_steps(steps, folder.parent / "stamps")
+    run_steps(steps, folder.parent / "stamps", is_read=is_read)
 
 
 def data_steps(
@@ -175,15 +176,17 @@ class Stamp:
     sizes: dict[str, int]
 
 
-def run_steps(steps: Sequence[Step], stamps: Path) -> dict[str, Stamp]:
+def run_steps(steps: Sequence[Step], stamps: Path, *, is_read: bool = False) -> dict[str, Stamp]:
     """Run the steps in order, as `run_step` does; return their stamps by name."""
-    return {step.name: run_step(step, stamps, number, len(steps)) for number, step in enumerate(steps, start=1)}
+    total = len(steps)
+    return {step.name: run_step(step, stamps, number, total, is_read) for number, step in enumerate(steps, start=1)}
 
 
-def run_step(step: Step, stamps: Path, number: int, total: int) -> Stamp:
+def run_step(step: Step, stamps: Path, number: int, total: int, is_read: bool = False) -> Stamp:
     """Run the step unless it has a valid stamp in the folder `stamps`; print which is the case.
 
-    Raises whatever `step.run` raises, and `UserError` if an output is missing afterwards.
+    Raises whatever `step.run` raises, and `UserError` if an output is missing afterwards, or one that `is_read` would
+    have to be replaced.
     """
     path = stamps / f"{step.name}.json"
     key, stamp = _key(step), _read(path)
@@ -193,6 +196,14 @@ def run_step(step: Step, stamps: Path, number: int, total: int) -> Stamp:
     is_former = stamp is not None and len(sizes) == len(step.outputs) and sizes.keys().isdisjoint(stamp.sizes)
     if stamp is not None and stamp.key == key and stamp.finished and (stamp.sizes == sizes or is_former):
         print("      already done", flush=True)
+        return stamp
+    if is_read and stamp is not None and stamp.finished and stamp.sizes == sizes:
+        if step.inputs:
+            raise UserError(
+                f"{step.outputs[0]} was made with another vocabulary or from other text, and runs have read it: "
+                "restore that, or give another demo_corpus.folder and name"
+            )
+        print("      kept, since runs have read it: what this machine has would be other text", flush=True)
         return stamp
     if stamp is None or stamp.key != key or stamp.finished:
         _remove([step.folder] if step.folder else step.outputs)

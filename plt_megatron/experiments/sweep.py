@@ -45,6 +45,7 @@ from plt_megatron.experiments.sweep_plan import (
     SweepPlan,
     check_unpacked,
     config_path,
+    has_plan,
     make_plan,
     merge,
     save_plan,
@@ -330,7 +331,7 @@ def run_sweep(path: str, settings: Sequence[str], options: RunOptions) -> int:
         finished = [run for run in plan.runs if states[run.name] == "finished"]
         note_finished(finished)
         if todo and sweep.demo_corpus is not None:
-            prepare_demo_corpus(sweep.demo_corpus)
+            prepare_demo_corpus(sweep.demo_corpus, is_read=has_plan(plan.folder))
         check_run_files(todo)
         check_same_data(todo, finished)
         save_plan(plan)

@@ -52,12 +52,15 @@ def evaluate(
     _check_device(device)
     if not os.access(folder, os.W_OK):
         raise UserError(f"{folder}: no permission to write scores there; evaluate a copy")
+    from plt_megatron.hf.generation import random_states_kept
+
     harness, known = _harness(tasks, include_path)
     _load_data(known, tasks, download)
     model = _model(folder, device, chat)
     options = {"task_manager": known, "limit": limit, "apply_chat_template": chat, "log_samples": False}
     try:
-        found = harness.simple_evaluate(model=model, tasks=list(tasks), **options)
+        with random_states_kept():  # it seeds all of them
+            found = harness.simple_evaluate(model=model, tasks=list(tasks), **options)
     except (AssertionError, ValueError, ImportError) as error:  # longer than the context, unsafe code, a package
         print(file=sys.stderr)  # after a progress bar
         nameless = isinstance(error, AssertionError) and not str(error)

@@ -5,9 +5,12 @@ Python code in a model's folder is never run.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import random
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,15 +103,30 @@ def generate(
     # generation_config.json may set `do_sample` too.
     sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.95} if temperature else {"do_sample": False}
     started = time.perf_counter()
-    # The caller's random state stays as it was, on all devices, since the seed is given to all.
-    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)  # the driver counts unusable ones too
-    with torch.random.fork_rng(gpus), torch.inference_mode():
+    with random_states_kept(), torch.inference_mode():
         torch.manual_seed(seed)
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, **sampling)[0]
     seconds = time.perf_counter() - started
     text = tokenizer.decode(output[inputs["input_ids"].shape[1] :] if chat else output, skip_special_tokens=True)
     assert isinstance(text, str)
     return Generated(text, seconds, bool(tokenizer.chat_template))
+
+
+@contextlib.contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Give the caller's generators their states back at the end: Python's, numpy's, and torch's of all devices, since a
+    seed is given to all."""
+    import numpy as np
+    import torch
+
+    states = random.getstate(), np.random.get_state()
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)  # the driver counts unusable ones too
+    with torch.random.fork_rng(gpus):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 def _check_length(context: int, given: int, new: int) -> None:

@@ -102,8 +102,8 @@ def build_stage(config: RunConfig, vocab_size: int) -> LoopedGPT:
 
     Process groups must exist. Also seeds megatron-core's RNG states.
     """
-    check_environment()
     training, parallel = config.training, config.parallel
+    check_environment(deterministic=training.deterministic)
     backend = resolve_backend(config.model, training.precision)
     if backend == "te":
         require_transformer_engine()

@@ -18,6 +18,9 @@ ALLOCATOR, ALLOCATOR_TOO = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
 # torch's first choice of attention on Hopper, cuDNN's, compiles a plan of 20 ms or more for each new length of queries
 # or keys, and keeps them all; flash attention, its second, does not. Read at torch's first attention.
 FLASH_FIRST = ("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
+# Algorithms of NCCL that Megatron-LM's deterministic mode accepts. Those that leave the choice to NCCL are not among
+# them: without switches (`^NVLS`) it may still take a tree, whose topology varies.
+_REPEATABLE = {"Ring", "CollnetDirect", "CollnetChain"}
 # Variables set by a rank's launcher: with them a library might join the run's job and wait for its other ranks.
 _OF_A_RANK = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "PMI", "OMPI_", "MV2_")
 
@@ -39,7 +42,7 @@ def cuda_environment(config: RunConfig) -> dict[str, str]:
         needed |= [FLASH_FIRST]
     if config.training.deterministic:
         needed["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # otherwise torch refuses matrix products
-        needed["NCCL_ALGO"] = "^NVLS"  # no reductions in switches, as in Megatron-LM's deterministic mode
+        needed["NCCL_ALGO"] = "Ring"  # of which Megatron-LM's deterministic mode, too, makes its default
     if config.training.fp8 is not None and config.training.fp8.attention:
         # With `tensorwise` scores and their gradients still have delayed scales, which loops share: see
         # `model.transformer_config` for linear layers.
@@ -67,8 +70,15 @@ def _private_folder(name: str) -> str:
     return path if is_own else tempfile.mkdtemp(prefix=f"{name}-")
 
 
-def check_environment() -> None:
-    """Raise `UserError` if a variable excludes one of Transformer Engine's attentions, which megatron-core refuses."""
+def check_environment(*, deterministic: bool = False) -> None:
+    """Raise `UserError` if a variable excludes one of Transformer Engine's attentions, which megatron-core refuses, or
+    lets NCCL reduce in another order each time in a `deterministic` run."""
+    algorithms = os.environ.get("NCCL_ALGO", "Ring")
+    if deterministic and not set(algorithms.replace(" ", "").split(",")) <= _REPEATABLE:
+        raise UserError(
+            f"training.deterministic: the environment sets NCCL_ALGO={algorithms}, with which sums may differ from run "
+            "to run: unset it, or set it to Ring"
+        )
     for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
         if os.environ.get(name, "1") != "1":
             raise UserError(

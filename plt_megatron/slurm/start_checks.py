@@ -14,11 +14,10 @@ import numpy as np
 
 from plt_megatron.config.derived import missing_files
 from plt_megatron.config.rules.uploads import destinations, is_url, protocol_of
-from plt_megatron.config.schedules import all_sources
-from plt_megatron.config.schema import DataConfig, RunConfig
+from plt_megatron.config.schema import RunConfig
 from plt_megatron.data import fill_in_middle
 from plt_megatron.data.indexed import check_mask, open_index, part_prefixes, read_manifest, total_size
-from plt_megatron.data.mix import check_data, samples_after, training_fingerprint
+from plt_megatron.data.mix import check_data, samples_after, source_paths, training_fingerprint
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.model import trainable
@@ -52,12 +51,8 @@ def open_tokenizer(config: RunConfig) -> tuple[Tokenizer | None, list[str]]:
 def data_problems(config: RunConfig, tokenizer: Tokenizer | None) -> list[str]:
     """List what is wrong with the sources whose files exist, one line each."""
     vocab_size = config.model.vocab_size or (tokenizer.vocab_size if tokenizer else None)
-    sources = (path for path in _paths(config.data) if not missing_files(path))
+    sources = (path for path in source_paths(config.data) if not missing_files(path))
     return [problem for path in sources for problem in _source_problems(path, tokenizer, vocab_size)]
-
-
-def _paths(data: DataConfig) -> Iterable[str]:
-    return dict.fromkeys(source.path for _, source in all_sources(data))
 
 
 def _source_problems(prefix: str, tokenizer: Tokenizer | None, vocab_size: int | None) -> Iterator[str]:
@@ -102,7 +97,7 @@ def _mismatch(
 
 def mount_problems(config: RunConfig, container: Container, mounted: Sequence[Path]) -> list[str]:
     """List the run's paths that the container cannot see, one line each. `mounted`: folders besides the profile's."""
-    sources = dict.fromkeys(part for path in _paths(config.data) for part in _parts(path))
+    sources = dict.fromkeys(part for path in source_paths(config.data) for part in _parts(path))
     read = [(f"data source {path}", path) for path in sources]
     named = {
         "data.tokenizer": config.data.tokenizer,

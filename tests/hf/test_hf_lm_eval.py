@@ -2,11 +2,13 @@
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -94,9 +96,23 @@ def test_a_text_that_fails_without_a_word_is_one_line(evaluate, monkeypatch, cap
     """lm-evaluation-harness asserts that a text has tokens, and not more than the context."""
     from plt_megatron.hf import evaluation
 
-    fail = Mock(side_effect=AssertionError())
+    def fail(**options):
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(1234)
+        raise AssertionError
+
+    def draw():
+        return random.random(), np.random.random(), torch.rand(1).item()
+
     monkeypatch.setattr(evaluation, "_harness", lambda *_: (Mock(simple_evaluate=fail), Mock()))
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(5)
+    expected = [draw(), draw()]
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(5)
+    drawn = [draw()]
     assert evaluate("model", "--tasks", "choice") == 2
+    assert [*drawn, draw()] == expected, "it seeds the generators, which are the caller's"
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and "choice: a text is empty, or longer than the model's context" in error
 

@@ -50,7 +50,9 @@ def obstacles(config: RunConfig, backend: str) -> dict[str, str]:
         why["apply_rope_fusion"] = (
             "with data.reset_at_document_boundaries: the kernel uses one set of positions, packed rows their own"
         )
-    if too_old := _older_than(OLDEST_CROSS_ENTROPY):
+    if config.training.deterministic:
+        why["cross_entropy_loss_fusion"] = "with training.deterministic: Megatron-LM does not vouch for the kernel"
+    elif too_old := _older_than(OLDEST_CROSS_ENTROPY):
         why["cross_entropy_loss_fusion"] = (
             f"needs Transformer Engine {OLDEST_CROSS_ENTROPY}, this is {too_old}: before, gradients are imprecise or "
             "logits kept in fp32"

@@ -69,7 +69,7 @@ def run_study(path: str, settings: Sequence[str], options: StudyOptions) -> int:
     grid = make_grid(study)
     with contextlib.nullcontext() if options.dry_run else locked(study.folder, "sweep or study"):
         if study.demo_corpus is not None and not (options.dry_run or options.report_only):
-            prepare_demo_corpus(study.demo_corpus)
+            prepare_demo_corpus(study.demo_corpus, is_read=has_plan(study.folder))
         return _Study(grid, options).run()
 
 

@@ -153,7 +153,7 @@ class Incidents(Callback):
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         self.guard = StepGuard(run.config.training)
-        self._settings = _digest_of_settings(run.config)
+        self._settings = _digest_of_settings(run.config, run.data.fingerprint)
         self._first_sample = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -224,7 +224,10 @@ class Incidents(Callback):
         return [row for part in rows for row in part]
 
 
-def _digest_of_settings(config: RunConfig) -> str:
-    """Return a digest of the settings that losses and verdicts depend on; not of name, layout, checkpoints, logs."""
-    parts = [dataclasses.asdict(part) for part in (config.model, config.data, config.training, config.optimizer)]
+def _digest_of_settings(config: RunConfig, data: dict[str, Any]) -> str:
+    """Return a digest of what losses and verdicts depend on, `data` the fingerprint of the training samples; not of
+    paths, name, layout, checkpoints, logs."""
+    training = dataclasses.replace(config.training, micro_batch_size=1, threads_per_process=None)
+    parts: list[Any] = [dataclasses.asdict(part) for part in (config.model, training, config.optimizer)]
+    parts += [data, [dataclasses.asdict(stage) for stage in config.data.length_schedule]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

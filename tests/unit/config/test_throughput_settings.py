@@ -40,6 +40,10 @@ def problems(*settings: str, **kwargs: Any) -> str:
             "parallel.cross_entropy_loss_fusion is not verified with deepspeed",
         ),
         (
+            ["training.deterministic=true", "parallel.cross_entropy_loss_fusion=true"],
+            "parallel.cross_entropy_loss_fusion with training.deterministic",
+        ),
+        (
             ["deepspeed={}", "parallel.overlap_param_gather=true"],
             "parallel.overlap_param_gather is not verified with deepspeed",
         ),

@@ -65,7 +65,7 @@ def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
     return path
 
 
-def train(corpus: Path, folder: Path, threads: int = 1, **settings: object) -> Path:
+def train(corpus: Path, folder: Path, threads: int | None = 1, **settings: object) -> Path:
     options = TrainingOptions([str(corpus)], str(folder), 560, threads=threads, **settings)  # type: ignore[arg-type]
     return train_tokenizer(options).model
 

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import shutil
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,24 @@ def encode(folder: Path, conversation: dict[str, Any], *, append_eod: bool = Tru
     encoded = encoder([json.dumps({"tools": None, **conversation})])
     assert not encoded.bad and encoded.lengths.tolist() == [len(encoded.flat)]
     return encoded.flat.tolist(), encoded.mask.tolist()
+
+
+@pytest.mark.parametrize("base", [CHATML, MARKED_CHATML])
+def test_tokens_do_not_depend_on_the_day(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Templates may ask for today's date; an export's chats have the real one."""
+    from transformers.utils import chat_template_utils
+
+    folder = chat_tokenizer(tmp_path / "dated", "Today: {{ strftime_now('%d %b %Y') }}\n" + base)
+    found = []
+    for day in (1, 2):
+        clock = type("Clock", (), {"now": lambda day=day: datetime(2026, 12, day)})
+        monkeypatch.setattr(chat_template_utils, "datetime", clock)
+        found.append(encode(folder, conversations(1)[0]))
+    assert found[0] == found[1] and sum(found[0][1])
+    text = load_tokenizer(folder).decode(found[0][0])
+    assert text.startswith("Today: 26 Jul 2024\n")
+    with pytest.raises(UserError, match="today's date"):
+        ChatEncoder(load_tokenizer(chat_tokenizer(tmp_path / "computed", "{{ strftime_now(x) }}")), append_eod=True)
 
 
 def test_tokens_and_mask_are_those_of_transformers(chatml: Path, tmp_path: Path) -> None:

@@ -196,6 +196,18 @@ def test_the_index_is_built_once(
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_another_end_token_has_an_index_of_its_own(
+    prefix: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is in the names of megatron-core's files, which ranks other than the first only read."""
+    build(config(prefix), (60, 0, 0), tmp_path, tokenizer)
+    (first,) = tmp_path.iterdir()
+    files = sorted(first.iterdir())
+    monkeypatch.setattr(tokenizer, "eod", tokenizer.eod + 1)
+    build(config(prefix), (60, 0, 0), tmp_path, tokenizer)
+    assert sorted(first.iterdir()) == files and len(list(tmp_path.iterdir())) == 2
+
+
 def test_a_killed_build_leaves_no_index(
     prefix: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

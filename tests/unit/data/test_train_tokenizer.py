@@ -57,6 +57,17 @@ def test_same_input_same_files_whatever_the_machine(corpus: Path, tmp_path: Path
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
+def test_a_unigram_model_is_of_so_many_threads_on_every_machine(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pieces depend on them."""
+    for name, cores in (("a", 1), ("b", 3)):
+        monkeypatch.setattr(tokenizer_training, "usable_cores", lambda cores=cores: cores)
+        train(corpus, tmp_path / name, threads=None, model_type="unigram")
+    models = [tmp_path / name / "tokenizer.model" for name in "ab"]
+    assert models[0].read_bytes() == models[1].read_bytes()
+
+
 def test_differences_are_found_and_nothing_is_written(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,6 +88,20 @@ def test_other_settings_are_other_work(work):
     assert work.runs == 2
 
 
+def test_what_runs_have_read_is_kept_or_refused_but_never_replaced(work):
+    work.go()
+    assert run_step(
+        dataclasses.replace(work.step, inputs=[], settings="size=2"), work.stamps, 1, 1, is_read=True
+    ).finished
+    work.source.write_text("other text")
+    with pytest.raises(UserError, match=f"{work.file} .* runs have read it"):
+        run_step(work.step, work.stamps, 1, 1, is_read=True)
+    assert work.runs == 1 and work.file.read_text() == "whole"
+    work.file.unlink()
+    run_step(work.step, work.stamps, 1, 1, is_read=True)
+    assert work.runs == 2
+
+
 def test_an_input_touched_without_change_is_no_change(work):
     work.go()
     work.source.write_text("text")

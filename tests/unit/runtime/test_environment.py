@@ -1,7 +1,7 @@
 """What a run puts into its environment for CUDA's libraries, and when."""
 
+import contextlib
 import os
-import re
 import tempfile
 
 import pytest
@@ -58,7 +58,7 @@ def test_deterministic_runs_have_what_torch_and_megatron_ask_for():
     needed = cuda_environment(RunConfig(training=TrainingConfig(deterministic=True)))
     # The values: torch's documentation of use_deterministic_algorithms, and Megatron-LM's --deterministic-mode.
     assert needed.pop("CUBLAS_WORKSPACE_CONFIG") in (":4096:8", ":16:8")
-    assert re.fullmatch(r"Tree|Ring|CollnetDirect|CollnetChain|\^NVLS", needed.pop("NCCL_ALGO"))
+    assert needed.pop("NCCL_ALGO") == "Ring"
     assert needed == ALWAYS
 
 
@@ -77,6 +77,16 @@ def test_variables_that_megatron_core_would_refuse_with_a_traceback_are_named(mo
     monkeypatch.setenv(name, "0")
     with pytest.raises(UserError, match=f"{name}=0.*unset"):
         check_environment()
+
+
+@pytest.mark.parametrize(
+    ("algorithms", "repeats"), [("Ring", True), ("CollnetDirect, Ring", True), ("Tree,Ring", False)]
+)
+def test_deterministic_runs_take_only_algorithms_that_repeat_a_sum(monkeypatch, algorithms, repeats):
+    monkeypatch.setenv("NCCL_ALGO", algorithms)
+    check_environment()
+    with contextlib.nullcontext() if repeats else pytest.raises(UserError, match=f"NCCL_ALGO={algorithms}"):
+        check_environment(deterministic=True)
 
 
 @pytest.mark.parametrize("name", [ALLOCATOR, ALLOCATOR_TOO])

@@ -21,6 +21,7 @@ def a_run(folder: Path, *, is_first_rank: bool = True, **logging: Any) -> Any:
         clock=Clock(),
         is_first_rank=is_first_rank,
         callbacks=[],
+        data=SimpleNamespace(fingerprint={"sha256": "0"}),
         said=said,
         say=said.append,
     )

@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from plt_megatron.config.schema import DataConfig, DataStage, OptimizerConfig, SpikeConfig, TrainingConfig
+from plt_megatron.config.schema import DataConfig, DataStage, LengthStage, OptimizerConfig, SpikeConfig, TrainingConfig
 from plt_megatron.train.callbacks.base import Step
 from plt_megatron.train.callbacks.incidents import Incidents, StepGuard, StepKind
 from tests.unit.train.callbacks.a_run import a_run
@@ -177,21 +177,24 @@ def test_loops_that_another_callback_has_changed_are_those_of_the_step(run):
 @pytest.mark.parametrize(
     ("change", "action"),
     [
-        (lambda config: None, "fail"),
-        (lambda config: setattr(config, "name", "other"), "fail"),
-        (lambda config: setattr(config.parallel, "tensor_model_parallel_size", 2), "fail"),
-        (lambda config: setattr(config.training.spikes, "threshold", 5.0), "rollback"),
-        (lambda config: setattr(config, "optimizer", OptimizerConfig(lr=1e-5)), "rollback"),
-        (lambda config: setattr(config.data, "split", "1,0,0"), "rollback"),
+        (lambda run: None, "fail"),
+        (lambda run: setattr(run.config, "name", "other"), "fail"),
+        (lambda run: setattr(run.config.parallel, "tensor_model_parallel_size", 2), "fail"),
+        (lambda run: setattr(run.config.training, "micro_batch_size", 2), "fail"),
+        (lambda run: setattr(run.config.data, "tokenizer", "elsewhere/tokenizer.json"), "fail"),
+        (lambda run: setattr(run.config.training.spikes, "threshold", 5.0), "rollback"),
+        (lambda run: setattr(run.config, "optimizer", OptimizerConfig(lr=1e-5)), "rollback"),
+        (lambda run: setattr(run.data, "fingerprint", {"sha256": "1"}), "rollback"),
+        (lambda run: setattr(run.config.data, "length_schedule", [LengthStage(400, 16)]), "rollback"),
     ],
-    ids=["nothing", "name", "layout", "threshold", "rate", "data"],
+    ids=["nothing", "name", "layout", "micro batch", "path", "threshold", "rate", "data", "length"],
 )
 def test_bad_steps_are_counted_anew_once_something_that_makes_them_has_changed(run, change, action):
     stopped = Incidents(run)
     for loss in (2.0, 2.1, 1.9, 50.0):
         judge(stopped, 0, loss=loss)
     assert stopped.guard.action == "rollback"
-    change(run.config)
+    change(run)
     resumed = Incidents(run)
     resumed.load_state_dict(stopped.state_dict())
     assert not judge(resumed, 0, loss=50.0), "the losses are remembered in any case"
