@@ -159,6 +159,7 @@ class Engine:
         """
         result = self._step(batches, accept, loop_count or self.config.model.loop_count)
         self.scheduler.count_step()
+        self.times.count_step()
         return result
 
     def _step(self, batches: list[MicroBatch], accept: Callable[[float, float], bool], loop_count: int) -> StepResult:
@@ -172,6 +173,10 @@ class Engine:
     def gather_parameters(self) -> None:
         """Complete the weights that the last step updated, before anything but a forward pass reads them. Collective;
         with `parallel.overlap_param_gather` a rank has only its own share of them until the next forward pass."""
+
+    def share_parameters(self) -> None:
+        """Send every rank the weights that their owners have changed outside of a step. Collective; call
+        `gather_parameters` before the change."""
 
     def _count_tokens(self, batches: list[MicroBatch]) -> Tensor:
         """Return how many tokens of the step count in the loss, float64 [1] on the device, equal on all ranks."""

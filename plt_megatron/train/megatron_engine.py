@@ -130,8 +130,6 @@ class MegatronEngine(Engine):
 
     @torch.no_grad()
     def share_parameters(self) -> None:
-        """Send every rank the weights that their owners have changed outside of a step. Collective; call
-        `gather_parameters` before the change."""
         for group in self._bucket_groups:
             group.start_param_sync(force_sync=True)
 

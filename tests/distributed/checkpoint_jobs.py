@@ -225,8 +225,30 @@ def main_parameters(path: Path, config: RunConfig) -> str:
 
     engine = build(config)
     load_checkpoint(engine, path)
+    return _hash_of_main(engine)
+
+
+def go_on_in_fp32(folder: Path) -> list[tuple[bool, bool]]:
+    """Train in bf16, save, and load in fp32; return by rank whether its main parameters are the saved ones, and whether
+    its model's are those of the first rank."""
+    import torch.distributed as dist
+
+    from plt_megatron.train.checkpoint.loading import load_checkpoint
+    from tests.checkpoints import save_checkpoint
+
+    before, after = build(run_config(precision="bf16")), build(run_config())
+    train(before, 1, 2)
+    load_checkpoint(after, save_checkpoint(before, folder, {"step": 2, "tokens": 256}))
+    own = torch.cat([parameter.detach().flatten() for parameter in after.stage.parameters()])
+    first = own.clone()
+    dist.broadcast(first, 0)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (_hash_of_main(after) == _hash_of_main(before), torch.equal(own, first)))
+    return found
+
+
+def _hash_of_main(engine: Any) -> str:
     whole = hashlib.sha256()
-    part = engine.state.parts[0]
-    for parameter, _ in part.parameter_parts():
-        whole.update(part.main_parameter(parameter).detach().contiguous().numpy().tobytes())
+    for main in engine.state.parts[0].pieces().values():
+        whole.update(main.detach().contiguous().numpy().tobytes())
     return whole.hexdigest()

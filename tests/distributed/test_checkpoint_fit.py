@@ -161,6 +161,11 @@ def test_fp32_state_goes_on_in_bf16_with_an_exact_main_copy(run_distributed, two
     assert seen == exact
 
 
+def test_bf16_state_goes_on_in_fp32_with_the_main_copy_on_all_ranks(run_distributed, tmp_path):
+    """In fp32 main parameters and the model's are the same memory, and the checkpoint's model is rounded."""
+    assert run_distributed(jobs.go_on_in_fp32, 2, tmp_path) == [(True, True)] * 2
+
+
 FACTOR = {"lr_mult": RateFactors(embedding=4.0)}
 
 

@@ -153,22 +153,30 @@ class Incidents(Callback):
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         self.guard = StepGuard(run.config.training)
-        self._settings = _digest_of_settings(run.config, run.data.fingerprint)
+        # Without `sampling`: a longer run reads the same data.
+        data = {
+            name: run.data.fingerprint[name] for name in sorted(run.data.fingerprint.keys() - {"sha256", "sampling"})
+        }
+        self._data, self._settings = _digest(data), _digest_of_settings(run.config, data)
         self._first_sample = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return self.guard.state() | {"settings": self._settings}
+        return self.guard.state() | {"settings": self._settings, "data": self._data}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the guard's state. A run with other settings resets the count of bad steps: someone has addressed
         their cause."""
-        self.guard.restore(state)
+        self.guard.restore(self._comparable(state))
         if state.get("settings") != self._settings:
             self.guard.forgive()
 
     def on_rollback(self, state: dict[str, Any]) -> None:
         """Restore only the guard's losses. It still remembers the bad step: too many of them end the run."""
-        self.guard.restore_losses(state)
+        self.guard.restore_losses(self._comparable(state))
+
+    def _comparable(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return the state without losses on other data, which cannot judge this run's."""
+        return state if state.get("data", self._data) == self._data else state | {"recent": []}
 
     def before_step(self, step: Step) -> None:
         self._first_sample = self.run.clock.samples
@@ -230,4 +238,8 @@ def _digest_of_settings(config: RunConfig, data: dict[str, Any]) -> str:
     training = dataclasses.replace(config.training, micro_batch_size=1, threads_per_process=None)
     parts: list[Any] = [dataclasses.asdict(part) for part in (config.model, training, config.optimizer)]
     parts += [data, [dataclasses.asdict(stage) for stage in config.data.length_schedule]]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return _digest(parts)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -61,7 +61,6 @@ class Throughput(Callback):
         self._tokens += tokens
         self._flops += tokens * self.flops_per_token(step.loop_count, step.sequence_length)
         self._seconds += step.seconds
-        self.run.engine.times.count_step()
 
     def on_log(self) -> dict[str, Any]:
         """Return rates since the last record (`mfu` is None if the peak is unknown), memory, and time by part of a

@@ -59,6 +59,8 @@ def load_checkpoint(
     request = engine.state.request(optimizer=True)
     has_new = _fit(path, request)
     loaded = engine.state.load(request, partial(_read, path, sharing=engine.groups.dp_cp))
+    if engine.config.training.precision == "fp32":  # they are exact, the checkpoint's model may be in bf16
+        engine.share_parameters()
     step = loaded["optimizer_step"]
     # Older checkpoints lack the second number: every step used all parameters.
     engine.state.set_step(step, 0 if has_new else loaded.get("optimizer_later_step", step))

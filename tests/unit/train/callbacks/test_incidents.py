@@ -184,10 +184,9 @@ def test_loops_that_another_callback_has_changed_are_those_of_the_step(run):
         (lambda run: setattr(run.config.data, "tokenizer", "elsewhere/tokenizer.json"), "fail"),
         (lambda run: setattr(run.config.training.spikes, "threshold", 5.0), "rollback"),
         (lambda run: setattr(run.config, "optimizer", OptimizerConfig(lr=1e-5)), "rollback"),
-        (lambda run: setattr(run.data, "fingerprint", {"sha256": "1"}), "rollback"),
         (lambda run: setattr(run.config.data, "length_schedule", [LengthStage(400, 16)]), "rollback"),
     ],
-    ids=["nothing", "name", "layout", "micro batch", "path", "threshold", "rate", "data", "length"],
+    ids=["nothing", "name", "layout", "micro batch", "path", "threshold", "rate", "length"],
 )
 def test_bad_steps_are_counted_anew_once_something_that_makes_them_has_changed(run, change, action):
     stopped = Incidents(run)
@@ -199,6 +198,23 @@ def test_bad_steps_are_counted_anew_once_something_that_makes_them_has_changed(r
     resumed.load_state_dict(stopped.state_dict())
     assert not judge(resumed, 0, loss=50.0), "the losses are remembered in any case"
     assert resumed.guard.action == action and resumed.guard.too_many is (action == "fail")
+
+
+@pytest.mark.parametrize("rolled_back", [False, True])
+def test_losses_on_other_data_judge_no_step(run, rolled_back):
+    """As of a decay branch on another mix, with checkpoint.allow_other_data."""
+    trunk = Incidents(run)
+    for loss in (2.0, 2.1, 1.9, 2.0):
+        judge(trunk, 0, loss=loss)
+    state = trunk.state_dict()
+    run.data.fingerprint |= {"sha256": "1", "sampling": {"num_samples": 9}}
+    longer = Incidents(run)
+    longer.load_state_dict(state)
+    assert not judge(longer, 0, loss=50.0)
+    run.data.fingerprint |= {"sources": {"train": [["math", 1.0]]}}
+    branch = Incidents(run)
+    (branch.on_rollback if rolled_back else branch.load_state_dict)(state)
+    assert judge(branch, 0, loss=50.0)
 
 
 def test_a_rollback_restores_the_losses_alone(run):
