@@ -6,8 +6,9 @@
 
 The gain is the validation loss of k layers and one loop minus the run's, with the same seed; its share is of the gain
 of 2k layers with the same seeds. Intervals are 95 % of Student's t over seeds. Exit status 1 unless, on every corpus,
-2k layers gain 0.05 nats, PLT-2 in its best form (with or without a loss for its first loop, or with full attention in
-the last loop alone) 0.04 with an interval above 0.015, and that form keeps 80 % of what a naive loop gains.
+2k layers gain 0.05 nats, PLT-2 with a loss for its first loop and in its best form (with that loss, without it, or with
+full attention in the last loop alone) 0.04 with an interval above 0.015, and that form keeps 80 % of what a naive loop
+gains.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from plt_megatron.run_folder.text import format_table
 
 SHALLOW, DEEP, NAIVE = "k layers", "2k layers", "naive loop x2"
 OLD_KEYS = "keys not shifted"  # rows of this name are far below, and not drawn
-PLT = ("PLT-2", "PLT-2 + loop loss", "PLT-2, last loop global")
+PLT = ("PLT-2", LOOP_LOSS := "PLT-2 + loop loss", "PLT-2, last loop global")
 DEPTH_GAIN, LEAD, LOWEST, KEPT = 0.05, 0.04, 0.015, 0.8
 
 
@@ -124,8 +125,9 @@ def missed_bars(corpus: Corpus) -> list[str]:
     if gains[DEEP].value < DEPTH_GAIN:
         missed.append(f"2k layers gain {gains[DEEP].value:.3f} nats, not {DEPTH_GAIN}")
     best = max((name for name in PLT if name in gains), key=lambda name: gains[name].value)
-    if not (gains[best].value >= LEAD and gains[best].low > LOWEST):
-        missed.append(f"{best} gains {_text(gains[best], '.3f')} nats, not {LEAD} with an interval above {LOWEST}")
+    for name in dict.fromkeys(form for form in (LOOP_LOSS, best) if form in gains):
+        if not (gains[name].value >= LEAD and gains[name].low > LOWEST):
+            missed.append(f"{name} gains {_text(gains[name], '.3f')} nats, not {LEAD} with an interval above {LOWEST}")
     if NAIVE not in gains:
         return [*missed, f"no run of the {NAIVE}, whose gain {best} should keep"]
     kept = corpus.share(best, of=NAIVE)

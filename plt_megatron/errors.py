@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import resource
 import select
 import signal
@@ -20,6 +21,7 @@ EXIT_TERMINATED = 128 + 15
 _OPEN_FILES = 1 << 16
 # Commands have raised the soft limit to it.
 RAISE_OPEN_FILES = "have the hard limit raised (ulimit -Hn), in limits.conf or as a service's LimitNOFILE"
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _ADVICE = {
     errno.EMFILE: f"too many open files: {RAISE_OPEN_FILES}",
     errno.ENFILE: "too many open files on this machine",
@@ -230,9 +232,14 @@ def print_error(error: Exception | str) -> None:
         _say(f"error: {line}")
 
 
+def printable(text: str) -> str:
+    """Escape characters that control a terminal; a stranger's file may have put them there."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def _say(line: str) -> None:
     """Print a line on stderr, or drop it if stderr is full or has lost its reader: the exit status says it too."""
     try:
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())

@@ -98,7 +98,7 @@ def class_defaults(config: Mapping[str, Any], tokenizer_json: Path) -> dict[str,
     import transformers
 
     kind = getattr(transformers, str(config.get("tokenizer_class")), None)
-    if kind is None:
+    if not isinstance(kind, type):
         return {}
     known = tokenizers.Tokenizer.from_file(str(tokenizer_json)).get_vocab(with_added_tokens=True)
     given = inspect.signature(kind).parameters

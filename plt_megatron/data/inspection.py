@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -15,7 +14,7 @@ from plt_megatron.data.datasets import Part, Samples, build_datasets
 from plt_megatron.data.duplicates import Duplicates, Shared, find_duplicates
 from plt_megatron.data.mix import PARTS, required_samples, sample_sources, validation_alone
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from plt_megatron.errors import UserError
+from plt_megatron.errors import UserError, printable
 from plt_megatron.run_folder.text import format_table, plural
 
 
@@ -174,7 +173,6 @@ def _runs(tokens: Sequence[int], asked: Sequence[bool], tokenizer: Tokenizer | N
 
 
 # As a terminal obeys, but newline and tab.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 LEGEND = "[[...]]: tokens that do not count in the loss"
 
 
@@ -203,8 +201,7 @@ def describe_part(part: ShownPart) -> str:
 
 
 def _indented(runs: Sequence[Run], width: int | None) -> Iterator[str]:
-    text = "".join(run.text if run.predicted else f"[[{run.text}]]" for run in runs)
-    text = _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    text = printable("".join(run.text if run.predicted else f"[[{run.text}]]" for run in runs))
     if width is not None and len(text) > width:
         text = f"{text[: width // 2]} ... {text[len(text) - width // 2 :]}"
     yield from (f"  | {line}" for line in text.split("\n"))

@@ -35,7 +35,7 @@ from plt_megatron.data.plan import Plan
 from plt_megatron.data.progress import ProgressBar
 from plt_megatron.data.shards import FatalBadLine, PreprocessOptions, Shard, publish_json, run_in_worker, start_worker
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from plt_megatron.errors import UserError
+from plt_megatron.errors import UserError, printable
 from plt_megatron.run_folder.checkpoints import sha256
 from plt_megatron.run_folder.files import LOCK, locked, publish
 from plt_megatron.run_folder.text import plural
@@ -95,7 +95,7 @@ def preprocess(options: PreprocessOptions) -> dict[str, Any]:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 class _Job:

@@ -103,7 +103,8 @@ def _loops(model: ModelConfig) -> str:
 
 
 def _table(facts: Iterable[tuple[str, Any]]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts)])
+    rows = ((name, str(value).replace("|", "\\|")) for name, value in facts)
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
 
 def _model_facts(source: ModelSource, mappings: list[ParamMapping]) -> Iterator[tuple[str, Any]]:

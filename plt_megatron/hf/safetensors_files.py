@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from plt_megatron.errors import UserError
+from plt_megatron.run_folder.files import read_json_object
 from plt_megatron.run_folder.text import first_few
 
 SINGLE = "model.safetensors"
@@ -123,9 +124,9 @@ class SafetensorsFolder:
             hint = f", only {other.name}: save the model as safetensors" if other else ""
             raise UserError(f"{self.folder} has neither {SINGLE} nor {INDEX}{hint}")
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            weight_map = read_json_object(index)["weight_map"]
             assert all(isinstance(value, str) for value in weight_map.values())
-        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        except (KeyError, AttributeError, AssertionError) as error:
             raise UserError(f"{index}: not a safetensors index") from error
         missing = sorted({name for name in weight_map.values() if not (self.folder / name).is_file()})
         if missing:

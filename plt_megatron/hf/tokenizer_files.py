@@ -168,9 +168,12 @@ def _found(patterns: Iterable[str], source: Path) -> list[Path]:
 
 
 def _copy_found(patterns: Iterable[str], source: Path, folder: Path) -> None:
-    for file in _found(patterns, source):
+    files = _found(patterns, source)
+    for file in files:
+        _check_link(file, source)
+    for file in files:
         copy = folder / file.relative_to(source)
-        copy.parent.mkdir(exist_ok=True)
+        copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)
 
 
@@ -200,11 +203,7 @@ def copy_tokenizer(source: Path, folder: Path, family: str, vocab_size: int, tok
     check_vocabulary(load_hf_tokenizer(read, tokens), vocab_size, None)
     if read.name == MODEL and not all((source / name).is_file() for name in (JSON, CONFIG)):
         build_tokenizer_json(read)  # else no export could have its tokenizer
-    names = (MODEL, JSON, CONFIG, *_OTHERS)
-    for file in _found(names, source):
-        _check_link(file, source)
-    folder.mkdir()
-    _copy_found(names, source, folder)
+    _copy_found((MODEL, JSON, CONFIG, *_OTHERS), source, folder)
     _use_no_code(folder)
     ids, generation = token_ids(tokens, read_generation_config(source))
     write_json(folder / GENERATION_CONFIG, ids | generation, indent=2)

@@ -120,7 +120,7 @@ class Channel:
                 if not isinstance(message, dict) or not isinstance(message.get("type"), str):
                     raise ValueError("no message")
                 messages.append(message)
-        except ValueError:
+        except (ValueError, RecursionError):
             self.closed = True
         if len(rest) > _LONGEST:
             self.closed = True
@@ -216,6 +216,7 @@ class Hub:
         """Return the node of the launcher that sent this first message; None if it is not one of this job's."""
         allocation, node = self._allocation, message.get("node")
         ours = (message.get("job_id"), message.get("restart_count")) == (allocation.job_id, allocation.restart_count)
+        ours = ours and isinstance(message.get("facts"), dict)
         known = any(channel.node == node for channel in self._channels)
         return node if message["type"] == "hello" and ours and node in allocation.nodes and not known else None
 

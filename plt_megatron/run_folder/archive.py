@@ -30,7 +30,10 @@ _WITHOUT_RUNS = {
 _UNREAD = _WITHOUT_RUNS - {"incidents"} | {"profile", "report"}
 _SUFFIXES = {".distcp", ".log", ".md", ".png", ".safetensors", ".xz"}
 # Records of the place and the code, with paths, names of users and a cluster's variables; no report reads them.
-_PRIVATE = {"environment.txt", "git.txt", "job.sbatch", "job.yaml"}
+_PRIVATE = {
+    *("environment.txt", "git.txt", "job.sbatch", "job.yaml", "why.txt", "runs.txt", "array.txt"),
+    *("submissions.jsonl", "uploads.jsonl", "upload_id", "wandb_id"),
+}
 _PRESET: Final = 8  # matches up to 32 MiB apart: a run's configuration and its copy in the plan are stored once
 
 
@@ -90,7 +93,7 @@ def unpacked(archive: Path) -> Path:
     """Return a temporary copy of an archive's files, made once in this process and removed when it ends.
 
     Raises:
-        UserError: the archive is broken.
+        UserError: the archive is broken, or there is no room for the copy.
     """
     return Path(_unpacked(archive.resolve(), archive.stat().st_mtime_ns).name)
 
@@ -101,6 +104,9 @@ def _unpacked(archive: Path, _changed: int) -> tempfile.TemporaryDirectory[str]:
     try:
         with tarfile.open(archive, "r:xz") as packed:
             packed.extractall(copy.name, filter="data")
-    except (tarfile.TarError, lzma.LZMAError, EOFError, OSError) as error:
+    except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
         raise UserError(f"{archive}: broken ({error}); restore it") from error
+    except OSError as error:
+        place = Path(copy.name).parent
+        raise UserError(f"{archive}: cannot be unpacked to {place} ({error.strerror}); set TMPDIR") from error
     return copy

@@ -2,7 +2,7 @@
 
     checkpoints/
       step_00000100/     a complete checkpoint; manifest.json lists its files with size and SHA-256
-      step_00000200.tmp/ one being written, or what a crash left of it
+      step_00000200.1a2b3c4d.tmp/ one being written, or what a crash left of it
       latest             the name of the one published last
 
 A checkpoint appears under its name only when it is complete: `train.checkpoint.publishing` ensures that.
@@ -95,6 +95,8 @@ def latest_checkpoint(path: Path | str, verify: bool = True) -> Path | None:
         problem = damage(candidate) if verify else None
         if problem is None:
             return candidate
+        if candidate != Path(path) and not candidate.exists():  # its run has removed it, and has later ones
+            return latest_checkpoint(path, verify)
         logger.warning("%s", problem)
     return None
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 # A number with short words, as in `38 %`, `2 h 40 min`, `12 of 300` or `1.2 [1.1, 1.3]`; or nothing.
 _NUMERIC = re.compile(r"[-+±~<]?\d[\d.,]*\S{0,5}( (\S{1,5}|\(?[\d.,]+\)?|\[.*\]))*|[-?]?")
+# Names of variables whose values are not for logs.
+SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL|SAS", re.IGNORECASE)
 _UNITS = {1000: ("B", "kB", "MB", "GB", "TB", "PB"), 1024: ("B", "KiB", "MiB", "GiB", "TiB", "PiB")}
 
 

@@ -24,9 +24,10 @@ from plt_megatron.errors import UserError
 from plt_megatron.installation import is_checkout
 from plt_megatron.launcher.job import JobSettings, save_settings
 from plt_megatron.run_folder import json_lines
+from plt_megatron.run_folder.attempts import unended
 from plt_megatron.run_folder.files import write_text, writing
 from plt_megatron.run_folder.folder import CODE, RunFolder
-from plt_megatron.run_folder.text import plural
+from plt_megatron.run_folder.text import SECRET_NAME, plural
 from plt_megatron.runtime.local_processes import output_of
 from plt_megatron.slurm import client
 
@@ -36,7 +37,6 @@ _RECORDED = (
     *("CUDA", "NCCL", "TORCH", "PYTORCH", "OMP", "MKL"),
     *("PYTHON", "LD_LIBRARY", "PATH", "LOADEDMODULES", "SLURM_CONF"),
 )
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL", re.IGNORECASE)
 _GIT_SECONDS = 10
 RUNS = "runs.txt"  # in an array's folder; line i is the run folder of member i
 
@@ -57,7 +57,7 @@ def snapshot_code(root: Path, run: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
             if executable:
-                path.chmod(0o755)
+                _make_executable(path)
         _make_way(target)
         temporary.rename(target)
     finally:
@@ -127,7 +127,7 @@ def describe_environment() -> str:
     variables = sorted(
         f"{name}={value!r}"
         for name, value in os.environ.items()
-        if name.startswith(_RECORDED) and not _SECRET.search(name)
+        if name.startswith(_RECORDED) and not SECRET_NAME.search(name)
     )
     user = os.environ.get("USER") or os.getuid()
     lines = [
@@ -206,7 +206,13 @@ def write_run(
 def write_script(folder: Path, text: str) -> None:
     path = RunFolder(folder).job_script
     write_text(path, text)
-    path.chmod(0o755)
+    _make_executable(path)
+
+
+def _make_executable(path: Path) -> None:
+    """Let all who may read a file execute it."""
+    mode = path.stat().st_mode
+    path.chmod(mode | (mode & 0o444) >> 2)
 
 
 def record_submission(run: Path, job_id: str) -> None:
@@ -272,10 +278,15 @@ def advice(run: Path, job: client.Job) -> str:
 
 
 def check_no_active_job(run: Path) -> None:
-    """Raise `UserError` if a run that is to be trained here has an active job, or if Slurm does not answer."""
+    """Raise `UserError` if a run that is to be trained here has an active job, another user's too, or if Slurm does not
+    answer."""
     job = job_of(run, active_jobs)
     if job is not None:
         raise UserError(advice(run, job))
+    started = [str(start.get("job_id")) for start in unended(RunFolder(run).attempts())]
+    at_work = client.job_at_work([job_id for job_id in started if job_id != os.environ.get("SLURM_JOB_ID")])
+    if at_work is not None:
+        raise UserError(f"{run}: job {at_work}, another user's, is training it: wait for it, or have it cancelled")
 
 
 # Paths.

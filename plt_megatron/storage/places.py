@@ -15,10 +15,10 @@ from plt_megatron.config.rules.uploads import packages_for, protocol_of
 from plt_megatron.errors import UserError, file_error
 from plt_megatron.extras import require
 from plt_megatron.run_folder.files import write_bytes
+from plt_megatron.run_folder.text import SECRET_NAME
 
 # Attributes of a file that change with its content; the first that the file system has is used.
 _MARKS = ("ETag", "etag", "md5Hash", "content_md5", "generation", "mtime", "LastModified", "last_modified", "created")
-_SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSWORD|CREDENTIAL|KEY|SAS", re.IGNORECASE)
 # Hub tokens, user and password in a URL, and a URL's query, which may contain signatures.
 _SECRET = re.compile(r"hf_\w{8,}|(?<=://)(?:[^/\s@]*:(?!\d+/)\S*|[^/\s@]+)@|(?<=\w)\?\S*[=&]\S*")
 _SHORTEST = 6  # minimum characters of a secret: shorter words occur in every message
@@ -165,7 +165,7 @@ def reason(error: BaseException) -> str:
 
 def redacted(text: str) -> str:
     """Return the text with secrets replaced by asterisks."""
-    secrets = [value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= _SHORTEST]
+    secrets = [value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= _SHORTEST]
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, "***")
     return _SECRET.sub("***", text)

@@ -127,6 +127,8 @@ def _find(path: Path) -> tuple[Path, dict[str, Any]]:
             if dist.get_rank() == 0:
                 checkpoints.warn_of_doubt(candidate, progress)
             return candidate, progress
+        if candidate != path and not on_rank_0(candidate.exists):
+            raise AttemptFailed(f"{candidate} was removed by its run, which has later ones: try again")
         damages.append(problem)
         if len(candidates) > 1:
             say(problem, logging.WARNING)

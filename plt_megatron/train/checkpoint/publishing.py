@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
+import secrets
 import shutil
 from pathlib import Path
 
@@ -26,6 +28,8 @@ from plt_megatron.run_folder.files import write_json, write_text
 
 _TEMPORARY = ".tmp"  # being written, or being removed
 _REPLACED = ".old"  # about to be replaced by a newer one of the same step
+# A name in brackets is of one save: another start of the run, while processes of the last one live, has its own.
+_LEFT = re.compile(rf"({NAME.pattern})(\.[0-9a-f]+)?({_TEMPORARY}|{_REPLACED})")
 
 
 def versions() -> dict[str, str]:
@@ -49,17 +53,16 @@ def leftovers(directory: Path) -> list[Path]:
     """Return folders left by a crash, partly written or partly removed."""
     if not directory.is_dir():
         return []
-    found = (path for path in directory.iterdir() if path.suffix in (_TEMPORARY, _REPLACED))
-    return sorted(path for path in found if NAME.fullmatch(path.stem) and path.is_dir())
+    return sorted(path for path in directory.iterdir() if _LEFT.fullmatch(path.name) and path.is_dir())
 
 
 def prepare(directory: Path, step: int) -> Path:
-    """Remove leftovers, except those that cannot be, and create the temporary folder of step `step`'s checkpoint."""
+    """Remove leftovers, except those that cannot be, and create a temporary folder for step `step`'s checkpoint."""
     directory.mkdir(parents=True, exist_ok=True)
     recover(directory)
-    temporary = directory / (folder_name(step) + _TEMPORARY)
+    temporary = directory / f"{folder_name(step)}.{secrets.token_hex(4)}{_TEMPORARY}"
     for path in leftovers(directory):
-        _remove(path, ignore_errors=path != temporary)  # NFS keeps a folder in which another process has a file open
+        _remove(path, ignore_errors=True)  # NFS keeps a folder in which another process has a file open
     for path in directory.glob(f".{LATEST}.*"):
         path.unlink()
     temporary.mkdir()
@@ -94,7 +97,7 @@ def publish(temporary: Path, checksums: dict[str, str]) -> Path:
             2, "files written by another process are missing: is the folder shared by all nodes?", missing.pop()
         )
     write_json(temporary / MANIFEST, {"format": FORMAT, "files": files})
-    published = temporary.with_suffix("")
+    published = temporary.with_name(temporary.name.partition(".")[0])
     if published.exists():
         replaced = published.with_suffix(_REPLACED)
         published.rename(replaced)

@@ -204,6 +204,34 @@ def test_what_cannot_be_removed_stops_no_save(tmp_path, monkeypatch):
     assert checkpoints.damage(moved) is None
 
 
+def test_processes_that_outlive_their_start_publish_nothing_of_another(tmp_path):
+    """Slurm may start a job again while its node, which it has lost, goes on."""
+    _save(tmp_path, 1)
+    names = "__0_0.distcp", "__1_0.distcp"
+    former = publishing.prepare(tmp_path, 2)
+    (former / names[0]).write_text("whole")
+    sums = {names[0]: checkpoints.sha256(former / names[0])}
+    present = publishing.prepare(tmp_path, 2)
+    (present / names[0]).write_text("ha")
+    with pytest.raises(OSError):
+        publishing.publish(former, sums)
+    (present / names[0]).write_text("whole")
+    published = publishing.publish(present, sums)
+    assert checkpoints.damage(published) is None and latest_checkpoint(tmp_path) == published
+
+
+def test_a_checkpoint_that_its_run_removes_while_it_is_read_is_not_the_last(tmp_path, monkeypatch):
+    first, real = _save(tmp_path, 1), checkpoints.damage
+
+    def slow(path: Path, *arguments, **options) -> str | None:
+        if path == first:
+            _save(tmp_path, 2, keep_last=1)
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(checkpoints, "damage", slow)
+    assert _step(latest_checkpoint(tmp_path)) == 2
+
+
 def test_a_writers_file_that_is_not_there_is_an_error_before_publication(tmp_path):
     temporary = publishing.prepare(tmp_path, 1)
     with pytest.raises(FileNotFoundError):

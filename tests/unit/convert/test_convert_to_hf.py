@@ -245,7 +245,7 @@ def test_a_broken_file_beside_a_sentencepiece_model_is_named(tokenizer_model, tm
 
 
 def test_an_import_copies_the_models_files_alone(tokenizer_model, tmp_path):
-    """Of the hub's cache, where they are links, too; but no other file that a link names."""
+    """Of the hub's cache, where they are links, too; but no other file that a link names. An export does not either."""
     (tmp_path / "secret").write_text("secret")
     cache = tmp_path / "models--a--b"
     (cache / "blobs").mkdir(parents=True)
@@ -258,9 +258,12 @@ def test_an_import_copies_the_models_files_alone(tokenizer_model, tmp_path):
     assert copy_tokenizer(folder, tmp_path / "one", "llama", 400, {}) == tmp_path / "one" / "tokenizer.json"
     assert (tmp_path / "one" / "added_tokens.json").read_text() == "{}"
     (folder / "merges.txt").symlink_to(tmp_path / "secret")
+    (tmp_path / "three").mkdir()
     with pytest.raises(UserError, match="merges.txt"):
         copy_tokenizer(folder, tmp_path / "two", "llama", 400, {})
     assert not (tmp_path / "two").exists()
+    with pytest.raises(UserError, match="merges.txt"):
+        write_tokenizer(load_tokenizer(folder / "tokenizer.json"), tmp_path / "three")
 
 
 @pytest.mark.parametrize("kind", ["GPT2Tokenizer", "LlamaTokenizer"])

@@ -279,10 +279,11 @@ def test_a_conversation_that_breaks_the_template_is_a_bad_line(fails: str, tmp_p
     assert list(encoder([json.dumps({"messages": [say("assistant", "a")], "tools": None})]).bad) == [0]
 
 
-def test_a_tokenizers_own_code_is_not_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["Own", "utils"])  # the second is a module of transformers
+def test_a_tokenizers_own_code_is_not_run(name: str, tmp_path: Path) -> None:
     folder = chat_tokenizer(tmp_path / "a")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    settings |= {"tokenizer_class": name, "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     ChatEncoder(load_tokenizer(folder), append_eod=True)

@@ -84,7 +84,8 @@ def test_what_the_network_does_not_take_waits(pair):
 
 
 @pytest.mark.parametrize(
-    "garbage", [b"GET / HTTP/1.1\n", b"[1]\n", b'{"no": "type"}\n', b'{"type": 3}\n', b"\xff\xfe\n"]
+    "garbage",
+    [b"GET / HTTP/1.1\n", b"[1]\n", b'{"no": "type"}\n', b'{"type": 3}\n', b"\xff\xfe\n", b"[" * 200_000 + b"\n"],
 )
 def test_what_is_no_message_ends_the_connection(pair, garbage):
     channel, peer = pair

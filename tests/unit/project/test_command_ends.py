@@ -72,6 +72,7 @@ def test_the_limit_of_open_files_is_raised_for_a_command_and_what_it_starts(give
     ("error", "words"),
     [
         (UserError("one\ntwo"), "error: one\nerror: two\n"),
+        (UserError("a\x1b]0;title\x07"), "error: a\\x1b]0;title\\x07\n"),
         (PermissionError(errno.EACCES, "Permission denied", "/a/file"), "error: /a/file: Permission denied\n"),
         (OSError(errno.ENOSPC, "No space left on device", "/a/file"), "error: /a/file: No space left on device\n"),
         (OSError(errno.EXDEV, "Invalid cross-device link", "/a", None, "/b"), "/a to /b"),

@@ -66,7 +66,7 @@ def test_shares_of_depths_gain_are_paired_by_seed_and_bars_name_what_is_missed()
         "2k layers": {1: 2.9, 2: 2.9},
         "naive loop x2": {1: 2.9, 2: 3.0, 3: 3.1},
         "PLT-2": {1: 2.95, 2: 3.05, 3: 3.15},
-        "PLT-2 + loop loss": {1: 2.98, 2: 3.08, 3: 3.18},
+        "PLT-2 + loop loss": {1: 2.955, 2: 3.055, 3: 3.155},
     }
     corpus = depth.Corpus("planted", {name: depth.Row(1.0, row) for name, row in losses.items()})
     assert list(corpus.gains("2k layers")) == [1, 2]
@@ -78,9 +78,11 @@ def test_shares_of_depths_gain_are_paired_by_seed_and_bars_name_what_is_missed()
     assert depth.missed_bars(corpus) == []
     del corpus.rows["PLT-2, last loop global"]
     corpus.rows["PLT-2"].losses = {1: 2.97, 2: 3.07, 3: 3.18}
+    corpus.rows["PLT-2 + loop loss"].losses = {1: 2.98, 2: 3.08, 3: 3.18}
     corpus.rows["2k layers"].losses = {1: 2.96, 2: 3.06}
-    deep, lead, _ = depth.missed_bars(corpus)
+    deep, loss, lead, _ = depth.missed_bars(corpus)
     assert "2k layers gain 0.040 nats" in deep and "PLT-2 gains 0.027 ± 0.014 nats" in lead
+    assert "PLT-2 + loop loss gains 0.020" in loss
     corpus.rows["PLT-2"].losses[4] = 9.0  # which k layers lack
     (row,) = [line.split() for line in depth.table(corpus).splitlines() if line.startswith("PLT-2  ")]
     assert row[1:5] == ["3", "1.00", "3.0733", "+0.0267"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import subprocess
@@ -130,6 +131,18 @@ def test_names_that_no_file_can_have_are_an_error_that_names_the_archive(tmp_pat
         packed.addfile(tarfile.TarInfo("a"))
         packed.addfile(tarfile.TarInfo(name))
     with pytest.raises(UserError, match=ARCHIVE):
+        unpacked(archive)
+
+
+def test_a_full_temporary_folder_is_not_a_broken_archive(tmp_path, monkeypatch):
+    archive = tmp_path / ARCHIVE
+    write_archive(write(tmp_path / "sweep", RECORDS), archive)
+
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tarfile.TarFile, "extractall", fail)
+    with pytest.raises(UserError, match="No space left.*TMPDIR"):
         unpacked(archive)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import resource
 import signal
@@ -22,7 +23,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.launcher.job import load_settings
 from plt_megatron.predict.flops import training_flops_per_token
 from plt_megatron.run_folder import json_lines
-from plt_megatron.slurm.run_files import check_no_active_job, job_name, submitted_jobs
+from plt_megatron.slurm.run_files import check_no_active_job, job_name, submitted_jobs, write_script
 from plt_megatron.slurm.submission import Options, submit
 from tests.running import wait_for
 from tests.settings import make
@@ -431,6 +432,23 @@ def test_a_run_with_a_job_is_not_trained_here(folder, slurm):
         check_no_active_job(run)
     trained = command(folder, "train.py", "run.yaml")
     assert trained.returncode == 2 and "its job 100 is pending" in trained.stderr
+    slurm.jobs()
+    json_lines.append(run / "attempts.jsonl", {"event": "start", "attempt": 1, "job_id": "77"})
+    (slurm.bin / "scontrol").symlink_to("squeue")
+    slurm.answer("scontrol", "JobId=77 JobState=RUNNING")
+    with pytest.raises(UserError, match="job 77, another user's"):
+        check_no_active_job(run)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o700), (0o022, 0o755)])
+def test_a_job_script_is_for_those_whom_the_umask_lets_read_it(tmp_path, umask, mode):
+    """Set-up commands and variables of a profile may have secrets."""
+    former = os.umask(umask)
+    try:
+        write_script(tmp_path, "#!/bin/bash\n")
+    finally:
+        os.umask(former)
+    assert (tmp_path / "job.sbatch").stat().st_mode & 0o777 == mode
 
 
 def test_an_installed_package_goes_along_without_its_neighbors(folder, slurm, checkout, capsys):
