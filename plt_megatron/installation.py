@@ -40,3 +40,14 @@ def python_path() -> str:
     inherited = os.environ.get("PYTHONPATH", "")
     own = str(ROOT) if is_checkout(ROOT) else ""
     return os.pathsep.join(filter(None, (own, inherited)))
+
+
+def megatron_core_version() -> str:
+    """Return megatron-core's version; `unknown` if it is on the path, but not installed."""
+    from importlib import metadata
+
+    try:
+        # Not `megatron.core.__version__`: it ends with the commit of whatever repository its folder lies in, ours too.
+        return metadata.version("megatron-core")
+    except metadata.PackageNotFoundError:
+        return "unknown"

@@ -19,7 +19,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +54,7 @@ from plt_megatron.data.mix import (
 )
 from plt_megatron.data.tokenizer import Tokenizer
 from plt_megatron.errors import AttemptFailed, UserError, describe_os_error, file_error, first_line
+from plt_megatron.installation import megatron_core_version
 from plt_megatron.run_folder.files import publish
 from plt_megatron.runtime.local_processes import usable_cores
 
@@ -335,7 +335,7 @@ def _build_index(
     content = {os.path.abspath(path): digest for path, digest in hashes.items()}
     key: list[Any] = [fingerprint(data, tokenizer, hashes, seed=seed, num_samples=list(num_samples)), content]
     # megatron-core's names of the files depend on these too; without them other ranks would look for other files.
-    key += [tokenizer.eod if tokenizer else None, version("megatron-core")]
+    key += [tokenizer.eod if tokenizer else None, megatron_core_version()]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     target = Path(index_folder(config)).absolute() / digest[:24]
     if not target.is_dir():

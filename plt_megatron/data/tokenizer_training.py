@@ -182,8 +182,7 @@ def _settle(content: bytes, model_type: str) -> bytes:
     """Return the model without what differs between machines or formats.
 
     The number of threads is one constant, since runs tell tokenizers apart by their bytes; BPE models do not depend on
-    it. Unigram scores are rounded, so that sums are the same in sentencepiece's float32 and in
-    Hugging Face's float64.
+    it. Unigram scores are rounded, so that sums are the same in sentencepiece's float32 and in Hugging Face's float64.
     """
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 

@@ -41,8 +41,7 @@ def check_no_other_job(run: Path) -> int:
 
     Two jobs would overwrite each other's work. Jobs of one script run one at a time; those of an array do not.
     """
-    others = [str(event.get("job_id")) for event in attempts.unended(RunFolder(run).attempts())]
-    other = job_at_work([job for job in others if job != read_allocation().scheduler_id])
+    other = job_at_work(attempts.unended_jobs(RunFolder(run).attempts(), but=read_allocation().scheduler_id))
     if other is None:
         return 0
     print_error(f"job {other} is training {run}: wait until it has ended, or scancel {other}")

@@ -42,6 +42,12 @@ def unended(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(started.values())
 
 
+def unended_jobs(events: Iterable[dict[str, Any]], but: str | None) -> list[str]:
+    """Return the ids of the jobs other than `but` that have started an attempt that has no end event."""
+    jobs = (str(start.get("job_id")) for start in unended(events))
+    return [job for job in jobs if job != but]
+
+
 def last_attempt(events: Iterable[dict[str, Any]]) -> int:
     """Return the number of the last attempt; 0 if there was none."""
     return max((event.get("attempt") or 0 for event in events), default=0)

@@ -1,9 +1,9 @@
 """A run's checkpoints on disk: names, damage, and the last complete one.
 
     checkpoints/
-      step_00000100/     a complete checkpoint; manifest.json lists its files with size and SHA-256
-      step_00000200.1a2b3c4d.tmp/ one being written, or what a crash left of it
-      latest             the name of the one published last
+      step_00000100/               a complete checkpoint; manifest.json lists its files with size and SHA-256
+      step_00000200.1a2b3c4d.tmp/  one being written, or what a crash left of it
+      latest                       the name of the one published last
 
 A checkpoint appears under its name only when it is complete: `train.checkpoint.publishing` ensures that.
 """

@@ -42,7 +42,7 @@ def cuda_environment(config: RunConfig) -> dict[str, str]:
         needed |= [FLASH_FIRST]
     if config.training.deterministic:
         needed["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # otherwise torch refuses matrix products
-        needed["NCCL_ALGO"] = "Ring"  # of which Megatron-LM's deterministic mode, too, makes its default
+        needed["NCCL_ALGO"] = "Ring"  # the default of Megatron-LM's deterministic mode, too
     if config.training.fp8 is not None and config.training.fp8.attention:
         # With `tensorwise` scores and their gradients still have delayed scales, which loops share: see
         # `model.transformer_config` for linear layers.

@@ -24,7 +24,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.installation import is_checkout
 from plt_megatron.launcher.job import JobSettings, save_settings
 from plt_megatron.run_folder import json_lines
-from plt_megatron.run_folder.attempts import unended
+from plt_megatron.run_folder.attempts import unended_jobs
 from plt_megatron.run_folder.files import write_text, writing
 from plt_megatron.run_folder.folder import CODE, RunFolder
 from plt_megatron.run_folder.text import SECRET_NAME, plural
@@ -283,10 +283,9 @@ def check_no_active_job(run: Path) -> None:
     job = job_of(run, active_jobs)
     if job is not None:
         raise UserError(advice(run, job))
-    started = [str(start.get("job_id")) for start in unended(RunFolder(run).attempts())]
-    at_work = client.job_at_work([job_id for job_id in started if job_id != os.environ.get("SLURM_JOB_ID")])
-    if at_work is not None:
-        raise UserError(f"{run}: job {at_work}, another user's, is training it: wait for it, or have it cancelled")
+    other = client.job_at_work(unended_jobs(RunFolder(run).attempts(), but=os.environ.get("SLURM_JOB_ID")))
+    if other is not None:
+        raise UserError(f"{run}: job {other}, another user's, is training it: wait for it, or have it cancelled")
 
 
 # Paths.

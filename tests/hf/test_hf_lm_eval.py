@@ -96,20 +96,21 @@ def test_a_text_that_fails_without_a_word_is_one_line(evaluate, monkeypatch, cap
     """lm-evaluation-harness asserts that a text has tokens, and not more than the context."""
     from plt_megatron.hf import evaluation
 
-    def fail(**options):
+    def seed_all(number):
         for seed in (random.seed, np.random.seed, torch.manual_seed):
-            seed(1234)
+            seed(number)
+
+    def fail(**options):
+        seed_all(1234)
         raise AssertionError
 
     def draw():
         return random.random(), np.random.random(), torch.rand(1).item()
 
     monkeypatch.setattr(evaluation, "_harness", lambda *_: (Mock(simple_evaluate=fail), Mock()))
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(5)
+    seed_all(5)
     expected = [draw(), draw()]
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(5)
+    seed_all(5)
     drawn = [draw()]
     assert evaluate("model", "--tasks", "choice") == 2
     assert [*drawn, draw()] == expected, "it seeds the generators, which are the caller's"

@@ -154,9 +154,7 @@ class Incidents(Callback):
         super().__init__(run)
         self.guard = StepGuard(run.config.training)
         # Without `sampling`: a longer run reads the same data.
-        data = {
-            name: run.data.fingerprint[name] for name in sorted(run.data.fingerprint.keys() - {"sha256", "sampling"})
-        }
+        data = {name: part for name, part in run.data.fingerprint.items() if name not in ("sha256", "sampling")}
         self._data, self._settings = _digest(data), _digest_of_settings(run.config, data)
         self._first_sample = 0
 

@@ -290,15 +290,14 @@ class MegatronState:
         return {"model": model} | ({"optimizer": self._optimizer(model)} if optimizer else {})
 
     def load(self, request: dict[str, Any], read: Reader) -> dict[str, Any]:
-        optimizer = {key: request[key] for key in request.keys() & {"optimizer"}}
-        loaded = read({key: request[key] for key in request if key not in optimizer})
+        loaded = read({key: part for key, part in request.items() if key != "optimizer"})
         self._build_gates(loaded["model"])
         # Transformer Engine's layers distrust pickled scales and histories of FP8, but megatron-core has unpickled the
         # whole checkpoint anyway, after its checksums were compared.
         with mock.patch.dict(os.environ, NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE="1"):
             self._stage.load_state_dict(loaded["model"], strict=False)  # what is missing is known to be a gate
-        if optimizer:  # after the model, whose weights may be rounded: in fp32 both are the same memory
-            loaded |= read(optimizer)
+        if "optimizer" in request:  # after the model, whose weights may be rounded: in fp32 both are the same memory
+            loaded |= read({"optimizer": request["optimizer"]})
         for index, part in enumerate(self.parts):
             part.reset_others(loaded.get("optimizer", {}).get(index, {}))
         return loaded

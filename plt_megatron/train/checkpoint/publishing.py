@@ -5,7 +5,6 @@ One process does all of this; any `OSError` leaves the last checkpoint intact.
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import re
 import secrets
@@ -13,6 +12,7 @@ import shutil
 from pathlib import Path
 
 import plt_megatron
+from plt_megatron.installation import megatron_core_version
 from plt_megatron.run_folder.checkpoints import (
     FORMAT,
     LATEST,
@@ -28,7 +28,7 @@ from plt_megatron.run_folder.files import write_json, write_text
 
 _TEMPORARY = ".tmp"  # being written, or being removed
 _REPLACED = ".old"  # about to be replaced by a newer one of the same step
-# A name in brackets is of one save: another start of the run, while processes of the last one live, has its own.
+# What is between is a save's own: two starts of a run that both live have two folders.
 _LEFT = re.compile(rf"({NAME.pattern})(\.[0-9a-f]+)?({_TEMPORARY}|{_REPLACED})")
 
 
@@ -36,14 +36,9 @@ def versions() -> dict[str, str]:
     """Return the versions of the software that writes a checkpoint."""
     import torch
 
-    try:
-        # Not `megatron.core.__version__`: it ends with the commit of whatever repository its folder lies in, ours too.
-        megatron_core = importlib.metadata.version("megatron-core")
-    except importlib.metadata.PackageNotFoundError:
-        megatron_core = "unknown"  # on the path, but not installed
     return {
         "plt_megatron": plt_megatron.__version__,
-        "megatron-core": megatron_core,
+        "megatron-core": megatron_core_version(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

@@ -207,15 +207,15 @@ def test_what_cannot_be_removed_stops_no_save(tmp_path, monkeypatch):
 def test_processes_that_outlive_their_start_publish_nothing_of_another(tmp_path):
     """Slurm may start a job again while its node, which it has lost, goes on."""
     _save(tmp_path, 1)
-    names = "__0_0.distcp", "__1_0.distcp"
+    name = "__0_0.distcp"
     former = publishing.prepare(tmp_path, 2)
-    (former / names[0]).write_text("whole")
-    sums = {names[0]: checkpoints.sha256(former / names[0])}
+    (former / name).write_text("whole")
+    sums = {name: checkpoints.sha256(former / name)}
     present = publishing.prepare(tmp_path, 2)
-    (present / names[0]).write_text("ha")
+    (present / name).write_text("ha")
     with pytest.raises(OSError):
         publishing.publish(former, sums)
-    (present / names[0]).write_text("whole")
+    (present / name).write_text("whole")
     published = publishing.publish(present, sums)
     assert checkpoints.damage(published) is None and latest_checkpoint(tmp_path) == published
 

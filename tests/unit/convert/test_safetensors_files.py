@@ -101,6 +101,7 @@ BROKEN = {
     "other tensors": (lambda shard, other: save_file({"other": torch.zeros(2)}, shard), "is not in model-00002-"),
     "gone": (lambda shard, other: shard.unlink(), f"model-00002-.* is missing, which {INDEX} names"),
     "deep index": (lambda shard, other: shard.with_name(INDEX).write_text("[" * 100_000), f"{INDEX} is not valid JSON"),
+    "other index": (lambda shard, other: shard.with_name(INDEX).write_text("{}"), f"{INDEX}: not a safetensors index"),
     "index": (lambda shard, other: shard.with_name(INDEX).write_text("[]"), f"{INDEX} is not a JSON object"),
 }
 

@@ -202,19 +202,22 @@ def test_bad_steps_are_counted_anew_once_something_that_makes_them_has_changed(r
 
 @pytest.mark.parametrize("rolled_back", [False, True])
 def test_losses_on_other_data_judge_no_step(run, rolled_back):
-    """As of a decay branch on another mix, with checkpoint.allow_other_data."""
+    """As of a decay branch on another mix, with checkpoint.allow_other_data; bad steps are counted anew too."""
     trunk = Incidents(run)
-    for loss in (2.0, 2.1, 1.9, 2.0):
+    for loss in (2.0, 2.1, 1.9, 50.0):
         judge(trunk, 0, loss=loss)
     state = trunk.state_dict()
     run.data.fingerprint |= {"sha256": "1", "sampling": {"num_samples": 9}}
     longer = Incidents(run)
     longer.load_state_dict(state)
-    assert not judge(longer, 0, loss=50.0)
+    assert not judge(longer, 0, loss=50.0) and longer.guard.too_many
     run.data.fingerprint |= {"sources": {"train": [["math", 1.0]]}}
     branch = Incidents(run)
     (branch.on_rollback if rolled_back else branch.load_state_dict)(state)
     assert judge(branch, 0, loss=50.0)
+    for loss in (50.1, 49.9):
+        judge(branch, 0, loss=loss)
+    assert not judge(branch, 0, loss=90.0) and branch.guard.action == "rollback"
 
 
 def test_a_rollback_restores_the_losses_alone(run):
