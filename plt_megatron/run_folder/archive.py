@@ -34,7 +34,8 @@ _PRIVATE = {
     *("environment.txt", "git.txt", "job.sbatch", "job.yaml", "why.txt", "runs.txt", "array.txt"),
     *("submissions.jsonl", "uploads.jsonl", "upload_id", "wandb_id"),
 }
-_PRESET: Final = 8  # matches up to 32 MiB apart: a run's configuration and its copy in the plan are stored once
+# Matches up to 32 MiB apart: a run's configuration and its copy in the plan are stored once.
+_PRESET: Final = 8 | lzma.PRESET_EXTREME
 
 
 def write_archive(folder: Path, archive: Path) -> int:
