@@ -94,6 +94,30 @@ def test_a_report_of_the_records_is_the_kept_one(study, tmp_path):
     assert (tmp_path / "report.md").read_text() == (RESULTS / study / "report/report.md").read_text()
 
 
+def test_the_table_of_depths_gain_is_its_benchmarks():
+    depth_gain = load("depth_gain")
+    page = (RESULTS / "depth_gain/README.md").read_text()
+    shown = re.findall(
+        r"^\| (?!row|-|k layers \()\**([^|*]*?)\**(?:, six seeds)? \| ([\d.]+) \| (.*) \|$", page, re.MULTILINE
+    )
+    corpora = [depth_gain.read(RESULTS / "depth_gain" / name) for name in ("", "torch", "manuals")]
+    flops = corpora[0].rows["k layers"].flops
+    for name, cost, texts in shown:
+        name = "PLT-2 + loop loss" if "a loss for the first loop" in name else name
+        assert cost == f"{corpora[0].rows[name].flops / flops:.2f}", name
+        cells = [text.strip(" *") for text in texts.split("|")]
+        for corpus, gain, share in zip(corpora, cells[::2], cells[1::2], strict=True):
+            if name in corpus.rows:
+                found = depth_gain.estimate(list(corpus.gains(name).values()))
+                assert re.match(r"-?[\d.]+", gain)[0] == f"{found.value:.3f}", (name, corpus.title)
+                assert found.half is None or gain.endswith(f" ± {found.half:.3f}"), (name, corpus.title)
+                kept = corpus.share(name)
+                assert not share or share.startswith(f"{100 * kept.value:.0f} %"), (name, corpus.title)
+            else:
+                assert not gain and not share
+    assert {name for name, *_ in shown} >= {"2k layers", "PLT-2"} and len(shown) == len(corpora[0].rows) - 1
+
+
 def test_the_curriculums_table_is_its_benchmarks():
     rows = load("loop_curriculum").read(RESULTS / "curriculum")
     page = (RESULTS / "curriculum/README.md").read_text()
