@@ -72,7 +72,7 @@ class Throughput(Callback):
         return {
             "tokens_per_second": rate,
             "model_tflops": achieved,
-            "mfu": achieved / self.peak if self.peak else None,
+            "mfu": _six_digits(achieved / self.peak) if self.peak else None,
             "peak_memory_bytes": peak_memory_bytes(),
             "step_seconds": {part: _six_digits(seconds) for part, seconds in self.run.engine.times.take().items()},
         }
