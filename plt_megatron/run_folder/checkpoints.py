@@ -61,12 +61,9 @@ def checkpoint_folders(directory: Path) -> list[Path]:
 
 
 def candidates(path: Path) -> list[Path]:
-    """List the checkpoints that `path` may refer to, the preferred one first.
-
-    Args:
-        path: a checkpoint, a folder of checkpoints, or a run's folder. In a folder the one `latest` names comes first,
-            then the earlier ones: later ones belong to training that was rolled back.
-    """
+    """List the checkpoints that `path` (a checkpoint, a folder of checkpoints, or a run's folder) may refer to, the
+    preferred one first. In a folder the one `latest` names comes first, then the earlier ones: later ones belong to
+    training that was rolled back."""
     if NAME.fullmatch(path.name) or (path / MANIFEST).is_file():
         return [path]
     directory = path / FOLDER if (path / FOLDER).is_dir() else path
@@ -85,11 +82,9 @@ def inherited(progress: Mapping[str, Any], sequence_length: int) -> dict[str, An
 
 
 def latest_checkpoint(path: Path | str, verify: bool = True) -> Path | None:
-    """Return the last complete checkpoint of a run; None if there is none.
+    """Return the last complete checkpoint that `path` may refer to (`candidates`); None if there is none.
 
-    Args:
-        path: a run's folder, its folder of checkpoints, or a checkpoint.
-        verify: check every file's SHA-256, and log each damaged checkpoint; otherwise trust the names.
+    With `verify`, check every file's SHA-256, and log each damaged checkpoint; otherwise trust the names.
     """
     for candidate in candidates(Path(path)):
         problem = damage(candidate) if verify else None
@@ -143,13 +138,8 @@ def _pointed_at(directory: Path) -> Path | None:
 def damage(path: Path, part: int = 0, parts: int = 1, *, checksums: bool = True) -> str | None:
     """Describe the damage of a published checkpoint in one line that names it; None if it is complete.
 
-    Args:
-        checksums: whether to check files' SHA-256 besides their sizes.
-        part, parts: check the checksums of every `parts`-th file only, from the `part`-th on, so that ranks can share
-            the work.
-
-    Raises:
-        OSError: a file cannot be read. That may pass, so it is no damage.
+    With `checksums`, check files' SHA-256 besides their sizes: that of every `parts`-th file, from the `part`-th on, so
+    that ranks can share the work. Raises `OSError` if a file cannot be read: that may pass, so it is no damage.
     """
     try:
         files: dict[str, dict[str, Any]] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]

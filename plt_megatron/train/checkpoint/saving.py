@@ -130,10 +130,8 @@ class PendingSave:
     ) -> Path:
         """Make the save the run's latest checkpoint, and return its folder. Collective; raises as `begin_save` does.
 
-        Args:
-            keep_last: checkpoints to keep; older ones are removed.
-            keep_every: keep multiples of this step permanently; 0: none.
-            on_publish: called before older ones are removed, which may take long: a kill would leave it undone.
+        Then remove those that `superseded` names. `on_publish` is called before: a removal may take long, and a kill
+        would leave the call undone.
         """
         try:
             error = first_of_all_ranks(self.error)

@@ -42,7 +42,6 @@ class CheckpointStore:
 
     Args:
         directory: the run's folder of checkpoints.
-        config: the run's configuration; `checkpoint` says what to keep and where to start from.
         data_fingerprint: from `data.mix.fingerprint`; a run resumes only with the data it was saved with.
         on_publish: called with each published checkpoint of this run, on all ranks.
         beat: called while a checkpoint to start from is fetched, and with "saving" before one is published.
@@ -154,10 +153,8 @@ class CheckpointStore:
 def fetch_checkpoint(url: str, directory: Path, beat: Callable[[], Any]) -> Path:
     """Fetch the checkpoint that `url` refers to into `directory`, which all ranks share; return its folder. Collective.
 
-    Args:
-        url: URL of a checkpoint; or of a run's folder or a folder of checkpoints, for its last complete one.
-        directory: folder for this checkpoint alone; files of another one are removed.
-        beat: called while files arrive.
+    `url` is a checkpoint's; or a run's or a folder of checkpoints', for its last complete one. `directory` is for this
+    checkpoint alone: files of another one are removed. `beat` is called while files arrive.
 
     Raises:
         UserError: on all ranks, if there is no complete checkpoint or it could not be read; an AttemptFailed if that

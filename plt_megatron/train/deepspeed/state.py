@@ -49,14 +49,12 @@ class _Entry:
 class DeepSpeedState:
     """The `EngineState` of `DeepSpeedEngine`.
 
-    Args:
-        engine: a `DeepSpeedEngine` under construction, while its stage's parameters are still whole.
-
     Attributes:
         later_step: updates of the parameters that only later loops use.
     """
 
     def __init__(self, engine: Any) -> None:
+        """`engine`: a `DeepSpeedEngine` under construction, while its stage's parameters are still whole."""
         self._engine = engine
         self._keys = tuple(optimizer_spec(engine.config.optimizer).state)
         self.later_step = 0
