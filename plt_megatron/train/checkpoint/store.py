@@ -23,7 +23,6 @@ from plt_megatron.run_folder.files import write_text
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.storage.copies import Index, download_part, find_checkpoint, read_manifest
 from plt_megatron.storage.places import Place
-from plt_megatron.train.checkpoint import publishing
 from plt_megatron.train.checkpoint.collective import any_rank, describe, first_of_all_ranks, on_rank_0, say
 from plt_megatron.train.checkpoint.loading import load_checkpoint, load_weights
 from plt_megatron.train.checkpoint.saving import PendingSave, begin_save
@@ -101,11 +100,11 @@ class CheckpointStore:
         """Save the engine's state and the trainer's `progress`, which holds `step`. See `begin_save`."""
         self.close()
         progress = {**self._inherited, **progress, "data_fingerprint": self.data_fingerprint}
-        if not self.config.checkpoint.async_save:
-            pending = begin_save(engine, self.directory, progress, kept)
+        staged = self.config.checkpoint.async_save
+        pending = begin_save(engine, self.directory, progress, kept, staged=staged)
+        if not staged:
             pending.write()
             return self._publish(pending)
-        pending = begin_save(engine, self.directory, progress, kept, staged=True)
         # Not a daemon: a process that exits normally has written its part.
         thread = threading.Thread(target=pending.write, name="checkpoint writer")
         self._pending = pending, thread
@@ -134,8 +133,8 @@ class CheckpointStore:
         return self._publish(pending)
 
     def _look_for_own(self) -> bool:
-        publishing.recover(self.directory)
-        for path in publishing.leftovers(self.directory):
+        checkpoints.recover(self.directory)
+        for path in checkpoints.leftovers(self.directory):
             say(f"{path}: left incomplete by a run that was stopped; not used", logging.WARNING)
         return bool(checkpoints.candidates(self.directory))
 
