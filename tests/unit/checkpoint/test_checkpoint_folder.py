@@ -36,13 +36,10 @@ def _step(path: Path | None) -> int | None:
 
 
 def test_names_sort_by_step_beyond_eight_digits(tmp_path):
-    for step in (100, 99_999_999, 100_000_000):
+    steps = [100, 99_999_999, 100_000_000]
+    for step in steps:
         _save(tmp_path, step)
-    assert [checkpoints.step_of(path) for path in checkpoints.checkpoint_folders(tmp_path)] == [
-        100,
-        99_999_999,
-        100_000_000,
-    ]
+    assert [checkpoints.step_of(path) for path in checkpoints.checkpoint_folders(tmp_path)] == steps
     assert (tmp_path / "step_00000100" / "manifest.json").is_file()
     assert _step(latest_checkpoint(tmp_path)) == 100_000_000
 
