@@ -26,7 +26,6 @@ from plt_megatron.config.schema import RunConfig
 from plt_megatron.model.parameters import is_buffer
 from plt_megatron.run_folder import checkpoints
 from plt_megatron.run_folder.files import write_json
-from plt_megatron.train.checkpoint import publishing
 from plt_megatron.train.checkpoint.reading import PADDED, stored_at
 
 _COMMON = "common_state/shard_0_1"  # megatron-core's key for everything that is not a tensor
@@ -83,7 +82,7 @@ def write_checkpoint(
     Raises:
         OSError: the checkpoint cannot be written. Errors from making a tensor are raised unchanged.
     """
-    temporary = publishing.prepare(directory, step)
+    temporary = checkpoints.prepare(directory, step)
     writer = FileSystemWriter(temporary, single_file_per_rank=True, sync_files=True)
     try:
         with warnings.catch_warnings():
@@ -97,7 +96,7 @@ def write_checkpoint(
         raise (cause if isinstance(cause, OSError) else failure) from None
     (temporary / "metadata.json").write_text(json.dumps(_BACKEND), encoding="utf-8")
     write_json(temporary / checkpoints.PROGRESS, _described(config, vocab_size, progress, step))
-    return publishing.publish(temporary, {})
+    return checkpoints.publish(temporary, {})
 
 
 def _described(
@@ -112,7 +111,7 @@ def _described(
         "schedule": {},
         "vocab_size": vocab_size,
         "layout": {},
-        "versions": publishing.versions(),
+        "versions": checkpoints.versions(),
     }
 
 

@@ -91,11 +91,8 @@ PEACEFUL = (ExitStatus.FINISHED, ExitStatus.PREEMPTED)
 
 
 def describe_exit(returncode: int) -> str:
-    """Describe how a process ended: `exited with status 1`, `was killed by SIGKILL (out of memory?)`.
-
-    Args:
-        returncode: as in subprocess: negative for a signal.
-    """
+    """Describe how a process ended: `exited with status 1`, `was killed by SIGKILL (out of memory?)`. `returncode` is
+    subprocess's: negative for a signal."""
     if returncode >= 0:
         return f"exited with status {returncode}"
     try:

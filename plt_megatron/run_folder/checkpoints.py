@@ -5,7 +5,8 @@
       step_00000200.1a2b3c4d.tmp/  one being written, or what a crash left of it
       latest                       the name of the one published last
 
-A checkpoint appears under its name only when it is complete: `train.checkpoint.publishing` ensures that.
+A checkpoint appears under its name only when it is complete, and old ones are removed. One process does all of this;
+any `OSError` leaves the last checkpoint intact.
 """
 
 from __future__ import annotations
@@ -15,13 +16,19 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import re
+import secrets
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import plt_megatron
 from plt_megatron.config.upgrade import upgraded
 from plt_megatron.errors import UserError
+from plt_megatron.installation import megatron_core_version
+from plt_megatron.run_folder.files import write_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +45,10 @@ DOCUMENT_END = "document_end"  # in progress.json: the token that ends documents
 MADE_ELSEWHERE = "made_elsewhere"  # in progress.json: other programs made data, perhaps with tokens around documents
 LONGEST_TEXT = "max_position_embeddings"
 NAME = re.compile(r"step_(\d{8,})")
+_TEMPORARY = ".tmp"  # being written, or being removed
+_REPLACED = ".old"  # about to be replaced by a newer one of the same step
+# What is between is a save's own: two starts of a run that both live have two folders.
+_LEFT = re.compile(rf"({NAME.pattern})(\.[0-9a-f]+)?({_TEMPORARY}|{_REPLACED})")
 
 
 def folder_name(step: int) -> str:
@@ -61,12 +72,9 @@ def checkpoint_folders(directory: Path) -> list[Path]:
 
 
 def candidates(path: Path) -> list[Path]:
-    """List the checkpoints that `path` may refer to, the preferred one first.
-
-    Args:
-        path: a checkpoint, a folder of checkpoints, or a run's folder. In a folder the one `latest` names comes first,
-            then the earlier ones: later ones belong to training that was rolled back.
-    """
+    """List the checkpoints that `path` (a checkpoint, a folder of checkpoints, or a run's folder) may refer to, the
+    preferred one first. In a folder the one `latest` names comes first, then the earlier ones: later ones belong to
+    training that was rolled back."""
     if NAME.fullmatch(path.name) or (path / MANIFEST).is_file():
         return [path]
     directory = path / FOLDER if (path / FOLDER).is_dir() else path
@@ -85,11 +93,9 @@ def inherited(progress: Mapping[str, Any], sequence_length: int) -> dict[str, An
 
 
 def latest_checkpoint(path: Path | str, verify: bool = True) -> Path | None:
-    """Return the last complete checkpoint of a run; None if there is none.
+    """Return the last complete checkpoint that `path` may refer to (`candidates`); None if there is none.
 
-    Args:
-        path: a run's folder, its folder of checkpoints, or a checkpoint.
-        verify: check every file's SHA-256, and log each damaged checkpoint; otherwise trust the names.
+    With `verify`, check every file's SHA-256, and log each damaged checkpoint; otherwise trust the names.
     """
     for candidate in candidates(Path(path)):
         problem = damage(candidate) if verify else None
@@ -143,13 +149,8 @@ def _pointed_at(directory: Path) -> Path | None:
 def damage(path: Path, part: int = 0, parts: int = 1, *, checksums: bool = True) -> str | None:
     """Describe the damage of a published checkpoint in one line that names it; None if it is complete.
 
-    Args:
-        checksums: whether to check files' SHA-256 besides their sizes.
-        part, parts: check the checksums of every `parts`-th file only, from the `part`-th on, so that ranks can share
-            the work.
-
-    Raises:
-        OSError: a file cannot be read. That may pass, so it is no damage.
+    With `checksums`, check files' SHA-256 besides their sizes: that of every `parts`-th file, from the `part`-th on, so
+    that ranks can share the work. Raises `OSError` if a file cannot be read: that may pass, so it is no damage.
     """
     try:
         files: dict[str, dict[str, Any]] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -241,3 +242,90 @@ def sequence_length(progress: dict[str, Any]) -> int | None:
 def order_samples(progress: dict[str, Any]) -> int | None:
     """Return how many training samples the order of a checkpoint's run covers; None if not recorded (old versions)."""
     return (progress.get("data_fingerprint") or {}).get("sampling", {}).get("num_samples")
+
+
+# Publication.
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the software that writes a checkpoint."""
+    import torch
+
+    return {
+        "plt_megatron": plt_megatron.__version__,
+        "megatron-core": megatron_core_version(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def leftovers(directory: Path) -> list[Path]:
+    """Return folders left by a crash, partly written or partly removed."""
+    if not directory.is_dir():
+        return []
+    return sorted(path for path in directory.iterdir() if _LEFT.fullmatch(path.name) and path.is_dir())
+
+
+def prepare(directory: Path, step: int) -> Path:
+    """Remove leftovers, except those that cannot be, and create a temporary folder for step `step`'s checkpoint."""
+    directory.mkdir(parents=True, exist_ok=True)
+    recover(directory)
+    temporary = directory / f"{folder_name(step)}.{secrets.token_hex(4)}{_TEMPORARY}"
+    for path in leftovers(directory):
+        _remove(path, ignore_errors=True)  # NFS keeps a folder in which another process has a file open
+    for path in directory.glob(f".{LATEST}.*"):
+        path.unlink()
+    temporary.mkdir()
+    return temporary
+
+
+def _remove(path: Path, *, ignore_errors: bool = False) -> None:
+    """Remove a folder or, if a user has moved it elsewhere, the link to it."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=ignore_errors)
+
+
+def recover(directory: Path) -> None:
+    """Restore checkpoints that a crash left without a name while they were being replaced by one of the same step."""
+    for path in leftovers(directory):
+        if path.suffix == _REPLACED and not path.with_suffix("").exists():
+            path.rename(path.with_suffix(""))
+
+
+def publish(temporary: Path, checksums: dict[str, str]) -> Path:
+    """Make a complete temporary folder the run's latest checkpoint. `checksums` has the SHA-256 of the files whose
+    writers have computed it; it is computed here for the others."""
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": checksums.get(path.name) or sha256(path, sync=True)}
+        for path in sorted(temporary.iterdir())
+    }
+    missing = checksums.keys() - files.keys()
+    if missing:
+        raise FileNotFoundError(
+            2, "files written by another process are missing: is the folder shared by all nodes?", missing.pop()
+        )
+    write_json(temporary / MANIFEST, {"format": FORMAT, "files": files})
+    published = temporary.with_name(temporary.name.partition(".")[0])
+    if published.exists():
+        replaced = published.with_suffix(_REPLACED)
+        published.rename(replaced)
+        temporary.rename(published)
+        _remove(replaced, ignore_errors=True)
+    else:
+        temporary.rename(published)
+    write_text(published.parent / LATEST, published.name + "\n")  # also flushes the renamed folder to the disk
+    return published
+
+
+def prune(published: Path, keep_last: int, keep_every: int) -> list[Path]:
+    """Remove the checkpoints that need not be kept (`superseded`), `published` being the newest; return those."""
+    found = checkpoint_folders(published.parent)
+    steps = superseded([step_of(path) for path in found], step_of(published), keep_last, keep_every)
+    removed = [path for path in found if step_of(path) in steps]
+    for path in removed:
+        # Renamed first: a crash in between leaves no damaged folder under a checkpoint's name.
+        doomed = path.rename(path.with_suffix(_TEMPORARY))
+        _remove(doomed)
+    return removed

@@ -21,13 +21,11 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def replacing(path: Path | str, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a new file for writing, which replaces `path` if the block succeeds and is removed otherwise.
+    """Open a new file for writing (`w`: UTF-8 text, `wb`: bytes), which replaces `path` if the block succeeds and is
+    removed otherwise.
 
     The new file is beside `path`, whose folder is created, and is flushed to the disk before it is renamed. It has the
     permissions of the file that it replaces.
-
-    Args:
-        mode: `w` for UTF-8 text, `wb` for bytes.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -205,10 +205,8 @@ def load_run(path: str | os.PathLike[str], overrides: Sequence[str]) -> RunConfi
 
 
 def runs_named(names: Sequence[str], output_dir: str, on_unreadable: Callable[[OSError], None]) -> list[Path]:
-    """Return the named run folders, or those in the named folders; without names, all below `output_dir`.
-
-    Args:
-        on_unreadable: called with the error of each folder that cannot be read.
+    """Return the named run folders, or those in the named folders; without names, all below `output_dir`. Calls
+    `on_unreadable` with the error of each folder that cannot be read.
 
     Raises:
         UserError: a name is not a run folder and contains none, or there is no such folder.

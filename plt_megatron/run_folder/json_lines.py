@@ -115,10 +115,8 @@ def parse(line: bytes) -> Record | None:
 
 
 class Follower:
-    """Follows a growing file, returning each complete line once. The file need not exist yet.
-
-    Args:
-        from_end: skip the existing lines.
+    """Follows a growing file, returning each complete line once; with `from_end`, without those that exist. The file
+    need not exist yet.
 
     Attributes:
         replaced: whether the last call found another file of this name. It is followed from its end on, because a

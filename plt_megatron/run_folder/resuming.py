@@ -109,10 +109,7 @@ def is_finished(config: RunConfig, progress: dict[str, Any]) -> bool:
 
 def schedule(config: RunConfig, step_tokens: int) -> dict[str, Any]:
     """Return the settings that decide how the weights change, by their names in the configuration, `None`s resolved.
-
-    Args:
-        step_tokens: tokens that the learning rate schedule counts as one step.
-    """
+    `step_tokens`: tokens that the learning rate schedule counts as one step."""
     others = settings_of_others(config.optimizer)
     settings = {name: value for name, value in dataclasses.asdict(config.optimizer).items() if name not in others}
     settings["lr_decay_iters"] = derived.lr_decay_iters(config, step_tokens)
@@ -252,11 +249,7 @@ def check_vocabulary(path: Path, progress: dict[str, Any], vocab_size: int) -> N
 
 def check_model(start: Start, config: RunConfig, vocab_size: int | None) -> None:
     """Raise `UserError` if a checkpoint's tensors do not fit this model, or if a run's own is of another form of the
-    loop. Either may lack all gates, as with one loop.
-
-    Args:
-        vocab_size: the run's vocabulary size without padding; None: unknown.
-    """
+    loop. Either may lack all gates, as with one loop. `vocab_size` is the run's, without padding; None: unknown."""
     if vocab_size is not None:
         check_vocabulary(start.path, start.progress, vocab_size)
     settings = start.progress["config"]["model"]
@@ -326,12 +319,8 @@ def add_branch_options(parser: argparse._ActionsContainer) -> None:
 
 
 def branch_config(source: str, settings: Sequence[str], decay: int | None = None) -> RunConfig:
-    """Return the configuration of a decay branch of a run.
-
-    Args:
-        source: `RUN@STEP`, a run's folder and the step of one of its checkpoints.
-        settings: `key=value` overrides of the run's own settings.
-        decay: decay steps; None: a tenth of the branch's length.
+    """Return the configuration of a decay branch of a run: of `source`, `RUN@STEP`, a run's folder and the step of one
+    of its checkpoints, with `key=value` overrides and `decay` steps (None: a tenth of the branch's length).
 
     Raises:
         UserError: there is no such checkpoint, the run's rate is not constant there, or a setting is invalid.

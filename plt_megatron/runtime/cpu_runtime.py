@@ -34,14 +34,8 @@ _entered = False
 
 
 def enter_cpu_runtime(force: bool = False) -> bool:
-    """Answer megatron-core's `torch.cuda` calls on the CPU; does nothing if a GPU can be used.
-
-    Args:
-        force: enter even if there is a GPU (for the parity tests).
-
-    Returns:
-        Whether this process now runs on the CPU runtime.
-    """
+    """Answer megatron-core's `torch.cuda` calls on the CPU, unless a GPU can be used; with `force` even then (for the
+    parity tests). Return whether this process now runs on the CPU runtime."""
     global _entered
     if _entered:
         return True

@@ -66,13 +66,10 @@ def micro_batch_indices(
 ) -> Iterator[list[int]]:
     """Yield the sample numbers of this rank's microbatches, one global batch after the other.
 
-    Microbatch j of rank r is samples [(j * ranks + r) * micro batch size, ...) of the global batch. Ends before the
-    first global batch that does not fit in `length`; with `wrap_to`, continues with that sample after the last one.
-
-    Args:
-        consumed_samples: samples that all ranks together have trained on.
-        global_batch_sizes: sizes of the batches that follow, multiples of the ranks' microbatches; iteration ends with
-            them.
+    Microbatch j of rank r is samples [(j * ranks + r) * micro batch size, ...) of the global batch. Begins after
+    `consumed_samples`, which all ranks together have trained on; ends with `global_batch_sizes`, multiples of the
+    ranks' microbatches, and before the first global batch that does not fit in `length`, unless `wrap_to` names the
+    sample to continue with after the last one.
     """
     per_step = micro_batch_size * data_parallel_size
     start = consumed_samples
@@ -88,10 +85,8 @@ def micro_batch_indices(
 def batches(dataset: Samples, indices: Iterator[list[int]], prefetch: int) -> Generator[dict[str, Tensor]]:
     """Yield microbatches, dicts of stacked tensors; `sample_ids` (int64 [micro batch]) has the sample numbers.
 
-    Args:
-        indices: sample numbers from `micro_batch_indices`.
-        prefetch: microbatches that a thread prepares ahead, in the same order; its exception is raised in place of one.
-            Close the iterator to end the thread.
+    A thread prepares `prefetch` of them ahead, in the order of `indices` (from `micro_batch_indices`); its exception is
+    raised in place of one. Close the iterator to end the thread.
     """
     made = ({**collate([dataset[index] for index in part]), "sample_ids": torch.tensor(part)} for part in indices)
     pool = ThreadPoolExecutor(1, "batches")

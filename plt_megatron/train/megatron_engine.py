@@ -35,14 +35,12 @@ from plt_megatron.model.pipeline import (
     step_state_unchanged,
 )
 from plt_megatron.model.transformer_config import schedule_config
-from plt_megatron.train.checkpoint.megatron_state import MegatronState
+from plt_megatron.train.checkpoint.megatron_state import MegatronState, OptimizerPart
 from plt_megatron.train.checkpoint.state import later_parameters
 from plt_megatron.train.engine import (
     Engine,
-    ExpectedGradients,
     StepResult,
     leaves_later_loops_out,
-    left_alone,
     masked_loss,
     summed_over_tensor_parallel,
 )
@@ -66,7 +64,8 @@ class MegatronEngine(Engine):
         self.optimizer = build_optimizer(config, self.ddp)
         self.scheduler = LearningRate(config, self.optimizer)
         self.state = MegatronState(config, self.stage, distributed_parts(self.optimizer), matrices)
-        self._expected = ExpectedGradients(self.ddp)
+        overlapped = self.ddp.ddp_config.overlap_grad_reduce  # otherwise all are reduced at the end
+        self._expected = ExpectedGradients(self._bucket_groups if overlapped else [])
         self._replicas = unreduced_replicas(self.stage)
         self._counted_share = torch.ones(1, device=torch.cuda.current_device())
         self._chunks: dict[int, tuple[list[LoopChunk], Any]] = {}
@@ -200,6 +199,56 @@ class MegatronEngine(Engine):
         dist.broadcast(shared, group=self.groups.tp, group_src=0)
         for gradient, part in zip(gradients, shared.split([each.numel() for each in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
+
+
+@contextmanager
+def left_alone(parts: Sequence[OptimizerPart], unused: list[nn.Parameter]) -> Iterator[None]:
+    """Keep an optimizer's step within this block from changing these parameters and their state.
+
+    Enter it with the gradients ready. A group with no other parameters also keeps its step count, if it has one.
+    """
+    if not unused:
+        yield
+        return
+    groups = []
+    for part in parts:
+        part.allocate()  # state that no step has updated yet is saved too
+        own = part.main_parameters(unused)
+        for main in own:
+            main.grad = None
+        left = {id(main) for main in own}
+        groups += [group for group in part.inner.param_groups if {id(main) for main in group["params"]} <= left]
+    steps = [(group, group["step"]) for group in groups if "step" in group]
+    yield
+    for group, step in steps:
+        group["step"] = step
+
+
+class ExpectedGradients:
+    """Tells megatron-core's gradient buckets, reduced during the last backward pass, which gradients to expect.
+
+    The buckets learn from one step how often each parameter's gradient arrives, and wait for just that in all others.
+    The numbers differ between loop counts: the first step of each is reduced at its end, and its numbers noted here.
+    """
+
+    def __init__(self, groups: list[Any]) -> None:
+        self._groups = groups
+        self._known: dict[int, list[dict[Any, int]]] = {}
+        self._last: int | None = None
+
+    def begin(self, loop_count: int, unused: list[nn.Parameter]) -> None:
+        """Prepare the buckets before a step's first pass, after they were reset."""
+        if self._last is not None and self._last not in self._known:
+            self._known[self._last] = [group.golden_per_param_grad_ready_counts for group in self._groups]
+        self._last = loop_count
+        never = set(unused)
+        for number, group in enumerate(self._groups):
+            missing = {parameter: 1 for parameter in group.params if parameter in never}
+            group.per_param_grad_ready_counts = missing
+            # A bucket that gets no gradients at all is reduced at the end as well.
+            group.is_first_batch = loop_count not in self._known or len(missing) == len(group.params)
+            if not group.is_first_batch:
+                group.golden_per_param_grad_ready_counts = self._known[loop_count][number]
 
 
 def unreduced_replicas(stage: LoopedGPT) -> list[nn.Parameter]:

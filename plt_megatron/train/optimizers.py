@@ -32,19 +32,18 @@ def build_optimizer(config: RunConfig, ddp: DistributedDataParallel) -> Any:
     optimizer = get_megatron_optimizer(
         megatron_settings(config), [ddp], group_overrides(config), use_gloo_process_groups=False
     )
-    for part in distributed_parts(optimizer)[:-1]:
+    parts, spec = distributed_parts(optimizer), optimizer_spec(config.optimizer)
+    for part in parts[:-1]:
         # Each would gather all weights, experts' and others', after its own step: leave that to the last one.
         part._defer_param_sync = True
-    spec = optimizer_spec(config.optimizer)
-    if spec.torch_class is not None:
-        for part in distributed_parts(optimizer):
+    for part in parts:
+        if spec.torch_class is not None:
             _exchange(part, spec, config.optimizer)
-    if spec.matrix_state is not None:
-        from plt_megatron.train.muon import give_matrices_to_muon  # needs an extra
+        if spec.matrix_state is not None:
+            from plt_megatron.train.muon import give_matrices_to_muon  # needs an extra
 
-        for part in distributed_parts(optimizer):
             give_matrices_to_muon(part, ddp.module, config)
-    check_groups(config, ddp.module, _groups_built(distributed_parts(optimizer)))
+    check_groups(config, ddp.module, _groups_built(parts))
     return optimizer
 
 

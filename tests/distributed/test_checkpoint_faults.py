@@ -132,19 +132,19 @@ def test_a_rank_killed_while_writing_leaves_the_last_checkpoint_and_rubbish_the_
 def _save_with_fault(engine, directory, fault=None):
     """Save step 3 with a fault, which says where a rank cannot write; return the error."""
     from plt_megatron.errors import UserError
-    from plt_megatron.train.checkpoint import publishing
+    from plt_megatron.run_folder import checkpoints
     from tests.checkpoints import save_checkpoint
 
     rank = int(os.environ["RANK"])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    write_json = publishing.write_json
+    write_json = checkpoints.write_json
     if fault == "writer" and rank == 1:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     if fault == "publisher" and rank == 0:
         write_json = mock.Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     try:
-        with mock.patch.object(publishing, "write_json", write_json):
+        with mock.patch.object(checkpoints, "write_json", write_json):
             save_checkpoint(engine, directory, {"step": 3}, keep_last=1)
     except UserError as error:
         return str(error)

@@ -73,7 +73,8 @@ class StepGuard:
             return True
         self._in_a_row += 1
         self._skipped.append(self._step)
-        self.too_many = self._too_many()
+        recent = sum(step > self._step - _PER_STEPS for step in self._skipped)
+        self.too_many = max(self._in_a_row, recent) > self._training.max_skipped_steps
         if self.too_many:
             self.action = "fail"
         return False
@@ -98,11 +99,6 @@ class StepGuard:
         self.action = spikes.action
         return f"loss spike: {loss:.4f}, {mean:.4f} +- {deviation:.4f} over the last {len(losses)} comparable steps"
 
-    def _too_many(self) -> bool:
-        limit = self._training.max_skipped_steps
-        recent = sum(step > self._step - _PER_STEPS for step in self._skipped)
-        return self._in_a_row > limit or recent > limit
-
     def statistics(self) -> dict[str, Any]:
         """Summarize the recent accepted losses that the last step was judged by, for a report."""
         losses = self._losses()
@@ -125,11 +121,12 @@ class StepGuard:
             "in_a_row": self._in_a_row,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Restore what `state` returned."""
+    def restore(self, state: dict[str, Any], *, count: bool = True) -> None:
+        """Restore what `state` returned in a new guard; without `count`, rejected steps count anew."""
         self.restore_losses(state)
-        self._skipped.extend(state["skipped"])
-        self._in_a_row = state["in_a_row"]
+        if count:
+            self._skipped.extend(state["skipped"])
+            self._in_a_row = state["in_a_row"]
 
     def restore_losses(self, state: dict[str, Any]) -> None:
         """Restore the losses that `state` returned, and the step, from which rejected ones are counted; keep these."""
@@ -137,11 +134,6 @@ class StepGuard:
         self._recent.clear()
         # Older checkpoints have losses without their kinds.
         self._recent.extend((StepKind(*kind), loss) for kind, loss in state.get("recent", []))
-
-    def forgive(self) -> None:
-        """Reset the count of rejected steps."""
-        self._skipped.clear()
-        self._in_a_row = 0
 
 
 class Incidents(Callback):
@@ -164,9 +156,7 @@ class Incidents(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the guard's state. A run with other settings resets the count of bad steps: someone has addressed
         their cause."""
-        self.guard.restore(self._comparable(state))
-        if state.get("settings") != self._settings:
-            self.guard.forgive()
+        self.guard.restore(self._comparable(state), count=state.get("settings") == self._settings)
 
     def on_rollback(self, state: dict[str, Any]) -> None:
         """Restore only the guard's losses. It still remembers the bad step: too many of them end the run."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from plt_megatron.errors import AttemptFailed, UserError, describe_os_error
+from plt_megatron.errors import AttemptFailed, UserError, describe_os_error, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +58,7 @@ def describe(error: BaseException) -> str:
     """Describe an error in one line: the system's message about a file, or the error's own."""
     if isinstance(error, OSError) and error.strerror:
         return describe_os_error(error)
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[-1] if "Traceback" in text else text.splitlines()[0]
+    return str(error).strip().splitlines()[-1] if "Traceback" in str(error) else first_line(error)
 
 
 def say(message: str, level: int = logging.INFO) -> None:

@@ -71,11 +71,9 @@ class Weights:
     Tensors are whole (`linear_fc1`: all gate rows, then all up rows; `linear_qkv`: by query group its queries, key and
     value), the vocabulary without its padding rows.
 
-    Args:
-        checkpoint: a complete checkpoint.
-        part: `weights`, in the dtype that the model was trained in; or, in fp32, the optimizer's `main weights` or
-            `ema`, their moving average. Parameters that were not trained have neither: they are
-            read from the model. So are buffers, in fp32, for every part.
+    `part`: `weights`, in the dtype that the model was trained in; or, in fp32, the optimizer's `main weights` or `ema`,
+    their moving average. Parameters that were not trained have neither: they are read from the model. So are buffers,
+    in fp32, for every part.
 
     Attributes:
         names: names of all parameters; empty if the checkpoint lacks the part.

@@ -33,7 +33,7 @@ from plt_megatron.errors import AttemptFailed, UserError
 from plt_megatron.model.parameters import find
 from plt_megatron.run_folder import checkpoints, resuming
 from plt_megatron.run_folder.files import write_text
-from plt_megatron.train.checkpoint import publishing, state
+from plt_megatron.train.checkpoint import state
 from plt_megatron.train.checkpoint.collective import describe, first_of_all_ranks, on_rank_0, say
 from plt_megatron.train.checkpoint.state import sharded_tensors
 from plt_megatron.train.engine import Engine
@@ -65,7 +65,7 @@ def begin_save(
         reason = f"{different}, of which a checkpoint stores one: they drifted apart, or a device is faulty"
         raise _cannot_save(progress["step"], reason, directory)
     try:
-        temporary = on_rank_0(lambda: publishing.prepare(directory, progress["step"]))
+        temporary = on_rank_0(lambda: checkpoints.prepare(directory, progress["step"]))
     except UserError as error:
         raise _cannot_save(progress["step"], str(error), directory) from error
     strategy = _PlanOnly()
@@ -130,10 +130,8 @@ class PendingSave:
     ) -> Path:
         """Make the save the run's latest checkpoint, and return its folder. Collective; raises as `begin_save` does.
 
-        Args:
-            keep_last: checkpoints to keep; older ones are removed.
-            keep_every: keep multiples of this step permanently; 0: none.
-            on_publish: called before older ones are removed, which may take long: a kill would leave it undone.
+        Then remove those that `superseded` names. `on_publish` is called before: a removal may take long, and a kill
+        would leave the call undone.
         """
         try:
             error = first_of_all_ranks(self.error)
@@ -156,7 +154,7 @@ class PendingSave:
         save_config(CheckpointingConfig("torch_dist", 1), str(self.temporary))
         write_text(self.temporary / checkpoints.PROGRESS, self.progress)
         checksums = {name: digest for _, digests in everything for name, digest in digests.items()}
-        return publishing.publish(self.temporary, checksums)
+        return checkpoints.publish(self.temporary, checksums)
 
 
 class _PlanOnly(TorchDistSaveShardedStrategy):
@@ -217,7 +215,7 @@ def describe_run(engine: Engine, progress: dict[str, Any]) -> dict[str, Any]:
         "schedule_step_tokens": engine.scheduler.step_tokens,
         "vocab_size": engine.stage.vocab_size,
         "layout": layout(engine),
-        "versions": publishing.versions(),
+        "versions": checkpoints.versions(),
     }
 
 
@@ -234,7 +232,7 @@ def _cannot_save(step: int, reason: str, directory: Path) -> AttemptFailed:
 
 def _prune(published: Path, keep_last: int, keep_every: int) -> None:
     try:
-        removed = publishing.prune(published, keep_last, keep_every)
+        removed = checkpoints.prune(published, keep_last, keep_every)
     except OSError as error:  # the new checkpoint is safe anyway
         say(f"cannot remove an old checkpoint: {describe(error)}", logging.WARNING)
         return

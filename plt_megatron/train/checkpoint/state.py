@@ -46,12 +46,8 @@ def model_state(stage: LoopedGPT, *, is_loading: bool = False) -> dict[str, Any]
 
 
 def kept_tensors(stage: LoopedGPT, name: str, tensors: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return the tensors that callback `name` keeps of the model's parameters as sharded tensors, in the same order.
-
-    Args:
-        tensors: tensors in the shapes of the stage's parameters, or of some of them, by parameter name; or nested
-            sharded tensors.
-    """
+    """Return the tensors that callback `name` keeps of all or some of the model's parameters (`Kept`) as sharded
+    tensors, in the same order."""
     if not any(isinstance(tensor, Tensor) for tensor in tensors.values()):
         return dict(tensors)
     parameters, wholes, key = dict(stage.named_parameters()), by_tensor(model_state(stage)), f"{KEPT_PREFIX}{name}"

@@ -23,7 +23,6 @@ from plt_megatron.run_folder.files import write_text
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.storage.copies import Index, download_part, find_checkpoint, read_manifest
 from plt_megatron.storage.places import Place
-from plt_megatron.train.checkpoint import publishing
 from plt_megatron.train.checkpoint.collective import any_rank, describe, first_of_all_ranks, on_rank_0, say
 from plt_megatron.train.checkpoint.loading import load_checkpoint, load_weights
 from plt_megatron.train.checkpoint.saving import PendingSave, begin_save
@@ -42,7 +41,6 @@ class CheckpointStore:
 
     Args:
         directory: the run's folder of checkpoints.
-        config: the run's configuration; `checkpoint` says what to keep and where to start from.
         data_fingerprint: from `data.mix.fingerprint`; a run resumes only with the data it was saved with.
         on_publish: called with each published checkpoint of this run, on all ranks.
         beat: called while a checkpoint to start from is fetched, and with "saving" before one is published.
@@ -102,11 +100,11 @@ class CheckpointStore:
         """Save the engine's state and the trainer's `progress`, which holds `step`. See `begin_save`."""
         self.close()
         progress = {**self._inherited, **progress, "data_fingerprint": self.data_fingerprint}
-        if not self.config.checkpoint.async_save:
-            pending = begin_save(engine, self.directory, progress, kept)
+        staged = self.config.checkpoint.async_save
+        pending = begin_save(engine, self.directory, progress, kept, staged=staged)
+        if not staged:
             pending.write()
             return self._publish(pending)
-        pending = begin_save(engine, self.directory, progress, kept, staged=True)
         # Not a daemon: a process that exits normally has written its part.
         thread = threading.Thread(target=pending.write, name="checkpoint writer")
         self._pending = pending, thread
@@ -135,8 +133,8 @@ class CheckpointStore:
         return self._publish(pending)
 
     def _look_for_own(self) -> bool:
-        publishing.recover(self.directory)
-        for path in publishing.leftovers(self.directory):
+        checkpoints.recover(self.directory)
+        for path in checkpoints.leftovers(self.directory):
             say(f"{path}: left incomplete by a run that was stopped; not used", logging.WARNING)
         return bool(checkpoints.candidates(self.directory))
 
@@ -154,10 +152,8 @@ class CheckpointStore:
 def fetch_checkpoint(url: str, directory: Path, beat: Callable[[], Any]) -> Path:
     """Fetch the checkpoint that `url` refers to into `directory`, which all ranks share; return its folder. Collective.
 
-    Args:
-        url: URL of a checkpoint; or of a run's folder or a folder of checkpoints, for its last complete one.
-        directory: folder for this checkpoint alone; files of another one are removed.
-        beat: called while files arrive.
+    `url` is a checkpoint's; or a run's or a folder of checkpoints', for its last complete one. `directory` is for this
+    checkpoint alone: files of another one are removed. `beat` is called while files arrive.
 
     Raises:
         UserError: on all ranks, if there is no complete checkpoint or it could not be read; an AttemptFailed if that

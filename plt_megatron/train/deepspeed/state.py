@@ -49,14 +49,12 @@ class _Entry:
 class DeepSpeedState:
     """The `EngineState` of `DeepSpeedEngine`.
 
-    Args:
-        engine: a `DeepSpeedEngine` under construction, while its stage's parameters are still whole.
-
     Attributes:
         later_step: updates of the parameters that only later loops use.
     """
 
     def __init__(self, engine: Any) -> None:
+        """`engine`: a `DeepSpeedEngine` under construction, while its stage's parameters are still whole."""
         self._engine = engine
         self._keys = tuple(optimizer_spec(engine.config.optimizer).state)
         self.later_step = 0
@@ -188,16 +186,14 @@ class DeepSpeedState:
     @property
     def later_groups(self) -> set[int]:
         """Numbers of the optimizer's groups whose parameters are all used by later loops only."""
-        optimizer = self._engine.optimizer
-        groups = optimizer.fp16_groups if zero_of(self._engine.config).zero_stage == 3 else optimizer.bit16_groups
+        groups = self._optimizer.groups
         later = {id(parameter) for parameter in state.later_parameters(self._engine.stage)}
         return {number for number, group in enumerate(groups) if {id(parameter) for parameter in group} <= later}
 
     @property
     def _optimizer(self) -> _ZeroPieces:
-        optimizer = self._engine.optimizer
         pieces = _Zero3Pieces if zero_of(self._engine.config).zero_stage == 3 else _Zero12Pieces
-        return pieces(optimizer, self._keys)
+        return pieces(self._engine.optimizer, self._keys)
 
 
 def _empty(entry: _Entry, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
@@ -210,10 +206,12 @@ def _empty(entry: _Entry, dtype: torch.dtype = torch.float32, device: str = "cpu
 class _ZeroPieces:
     """ZeRO's flat fp32 pieces of the parameters, the optimizer's state of them (`keys`), and its step."""
 
-    def __init__(self, optimizer: Any, flat: list[Tensor], keys: tuple[str, ...]) -> None:
-        self.optimizer = optimizer
-        self.flat = flat
-        self.keys = keys
+    GROUPS, FLAT = "", ""  # DeepSpeed's names for the groups of parameters, and for this rank's flat pieces of them
+
+    def __init__(self, optimizer: Any, keys: tuple[str, ...]) -> None:
+        self.optimizer, self.keys = optimizer, keys
+        self.groups: list[list[nn.Parameter]] = getattr(optimizer, self.GROUPS)
+        self.flat: list[Tensor] = getattr(optimizer, self.FLAT)
         self.inner = optimizer.optimizer  # torch's AdamW
 
     def allocate(self) -> None:
@@ -253,8 +251,7 @@ class _ZeroPieces:
 class _Zero12Pieces(_ZeroPieces):
     """Stages 1 and 2: one flat piece per parameter group."""
 
-    def __init__(self, optimizer: Any, keys: tuple[str, ...]) -> None:
-        super().__init__(optimizer, optimizer.single_partition_of_fp32_groups, keys)
+    GROUPS, FLAT = "bit16_groups", "single_partition_of_fp32_groups"
 
     def allocate(self) -> None:
         super().allocate()
@@ -277,8 +274,7 @@ class _Zero12Pieces(_ZeroPieces):
 class _Zero3Pieces(_ZeroPieces):
     """Stage 3: parameters are cut one by one, the last rank's piece padded."""
 
-    def __init__(self, optimizer: Any, keys: tuple[str, ...]) -> None:
-        super().__init__(optimizer, optimizer.fp32_partitioned_groups_flat, keys)
+    GROUPS, FLAT = "fp16_groups", "fp32_partitioned_groups_flat"
 
     def scatter(self, parameter: nn.Parameter, key: str, whole: Tensor) -> None:
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
@@ -296,7 +292,7 @@ class _Zero3Pieces(_ZeroPieces):
     def update_weights(self) -> None:
         optimizer = self.optimizer
         optimizer._partition_all_parameters()
-        for group in range(len(optimizer.fp16_groups)):
+        for group in range(len(self.groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
         if optimizer.persistent_parameters:  # small ones stay whole on every rank
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)

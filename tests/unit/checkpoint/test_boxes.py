@@ -1,8 +1,10 @@
-"""An optimizer's state in checkpoints: a flat range of a tensor as boxes, and what they lack."""
+"""State in checkpoints: an optimizer's, a flat range of a tensor as boxes, and what they lack; random states of other
+generators."""
 
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +16,9 @@ import torch
 from plt_megatron.config.rules.optimizer import OPTIMIZERS
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
+from plt_megatron.runtime.cpu_runtime import enter_cpu_runtime
 from plt_megatron.train.checkpoint.megatron_state import OptimizerPart, boxes
+from plt_megatron.train.checkpoint.state import restore_random_state
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (1, 6), (4, 1), (3, 2, 4)])
@@ -42,3 +46,22 @@ def test_a_class_that_keeps_more_than_checkpoints_hold_is_named_at_the_first_sav
     )
     with pytest.raises(UserError, match=r"NAdam keeps mu_product"):
         OptimizerPart(RunConfig(), optimizer, ()).sharded({})
+
+
+def test_a_state_of_a_gpu_restores_what_a_cpu_has_of_it():
+    """The generators of a CPU and a GPU differ."""
+    enter_cpu_runtime()
+    random.seed(5)
+    expected = random.getstate()
+    kind, keys, *rest = np.random.get_state()
+    own = torch.cuda.get_rng_state()
+    state = {
+        "python": expected,
+        "numpy": (kind, torch.tensor(keys.astype("int64")), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.zeros(16, dtype=torch.uint8),
+        "tracker": {"model-parallel-rng": torch.zeros(16, dtype=torch.uint8)},
+    }
+    random.seed(6)
+    restore_random_state(state)
+    assert random.getstate() == expected and torch.equal(torch.cuda.get_rng_state(), own)

@@ -15,16 +15,15 @@ import pytest
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder import checkpoints
 from plt_megatron.run_folder.checkpoints import latest_checkpoint
-from plt_megatron.train.checkpoint import publishing
 from tests.checkpoints import read_progress
 
 
 def _save(directory: Path, step: int, keep_last: int = 100, keep_every: int = 0, content: str = "x" * 1000) -> Path:
-    temporary = publishing.prepare(directory, step)
+    temporary = checkpoints.prepare(directory, step)
     (temporary / "__0_0.distcp").write_text(content)
     (temporary / checkpoints.PROGRESS).write_text(json.dumps({"step": step, "format": checkpoints.FORMAT}))
-    published = publishing.publish(temporary, {"__0_0.distcp": checkpoints.sha256(temporary / "__0_0.distcp")})
-    publishing.prune(published, keep_last, keep_every)
+    published = checkpoints.publish(temporary, {"__0_0.distcp": checkpoints.sha256(temporary / "__0_0.distcp")})
+    checkpoints.prune(published, keep_last, keep_every)
     return published
 
 
@@ -37,13 +36,10 @@ def _step(path: Path | None) -> int | None:
 
 
 def test_names_sort_by_step_beyond_eight_digits(tmp_path):
-    for step in (100, 99_999_999, 100_000_000):
+    steps = [100, 99_999_999, 100_000_000]
+    for step in steps:
         _save(tmp_path, step)
-    assert [checkpoints.step_of(path) for path in checkpoints.checkpoint_folders(tmp_path)] == [
-        100,
-        99_999_999,
-        100_000_000,
-    ]
+    assert [checkpoints.step_of(path) for path in checkpoints.checkpoint_folders(tmp_path)] == steps
     assert (tmp_path / "step_00000100" / "manifest.json").is_file()
     assert _step(latest_checkpoint(tmp_path)) == 100_000_000
 
@@ -172,14 +168,14 @@ def test_a_crash_at_any_rename_removal_or_write_leaves_a_whole_checkpoint(tmp_pa
                 crashed = False
             except _Crash:
                 crashed = True
-        publishing.recover(directory)
+        checkpoints.recover(directory)
         found = latest_checkpoint(directory)
         assert found is not None and checkpoints.damage(found) is None
         content = (found / "__0_0.distcp").read_text()
         assert content in ("content new", f"content {checkpoints.step_of(found)}")
         # The run goes on from there, saves the same step, and nothing is left over.
         _save(directory, step, keep_last=1, content="content new")
-        assert _names(directory) == [checkpoints.folder_name(step)] and not publishing.leftovers(directory)
+        assert _names(directory) == [checkpoints.folder_name(step)] and not checkpoints.leftovers(directory)
         if not crashed:
             break
         crashes += 1
@@ -208,15 +204,15 @@ def test_processes_that_outlive_their_start_publish_nothing_of_another(tmp_path)
     """Slurm may start a job again while its node, which it has lost, goes on."""
     _save(tmp_path, 1)
     name = "__0_0.distcp"
-    former = publishing.prepare(tmp_path, 2)
+    former = checkpoints.prepare(tmp_path, 2)
     (former / name).write_text("whole")
     sums = {name: checkpoints.sha256(former / name)}
-    present = publishing.prepare(tmp_path, 2)
+    present = checkpoints.prepare(tmp_path, 2)
     (present / name).write_text("ha")
     with pytest.raises(OSError):
-        publishing.publish(former, sums)
+        checkpoints.publish(former, sums)
     (present / name).write_text("whole")
-    published = publishing.publish(present, sums)
+    published = checkpoints.publish(present, sums)
     assert checkpoints.damage(published) is None and latest_checkpoint(tmp_path) == published
 
 
@@ -233,15 +229,15 @@ def test_a_checkpoint_that_its_run_removes_while_it_is_read_is_not_the_last(tmp_
 
 
 def test_a_writers_file_that_is_not_there_is_an_error_before_publication(tmp_path):
-    temporary = publishing.prepare(tmp_path, 1)
+    temporary = checkpoints.prepare(tmp_path, 1)
     with pytest.raises(FileNotFoundError):
-        publishing.publish(temporary, {"__1_0.distcp": "0" * 64})
+        checkpoints.publish(temporary, {"__1_0.distcp": "0" * 64})
     assert latest_checkpoint(tmp_path) is None
 
 
 def test_a_newer_format_is_refused(tmp_path):
-    temporary = publishing.prepare(tmp_path, 1)
+    temporary = checkpoints.prepare(tmp_path, 1)
     (temporary / checkpoints.PROGRESS).write_text(json.dumps({"step": 1, "format": checkpoints.FORMAT + 1}))
-    publishing.publish(temporary, {})
+    checkpoints.publish(temporary, {})
     with pytest.raises(UserError, match="is newer than this program"):
         read_progress(tmp_path)

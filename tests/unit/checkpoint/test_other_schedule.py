@@ -30,6 +30,11 @@ def run(weights: list[float], loops: int) -> RunConfig:
     return config
 
 
+def progress_of(config: RunConfig, step_tokens: int) -> dict[str, Any]:
+    progress = {"schedule": resuming.schedule(config, step_tokens), "config": dataclasses.asdict(config)}
+    return json.loads(json.dumps(progress | {"schedule_step_tokens": step_tokens, "step": 6, "consumed_tokens": 6}))
+
+
 @pytest.mark.parametrize("earlier_version", [False, True])
 @pytest.mark.parametrize(
     ("before", "now", "refused"),
@@ -47,24 +52,12 @@ def run(weights: list[float], loops: int) -> RunConfig:
 )
 def test_what_was_set_is_compared_and_what_it_stands_for(before, now, refused, earlier_version):
     saved, own = run(*before), run(*now)
-    schedule = resuming.schedule(saved, 1)
+    progress = progress_of(saved, 1)
     if earlier_version:  # which wrote down a weight for each loop
-        schedule[NAME] = derived.loop_loss_weights(saved, saved.model.loop_count)
-    progress: dict[str, Any] = {
-        "schedule": schedule,
-        "config": dataclasses.asdict(saved),
-        "schedule_step_tokens": 1,
-        "step": 5,
-        "consumed_tokens": 5,
-    }
+        progress["schedule"][NAME] = derived.loop_loss_weights(saved, saved.model.loop_count)
     with nullcontext() if refused is None else pytest.raises(UserError) as error:
-        resuming.check_schedule(Path("checkpoint"), json.loads(json.dumps(progress)), own, allow_other=False)
+        resuming.check_schedule(Path("checkpoint"), progress, own, allow_other=False)
     assert refused is None or f"was trained with {NAME} {refused}" in str(error.value)
-
-
-def progress_of(config: RunConfig, step_tokens: int) -> dict[str, Any]:
-    progress = {"schedule": resuming.schedule(config, step_tokens), "config": dataclasses.asdict(config)}
-    return json.loads(json.dumps(progress | {"schedule_step_tokens": step_tokens, "step": 6, "consumed_tokens": 6}))
 
 
 @pytest.mark.parametrize("stages", [[LoopStage(0.5, 1), LoopStage(loop_count=2)], [LoopStage(0.5, 1)]])

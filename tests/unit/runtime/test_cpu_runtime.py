@@ -139,26 +139,15 @@ def _factory_calls() -> dict[str, tuple]:
 
     like = torch.ones(2, 3)
     return {
-        "arange": (3,),
-        "as_tensor": ([1, 2],),
-        "empty": (2, 3),
-        "empty_like": (like,),
+        **dict.fromkeys(("empty", "ones", "rand", "randn", "zeros"), (2, 3)),
+        **dict.fromkeys(("empty_like", "ones_like", "rand_like", "randn_like", "zeros_like"), (like,)),
+        **dict.fromkeys(("arange", "eye", "randperm"), (3,)),
+        **dict.fromkeys(("as_tensor", "tensor"), ([1.0, 2.0],)),
         "empty_strided": ((2, 3), (3, 1)),
-        "eye": (3,),
         "full": ((2,), 7),
         "full_like": (like, 7),
         "linspace": (0, 1, 5),
-        "ones": (2,),
-        "ones_like": (like,),
-        "rand": (2,),
-        "rand_like": (like,),
         "randint": (5, (2,)),
-        "randn": (2,),
-        "randn_like": (like,),
-        "randperm": (4,),
-        "tensor": ([1.0, 2.0],),
-        "zeros": (2,),
-        "zeros_like": (like,),
     }
 
 

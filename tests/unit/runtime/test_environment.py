@@ -3,6 +3,7 @@
 import contextlib
 import os
 import tempfile
+from unittest.mock import Mock
 
 import pytest
 
@@ -144,10 +145,7 @@ def test_a_run_sets_it_before_anything_asks_for_devices(unset, monkeypatch):
     class ReachedError(Exception):
         pass
 
-    def first_thing_after_importing_torch():
-        raise ReachedError
-
-    monkeypatch.setattr(main, "quiet_imports", first_thing_after_importing_torch)
+    monkeypatch.setattr(main, "quiet_imports", Mock(side_effect=ReachedError))  # the first after importing torch
     with pytest.raises(ReachedError):
         main.train(RunConfig(training=TrainingConfig(deterministic=True)))
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"]

@@ -31,26 +31,20 @@ LAYOUTS = [
     ParallelLayout(context=2, pipeline=2, data=2, expert=2),
     ParallelLayout(tensor=4, data=2, expert=8),
 ]
-# Dimensions of the layout -> megatron-core's group. Its data-parallel groups of experts are those of our `edp`.
-GROUPS = {
-    ("tp",): "get_tensor_model_parallel_group",
-    ("pp",): "get_pipeline_model_parallel_group",
-    ("cp",): "get_context_parallel_group",
-    ("dp",): "get_data_parallel_group",
-    ("tp", "cp"): "get_tensor_and_context_parallel_group",
-    ("tp", "pp"): "get_model_parallel_group",
-    ("tp", "dp"): "get_tensor_and_data_parallel_group",
-    ("ep",): "get_expert_model_parallel_group",
-    ("edp",): "get_expert_data_parallel_group",
-    ("ep", "pp"): "get_expert_tensor_model_pipeline_parallel_group",
+# Dimensions of the layout -> megatron-core's. Its data-parallel groups of experts are those of our `edp`.
+DIMENSIONS = {
+    "tp": "tensor_model_parallel",
+    "cp": "context_parallel",
+    "dp": "data_parallel",
+    "pp": "pipeline_model_parallel",
+    "ep": "expert_model_parallel",
+    "edp": "expert_data_parallel",
 }
-RANKS = {
-    "tp": "get_tensor_model_parallel_rank",
-    "cp": "get_context_parallel_rank",
-    "dp": "get_data_parallel_rank",
-    "pp": "get_pipeline_model_parallel_rank",
-    "ep": "get_expert_model_parallel_rank",
-    "edp": "get_expert_data_parallel_rank",
+GROUPS = {(dimension,): name for dimension, name in DIMENSIONS.items()} | {
+    ("tp", "cp"): "tensor_and_context_parallel",
+    ("tp", "pp"): "model_parallel",
+    ("tp", "dp"): "tensor_and_data_parallel",
+    ("ep", "pp"): "expert_tensor_model_pipeline_parallel",
 }
 
 
@@ -80,12 +74,13 @@ def test_groups_and_coordinates_are_those_of_megatron_core(world, layout):
         init_process_groups(ParallelConfig(**layout.sizes))
         for dimensions, name in GROUPS.items():
             (own,) = [group for group in layout.groups(*dimensions) if rank in group]
-            assert dist.get_process_group_ranks(getattr(parallel_state, name)()) == own, name
+            assert dist.get_process_group_ranks(getattr(parallel_state, f"get_{name}_group")()) == own, name
         with_context = parallel_state.get_data_parallel_group(with_context_parallel=True)
         assert [group for group in layout.groups("dp", "cp") if rank in group] == [
             dist.get_process_group_ranks(with_context)
         ]
-        assert layout.coordinates(rank) == {name: getattr(parallel_state, of)() for name, of in RANKS.items()}
+        ranks = {own: getattr(parallel_state, f"get_{name}_rank")() for own, name in DIMENSIONS.items()}
+        assert layout.coordinates(rank) == ranks
         destroy_process_groups()
 
 

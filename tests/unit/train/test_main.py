@@ -17,6 +17,13 @@ from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.train import main as module
 
 
+@pytest.fixture(autouse=True)
+def this_process(monkeypatch):
+    """Hears interrupts as before."""
+    for name in ("hear_every_interrupt", "go_on_without_readers"):
+        monkeypatch.setattr(module, name, lambda: None)
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [
@@ -28,12 +35,8 @@ from plt_megatron.train import main as module
     ids=str,
 )
 def test_a_disk_that_does_not_answer_leaves_the_run_to_the_next_attempt(error, status, monkeypatch, tmp_path):
-    def fail(config):
-        raise error
-
-    for name in ("hear_every_interrupt", "go_on_without_readers", "validate"):
-        monkeypatch.setattr(module, name, lambda *_, **__: None)
-    monkeypatch.setattr(module, "train", fail)
+    monkeypatch.setattr(module, "validate", lambda *_, **__: None)
+    monkeypatch.setattr(module, "train", Mock(side_effect=error))
     run = RunFolder(tmp_path / "run")
     run.try_config(RunConfig(name="run", output_dir=str(tmp_path)))
     assert module.main([str(run.config_file)]) == status
@@ -42,8 +45,6 @@ def test_a_disk_that_does_not_answer_leaves_the_run_to_the_next_attempt(error, s
 
 @pytest.mark.parametrize(("local", "says"), [("0", True), ("1", False)])
 def test_a_node_says_what_it_lacks(local, says, monkeypatch, tmp_path, capsys):
-    for name in ("hear_every_interrupt", "go_on_without_readers"):
-        monkeypatch.setattr(module, name, lambda: None)
     monkeypatch.setenv("RANK", "9")
     monkeypatch.setenv("LOCAL_RANK", local)
     assert module.main([str(tmp_path / "gone.yaml")]) == 2
@@ -51,12 +52,7 @@ def test_a_node_says_what_it_lacks(local, says, monkeypatch, tmp_path, capsys):
 
 
 def test_the_rank_that_reads_bad_tokens_says_so(monkeypatch, tmp_path, capsys):
-    def fail(path, overrides):
-        raise BadTokens("token -5")
-
-    for name in ("hear_every_interrupt", "go_on_without_readers"):
-        monkeypatch.setattr(module, name, lambda: None)
-    monkeypatch.setattr(module, "load_config", fail)
+    monkeypatch.setattr(module, "load_config", Mock(side_effect=BadTokens("token -5")))
     monkeypatch.setenv("RANK", "9")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert module.main([str(tmp_path / "run.yaml")]) == 2
@@ -66,8 +62,6 @@ def test_the_rank_that_reads_bad_tokens_says_so(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(("gpus", "have_te"), [("", False), ("0,1", None)])
 def test_transformer_engine_is_not_used_without_a_gpu(gpus, have_te, monkeypatch, tmp_path):
     checked = Mock(side_effect=UserError("enough"))
-    for name in ("hear_every_interrupt", "go_on_without_readers"):
-        monkeypatch.setattr(module, name, lambda: None)
     monkeypatch.setattr(module, "validate", checked)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
     run = RunFolder(tmp_path / "run")
@@ -101,13 +95,10 @@ def test_fp32_is_not_tf32_whatever_an_image_sets(monkeypatch):
     class ReachedError(Exception):
         pass
 
-    def reached(parallel):
-        raise ReachedError
-
     monkeypatch.setattr(os, "environ", dict(os.environ))
     monkeypatch.setattr(module, "_check_gpus", lambda: None)
     monkeypatch.setattr(module, "quiet_streams", lambda: None)
-    monkeypatch.setattr("plt_megatron.runtime.process_groups.init_process_groups", reached)
+    monkeypatch.setattr("plt_megatron.runtime.process_groups.init_process_groups", Mock(side_effect=ReachedError))
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")

@@ -45,13 +45,19 @@ def test_a_closed_terminal_asks_to_stop_unless_under_nohup(tmp_path, monkeypatch
     assert (call(signal.SIGHUP, request._hear) in heard.mock_calls) == (former is signal.SIG_DFL)
 
 
+def at_a_step(**parts: object) -> Mock:
+    """A run before a step at which nothing is due."""
+    run = Mock(spec=Trainer, engine=Mock(), checkpoints=Mock(), **parts)
+    run._next_step.return_value, run.is_due.return_value = SimpleNamespace(batches=[], loop_count=1), False
+    return run
+
+
 def test_a_steps_seconds_are_those_of_the_device(monkeypatch):
     """Its update's kernels are launched when `train_step` returns, and still run."""
     still_running, seen = threading.Event(), []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: still_running.wait(10))
     threading.Timer(0.2, still_running.set).start()
-    run = Mock(spec=Trainer, engine=Mock(), checkpoints=Mock(), config=Mock(), stop=Mock(agree=lambda: False))
-    run._next_step.return_value, run.is_due.return_value = SimpleNamespace(batches=[], loop_count=1), False
+    run = at_a_step(config=Mock(), stop=Mock(agree=lambda: False))
     run._each.side_effect = lambda hook, step, *_: seen.append(getattr(step, "seconds", None)) or []
     Trainer._train_step(run)
     assert seen[-1] >= 0.15
@@ -60,9 +66,7 @@ def test_a_steps_seconds_are_those_of_the_device(monkeypatch):
 @pytest.mark.parametrize(("enabled", "asked"), [(False, True), (False, False), (True, True)])
 def test_a_run_without_checkpoints_says_that_nothing_is_saved(enabled, asked, monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    config, stop = Mock(checkpoint=Mock(enabled=enabled)), Mock(agree=lambda: asked)
-    run = Mock(spec=Trainer, engine=Mock(), checkpoints=Mock(), config=config, stop=stop)
-    run._next_step.return_value, run.is_due.return_value = SimpleNamespace(batches=[], loop_count=1), False
+    run = at_a_step(config=Mock(checkpoint=Mock(enabled=enabled)), stop=Mock(agree=lambda: asked))
     Trainer._train_step(run)
     warnings = [call.args[0] for call in run.say.call_args_list]
     assert ["checkpoint.enabled=false" in warning for warning in warnings] == [True] * (asked and not enabled)

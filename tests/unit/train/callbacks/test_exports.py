@@ -105,6 +105,13 @@ def let_go(run: Any) -> None:
     (run.folder.path.parent / "go").touch()
 
 
+def go_on_until(said: int, callback: exports.Exports) -> None:
+    """Train until the run has told people so many things."""
+    while len(callback.run.said) < said:
+        callback.after_step()
+        time.sleep(0.01)
+
+
 def finish_in_the_next_job(run: Any) -> None:
     callback = exports.Exports(run)
     callback.on_start()
@@ -112,9 +119,7 @@ def finish_in_the_next_job(run: Any) -> None:
 
 
 def test_what_cannot_be_started_is_left_to_the_next_job(run, callback, monkeypatch):
-    def full(*_: Any, **__: Any) -> None:
-        raise BlockingIOError(11, "Resource temporarily unavailable")
-
+    full = Mock(side_effect=BlockingIOError(11, "Resource temporarily unavailable"))
     with monkeypatch.context() as patched:
         patched.setattr(exports.subprocess, "Popen", full)
         save(callback, 4)
@@ -315,9 +320,7 @@ def test_exports_do_not_wait_for_evaluations_nor_keep_the_weights_for_them(run, 
     let_go(run)
     for step in (4, 8, 12):
         shutil.rmtree(save(callback, step, "slow"))
-    while len(run.said) < 3:
-        callback.after_step()
-        time.sleep(0.01)
+    go_on_until(3, callback)
     assert run.said == [f"exported {run.folder.exports / f'step_{step:08d}'}" for step in (4, 8, 12)]
     left = sorted(path.relative_to(run.folder.exporting).as_posix() for path in run.folder.exporting.glob("*/*"))
     assert left == [f"step_{step:08d}/progress.json" for step in (4, 8, 12)]
@@ -336,9 +339,7 @@ def test_a_finished_run_does_not_wait_for_evaluations_for_ever(run, callback, mo
     let_go(run)
     for step in (4, 8):
         save(callback, step, "slow")
-    while len(run.said) < 2:
-        callback.after_step()
-        time.sleep(0.01)
+    go_on_until(2, callback)
     assert callback.is_working() and "evaluation of step 4" in run.said[-1]
     monkeypatch.setattr(exports.time, "monotonic", lambda: callback._waits_until + 1)
     assert not callback.is_working()
@@ -349,9 +350,6 @@ def test_a_finished_run_does_not_wait_for_evaluations_for_ever(run, callback, mo
 
 
 def test_where_no_links_can_be_made_it_says_so(run, callback, monkeypatch):
-    def refuse(*_: Any, **__: Any) -> None:
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "link", Mock(side_effect=OSError(95, "Operation not supported")))
     save(callback, 4)
     assert len(run.said) == 1 and "is not exported" in run.said[0] and "not supported" in run.said[0]

@@ -48,20 +48,14 @@ LOWER, HIGHER = [2.0, 2.1, 1.9, 2.05, 1.95], [5.0, 5.1, 4.9, 5.05, 4.95]
 
 @pytest.mark.parametrize(
     "then",
-    [
-        StepKind(1, 1, 64, 2, 8),
-        StepKind(0, 1, 64, 2, 8),
-        StepKind(0, 0, 128, 2, 8),
-        StepKind(0, 0, 64, 3, 8),
-        StepKind(0, 0, 64, 2, 4),
-    ],
+    [(1, 1, 64, 2, 8), (0, 1, 64, 2, 8), (0, 0, 128, 2, 8), (0, 0, 64, 3, 8), (0, 0, 64, 2, 4)],
     ids=["data", "data of both", "length", "loops", "smaller batch"],
 )
 def test_after_a_planned_change_losses_from_before_are_no_measure(then):
     judge = guard(on_spike="rollback")
     judge.kind = StepKind(0, 0, 64, 2, 8)
     assert all(judge.accept(loss, 1.0) for loss in LOWER)
-    judge.kind = then
+    judge.kind = StepKind(*then)
     assert all(judge.accept(loss, 1.0) for loss in HIGHER), judge.problem
     assert not judge.accept(90.0, 1.0), "its own losses are"
 

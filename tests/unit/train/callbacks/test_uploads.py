@@ -89,23 +89,18 @@ def save(run: Any, callback: Any, step: int) -> Path:
 
 
 def fail(monkeypatch: Any) -> None:
-    def upload(*_: Any, **__: Any) -> None:
-        raise UserError("s3://bucket: the network is down")
-
-    monkeypatch.setattr(run_uploads, "upload", upload)
+    down = UserError("s3://bucket: the network is down")
+    monkeypatch.setattr(run_uploads, "upload", Mock(side_effect=down))
 
 
 def test_an_upload_that_cannot_be_started_is_tried_when_something_is_added(run, callback, monkeypatch):
-    def full(*_: Any) -> None:
-        raise BlockingIOError(11, "Resource temporarily unavailable")
-
     left = run.folder.uploading / "checkpoints" / "step_00000002.tmp"
     left.mkdir(parents=True)
     os.utime(left, (0, 0))
     callback.on_start()
     assert not left.exists()
     with monkeypatch.context() as patched:
-        patched.setattr(uploads, "BesideProcess", full)
+        patched.setattr(uploads, "BesideProcess", Mock(side_effect=BlockingIOError(11, "temporarily unavailable")))
         save(run, callback, 4)
         callback.after_step()
     (said,) = run.said
@@ -230,10 +225,7 @@ def test_what_is_rolled_back_or_trained_again_gives_way(run, callback):
 
 
 def test_where_no_links_can_be_made_it_says_so(run, callback, monkeypatch):
-    def refuse(*_: Any, **__: Any) -> None:
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr("os.link", refuse)
+    monkeypatch.setattr("os.link", Mock(side_effect=OSError(95, "Operation not supported")))
     save(run, callback, 4)
     assert len(run.said) == 1 and "is not uploaded" in run.said[0] and "not supported" in run.said[0]
 
