@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from plt_megatron.config.rules import fp8 as fp8_rules
 from plt_megatron.config.rules.fp8 import HOPPER, Capability, card_name
-from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.schema import Fp8Config, RunConfig
 
 Version = tuple[int, ...]
 BLOCKWISE_CUDA = (12, 9)
@@ -54,7 +54,7 @@ def find_problems(config: RunConfig, capability: Capability, versions: Versions)
 
 
 def _check_deterministic(
-    config: RunConfig, capability: Capability, versions: Versions, choice: fp8_rules.Fp8Choice | None
+    config: RunConfig, capability: Capability, versions: Versions, choice: Fp8Config | None
 ) -> Iterator[str]:
     card, other = card_name(capability), "or set training.deterministic=false or model.backend=torch"
     if choice is not None and choice.attention and _older(versions.cudnn, DETERMINISTIC_FP8_CUDNN):
