@@ -36,13 +36,12 @@ from plt_megatron.config import derived
 from plt_megatron.config.schedules import distinct_sources
 from plt_megatron.config.schema import DataConfig, RunConfig
 from plt_megatron.data.fill_in_middle import FillInMiddle, RearrangedDocuments, check_ends, settings_of
-from plt_megatron.data.indexed import has_mask, mask_path, open_index, open_mask
+from plt_megatron.data.indexed import check_mask, has_mask, mask_path, open_index, open_mask, read_index, read_manifest
 from plt_megatron.data.megatron_builder import Builder, JoinedDataset, MegatronTokenizer, StagedDataset, draw_stages
 from plt_megatron.data.mix import (
     PARTS,
     SourceShare,
     check_ids,
-    check_masks,
     check_tokenizer,
     content_hashes,
     fingerprint,
@@ -50,6 +49,7 @@ from plt_megatron.data.mix import (
     mix_shares,
     part_sources,
     sample_sources,
+    source_paths,
     split_matrix,
 )
 from plt_megatron.data.tokenizer import Tokenizer
@@ -318,7 +318,8 @@ def _build_index(
     data, seed = config.data, config.training.seed
     shares = mix_shares(data, num_samples)
     check_tokenizer(data, tokenizer, config.model.vocab_size)
-    check_masks(data)
+    for path in source_paths(data):
+        check_mask(path, read_index(path).tokens, read_manifest(path), values=True)
     settings = settings_of(data, tokenizer, seed)
     for share in shares:
         rearranged = settings is not None and share.part == "train" and settings.rates[os.path.abspath(share.path)] > 0
@@ -411,12 +412,12 @@ def _take_staged(builder: Builder, data: DataConfig, samples: int, cache: str) -
     bounds, config = split_matrix(data)[0], builder.config
     for parts in filter(None, (config.split_matrix, config.blend_per_split)):
         parts[0] = None
-    drawn = draw_stages(data, samples, Path(cache))
+    *drawn, counts = draw_stages(data, samples, Path(cache))
     paths = [os.path.abspath(source.path) for source in distinct_sources(data)]
-    used = [number for number, count in enumerate(drawn.counts) if count]
-    sizes = [[int(drawn.counts[number]), 0, 0] for number in used]
+    used = np.flatnonzero(counts).tolist()
+    sizes = [[int(counts[number]), 0, 0] for number in used]
     built = builder.build_each([paths[number] for number in used], [bounds, None, None], sizes)[0]
-    return StagedDataset(dict(zip(used, built, strict=True)), drawn)
+    return StagedDataset(dict(zip(used, built, strict=True)), *drawn)
 
 
 def _blend(data: DataConfig, num_samples: Sequence[int]) -> dict[str, Any]:
