@@ -25,17 +25,11 @@ DETERMINISTIC_PACKED_LIMIT = 1 << 30
 
 @dataclass(frozen=True)
 class Versions:
-    """Versions of a machine's libraries; None: not installed.
+    """Versions of a machine's libraries; None: not installed."""
 
-    Attributes:
-        cuda: CUDA version that torch is built for.
-        cudnn: cuDNN version that Transformer Engine uses.
-        flash_attn: version of the package flash-attn.
-    """
-
-    cuda: Version | None
-    cudnn: Version | None
-    flash_attn: Version | None
+    cuda: Version | None  # that torch is built for
+    cudnn: Version | None  # that Transformer Engine uses
+    flash_attn: Version | None  # the package flash-attn
 
     def __str__(self) -> str:
         return f"cuDNN {_text(self.cudnn)} and flash-attn {_text(self.flash_attn)}"
