@@ -83,11 +83,7 @@ def _deepspeed_adam(settings: OptimizerConfig) -> dict[str, Any]:
 
 OPTIMIZERS: dict[str, OptimizerSpec] = {
     "adam": OptimizerSpec(
-        title="AdamW",
-        state=_ADAM_STATE,
-        settings=_ADAM_SETTINGS,
-        megatron=_megatron_adam,
-        deepspeed=_deepspeed_adam,
+        title="AdamW", state=_ADAM_STATE, settings=_ADAM_SETTINGS, megatron=_megatron_adam, deepspeed=_deepspeed_adam
     ),
     "muon": OptimizerSpec(
         title="Muon (matrices of the layers) and AdamW (everything else)",
