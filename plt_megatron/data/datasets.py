@@ -253,27 +253,26 @@ def build_datasets(config: RunConfig, num_samples: tuple[int, int, int], tokeniz
     missing; the others wait for up to `INDEX_TIMEOUT_MINUTES`. Raises `UserError`, on all ranks, if the data is
     missing or damaged, was made with another tokenizer, or cannot provide the samples.
     """
-    outcome: list[Any] = [None, None, UserError]  # what rank 0 built, and why it could not
+    built: Any = None
     failure: Exception | None = None
+    told: UserError | None = None  # what the other ranks raise
     is_alone = not dist.is_initialized() or dist.get_world_size() == 1
     if is_alone or dist.get_rank() == 0:
         try:
-            outcome[0] = _build_index(config, num_samples, tokenizer)
+            built = _build_index(config, num_samples, tokenizer)
         except OSError as error:
             failure = file_error(_index_failure(config, error), error)
         except Exception as error:  # of any kind: the other ranks must not be left waiting
             failure = error
         if failure is not None:
             is_known = isinstance(failure, UserError)
-            outcome[1] = str(failure) if is_known else f"rank 0 could not build the sample index: {failure!r}"
-            outcome[2] = AttemptFailed if isinstance(failure, AttemptFailed) else UserError
+            why = str(failure) if is_known else f"rank 0 could not build the sample index: {failure!r}"
+            told = (AttemptFailed if isinstance(failure, AttemptFailed) else UserError)(why)
     if not is_alone:
-        outcome = _from_rank_0(outcome)
-    if failure is not None:
-        raise failure
-    if outcome[1] is not None:
-        raise outcome[2](outcome[1])
-    index, key, shares = outcome[0]
+        built, told = _from_rank_0((built, told))
+    if (problem := failure or told) is not None:
+        raise problem
+    index, key, shares = built
     if not os.path.isdir(index):
         raise UserError(
             f"the sample index {index} that rank 0 built is not visible to rank {dist.get_rank()}: set "
@@ -294,7 +293,7 @@ def _index_failure(config: RunConfig, error: OSError) -> str:
     return f"the sample index cannot be built: {where} cannot be read: {why}"
 
 
-def _from_rank_0(outcome: list[Any]) -> list[Any]:
+def _from_rank_0(outcome: Any) -> Any:
     """Return rank 0's outcome on all ranks, by the job's store: NCCL does not wait that long, and a gloo group of all
     ranks connects each with every other."""
     store = dist.distributed_c10d._get_default_store()

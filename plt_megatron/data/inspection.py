@@ -159,15 +159,11 @@ def _runs(tokens: Sequence[int], asked: Sequence[bool], tokenizer: Tokenizer | N
         yield Run(text, predicted, control, len(ids))
 
 
-# As a terminal obeys, but newline and tab.
-LEGEND = "[[...]]: tokens that do not count in the loss"
-
-
 def describe_batch(batch: ShownBatch, width: int | None = None) -> str:
     """Format a batch, sample by sample and document by document. `width`: maximum characters of a document's text."""
     lines = [
         f"batch {batch.number:,} of the {batch.part} data: {len(batch.samples)} of {plural(batch.size, 'sample')} "
-        f"({LEGEND})"
+        "([[...]]: tokens that do not count in the loss)"
     ]
     for sample in batch.samples:
         if sample.tokens > batch.row_length:
