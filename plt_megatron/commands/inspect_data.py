@@ -33,9 +33,7 @@ def _arguments(parser: CommandParser) -> None:
     )
     parser.add_argument("--html", metavar="FILE", help="also write everything as an HTML page")
     parser.add_argument(
-        "--duplicates",
-        action="store_true",
-        help="search all training data for the run's validation documents",
+        "--duplicates", action="store_true", help="search all training data for the run's validation documents"
     )
     parser.add_argument(
         "--span-tokens", type=whole(8), default=50, metavar="N", help="shortest shared span to report; default: 50"

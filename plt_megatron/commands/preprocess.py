@@ -105,7 +105,6 @@ def _tokenize(arguments: argparse.Namespace) -> None:
 
 def _submit(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     """Submit this command as an array of its shards, a job that joins them, and one for the sample index if asked."""
-    from plt_megatron.data.build_index import check_reads
     from plt_megatron.data.joining import check_output
     from plt_megatron.data.preprocess import check_options, shard_prefix
     from plt_megatron.slurm.preprocessing import submit_preprocessing
@@ -116,7 +115,7 @@ def _submit(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     check_output(prefix, overwrite=arguments.overwrite, parts=parts)
     following = {"join": ["--join", *parts, "--output-prefix", prefix, "--overwrite"]}
     if arguments.build_index:
-        check_reads(arguments.build_index, arguments.overrides, prefix)
+        _check_reads(arguments, prefix)
         following["index"] = ["--build-index", arguments.build_index, *arguments.overrides]
     options = _without(argv, "--cluster", "--nodes", "--time", "--workers", "--build-index")
     ids, folder = submit_preprocessing(
@@ -163,12 +162,35 @@ def _join(arguments: argparse.Namespace) -> None:
     print(f"{arguments.output_prefix}: {plural(len(made['parts']), 'part')}, {amount}", file=sys.stderr)
 
 
+def _check_reads(arguments: argparse.Namespace, prefix: str) -> None:
+    """Raise `UserError` if no run of the configuration reads the source `prefix`. Sources need not exist yet."""
+    from plt_megatron.config.loader import load_config
+    from plt_megatron.config.schedules import all_sources
+    from plt_megatron.config.validation import validate
+
+    config = load_config(arguments.build_index, arguments.overrides)
+    validate(config, check_files=False)
+    if os.path.abspath(prefix) not in (os.path.abspath(source.path) for _, source in all_sources(config.data)):
+        raise UserError(f"--build-index {arguments.build_index}: none of its data sources is {prefix}")
+
+
 def _build_index(arguments: argparse.Namespace) -> None:
-    from plt_megatron.data.build_index import build_index
+    """Print the run's data mix and build its sample index in this one process, so that the ranks find it ready."""
+    from plt_megatron.config.loader import load_config
+    from plt_megatron.config.validation import validate
+    from plt_megatron.data.mix import describe_mix, mix_shares, required_samples
+    from plt_megatron.data.tokenizer import load_tokenizer
     from plt_megatron.runtime.environment import quiet_imports
 
     quiet_imports()
-    build_index(arguments.build_index, arguments.overrides)
+    config = load_config(arguments.build_index, arguments.overrides)
+    validate(config)
+    samples = required_samples(config)
+    print(describe_mix(config.data, mix_shares(config.data, samples)), flush=True)
+    from plt_megatron.data.datasets import build_datasets
+
+    build_datasets(config, samples, load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None)
+    print(f"the sample index of {samples[0]:,} train and {samples[1]:,} validation samples is ready")
 
 
 def main(argv: Sequence[str]) -> int:

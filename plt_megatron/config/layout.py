@@ -24,27 +24,18 @@ DIMENSIONS = {
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """Sizes of the parallel dimensions.
-
-    Attributes:
-        tensor, pipeline, context, data: ranks along each dimension. `data` does not include `context`.
-        expert: ranks, among those that hold the same layers, over which whole experts are distributed.
-        loops: loops of the model; with a pipeline, its virtual stages.
-        sequence_parallel: whether tensor-parallel ranks split the rows between the layers' matrices.
-        first_stage_layers, last_stage_layers: layers of the first and last pipeline stage; None: as many as the others.
-        embedding_as_layer, head_as_layer: whether each counts as a layer when layers are divided among stages.
-    """
+    """Sizes of the parallel dimensions: ranks along each. `data` does not include `context`."""
 
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
     data: int = 1
-    expert: int = 1
-    loops: int = 1
-    sequence_parallel: bool = False
-    first_stage_layers: int | None = None
+    expert: int = 1  # ranks, among those that hold the same layers, over which whole experts are distributed
+    loops: int = 1  # of the model; with a pipeline, its virtual stages
+    sequence_parallel: bool = False  # whether tensor-parallel ranks split the rows between the layers' matrices
+    first_stage_layers: int | None = None  # of the first and last pipeline stage; None: as many as the others
     last_stage_layers: int | None = None
-    embedding_as_layer: bool = False
+    embedding_as_layer: bool = False  # whether each counts as a layer when layers are divided among stages
     head_as_layer: bool = False
 
     @classmethod

@@ -371,15 +371,12 @@ def _choose(choices: Sequence[str], node: yaml.Node, key: str) -> str:
 
 
 def _convert_untyped(node: yaml.Node, key: str) -> Any:
-    """Convert a value without a type in the schema, as YAML 1.2 reads it."""
+    """Convert a value without a type in the schema; it may not have mappings in it."""
     if isinstance(node, yaml.SequenceNode):
         return [_convert_untyped(item, key) for item in node.value]
-    if not isinstance(node, yaml.ScalarNode):
+    if isinstance(node, yaml.MappingNode):
         raise UserError(f"{where(node)}: {key}: expected a value, got {describe(node)}")
-    if is_null(node):
-        return None
-    values = (yaml_nodes.scalar(hint, node) for hint in (bool, int, float, str))
-    return next(value for value in values if value is not None)
+    return yaml_nodes.plain(node)
 
 
 def _type_name(plain: Any) -> str:

@@ -169,7 +169,12 @@ def with_equal_steps(config: RunConfig, kind: StepKind | None = None) -> RunConf
 def find_problems(config: RunConfig) -> Iterator[str]:
     """Yield the problems of a schedule and of the loss weights of earlier loops, one line each, assuming that each
     number is in range."""
-    yield from _check_loss_weights(config)
+    given, loops = len(config.training.loop_loss_weights), config.model.loop_count
+    if given > max(loops - 1, 1):
+        yield (
+            f"training.loop_loss_weights has {given} weights, but {loops - 1} of model.loop_count {loops} loops come "
+            "before the last, whose weight is 1"
+        )
     stages = config.training.loop_schedule
     if not stages:
         return
@@ -183,16 +188,10 @@ def find_problems(config: RunConfig) -> Iterator[str]:
         return None if steps[number] else f"no step of the run's {whole:,} begins"
 
     yield from schedules.stage_problems("training.loop_schedule", stages, too_short)
-    yield from _check_whole(config)
-
-
-def _check_loss_weights(config: RunConfig) -> Iterator[str]:
-    given, earlier = len(config.training.loop_loss_weights), config.model.loop_count - 1
-    if given > max(earlier, 1):
-        yield (
-            f"training.loop_loss_weights has {given} weights, but {earlier} of "
-            f"model.loop_count {config.model.loop_count} loops come before the last, whose weight is 1"
-        )
+    shares = [_shares(stage, config) for stage in stages_of(config)]
+    most = max(count for each in shares for count, share in enumerate(each, start=1) if share > 0)
+    if most < loops:
+        yield f"training.loop_schedule never runs model.loop_count {loops} loops: set model.loop_count={most}"
 
 
 def _check_stage(config: RunConfig, number: int) -> Iterator[str]:
@@ -205,11 +204,3 @@ def _check_stage(config: RunConfig, number: int) -> Iterator[str]:
         yield f"{key}.loop_shares must add up to 1, not {sum(stage.loop_shares):g}"
     if stage.ramp and not before:
         yield f"{key}.ramp {stage.ramp:g}: there is no stage before it to ramp from"
-
-
-def _check_whole(config: RunConfig) -> Iterator[str]:
-    loops = config.model.loop_count
-    shares = [_shares(stage, config) for stage in stages_of(config)]
-    most = max(count for each in shares for count, share in enumerate(each, start=1) if share > 0)
-    if most < loops:
-        yield f"training.loop_schedule never runs model.loop_count {loops} loops: set model.loop_count={most}"

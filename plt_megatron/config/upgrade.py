@@ -22,24 +22,12 @@ Settings = dict[str, yaml.Node]  # by dotted keys
 
 _TEXT, _LIST, _MAPPING = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
 
-_MOE = {
-    "num_moe_experts": "num_experts",
-    "first_k_dense_replace": "first_k_dense_replace",
-    **{
-        f"moe_{name}": name
-        for name in (
-            "router_topk",
-            "ffn_hidden_size",
-            "shared_expert_intermediate_size",
-            "router_score_function",
-            "router_load_balancing_type",
-            "aux_loss_coeff",
-            "z_loss_coeff",
-            "router_bias_update_rate",
-            "expert_capacity_factor",
-        )
-    },
-}
+_WITH_PREFIX = (
+    *("router_topk", "router_score_function", "router_load_balancing_type", "router_bias_update_rate"),
+    *("ffn_hidden_size", "shared_expert_intermediate_size", "expert_capacity_factor", "aux_loss_coeff", "z_loss_coeff"),
+)
+_MOE = {"num_moe_experts": "num_experts", "first_k_dense_replace": "first_k_dense_replace"}
+_MOE |= {f"moe_{name}": name for name in _WITH_PREFIX}
 _PRE_SOFTMAX = ("model.moe_router_pre_softmax", "model.moe.router_pre_softmax")
 _YARN = ("original_max_position_embeddings", "beta_fast", "beta_slow", "correction_range_round_to_int")
 _FIM_TOKENS = ("prefix", "middle", "suffix")
@@ -140,7 +128,7 @@ def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the plain values of a configuration, as checkpoints store them, under their new names."""
     document = typing.cast(yaml.MappingNode, _Quoting(sort_keys=False).represent_data(values))
     new = upgrade(document)
-    return dict(values) if new is document else typing.cast(dict[str, Any], plain(new))
+    return dict(values) if new is document else typing.cast(dict[str, Any], yaml_nodes.plain(new))
 
 
 class _Quoting(yaml.representer.SafeRepresenter):
@@ -148,17 +136,6 @@ class _Quoting(yaml.representer.SafeRepresenter):
 
 
 _Quoting.add_representer(str, lambda self, text: self.represent_scalar(_TEXT, text, style="'"))
-
-
-def plain(node: yaml.Node) -> Any:
-    """Return the plain value of a node without a schema, as YAML 1.2 reads it."""
-    if isinstance(node, yaml.MappingNode):
-        return {key.value: plain(value) for key, value in node.value}
-    if isinstance(node, yaml.SequenceNode):
-        return [plain(item) for item in node.value]
-    if is_null(node):
-        return None
-    return next(value for kind in (bool, int, float, str) if (value := yaml_nodes.scalar(kind, node)) is not None)
 
 
 # ---------------------------------------------------------------- settings that moved
@@ -200,7 +177,7 @@ def _chosen(settings: Settings, switch: str, key: str, off: str, on: str) -> Set
         return settings
     value = _scalar(on if _is_true(settings[switch]) else off, settings[switch])
     if key not in settings:
-        return {key if name == switch else name: value if name == switch else node for name, node in settings.items()}
+        return _renamed(settings, switch, key) | {key: value}
     settings = _without(settings, [switch])
     return settings | {key: value} if _is(settings, key, off) and value.value == on else settings
 
@@ -219,9 +196,8 @@ def _upgrade_loop_norm(settings: Settings) -> Settings:
         others = [name for _, name in kinds.values() if name != own_preset]
         if not on and len(given) == 1 and preset is not None and preset.value in others:
             return _without(settings, given)
-        new = _scalar(value if on else "none", settings[key])
-        kept = _without(settings, [name for name in given if name != key])
-        return {"model.loop_norm" if name == key else name: new if name == key else kept[name] for name in kept}
+        new = {"model.loop_norm": _scalar(value if on else "none", settings[key])}
+        return _renamed(_without(settings, [name for name in given if name != key]), key, *new) | new
     return settings
 
 
@@ -270,9 +246,7 @@ def _upgrade_rope_scaling(settings: Settings) -> Settings:
 def _upgrade_fp8(settings: Settings) -> Settings:
     key, ends = "training.fp8", [f"training.{name}" for name in _ENDS]
     settings = _switched(settings, "training.first_last_layers_bf16", ends, "1", "0")
-    if _is(settings, key, "hybrid", "e4m3"):
-        settings = {"training.fp8.format" if name == key else name: node for name, node in settings.items()}
-    return settings
+    return _renamed(settings, key, "training.fp8.format") if _is(settings, key, "hybrid", "e4m3") else settings
 
 
 def _upgrade_deepspeed(settings: Settings) -> Settings:
@@ -288,8 +262,7 @@ def _upgrade_deepspeed(settings: Settings) -> Settings:
         return settings
     engine = settings["engine"]
     section = yaml.MappingNode(_MAPPING, [], engine.start_mark, engine.end_mark, flow_style=True)
-    settings = {"deepspeed" if name == "engine" else name: node for name, node in _without(settings, ["zero"]).items()}
-    return settings | {"deepspeed": section}
+    return _renamed(_without(settings, ["zero"]), "engine", "deepspeed") | {"deepspeed": section}
 
 
 def _upgrade_fim(settings: Settings) -> Settings:
@@ -347,8 +320,13 @@ _STEPS: tuple[Callable[[Settings], Settings], ...] = (
 def _switched_off(settings: Settings, old: list[str], section: str) -> Settings:
     """Replace the old settings of a section with null for it, in the place of the first one."""
     first = next(key for key in settings if key in old)
-    found = {section if key == first else key: node for key, node in settings.items() if key == first or key not in old}
-    return found | {section: _scalar("null", settings[first])}
+    kept = _without(settings, [key for key in old if key != first])
+    return _renamed(kept, first, section) | {section: _scalar("null", settings[first])}
+
+
+def _renamed(settings: Settings, key: str, new: str) -> Settings:
+    """Give a setting another key, in its place."""
+    return {new if name == key else name: node for name, node in settings.items()}
 
 
 def _without(settings: Settings, keys: list[str]) -> Settings:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import yaml
 
 from plt_megatron.config import yaml_nodes
-from plt_megatron.config.upgrade import GONE, flat, new_name, plain, upgrade
+from plt_megatron.config.upgrade import GONE, flat, new_name, upgrade
 from plt_megatron.errors import UserError
 
 
@@ -35,7 +35,7 @@ def upgrade_text(text: str, name: str) -> str:
     start = before.start_mark.line
     found = [*lines[: _with_comments(lines, start, 0)], *_Writer(text).block(after, before, "")]
     upgraded = "\n".join(found) + "\n"
-    is_empty = not plain(after) and set(flat(before) or ()) <= GONE.keys()
+    is_empty = not yaml_nodes.plain(after) and set(flat(before) or ()) <= GONE.keys()
     if not (is_empty or _says(upgraded, after, name)):
         raise UserError(f"{name}: its layout is too unusual to rewrite: edit it by hand")
     return upgraded
@@ -46,7 +46,7 @@ def _says(text: str, expected: yaml.MappingNode, name: str) -> bool:
         written = yaml_nodes.compose(text, name)
     except UserError:  # no valid YAML
         return False
-    return written is not None and plain(written) == plain(expected)
+    return written is not None and yaml_nodes.plain(written) == yaml_nodes.plain(expected)
 
 
 def _with_comments(lines: list[str], line: int, end: int) -> int:

@@ -12,6 +12,7 @@ import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -136,6 +137,17 @@ def scalar(hint: type, node: yaml.Node) -> str | bool | int | float | None:
     if hint is float and _FLOAT.fullmatch(text):
         return float(text.lower().replace("_", "").replace(".inf", "inf").replace(".nan", "nan"))
     return None
+
+
+def plain(node: yaml.Node) -> Any:
+    """Return the plain value of a node without a schema, as YAML 1.2 reads it."""
+    if isinstance(node, yaml.MappingNode):
+        return {key.value: plain(value) for key, value in node.value}
+    if isinstance(node, yaml.SequenceNode):
+        return [plain(item) for item in node.value]
+    if is_null(node):
+        return None
+    return next(value for kind in (bool, int, float, str) if (value := scalar(kind, node)) is not None)
 
 
 def _integer(text: str) -> int | None:

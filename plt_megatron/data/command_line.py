@@ -15,9 +15,7 @@ def add_reading_arguments(parser: argparse._ActionsContainer) -> None:
     """Add the options that control how documents are read from files."""
     parser.add_argument("--format", choices=sorted(READERS), help="default: from the file suffixes")
     parser.add_argument(
-        "--json-key",
-        metavar="FIELD",
-        help="field or column with the text (default: text; conversations: messages)",
+        "--json-key", metavar="FIELD", help="field or column with the text (default: text; conversations: messages)"
     )
     parser.add_argument(
         "--text-documents",

@@ -36,13 +36,12 @@ from plt_megatron.config import derived
 from plt_megatron.config.schedules import distinct_sources
 from plt_megatron.config.schema import DataConfig, RunConfig
 from plt_megatron.data.fill_in_middle import FillInMiddle, RearrangedDocuments, check_ends, settings_of
-from plt_megatron.data.indexed import has_mask, mask_path, open_index, open_mask
+from plt_megatron.data.indexed import check_mask, has_mask, mask_path, open_index, open_mask, read_index, read_manifest
 from plt_megatron.data.megatron_builder import Builder, JoinedDataset, MegatronTokenizer, StagedDataset, draw_stages
 from plt_megatron.data.mix import (
     PARTS,
     SourceShare,
     check_ids,
-    check_masks,
     check_tokenizer,
     content_hashes,
     fingerprint,
@@ -50,6 +49,7 @@ from plt_megatron.data.mix import (
     mix_shares,
     part_sources,
     sample_sources,
+    source_paths,
     split_matrix,
 )
 from plt_megatron.data.tokenizer import Tokenizer
@@ -253,27 +253,26 @@ def build_datasets(config: RunConfig, num_samples: tuple[int, int, int], tokeniz
     missing; the others wait for up to `INDEX_TIMEOUT_MINUTES`. Raises `UserError`, on all ranks, if the data is
     missing or damaged, was made with another tokenizer, or cannot provide the samples.
     """
-    outcome: list[Any] = [None, None, UserError]  # what rank 0 built, and why it could not
+    built: Any = None
     failure: Exception | None = None
+    told: UserError | None = None  # what the other ranks raise
     is_alone = not dist.is_initialized() or dist.get_world_size() == 1
     if is_alone or dist.get_rank() == 0:
         try:
-            outcome[0] = _build_index(config, num_samples, tokenizer)
+            built = _build_index(config, num_samples, tokenizer)
         except OSError as error:
             failure = file_error(_index_failure(config, error), error)
         except Exception as error:  # of any kind: the other ranks must not be left waiting
             failure = error
         if failure is not None:
             is_known = isinstance(failure, UserError)
-            outcome[1] = str(failure) if is_known else f"rank 0 could not build the sample index: {failure!r}"
-            outcome[2] = AttemptFailed if isinstance(failure, AttemptFailed) else UserError
+            why = str(failure) if is_known else f"rank 0 could not build the sample index: {failure!r}"
+            told = (AttemptFailed if isinstance(failure, AttemptFailed) else UserError)(why)
     if not is_alone:
-        outcome = _from_rank_0(outcome)
-    if failure is not None:
-        raise failure
-    if outcome[1] is not None:
-        raise outcome[2](outcome[1])
-    index, key, shares = outcome[0]
+        built, told = _from_rank_0((built, told))
+    if (problem := failure or told) is not None:
+        raise problem
+    index, key, shares = built
     if not os.path.isdir(index):
         raise UserError(
             f"the sample index {index} that rank 0 built is not visible to rank {dist.get_rank()}: set "
@@ -294,7 +293,7 @@ def _index_failure(config: RunConfig, error: OSError) -> str:
     return f"the sample index cannot be built: {where} cannot be read: {why}"
 
 
-def _from_rank_0(outcome: list[Any]) -> list[Any]:
+def _from_rank_0(outcome: Any) -> Any:
     """Return rank 0's outcome on all ranks, by the job's store: NCCL does not wait that long, and a gloo group of all
     ranks connects each with every other."""
     store = dist.distributed_c10d._get_default_store()
@@ -318,7 +317,8 @@ def _build_index(
     data, seed = config.data, config.training.seed
     shares = mix_shares(data, num_samples)
     check_tokenizer(data, tokenizer, config.model.vocab_size)
-    check_masks(data)
+    for path in source_paths(data):
+        check_mask(path, read_index(path).tokens, read_manifest(path), values=True)
     settings = settings_of(data, tokenizer, seed)
     for share in shares:
         rearranged = settings is not None and share.part == "train" and settings.rates[os.path.abspath(share.path)] > 0
@@ -411,12 +411,12 @@ def _take_staged(builder: Builder, data: DataConfig, samples: int, cache: str) -
     bounds, config = split_matrix(data)[0], builder.config
     for parts in filter(None, (config.split_matrix, config.blend_per_split)):
         parts[0] = None
-    drawn = draw_stages(data, samples, Path(cache))
+    *drawn, counts = draw_stages(data, samples, Path(cache))
     paths = [os.path.abspath(source.path) for source in distinct_sources(data)]
-    used = [number for number, count in enumerate(drawn.counts) if count]
-    sizes = [[int(drawn.counts[number]), 0, 0] for number in used]
+    used = np.flatnonzero(counts).tolist()
+    sizes = [[int(counts[number]), 0, 0] for number in used]
     built = builder.build_each([paths[number] for number in used], [bounds, None, None], sizes)[0]
-    return StagedDataset(dict(zip(used, built, strict=True)), drawn)
+    return StagedDataset(dict(zip(used, built, strict=True)), *drawn)
 
 
 def _blend(data: DataConfig, num_samples: Sequence[int]) -> dict[str, Any]:

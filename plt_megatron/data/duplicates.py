@@ -10,19 +10,20 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
 
+from plt_megatron.data.fill_in_middle import scramble
 from plt_megatron.data.indexed import flat_tokens, read_index
 from plt_megatron.data.mix import SourceShare
-from plt_megatron.data.rolling_hash import WindowHasher
 from plt_megatron.errors import UserError
 
 _CHUNK = 1 << 21  # tokens hashed at once
 _GROUP = 1 << 16  # documents whose offsets are in memory at once
 _TABLE_BITS = 22
+_BASE = 0x9E3779B97F4A7C15  # of hashes; odd, so that it has an inverse modulo 2^64
 
 
 @dataclass(frozen=True)
@@ -46,29 +47,19 @@ class Shared:
 
 @dataclass
 class Duplicates:
-    """The result of a search.
-
-    Attributes:
-        validation_..., training_...: sizes of the text searched for, and of the text searched.
-        equal_documents: validation documents that the training part contains whole.
-        equal_pairs: equal documents, each with its first match.
-        span_documents: validation documents that share a span with the training part.
-        span_tokens_shared: validation tokens in the spans found; there may be more.
-        spans: the longest spans found. Validation text that occurs repeatedly is listed at its first match.
-        by_source: validation source -> (documents, equal documents, documents with a shared span).
-    """
+    """The result of a search. Validation text that occurs repeatedly is listed at its first match."""
 
     span_tokens: int
-    validation_documents: int = 0
-    validation_tokens: int = 0
-    training_documents: int = 0
-    training_tokens: int = 0
-    equal_documents: int = 0
-    equal_pairs: list[Shared] = field(default_factory=list)
-    span_documents: int = 0
-    span_tokens_shared: int = 0
-    spans: list[Shared] = field(default_factory=list)
-    by_source: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    validation_documents: int  # sizes of the text searched for
+    validation_tokens: int
+    training_documents: int  # and of the text searched
+    training_tokens: int
+    equal_documents: int  # validation documents that the training part contains whole
+    equal_pairs: list[Shared]  # some of these
+    span_documents: int  # validation documents that share a span with the training part
+    span_tokens_shared: int  # validation tokens in the spans found; there may be more
+    spans: list[Shared]  # the longest ones found
+    by_source: dict[str, tuple[int, int, int]]  # documents, equal documents, documents with a shared span
 
 
 def find_duplicates(
@@ -253,6 +244,33 @@ class _Group:
     first: int
     starts: np.ndarray
     ends: np.ndarray
+
+
+class WindowHasher:
+    """Hashes all windows of `size` tokens in arrays of up to `longest` tokens, by a polynomial modulo 2^64.
+
+    The hash of t_0 ... t_(n-1) is the sum of r(t_i) * B^i, with a random-looking 64-bit r for each token. Equal windows
+    have equal hashes; different windows may collide, so a caller must compare the tokens themselves.
+    """
+
+    def __init__(self, size: int, longest: int) -> None:
+        self.size = size
+        self._powers, self._inverses = _powers(_BASE, longest), _powers(pow(_BASE, -1, 2**64), longest)
+
+    def __call__(self, tokens: np.ndarray) -> np.ndarray:
+        """Return the hash of the window at each token, uint64 [len(tokens) - size + 1]; empty if no window fits."""
+        if len(tokens) < self.size:
+            return np.empty(0, np.uint64)
+        sums = np.zeros(len(tokens) + 1, np.uint64)
+        np.cumsum(scramble(tokens.astype(np.uint64)) * self._powers[: len(tokens)], out=sums[1:])
+        windows = sums[self.size :] - sums[: -self.size]
+        return windows * self._inverses[: len(windows)]
+
+
+def _powers(base: int, count: int) -> np.ndarray:
+    values = np.full(count, base, np.uint64)
+    values[:1] = 1
+    return np.cumprod(values, dtype=np.uint64)
 
 
 def _common(left: np.ndarray, right: np.ndarray) -> int:

@@ -31,19 +31,12 @@ _MARK = re.compile(r"{%-?\s*generation\s*-?%}")
 
 
 class Encoded(NamedTuple):
-    """Documents encoded as tokens.
+    """Documents encoded as tokens."""
 
-    Attributes:
-        flat: the tokens of all documents, one after the other, in the tokenizer's dtype.
-        lengths: int64, tokens of each document that has any.
-        mask: uint8, 1 where a token of `flat` counts in the loss; empty if all do.
-        bad: kind and reason of each text that could not be encoded, by its index.
-    """
-
-    flat: np.ndarray
-    lengths: np.ndarray
-    mask: np.ndarray
-    bad: dict[int, tuple[str, str]]
+    flat: np.ndarray  # the tokens of all documents, one after the other, in the tokenizer's dtype
+    lengths: np.ndarray  # int64, tokens of each document that has any
+    mask: np.ndarray  # uint8, 1 where a token of `flat` counts in the loss; empty if all do
+    bad: dict[int, tuple[str, str]]  # kind and reason of each text that could not be encoded, by its index
 
 
 class Encoder(ABC):

@@ -115,7 +115,7 @@ def first_difference(tokenizer: Tokenizer, model: bytes, tokenizer_json: str, te
     fast = tokenizers.Tokenizer.from_str(tokenizer_json)
     for start in range(0, len(texts), 256):
         batch = list(texts[start : start + 256])
-        ours = tokenizer.encode_batch(batch)
+        ours = map(tokenizer.encode, batch)
         reference = processor.encode(batch, num_threads=1)
         theirs = [encoding.ids for encoding in fast.encode_batch_fast(batch, add_special_tokens=False)]
         for text, *ids in zip(batch, ours, reference, theirs, strict=True):

@@ -276,24 +276,22 @@ def open_mask(prefix: str | os.PathLike[str], tokens: int) -> Any:
         raise file_error(f"{path} cannot be read ({error.strerror})", error) from error
 
 
-def check_mask(prefix: str, tokens: int, manifest: Mapping[str, Any]) -> None:
-    """Raise `UserError` if the source's mask has the wrong size, or is missing although its manifest records one."""
-    if has_mask(prefix):
-        open_mask(prefix, tokens)
-    elif manifest.get("loss_mask_tokens") is not None:
-        raise UserError(
-            f"{mask_path(prefix)} not found, but {prefix}.manifest.json says that the source was made with it: copy it "
-            "too, or tokenize the data again"
-        )
+def check_mask(prefix: str, tokens: int, manifest: Mapping[str, Any], *, values: bool = False) -> None:
+    """Raise `UserError` if the source's mask has the wrong size, or is missing although its manifest records one.
 
-
-def check_mask_values(prefix: str, tokens: int) -> None:
-    """Raise `UserError` unless the source's mask, if any, has only 0 and 1 and counts a token. Reads all of it."""
+    `values`: read all of it, too: it may have only 0 and 1, and must count a token.
+    """
     if not has_mask(prefix):
+        if manifest.get("loss_mask_tokens") is not None:
+            raise UserError(
+                f"{mask_path(prefix)} not found, but {prefix}.manifest.json says that the source was made with it: "
+                "copy it too, or tokenize the data again"
+            )
         return
     mask = open_mask(prefix, tokens)
-    largest = max((int(mask[start : start + _BLOCK].max()) for start in range(0, tokens, _BLOCK)), default=0)
-    if largest != 1:
+    blocks = range(0, tokens if values else 0, _BLOCK)
+    largest = max((int(mask[start : start + _BLOCK].max()) for start in blocks), default=0)
+    if values and largest != 1:
         raise UserError(
             f"{mask_path(prefix)}: its largest byte is {largest}; bytes must be 1 for tokens that count in the loss "
             "and 0 for others, with at least one 1"

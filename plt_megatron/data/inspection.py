@@ -20,17 +20,11 @@ from plt_megatron.run_folder.text import format_table, plural
 
 @dataclass(frozen=True)
 class Run:
-    """`tokens` consecutive tokens of one kind.
+    """`tokens` consecutive tokens of one kind."""
 
-    Attributes:
-        text: text of the tokens; names of control tokens; ids if there is no tokenizer.
-        predicted: whether these tokens count in the loss as labels. A sample's first token never does.
-        control: whether they are control tokens, which stand for no text.
-    """
-
-    text: str
-    predicted: bool
-    control: bool
+    text: str  # of the tokens; names of control tokens; ids if there is no tokenizer
+    predicted: bool  # whether these tokens count in the loss as labels; a sample's first token never does
+    control: bool  # whether they are control tokens, which stand for no text
     tokens: int
 
 
@@ -44,20 +38,13 @@ class ShownPart(Part):
 
 @dataclass(frozen=True)
 class ShownSample:
-    """One sample, including the token after its last, which is only a label.
+    """One sample, including the token after its last, which is only a label."""
 
-    Attributes:
-        number: position in the order in which the run reads samples.
-        source, path: name and path prefix of its source.
-        predicted: number of tokens that count in the loss as labels.
-        tokens: length of the sample, `data.sequence_length`.
-    """
-
-    number: int
-    source: str
-    path: str
-    predicted: int
-    tokens: int
+    number: int  # position in the order in which the run reads samples
+    source: str  # name of its source
+    path: str  # and path prefix
+    predicted: int  # number of tokens that count in the loss as labels
+    tokens: int  # length of the sample, `data.sequence_length`
     parts: list[ShownPart]
 
 
@@ -172,15 +159,11 @@ def _runs(tokens: Sequence[int], asked: Sequence[bool], tokenizer: Tokenizer | N
         yield Run(text, predicted, control, len(ids))
 
 
-# As a terminal obeys, but newline and tab.
-LEGEND = "[[...]]: tokens that do not count in the loss"
-
-
 def describe_batch(batch: ShownBatch, width: int | None = None) -> str:
     """Format a batch, sample by sample and document by document. `width`: maximum characters of a document's text."""
     lines = [
         f"batch {batch.number:,} of the {batch.part} data: {len(batch.samples)} of {plural(batch.size, 'sample')} "
-        f"({LEGEND})"
+        "([[...]]: tokens that do not count in the loss)"
     ]
     for sample in batch.samples:
         if sample.tokens > batch.row_length:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,27 +91,14 @@ class Builder(BlendedMegatronDatasetBuilder):
     _build_megatron_datasets_parallel = build_each
 
 
-@dataclass(frozen=True)
-class DrawnStages:
-    """The source, and the sample of that source, behind each sample of a run.
+class StagedDataset(Dataset):
+    """Samples in the order of the run. `datasets`: by source number; those of unused sources may be missing.
 
-    Attributes:
-        sources: int16 [samples], indices into `distinct_sources`.
-        samples: int64 [samples], sample numbers within the source; each source's are 0, 1, 2 ... through all stages.
-        counts: int64 [sources], number of samples drawn from each source.
+    `sources` and `samples`: see `draw_stages`.
     """
 
-    sources: np.ndarray
-    samples: np.ndarray
-    counts: np.ndarray
-
-
-class StagedDataset(Dataset):
-    """Samples in the order of the run. `datasets`: by source number; those of unused sources may be missing."""
-
-    def __init__(self, datasets: Mapping[int, GPTDataset], drawn: DrawnStages) -> None:
-        self.datasets = datasets
-        self.dataset_index, self.dataset_sample_index = drawn.sources, drawn.samples
+    def __init__(self, datasets: Mapping[int, GPTDataset], sources: np.ndarray, samples: np.ndarray) -> None:
+        self.datasets, self.dataset_index, self.dataset_sample_index = datasets, sources, samples
 
     def __len__(self) -> int:
         return len(self.dataset_index)
@@ -121,13 +107,17 @@ class StagedDataset(Dataset):
         return self.datasets[int(self.dataset_index[index])][int(self.dataset_sample_index[index])]
 
 
-def draw_stages(data: DataConfig, samples: int, cache: Path) -> DrawnStages:
-    """Draw the samples of all stages, `samples` in total; read them from the folder `cache`, or write them to it."""
+def draw_stages(data: DataConfig, samples: int, cache: Path) -> list[np.ndarray]:
+    """Draw the samples of all stages, `samples` in total; read them from the folder `cache`, or write them to it.
+
+    Returns three arrays: each sample's source, int16 [samples], an index into `distinct_sources`; its number within
+    that source, int64 [samples], 0, 1, 2 ... through all stages; and the samples of each source, int64 [sources].
+    """
     files = [cache / f"stages_{name}.npy" for name in ("sources", "samples", "counts")]
     if not all(file.is_file() for file in files):
         for file, array in zip(files, _draw(data, samples), strict=True):
             np.save(file, array)
-    return DrawnStages(*(np.load(file, mmap_mode="r") for file in files))
+    return [np.load(file, mmap_mode="r") for file in files]
 
 
 def _draw(data: DataConfig, samples: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -273,15 +273,6 @@ def document_record(data: DataConfig, tokenizer: Tokenizer | None) -> dict[str, 
     return record
 
 
-def check_masks(data: DataConfig) -> None:
-    """Raise `UserError` if a source's loss mask has the wrong size or bytes other than 0 and 1, counts no token, or is
-    missing although its manifest records it."""
-    for path in source_paths(data):
-        tokens = read_index(path).tokens
-        indexed.check_mask(path, tokens, read_manifest(path))
-        indexed.check_mask_values(path, tokens)
-
-
 def _starts(length: int, size: int) -> list[int]:
     """Return the offsets of up to `_BLOCKS` evenly spaced blocks, with the first and last; in a short file, of all."""
     if length <= _BLOCKS * size:

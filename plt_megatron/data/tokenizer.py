@@ -68,11 +68,6 @@ class Tokenizer(ABC):
         """Return the ids of `text`. A lone surrogate raises UnicodeEncodeError."""
         return self.encode_flat([text])[0].tolist()
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text."""
-        flat, lengths = self.encode_flat(texts)
-        return [part.tolist() for part in np.split(flat, np.cumsum(lengths)[:-1])] if len(texts) else []
-
     @abstractmethod
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return all texts' ids concatenated (`dtype`), and the number of ids of each (int64). The fast path."""
@@ -101,8 +96,11 @@ class Tokenizer(ABC):
         puts a space first."""
         return max(0, int(lengths[self.encode("a")].sum()) - 1)
 
-    def _find_eod(self, name: str | None, own: str | None) -> int:
-        """Return the id of the token `name`; by default of `own`, the tokenizer's end token, or of `EOD_NAMES`."""
+    def _find_eod(self, name: str | None, own: str | None, remedy: str) -> int:
+        """Return the id of the token `name`; by default of `own`, the tokenizer's end token, or of `EOD_NAMES`.
+
+        Raises `UserError` if there is none, which says by `remedy` how to give the tokenizer one.
+        """
         for candidate in [name] if name is not None else filter(None, (own, *EOD_NAMES)):
             index = self.token_id(candidate)
             if index is not None:
@@ -110,13 +108,8 @@ class Tokenizer(ABC):
         if name is not None:
             raise UserError(f"{self.path}: the tokenizer has no token {name!r} to end documents with")
         raise UserError(
-            f"{self.path}: cannot tell which token ends a document (looked for {', '.join(EOD_NAMES)}): "
-            f"{self._how_to_name_eod()}"
+            f"{self.path}: cannot tell which token ends a document (looked for {', '.join(EOD_NAMES)}): {remedy}"
         )
-
-    @abstractmethod
-    def _how_to_name_eod(self) -> str:
-        """Return how to give the tokenizer a token that ends documents."""
 
 
 def normalizes(proto: Any) -> bool:
@@ -152,7 +145,9 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos, self.eos, self.pad = (
             index if index >= 0 else None for index in (processor.bos_id(), processor.eos_id(), processor.pad_id())
         )
-        self.eod = self._find_eod(eod_token, None if self.eos is None else self.token_name(self.eos))
+        own = None if self.eos is None else self.token_name(self.eos)
+        remedy = "train it with one of them as a control symbol, or with an end token (eos_id)"
+        self.eod = self._find_eod(eod_token, own, remedy)
         if proto.pieces[self.eod].type in (proto.SentencePiece.USER_DEFINED, proto.SentencePiece.NORMAL):
             self.spelling = "unknown"
         self._segments: SegmentEncoder | None = None
@@ -172,9 +167,6 @@ class SentencePieceTokenizer(Tokenizer):
 
     def token_name(self, index: int) -> str:
         return self._processor.id_to_piece(int(index))
-
-    def _how_to_name_eod(self) -> str:
-        return "train it with one of them as a control symbol, or with an end token (eos_id)"
 
     def _splits_exactly(self, proto: Any) -> bool:
         """Return whether parts cut at `COARSE` borders encode to the ids of the whole."""
@@ -234,11 +226,12 @@ class HuggingFaceTokenizer(Tokenizer):
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"{path}: not a tokenizer.json ({error})") from error
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        names = _token_names(path.with_name(_NAMES))
+        named_in = path.with_name(_NAMES)
+        names = _token_names(named_in)
         self._control_names = set(names.values())
         named = [names.get(key) for key in ("bos_token", "eos_token", "pad_token")]
         self.bos, self.eos, self.pad = (None if name is None else self.token_id(name) for name in named)
-        self.eod = self._find_eod(eod_token, names.get("eos_token"))
+        self.eod = self._find_eod(eod_token, names.get("eos_token"), f'name it as "eos_token" in {named_in}')
         ends = {index for index in (self.eod, self.bos, self.eos, self.pad) if index is not None}
         described = json.loads(self._tokenizer.to_str())
         plain = [token for token in described["added_tokens"] if token["id"] in ends and not token["special"]]
@@ -263,9 +256,6 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def token_name(self, index: int) -> str:
         return self._tokenizer.id_to_token(int(index)) or f"<{index}>"
-
-    def _how_to_name_eod(self) -> str:
-        return f'name it as "eos_token" in {self.path.with_name(_NAMES)}'
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)

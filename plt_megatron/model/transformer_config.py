@@ -15,9 +15,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from plt_megatron.config import derived
 from plt_megatron.config.layout import ParallelLayout
-from plt_megatron.config.rules.fp8 import AMAX_HISTORY_LENGTH, Fp8Choice
+from plt_megatron.config.rules.fp8 import AMAX_HISTORY_LENGTH
 from plt_megatron.config.rules.fusions import Fusions
-from plt_megatron.config.schema import ModelConfig, MoeConfig, ParallelConfig
+from plt_megatron.config.schema import Fp8Config, ModelConfig, MoeConfig, ParallelConfig
 from plt_megatron.errors import UserError
 from plt_megatron.runtime.cpu_runtime import is_cpu_runtime
 
@@ -54,7 +54,7 @@ def transformer_config(
     *,
     precision: str = "fp32",
     deterministic: bool = False,
-    fp8: Fp8Choice | None = None,
+    fp8: Fp8Config | None = None,
     fusions: Fusions | None = None,
     packed_documents: bool = False,
 ) -> PLTTransformerConfig:
@@ -164,14 +164,14 @@ def _moe_settings(model: ModelConfig, moe: MoeConfig, parallel: ParallelConfig, 
     }
 
 
-def _fp8_settings(fp8: Fp8Choice) -> dict[str, Any]:
+def _fp8_settings(fp8: Fp8Config) -> dict[str, Any]:
     return {
         "fp8": fp8.format,
         "fp8_recipe": fp8.recipe,
         "fp8_dot_product_attention": fp8.attention,
-        "first_last_layers_bf16": any(fp8.layers_in_bf16),
-        "num_layers_at_start_in_bf16": fp8.layers_in_bf16[0],
-        "num_layers_at_end_in_bf16": fp8.layers_in_bf16[1],
+        "first_last_layers_bf16": fp8.num_layers_at_start_in_bf16 + fp8.num_layers_at_end_in_bf16 > 0,
+        "num_layers_at_start_in_bf16": fp8.num_layers_at_start_in_bf16,
+        "num_layers_at_end_in_bf16": fp8.num_layers_at_end_in_bf16,
         # Delayed scaling: loops have different value ranges but share a module's history, so a scale must cover the
         # largest value of many calls. megatron-core's default covers only the last call.
         "fp8_amax_history_len": AMAX_HISTORY_LENGTH,

@@ -14,16 +14,15 @@ from plt_megatron.config import derived
 from plt_megatron.config.rules import fp8 as fp8_rules
 from plt_megatron.config.rules import fusions as fusion_rules
 from plt_megatron.config.rules import kernels as kernel_rules
-from plt_megatron.config.rules.fp8 import Fp8Choice
 from plt_megatron.config.rules.fusions import Fusions
 from plt_megatron.config.rules.kernels import Versions
-from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.schema import Fp8Config, RunConfig
 from plt_megatron.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 
-def choose_fp8(config: RunConfig) -> Fp8Choice | None:
+def choose_fp8(config: RunConfig) -> Fp8Config | None:
     """Choose what the run computes in FP8; None: nothing. Raises `UserError` if the card has no kernels for it, with
     each violated rule in one line."""
     if config.training.fp8 is None:
@@ -36,7 +35,8 @@ def choose_fp8(config: RunConfig) -> Fp8Choice | None:
     if problems or choice is None:
         raise UserError("\n".join(problems))
     if not dist.is_initialized() or dist.get_rank() == 0:
-        logger.info("%s (%s): %s", torch.cuda.get_device_name(), fp8_rules.card_name((major, minor)), choice)
+        card = fp8_rules.card_name((major, minor))
+        logger.info("%s (%s): %s", torch.cuda.get_device_name(), card, fp8_rules.in_words(choice))
     return choice
 
 

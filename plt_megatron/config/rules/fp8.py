@@ -8,7 +8,8 @@ and its window attention stays in BF16.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import Literal
 
 from plt_megatron.config import derived
 from plt_megatron.config.layout import layout_of
@@ -24,42 +25,25 @@ _ALIGNMENT = {"delayed": (16, 8), "tensorwise": (16, 8), "blockwise": (16, 8), "
 Capability = tuple[int, int]
 
 
-@dataclass(frozen=True)
-class Fp8Choice:
-    """What a run computes in FP8.
+def choose(config: RunConfig, capability: Capability) -> Fp8Config | None:
+    """Return `training.fp8` as it is on a card of this compute capability, its recipe never `auto`; None: no FP8.
 
-    Attributes:
-        format, recipe: as in `training.fp8`, the recipe never `auto`.
-        attention: whether the global attention is also in FP8.
-        layers_in_bf16: number of layers at the start and at the end of the stack that stay in BF16.
-    """
-
-    format: str
-    recipe: str
-    attention: bool
-    layers_in_bf16: tuple[int, int] = (0, 0)
-
-    def __str__(self) -> str:
-        rest = "global attention in FP8, window in BF16" if self.attention else "attention in BF16"
-        start, end = self.layers_in_bf16
-        ends = f", the first {start} and last {end} layers in BF16" if start or end else ""
-        return f"linear layers in FP8 ({self.format}, recipe {self.recipe}), {rest}{ends}"
-
-
-def choose(config: RunConfig, capability: Capability) -> Fp8Choice | None:
-    """Return what a run computes in FP8 on a card of this compute capability; None: nothing.
-
-    `training.fp8.recipe: auto` is mxfp8 on Blackwell, where it is native; elsewhere tensorwise, whose scales come from
+    `auto` is mxfp8 on Blackwell, where it is native; elsewhere tensorwise, whose scales come from
     the very tensor that is rounded, or delayed, which Hopper's attention kernel needs, with FP8 attention.
     """
     fp8 = config.training.fp8
-    if fp8 is None:
-        return None
-    ends = fp8.num_layers_at_start_in_bf16, fp8.num_layers_at_end_in_bf16
-    return Fp8Choice(fp8.format, _recipe(fp8, capability), fp8.attention, ends)
+    return None if fp8 is None else replace(fp8, recipe=_recipe(fp8, capability))
 
 
-def _recipe(fp8: Fp8Config, capability: Capability) -> str:
+def in_words(choice: Fp8Config) -> str:
+    """Say what a run computes in FP8."""
+    rest = "global attention in FP8, window in BF16" if choice.attention else "attention in BF16"
+    start, end = choice.num_layers_at_start_in_bf16, choice.num_layers_at_end_in_bf16
+    ends = f", the first {start} and last {end} layers in BF16" if start or end else ""
+    return f"linear layers in FP8 ({choice.format}, recipe {choice.recipe}), {rest}{ends}"
+
+
+def _recipe(fp8: Fp8Config, capability: Capability) -> Literal["delayed", "tensorwise", "blockwise", "mxfp8"]:
     if fp8.recipe != "auto":
         return fp8.recipe
     if BLACKWELL <= capability < CONSUMER_BLACKWELL:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from plt_megatron.config.rules import fp8 as fp8_rules
 from plt_megatron.config.rules.fp8 import HOPPER, Capability, card_name
-from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.schema import Fp8Config, RunConfig
 
 Version = tuple[int, ...]
 BLOCKWISE_CUDA = (12, 9)
@@ -25,17 +25,11 @@ DETERMINISTIC_PACKED_LIMIT = 1 << 30
 
 @dataclass(frozen=True)
 class Versions:
-    """Versions of a machine's libraries; None: not installed.
+    """Versions of a machine's libraries; None: not installed."""
 
-    Attributes:
-        cuda: CUDA version that torch is built for.
-        cudnn: cuDNN version that Transformer Engine uses.
-        flash_attn: version of the package flash-attn.
-    """
-
-    cuda: Version | None
-    cudnn: Version | None
-    flash_attn: Version | None
+    cuda: Version | None  # that torch is built for
+    cudnn: Version | None  # that Transformer Engine uses
+    flash_attn: Version | None  # the package flash-attn
 
     def __str__(self) -> str:
         return f"cuDNN {_text(self.cudnn)} and flash-attn {_text(self.flash_attn)}"
@@ -54,7 +48,7 @@ def find_problems(config: RunConfig, capability: Capability, versions: Versions)
 
 
 def _check_deterministic(
-    config: RunConfig, capability: Capability, versions: Versions, choice: fp8_rules.Fp8Choice | None
+    config: RunConfig, capability: Capability, versions: Versions, choice: Fp8Config | None
 ) -> Iterator[str]:
     card, other = card_name(capability), "or set training.deterministic=false or model.backend=torch"
     if choice is not None and choice.attention and _older(versions.cudnn, DETERMINISTIC_FP8_CUDNN):

@@ -83,11 +83,7 @@ def _deepspeed_adam(settings: OptimizerConfig) -> dict[str, Any]:
 
 OPTIMIZERS: dict[str, OptimizerSpec] = {
     "adam": OptimizerSpec(
-        title="AdamW",
-        state=_ADAM_STATE,
-        settings=_ADAM_SETTINGS,
-        megatron=_megatron_adam,
-        deepspeed=_deepspeed_adam,
+        title="AdamW", state=_ADAM_STATE, settings=_ADAM_SETTINGS, megatron=_megatron_adam, deepspeed=_deepspeed_adam
     ),
     "muon": OptimizerSpec(
         title="Muon (matrices of the layers) and AdamW (everything else)",
@@ -132,17 +128,7 @@ MAX_SAMPLES = 2**40
 def find_problems(config: RunConfig) -> Iterator[str]:
     """Yield conflicts between settings that are each in range, one line each."""
     yield from _find_state_problems(config)
-    yield from _find_mup_problems(config)
     yield from _find_schedule_problems(config)
-
-
-def _find_mup_problems(config: RunConfig) -> Iterator[str]:
-    model = config.model
-    if model.mup_base_hidden_size is not None and model.loop_norm == "final" and model.loop_count > 1:
-        yield (
-            "model.mup_base_hidden_size: the final norm's weight carries muP's multiplier of the logits, but with "
-            "model.loop_norm final loops read it; set model.loop_norm=rms"
-        )
 
 
 def _find_state_problems(config: RunConfig) -> Iterator[str]:
@@ -164,6 +150,11 @@ def _find_state_problems(config: RunConfig) -> Iterator[str]:
         yield (
             f"optimizer.muon_num_ns_steps {steps}: quintic's five polynomials are used in turn, and a round that ends "
             "early shrinks updates; set a multiple of 5, or optimizer.muon_coefficient_type=polar_express"
+        )
+    if width is not None and config.model.loop_norm == "final" and config.model.loop_count > 1:
+        yield (
+            "model.mup_base_hidden_size: the final norm's weight carries muP's multiplier of the logits, but with "
+            "model.loop_norm final loops read it; set model.loop_norm=rms"
         )
     if config.model.share_embeddings_and_output_weights:
         for name in ("lr_mult", "wd_mult"):

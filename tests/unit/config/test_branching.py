@@ -98,11 +98,7 @@ def test_a_trunk_that_changed_its_batch_branches_by_the_tokens_that_it_has_seen(
     [
         ("{trunk}", [], r"expected RUN@STEP"),
         ("{trunk}@last", [], r"expected RUN@STEP"),
-        (
-            "{trunk}@40",
-            [],
-            r"no checkpoint of step 40; it has 36 \(.*keep_every.*\); .*plt train BRANCH",
-        ),
+        ("{trunk}@40", [], r"no checkpoint of step 40; it has 36 \(.*keep_every.*\); .*plt train BRANCH"),
         ("{trunk}x@36", [], r"cannot read .*config.yaml"),
         ("{trunk}@36", ["name=trunk"], r"the branch needs a name of its own"),
         ("{trunk}@36", ["run.yaml"], r"takes its configuration from its run, not from run.yaml"),
@@ -155,13 +151,7 @@ def test_the_order_of_samples_must_hold_the_runs(trunk):
     assert "data.order_samples 399 must be between the 400 that the run reads" in problem
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [],
-        ["--decay-steps", "3", "run.yaml"],
-    ],
-)
+@pytest.mark.parametrize("arguments", [[], ["--decay-steps", "3", "run.yaml"]])
 def test_the_command_line_takes_a_configuration_or_a_branch(arguments, capsys):
     with pytest.raises(SystemExit) as status:
         train.main(arguments)

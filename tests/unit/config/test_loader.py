@@ -158,10 +158,7 @@ def test_a_disk_that_does_not_answer_may_have_the_file_next_time(write, monkeypa
         ("axes: {}\n", "unknown key axes; it is a setting of a sweep (plt sweep)"),
         ("title: x\n", "it is a setting of a sweep (plt sweep) or a study (plt study)"),
         ("zzz: 3\n", "unknown key zzz; known here: name, output_dir, model"),
-        (
-            "data: {sources: [{pth: x}]}\n",
-            "unknown key data.sources[0].pth; did you mean data.sources[0].path?",
-        ),
+        ("data: {sources: [{pth: x}]}\n", "unknown key data.sources[0].pth; did you mean data.sources[0].path?"),
         ("model: {<<: {num_layers: 3}}\n", "unknown key model.<<"),
         ("[1]: 3\n", "expected a setting's name"),
         ("deepspeed: {config: &all {a: *all}}\n", ":1: an alias inside this stands for all of it"),

@@ -109,11 +109,7 @@ GROWING = {
         ([LoopStage(0.0, 1), TWO], {}, "training.loop_schedule[0].until must be above 0, got 0.0"),
         ([ONE, LoopStage(0.5, 2), TWO], {}, "loop_schedule[1].until 0.5 must be above 0.5"),
         ([ONE, LoopStage(loop_count=2, loop_shares=[1.0])], {}, "[1]: give either loop_count or loop_shares"),
-        (
-            [ONE, LoopStage(loop_count=3)],
-            {},
-            "loop_schedule[1].loop_count: 3 loops are above model.loop_count 2",
-        ),
+        ([ONE, LoopStage(loop_count=3)], {}, "loop_schedule[1].loop_count: 3 loops are above model.loop_count 2"),
         (
             [LoopStage(loop_shares=[0.5, 0.2, 0.3])],
             {},

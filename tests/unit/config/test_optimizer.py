@@ -57,11 +57,7 @@ def test_accepted_newton_schulz_steps_make_orthogonal_updates():
 
 @pytest.mark.parametrize("name", [name for name, spec in OPTIMIZERS.items() if spec.deepspeed is not None])
 def test_what_deepspeed_is_told_of_an_optimizer_cannot_be_contradicted(name):
-    config = RunConfig(
-        deepspeed=DeepSpeedConfig(),
-        optimizer=OptimizerConfig(name=name),
-        training=ONE_STEP,
-    )
+    config = RunConfig(deepspeed=DeepSpeedConfig(), optimizer=OptimizerConfig(name=name), training=ONE_STEP)
     told = {key for key in written(config) if key.startswith("optimizer.")} - {"optimizer.params.torch_adam"}
     assert told == {key for key in DECIDED_BY if key.startswith("optimizer.")}
 

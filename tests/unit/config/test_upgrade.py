@@ -63,10 +63,7 @@ MEANT: dict[str, dict[str, dict[str, Any]]] = {
         "model": {"backend": "te"},
         "training": {"precision": "bf16", "fp8": Fp8Config("e4m3", "tensorwise", False, 1, 2)},
     },
-    "fp8_attention": {
-        "model": {"backend": "te"},
-        "training": {"precision": "bf16", "fp8": Fp8Config(attention=True)},
-    },
+    "fp8_attention": {"model": {"backend": "te"}, "training": {"precision": "bf16", "fp8": Fp8Config(attention=True)}},
 }
 
 
@@ -148,10 +145,7 @@ def test_comments_and_untouched_sections_stay(old, rewritten):
             {"logging.profile": ProfileConfig(3, 1, [0, 2])},
         ),
         ("logging: {profile_step_start: 0, profile_step_end: 0, profile_ranks: [0]}", {"logging.profile": None}),
-        (
-            "logging: {straggler_interval: 5, straggler_threshold: 0.5}",
-            {"logging.straggler": StragglerConfig(5, 0.5)},
-        ),
+        ("logging: {straggler_interval: 5, straggler_threshold: 0.5}", {"logging.straggler": StragglerConfig(5, 0.5)}),
         ("logging: {straggler_interval: 0, straggler_threshold: 0.75}", {"logging.straggler": None}),
         ("evaluation: {tasks: [a], limit: 3}", {"evaluation": EvaluationConfig(["a"], limit=3)}),
         ("evaluation: {tasks: [], include_path: null, limit: null}", {"evaluation": None}),

@@ -54,10 +54,7 @@ def test_a_good_configuration_passes():
 
 
 NAIVE = {"model__cross_loop_parallel": False, "model__share_kv": False, "model__gated_window": False}
-YARN = {
-    "model__rope_scaling__factor": 4.0,
-    "model__rope_scaling__yarn__original_max_position_embeddings": 1024,
-}
+YARN = {"model__rope_scaling__factor": 4.0, "model__rope_scaling__yarn__original_max_position_embeddings": 1024}
 PP2 = {"parallel__pipeline_model_parallel_size": 2}
 FIRST, LAST = "parallel__num_layers_in_first_pipeline_stage", "parallel__num_layers_in_last_pipeline_stage"
 HEAD = "parallel__account_for_loss_in_pipeline_split"
@@ -98,22 +95,13 @@ TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
             {"training__ema_decay": 0.9, "optimizer__name": "muon"},
             "optimizer.name muon is not verified with training.ema_decay",
         ),
-        (
-            {"evaluation__tasks": ["a"]},
-            "evaluation.tasks need exports of the run and their tokenizer: set",
-        ),
+        ({"evaluation__tasks": ["a"]}, "evaluation.tasks need exports of the run and their tokenizer: set"),
         ({"checkpoint__exports__interval": 30}, "a multiple of checkpoint.save_interval, which is 0: set it, as to 30"),
         ({"checkpoint__exports__interval": 30, "checkpoint__enabled": False}, "checkpoint.enabled=false writes none"),
-        (
-            {"model__hidden_size": 130},
-            "model.hidden_size 130 is not divisible by model.num_attention_heads 4",
-        ),
+        ({"model__hidden_size": 130}, "model.hidden_size 130 is not divisible by model.num_attention_heads 4"),
         ({"model__kv_channels": 33}, "head dimension (model.kv_channels) 33 is not divisible by 2"),
         ({"model__hidden_size": 12}, "(model.kv_channels) 3 is not divisible by 2"),
-        (
-            {"model__num_query_groups": 3},
-            "num_attention_heads 4 is not divisible by model.num_query_groups 3",
-        ),
+        ({"model__num_query_groups": 3}, "num_attention_heads 4 is not divisible by model.num_query_groups 3"),
         ({"model__learned_hidden_scale": "model", **NAIVE}, "learned_hidden_scale model applies to E + h, but"),
         ({"model__loop_norm": "rms", **NAIVE}, "a loop reads h itself; set model.input_injection=true"),
         (
@@ -172,11 +160,7 @@ TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
         ({"optimizer__adam_beta2": 1.0}, "optimizer.adam_beta2 must be below 1, got 1.0"),
         ({"optimizer__clip_grad": -1.0}, "optimizer.clip_grad must be at least 0"),
         (
-            {
-                "optimizer__lr_decay_style": "WSD",
-                "optimizer__lr_warmup_iters": 60,
-                "optimizer__lr_wsd_decay_iters": 41,
-            },
+            {"optimizer__lr_decay_style": "WSD", "optimizer__lr_warmup_iters": 60, "optimizer__lr_wsd_decay_iters": 41},
             "lr_warmup_iters 60 must leave optimizer.lr_wsd_decay_iters 41 of the schedule's 100 steps",
         ),
         ({"validation__loop_counts": [0]}, "validation.loop_counts[0] must be at least 1, got 0"),
@@ -188,10 +172,7 @@ TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
         ({"data__sources": [], "data__test_sources": [DataSource("a")]}, "data.train_sources is empty"),
         ({"data__sources": [DataSource("a", weight=0.0)]}, "data.sources[0].weight must be above 0"),
         ({"data__sources": [DataSource("a", weight=1e308)]}, "data.sources[0].weight must be at most 1"),
-        (
-            {"data__sources": [DataSource("a"), DataSource("b", max_epochs=-1.0)]},
-            "data.sources[1].max_epochs",
-        ),
+        ({"data__sources": [DataSource("a"), DataSource("b", max_epochs=-1.0)]}, "data.sources[1].max_epochs"),
         ({"data__split": "90,10"}, "data.split must be three numbers"),
         ({"data__split": "90,10,x"}, "data.split must be three numbers"),
         ({"data__split": "0,0,0"}, "data.split must be three numbers"),
@@ -226,10 +207,7 @@ def test_one_problem_is_one_line(settings, expected):
             {"model__num_attention_heads": 12, "model__hidden_size": 96, "model__num_query_groups": 6},
             "model.num_query_groups 6 with parallel.tensor_model_parallel_size 4: ranks split",
         ),
-        (
-            {"model__num_query_groups": 1, "model__kv_channels": 1},
-            "one number must divide the other",
-        ),
+        ({"model__num_query_groups": 1, "model__kv_channels": 1}, "one number must divide the other"),
         (
             {"model__num_query_groups": 2, "optimizer__name": "muon"},
             "optimizer.name muon with model.num_query_groups 2 and parallel.tensor_model_parallel_size 4: ranks would",
@@ -304,10 +282,7 @@ def test_context_parallelism_counts_among_the_processes():
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        (
-            {},
-            "parallel.window_cp_comm_type a2a splits the 4 key/value heads (model.num_query_groups): not divisible",
-        ),
+        ({}, "parallel.window_cp_comm_type a2a splits the 4 key/value heads (model.num_query_groups): not divisible"),
         ({"parallel__cp_comm_type": "a2a", "model__loop_count": 1}, "parallel.cp_comm_type a2a splits"),
         (
             {

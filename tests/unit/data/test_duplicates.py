@@ -11,9 +11,8 @@ import pytest
 from data_helpers import write_source
 
 from plt_megatron.data import duplicates
-from plt_megatron.data.duplicates import Place, find_duplicates
+from plt_megatron.data.duplicates import Place, WindowHasher, find_duplicates
 from plt_megatron.data.mix import SourceShare
-from plt_megatron.data.rolling_hash import WindowHasher
 from plt_megatron.errors import UserError
 
 Documents = list[list[int]]
