@@ -50,7 +50,8 @@ def write_archive(folder: Path, archive: Path) -> int:
     with (
         writing(archive),
         replacing(archive, "wb") as file,
-        tarfile.open(fileobj=file, mode="w:xz", preset=_PRESET) as packed,
+        lzma.open(file, "wb", preset=_PRESET) as compressed,
+        tarfile.open(fileobj=compressed, mode="w") as packed,
     ):
         for path in paths:
             content = path.read_bytes()
