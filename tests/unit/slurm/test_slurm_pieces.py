@@ -40,7 +40,7 @@ needs_shellcheck = pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is 
 
 def render(profile: ClusterProfile | None = None, settings: JobSettings = SETTINGS, array: Array | None = None) -> str:
     run = array.folder if array else Path("/shared/runs/it's a run")
-    script = Script(settings, profile or ClusterProfile(), run, Path("/shared/work dir"), "/host/python", array)
+    script = Script(settings, profile or ClusterProfile(), run, Path("/shared/work dir"), array)
     return script.render((ROOT / TEMPLATE).read_text())
 
 

@@ -12,9 +12,9 @@ from submitting import refusal, submit_run
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import ModelConfig, RunConfig, TrainingConfig, UploadsConfig
 from plt_megatron.errors import UserError
-from plt_megatron.launcher.job import LONGEST_MARGIN
 from plt_megatron.predict.flops import training_flops_per_token
 from plt_megatron.slurm import checks
+from plt_megatron.slurm.client import LONGEST_MARGIN
 from tests.settings import make
 
 

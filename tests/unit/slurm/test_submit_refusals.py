@@ -96,19 +96,13 @@ LINES = {
     "limit within the margin": ((), {"time": "00:05:00"}, ("--time 00:05:00", *LEAVES_NO_TIME)),
     "limit before the first step": ((), {"time": "00:08:00"}, ("--time 00:08:00", *LEAVES_NO_TIME)),
     "the same, of unknown speed": ((), {"time": "00:08:00"} | CPU, ("--time 00:08:00", *LEAVES_NO_TIME)),
-    "a margin that sbatch refuses": ((), {"time": "48:00:00", "signal_margin": 65_536}, ("--signal-margin", "65535")),
     "limit in minutes and seconds": ((), {"time": "05:00"}, ("--time 00:05:00",)),
     **{
         f"no time: {time}": ((), {"time": time}, ("--time",))
         for time in ("", "0", "1h", "-1", "1:2:3:4", "infinite", "24:00:00; rm -rf /")
     },
-    **{
-        f"no sense: {options}": ((), options, ("--",))
-        for options in (
-            *({"nodes": 0}, {"chain": 0}, {"chain": 100_000}, {"max_concurrent": 2}, {"signal_margin": 0}),
-            {"array": "list.txt", "chain": 2},
-        )
-    },
+    "members at a time of no array": ((), {"max_concurrent": 2}, ("--max-concurrent needs --array",)),
+    "a chain of arrays": ((), {"array": "list.txt", "chain": 2}, ("--chain cannot be combined with --array",)),
 }
 
 
