@@ -80,9 +80,9 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(prog=f"plt {name}".strip(), **options)
         self.add_argument("--version", action="version", version=f"plt-megatron {plt_megatron.__version__}")
 
-    def add_config(self, example: str = "model.loop_count=3") -> None:
+    def add_config(self, example: str = "model.loop_count=3", nargs: str | None = None) -> None:
         """Add a run's configuration, `config`, and settings to change, `overrides`."""
-        self.add_argument("config", metavar="CONFIG.yaml", help="a run configuration, as in configs/runs")
+        self.add_argument("config", nargs=nargs, metavar="CONFIG.yaml", help="a run configuration, as in configs/runs")
         self.add_argument("overrides", nargs="*", metavar="key=value", help=f"a setting to change, as in {example}")
 
     def parse_known_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # type: ignore[override]

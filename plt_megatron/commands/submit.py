@@ -15,10 +15,11 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from plt_megatron.commands import CommandParser, command
+from plt_megatron.commands import CommandParser, command, whole
 from plt_megatron.errors import UserError
 from plt_megatron.installation import ROOT
 from plt_megatron.run_folder.resuming import add_branch_options
+from plt_megatron.slurm.client import LONGEST_MARGIN
 
 if TYPE_CHECKING:
     from plt_megatron.config.schema import RunConfig
@@ -31,20 +32,21 @@ def _arguments(parser: CommandParser) -> None:
     add_branch_options(parser)
     size = parser.add_argument_group("the job")
     size.add_argument("--cluster", metavar="NAME", help="profile: a name in configs/clusters, or a path")
-    size.add_argument("--nodes", type=int, default=1, metavar="N", help="default 1")
+    size.add_argument("--nodes", type=whole(1), default=1, metavar="N", help="default 1")
     size.add_argument("--time", metavar="LIMIT", help="time limit of one job, as in 24:00:00")
     size.add_argument("--gpus-per-node", metavar="[TYPE:]N", help="default: the profile's, else all of a node's")
     for name in ("partition", "account", "qos", "constraint", "exclude"):
         size.add_argument(f"--{name}", metavar=name.upper(), help="as for sbatch")
     longer = parser.add_argument_group("runs longer than the time limit")
-    longer.add_argument("--chain", type=int, default=1, metavar="N", help="submit N jobs in sequence")
+    longer.add_argument("--chain", type=whole(1, 1000), default=1, metavar="N", help="submit N jobs in sequence")
     longer.add_argument("--requeue", action="store_true", help="requeue the job until the run is finished")
-    longer.add_argument("--signal-margin", type=int, metavar="SECONDS", help="save this long before the limit")
+    margin = whole(1, LONGEST_MARGIN)
+    longer.add_argument("--signal-margin", type=margin, metavar="SECONDS", help="save this long before the limit")
     several = parser.add_argument_group("several runs")
     several.add_argument(
         "--array", metavar="FILE", help="a list of configuration files, one per line, or a folder of run folders"
     )
-    several.add_argument("--max-concurrent", type=int, metavar="N", help="array runs at a time")
+    several.add_argument("--max-concurrent", type=whole(1), metavar="N", help="array runs at a time")
     parser.add_argument("--name", help="name of the run or array, whose folder is OUTPUT_DIR/NAME")
     parser.add_argument("--accept-changes", action="store_true", help="resume a run with a changed configuration")
     parser.add_argument("--rehearse", action="store_true", help="rehearse the job here first, which takes a minute")

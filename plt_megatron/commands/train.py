@@ -46,10 +46,7 @@ def _arguments(parser: CommandParser) -> None:
         "Starts tensor x pipeline x context x data parallel size processes. Unless set, the last fills this machine's "
         "GPUs; without a GPU it is 1, or what experts need."
     )
-    parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="a run configuration, as in configs/runs")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="a setting to change, as in model.loop_count=1"
-    )
+    parser.add_config("model.loop_count=1", nargs="?")
     add_branch_options(parser)
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, and stop")

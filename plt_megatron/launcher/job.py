@@ -16,12 +16,11 @@ from plt_megatron.config.loader import check, load
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import write_text
 from plt_megatron.run_folder.folder import RunFolder
-from plt_megatron.slurm.client import expand_nodes
+from plt_megatron.slurm.client import LONGEST_MARGIN, expand_nodes
 
 # Below Linux's ephemeral ports, which begin at 32768, so that no outgoing connection takes one of these.
 _FIRST_PORT, _PORTS_PER_JOB, _SLOTS = 16000, 4, 4000
 COPY = "PLT_COPY_"  # prefix of copies of variables that srun or an image may set to something else
-LONGEST_MARGIN = 65_535  # seconds that sbatch's --signal takes
 _Margin = Annotated[int, Range(1, LONGEST_MARGIN)]
 
 

@@ -100,11 +100,8 @@ def _stands(signs: list[Sign]) -> str:
 
 
 def collectives_started(backends: Collection[str] = ("nccl",)) -> dict[str, int]:
-    """Return how many collectives this rank has started in each of its process groups, as torch counts them.
-
-    Args:
-        backends: backends of the groups to count; gloo also counts point-to-point messages, which ranks do not share.
-    """
+    """Return how many collectives this rank has started in each of its process groups of these backends, as torch
+    counts them; gloo also counts point-to-point messages, which ranks do not share."""
     from torch.distributed.distributed_c10d import _world
 
     groups: list[tuple[Any, str]] = list(_world.pg_names.items())  # a copy: the main thread may be adding a group
@@ -341,10 +338,7 @@ def start_watchdog(folder: Path, *, patience: float, slow_patience: float, index
             timeout=timedelta(seconds=max(patience, 5.0)),
         )
     watchdog = Watchdog(
-        *(folder, store, rank, world_size),
-        patience=patience,
-        slow_patience=slow_patience,
-        index_patience=index_patience,
+        folder, store, rank, world_size, patience=patience, slow_patience=slow_patience, index_patience=index_patience
     )
     watchdog.start()
     return watchdog

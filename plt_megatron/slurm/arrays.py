@@ -34,14 +34,8 @@ class Member:
 
 
 def config_paths(source: str) -> list[Path]:
-    """List the configurations of an array.
-
-    Args:
-        source: a file with one path per line (empty lines and # comments are ignored), or a folder of run folders.
-
-    Raises:
-        UserError: there is none, or the file cannot be read.
-    """
+    """List the configurations of an array: of a file with one path per line (empty lines and # comments are ignored),
+    or of a folder of run folders. Raises `UserError` if there is none, or if the file cannot be read."""
     path = Path(source)
     if path.is_dir():
         found = sorted(path.glob(f"*/{CONFIG}"))
@@ -93,7 +87,7 @@ def write_array(array: Array, runs: Sequence[Path], script: str, root: Path) -> 
     with writing(array.folder):
         folder.logs.mkdir(parents=True, exist_ok=True)
         snapshot_code(root, array.folder)
-        write_text(array.runs_file, "".join(f"{run}\n" for run in runs))
+        write_text(array.folder / run_files.RUNS, "".join(f"{run}\n" for run in runs))
         run_files.write_script(array.folder, script)
     return folder.code
 

@@ -14,7 +14,7 @@ from plt_megatron.config.rules.uploads import is_url
 from plt_megatron.config.schedules import BatchSchedule
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
-from plt_megatron.launcher.job import LONGEST_MARGIN, load_settings
+from plt_megatron.launcher.job import load_settings
 from plt_megatron.launcher.preflight import LEAST_RUN_FOLDER
 from plt_megatron.predict.flops import run_flops_per_token, step_flops_per_token
 from plt_megatron.predict.layout import BYTES
@@ -31,7 +31,7 @@ from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.metrics import median_speed
 from plt_megatron.run_folder.status import last_train_records
 from plt_megatron.run_folder.text import format_bytes, format_duration, format_memory, plural
-from plt_megatron.slurm.client import time_option
+from plt_megatron.slurm.client import LONGEST_MARGIN, time_option
 from plt_megatron.slurm.resources import Resources
 from plt_megatron.storage.copies import read_progress
 

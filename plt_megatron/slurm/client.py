@@ -13,6 +13,7 @@ from pathlib import Path
 
 from plt_megatron.errors import UserError
 
+LONGEST_MARGIN = 65_535  # seconds that sbatch's --signal takes
 _TIMEOUT_SECONDS, _SUBMIT_SECONDS = 20, 180
 # For queries from within a job, which nobody would repeat by hand.
 _TRIES, _PAUSE_SECONDS, _PATIENCE_SECONDS = 4, 5.0, 60
@@ -270,11 +271,8 @@ class Scheduler:
         return config.get("PreemptMode", "") if mode == "cluster" else mode
 
     def requeue(self, without: Sequence[str] = ()) -> None:
-        """Requeue the job, on nodes other than `without`. Slurm then ends this job's processes.
-
-        Raises:
-            SlurmError: Slurm refused, or requeued the job but refused `without`.
-        """
+        """Requeue the job, on nodes other than `without`. Slurm then ends this job's processes. Raises `SlurmError`
+        also if Slurm has requeued the job but refused `without`."""
         job = self._job()
         changes = []
         if job.get("Requeue") == "0":  # --no-requeue would also refuse this request: lift it temporarily

@@ -10,11 +10,10 @@ from pathlib import Path
 
 from plt_megatron.errors import UserError
 from plt_megatron.installation import ROOT
-from plt_megatron.launcher.job import JobSettings, JobSize, fields_of
 from plt_megatron.run_folder.files import write_text, writing
 from plt_megatron.run_folder.folder import CODE, RunFolder
 from plt_megatron.slurm import client
-from plt_megatron.slurm.profile import ClusterProfile, SbatchOptions, complete, load_profile
+from plt_megatron.slurm.profile import SbatchOptions, complete, load_profile
 from plt_megatron.slurm.resources import resolve
 from plt_megatron.slurm.run_files import active_jobs, advice, job_name, jobs_of, snapshot_code, working_directory
 from plt_megatron.slurm.script import Array, Script
@@ -54,27 +53,25 @@ def submit_preprocessing(
     """
     profile = complete(load_profile(cluster), SbatchOptions())
     profile = replace(profile, gpus_per_node=None, processes_per_node=1, cpus_per_process=workers)
-    folder = Path(os.path.normpath(working_directory() / f"{output_prefix}{SUFFIX}"))
-    if profile.container is not None and (
-        problems := unseen(reads, profile.container, [working_directory(), folder.parent])
-    ):
+    workdir = working_directory()
+    folder = Path(os.path.normpath(workdir / f"{output_prefix}{SUFFIX}"))
+    problems = unseen(reads, profile.container, [workdir, folder.parent]) if profile.container else []
+    if problems:
         raise UserError("\n".join(problems))
     for job in jobs_of(folder, active_jobs()):
         raise UserError(advice(folder, job))
-    settings = _settings(profile, job_name(folder, folder.stem), profile.limit_seconds(time))
+    seconds = profile.limit_seconds(time)
+    # One process with all of its CPUs.
+    resources, problems = resolve(profile, client.partitions(), nodes=1, seconds=seconds, gpus=(None, 0))
+    if problems:
+        raise UserError("\n".join(problems))
+    settings = profile.job_settings(resources, job_name(folder, folder.stem), seconds, requeue=True)
     # The code as submitted, since a container does not see the checkout, which may change until the job starts.
     path = f'PYTHONPATH={shlex.quote(str(folder / CODE))}"${{PYTHONPATH:+:$PYTHONPATH}}"'
     plt = f"env {path} {shlex.quote(settings.python)} -P -m plt_megatron preprocess"
     shard = shlex.join([*arguments, "--workers", str(settings.cpus_per_process)])
-    array = Script(
-        settings,
-        profile,
-        folder,
-        working_directory(),
-        settings.python,
-        Array(folder, settings.job_name, nodes),
-        command=f'{plt} {shard} --shard "$SLURM_ARRAY_TASK_ID/{nodes}"',
-    )
+    command, members = f'{plt} {shard} --shard "$SLURM_ARRAY_TASK_ID/{nodes}"', Array(folder, settings.job_name, nodes)
+    array = Script(settings, profile, folder, workdir, members, command=command)
     shorter = min(settings.time_limit_seconds, _FOLLOWING_SECONDS)
     scripts = {"shard": array}
     for name, words in following.items():
@@ -83,23 +80,6 @@ def submit_preprocessing(
         size = replace(settings, cpus_per_process=cpus, time_limit_seconds=shorter)
         scripts[name] = replace(array, settings=size, array=None, command=f"{plt} {shlex.join(words)}")
     return _submit(folder, scripts), folder
-
-
-def _settings(profile: ClusterProfile, name: str, seconds: int) -> JobSettings:
-    """Return the settings of an array member: one process with all of its CPUs. Raises `UserError` if the partition has
-    no such node."""
-    resources, problems = resolve(profile, client.partitions(), nodes=1, seconds=seconds, gpus=(None, 0))
-    if problems:
-        raise UserError("\n".join(problems))
-    return JobSettings(
-        **fields_of(JobSize, resources),
-        job_name=name,
-        time_limit_seconds=seconds,
-        python=profile.interpreter,
-        requeue=True,
-        scratch=profile.scratch,
-        environment=profile.environment,
-    )
 
 
 def _submit(folder: Path, scripts: Mapping[str, Script]) -> list[str]:

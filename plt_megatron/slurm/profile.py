@@ -17,7 +17,7 @@ from plt_megatron.config.fields import Count, Positive, PositiveCount
 from plt_megatron.config.loader import check, load
 from plt_megatron.errors import UserError
 from plt_megatron.installation import CONFIGS, find_config
-from plt_megatron.launcher.job import JobHandling, fields_of
+from plt_megatron.launcher.job import JobHandling, JobSettings, JobSize, fields_of
 from plt_megatron.predict.cards import card_names
 from plt_megatron.slurm.client import parse_duration
 
@@ -79,6 +79,11 @@ class ClusterProfile(SbatchOptions, JobHandling):
             source = "--time" if given else "default_time"
             raise UserError(f"{source} {text}: expected a time as in 24:00:00, 90 (minutes) or 2-12:00:00 (days-hours)")
         return seconds
+
+    def job_settings(self, size: JobSize, name: str, seconds: int, **others: Any) -> JobSettings:
+        """Return the settings of a job of this name, size and time limit; `others`: fields of `JobSettings`."""
+        ours = fields_of(JobSize, size) | fields_of(JobHandling, self)
+        return JobSettings(**ours, job_name=name, time_limit_seconds=seconds, python=self.interpreter, **others)
 
 
 def load_profile(name: str) -> ClusterProfile:

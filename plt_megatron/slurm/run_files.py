@@ -179,15 +179,8 @@ def resume_problems(config: RunConfig, run: Path, accept_changes: bool) -> list[
 def write_run(
     config: RunConfig, run: Path, settings: JobSettings, script: str, *, root: Path, code: Path | None = None
 ) -> None:
-    """Write everything a job needs into its run's folder, with a record of code and environment.
-
-    Args:
-        run: absolute path of the folder.
-        root: the checkout whose code the job runs.
-        code: an array's snapshot to share; None: make a new one.
-
-    Raises:
-        UserError: the folder cannot be written.
+    """Write everything a job needs into its run's folder (`run`, absolute), with a record of code and environment. The
+    code is the checkout `root`'s, or an array's snapshot, `code`. Raises `UserError` if the folder cannot be written.
     """
     folder = RunFolder(run)
     with writing(run):

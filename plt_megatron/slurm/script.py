@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -66,10 +67,6 @@ class Array:
     members: int
     max_concurrent: int | None = None
 
-    @property
-    def runs_file(self) -> Path:
-        return self.folder / RUNS
-
 
 @dataclass(frozen=True)
 class Script:
@@ -79,7 +76,6 @@ class Script:
     profile: ClusterProfile
     run: Path  # absolute; for an array, the array's folder
     workdir: Path  # absolute; the paths in a configuration are relative to it
-    host_python: str  # interpreter outside any container
     array: Array | None = None
     gpu_type: str | None = None  # as in --gpus-per-node=h100:8
     command: str = ""  # shell command that srun starts, for templates with @COMMAND@
@@ -93,14 +89,14 @@ class Script:
             raise UserError(f"{self.run}: the folder of a job cannot have a colon in its path")
         run = quote(str(self.run))
         if self.array is not None:
-            run = f'"$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {quote(str(self.array.runs_file))})"'
+            run = f'"$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {quote(str(self.run / RUNS))})"'
         values = {
             "#SBATCH @DIRECTIVES@": "\n".join(self._directives()),
             "#SETUP @SETUP@": "\n".join(self._setup()),
             "#SCRATCH @SCRATCH@": self._scratch(),
             "@RUN@": run,
             "@PYTHON@": quote(self.settings.python),
-            "@HOST_PYTHON@": quote(self.host_python),
+            "@HOST_PYTHON@": quote(sys.executable),  # outside any container
             "@SRUN_OPTIONS@": " ".join(self._srun_options()),
             "@CONTAINER@": " ".join(self._container_command()),
             "@COMMAND@": self.command,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -16,7 +15,7 @@ from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
 from plt_megatron.installation import is_checkout
-from plt_megatron.launcher.job import LONGEST_MARGIN, JobHandling, JobSettings, JobSize, fields_of
+from plt_megatron.launcher.job import JobSettings
 from plt_megatron.predict.cards import find_gpu_spec
 from plt_megatron.run_folder.files import locked
 from plt_megatron.run_folder.folder import RunFolder, load_run
@@ -29,8 +28,6 @@ from plt_megatron.slurm.profile import ClusterProfile, SbatchOptions, complete, 
 from plt_megatron.slurm.resources import Resources, parse_gpus, resolve
 from plt_megatron.slurm.script import TEMPLATE, Array, Script
 from plt_megatron.slurm.start_checks import data_problems, mount_problems, open_tokenizer, start_problems
-
-_MOST_JOBS = 1000  # in a chain
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,9 @@ class _Plan:
     def __init__(self, options: Options, root: Path, last_check: Check | None) -> None:
         _check_options(options)
         self.options, self.root, self.last_check = options, root, last_check
-        self.profile = _profile(options)
+        profile = complete(load_profile(options.cluster) if options.cluster else ClusterProfile(), options)
+        margin = options.signal_margin or profile.signal_margin_seconds
+        self.profile = dataclasses.replace(profile, signal_margin_seconds=margin)
         self.limit = self.profile.limit_seconds(options.time)
         self.workdir = run_files.working_directory()
         self.notes: list[str] = []
@@ -189,17 +188,9 @@ class _Plan:
         return problems
 
     def _settings(self, config: RunConfig, run: Path) -> JobSettings:
-        profile = self.profile
-        return JobSettings(
-            **fields_of(JobSize, self.resources),
-            **fields_of(JobHandling, profile),
-            job_name=run_files.job_name(run, config.name),
-            time_limit_seconds=self.limit,
-            python=profile.interpreter,
-            requeue=self.options.requeue,
-            chain=self.options.chain,
-            cluster=profile.name or None,
-        )
+        name, cluster = run_files.job_name(run, config.name), self.profile.name or None
+        own = {"requeue": self.options.requeue, "chain": self.options.chain, "cluster": cluster}
+        return self.profile.job_settings(self.resources, name, self.limit, **own)
 
     def _check_active(self, run: Path) -> None:
         """Refuse a run with an active job: two jobs would overwrite each other's work."""
@@ -233,15 +224,8 @@ class _Plan:
         return self._script(self.members[0], self.array)
 
     def _script(self, member: Member, array: Array | None = None) -> str:
-        script = Script(
-            member.settings,
-            self.profile,
-            array.folder if array else member.run,
-            self.workdir,
-            sys.executable,
-            array,
-            gpu_type=self.resources.gpu_type,
-        )
+        folder = array.folder if array else member.run
+        script = Script(member.settings, self.profile, folder, self.workdir, array, self.resources.gpu_type)
         return script.render((self.root / TEMPLATE).read_text(encoding="utf-8"))
 
     def carry_out(self) -> Submission:
@@ -296,22 +280,7 @@ class _Plan:
         print("\n" + format_table([row for row in rows if row[1]]), flush=True)
 
 
-def _profile(options: Options) -> ClusterProfile:
-    """Return the cluster's profile, overridden by the command line."""
-    profile = complete(load_profile(options.cluster) if options.cluster else ClusterProfile(), options)
-    margin = options.signal_margin or profile.signal_margin_seconds
-    return dataclasses.replace(profile, signal_margin_seconds=margin)
-
-
 def _check_options(options: Options) -> None:
-    for name in ("nodes", "chain", "max_concurrent", "signal_margin"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    for name, most in (("chain", _MOST_JOBS), ("signal_margin", LONGEST_MARGIN)):
-        value = getattr(options, name)
-        if value is not None and value > most:
-            raise UserError(f"--{name.replace('_', '-')} must be at most {most}, got {value}")
     if options.array is not None and options.chain > 1:
         raise UserError(
             "--chain cannot be combined with --array: use --requeue, and each member continues until it is finished"

@@ -96,7 +96,7 @@ class SlurmRun:
             "requeue": True,
         }
         job = JobSettings(**(usual | settings))
-        text = Script(job, ClusterProfile(), self.folder, ROOT, sys.executable).render((ROOT / TEMPLATE).read_text())
+        text = Script(job, ClusterProfile(), self.folder, ROOT).render((ROOT / TEMPLATE).read_text())
         write_run(self.config, self.folder, job, text, root=ROOT)
         return self
 

@@ -9,12 +9,7 @@ import pytest
 from jobs import job_settings
 
 from plt_megatron.launcher.decisions import decide, is_explained, last_error, outcome_of
-from plt_megatron.launcher.job import JobSettings
 from plt_megatron.launcher.records import Exit
-
-
-def settings(**changes) -> JobSettings:
-    return job_settings(**changes)
 
 
 def end(status: str, step: int = 0, checkpoint: int = 0, **more) -> dict:
@@ -26,7 +21,7 @@ def bad(*nodes: str) -> dict:
 
 
 def action(*events: dict, **changes) -> str:
-    return decide(list(events), settings(**changes)).action
+    return decide(list(events), job_settings(**changes)).action
 
 
 def test_the_plain_cases():
@@ -43,9 +38,9 @@ def test_the_plain_cases():
 def test_a_failure_at_the_same_place_stops_the_run():
     assert action(end("failed", 7, 6), end("failed", 7, 6)) == "stop"
     assert action(end("failed"), end("failed")) == "stop"
-    decision = decide([end("failed", 7, 6), end("failed", 7, 6)], settings())
+    decision = decide([end("failed", 7, 6), end("failed", 7, 6)], job_settings())
     assert decision.reason == "because; it has failed again since its last progress, step 7"
-    decision = decide([end("failed", 100, 50), end("failed", 60, 50), end("failed", 55, 50)], settings())
+    decision = decide([end("failed", 100, 50), end("failed", 60, 50), end("failed", 55, 50)], job_settings())
     assert decision.reason.endswith("2 times more since its last progress, step 100")
 
 
@@ -76,7 +71,7 @@ def test_but_not_for_ever():
 def test_bad_nodes_are_left_out_so_many_times(limit):
     events = [bad(f"node{n}") for n in range(limit)]
     for count in range(1, limit + 1):
-        decision = decide(events[:count], settings(max_exclusions=limit))
+        decision = decide(events[:count], job_settings(max_exclusions=limit))
         assert decision.action == "exclude" and list(decision.nodes) == [f"node{count - 1}"]
     assert action(*events, bad("node9"), max_exclusions=limit) == "stop"
 

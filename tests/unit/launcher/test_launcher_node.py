@@ -20,7 +20,7 @@ from jobs import job_settings
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.launcher import node as launching
 from plt_megatron.launcher.job import Allocation, save_settings
-from plt_megatron.run_folder.folder import save_config
+from plt_megatron.run_folder.folder import RunFolder, save_config
 from tests.running import ROOT, alive, run, wait_for
 
 # Stands in for the interpreter: `-P -m plt_megatron.launcher.preflight` or `-P -m plt_megatron.train.main CONFIG`.
@@ -113,7 +113,7 @@ class TwoNodes:
         return "\n".join(path.read_text() for path in [*self.run.glob("out.*"), *self.run.glob("logs/*")])
 
     def events(self) -> list[dict]:
-        return [json.loads(line) for line in (self.run / "attempts.jsonl").read_text().splitlines()]
+        return RunFolder(self.run).attempts()
 
     def alive(self) -> list[int]:
         return alive(pid for own in self.pids().values() for pid in own)

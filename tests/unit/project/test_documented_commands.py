@@ -24,7 +24,7 @@ from plt_megatron.experiments.sweep_plan import records_of
 from tests import running
 from tests.running import ROOT
 from tests.unit.data.data_helpers import chat_tokenizer
-from tests.unit.slurm.fake_slurm import FakeSlurm, write_tokens
+from tests.unit.slurm.fake_slurm import FakeSlurm, write_tokenizer, write_tokens
 
 PAGES = ["README.md", "CONTRIBUTING.md", "configs/README.md", "results/paper_ablation/README.md"]
 PAGES += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
@@ -176,22 +176,6 @@ def write_small_study(shipped: Path, path: Path) -> None:
     small |= {"model.num_query_groups": 2}
     study["sizes"] = {name: {"model.num_layers": layers, **small} for layers, name in enumerate(study["sizes"], 2)}
     path.write_text(yaml.safe_dump(study, sort_keys=False), encoding="utf-8")
-
-
-def write_tokenizer(path: Path) -> None:
-    """A tokenizer of two or three ids, of the kind that the name says."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".json":
-        model = {"type": "WordLevel", "vocab": {"</s>": 0, "<unk>": 1}, "unk_token": "<unk>"}
-        path.write_text(json.dumps({"version": "1.0", "model": model}))
-        return
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto
-
-    proto = ModelProto()
-    for piece, kind in (("<unk>", "UNKNOWN"), ("</s>", "CONTROL"), ("a", "NORMAL")):
-        proto.pieces.add(piece=piece, score=0, type=proto.SentencePiece.Type.Value(kind))
-    proto.trainer_spec.bos_id, proto.trainer_spec.eos_id, proto.trainer_spec.pad_id = -1, 1, -1
-    path.write_bytes(proto.SerializeToString())
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "plt_megatron/commands").glob("*.py")), ids=lambda path: path.stem)

@@ -28,8 +28,7 @@ from plt_megatron.runtime import doctor, machine
 from tests import running
 from tests.hf.lm_eval_tasks import write_tasks
 from tests.running import ROOT
-from tests.unit.project.test_documented_commands import write_tokenizer
-from tests.unit.slurm.fake_slurm import write_tokens
+from tests.unit.slurm.fake_slurm import write_tokenizer, write_tokens
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 OPTIONAL = PROJECT["optional-dependencies"]

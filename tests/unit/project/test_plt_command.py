@@ -78,6 +78,10 @@ BOUNDS = [
     ("preprocess --input nowhere --output-prefix t --tokenizer t", "--workers", 1, None, "at least 1"),
     ("sweep nowhere", "--jobs", 1, None, "at least 1"),
     ("report nowhere", "--decode-batch", 1, None, "at least 1"),
+    ("submit nowhere", "--nodes", 1, None, "at least 1"),
+    ("submit nowhere", "--chain", 1, 1000, "from 1 to 1,000"),
+    ("submit nowhere", "--signal-margin", 1, 65_535, "from 1 to 65,535"),  # what sbatch takes
+    ("submit --array nowhere", "--max-concurrent", 1, None, "at least 1"),
 ]
 
 

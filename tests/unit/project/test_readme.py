@@ -96,3 +96,19 @@ def test_documented_switches_and_defaults_are_those_of_the_schema():
             assert getattr(defaults, name) == yaml.safe_load(default), name
             seen.add(name)
     assert len(seen) >= 11
+
+
+# docs/launcher.md: each promise names tests that are there.
+
+
+def test_the_tests_that_hold_a_promise_exist():
+    named = set(re.findall(r"`(test_\w+)`", text("docs/launcher.md")))
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert len(named) > 20
+    assert {name for name in named if not re.search(rf"^def {name}\(", sources, re.MULTILINE)} == set()
+
+
+def test_every_file_of_the_package_is_explained():
+    page = text("docs/launcher.md")
+    for path in (ROOT / "plt_megatron" / "launcher").glob("*.py"):
+        assert path.name == "__init__.py" or f"`{path.name}`" in page, path.name

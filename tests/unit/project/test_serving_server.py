@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
-import sys
 from typing import Any
 
 import pytest
 
-from tests.running import ROOT
+from tests.unit.project.test_sweep_benchmarks import load
 
 
 def test_a_server_has_its_models_name_and_is_reached_past_a_proxy(tmp_path, monkeypatch):
-    described = importlib.util.spec_from_file_location("serving_server", ROOT / "serving/server.py")
-    assert described is not None and described.loader is not None
-    server = importlib.util.module_from_spec(described)
-    monkeypatch.setitem(sys.modules, described.name, server)
-    described.loader.exec_module(server)
+    server = load("server", "serving")
     started: list[list[str]] = []
-
     popen = subprocess.Popen
 
     def start(command: list[str], **options: Any) -> Any:

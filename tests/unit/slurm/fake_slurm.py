@@ -83,6 +83,24 @@ def write_tokens(prefix: Path, lengths: Sequence[int] = (300, 500, 200), code: i
     )
 
 
+def write_tokenizer(path: Path, words: int = 2) -> Path:
+    """A tokenizer of so many ids, or a sentencepiece model of three, as the name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".json":
+        vocabulary = {"</s>": 0, "<unk>": 1} | {f"w{index}": index for index in range(2, words)}
+        model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}
+        path.write_text(json.dumps({"version": "1.0", "model": model}))
+        return path
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    proto = ModelProto()
+    for piece, kind in (("<unk>", "UNKNOWN"), ("</s>", "CONTROL"), ("a", "NORMAL")):
+        proto.pieces.add(piece=piece, score=0, type=proto.SentencePiece.Type.Value(kind))
+    proto.trainer_spec.bos_id, proto.trainer_spec.eos_id, proto.trainer_spec.pad_id = -1, 1, -1
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
 RUN: dict[str, Any] = {
     "name": "try",
     "model": {"num_layers": 4, "hidden_size": 128, "ffn_hidden_size": 384, "vocab_size": 512},

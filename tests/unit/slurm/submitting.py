@@ -54,6 +54,12 @@ def submit_run(*overrides: str, root: Path = ROOT, **options: Any) -> Submission
     return submission
 
 
+def submitted(*overrides: str, **options: Any) -> Path:
+    """The folder of the run that `submit_run` submits."""
+    (run,) = submit_run(*overrides, **options).runs
+    return run
+
+
 def refusal(*overrides: str, **options: Any) -> list[str]:
     """The lines a submission is refused with."""
     with pytest.raises(UserError) as caught:

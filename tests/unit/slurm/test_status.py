@@ -11,7 +11,7 @@ import sys
 import pytest
 import yaml
 from fake_slurm import RUN, write_event, write_progress
-from submitting import ROOT, command, directives, submit_run
+from submitting import ROOT, command, directives, submit_run, submitted
 
 from plt_megatron.errors import UserError
 from plt_megatron.launcher.records import stamp
@@ -34,8 +34,7 @@ def cells(text: str, run: str) -> list[str]:
 
 @pytest.fixture
 def run(folder, slurm):
-    submit_run(chain=2)
-    return folder / "runs" / "try"
+    return submitted(chain=2)
 
 
 def test_a_running_run(run, slurm):

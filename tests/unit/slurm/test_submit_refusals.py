@@ -9,7 +9,7 @@ from collections import namedtuple
 
 import pytest
 import yaml
-from fake_slurm import CPU_PARTITION, GPU_PARTITION, RUN, write_tokens
+from fake_slurm import CPU_PARTITION, GPU_PARTITION, RUN, write_tokenizer, write_tokens
 from submitting import ROOT, refusal, submit_run
 
 from plt_megatron.config.loader import load_config
@@ -96,19 +96,13 @@ LINES = {
     "limit within the margin": ((), {"time": "00:05:00"}, ("--time 00:05:00", *LEAVES_NO_TIME)),
     "limit before the first step": ((), {"time": "00:08:00"}, ("--time 00:08:00", *LEAVES_NO_TIME)),
     "the same, of unknown speed": ((), {"time": "00:08:00"} | CPU, ("--time 00:08:00", *LEAVES_NO_TIME)),
-    "a margin that sbatch refuses": ((), {"time": "48:00:00", "signal_margin": 65_536}, ("--signal-margin", "65535")),
     "limit in minutes and seconds": ((), {"time": "05:00"}, ("--time 00:05:00",)),
     **{
         f"no time: {time}": ((), {"time": time}, ("--time",))
         for time in ("", "0", "1h", "-1", "1:2:3:4", "infinite", "24:00:00; rm -rf /")
     },
-    **{
-        f"no sense: {options}": ((), options, ("--",))
-        for options in (
-            *({"nodes": 0}, {"chain": 0}, {"chain": 100_000}, {"max_concurrent": 2}, {"signal_margin": 0}),
-            {"array": "list.txt", "chain": 2},
-        )
-    },
+    "members at a time of no array": ((), {"max_concurrent": 2}, ("--max-concurrent needs --array",)),
+    "a chain of arrays": ((), {"array": "list.txt", "chain": 2}, ("--chain cannot be combined with --array",)),
 }
 
 
@@ -171,18 +165,8 @@ def test_nothing_to_load_is_told_before_the_queue(folder, slurm, load):
 
 
 def test_a_tokenizer_without_the_tokens_of_filling_in(folder, slurm):
-    lines = refusal(f"data.tokenizer={tokenizer_file(folder)}", "data.fim.rate=0.5")
-    assert_one_line(folder, slurm, lines, "data.fim.tokens", "tokenizer_400.json")
-
-
-def tokenizer_file(folder, words=400):
-    """A tokenizer.json of `words` ids, made by the library that reads it."""
-    from tokenizers import Tokenizer, models
-
-    vocabulary = {"</s>": 0, "<unk>": 1} | {f"w{index}": index for index in range(2, words)}
-    path = folder / "data" / f"tokenizer_{words}.json"
-    Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")).save(str(path))
-    return path
+    lines = refusal(f"data.tokenizer={write_tokenizer(folder / 'words.json')}", "data.fim.rate=0.5")
+    assert_one_line(folder, slurm, lines, "data.fim.tokens", "words.json")
 
 
 def write_manifest(folder, sha256, vocab_size):
@@ -191,7 +175,7 @@ def write_manifest(folder, sha256, vocab_size):
 
 
 def test_data_of_another_tokenizer(folder, slurm):
-    path = tokenizer_file(folder)
+    path = write_tokenizer(folder / "words.json", 400)
     write_manifest(folder, "0" * 64, 300)
     lines = refusal(f"data.tokenizer={path}")
     assert_one_line(folder, slurm, lines, "another tokenizer", "elsewhere.model, 300 ids", "400 ids")
@@ -200,7 +184,7 @@ def test_data_of_another_tokenizer(folder, slurm):
 def test_data_of_the_same_tokenizer_is_accepted(folder, slurm):
     import hashlib
 
-    path = tokenizer_file(folder)
+    path = write_tokenizer(folder / "words.json", 400)
     write_manifest(folder, hashlib.sha256(path.read_bytes()).hexdigest(), 400)
     submit_run(f"data.tokenizer={path}")
     assert len(slurm.calls("sbatch")) == 1
@@ -212,19 +196,19 @@ def test_a_vocabulary_smaller_than_the_datas(folder, slurm):
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers(folder, slurm):
-    lines = refusal(f"data.tokenizer={tokenizer_file(folder, 600)}")
+    lines = refusal(f"data.tokenizer={write_tokenizer(folder / 'words.json', 600)}")
     assert_one_line(folder, slurm, lines, "model.vocab_size 512", "600 ids")
 
 
 def test_sixteen_bit_ids_for_a_larger_tokenizer(folder, slurm):
-    path = tokenizer_file(folder, 65537)
+    path = write_tokenizer(folder / "words.json", 65537)
     lines = refusal(f"data.tokenizer={path}", "model.vocab_size=null")
     assert_one_line(folder, slurm, lines, "16-bit", "65537")
 
 
 def test_32_bit_ids_for_a_larger_tokenizer_are_accepted(folder, slurm):
     write_tokens(folder / "data" / "corpus", code=4)
-    submit_run(f"data.tokenizer={tokenizer_file(folder, 65537)}", "model.vocab_size=null")
+    submit_run(f"data.tokenizer={write_tokenizer(folder / 'words.json', 65537)}", "model.vocab_size=null")
 
 
 def test_too_little_free_space(folder, slurm, monkeypatch):

@@ -1,0 +1,158 @@
+"""The job script and the code that it runs: a snapshot of what was submitted, and nothing that a user gives is code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import yaml
+from submitting import IN_JOB, LAUNCHER, directives, submit_run, submitted
+
+from plt_megatron.errors import UserError
+from plt_megatron.slurm.run_files import write_script
+from tests.running import wait_for
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 75, 76])
+def test_the_snapshot_runs_though_the_checkout_changes(folder, slurm, checkout, job, status):
+    submit_run(root=checkout)
+    (checkout / LAUNCHER).write_text(IN_JOB.replace("VERSION", "changed"))
+    run = folder / "runs" / "try"
+    assert job(run / "job.sbatch", STATUS=str(status)).wait(30) == status
+    node, finalize = (folder / "seen").read_text().splitlines()
+    assert node.startswith(f"submitted ['node', '{run}']")
+    assert finalize.startswith(f"submitted ['finalize', '{run}', '--status', '{status}']")
+    options = (folder / "srun.options").read_text().splitlines()
+    assert {"--nodes=1", "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--gpus-per-node=8"} <= set(options)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_signals_reach_the_launchers_as_usr1(folder, slurm, checkout, job, number):
+    submit_run(root=checkout)
+    process = job(folder / "runs" / "try" / "job.sbatch", WAIT="1")
+    wait_for((folder / "ready").exists, seconds=20)
+    process.send_signal(number)
+    assert process.wait(30) == 75
+    assert "'--status', '75'" in (folder / "seen").read_text()
+
+
+def test_a_profile_sets_the_jobs_environment(folder, slurm, checkout, job, monkeypatch):
+    monkeypatch.setenv("WHERE", "/a b")
+    (folder / "mine.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "processes_per_node": 2,
+                "partition": "cpu",
+                "environment": {"PROFILE_VARIABLE": '$WHERE/it\'s "quoted" `id` $(id)'},
+                "scratch": "/scratch/$WHERE",
+                "setup": ["echo set up >>seen"],
+                "sbatch_options": ["--exclusive", "--comment=two words"],
+            }
+        )
+    )
+    submit_run(root=checkout, cluster="./mine.yaml")
+    script = folder / "runs" / "try" / "job.sbatch"
+    assert directives(script)["--comment"] == "two words" and "--exclusive" in directives(script)
+    assert job(script).wait(30) == 0
+    lines = (folder / "seen").read_text().splitlines()
+    assert lines[0] == "set up"
+    assert lines[1].endswith('/a b/it\'s "quoted" `id` $(id) /scratch//a b')
+
+
+def test_an_installed_package_goes_along_without_its_neighbors(folder, slurm, checkout, capsys):
+    (checkout / "pyproject.toml").unlink()
+    (checkout / "plt_megatron-0.1.0.dist-info").mkdir()
+    run = submitted(root=checkout)
+    assert [path.name for path in (run / "code").iterdir()] == ["plt_megatron"]
+    assert (run / "code" / LAUNCHER).is_file()
+    assert (run / "git.txt").read_text().startswith("plt-megatron ")
+    assert re.search(r"^watch +plt status runs/try$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_other_code_is_kept_beside_the_new(folder, slurm, checkout):
+    run = submitted(root=checkout)
+    submit_run(root=checkout)
+    assert not (run / "code.1").exists()
+    (checkout / LAUNCHER).write_text("# new\n")
+    submit_run(root=checkout)
+    assert (run / "code" / LAUNCHER).read_text() == "# new\n"
+    assert "submitted" in (run / "code.1" / LAUNCHER).read_text()
+
+
+def test_a_full_disk_leaves_the_code_that_was_there(folder, slurm, checkout, monkeypatch):
+    submit_run(root=checkout)
+    run, write = folder / "runs/try", Path.write_bytes
+    (checkout / LAUNCHER).write_text("# new\n")
+
+    def full(path, content):
+        if path.name == "pyproject.toml":  # the last
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match="No space left"):
+        submit_run(root=checkout)
+    assert "submitted" in (run / "code" / LAUNCHER).read_text() and len(list(run.glob("*code*"))) == 1
+
+
+def test_a_run_submits_itself_from_its_snapshot(folder, slurm, checkout):
+    run = submitted(root=checkout)
+    submit_run(root=run / "code")
+    assert (run / "code" / "launch" / "submit.py").is_file() and not (run / "code.1").exists()
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o700), (0o022, 0o755)])
+def test_a_job_script_is_for_those_whom_the_umask_lets_read_it(tmp_path, umask, mode):
+    """Set-up commands and variables of a profile may have secrets."""
+    former = os.umask(umask)
+    try:
+        write_script(tmp_path, "#!/bin/bash\n")
+    finally:
+        os.umask(former)
+    assert (tmp_path / "job.sbatch").stat().st_mode & 0o777 == mode
+
+
+# Nothing that a user gives is code.
+
+
+HOSTILE = [
+    *("two words", "it's", 'a "quoted" name', "$(touch injected)", "`touch injected`", "; touch injected; #"),
+    *("x' --wrap='touch injected", "# comment", "%j %% %A", "@RUN@ @PYTHON@", "-rf", "${HOME}"),
+    *("a&b|c>d*?[x]{y}~!", "\u00fc\u4e16"),
+]
+OPTIONS = {
+    *("--job-name", "--nodes", "--ntasks-per-node", "--cpus-per-task", "--gpus-per-node", "--time", "--signal"),
+    *("--no-requeue", "--open-mode", "--output", "--chdir", "--dependency"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_name_is_never_code(folder, slurm, checkout, job, name):
+    submit_run(root=checkout, name=name)
+    run = folder / "runs" / name
+    script = run / "job.sbatch"
+    asked = directives(script)
+    assert asked["--output"] == str(run).replace("%", "%%") + "/logs/slurm-%j.out"
+    assert re.fullmatch(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*", asked["--job-name"])
+    assert set(asked) == OPTIONS
+    assert job(script).wait(30) == 0
+    assert f"submitted {['node', str(run)]}" in (folder / "seen").read_text()
+    assert not list(folder.glob("**/injected"))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *((option, "x' --wrap='id") for option in ("partition", "account", "qos", "constraint", "exclude")),
+        *(("partition", value) for value in ("two words", 'x" --wrap="id', "$(id)", "a --wrap=id", "# c")),
+    ],
+)
+def test_an_options_value_is_one_word(folder, slurm, checkout, option, value):
+    slurm.answer("sinfo", f"{value}*|up|infinite|16|128|2000000|gpu:h100:8")
+    submit_run(root=checkout, **{option: value})
+    asked = directives(folder / "runs/try/job.sbatch")
+    assert asked[f"--{option}"] == value and "--wrap" not in asked
