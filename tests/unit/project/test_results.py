@@ -55,9 +55,8 @@ def _leads(runs: Path, plain: str, row: str, seed: int) -> list[float]:
 
 def test_leads_are_those_of_the_records():
     page = " ".join((RESULTS / "depth_gain/README.md").read_text().split())
-    larger, wide, deep = (
-        unpacked(RESULTS / "depth_gain" / name / ARCHIVE) for name in ("four_million", "two_wide_layers", "six_layers")
-    )
+    names = ("four_million", "two_wide_layers", "six_layers", "", "torch", "manuals")
+    larger, wide, deep, *corpora = (unpacked(RESULTS / "depth_gain" / name / ARCHIVE) for name in names)
     shown = {}
     for row in ("plt-2", "plt-2_last_loop_global", "eight_layers"):
         shown |= {f"{row} {seed}": _leads(larger, "one_loop", row, seed) for seed in (1, 2)}
@@ -69,6 +68,9 @@ def test_leads_are_those_of_the_records():
         shown[f"{plain}, {row}, mean"] = [fmean(leads) for leads in zip(*of_seeds, strict=True)]
         ends = [f"{leads[-1]:.3f}" for leads in of_seeds]
         assert f"{ends[0]}, {ends[1]} and {ends[2]}" in page, row
+    for runs in corpora:
+        of_seeds = [_leads(runs, "k_layers", "plt-3", seed) for seed in (1, 2, 3)]
+        shown[f"three loops, {runs}"] = [fmean(leads) for leads in zip(*of_seeds, strict=True)]
     for what, leads in shown.items():
         texts = [f"{lead:.3f}" for lead in leads]
         assert len(texts) == 5 and f"{', '.join(texts[:-1])} and {texts[-1]}" in page, what
