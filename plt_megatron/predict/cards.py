@@ -31,16 +31,12 @@ class DevicePeak:
 
 # The first match wins, so a variant comes before its family.
 _PEAKS: tuple[tuple[str, DevicePeak], ...] = (
-    (r"GB300", DevicePeak(bf16=2500, fp32=80, fp8=5000)),
-    (r"B300", DevicePeak(bf16=2250, fp32=75, fp8=4500)),
-    (r"GB200", DevicePeak(bf16=2500, fp32=80, fp8=5000)),
-    (r"B200", DevicePeak(bf16=2250, fp32=75, fp8=4500)),
+    (r"GB300|GB200", DevicePeak(bf16=2500, fp32=80, fp8=5000)),
+    (r"B300|B200", DevicePeak(bf16=2250, fp32=75, fp8=4500)),
     (r"B100", DevicePeak(bf16=1750, fp32=60, fp8=3500)),
-    (r"H200 NVL", DevicePeak(bf16=835.5, fp32=60, fp8=1670.5)),
-    (r"GH200|H200", DevicePeak(bf16=989.4, fp32=66.9, fp8=1978.9)),
-    (r"H100 NVL", DevicePeak(bf16=835.5, fp32=60, fp8=1670.5)),
+    (r"H200 NVL|H100 NVL", DevicePeak(bf16=835.5, fp32=60, fp8=1670.5)),
     (r"H100 PCIe|H800 PCIe", DevicePeak(bf16=756, fp32=51, fp8=1513)),
-    (r"H100|H800", DevicePeak(bf16=989.4, fp32=66.9, fp8=1978.9)),
+    (r"GH200|H200|H100|H800", DevicePeak(bf16=989.4, fp32=66.9, fp8=1978.9)),
     (r"H20", DevicePeak(bf16=148, fp32=44, fp8=296)),
     (r"A100|A800", DevicePeak(bf16=312, fp32=19.5)),
     (r"A40", DevicePeak(bf16=149.7, fp32=37.4)),

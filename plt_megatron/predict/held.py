@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from plt_megatron.config import derived
 from plt_megatron.config.layout import ParallelLayout
 from plt_megatron.config.rules.optimizer import optimizer_spec
-from plt_megatron.config.schema import ModelConfig, RunConfig
+from plt_megatron.config.schema import RunConfig
 from plt_megatron.model.parameters import Component, Parameter, Sizes
 from plt_megatron.predict.layout import Layout
 from plt_megatron.predict.parameters import Weights
@@ -46,16 +46,9 @@ class RankParameters:
         return self.total - self.experts
 
 
-def count_rank_parameters(
-    model: ModelConfig, vocab_size: int, layout: ParallelLayout, stage: int = 0
-) -> RankParameters:
-    """Count the parameters that a rank of pipeline stage `stage` holds. `vocab_size`: the tokenizer's. All
-    tensor-parallel ranks hold equally many."""
-    return _of_rank(Weights(model, derived.padded_vocab_size(model, vocab_size, layout.tensor)), layout, stage)
-
-
-def _of_rank(weights: Weights, layout: ParallelLayout, stage: int) -> RankParameters:
-    """Count which of these weights a rank of pipeline stage `stage` holds."""
+def count_rank_parameters(weights: Weights, layout: ParallelLayout, stage: int = 0) -> RankParameters:
+    """Count which of these weights a rank of pipeline stage `stage` holds. All tensor-parallel ranks hold equally
+    many."""
     model, first, last = weights.model, stage == 0, stage == layout.pipeline - 1
     ends = Counter(
         {
@@ -176,11 +169,12 @@ class Stage:
 
 def stages_of(config: RunConfig, layout: Layout, vocab_size: int) -> list[Stage]:
     """Count the parameters that a rank of each pipeline stage holds."""
-    trained = Weights.trained(config, derived.padded_vocab_size(config.model, vocab_size, layout.tensor))
+    padded = derived.padded_vocab_size(config.model, vocab_size, layout.tensor)
+    whole, trained = Weights(config.model, padded), Weights.trained(config, padded)
     found = []
     for index, layers in enumerate(layout.stage_layers(config.model.num_layers)):
-        counted = count_rank_parameters(config.model, vocab_size, layout, index)
-        learned = counted if trained.is_whole else _of_rank(trained, layout, index)
+        counted = count_rank_parameters(whole, layout, index)
+        learned = counted if trained.is_whole else count_rank_parameters(trained, layout, index)
         dense = Held(counted.dense, layout.shards, frozen=counted.dense - learned.dense)
         experts = Held(counted.experts, layout.expert_shards, frozen=counted.experts - learned.experts)
         if optimizer_spec(config.optimizer).matrix_state is not None:

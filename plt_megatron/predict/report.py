@@ -14,7 +14,7 @@ from plt_megatron.config.loop_schedule import LoopSchedule
 from plt_megatron.config.schedules import BatchSchedule
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
-from plt_megatron.predict.cards import GIB, GPUSpec, find_gpu_spec
+from plt_megatron.predict.cards import GIB, find_gpu_spec
 from plt_megatron.predict.decode_cost import DecodeCost, decode_cost
 from plt_megatron.predict.flops import flops_of_loops
 from plt_megatron.predict.layout import layout_overrides, problems_on
@@ -42,13 +42,8 @@ def print_estimate(options: Namespace, tokenizer_size: Callable[[str], int]) -> 
     problems = problems_on(config, world_size, find_gpu_spec(options.gpu).capability)
     if problems:
         raise UserError("\n".join(problems))
-    estimate = estimate_run(
-        config,
-        gpu=options.gpu,
-        world_size=world_size,
-        gpus_per_node=options.gpus_per_node,
-        vocab_size=vocab_size,
-    )
+    cards = {"gpu": options.gpu, "gpus_per_node": options.gpus_per_node}
+    estimate = estimate_run(config, world_size=world_size, vocab_size=vocab_size, **cards)
     decoding = decode_cost(
         config.model,
         vocab_size=vocab_size,
@@ -69,17 +64,16 @@ def print_estimate(options: Namespace, tokenizer_size: Callable[[str], int]) -> 
 def _report(
     options: Namespace, config: RunConfig, vocab_size: int, estimate: RunEstimate, decoding: DecodeCost
 ) -> Iterator[str]:
-    card = find_gpu_spec(options.gpu, min(options.gpus_per_node, estimate.world_size))
     yield _section("Model", _model_rows(config, vocab_size, estimate))
     yield _section("Training FLOPs per token", _flops_rows(config, vocab_size, estimate))
-    yield _section(f"Run: {estimate.layout}, {estimate.world_size} x {card.name}", _run_rows(config, estimate))
+    yield _section(f"Run: {estimate.layout}, {estimate.world_size} x {estimate.gpu}", _run_rows(config, estimate))
     unit = "GiB" if estimate.peak_memory_bytes >= GIB else "MiB"
     yield _section(f"Memory of the worst rank of each stage, {unit}", *_memory_rows(estimate, unit))
     yield _verdict(estimate)
     yield ""
     sent = [[name, format_bytes(amount)] for name, amount in estimate.communication.items()]
     yield _section("Sent per step and rank", sent or [["nothing", ""]])
-    yield _section("Time of a step", _time_rows(config, estimate, card))
+    yield _section("Time of a step", _time_rows(config, estimate))
     yield _section("Decoding", _decode_rows(options, config, decoding))
 
 
@@ -151,14 +145,13 @@ def _verdict(estimate: RunEstimate) -> str:
     )
 
 
-def _time_rows(config: RunConfig, estimate: RunEstimate, card: GPUSpec) -> list[list[str]]:
+def _time_rows(config: RunConfig, estimate: RunEstimate) -> list[list[str]]:
     total = estimate.step_seconds
     rows = [["total", f"{total:.3g} s", "100 %"]]
     for name, seconds in dataclasses.asdict(estimate.times).items():
         if seconds:
             rows.append([name.replace("_", " "), f"{seconds:.3g} s", f"{100 * seconds / total:.1f} %"])
-    tokens = estimate.tokens / estimate.total_seconds
-    mfu = model_flops_share(estimate, config, card)
+    tokens, mfu = estimate.tokens / estimate.total_seconds, model_flops_share(estimate, config)
     rows.append(["tokens/s", f"{tokens:,.0f}", f"MFU {100 * mfu:.0f} %"])
     return rows
 
@@ -184,24 +177,16 @@ def _decode_rows(options: Namespace, config: RunConfig, decoding: DecodeCost) ->
 
 
 def _answer_search(options: Namespace, config: RunConfig, vocab_size: int, world_size: int) -> int:
-    found = search(
-        config,
-        gpu=options.gpu,
-        world_size=world_size,
-        gpus_per_node=options.gpus_per_node,
-        vocab_size=vocab_size,
-    )
+    cards = {"gpu": options.gpu, "gpus_per_node": options.gpus_per_node}
+    found = search(config, world_size=world_size, vocab_size=vocab_size, **cards)
     if found.nearest is None:
         raise UserError("\n".join(_no_layout(config, world_size, found)))
     if options.json:
         chosen = found.fitting[: options.top]
-        print(
-            json.dumps(
-                [{"overrides": each.overrides, **dataclasses.asdict(each.estimate)} for each in chosen], indent=2
-            )
-        )
+        rows = [{"overrides": each.overrides, **dataclasses.asdict(each.estimate)} for each in chosen]
+        print(json.dumps(rows, indent=2))
     else:
-        print("\n".join(_search_report(options, config, world_size, found)))
+        print("\n".join(_search_report(options, config, world_size, found, found.nearest)))
     return 0 if found.fitting else 1
 
 
@@ -217,35 +202,35 @@ def _no_layout(config: RunConfig, world_size: int, found: SearchResult) -> Itera
     )
 
 
-def _search_report(options: Namespace, config: RunConfig, world_size: int, found: SearchResult) -> Iterator[str]:
-    card = find_gpu_spec(options.gpu, min(options.gpus_per_node, world_size))
-    usable = USABLE_SHARE * card.memory_bytes / GIB
+def _search_report(
+    options: Namespace, config: RunConfig, world_size: int, found: SearchResult, nearest: Candidate
+) -> Iterator[str]:
+    memory = nearest.estimate.device_memory_bytes
+    usable = USABLE_SHARE * memory / GIB
     yield (
         f"{found.tried} layouts of {world_size} x {options.gpu}: {found.accepted} valid, {len(found.fitting)} fit "
-        f"into {usable:.1f} GiB (of {card.memory_bytes / GIB:.1f})"
+        f"into {usable:.1f} GiB (of {memory / GIB:.1f})"
     )
     yield ""
     if not found.fitting:
-        assert found.nearest is not None
-        yield from _nearest(found.nearest, usable)
+        yield from _nearest(nearest, usable)
         return
     header = ["layout", "micro batch", "recompute", "GiB", "s/step", "MFU", "overhead over the model's FLOPs"]
-    yield format_table([_candidate_row(config, card, each) for each in found.fitting[: options.top]], header=header)
+    yield format_table([_candidate_row(config, each) for each in found.fitting[: options.top]], header=header)
     yield ""
     yield f"best: {found.fitting[0].command_line}"
 
 
-def _candidate_row(config: RunConfig, card: GPUSpec, candidate: Candidate) -> list[str]:
+def _candidate_row(config: RunConfig, candidate: Candidate) -> list[str]:
     estimate, layout = candidate.estimate, candidate.estimate.layout
     spent = ", ".join(f"{100 * share:.0f} % {name}" for name, share in candidate.overheads[:3] if share >= 0.005)
-    mfu = model_flops_share(estimate, config, card)
     return [
         str(layout),
         str(layout.micro_batch_size),
         layout.recompute,
         f"{estimate.peak_memory_bytes / GIB:.1f}",
         f"{estimate.step_seconds:.3g}",
-        f"{100 * mfu:.0f} %",
+        f"{100 * model_flops_share(estimate, config):.0f} %",
         spent,
     ]
 

@@ -15,7 +15,7 @@ from plt_megatron.config.rules.parallel import uneven_settings
 from plt_megatron.config.schema import ParallelConfig, RunConfig
 from plt_megatron.config.yaml_nodes import text_of
 from plt_megatron.errors import UserError
-from plt_megatron.predict.cards import GPUSpec, find_gpu_spec
+from plt_megatron.predict.cards import find_gpu_spec
 from plt_megatron.predict.layout import RECOMPUTE, problems_on
 from plt_megatron.predict.run_estimate import RunEstimate, estimate_run
 
@@ -222,7 +222,8 @@ def _changed(config: RunConfig, overrides: dict[str, object]) -> RunConfig:
     return changed
 
 
-def model_flops_share(estimate: RunEstimate, config: RunConfig, card: GPUSpec) -> float:
+def model_flops_share(estimate: RunEstimate, config: RunConfig) -> float:
     """Return the MFU: model FLOP/s over the cards' dense peak in the precision of the linear layers."""
-    peak = card.flops_per_second(config.training.precision, fp8=config.training.fp8 is not None)
+    training = config.training
+    peak = find_gpu_spec(estimate.gpu).flops_per_second(training.precision, fp8=training.fp8 is not None)
     return estimate.total_flops / (estimate.total_seconds * estimate.world_size * peak)

@@ -133,9 +133,7 @@ def step_time(step: Step, card: GPUSpec, traffic: dict[str, float], gpus_per_nod
         tensor_parallel=tensor_parallel,
         bubble=work * bubble_fraction(layout.pipeline, config.model.loop_count, layout.microbatches),
         other_communication=_other_communication(layout, traffic, work, seconds),
-        optimizer=_optimizer(layout, card, step.largest)
-        + _matrix_updates(config, card, step.largest)
-        + seconds("matrix updates", layout.tensor),
+        optimizer=_optimizer(step, card) + seconds("matrix updates", layout.tensor),
     )
 
 
@@ -203,17 +201,14 @@ def _other_communication(
     return reduction + gathering + offloading + max(pipeline / layout.microbatches, pipeline - 0.8 * work) + tied
 
 
-def _optimizer(layout: Layout, card: GPUSpec, stage: Stage) -> float:
+def _optimizer(step: Step, card: GPUSpec) -> float:
+    """Return the seconds of the update, with one moment of matrices too many, and of Newton-Schulz iterations on the
+    busiest rank."""
+    config, layout, stage = step.config, step.layout, step.largest
     owned = stage.trained.dense / (layout.shards if layout.zero_stage >= 1 else 1)
     owned += stage.trained.experts / layout.expert_shards
     offloaded = layout.offload_optimizer and not layout.on_cpu
     bandwidth = HOST_MEMORY if offloaded else card.memory_bandwidth * card.memory_efficiency
-    return OPTIMIZER_BYTES_PER_PARAMETER * owned / bandwidth
-
-
-def _matrix_updates(config: RunConfig, card: GPUSpec, stage: Stage) -> float:
-    """Return the seconds of Newton-Schulz iterations on the busiest rank. `_optimizer` counts all else, one moment too
-    many."""
     peak = card.flops_per_second(config.training.precision) * card.matmul_efficiency
     flops = sum(held.busiest(lambda matrix: matrix.flops) for held in stage.held)
-    return config.optimizer.muon_num_ns_steps * flops / peak
+    return OPTIMIZER_BYTES_PER_PARAMETER * owned / bandwidth + config.optimizer.muon_num_ns_steps * flops / peak

@@ -11,7 +11,6 @@ from plt_megatron.config import derived
 from plt_megatron.config.schema import ParallelConfig
 from plt_megatron.model.parameters import Sizes
 from plt_megatron.predict.activations import Activations
-from plt_megatron.predict.held import Stage
 from plt_megatron.predict.layers import FP32, runs
 from plt_megatron.predict.layout import Layout
 from plt_megatron.predict.step import Step
@@ -23,7 +22,7 @@ def communication_bytes(step: Step) -> dict[str, float]:
     """Return the bytes that one rank of the busiest kind sends per step, by purpose; purposes without traffic are left
     out. `host transfers` are between device and host, if DeepSpeed offloads.
     """
-    config, layout, shapes, largest = step.config, step.layout, step.shapes, step.largest
+    config, layout, shapes = step.config, step.layout, step.shapes
     stage = max(step.stages, key=lambda each: len(each.layers))
     ran = runs(config.model, stage.layers)
     kinds = shapes.by_kind(ran)
@@ -32,20 +31,20 @@ def communication_bytes(step: Step) -> dict[str, float]:
         + _tensor_ends(step)
         + _whole_gradients(step, stage.layers),
         "pipeline": _pipeline(layout, config.model.loop_count) * shapes.hidden_bytes(),
-        **_data_parallel(step, largest, layout.microbatches * len(ran) / len(stage.layers)),
+        **_data_parallel(step, layout.microbatches * len(ran) / len(stage.layers)),
         "context parallel": layout.microbatches
         * sum(count * _context_run(run, config.parallel) for run, count in kinds),
         "expert parallel": layout.microbatches * _most_expert_runs(step) * _expert_layer(step),
-        "matrix updates": _share(layout.tensor) * FP32 * largest.dense.busiest(lambda each: each.gathered),
+        "matrix updates": _share(layout.tensor) * FP32 * step.largest.dense.busiest(lambda each: each.gathered),
     }
     if layout.pipeline > 1 and config.model.share_embeddings_and_output_weights:
         traffic["tied embeddings"] = float(FP32 * step.stages[0].trained.embedding)
     return {name: amount for name, amount in traffic.items() if amount > 0}
 
 
-def _data_parallel(step: Step, stage: Stage, passes: float) -> dict[str, float]:
-    """Return the traffic of the busiest stage's gradients and weights, and of `stage`'s to the host and back, for
-    `passes` forward passes per step."""
+def _data_parallel(step: Step, passes: float) -> dict[str, float]:
+    """Return the traffic of the busiest stage's gradients and weights, and of the largest one's to the host and back,
+    for `passes` forward passes per step."""
     layout, element = step.layout, step.shapes.element
     once = max(sum(held.reduced for held in each.held) for each in step.stages)
     reduced, gathered = 1, 1.0
@@ -55,7 +54,7 @@ def _data_parallel(step: Step, stage: Stage, passes: float) -> dict[str, float]:
         reduced = layout.microbatches
     if layout.zero_stage == 3:  # in every loop, forward and backward
         gathered = 2 * passes
-    owned = 0 if layout.on_cpu else stage.parameters.total // layout.shards
+    owned = 0 if layout.on_cpu else step.largest.parameters.total // layout.shards
     offloaded = (FP32 + element) * owned if layout.offload_optimizer else 0  # a rank's gradients there, weights back
     offloaded_weights = 2 * passes * element * owned if layout.offload_weights else 0
     return {

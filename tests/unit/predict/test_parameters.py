@@ -12,7 +12,7 @@ from plt_megatron.config.layout import ParallelLayout
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import ModelConfig, MoeConfig
 from plt_megatron.predict.held import count_rank_parameters
-from plt_megatron.predict.parameters import count_parameters
+from plt_megatron.predict.parameters import Weights, count_parameters
 from tests.running import ROOT
 from tests.settings import changed
 
@@ -50,13 +50,12 @@ def test_llama_style_layer_by_hand():
     assert count_parameters(normed).total == count_parameters(looped).total + 3 * count([(16,), (16,), (96,)])
     scaled = dataclasses.replace(looped, learned_hidden_scale="channel")
     assert count_parameters(scaled).total == count_parameters(looped).total + 96
-    assert count_rank_parameters(scaled, 1000, ParallelLayout()).total == count_parameters(scaled).total
+    assert count_rank_parameters(Weights(scaled, 1024), ParallelLayout()).total == count_parameters(scaled).total
     assert count_parameters(dataclasses.replace(scaled, loop_count=1)).total == expected
     some = dataclasses.replace(looped, loop_span=[1, 2])
     assert count_parameters(some).total == expected + count([(8, 16), (8,)])
-    assert count_rank_parameters(some, 1000, ParallelLayout(tensor=2)).layers == (3 * count(layer[:-2]) + 136) // 2 + (
-        3 * count(layer[-2:])
-    )
+    half = count_rank_parameters(Weights(some, 1024), ParallelLayout(tensor=2)).layers
+    assert half == (3 * count(layer[:-2]) + 136) // 2 + 3 * count(layer[-2:])
     biased = dataclasses.replace(looped, qkv_bias=True)
     biases = [(8 * 16,), (2 * 16,), (2 * 16,)]
     assert count_parameters(biased).total == count_parameters(looped).total + 3 * count(biases)
@@ -119,9 +118,9 @@ def test_experts_by_hand():
     layer = [*[(96, 96)] * 4, (8, 96), *[(40, 96)] * 3 * 8, *[(56, 96)] * 3, (96,), (96,)]
     assert counted.total == 3 * count(layer) + count([(1024, 96), (96,)])
     assert counted.total - counted.active == 3 * 6 * 3 * 40 * 96, "six of eight experts are idle"
-    one = count_rank_parameters(model, 1000, ParallelLayout())
+    one = count_rank_parameters(Weights(model, 1024), ParallelLayout())
     assert one.total == counted.total and one.experts == counted.experts == 3 * 8 * 3 * 40 * 96
-    shared_out = count_rank_parameters(model, 1000, ParallelLayout(tensor=2, expert=4))
+    shared_out = count_rank_parameters(Weights(model, 1024), ParallelLayout(tensor=2, expert=4))
     assert shared_out.experts == counted.experts // 4, "experts are shared out over ranks, and never split"
     split = 4 * 96 * 96 + 3 * 56 * 96
     assert shared_out.layers == 3 * (split // 2 + 8 * 96 + 2 * 96)
@@ -141,7 +140,7 @@ def test_dense_layers_before_the_experts_by_hand():
     assert counted.total - counted.active == 4 * 6 * 3 * 40 * 96
     assert counted.norms == count_parameters(changed(model, {"moe.first_k_dense_replace": 0}), 1000).norms
     first, second = (
-        count_rank_parameters(model, 1000, ParallelLayout(tensor=2, pipeline=2), stage) for stage in (0, 1)
+        count_rank_parameters(Weights(model, 1024), ParallelLayout(tensor=2, pipeline=2), stage) for stage in (0, 1)
     )
     assert (first.experts, second.experts) == (8 * 3 * 40 * 96, 3 * 8 * 3 * 40 * 96)
     assert first.layers - second.layers == 2 * ((200 - 56) * 3 * 96 // 2 - 8 * 96), "and no routers"

@@ -23,7 +23,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.predict.held import Held, count_rank_parameters
 from plt_megatron.predict.layout import bubble_fraction, enough_microbatches, estimate_layout, passes
 from plt_megatron.predict.memory import persistent_bytes
-from plt_megatron.predict.parameters import count_parameters
+from plt_megatron.predict.parameters import Weights, count_parameters
 from plt_megatron.predict.run_estimate import estimate_run
 from tests.running import ROOT
 from tests.settings import changed, make
@@ -118,12 +118,12 @@ def test_ranks_together_hold_the_model(tied, gate):
     """Slices add up; what is whole on every tensor-parallel rank, and a tied embedding's copy, comes on top."""
     model = dataclasses.replace(MODEL, share_embeddings_and_output_weights=tied, gate_input=gate)
     whole = count_parameters(model)
-    one = count_rank_parameters(model, 1000, ParallelLayout())
+    one = count_rank_parameters(Weights(model, 1024), ParallelLayout())
     assert one.total == whole.total
-    stages = [count_rank_parameters(model, 1000, ParallelLayout(pipeline=4), stage) for stage in range(4)]
+    stages = [count_rank_parameters(Weights(model, 1024), ParallelLayout(pipeline=4), stage) for stage in range(4)]
     copy = whole.embedding if tied else 0
     assert sum(stage.total for stage in stages) == whole.total + copy
-    halves = 2 * count_rank_parameters(model, 1000, ParallelLayout(tensor=2)).total
+    halves = 2 * count_rank_parameters(Weights(model, 1024), ParallelLayout(tensor=2)).total
     replicated = whole.norms + whole.final_norm + (whole.gates if gate == "hidden" else 0)
     assert halves == whole.total + replicated
 
@@ -379,7 +379,7 @@ def test_fp8_is_faster_and_keeps_copies_of_the_weights():
     assert fp8.times.matmul == pytest.approx(bf16.times.matmul * (1 - linear + linear / (2 * 0.75)), rel=1e-3)
     assert fp8.times.attention == bf16.times.attention
     copies = fp8.memory[0].components["FP8 weights"]
-    assert copies == 2 * count_rank_parameters(MODEL, 1000, ParallelLayout()).layers
+    assert copies == 2 * count_rank_parameters(Weights(MODEL, 1024), ParallelLayout()).layers
     assert fp8.peak_memory_bytes == bf16.peak_memory_bytes + copies
     with pytest.raises(UserError, match="gpu a100 has no FP8: set training.fp8=null"):
         estimate_run(run(training={"fp8.format": "hybrid"}), gpu="a100")
@@ -398,7 +398,7 @@ def test_fp8_keeps_copies_of_the_rank_s_experts_too():
     fp8 = {"fp8.format": "hybrid", "fp8.num_layers_at_end_in_bf16": 3}
     config = run(model, fp8, expert_model_parallel_size=4)
     copies = estimate_run(config, world_size=4).memory[0].components["FP8 weights"]
-    held = count_rank_parameters(config.model, 1000, ParallelLayout(expert=4))
+    held = count_rank_parameters(Weights(config.model, 1024), ParallelLayout(expert=4))
     assert held.experts == 6 * 2 * 3 * 512 * 256  # layers, experts of a rank, matrices
     assert copies == int(2 * (held.layers * 5 / 8 + held.experts * 3 / 6))
 
