@@ -16,6 +16,7 @@ from typing import Any
 from plt_megatron.experiments.figures import Named, save, svg
 from plt_megatron.experiments.intervals import Interval
 from plt_megatron.run_folder.files import write_text, writing
+from plt_megatron.run_folder.text import pipe_row
 
 TEMPLATES = Path(__file__).with_name("templates")
 PAGE = "index.html"
@@ -121,7 +122,7 @@ def csv_text(value: Value) -> str:
 
 
 def _pipes(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
+    return pipe_row(" ".join(cell.split()) for cell in cells)
 
 
 # ---------------------------------------------------------------- pages

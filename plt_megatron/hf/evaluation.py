@@ -13,7 +13,7 @@ from typing import Any
 from plt_megatron.errors import UserError, first_line
 from plt_megatron.run_folder.files import write_text
 from plt_megatron.run_folder.metrics import write_scores
-from plt_megatron.run_folder.text import plural
+from plt_megatron.run_folder.text import pipe_facts, plural
 from plt_megatron.runtime.environment import FLASH_FIRST
 
 _CARD, _HEADING = "README.md", "## Evaluation"
@@ -146,10 +146,10 @@ def _scores(results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, flo
 
 def _write_on_card(card: Path, scores: Mapping[str, float], limit: int | None, chat: bool) -> None:
     """Write the scores to the card as a section that replaces an earlier one."""
-    rows = [f"| {name} | {value:.4f} |" for name, value in scores.items()]
-    rows += [f"| rows of each task | {limit} |"] if limit else []
-    rows += ["| asked in | the chat template |"] if chat else []
-    section = "\n".join([f"{_HEADING}\n", "lm-evaluation-harness:\n", "| | |", "|---|---|", *rows]) + "\n"
+    facts = [(name, f"{value:.4f}") for name, value in scores.items()]
+    facts += [("rows of each task", str(limit))] if limit else []
+    facts += [("asked in", "the chat template")] if chat else []
+    section = f"{_HEADING}\n\nlm-evaluation-harness:\n\n{pipe_facts(facts)}\n"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     text = re.sub(rf"\n*^{_HEADING}\n.*?(?=^## |\Z)", "\n\n", text, flags=re.MULTILINE | re.DOTALL).rstrip()
     write_text(card, f"{text}\n\n{section}" if text else section)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from plt_megatron.hf.conversion import ParamMapping
 from plt_megatron.hf.sources import ModelSource, front_matter
 from plt_megatron.run_folder.checkpoints import EMA, trained_tokens
 from plt_megatron.run_folder.folder import RunFolder
-from plt_megatron.run_folder.text import plural
+from plt_megatron.run_folder.text import pipe_facts, plural
 
 _WITH_TOKENIZER = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -62,11 +62,11 @@ def model_card(source: ModelSource, name: str, mappings: list[ParamMapping], sty
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation", *front_matter(source.lineage)]
     front += ["tags:", *(f"- {tag}" for tag in tags)]
     sections = ["\n".join([*front, "---"]), f"# {name}", _introduction(source)]
-    sections.append("## Model\n\n" + _table(_model_facts(source, mappings)))
+    sections.append("## Model\n\n" + pipe_facts(_model_facts(source, mappings)))
     if source.progress:
-        sections.append("## Training\n\n" + _table(_training_facts(source)))
+        sections.append("## Training\n\n" + pipe_facts(_training_facts(source)))
         if losses := _validation_losses(source):
-            sections.append("## Validation\n\n" + _table(losses))
+            sections.append("## Validation\n\n" + pipe_facts(losses))
     if style == "loopcoder":
         sections.append(_LOOPCODER.strip())
     else:
@@ -100,11 +100,6 @@ def _loops(model: ModelConfig) -> str:
     if derived.windows_earlier_loops(model):
         text += "With fewer loops an earlier loop attends to everything, unlike in training.\n"
     return text
-
-
-def _table(facts: Iterable[tuple[str, Any]]) -> str:
-    rows = ((name, str(value).replace("|", "\\|")) for name, value in facts)
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
 
 def _model_facts(source: ModelSource, mappings: list[ParamMapping]) -> Iterator[tuple[str, Any]]:

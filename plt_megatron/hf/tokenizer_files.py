@@ -104,42 +104,36 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, adds_tokens: bool = T
         if not (folder / CONFIG).exists():
             end = tokenizer.token_name(tokenizer.eod)
             write_json(folder / CONFIG, {"eos_token": end, "clean_up_tokenization_spaces": False})
-    _use_no_code(folder)
-    _let_templates_write_special_tokens(folder)
-    if not adds_tokens:
-        _add_no_tokens(folder)
+    _write_config(folder, exported=True, adds_tokens=adds_tokens)
 
 
-def _add_no_tokens(folder: Path) -> None:
-    """Make the tokenizer put no special tokens around a text."""
-    fast = tokenizers.Tokenizer.from_file(str(folder / JSON))
-    if fast.encode("a").ids == fast.encode("a", add_special_tokens=False).ids:
-        return
-    described, config = read_json_object(folder / JSON), read_json_object(folder / CONFIG)
-    write_json(folder / JSON, described | {"post_processor": None})
-    write_json(folder / CONFIG, config | {"add_bos_token": False, "add_eos_token": False})
-
-
-def _use_no_code(folder: Path) -> None:
+def _write_config(folder: Path, *, exported: bool, adds_tokens: bool = True) -> None:
     """Make transformers read tokenizer.json as it is. Its classes rebuild parts of it, unless the config.json of some
-    families is beside it; code of the model's folder is not copied, nor fetched from where `auto_map` says."""
+    families is beside it; code of the model's folder is not copied, nor fetched from where `auto_map` says.
+
+    Args:
+        exported: also make it read a chat template's special tokens as such, as `plt preprocess --chat` does.
+        adds_tokens: False: make it put no special tokens around a text.
+    """
     path, described = folder / CONFIG, folder / JSON
     if not path.is_file():
         return
     config = read_json_object(path)
+    if not described.is_file() and "auto_map" not in config:
+        return
     own = {name: value for name, value in config.items() if name != "auto_map"}
     if described.is_file():
         own |= class_defaults(config, described)
-    if described.is_file() or "auto_map" in config:
-        write_json(path, own | {"tokenizer_class": PLAIN_CLASS})
-
-
-def _let_templates_write_special_tokens(folder: Path) -> None:
-    """Make transformers read a chat template's special tokens as such, as `plt preprocess --chat` does."""
-    config = read_json_object(folder / CONFIG)
+    own["tokenizer_class"] = PLAIN_CLASS
     has_template = "chat_template" in config or any(any(folder.glob(pattern)) for pattern in _TEMPLATES)
-    if has_template and config.get("split_special_tokens"):
-        write_json(folder / CONFIG, config | {"split_special_tokens": False})
+    if exported and has_template and config.get("split_special_tokens"):
+        own["split_special_tokens"] = False
+    if not adds_tokens:
+        fast = tokenizers.Tokenizer.from_file(str(described))
+        if fast.encode("a").ids != fast.encode("a", add_special_tokens=False).ids:
+            write_json(described, read_json_object(described) | {"post_processor": None})
+            own |= {"add_bos_token": False, "add_eos_token": False}
+    write_json(path, own)
 
 
 def _write_from_sentencepiece(tokenizer: SentencePieceTokenizer, folder: Path) -> None:
@@ -163,12 +157,8 @@ def _write_from_sentencepiece(tokenizer: SentencePieceTokenizer, folder: Path) -
     _copy_found(_TEMPLATES, path.parent, folder)
 
 
-def _found(patterns: Iterable[str], source: Path) -> list[Path]:
-    return [file for pattern in patterns for file in source.glob(pattern) if file.is_file()]
-
-
 def _copy_found(patterns: Iterable[str], source: Path, folder: Path) -> None:
-    files = _found(patterns, source)
+    files = [file for pattern in patterns for file in source.glob(pattern) if file.is_file()]
     for file in files:
         _check_link(file, source)
     for file in files:
@@ -204,7 +194,7 @@ def copy_tokenizer(source: Path, folder: Path, family: str, vocab_size: int, tok
     if read.name == MODEL and not all((source / name).is_file() for name in (JSON, CONFIG)):
         build_tokenizer_json(read)  # else no export could have its tokenizer
     _copy_found((MODEL, JSON, CONFIG, *_OTHERS), source, folder)
-    _use_no_code(folder)
+    _write_config(folder, exported=False)
     ids, generation = token_ids(tokens, read_generation_config(source))
     write_json(folder / GENERATION_CONFIG, ids | generation, indent=2)
     return folder / read.name

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 # A number with short words, as in `38 %`, `2 h 40 min`, `12 of 300` or `1.2 [1.1, 1.3]`; or nothing.
 _NUMERIC = re.compile(r"[-+±~<]?\d[\d.,]*\S{0,5}( (\S{1,5}|\(?[\d.,]+\)?|\[.*\]))*|[-?]?")
@@ -56,6 +57,16 @@ def first_few(names: Sequence[str], most: int = 6) -> str:
     """List the first names: `a, b and 3 more`."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
+
+
+def pipe_row(cells: Iterable[str]) -> str:
+    """Format a row of a Markdown table."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def pipe_facts(facts: Iterable[tuple[str, Any]]) -> str:
+    """Format names and values as a Markdown table."""
+    return "\n".join(["| | |", "|---|---|", *(pipe_row([name, str(value)]) for name, value in facts)])
 
 
 def format_table(rows: Sequence[Sequence[str]], *, header: Sequence[str] = (), indent: int = 0) -> str:

@@ -28,3 +28,13 @@ def tokenizer_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     corpus.write_text("".join(rng.choices(words, k=4000)), encoding="utf-8")
     options = TrainingOptions([str(corpus)], str(folder / "out"), 400, threads=1)
     return train_tokenizer(options).model
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of a small PLT: (folder, model, weights)."""
+    from convert_helpers import make_model, random_weights, save_run
+
+    model = make_model()
+    weights = random_weights(model)
+    return save_run(tmp_path / "run", model, weights), model, weights

@@ -1,0 +1,140 @@
+"""Exports are verified, appear whole or not at all, and are refused where they cannot be right."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+import torch
+from convert_helpers import (
+    LOOPCODER,
+    VARIANTS,
+    make_model,
+    make_tokens,
+    megatron_logits,
+    quiet,
+    random_weights,
+    save_run,
+)
+
+from plt_megatron.errors import UserError
+from plt_megatron.hf import exporting, verification
+from plt_megatron.hf.sources import saved_model
+
+
+@pytest.mark.usefixtures("warm_starts")
+def test_the_verification_sees_a_wrong_export(tmp_path, run, monkeypatch):
+    folder, _, _ = run
+    right = exporting.to_hf
+
+    def wrong(weights, rules):
+        for name, tensor in right(weights, rules):
+            yield name, tensor + 0.01 if name.endswith("layers.1.self_attn.plt_gate.weight") else tensor
+
+    monkeypatch.setattr(exporting, "to_hf", wrong)
+    with pytest.raises(UserError, match=r"logits differ by up to \d\.\d+e-\d+ of .*, more than 2e-05; nothing is wri"):
+        quiet((folder, tmp_path / "out"), verify=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_verification_leaves_the_calling_process_and_the_home_folder_alone(tmp_path, run, monkeypatch):
+    monkeypatch.setattr(verification, "single_process", None)  # of this process
+    for name in ("HF_MODULES_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    random, hook = torch.get_rng_state(), sys.excepthook
+    assert quiet((run[0], tmp_path / "out"), verify=True).difference < 1e-5
+    assert torch.equal(torch.get_rng_state(), random) and sys.excepthook is hook
+    assert [path.parent.name for path in tmp_path.rglob("modeling_plt.py")] == ["out"]
+
+
+@pytest.mark.usefixtures("warm_starts")
+def test_the_verification_allows_for_the_size_of_logits(tmp_path):
+    """Rounding grows with them: those of public models reach 40."""
+    model = make_model()
+    weights = random_weights(model)
+    weights["final_layernorm.weight"] *= 1000
+    save_run(tmp_path / "run", model, weights)
+    result = quiet((tmp_path / "run", tmp_path / "out"), verify=True)
+    assert megatron_logits(model, weights, make_tokens()).abs().max() > 100 and result.difference < 1e-5
+
+
+class Stopped(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), Stopped(), SystemExit(143)])
+def test_nothing_half_written(tmp_path, run, monkeypatch, error):
+    folder, _, _ = run
+
+    right = exporting.to_hf
+
+    def stopping(weights, rules):
+        yield from list(right(weights, rules))[:3]
+        raise error
+
+    monkeypatch.setattr(exporting, "to_hf", stopping)
+    with pytest.raises(UserError if isinstance(error, OSError) else type(error)) as caught:
+        quiet((folder, tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    if isinstance(error, OSError):
+        assert "No space left on device; nothing is written" in str(caught.value)
+
+
+def test_all_files_reach_the_disk_before_the_folder_has_its_name(tmp_path, run, monkeypatch):
+    synced, fsync = set(), os.fsync
+
+    def noted(descriptor: int) -> None:
+        if not (tmp_path / "out").exists():
+            synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    quiet((run[0], tmp_path / "out"))
+    assert {path.stat().st_ino for path in (tmp_path / "out").rglob("*")} <= synced
+
+
+def test_targets_and_checkpoints_that_cannot_be_used(tmp_path, run):
+    folder, model, weights = run
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match="there exists: remove it, or choose another --output"):
+        quiet((folder, tmp_path / "there"))
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="'many' is not a size"):
+        quiet((folder, out), max_shard_size="many")
+    with pytest.raises(UserError, match="nowhere: no such run or checkpoint"):
+        quiet((tmp_path / "nowhere", out))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: no complete checkpoint there"):
+        quiet((tmp_path / "empty", out))
+    weights = dict(weights)
+    del weights["decoder.layers.1.self_attention.core_attention.plt_gate.bias"]
+    del weights["decoder.layers.0.self_attention.core_attention.plt_gate.bias"]
+    with pytest.raises(UserError, match=r"lack tensors decoder\.layers\.0\..*plt_gate\.bias, decoder\.layers\.1\."):
+        quiet((save_run(tmp_path / "gateless", model, weights), out))
+    progress = folder / "checkpoints" / "step_00000000" / "__0_0.distcp"
+    progress.write_bytes(progress.read_bytes()[:-1])
+    with pytest.raises(UserError, match="run: no complete checkpoint there"):
+        quiet((folder, out))
+    assert not out.exists()
+
+
+def test_a_checkpoint_of_a_newer_program(tmp_path):
+    with pytest.raises(UserError, match=r"model\.router is a setting of a newer version"):
+        saved_model({"router": 1}, tmp_path)
+    assert saved_model({"num_layers": 3}, tmp_path).num_layers == 3
+
+
+def test_the_loopcoder_format_says_when_it_cannot(tmp_path):
+    yarn = VARIANTS["yarn rope"] | {"qk_layernorm": True}
+    model = make_model(**{**LOOPCODER, **yarn})
+    run = save_run(tmp_path / "run", model, random_weights(model))
+    what = r"model\.qk_layernorm is True, model\.rope_scaling\.yarn is set"
+    with pytest.raises(UserError, match=rf"cannot express that {what}; use --format plt"):
+        quiet((run, tmp_path / "out"), style="loopcoder")
+    plain = make_model(loop_count=1)
+    run = save_run(tmp_path / "plain", plain, random_weights(plain))
+    with pytest.raises(UserError, match=r"cannot express that model\.loop_count is 1"):
+        quiet((run, tmp_path / "out"), style="loopcoder")
+    assert not (tmp_path / "out").exists()
