@@ -30,6 +30,12 @@ def trains(config: RunConfig) -> Callable[[str], bool]:
     return partial(is_trained, config.training.trainable)
 
 
+def selection(config: RunConfig) -> Callable[[str], bool] | None:
+    """Return `trains` for counting, or None if all parameters are trained and no name needs a lookup. Patterns are not
+    checked: a step with one loop has no gates."""
+    return partial(is_trained, config.training.trainable) if config.training.trainable else None
+
+
 def is_trained(patterns: Sequence[str], name: str) -> bool:
     """Return whether the patterns of `training.trainable` select a parameter; without patterns all are selected."""
     return not patterns or any(_matches(_EXPERT.sub("", name), pattern) for pattern in patterns)

@@ -34,9 +34,8 @@ from typing import Self
 from plt_megatron.config import derived
 from plt_megatron.config.loop_schedule import LoopSchedule
 from plt_megatron.config.schema import ModelConfig, RunConfig
-from plt_megatron.model.trainable import trains
 from plt_megatron.predict.layers import runs
-from plt_megatron.predict.parameters import FFN, Weights
+from plt_megatron.predict.parameters import FFN, Weights, check_trained
 
 
 @dataclass(frozen=True)
@@ -175,8 +174,8 @@ def step_flops_per_token(
 
 def run_flops_per_token(config: RunConfig, padded_vocab_size: int, start: int = 0) -> Flops:
     """Return the mean training FLOPs per token over the run's steps after `start`: `training.loop_schedule` sets their
-    loops, `data.length_schedule` their sequence lengths. Raises `UserError` as `trains`."""
-    trains(config)
+    loops, `data.length_schedule` their sequence lengths. Raises `UserError` as `check_trained`."""
+    check_trained(config)
     total = Flops(0, 0, 0, 0, 0, 0)
     for kind, share in LoopSchedule(config).kind_token_shares(start).items():
         total += step_flops_per_token(config, padded_vocab_size, kind.loop_count, kind.sequence_length).times(share)

@@ -6,13 +6,13 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Self, get_args
 
 from plt_megatron.config import derived
 from plt_megatron.config.schema import ModelConfig, RunConfig
 from plt_megatron.model.parameters import Component, Parameter, Sizes, parameters_of
-from plt_megatron.model.trainable import is_trained
+from plt_megatron.model.trainable import selection, trains
 
 FFN: tuple[Component, ...] = ("ffn", "router", "experts")
 
@@ -68,9 +68,8 @@ class Weights:
 
     @classmethod
     def trained(cls, config: RunConfig, vocab_size: int = 0) -> Self:
-        """Return those that a run trains. Patterns are not checked: a step with one loop has no gates."""
-        patterns = config.training.trainable
-        return cls(config.model, vocab_size, partial(is_trained, patterns) if patterns else None)
+        """Return those that a run trains."""
+        return cls(config.model, vocab_size, selection(config))
 
     @property
     def is_whole(self) -> bool:
@@ -145,6 +144,11 @@ class Weights:
         listed."""
         counted = self.elements(layers, *components, experts=active_experts(self.model))
         return sum(number for parameter, number in counted if parameter.is_matrix)
+
+
+def check_trained(config: RunConfig) -> None:
+    """Raise `UserError` if a run is to train parameters that its model lacks, as a step of fewer loops may."""
+    trains(config)
 
 
 def count_parameters(
