@@ -341,7 +341,8 @@ def _execute(job: _Job, rank: int, store: Any) -> bytes:
         timeout=timedelta(seconds=job.timeout_s),
     )
     result = pickle.dumps(function(*args, **kwargs))
-    dist.barrier()  # nobody leaves while another still reads from it
+    if job.world_size > 1:
+        dist.barrier()  # nobody leaves while another still reads from it
     destroy_process_groups()
     for _ in range(2):  # what the first one ends, such as an engine's hooks, lets go of process groups
         gc.collect()

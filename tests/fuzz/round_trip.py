@@ -47,12 +47,9 @@ def there_and_back(config: RunConfig, place: Path) -> str | None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from plt_megatron.config.schema import ParallelConfig
-    from plt_megatron.runtime.process_groups import init_process_groups
     from tests.hf.tiny import decode
     from tests.unit.convert import convert_helpers as convert
 
-    init_process_groups(ParallelConfig())
     model = config.model
     vocab_size = model.vocab_size or convert.VOCAB
     weights = convert.random_weights(model, vocab_size)

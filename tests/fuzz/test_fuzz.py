@@ -12,9 +12,10 @@ import pytest
 from plt_megatron.config.fields import Range
 from plt_megatron.config.schema import ModelConfig
 from plt_megatron.errors import UserError
-from tests.fuzz import draw, search
+from tests.fuzz import data, draw, search
 from tests.fuzz.parity import Parity, before_chaos
 from tests.fuzz.refusals import Refusals, ways
+from tests.fuzz.round_trip import RoundTrip
 from tests.fuzz.sections import value_of
 from tests.running import ROOT, run
 
@@ -111,6 +112,13 @@ def test_layouts_of_drawn_models_give_one_processs_numbers(run_distributed, numb
     parity = Parity(run_distributed)
     settings = parity.draw(0, number)
     assert parity.check(settings) is None, draw.overrides(settings)
+
+
+def test_a_drawn_model_is_the_same_exported_decoded_and_imported(run_distributed, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "FOLDER", tmp_path)
+    round_trip = RoundTrip(run_distributed)
+    settings = round_trip.draw(1, 0)
+    assert round_trip.check(settings) is None, draw.overrides(settings)
 
 
 def test_what_a_refusal_says_to_set_is_understood():
