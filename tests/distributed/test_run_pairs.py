@@ -15,7 +15,16 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from plt_megatron.config.schema import BatchStage, DataConfig, DataSource, DataStage, LengthStage, LoopStage, RunConfig
+from plt_megatron.config.schema import (
+    BatchStage,
+    DataConfig,
+    DataSource,
+    DataStage,
+    FimConfig,
+    LengthStage,
+    LoopStage,
+    RunConfig,
+)
 from plt_megatron.config.validation import find_problems
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.train.checkpoint.reading import read_weights
@@ -46,7 +55,7 @@ AXES: dict[str, dict[str, Settings]] = {
         "joined": {},
         "packed": {"data": {"reset_at_document_boundaries": True}},
         "masked": {"data": {"eod_mask_loss": True}},
-        "filled": {"data": {"fim_rate": 0.5}},
+        "filled": {"data": {"fim": FimConfig(rate=0.5)}},
     },
     "validation": {
         "plain": {},
