@@ -12,7 +12,8 @@ import pytest
 from tests.running import ROOT, run
 
 # Not the settings of a `make test` that this may run under.
-INHERITED = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+_OTHERS = ("MAKE", "MFLAGS", "WORKERS", "PYTEST_ARGS")
+INHERITED = {name: value for name, value in os.environ.items() if not name.startswith(_OTHERS)}
 
 
 def make(*arguments: str) -> str:

@@ -123,7 +123,8 @@ def test_a_command_that_does_not_exist_leaves_nothing_behind():
 # ---------------------------------------------------------------- signals, from outside
 
 DRIVER = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup make test` ignores it
 from plt_megatron.runtime.local_processes import run_processes
 assert "torch" not in sys.modules
 lock = open(os.environ["TEST_FOLDER"] + "/lock", "w")
