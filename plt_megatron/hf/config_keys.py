@@ -105,20 +105,21 @@ AUTO_MAP = {
 
 @dataclass
 class HFModelConfig:
-    """The contents of a config.json.
+    """What a config.json tells of a model.
 
     Attributes:
-        model: our settings, `vocab_size` included.
+        model: our settings, `vocab_size` included where they are read from a config.json.
+        vocab_size: without padding.
         max_position_embeddings: the longest text the model was made for, in tokens.
+        family: `model_type` of a Hugging Face folder; otherwise empty.
         tokens: `bos_token_id`, `eos_token_id`, `pad_token_id`, where given.
-        family: its `model_type`.
         style: how gates are stored.
     """
 
     model: ModelConfig
     vocab_size: int
     max_position_embeddings: Annotated[int, Range(1, 10**9)]
-    family: str
+    family: str = ""
     tokens: dict[str, Any] = field(default_factory=dict)
     style: Style = "plt"
 
@@ -126,15 +127,14 @@ class HFModelConfig:
 # ---------------------------------------------------------------- ours to theirs
 
 
-def plt_keys(
-    model: ModelConfig, vocab_size: int, max_position_embeddings: int, tokens: dict[str, Any], dtype: str
-) -> dict[str, Any]:
+def plt_keys(described: HFModelConfig, dtype: str) -> dict[str, Any]:
     """Return the config.json of an export that includes configuration_plt.py and modeling_plt.py."""
     from plt_megatron.hf.configuration_plt import PLTConfig
 
+    model = described.model
     config = PLTConfig(
-        **_llama_keys(model, vocab_size, max_position_embeddings),
-        **tokens,
+        **_llama_keys(described),
+        **described.tokens,
         rope_parameters=rope_keys(model),
         **_expert_keys(model),
         **switches.stated(model),
@@ -144,20 +144,19 @@ def plt_keys(
     return {"architectures": ["PLTForCausalLM"], "auto_map": AUTO_MAP, **keys, "dtype": dtype}
 
 
-def loopcoder_keys(
-    model: ModelConfig, vocab_size: int, max_position_embeddings: int, tokens: dict[str, Any], dtype: str
-) -> dict[str, Any]:
+def loopcoder_keys(described: HFModelConfig, dtype: str) -> dict[str, Any]:
     """Return the config.json in LoopCoder-v2's keys.
 
     Raises:
         UserError: the model has something that LoopCoder-v2 lacks.
     """
+    model = described.model
     if other := list(_beyond_loopcoder(model)):
         raise UserError(f"the loopcoder format cannot express that {', '.join(other)}; use --format plt")
     return {
         "architectures": [LOOPCODER_ARCHITECTURE],
         "model_type": LOOPCODER_TYPE,
-        **_llama_keys(model, vocab_size, max_position_embeddings),
+        **_llama_keys(described),
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -170,7 +169,7 @@ def loopcoder_keys(
         "plt_emb_scale": model.embedding_scale,
         "plt_hidden_scale": model.hidden_scale,
         "plt_gate_use_hidden_states": _LOOPCODER_GATES[model.gate_input],
-        **tokens,
+        **described.tokens,
         "use_cache": True,
         "torch_dtype": dtype,
     }
@@ -212,13 +211,14 @@ def _expert_keys(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _llama_keys(model: ModelConfig, vocab_size: int, max_position_embeddings: int) -> dict[str, Any]:
+def _llama_keys(described: HFModelConfig) -> dict[str, Any]:
+    model = described.model
     return {
-        "vocab_size": vocab_size,
+        "vocab_size": described.vocab_size,
         **{key: getattr(model, setting) for setting, key in _LLAMA.items()},
         "num_key_value_heads": derived.num_query_groups(model),
         "head_dim": derived.head_dim(model),
-        "max_position_embeddings": max_position_embeddings,
+        "max_position_embeddings": described.max_position_embeddings,
     }
 
 

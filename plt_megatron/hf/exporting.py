@@ -118,8 +118,7 @@ def _write_weights(
 
 def _write_configs(source: ModelSource, folder: Path, style: Style, dtype: str) -> None:
     keys_of = loopcoder_keys if style == "loopcoder" else plt_keys
-    keys = keys_of(source.model, source.vocab_size, source.max_position_embeddings, source.tokens, dtype)
-    write_json(folder / CONFIG, keys, indent=2)
+    write_json(folder / CONFIG, keys_of(source, dtype), indent=2)
     generation = {**source.tokens, **source.generation, "transformers_version": version("transformers")}
     if "eos_token_id" in generation and "pad_token_id" not in generation:
         # It fills rows of a batch that end before the others.

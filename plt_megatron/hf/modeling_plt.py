@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -61,19 +61,19 @@ class PLTPass:
     loop: int | None
     loop_count: int
     windows: range  # loops, from 0, that attend to a window
-    cos: torch.Tensor  # [B or 1, T or 1, 1, D]
-    sin: torch.Tensor  # [B or 1, T or 1, 1, D], its first half negated: see `rotate`
+    cos: Tensor  # [B or 1, T or 1, 1, D]
+    sin: Tensor  # [B or 1, T or 1, 1, D], its first half negated: see `rotate`
     start: Any = 0  # tokens cached before this pass: int, or a tensor in a static cache
-    slots: torch.Tensor | None = None  # [T] cache slots of the new tokens
-    global_mask: torch.Tensor | None = None  # [B or 1, 1, T, N]; [B, N] for flash attention
-    window_mask: torch.Tensor | None = None  # blocks, or [B or 1, 1, 1, w] in a step; [B, w-1+T] for flash
+    slots: Tensor | None = None  # [T] cache slots of the new tokens
+    global_mask: Tensor | None = None  # [B or 1, 1, T, N]; [B, N] for flash attention
+    window_mask: Tensor | None = None  # blocks, or [B or 1, 1, 1, w] in a step; [B, w-1+T] for flash
     window: int = 0  # w, or T if that is less and nothing is cached
-    ring_slots: torch.Tensor | None = None  # where the last tokens go in the rings
-    once_mask: torch.Tensor | None = None  # `global_mask` of one row, for layers that do not loop
-    prefix_slots: torch.Tensor | None = None  # where the w - 1 tokens before this pass are, oldest first
-    position_ids: torch.Tensor | None = None  # packed documents, for flash attention
-    real: torch.Tensor | None = None  # [B or 1, T, 1], False where a new token is padding; None: nowhere
-    continues: torch.Tensor | None = None  # [B or 1, T, 1], whether a token follows one of its text; None: all do
+    ring_slots: Tensor | None = None  # where the last tokens go in the rings
+    once_mask: Tensor | None = None  # `global_mask` of one row, for layers that do not loop
+    prefix_slots: Tensor | None = None  # where the w - 1 tokens before this pass are, oldest first
+    position_ids: Tensor | None = None  # packed documents, for flash attention
+    real: Tensor | None = None  # [B or 1, T, 1], False where a new token is padding; None: nowhere
+    continues: Tensor | None = None  # [B or 1, T, 1], whether a token follows one of its text; None: all do
     records_past: bool = False  # the cache keeps what `crop` needs
 
     def once(self) -> "PLTPass":
@@ -82,7 +82,7 @@ class PLTPass:
 
     def to(self, device: Any, non_blocking: bool = False) -> "PLTPass":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         return replace(self, **{name: t.to(device, non_blocking=non_blocking) for name, t in tensors.items()})
 
 
@@ -95,14 +95,14 @@ class PLTCarry:
 
     def __init__(self, loops: int, width: int):
         self.loops, self.width = loops, width
-        self.last: torch.Tensor | None = None
-        self.past: list[torch.Tensor] | None = None
+        self.last: Tensor | None = None
+        self.past: list[Tensor] | None = None
 
-    def allocate(self, like: torch.Tensor) -> None:
+    def allocate(self, like: Tensor) -> None:
         if self.last is None and self.loops and self.width:
             self.last = like.new_zeros(like.shape[0], self.loops, self.width)
 
-    def keep(self, states: torch.Tensor, loops: slice, state: PLTPass) -> None:
+    def keep(self, states: Tensor, loops: slice, state: PLTPass) -> None:
         """Keep what m tokens hand on in these loops, states [B, m, l, width]."""
         if state.real is not None:
             states = states * state.real.unsqueeze(-1).to(states.dtype)
@@ -131,14 +131,14 @@ class PLTCarry:
         if self.last is not None:
             self.last.zero_()
 
-    def map_batch(self, function: Callable[[torch.Tensor], torch.Tensor], static: bool) -> None:
+    def map_batch(self, function: Callable[[Tensor], Tensor], static: bool) -> None:
         if self.last is not None:
             self.last = _replace(self.last, function(self.last), static)
         if self.past is not None:
             self.past = [function(past) for past in self.past]
 
 
-def shift(states: torch.Tensor, loop: int, state: PLTPass, carry: PLTCarry | None) -> torch.Tensor:
+def shift(states: Tensor, loop: int, state: PLTPass, carry: PLTCarry | None) -> Tensor:
     """Move states [B, T, width] of a loop one token to the right: the first token gets the carry, which keeps the last
     one's. A token that starts a text gets zero."""
     if carry is None:
@@ -188,9 +188,9 @@ class PLTCacheLayer:
         self.is_initialized = False
         self.record_past = False
         self.keys = self.values = self.window_keys = self.window_values = None
-        self.past: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+        self.past: list[tuple[Tensor, Tensor]] | None = None
 
-    def lazy_initialization(self, key: torch.Tensor, value: torch.Tensor) -> None:
+    def lazy_initialization(self, key: Tensor, value: Tensor) -> None:
         """Allocate for tensors like key and value, [B, K, T, D]."""
         batch, heads, _, dim = key.shape
         self.batch_size = batch
@@ -206,11 +206,11 @@ class PLTCacheLayer:
                 torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
 
-    def tensors(self) -> list[torch.Tensor]:
+    def tensors(self) -> list[Tensor]:
         candidates = (self.keys, self.values, self.window_keys, self.window_values, self.carry.last)
         return [tensor for tensor in candidates if tensor is not None]
 
-    def write(self, key: torch.Tensor, value: torch.Tensor, loops: slice, state: PLTPass) -> None:
+    def write(self, key: Tensor, value: Tensor, loops: slice, state: PLTPass) -> None:
         """Append key and value [B, l, K, T, D] of these loops to their stores, if they have one."""
         if self.static_length is None:
             self._reserve(state.start, state.start + key.shape[3])
@@ -224,9 +224,6 @@ class PLTCacheLayer:
             else:
                 stores.index_copy_(3, state.slots, new)
 
-    def _stores(self, cached: torch.Tensor, loops: slice) -> slice:
-        return loops if cached.shape[1] > 1 else slice(0, 1)
-
     def _reserve(self, used: int, needed: int) -> None:
         if needed <= self.keys.shape[3]:
             return
@@ -237,14 +234,14 @@ class PLTCacheLayer:
             new[:, :, :, :used] = old[:, :, :, :used]
             setattr(self, name, new)
 
-    def read(self, loops: slice, state: PLTPass, new_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, loops: slice, state: PLTPass, new_tokens: int) -> tuple[Tensor, Tensor]:
         """Return keys and values [B, l, K, N, D] of these loops up to this pass's tokens (all slots of a static cache);
         l is 1 if there is one store."""
         end = self.static_length if self.static_length is not None else state.start + new_tokens
-        keys, values = (each[:, self._stores(each, loops), :, :end] for each in (self.keys, self.values))
+        keys, values = (x[:, loops if x.shape[1] > 1 else slice(1), :, :end] for x in (self.keys, self.values))
         return keys, values
 
-    def write_window(self, key: torch.Tensor, value: torch.Tensor, loops: slice, state: PLTPass) -> None:
+    def write_window(self, key: Tensor, value: Tensor, loops: slice, state: PLTPass) -> None:
         """Put the last w tokens of key and value [B, l, K, T, D] of these loops into their rings, if they have one."""
         rows, rings = overlap(self.window_loops, loops)
         key, value = key[:, rows], value[:, rows]
@@ -259,12 +256,9 @@ class PLTCacheLayer:
             self.past = [nothing] * len(self.window_loops)
         for row, ring in enumerate(range(len(self.window_loops))[rings]):
             past_key, past_value = self.past[ring]
-            self.past[ring] = (
-                torch.cat([past_key, key[:, row]], 2),
-                torch.cat([past_value, value[:, row]], 2),
-            )
+            self.past[ring] = (torch.cat([past_key, key[:, row]], 2), torch.cat([past_value, value[:, row]], 2))
 
-    def read_window(self, loops: slice, state: PLTPass) -> tuple[torch.Tensor, torch.Tensor]:
+    def read_window(self, loops: slice, state: PLTPass) -> tuple[Tensor, Tensor]:
         """Return the filled slots of these loops' rings, [B, s, K, <= w, D], in any order: softmax does not depend on
         it."""
         _, rings = overlap(self.window_loops, loops)
@@ -272,7 +266,7 @@ class PLTCacheLayer:
         end = self.window_size if full else min(state.start + 1, self.window_size)
         return self.window_keys[:, rings, :, :end], self.window_values[:, rings, :, :end]
 
-    def read_prefix(self, loop: int, state: PLTPass) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def read_prefix(self, loop: int, state: PLTPass) -> tuple[Tensor, Tensor] | None:
         """Return the tokens before this pass that its windows reach, [B, K, <= w-1, D], oldest first."""
         if state.prefix_slots is None:
             return None
@@ -303,7 +297,7 @@ class PLTCacheLayer:
             self.window_keys[:, ring].index_copy_(2, slots, self.past[ring][0])
             self.window_values[:, ring].index_copy_(2, slots, self.past[ring][1])
 
-    def map_batch(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply a function of the batch dimension to everything stored; static buffers keep their address."""
         static = self.static_length is not None
         for name in ("keys", "values", "window_keys", "window_values"):
@@ -317,7 +311,7 @@ class PLTCacheLayer:
             self.batch_size = self.keys.shape[0]
 
 
-def _replace(old: torch.Tensor, new: torch.Tensor, static: bool) -> torch.Tensor:
+def _replace(old: Tensor, new: Tensor, static: bool) -> Tensor:
     if static and old.shape == new.shape:
         return old.copy_(new)
     return new
@@ -359,7 +353,7 @@ class PLTCache(Cache):
         # A tensor if static, so that a captured graph advances it.
         self.length: Any = 0 if max_cache_len is None else torch.zeros((), dtype=torch.long)
 
-    def prepare(self, like: torch.Tensor) -> None:
+    def prepare(self, like: Tensor) -> None:
         """Allocate the state outside the layers, for hidden states like [B, T, d]."""
         if self.static_length is not None and self.length.device != like.device:
             self.length = self.length.to(like.device)
@@ -440,7 +434,7 @@ class PLTCache(Cache):
         self.carry.reset()
         self.length = 0 if self.static_length is None else self.length.zero_()
 
-    def _map_batch(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
         for layer in self.layers:
             layer.map_batch(function)
         self.carry.map_batch(function, self.static_length is not None)
@@ -451,7 +445,7 @@ class PLTCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map_batch(lambda tensor: tensor.repeat_interleave(repeats, 0))
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
+    def batch_select_indices(self, indices: Tensor) -> None:
         self._map_batch(lambda tensor: tensor[indices.to(tensor.device)])
 
     def memory_bytes(self, allocated: bool = False) -> int:
@@ -469,7 +463,7 @@ class PLTCache(Cache):
             yield layer.keys, layer.values, None
 
 
-def unit_rms(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
+def unit_rms(hidden_states: Tensor, eps: float) -> Tensor:
     """Return x / rms(x) over the last dimension, computed in fp32."""
     x = hidden_states.float()
     return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)).to(hidden_states.dtype)
@@ -483,7 +477,7 @@ class PLTRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         return self.weight * unit_rms(hidden_states, self.eps)
 
     def extra_repr(self) -> str:
@@ -494,7 +488,7 @@ class PLTRotaryEmbedding(LlamaRotaryEmbedding):
     """Rotary position embeddings in Llama's half-rotation convention, the same position in every loop."""
 
     @dynamic_rope_update
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return cos and sin [B or 1, T, 1, D] of positions [B or 1, T], in x's dtype; half of sin is negated, see
         `rotate`."""
         angles = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float)
@@ -503,7 +497,7 @@ class PLTRotaryEmbedding(LlamaRotaryEmbedding):
         return torch.cat([cos, cos], -1).unsqueeze(2), torch.cat([-sin, sin], -1).unsqueeze(2)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Apply RoPE to x [B, T, heads, D]. `sin` has the sign of (-x2, x1), so swapping the halves is enough."""
     return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, -1), sin.to(x.dtype))
 
@@ -538,7 +532,7 @@ class PLTGate(nn.Module):
         if self.from_hidden:
             self.gate_norm = PLTRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, query: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def forward(self, query: Tensor, residual: Tensor) -> Tensor:
         """Gates [B, T, H, 1] from query [B, T, H, D] and residual [B, T, d]; computed in fp32."""
         if self.from_hidden:
             logits = F.linear(self.gate_norm(residual).float(), self.weight.float(), self.bias.float())
@@ -569,7 +563,7 @@ class PLTKeyShift(nn.Module):
         sizes = {"none": 0, "heads": (heads - heads // 2) * dim, "channels": heads * dim // 2}
         return sizes.get(config.key_shift, 2 * heads * dim)
 
-    def taken(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def taken(self, key: Tensor, value: Tensor) -> Tensor:
         """Return what tokens hand on to the next, [B, T, P], from key and value [B, T, K, D]."""
         if self.form == "heads":
             return key[:, :, key.shape[2] // 2 :].flatten(2)
@@ -577,9 +571,7 @@ class PLTKeyShift(nn.Module):
             return key.unflatten(-1, (2, 2, -1))[..., 1, :].flatten(2)
         return torch.cat([key, value], -1).flatten(2)
 
-    def forward(
-        self, key: torch.Tensor, value: torch.Tensor, before: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, key: Tensor, value: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
         """Combine key and value [B, T, K, D] with what the tokens before hand on, [B, T, P]."""
         batch, tokens, heads, dim = key.shape
         if self.form == "heads":
@@ -629,13 +621,13 @@ class PLTAttention(nn.Module):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
-        residual: torch.Tensor,
-        shared_key: torch.Tensor | None,
-        shared_value: torch.Tensor | None,
+        hidden_states: Tensor,
+        residual: Tensor,
+        shared_key: Tensor | None,
+        shared_value: Tensor | None,
         state: PLTPass,
         cache: PLTCache | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Compute attention over normed hidden_states [B, T, d]; `residual` is the layer's input, for the gate.
 
         Returns the output [B, T, d], weights or None, and this pass's keys and values [B, K, T, D], which a
@@ -659,18 +651,16 @@ class PLTAttention(nn.Module):
             out, weights = self._sequence(query, key, value, shared, residual, state, cache)
         return self.o_proj(out.flatten(2)), weights, key, value
 
-    def _split(self, x: torch.Tensor) -> torch.Tensor:
+    def _split(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], -1, self.head_dim)
 
-    def _heads(self, x: torch.Tensor, norm: PLTRMSNorm | None) -> torch.Tensor:
+    def _heads(self, x: Tensor, norm: PLTRMSNorm | None) -> Tensor:
         """[B, T, heads * D] to [B, T, heads, D], normed."""
         if norm is None:
             return self._split(x)
         return norm(self._split(x)) if self.norm_heads else self._split(norm(x))
 
-    def _shifted(
-        self, key: torch.Tensor, value: torch.Tensor, state: PLTPass, cache: PLTCache | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _shifted(self, key: Tensor, value: Tensor, state: PLTPass, cache: PLTCache | None) -> tuple[Tensor, Tensor]:
         """Combine key and value [B, T, K, D] with what the tokens before hand on."""
         taken = self.key_shift.taken(key, value)
         carry = None if cache is None else cache.layers[self.layer_idx].carry
@@ -684,15 +674,13 @@ class PLTAttention(nn.Module):
         carry.keep(taken.unsqueeze(1), loops, state)
         return combined
 
-    def _kv_input(self, hidden_states: torch.Tensor, state: PLTPass) -> torch.Tensor | None:
+    def _kv_input(self, hidden_states: Tensor, state: PLTPass) -> Tensor | None:
         """Return the rows whose own keys and values are attended to: without a window, only the first loop's."""
         if not self.config.shares_values or self.config.gated_window or state.loop == 0:
             return hidden_states
         return hidden_states[:, :1] if state.loop is None else None
 
-    def _blend(
-        self, query: torch.Tensor, residual: torch.Tensor, y_local: torch.Tensor, y_global: torch.Tensor
-    ) -> torch.Tensor:
+    def _blend(self, query: Tensor, residual: Tensor, y_local: Tensor, y_global: Tensor) -> Tensor:
         # Under autocast a normed query is in fp32 and attention's output is not; `lerp` takes one dtype.
         gate = self.plt_gate(query, residual).to(y_global.dtype)
         if self.config.gate_side == "local":
@@ -703,14 +691,14 @@ class PLTAttention(nn.Module):
 
     def _sequence(
         self,
-        query: torch.Tensor,
-        key: torch.Tensor | None,
-        value: torch.Tensor | None,
-        shared: tuple[torch.Tensor, torch.Tensor] | None,
-        residual: torch.Tensor,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        shared: tuple[Tensor, Tensor] | None,
+        residual: Tensor,
         state: PLTPass,
         cache: PLTCache | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None]:
         """query [B, T, H, D], key and value [B, K, T, D]; returns [B, T, H, D]."""
         windowed = state.loop in state.windows
         if windowed and self.config.windows_earlier_loops:
@@ -721,9 +709,7 @@ class PLTAttention(nn.Module):
             return y, weights
         return self._blend(query, residual, self._window(query, key, value, state, cache), y), weights
 
-    def _window(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: PLTPass, cache: PLTCache | None
-    ) -> torch.Tensor:
+    def _window(self, query: Tensor, key: Tensor, value: Tensor, state: PLTPass, cache: PLTCache | None) -> Tensor:
         """Attend to the loop's own last w keys: query [B, T, H, D], key and value [B, K, T, D] to [B, T, H, D]."""
         prefix = None
         if cache is not None:
@@ -738,14 +724,8 @@ class PLTAttention(nn.Module):
         return self._attend(query, key, value, state.window_mask, state, sliding_window=width)[0]
 
     def _attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        state: PLTPass,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, state: PLTPass, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
         """query [B, T, H, D] against key and value [B, K, N, D], causal unless masked; returns [B, T, H, D]."""
         dropout = self.attention_dropout if self.training else 0.0
         kwargs |= {"dropout": dropout, "scaling": self.scaling, "position_ids": state.position_ids}
@@ -753,13 +733,13 @@ class PLTAttention(nn.Module):
 
     def _global_kv(
         self,
-        key: torch.Tensor | None,
-        value: torch.Tensor | None,
-        shared: tuple[torch.Tensor, torch.Tensor] | None,
+        key: Tensor | None,
+        value: Tensor | None,
+        shared: tuple[Tensor, Tensor] | None,
         tokens: int,
         state: PLTPass,
         cache: PLTCache | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """Return the keys and values [B, K, N, D] that loop `state.loop` attends to in full."""
         if cache is None:
             if state.loop == 0 or not self.config.share_kv:
@@ -772,9 +752,7 @@ class PLTAttention(nn.Module):
         keys, values = layer.read(loops, state, tokens)
         return keys[:, 0], values[:, 0]
 
-    def _blocked_window(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: PLTPass
-    ) -> torch.Tensor:
+    def _blocked_window(self, query: Tensor, key: Tensor, value: Tensor, state: PLTPass) -> Tensor:
         """Windowed attention in O(T * (block + w)): each block of queries against the keys it can reach.
 
         query [B, T, H, D]; key and value [B, K, <= w-1 + T, D]; window_mask [B, blocks, block, block + w - 1].
@@ -787,7 +765,7 @@ class PLTAttention(nn.Module):
         query = F.pad(query, (0, 0, 0, 0, 0, after)).view(batch, blocks, block, kv_heads, groups, dim)
         query = query.permute(0, 1, 3, 4, 2, 5).reshape(batch * blocks, kv_heads, groups * block, dim)
 
-        def cut(x: torch.Tensor) -> torch.Tensor:
+        def cut(x: Tensor) -> Tensor:
             x = F.pad(x, (0, 0, before, after)).unfold(2, reach, block)
             return x.permute(0, 2, 1, 4, 3).reshape(batch * blocks, kv_heads, reach, dim)
 
@@ -800,14 +778,8 @@ class PLTAttention(nn.Module):
     # One token: all loops as rows, or one loop.
 
     def _step(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor | None,
-        value: torch.Tensor | None,
-        residual: torch.Tensor,
-        state: PLTPass,
-        cache: PLTCache,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, query: Tensor, key: Tensor | None, value: Tensor | None, residual: Tensor, state: PLTPass, cache: PLTCache
+    ) -> tuple[Tensor, Tensor | None]:
         """One token of R loops: query [B, R, H, D], key and value [B, R, K, D]; returns [B, R, H, D].
 
         With shared KV the queries of all loops and heads of a group are rows against one read of the cache.
@@ -835,16 +807,16 @@ class PLTAttention(nn.Module):
         return (torch.cat([y[:, :1], blended], 1) if windowed.start else blended), weights
 
     def _full_rows(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """query [B, R, H, D] against keys and values [B, R or 1, K, N, D]."""
         if self.config.shares_values:
             return self._shared_rows(query, keys[:, 0], values[:, 0], mask)
         return self._own_rows(query, keys.expand(-1, query.shape[1], -1, -1, -1), values, mask)
 
     def _shared_rows(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """query [B, R, H, D] against one key and value [B, K, N, D]."""
         batch, rows, heads, dim = query.shape
         kv_heads, groups = key.shape[1], self.num_key_value_groups
@@ -855,9 +827,7 @@ class PLTAttention(nn.Module):
             weights = weights.view(batch, kv_heads, rows, groups, -1).transpose(2, 3).flatten(1, 2)
         return y, weights
 
-    def _own_rows(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _own_rows(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """query [B, R, H, D], each row against its own key and value [B, R, K, N, D]."""
         batch, rows, heads, dim = query.shape
         query = query.reshape(batch * rows, key.shape[2], self.num_key_value_groups, dim)
@@ -867,8 +837,8 @@ class PLTAttention(nn.Module):
         return y.reshape(batch, rows, heads, dim), weights
 
     def _attend_rows(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """query [X, K, R, D] against key and value [X, K, N, D], not causal; returns [X, K, R, D]."""
         dropout = self.attention_dropout if self.training else 0.0
         if self.config._attn_implementation == "sdpa":
@@ -904,7 +874,7 @@ class PLTMLP(nn.Module):
         self.down_proj = nn.Linear(size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
@@ -922,7 +892,7 @@ class PLTRouter(nn.Module):
         bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.use_routing_bias else None
         self.register_buffer("e_score_correction_bias", bias)
 
-    def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """rows [T, d] to logits [T, experts], in fp32, and the bias [experts]."""
         return F.linear(rows.float(), self.weight.float()), self.e_score_correction_bias
 
@@ -943,7 +913,7 @@ class PLTMoE(nn.Module):
         shared = config.shared_expert_intermediate_size
         self.shared_expert = PLTMLP(config, shared) if shared else None
 
-    def route(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def route(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """rows [T, d] to the experts' weights, in fp32, and their indices, both [T, top_k]."""
         logits, bias = self.gate(rows)
         scores = logits.sigmoid() if self.scoring_func == "sigmoid" else logits.softmax(-1)
@@ -953,7 +923,7 @@ class PLTMoE(nn.Module):
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return weights, chosen
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, T, d] to the same."""
         rows = hidden_states.flatten(0, 1)
         weights, chosen = self.route(rows)
@@ -990,12 +960,12 @@ class PLTDecoderLayer(GradientCheckpointingLayer):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
-        shared_key: torch.Tensor | None = None,
-        shared_value: torch.Tensor | None = None,
+        hidden_states: Tensor,
+        shared_key: Tensor | None = None,
+        shared_value: Tensor | None = None,
         state: PLTPass | None = None,
         cache: PLTCache | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """hidden_states [B, T, d] to the same, and the pass's keys and values [B, K, T, D] or None."""
         pre = self.input_layernorm is not None
         attention_input = self.input_layernorm(hidden_states) if pre else hidden_states
@@ -1010,7 +980,7 @@ class PLTDecoderLayer(GradientCheckpointingLayer):
             out = self.post_feedforward_layernorm(out)
         return self._add(hidden_states, out), key, value
 
-    def _add(self, residual: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def _add(self, residual: Tensor, out: Tensor) -> Tensor:
         return residual + out if self.residual_scale == 1.0 else residual + self.residual_scale * out
 
 
@@ -1025,7 +995,7 @@ class PLTLoopInput(nn.Module):
             size = config.hidden_size if config.learned_hidden_scale == "channel" else 1
             self.hidden_scale = nn.Parameter(torch.full((size,), self.initial))
 
-    def forward(self, embeds: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, embeds: Tensor, hidden_states: Tensor) -> Tensor:
         """E and h (already shifted with cross_loop_parallel), [B, T, d] to the same."""
         if self.norm:
             hidden_states = unit_rms(hidden_states, self.eps)
@@ -1033,7 +1003,7 @@ class PLTLoopInput(nn.Module):
         return _scaled(embeds, a) + _scaled(hidden_states, b)
 
 
-def _scaled(x: torch.Tensor, scale: Any) -> torch.Tensor:
+def _scaled(x: Tensor, scale: Any) -> Tensor:
     return x if isinstance(scale, float) and scale == 1.0 else scale * x
 
 
@@ -1132,10 +1102,10 @@ class PLTModel(PLTPreTrainedModel):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         cache: PLTCache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         loop_count: int | None = None,
         loop_mode: str | None = None,
@@ -1221,15 +1191,15 @@ class PLTModel(PLTPreTrainedModel):
 
     def _run(
         self,
-        embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
+        embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
         cache: PLTCache | None,
-        documents: torch.Tensor | None,
+        documents: Tensor | None,
         loops: int,
         loop_mode: str | None,
         kwargs: dict[str, Any],
-    ) -> torch.Tensor:
+    ) -> Tensor:
         tokens = embeds.shape[1]
         recorded = [
             kwargs.get(name, getattr(self.config, name, False))
@@ -1249,14 +1219,14 @@ class PLTModel(PLTPreTrainedModel):
 
     def _run_chunk(
         self,
-        embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
+        embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
         cache: PLTCache | None,
-        documents: torch.Tensor | None,
+        documents: Tensor | None,
         loops: int,
         loop_mode: str | None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         if cache is not None:
             cache.prepare(embeds)
         layout = _Layout(self.config, embeds, attention_mask, cache, documents)
@@ -1277,24 +1247,22 @@ class PLTModel(PLTPreTrainedModel):
         )
         layout.fill(state, loops, parallel, step)
         embeds = self._once(range(self.config.looped_layers.start), embeds, state, cache)
-        if self.config.loop_order == "layer":
-            return self._layer_by_layer(embeds, state, cache)
         run = self._parallel_step if parallel else self._loop_by_loop
         return run(embeds, state, cache)
 
-    def _once(self, layers: range, hidden_states: torch.Tensor, state: PLTPass, cache: PLTCache | None) -> torch.Tensor:
+    def _once(self, layers: range, hidden_states: Tensor, state: PLTPass, cache: PLTCache | None) -> Tensor:
         """Run new tokens [B, T, d] through layers that do not loop."""
         device, state = hidden_states.device, state.once()
         for index in layers:
             hidden_states = self.layers[index](hidden_states, state=state, cache=cache)[0]
         return hidden_states.to(device)
 
-    def _close(self, hidden_states: torch.Tensor, state: PLTPass, cache: PLTCache | None) -> torch.Tensor:
+    def _close(self, hidden_states: Tensor, state: PLTPass, cache: PLTCache | None) -> Tensor:
         """Run h(L) of new tokens [B, T, d] through the layers after those that loop, and the final norm."""
         coda = range(self.config.looped_layers.stop, len(self.layers))
         return self.norm(self._once(coda, hidden_states, state, cache))
 
-    def _parallel_step(self, embeds: torch.Tensor, state: PLTPass, cache: PLTCache) -> torch.Tensor:
+    def _parallel_step(self, embeds: Tensor, state: PLTPass, cache: PLTCache) -> Tensor:
         """Run every loop of one token at once: row 1 is e_i, row l is e_i plus the carried h(l-1) of position i-1."""
         # A device map may put `loop_input` and `norm` on the last layers' device: both return here.
         later = self.loop_input(embeds, cache.carry.last).to(embeds.device)
@@ -1310,53 +1278,43 @@ class PLTModel(PLTPreTrainedModel):
         cache.advance(1)
         return last
 
-    def _loop_by_loop(self, embeds: torch.Tensor, state: PLTPass, cache: PLTCache | None) -> torch.Tensor:
-        """Run new tokens [B, T, d] one loop after the other; return the normed output of the last."""
+    def _loop_by_loop(self, embeds: Tensor, state: PLTPass, cache: PLTCache | None) -> Tensor:
+        """Run new tokens [B, T, d] one loop after the other, or each layer's loops before the next layer's; return the
+        normed output of the last."""
+        looped, loops = self.config.looped_layers, range(state.loop_count)
+        order = [(loop, looped) for loop in loops]
+        if self.config.loop_order == "layer":
+            order = [(loop, (index,)) for index in looped for loop in loops]
         shared: list[tuple[Any, Any]] = [(None, None)] * len(self.layers)
         hidden_states = embeds
-        for loop in range(state.loop_count):
+        for loop, layers in order:
             if loop:
                 hidden_states = self._next_input(embeds, hidden_states, loop, state, cache)
             state = replace(state, loop=loop)
-            for index in self.config.looped_layers:
+            for index in layers:
                 hidden_states, key, value = self.layers[index](hidden_states, *shared[index], state=state, cache=cache)
                 if loop == 0 and cache is None and self.config.share_kv:
                     shared[index] = (key, value)
-            hidden_states = hidden_states.to(embeds.device)
-            if loop == state.loop_count - 1:
-                hidden_states = self._close(hidden_states, state, cache)
-                break
-            if self.config.norm_between_loops:
-                hidden_states = self.norm(hidden_states).to(embeds.device)
+        hidden_states = self._close(hidden_states.to(embeds.device), state, cache)
         if cache is not None:
             cache.advance(embeds.shape[1])
         return hidden_states
 
-    def _layer_by_layer(self, hidden_states: torch.Tensor, state: PLTPass, cache: PLTCache | None) -> torch.Tensor:
-        """Run each layer's loops over new tokens [B, T, d] before the next layer's; return the last's normed output."""
-        device = hidden_states.device
-        for index in self.config.looped_layers:
-            shared: tuple[Any, Any] = (None, None)
-            for loop in range(state.loop_count):
-                own = replace(state, loop=loop)
-                hidden_states, key, value = self.layers[index](hidden_states, *shared, state=own, cache=cache)
-                if loop == 0 and cache is None and self.config.share_kv:
-                    shared = (key, value)
-        if cache is not None:
-            cache.advance(hidden_states.shape[1])
-        return self._close(hidden_states.to(device), state, cache)
-
     def _next_input(
-        self, embeds: torch.Tensor, hidden_states: torch.Tensor, loop: int, state: PLTPass, cache: PLTCache | None
-    ) -> torch.Tensor:
+        self, embeds: Tensor, hidden_states: Tensor, loop: int, state: PLTPass, cache: PLTCache | None
+    ) -> Tensor:
         """Return the input of loop `loop` (from 0): `PLTLoopInput` of E and shift(h) or h, or h itself."""
+        if self.config.norm_between_loops:
+            hidden_states = self.norm(hidden_states)
         if self.config.cross_loop_parallel:
             carry = None if cache is None else cache.carry
-            return self.loop_input(embeds, shift(hidden_states, loop - 1, state, carry))
-        return self.loop_input(embeds, hidden_states) if self.config.input_injection else hidden_states
+            hidden_states = shift(hidden_states.to(embeds.device), loop - 1, state, carry)
+        elif not self.config.input_injection:
+            return hidden_states
+        return self.loop_input(embeds, hidden_states)
 
 
-def _documents(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+def _documents(position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
     """Return the index of each token's packed document [B or 1, T], or None if there is only one. Padding separates
     nothing."""
     if position_ids is None or position_ids.shape[-1] == 1:
@@ -1380,10 +1338,10 @@ class _Layout:
     def __init__(
         self,
         config: PLTConfig,
-        embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        embeds: Tensor,
+        attention_mask: Tensor | None,
         cache: PLTCache | None,
-        documents: torch.Tensor | None,
+        documents: Tensor | None,
     ):
         self.config = config
         self.device, self.dtype = embeds.device, embeds.dtype
@@ -1398,7 +1356,7 @@ class _Layout:
         if self.segments is not None:
             self.new_segments = self.segments[:, self.slots] if self.static else self.segments[:, -self.tokens :]
 
-    def _rows(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def _rows(self) -> tuple[Tensor | None, Tensor | None]:
         """Return which new tokens are not padding, and which follow a token of their text: [B or 1, T, 1] each, None if
         all do. The first new token continues the cache, whose carries are zero after padding, or nothing."""
         if self.new_segments is None:
@@ -1410,7 +1368,7 @@ class _Layout:
         same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] >= 0)
         return real, F.pad(same, (1, 0), value=True).unsqueeze(-1)
 
-    def _segments(self, mask: torch.Tensor | None, documents: torch.Tensor | None) -> torch.Tensor | None:
+    def _segments(self, mask: Tensor | None, documents: Tensor | None) -> Tensor | None:
         if mask is not None:
             mask = self._whole_mask(mask.to(self.device))
             if not self.static and not is_torchdynamo_compiling() and mask.all():
@@ -1424,7 +1382,7 @@ class _Layout:
         # A static cache has slots that are not written yet: its masks are never None.
         return torch.zeros((1, self.total), dtype=torch.long, device=self.device) if self.static else None
 
-    def _whole_mask(self, mask: torch.Tensor) -> torch.Tensor:
+    def _whole_mask(self, mask: Tensor) -> Tensor:
         known = mask.shape[1]
         if mask.shape[0] != self.batch:
             raise ValueError(f"attention_mask has {mask.shape[0]} sequences, the input {self.batch}")
@@ -1434,7 +1392,7 @@ class _Layout:
             raise ValueError(f"attention_mask covers {known} tokens, cache and input hold {self.total}")
         return mask.bool()
 
-    def positions(self) -> torch.Tensor:
+    def positions(self) -> Tensor:
         """Return positions [B or 1, T] of the new tokens without padding: the gate sees absolute positions."""
         if not self.padded:
             return self.slots[None]
@@ -1462,16 +1420,16 @@ class _Layout:
         else:
             state.window_mask = self._for_attention(self._block_mask(state))
 
-    def _each_full(self, mask: torch.Tensor, loops: int) -> torch.Tensor:
+    def _each_full(self, mask: Tensor, loops: int) -> Tensor:
         """Repeat a mask for the rows of a parallel step that attend in full, each to keys or values of its own."""
         return mask if self.config.shares_values or self.config.windows_earlier_loops else _each(mask, loops)
 
-    def _for_attention(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+    def _for_attention(self, mask: Tensor | None) -> Tensor | None:
         if mask is None or self.config._attn_implementation != "eager":
             return mask
         return torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, torch.finfo(self.dtype).min)
 
-    def _global_mask(self, step: bool) -> torch.Tensor | None:
+    def _global_mask(self, step: bool) -> Tensor | None:
         """Return [B or 1, 1, T, N]: causal, within a segment. None: everything, or causal by the kernel's own flag."""
         if self.segments is None and (step or (self.start == 0 and self.config._attn_implementation == "sdpa")):
             return None
@@ -1481,7 +1439,7 @@ class _Layout:
             mask = mask & (self.segments[:, None, :] == self.new_segments[:, :, None])
         return mask[:, None]
 
-    def _ring_mask(self) -> torch.Tensor | None:
+    def _ring_mask(self) -> Tensor | None:
         """Return [B or 1, 1, 1, <= w]: ring slots that hold a token of this segment. None: all that are filled."""
         if self.segments is None:
             return None
@@ -1501,7 +1459,7 @@ class _Layout:
             state.prefix_slots = (self.start - count + torch.arange(count, device=self.device)) % width
         return count
 
-    def _block_mask(self, state: PLTPass) -> torch.Tensor:
+    def _block_mask(self, state: PLTPass) -> Tensor:
         """Return [B or 1, blocks, block, block + w - 1]: query i of a block sees keys i..i+w-1 of its segment."""
         prefix = self._prefix(state)
         width = self.config.window_size if prefix else min(self.config.window_size, self.tokens)
@@ -1521,7 +1479,7 @@ class _Layout:
         # Padding sees itself at least, so that no row is empty.
         return band & ((keys[:, :, None, :] == queries[:, :, :, None]) | (offset == width - 1))
 
-    def _segments_before(self, count: int, prefix: int) -> torch.Tensor:
+    def _segments_before(self, count: int, prefix: int) -> Tensor:
         """Return segments [B or 1, count] of the tokens before this pass, -1 where there is none."""
         positions = self.start - count + torch.arange(count, device=self.device)
         if self.segments is None:
@@ -1552,7 +1510,7 @@ class _Layout:
             state.global_mask = self._each_full(mask, loops)
 
 
-def _each(mask: torch.Tensor, times: int) -> torch.Tensor:
+def _each(mask: Tensor, times: int) -> Tensor:
     """Repeat a mask for the loops of each sequence; one that all sequences share broadcasts."""
     return mask if mask.shape[0] == 1 else mask.repeat_interleave(times, 0)
 
@@ -1577,13 +1535,13 @@ class PLTForCausalLM(PLTPreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         cache: PLTCache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
+        logits_to_keep: int | Tensor = 0,
         loop_count: int | None = None,
         loop_mode: str | None = None,
         past_key_values: PLTCache | None = None,
@@ -1682,7 +1640,7 @@ class PLTForCausalLM(PLTPreTrainedModel, GenerationMixin):
         raise ValueError("transformers' continuous batching cannot hold a PLT's state: use generate, or vLLM")
 
     @staticmethod
-    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
         """Extend the mask to a static cache's full length from the start, so that a step compiles once."""
         cache = kwargs.get(CACHE_NAME)
         if attention_mask is None or cache is None or cache.static_length is None:

@@ -21,7 +21,7 @@ from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.hf import conversion
 from plt_megatron.hf.arguments import CONFIG, check_model
-from plt_megatron.hf.config_keys import read_config
+from plt_megatron.hf.config_keys import HFModelConfig, read_config
 from plt_megatron.hf.conversion import DERIVED_BUFFERS, ParamMapping, mappings_for
 from plt_megatron.hf.safetensors_files import DTYPES, SafetensorsFolder
 from plt_megatron.hf.tokenizer_files import (
@@ -82,17 +82,13 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-@dataclass
-class ModelSource:
-    """A model to convert.
+@dataclass(kw_only=True)
+class ModelSource(HFModelConfig):
+    """A model to convert, which is described as in a config.json.
 
     Attributes:
-        family: `model_type` of a Hugging Face folder; otherwise empty.
-        vocab_size: without padding.
-        max_position_embeddings: tokens of the longest text it was made for.
         precision: precision of the weights, a key of `PRECISIONS`.
         weights: yields (our name, whole tensor) of each parameter; every call reads them again, one at a time.
-        tokens: ids of special tokens, by config.json's names.
         generation: further settings of generation_config.json.
         progress: a checkpoint's record of its run; otherwise empty.
         ema: whether the weights are a moving average of the run's.
@@ -100,17 +96,12 @@ class ModelSource:
     """
 
     path: Path
-    model: ModelConfig
-    vocab_size: int
-    max_position_embeddings: int
     precision: str
     weights: Callable[[], Iterator[tuple[str, Tensor]]]
     tokenizer: Tokenizer | None
-    tokens: dict[str, Any]
     generation: dict[str, Any] = field(default_factory=dict)
     progress: dict[str, Any] = field(default_factory=dict)
     ema: bool = False
-    family: str = ""
     lineage: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -227,16 +218,12 @@ def _open_hf(path: Path, tokenizer: Path | None) -> ModelSource:
     found = tokenizer or hf_tokenizer_file(path, described.family)
     tokens, generation = token_ids(described.tokens, read_generation_config(path))
     return ModelSource(
+        **vars(described) | {"tokens": tokens},
         path=path,
-        model=described.model,
-        vocab_size=described.vocab_size,
-        max_position_embeddings=described.max_position_embeddings,
         precision=hf_precision(files),
         weights=lambda: conversion.to_megatron(files.read, mappings),
         tokenizer=load_hf_tokenizer(found, described.tokens) if found else None,
-        tokens=tokens,
         generation=generation,
-        family=described.family,
         lineage=read_license(path),
     )
 

@@ -209,8 +209,7 @@ def export_of(source: ModelSource, dtype: torch.dtype) -> Any:
     from plt_megatron.hf.configuration_plt import PLTConfig
     from plt_megatron.hf.modeling_plt import PLTForCausalLM
 
-    keys = plt_keys(source.model, source.vocab_size, source.max_position_embeddings, source.tokens, "float32")
-    model: Any = PLTForCausalLM(PLTConfig.from_dict(keys))
+    model: Any = PLTForCausalLM(PLTConfig.from_dict(plt_keys(source, "float32")))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())

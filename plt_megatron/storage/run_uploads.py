@@ -22,16 +22,7 @@ from plt_megatron.run_folder.checkpoints import NAME
 from plt_megatron.run_folder.files import locked, write_text, writing
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.text import format_bytes, format_duration, plural
-from plt_megatron.storage.copies import (
-    INDEX,
-    Uploaded,
-    files_in,
-    has_manifest,
-    index_of,
-    latest_step,
-    steps_in,
-    upload,
-)
+from plt_megatron.storage.copies import INDEX, Uploaded, files_in, has_manifest, index_of, latest_step, steps_in, upload
 from plt_megatron.storage.places import Place, failing
 from plt_megatron.storage.queue import CHECKPOINT, EXPORT, UploadQueue, Waiting
 

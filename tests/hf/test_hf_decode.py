@@ -4,17 +4,7 @@ import pytest
 import torch
 
 from tests.hf.test_hf_cache import CACHED
-from tests.hf.tiny import (
-    ALL,
-    TOLERANCE,
-    close_to_each,
-    decode,
-    expected,
-    full,
-    left_pad,
-    make_model,
-    make_tokens,
-)
+from tests.hf.tiny import ALL, TOLERANCE, close_to_each, decode, expected, full, left_pad, make_model, make_tokens
 
 MODES = ("parallel", "serial", "static", "eager")
 # Models that differ in what padding and chunks can touch: rings, carries, stores of each loop, layers that run once.

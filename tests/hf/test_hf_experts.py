@@ -118,10 +118,7 @@ def test_every_expert_learns_and_none_is_a_constant():
         ({"num_experts_per_tok": 7}, "num_experts_per_tok 7 exceeds num_experts 6"),
         ({"moe_intermediate_size": None}, "moe_intermediate_size must be a positive integer"),
         ({"mlp_bias": True}, "mlp_bias is not supported with experts"),
-        (
-            {"norm_between_loops": True, "hidden_norm": True},
-            "hidden_norm are mutually exclusive",
-        ),
+        ({"norm_between_loops": True, "hidden_norm": True}, "hidden_norm are mutually exclusive"),
         ({"scoring_func": "relu"}, "scoring_func must be one of softmax, sigmoid, not 'relu'"),
         ({"use_routing_bias": True}, 'use_routing_bias needs scoring_func "sigmoid"'),
         (

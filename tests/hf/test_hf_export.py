@@ -222,10 +222,7 @@ def test_shipped_files_import_torch_and_transformers_only():
         ({"window_size": 0}, "window_size must be a positive integer, not 0"),
         ({"head_dim": 15}, "head_dim must be even for RoPE, not 15"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
-        (
-            {"head_dim": None, "num_attention_heads": 6},
-            "hidden_size 64 is not a multiple of num_attention_heads 6",
-        ),
+        ({"head_dim": None, "num_attention_heads": 6}, "hidden_size 64 is not a multiple of num_attention_heads 6"),
         ({"norm_placement": "both"}, "norm_placement must be one of pre, post"),
         ({"norm_placement": "post", "ffn_output_norm": True}, "leave ffn_output_norm false"),
         ({"attention_bias": True, "qkv_bias": True}, "mutually exclusive"),

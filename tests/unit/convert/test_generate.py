@@ -96,8 +96,7 @@ def test_a_chat(generate, exported, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
-    [("--temperature", "-1"), ("--temperature", "nan"), ("--temperature", "inf")],
+    ("option", "value"), [("--temperature", "-1"), ("--temperature", "nan"), ("--temperature", "inf")]
 )
 def test_numbers_that_cannot_be(capsys, option, value):
     with pytest.raises(SystemExit, match="2"):

@@ -16,14 +16,7 @@ import pytest
 from plt_megatron.errors import AttemptFailed, UserError
 from plt_megatron.run_folder import checkpoints
 from plt_megatron.storage import copies, places
-from plt_megatron.storage.copies import (
-    download_part,
-    find_checkpoint,
-    index_of,
-    read_index,
-    read_manifest,
-    upload,
-)
+from plt_megatron.storage.copies import download_part, find_checkpoint, index_of, read_index, read_manifest, upload
 from plt_megatron.storage.places import Place, redacted
 
 
@@ -273,11 +266,7 @@ def test_what_there_is_nothing_of_is_not_uploaded(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("url", "problem"),
-    [
-        ("nope://bucket/folder", "Protocol not known: nope"),
-        ("gs://bucket/folder", "gcsfs"),
-    ],
+    ("url", "problem"), [("nope://bucket/folder", "Protocol not known: nope"), ("gs://bucket/folder", "gcsfs")]
 )
 def test_a_protocol_that_is_unknown_or_lacks_its_package_is_one_line(url, problem):
     with pytest.raises(UserError, match=problem) as caught:

@@ -259,10 +259,7 @@ def test_a_manifest_that_was_cut_short_displaces_no_checkpoint(tmp_path, cut):
     ],
 )
 def test_a_command_that_means_nothing_is_one_line(tmp_path, capsys, arguments, problem):
-    runs = {
-        "run": a_run(tmp_path),
-        "plain": a_run(tmp_path / "other", export_to=None, to=None),
-    }
+    runs = {"run": a_run(tmp_path), "plain": a_run(tmp_path / "other", export_to=None, to=None)}
     (tmp_path / "empty").mkdir()
     paths = {name: run.path for name, run in runs.items()}
     paths |= {"empty": tmp_path / "empty", "config.yaml": runs["run"].config_file}
