@@ -40,10 +40,7 @@ LOSSES = {"loop_loss_weights": (0.5, 0.25)}  # of three loops, as a case's `trai
 Z_LOSS = {"z_loss_coeff": 0.02}  # as a case's `training`
 
 # The first step moves each bias by a good part of what scores differ in, so that the second routes otherwise.
-BIASES = {
-    "moe.router_score_function": "sigmoid",
-    "moe.router_bias_update_rate": 0.1,
-}
+BIASES = {"moe.router_score_function": "sigmoid", "moe.router_bias_update_rate": 0.1}
 
 # As a case's `optimizer`: each kind of parameter has rates of its own.
 FACTORS = {

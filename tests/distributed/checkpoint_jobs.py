@@ -21,7 +21,10 @@ from plt_megatron.config.schema import (
     RunConfig,
     TrainingConfig,
 )
+from plt_megatron.errors import UserError
+from plt_megatron.run_folder.checkpoints import latest_checkpoint
 from plt_megatron.runtime.process_groups import init_process_groups
+from tests.checkpoints import save_checkpoint
 from tests.distributed.heard import heard
 from tests.settings import make
 
@@ -120,8 +123,6 @@ def digest(engine: Any) -> str:
 
 def train_and_save(directory: Path, config: RunConfig, steps: int = 3, then: int = 0, **arguments: Any) -> dict:
     """Train, save, and train on for `then` steps."""
-    from tests.checkpoints import save_checkpoint
-
     engine = build(config)
     before = train(engine, 1, steps)
     path = save_checkpoint(engine, directory, {"step": steps, "tokens": steps * BATCH * LENGTH}, **arguments)
@@ -171,8 +172,6 @@ def _leave_and_rejoin(config: RunConfig) -> Any:
 
 def train_save_evaluate(directory: Path, config: RunConfig) -> float:
     """Train three steps, save, and give the loss with one loop."""
-    from tests.checkpoints import save_checkpoint
-
     engine = build(config)
     train(engine, 1, 3)
     save_checkpoint(engine, directory, {"step": 3})
@@ -181,7 +180,6 @@ def train_save_evaluate(directory: Path, config: RunConfig) -> float:
 
 def error_of_load(path: Path, config: RunConfig, vocab_size: int = VOCAB) -> str:
     """The message of the UserError that loading ends with."""
-    from plt_megatron.errors import UserError
     from plt_megatron.train.checkpoint.loading import load_checkpoint
 
     try:
@@ -205,8 +203,6 @@ def stored_tensors(directory: Path, prefix: str = "") -> dict[str, torch.Tensor]
     """The tensors of a checkpoint, or of a folder's last one, whose key has the prefix, as torch reads them."""
     from torch.distributed.checkpoint import FileSystemReader, load
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    from plt_megatron.run_folder.checkpoints import latest_checkpoint
 
     reader = FileSystemReader(directory if (directory / ".metadata").exists() else latest_checkpoint(directory))
     tensors = {
@@ -234,7 +230,6 @@ def go_on_in_fp32(folder: Path) -> list[tuple[bool, bool]]:
     import torch.distributed as dist
 
     from plt_megatron.train.checkpoint.loading import load_checkpoint
-    from tests.checkpoints import save_checkpoint
 
     before, after = build(run_config(precision="bf16")), build(run_config())
     train(before, 1, 2)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from plt_megatron.errors import UserError
+from tests.checkpoints import save_checkpoint
 from tests.distributed.cases import VOCAB_SIZE, Case, Layout, Outcome
 from tests.distributed.heard import heard
 
@@ -241,7 +243,6 @@ def _everyones_state(engine: Any) -> list[str]:
 
 def save_from(folder: Path, places: list[Place]) -> list[float]:
     """Three steps at each place, saved as `folder/<number>`; each one's loss on step 1's data."""
-    from tests.checkpoints import save_checkpoint
     from tests.distributed import checkpoint_jobs as jobs
 
     losses = []
@@ -257,8 +258,6 @@ def save_copies_that_differ(folder: Path, place: Place, factor: float) -> str:
     """Save although rank 1 holds `factor` times the final norm; return the error, or what its copies are then."""
     import torch.distributed as dist
 
-    from plt_megatron.errors import UserError
-    from tests.checkpoints import save_checkpoint
     from tests.distributed import checkpoint_jobs as jobs
 
     engine = _build(place)

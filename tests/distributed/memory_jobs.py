@@ -29,6 +29,7 @@ from plt_megatron.model.loop_context import Documents
 from plt_megatron.model.looped_gpt import MicroBatch
 from plt_megatron.runtime.process_groups import init_process_groups
 from plt_megatron.train.build_engine import build_engine
+from tests.checkpoints import save_checkpoint
 
 STEPS = 2  # the optimizer's state exists from the first step's end on
 UNRELEASED = 1e5  # bytes that may be left when all is dropped
@@ -188,8 +189,6 @@ def _batches(config: RunConfig, vocab_size: int) -> list[MicroBatch]:
 
 def checkpoint_size(config: RunConfig, vocab_size: int, folder: str) -> int:
     """Bytes on disk of one checkpoint."""
-    from tests.checkpoints import save_checkpoint
-
     init_process_groups(config.parallel)
     engine = build_engine(config, vocab_size)
     engine.train_step(_batches(config, vocab_size))

@@ -34,16 +34,7 @@ from plt_megatron.model.looped_gpt import LoopedGPT, MicroBatch
 from plt_megatron.runtime.process_groups import init_process_groups
 from plt_megatron.train import megatron_engine
 from plt_megatron.train.megatron_engine import MegatronEngine
-from tests.distributed.cases import (
-    GLOBAL_BATCH_SIZE,
-    MODEL,
-    SEQUENCE_LENGTH,
-    STEPS,
-    VOCAB_SIZE,
-    Case,
-    Layout,
-    Outcome,
-)
+from tests.distributed.cases import GLOBAL_BATCH_SIZE, MODEL, SEQUENCE_LENGTH, STEPS, VOCAB_SIZE, Case, Layout, Outcome
 from tests.reference.megatron_weights import randomize_biases, randomize_gates_and_norms
 from tests.settings import changed, make
 
@@ -115,10 +106,7 @@ def train_steps(
 
 def _parallel(layout: Layout, case: Case) -> ParallelConfig:
     return ParallelConfig(
-        **layout.settings,
-        overlap_grad_reduce=case.overlap,
-        recompute_granularity=case.recompute,
-        **case.parallel,
+        **layout.settings, overlap_grad_reduce=case.overlap, recompute_granularity=case.recompute, **case.parallel
     )
 
 

@@ -11,7 +11,7 @@ from tests.checkpoints import read_progress
 from tests.distributed.params import layouts, slow
 from tests.distributed.schedule_jobs import train_and_tell
 from tests.distributed.training_jobs import run_config
-from tests.distributed.whole_runs import as_after_step, folder, numbers
+from tests.distributed.whole_runs import as_after_step, assert_close, folder, numbers
 
 # Of 32 tokens each: three steps of four samples, then steps of eight, twelve and at last sixteen.
 STAGES = [BatchStage(380, 4), BatchStage(1000, 8, 4)]
@@ -68,9 +68,7 @@ def test_no_layout_changes_a_step_or_its_samples(whole, data, tmp_path, run_dist
     config = run_config("other", tmp_path, data, RAMPED, parallel=parallel, training=training)
     done = run_distributed(train_and_tell, layout.world_size, config)
     assert done.result is True and done.steps == samples(SIZES)
-    for field in ("loss", "grad_norm", "lr", "tokens"):
-        expected = [record[field] for record in numbers(whole, "train")]
-        assert [record[field] for record in numbers(config, "train")] == pytest.approx(expected, rel=1e-5), field
+    assert_close(config, whole, "loss", "grad_norm", "lr", "tokens")
 
 
 @pytest.mark.parametrize("step", [3, *(slow(step) for step in (1, 2, 4, 5, 6, 7))])
@@ -87,9 +85,7 @@ def test_on_other_data_parallel_ranks_the_samples_and_their_order_are_the_same(w
     config = as_after_step(whole, step, "resharded", tmp_path, parallel={"data_parallel_size": 2})
     done = run_distributed(train_and_tell, 2, config)
     assert done.result is True and done.steps == samples(SIZES)[step:]
-    assert [record["loss"] for record in numbers(config, "train")] == pytest.approx(
-        [record["loss"] for record in numbers(whole, "train")], rel=1e-5
-    )
+    assert_close(config, whole, "loss")
 
 
 @pytest.mark.slow

@@ -12,7 +12,11 @@ from unittest import mock
 
 import pytest
 
+from plt_megatron.errors import UserError
+from plt_megatron.run_folder import checkpoints
+from tests.checkpoints import save_checkpoint
 from tests.distributed import checkpoint_jobs as jobs
+from tests.distributed.pool import DistributedFailure
 
 PP2 = {"pipeline_model_parallel_size": 2}
 TP2 = {"tensor_model_parallel_size": 2}
@@ -20,8 +24,6 @@ DP2: dict = {}
 
 
 def _save_twice(directory, config):
-    from tests.checkpoints import save_checkpoint
-
     engine = jobs.build(config)
     for step in (1, 2):
         jobs.train(engine, step, step)
@@ -81,8 +83,6 @@ def test_no_whole_checkpoint_left_is_an_error_not_a_fresh_start(run_distributed,
 
 def _kinds_of_io_errors(run, config):
     """What loading raises where the disk answers with errors: to reading the last one's files, and to listing all."""
-    from plt_megatron.errors import UserError
-    from plt_megatron.run_folder import checkpoints
     from plt_megatron.train.checkpoint.loading import load_checkpoint
 
     def read(path):
@@ -117,8 +117,6 @@ def _die_while_writing(directory, config):
 def test_a_rank_killed_while_writing_leaves_the_last_checkpoint_and_rubbish_the_next_save_clears(
     run_distributed, saved
 ):
-    from tests.distributed.pool import DistributedFailure
-
     directory = saved / "checkpoints"
     with pytest.raises(DistributedFailure, match="rank 1 died"):
         run_distributed(_die_while_writing, 2, directory, jobs.run_config(PP2))
@@ -131,10 +129,6 @@ def test_a_rank_killed_while_writing_leaves_the_last_checkpoint_and_rubbish_the_
 
 def _save_with_fault(engine, directory, fault=None):
     """Save step 3 with a fault, which says where a rank cannot write; return the error."""
-    from plt_megatron.errors import UserError
-    from plt_megatron.run_folder import checkpoints
-    from tests.checkpoints import save_checkpoint
-
     rank = int(os.environ["RANK"])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     write_json = checkpoints.write_json
@@ -209,8 +203,6 @@ def test_saving_starts_no_process(run_distributed, tmp_path):
 def _save_copies_that_differ(directory, config, name, main):
     """Save after rank 1 has come to hold another value, in a weight or in the optimizer's copy; return the error."""
     import torch
-
-    from tests.checkpoints import save_checkpoint
 
     engine = jobs.build(config)
     jobs.train(engine, 1, 1)

@@ -9,9 +9,10 @@ import shutil
 import pytest
 
 from plt_megatron.config.schema import RateFactors
+from plt_megatron.errors import UserError
 from plt_megatron.hf.sources import open_source
 from plt_megatron.run_folder.checkpoints import doubt
-from tests.checkpoints import read_progress
+from tests.checkpoints import read_progress, save_checkpoint
 from tests.distributed import checkpoint_jobs as jobs
 
 TP2 = {"tensor_model_parallel_size": 2}
@@ -32,7 +33,6 @@ def _load_and_look(path, config):
     import torch
 
     from plt_megatron.train.checkpoint.loading import load_checkpoint
-    from tests.checkpoints import save_checkpoint
 
     loaded = jobs.load_and_train(path, config, then=0)
     engine = jobs.build(config)
@@ -220,9 +220,7 @@ def test_loading_and_exporting_one_that_is_in_doubt_say_so_in_a_line(run_distrib
 
 def _errors_of_loading(folders):
     """Load each one's checkpoint into the other's engine, and then its weights alone; return the errors."""
-    from plt_megatron.errors import UserError
     from plt_megatron.train.checkpoint.loading import load_checkpoint, load_weights
-    from tests.checkpoints import save_checkpoint
 
     engines = {name: jobs.build(jobs.run_config(optimizer=name)) for name in folders}
     errors = []

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.checkpoints import read_progress
 from tests.distributed import checkpoint_jobs as jobs
 from tests.distributed.cases import ENDS, SPAN, Layout
 from tests.distributed.params import slow
@@ -134,7 +135,6 @@ def test_read_weights_needs_no_megatron(saved):
 
 def test_read_weights_needs_no_processes_and_gives_whole_tensors(saved):
     from plt_megatron.train.checkpoint.reading import read_weights
-    from tests.checkpoints import read_progress
 
     folder, alone = (saved("PLT", words)[1] for words in ("TP2 SP PP2", "TP1"))
     progress = read_progress(folder)

@@ -9,7 +9,8 @@ from unittest import mock
 
 import pytest
 
-from plt_megatron.run_folder.checkpoints import latest_checkpoint
+from plt_megatron.errors import UserError
+from plt_megatron.run_folder.checkpoints import checkpoint_folders, latest_checkpoint
 from tests.distributed import checkpoint_jobs as jobs
 from tests.distributed.params import slow
 
@@ -44,8 +45,6 @@ def _run(directory, config, to_step, sha256="a"):
 
 
 def _error_of(*args):
-    from plt_megatron.errors import UserError
-
     try:
         return _run(*args)
     except UserError as error:
@@ -66,8 +65,6 @@ def test_a_run_starts_and_goes_on_and_keeps_what_it_should(run_distributed, tmp_
 
 def _present_when_told(directory, config):
     """The checkpoints that are there when each is told to have been published."""
-    from plt_megatron.run_folder.checkpoints import checkpoint_folders
-
     engine, store, present = jobs.build(config), _store(directory, config), []
     store._on_publish = lambda checkpoint: present.append([path.name for path in checkpoint_folders(directory)])
     for step in (1, 2):
@@ -184,7 +181,6 @@ def test_saving_in_the_background_saves_the_step_it_was_asked_at(run_distributed
 
 
 def _background_fault(directory, config, fault):
-    from plt_megatron.errors import UserError
     from plt_megatron.train.checkpoint import saving
 
     release = directory / "release"

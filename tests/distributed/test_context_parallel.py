@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from plt_megatron.config.schema import ModelConfig, ParallelConfig
+
 Pairs = dict[str, tuple[np.ndarray, np.ndarray]]  # by name: put together from the ranks, unsharded
 
 
@@ -172,7 +174,6 @@ def traffic(window: int, loops: int, length: int) -> tuple[list[tuple[str, int]]
     from megatron.core import tensor_parallel
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from plt_megatron.config.schema import ModelConfig, ParallelConfig
     from plt_megatron.model.looped_gpt import LoopedGPT, MicroBatch
     from plt_megatron.model.transformer_config import transformer_config
     from plt_megatron.runtime.process_groups import init_process_groups
@@ -185,10 +186,7 @@ def traffic(window: int, loops: int, length: int) -> tuple[list[tuple[str, int]]
         num_layers=1, hidden_size=16, num_attention_heads=4, num_query_groups=2, loop_count=loops, window_size=window
     )
     stage = LoopedGPT(
-        transformer_config(model, parallel),
-        64,
-        length,
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        transformer_config(model, parallel), 64, length, pg_collection=ProcessGroupCollection.use_mpu_process_groups()
     )
     tokens = torch.zeros(1, length, dtype=torch.int64)
     with recorded() as forward:

@@ -12,6 +12,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from tests.checkpoints import save_checkpoint
 from tests.distributed.cases import LOOPCODER, VOCAB_SIZE, Case, Layout
 from tests.distributed.params import slow
 
@@ -39,7 +40,6 @@ def train_save_and_evaluate(layout: Layout, cases: list[Case], folder: Path) -> 
 
 def _train_save_and_evaluate(layout: Layout, case: Case, folder: Path) -> dict[str, Any]:
     from plt_megatron.train import megatron_engine as engine_module
-    from tests.checkpoints import save_checkpoint
     from tests.distributed import parity
 
     with parity._randomized(False):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 
 def counts_around_a_collective_that_rank_1_is_late_for() -> list[dict[str, int]]:
     """Rank 0's and rank 1's counts, told over the store alone, before rank 1 comes to the collective."""
-    import json
-
     import torch
     import torch.distributed as dist
 

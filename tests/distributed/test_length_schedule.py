@@ -11,7 +11,7 @@ from tests.distributed.cases import Layout
 from tests.distributed.params import layouts, slow
 from tests.distributed.schedule_jobs import loss_of_rows, train_and_tell
 from tests.distributed.training_jobs import run_config
-from tests.distributed.whole_runs import as_after_step, numbers
+from tests.distributed.whole_runs import as_after_step, assert_close, numbers
 
 # Of eight samples of 32 tokens: two steps in rows of 8, two in rows of 16, then whole.
 STAGES = [LengthStage(512, 8), LengthStage(1000, 16)]
@@ -63,9 +63,7 @@ def test_no_layout_changes_a_step(data, tmp_path, run_distributed, layout, packe
     other = run_config("other", tmp_path, data, GROWING, parallel={**layout.settings, **how})
     assert run_distributed(train_and_tell, 1, one).result is True
     assert run_distributed(train_and_tell, layout.world_size, other).result is True
-    for field in ("loss", "grad_norm", "lr", "tokens", "sequence_length"):
-        expected = [record[field] for record in numbers(one, "train")]
-        assert [record[field] for record in numbers(other, "train")] == pytest.approx(expected, rel=1e-5), field
+    assert_close(other, one, "loss", "grad_norm", "lr", "tokens", "sequence_length")
 
 
 @pytest.mark.parametrize("step", [2, *(slow(step) for step in (1, 3, 4, 5))])
@@ -114,10 +112,7 @@ def test_with_what_else_changes_a_step(data, tmp_path, run_distributed, changes)
     two.parallel = dataclasses.replace(two.parallel, **DP2)
     for ranks, config in ((1, one), (2, two)):
         assert run_distributed(train_and_tell, ranks, config).result is True
-    records = numbers(one, "train")
-    for field in ("loss", "grad_norm"):
-        expected = [record[field] for record in records]
-        assert [record[field] for record in numbers(two, "train")] == pytest.approx(expected, rel=2e-5), field
+    assert_close(two, one, "loss", "grad_norm", rel=2e-5)
     stopped = as_after_step(one, 3, "stopped", tmp_path)
     assert run_distributed(train_and_tell, 1, stopped).result is True
     assert numbers(stopped) == numbers(one)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from plt_megatron.config.schema import ModelConfig
 from plt_megatron.hf.exporting import ExportOptions, export
 from tests.distributed import checkpoint_jobs as jobs
 from tests.distributed import deepspeed_jobs
@@ -29,8 +30,7 @@ OF_EXPERTS = {**SPAN, **EXPERTS}
     [
         ("TP2 SP", [Case(3, "full", packed=True, model=HIDDEN)]),
         slow(
-            "TP2 SP DP2",
-            [Case(2, "full", overlap=True, model=SCALED), Case(3, "selective", packed=True, model=HIDDEN)],
+            "TP2 SP DP2", [Case(2, "full", overlap=True, model=SCALED), Case(3, "selective", packed=True, model=HIDDEN)]
         ),
         slow(
             "TP2 SP CP2",
@@ -49,8 +49,7 @@ OF_EXPERTS = {**SPAN, **EXPERTS}
             ],
         ),
         slow(
-            "CP2 DP2",
-            [Case(2, "selective", overlap=True, model={**SCALED, "loop_span": [2, 4]}), Case(1, model=SPAN)],
+            "CP2 DP2", [Case(2, "selective", overlap=True, model={**SCALED, "loop_span": [2, 4]}), Case(1, model=SPAN)]
         ),
         slow("DP2 EP2", [Case(2, model=OF_EXPERTS), Case(3, "full", overlap=True, model=OF_EXPERTS)]),
         slow(
@@ -108,7 +107,6 @@ def saved(run_distributed, tmp_path_factory):
 
 
 def test_weights_are_read_without_processes(saved):
-    from plt_megatron.config.schema import ModelConfig
     from plt_megatron.hf.conversion import mappings_for
     from plt_megatron.train.checkpoint.reading import read_weights
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 from unittest import mock
 
-from tests.distributed.cases import Case, Layout
+from tests.distributed.cases import VOCAB_SIZE, Case, Layout
 from tests.distributed.params import layouts
 
 
@@ -17,7 +17,6 @@ def gathered(layout: Layout, case: Case) -> dict[str, Any]:
     from plt_megatron.runtime.process_groups import init_process_groups
     from plt_megatron.train.megatron_engine import MegatronEngine
     from tests.distributed import parity
-    from tests.distributed.cases import VOCAB_SIZE
 
     init_process_groups(parity._parallel(layout, Case()))
     with parity._randomized(zero_gates=False), parity._small_buckets():

@@ -111,10 +111,7 @@ def test_large_results_come_back(pool):
 
 @pytest.mark.parametrize(
     ("function", "message"),
-    [
-        (_raise_on, "rank 1 raised.*ValueError: the reason"),
-        (_die_on, r"ranks failed:\s+rank 1 died, exit code -9"),
-    ],
+    [(_raise_on, "rank 1 raised.*ValueError: the reason"), (_die_on, r"ranks failed:\s+rank 1 died, exit code -9")],
 )
 def test_a_rank_that_fails_ends_the_job_fast_and_the_pool_recovers(pool, function, message):
     pool.run(_sum_of_ranks, 2)

@@ -26,11 +26,10 @@ from plt_megatron.config.schema import (
     RunConfig,
 )
 from plt_megatron.config.validation import find_problems
-from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.train.checkpoint.reading import read_weights
 from tests.distributed.cases import Layout
 from tests.distributed.covering import covering_design, pairs
-from tests.distributed.training_jobs import make_data, run_config, train
+from tests.distributed.training_jobs import make_data, run_config, train_in_turns
 from tests.distributed.whole_runs import folder, numbers
 
 LAYOUTS = [Layout.of(words) for words in ("DP2", "TP2 SP", "PP2", "CP2")]
@@ -68,18 +67,12 @@ AXES: dict[str, dict[str, Settings]] = {
     "optimizer": {name: {"optimizer": {"name": name}} for name in ("adam", "muon", "sgd")},
     "precision": {name: {"training": {"precision": name}} for name in ("fp32", "bf16")},
     "bad step": {name: {"training": {"on_nonfinite": name}} for name in ("fail", "skip", "rollback")},
-    "ffn": {
-        "dense": {},
-        "experts": {"model": {"moe.num_experts": 4, "moe.ffn_hidden_size": 16, "moe.router_topk": 2}},
-    },
+    "ffn": {"dense": {}, "experts": {"model": {"moe.num_experts": 4, "moe.ffn_hidden_size": 16, "moe.router_topk": 2}}},
     "schedule": {"cosine": {}, "WSD": {"optimizer": {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 2}}},
 }
 
 
-REFUSED = {
-    (("average", "yes"), ("optimizer", "muon")),
-    (("mix", "staged"), ("documents", "filled")),
-}
+REFUSED = {(("average", "yes"), ("optimizer", "muon")), (("mix", "staged"), ("documents", "filled"))}
 pytestmark = pytest.mark.slow
 
 
@@ -139,16 +132,6 @@ def corpora(tmp_path_factory) -> tuple[DataConfig, DataConfig]:
     return one, make_data(folder / "two", seed=8, tokenizer=one.tokenizer)
 
 
-def _train(run_distributed, config: RunConfig, bad_step: int, stops: int) -> None:
-    """To the end, with a bad step (0: none), and stopped after each of the first `stops` steps."""
-    stop = RunFolder(folder(config)).stop_file
-    stop.parent.mkdir(parents=True)
-    for turn in range(stops + 1):
-        if turn < stops:
-            stop.touch()
-        assert run_distributed(train, 2, config, max(0, bad_step - turn)) is (turn == stops)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_run_that_is_stopped_twice_is_the_undisturbed_one(covering, corpora, tmp_path, run_distributed, layout):
     different = []
@@ -156,7 +139,7 @@ def test_a_run_that_is_stopped_twice_is_the_undisturbed_one(covering, corpora, t
         whole, stopped = (_config(row, f"{kind}{number}", tmp_path, *corpora) for kind in ("whole", "stopped"))
         bad_step = {"fail": 0, "skip": 2, "rollback": 3}[whole.training.on_nonfinite]
         for config, stops in ((whole, 0), (stopped, 2)):
-            _train(run_distributed, config, bad_step, stops)
+            train_in_turns(run_distributed, 2, config, stops, bad_step)
         ours, theirs = (dict(read_weights(folder(config))) for config in (stopped, whole))
         equal = ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
         if not equal or numbers(stopped) != numbers(whole):

@@ -14,8 +14,9 @@ from plt_megatron.config.schema import LoopStage, RunConfig
 from tests.distributed import checkpoint_jobs as jobs
 from tests.distributed.cases import ENDS, LOSSES, Z_LOSS, Case, Layout
 from tests.distributed.params import slow
-from tests.distributed.training_jobs import run_config, train
-from tests.distributed.whole_runs import folder, numbers
+from tests.distributed.pool import DistributedFailure
+from tests.distributed.training_jobs import run_config, train, train_in_turns
+from tests.distributed.whole_runs import assert_close, folder, numbers
 
 # ---------------------------------------------------------------- steps in all layouts
 
@@ -128,8 +129,6 @@ def test_after_a_switch_a_run_is_one_of_fixed_loops_from_there(grown, tmp_path, 
 
 
 def test_another_schedule_is_not_gone_on_with_unasked(grown, tmp_path, run_distributed):
-    from tests.distributed.pool import DistributedFailure
-
     other = dataclasses.replace(grown, output_dir=str(tmp_path))
     shutil.copytree(folder(grown), folder(other))
     other.training = dataclasses.replace(grown.training, **DRAWN["training"])
@@ -145,14 +144,7 @@ def test_drawn_loops_are_every_ranks_and_a_stopped_runs(data, tmp_path, run_dist
         assert run_distributed(train, ranks, config) is True
     loops = [record["loop_count"] for record in numbers(one, "train")]
     assert loops[:2] == [1, 1] and set(loops[2:]) == {1, 2}, "the seed draws both"
-    for field in ("loss", "grad_norm", "loop_count"):
-        expected = [record[field] for record in numbers(one, "train")]
-        assert [record[field] for record in numbers(two, "train")] == pytest.approx(expected, rel=1e-5), field
-
+    assert_close(two, one, "loss", "grad_norm", "loop_count")
     stopped = run_config("stopped", tmp_path, data, DRAWN, parallel=layout)
-    folder(stopped).mkdir(parents=True)
-    for finished in (False, False, False, True):
-        if not finished:
-            (folder(stopped) / "STOP").touch()
-        assert run_distributed(train, 2, stopped) is finished
+    train_in_turns(run_distributed, 2, stopped, stops=3)
     assert numbers(stopped) == numbers(two)

@@ -8,9 +8,10 @@ import pytest
 
 from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
+from plt_megatron.run_folder.folder import save_config
 from plt_megatron.run_folder.status import read_run_status
 from tests.distributed.schedule_jobs import train_and_tell
-from tests.distributed.training_jobs import run_config, train
+from tests.distributed.training_jobs import run_config, train, train_in_turns
 from tests.distributed.whole_runs import as_after_step, folder, numbers
 
 # Six steps of eight samples.
@@ -76,16 +77,11 @@ def test_after_a_change_of_batch_a_stopped_run_goes_on_bit_for_bit(whole, tmp_pa
     smaller = {"global_batch_size": 4}
     one, other = (as_after_step(whole, 4, name, tmp_path, training=smaller) for name in ("one", "other"))
     assert run_distributed(train, 1, one) is True
-    for finished in (False, True):
-        if not finished:
-            (folder(other) / "STOP").touch()
-        assert run_distributed(train, 1, other) is finished
+    train_in_turns(run_distributed, 1, other)
     assert numbers(other) == numbers(one)
 
 
 def test_a_runs_status_counts_its_tokens(whole, tmp_path, run_distributed):
-    from plt_megatron.run_folder.folder import save_config
-
     config = as_after_step(whole, 4, "looked at", tmp_path, training={"global_batch_size": 16})
     save_config(config, folder(config) / "config.yaml")
     records = (folder(config) / "metrics.jsonl").read_text().splitlines(keepends=True)

@@ -19,8 +19,15 @@ from plt_megatron.train.checkpoint.reading import read_weights
 from tests.checkpoints import read_progress
 from tests.distributed.params import slow
 from tests.distributed.pool import DistributedFailure
-from tests.distributed.training_jobs import diverging_config, make_data, run_config, train, train_beside_an_export
-from tests.distributed.whole_runs import folder, numbers
+from tests.distributed.training_jobs import (
+    diverging_config,
+    make_data,
+    run_config,
+    train,
+    train_beside_an_export,
+    train_in_turns,
+)
+from tests.distributed.whole_runs import assert_close, folder, numbers
 
 ROOT = Path(__file__).resolve().parents[2]
 TP_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -61,11 +68,7 @@ def test_loop_statistics_tell_the_loops_apart(finished):
 
 def test_a_stopped_run_goes_on_bit_for_bit(finished, data, tmp_path, run_distributed):
     config = run_config("stopped", tmp_path, data, parallel=TP_SP)
-    for remaining in ("STOP", "STOP", None):
-        if remaining:
-            folder(config).mkdir(parents=True, exist_ok=True)
-            (folder(config) / remaining).touch()
-        assert run_distributed(train, 2, config) is (remaining is None)
+    train_in_turns(run_distributed, 2, config, stops=2)
     assert numbers(config) == numbers(finished)
 
 
@@ -88,11 +91,8 @@ def test_a_run_that_waits_for_its_exports_can_be_stopped_and_goes_on(data, tmp_p
 def test_a_run_with_a_z_loss_says_so_and_is_not_gone_on_without(finished, data, tmp_path, run_distributed):
     training = {"z_loss_coeff": 1e-2}
     whole, stopped = (run_config(name, tmp_path, data, parallel=TP_SP, training=training) for name in ("whole", "cut"))
-    folder(stopped).mkdir(parents=True)
-    for config, finishes in ((whole, True), (stopped, False), (stopped, True)):
-        if not finishes:
-            (folder(config) / "STOP").touch()
-        assert run_distributed(train, 2, config) is finishes
+    for config, stops in ((whole, 0), (stopped, 1)):
+        train_in_turns(run_distributed, 2, config, stops)
     assert numbers(stopped) == numbers(whole)
     records, plain = RunFolder(folder(whole)).records(), RunFolder(folder(finished)).records()
     assert records[0]["loss"] == plain[0]["loss"] and records[0]["grad_norm"] != plain[0]["grad_norm"]
@@ -161,8 +161,7 @@ def test_the_layout_does_not_change_the_run(finished, data, tmp_path, run_distri
         "pipeline", tmp_path, data, parallel={"pipeline_model_parallel_size": 2}, training={"micro_batch_size": 1}
     )
     assert run_distributed(train, 2, config) is True
-    for one, other in zip(numbers(config), numbers(finished), strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    assert_close(config, finished, "loss", kind=None)
 
 
 def test_steps_that_are_not_finite_are_skipped_reported_and_limited(data, tmp_path, run_distributed):

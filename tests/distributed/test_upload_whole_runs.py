@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 
 from plt_megatron.config.schema import DataConfig, ExportsConfig, RunConfig, UploadsConfig
+from plt_megatron.errors import AttemptFailed, UserError
 from plt_megatron.run_folder.folder import RunFolder
 from tests.distributed.training_jobs import run_config, train
 from tests.distributed.whole_runs import numbers
@@ -25,7 +26,6 @@ FOUR = {"train_iters": 4}
 
 def check_and_train(config: RunConfig, environment: dict[str, str] | None = None) -> bool | str:
     """Check and train as the main program does. `environment`: the processes beside it have it too."""
-    from plt_megatron.errors import UserError
     from plt_megatron.train.callbacks.uploads import check_destinations
 
     with mock.patch.dict(os.environ, environment or {}):
@@ -91,7 +91,6 @@ def test_a_damaged_upload_is_named_on_all_ranks(uploaded, tmp_path, run_distribu
 
 def fetch(url: str, folder: Path) -> tuple[str, int]:
     """Fetch; return the path or the error on this rank, and how often it has given a sign of life."""
-    from plt_megatron.errors import UserError
     from plt_megatron.train.checkpoint.store import fetch_checkpoint
 
     beats: list[None] = []
@@ -103,7 +102,6 @@ def fetch(url: str, folder: Path) -> tuple[str, int]:
 
 def fetch_and_lose_the_connection(url: str, folder: Path) -> str:
     """On the second rank, while files arrive. Returns the kind of error."""
-    from plt_megatron.errors import AttemptFailed, UserError
     from plt_megatron.storage.places import Place
     from plt_megatron.train.checkpoint.store import fetch_checkpoint
 

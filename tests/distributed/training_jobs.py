@@ -23,6 +23,7 @@ from plt_megatron.config.schema import (
     TrainingConfig,
     ValidationConfig,
 )
+from plt_megatron.run_folder.folder import RunFolder
 from tests.settings import changed
 
 
@@ -84,7 +85,6 @@ def train_with_other_loss(config: RunConfig, first_sample: int) -> bool | str:
 
 def train_beside_an_export(config: RunConfig, ends: bool) -> bool | str:
     """Train with a stand-in for exports that ends at once, or else never and asks the run to stop."""
-    from plt_megatron.run_folder.folder import RunFolder
     from plt_megatron.train.callbacks import exports
 
     class Export:
@@ -100,6 +100,16 @@ def train_beside_an_export(config: RunConfig, ends: bool) -> bool | str:
 
     with mock.patch.object(exports, "BesideProcess", Export):
         return train(config)
+
+
+def train_in_turns(run: Callable[..., Any], ranks: int, config: RunConfig, stops: int = 1, bad_step: int = 0) -> None:
+    """Have the pool train a run to its end, stopped after each of the first `stops` steps."""
+    stop = RunFolder.of(config).stop_file
+    stop.parent.mkdir(parents=True, exist_ok=True)
+    for turn in range(stops + 1):
+        if turn < stops:
+            stop.touch()
+        assert run(train, ranks, config, max(0, bad_step - turn)) is (turn == stops)
 
 
 def train(

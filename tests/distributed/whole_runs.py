@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.run_folder.checkpoints import step_of
 from plt_megatron.run_folder.folder import RunFolder, save_config
@@ -38,6 +40,13 @@ def numbers(config: RunConfig, kind: str | None = None) -> list[dict[str, Any]]:
     ]
 
 
+def assert_close(run: RunConfig, other: RunConfig, *fields: str, rel: float = 1e-5, kind: str | None = "train") -> None:
+    """The records of one run have the other's numbers in these fields."""
+    for field in fields:
+        ours, theirs = ([record[field] for record in numbers(each, kind)] for each in (run, other))
+        assert ours == pytest.approx(theirs, rel=rel), field
+
+
 def as_after_step(config: RunConfig, step: int, name: str, output_dir: Path, **changes: dict[str, Any]) -> RunConfig:
     """A copy of a run as it was at its checkpoint of `step`, perhaps with other settings of some sections."""
     other = dataclasses.replace(config, name=name, output_dir=str(output_dir))
@@ -53,10 +62,7 @@ def as_after_step(config: RunConfig, step: int, name: str, output_dir: Path, **c
 
 def last_step(config: RunConfig) -> int:
     """The step of the last record; 0 before there is one."""
-    with contextlib.suppress(FileNotFoundError):
-        records = RunFolder(folder(config)).records()
-        return records[-1]["step"] if records else 0
-    return 0
+    return RunFolder(folder(config)).last_step()
 
 
 class LocalRun:

@@ -14,11 +14,24 @@ import shlex
 import sys
 import time
 from collections import Counter
+from contextlib import closing
 
 import yaml
 
+from tests.distributed.pool import WorkerPool
 from tests.fuzz import data, draw, search
-from tests.fuzz.kinds import KINDS, Pools, make, missing
+from tests.fuzz.branch import Branch
+from tests.fuzz.parity import Parity
+from tests.fuzz.refusals import Refusals
+from tests.fuzz.rehearsal import Rehearsal
+from tests.fuzz.resume import Resume
+from tests.fuzz.round_trip import RoundTrip
+from tests.fuzz.te_layers import Fp8, TransformerEngine
+from tests.te import emulation
+
+KINDS: dict[str, type[search.Kind]] = {
+    kind.name: kind for kind in (Parity, Refusals, Resume, RoundTrip, Branch, Rehearsal, TransformerEngine, Fp8)
+}
 
 
 def main() -> int:
@@ -34,15 +47,11 @@ def main() -> int:
     parser.add_argument("--no-shrink", action="store_true", help="name findings as they were drawn")
     arguments = parser.parse_args()
     data.make()
-    pools = Pools()
-    try:
-        return _search(arguments, pools)
-    finally:
-        pools.close()
+    with closing(WorkerPool()) as cpu, closing(WorkerPool("tests.te.emulation:enter")) as te:
+        return _search(arguments, _kinds(arguments.kinds.split(","), cpu, te))
 
 
-def _search(arguments: argparse.Namespace, pools: Pools) -> int:
-    kinds = _kinds(arguments.kinds.split(","), pools)
+def _search(arguments: argparse.Namespace, kinds: dict[str, search.Kind]) -> int:
     minutes = arguments.minutes or (10.0 if arguments.cases is None else float("inf"))
     deadline, counts, findings = time.monotonic() + 60 * minutes, Counter[str](), 0
     told = time.monotonic()
@@ -69,13 +78,16 @@ def _search(arguments: argparse.Namespace, pools: Pools) -> int:
     return int(findings > 0)
 
 
-def _kinds(names: list[str], pools: Pools) -> dict[str, search.Kind]:
-    """Those that this machine can try; what the others lack is said."""
-    lacks = {name: missing(name) for name in names}
-    for name, why in lacks.items():
-        if why is not None:
+def _kinds(names: list[str], cpu: WorkerPool, te: WorkerPool) -> dict[str, search.Kind]:
+    """Those that this machine can try, with the pool that each needs; what the others lack is said."""
+    kinds: dict[str, search.Kind] = {}
+    for name in names:
+        on_te = issubclass(KINDS[name], TransformerEngine)
+        if on_te and (why := emulation.find()) is not None:
             print(f"no cases of {name}: {why}", file=sys.stderr)
-    return {name: make(name, pools) for name in names if lacks[name] is None}
+        else:
+            kinds[name] = KINDS[name](te if on_te else cpu)
+    return kinds
 
 
 def _turns(arguments: argparse.Namespace, kinds: dict[str, search.Kind]) -> itertools.chain[str]:

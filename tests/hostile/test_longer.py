@@ -12,7 +12,6 @@ from collections.abc import Iterator
 import pytest
 
 from plt_megatron.run_folder.folder import RunFolder
-from tests.hostile.world import World
 from tests.running import ROOT
 from tests.running import run as run_command
 
@@ -21,7 +20,7 @@ ALLOWED = ("checkpoint.allow_other_schedule=true", "checkpoint.allow_other_data=
 
 
 @pytest.fixture
-def run(world: World) -> Iterator[RunFolder]:
+def run(world) -> Iterator[RunFolder]:
     """A run of two steps, finished, of a name of its own."""
     folder = world.folder / "runs/other"
     shutil.copytree(world.folder / "runs/mine", folder)

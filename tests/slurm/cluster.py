@@ -8,7 +8,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from tests.running import wait_for
+from tests.running import run, wait_for
 
 SCRIPT = Path(__file__).with_name("cluster.sh")
 
@@ -41,10 +41,7 @@ class SlurmCluster:
 
     def run(self, *command: str, **environment: str) -> str:
         """A command with the cluster in its environment; its output."""
-        env = self.environment | environment
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
-        assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
-        return done.stdout
+        return run(command, env=self.environment | environment).stdout
 
     def sbatch(self, script: Path, *options: str) -> str:
         """Submit; the job's id."""

@@ -20,7 +20,7 @@ from plt_megatron.slurm.profile import ClusterProfile
 from plt_megatron.slurm.run_files import job_name, write_run
 from plt_megatron.slurm.script import TEMPLATE, Script
 from tests.distributed.training_jobs import run_config
-from tests.distributed.whole_runs import MACHINE_FIELDS
+from tests.distributed.whole_runs import MACHINE_FIELDS, last_step
 from tests.running import ROOT, run, wait_for
 from tests.slurm.cluster import SlurmCluster, processes
 
@@ -108,15 +108,10 @@ class SlurmRun:
     @property
     def step(self) -> int:
         """The last step in its metrics."""
-        if not (self.folder / "metrics.jsonl").exists():
-            return 0
-        records = RunFolder(self.folder).records()
-        return records[-1]["step"] if records else 0
+        return last_step(self.config)
 
     def events(self, event: str | None = None) -> list[dict[str, Any]]:
-        path = self.folder / "attempts.jsonl"
-        found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return [entry for entry in found if event in (None, entry["event"])]
+        return [entry for entry in RunFolder(self.folder).attempts() if event in (None, entry["event"])]
 
     def statuses(self) -> list[str]:
         return [entry["status"] for entry in self.events("end")]

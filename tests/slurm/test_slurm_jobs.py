@@ -69,10 +69,7 @@ REFUSED = {  # what is wrong -> options and overrides, words of the line
         ["--nodes=3", "--gpus-per-node=1"],
         "3 processes: tensor 2 x pipeline 2 parallel needs a multiple of 4",
     ),
-    "data that is not there": (
-        ["data.sources=[{path: gone}]"],
-        "path: gone.bin and gone.idx not found",
-    ),
+    "data that is not there": (["data.sources=[{path: gone}]"], "path: gone.bin and gone.idx not found"),
     "memory that will not fit": (
         ["model.num_layers=64", "model.ffn_hidden_size=16_000_000", "checkpoint.enabled=false"],
         "memory: a rank needs",

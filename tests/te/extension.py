@@ -21,90 +21,58 @@ class _Enum(IntEnum):
     """pybind11's enumerations have no arithmetic but are looked up the same way."""
 
 
-def _numbered(name: str, *members: str) -> type[_Enum]:
-    return _Enum(name, {member: value for value, member in enumerate(members)})  # type: ignore[return-value]
+def _numbered(name: str, members: str) -> Any:
+    return _Enum(name, members, start=0)
 
 
-DType = _Enum(  # type: ignore[misc]
+DType = _Enum(
     "DType",
-    {
-        "kByte": 0,
-        "kInt32": 2,
-        "kFloat32": 4,
-        "kFloat16": 5,
-        "kBFloat16": 6,
-        "kFloat8E4M3": 7,
-        "kFloat8E5M2": 8,
-        "kFloat4E2M1": 10,
-    },
+    {"kByte": 0, "kInt32": 2, "kFloat32": 4, "kFloat16": 5, "kBFloat16": 6}
+    | {"kFloat8E4M3": 7, "kFloat8E5M2": 8, "kFloat4E2M1": 10},
 )
-NVTE_Fused_Attn_Backend = _Enum(  # type: ignore[misc]
+NVTE_Fused_Attn_Backend = _Enum(
     "NVTE_Fused_Attn_Backend", {"NVTE_No_Backend": -1, "NVTE_F16_arbitrary_seqlen": 1, "NVTE_FP8": 2}
 )
 NVTE_Mask_Type = _numbered(
     "NVTE_Mask_Type",
-    "NVTE_NO_MASK",
-    "NVTE_PADDING_MASK",
-    "NVTE_CAUSAL_MASK",
-    "NVTE_PADDING_CAUSAL_MASK",
-    "NVTE_CAUSAL_BOTTOM_RIGHT_MASK",
+    "NVTE_NO_MASK NVTE_PADDING_MASK NVTE_CAUSAL_MASK NVTE_PADDING_CAUSAL_MASK NVTE_CAUSAL_BOTTOM_RIGHT_MASK "
     "NVTE_PADDING_CAUSAL_BOTTOM_RIGHT_MASK",
 )
 NVTE_QKV_Format = _numbered(
     "NVTE_QKV_Format",
-    "NVTE_SBHD",
-    "NVTE_BSHD",
-    "NVTE_THD",
-    "NVTE_BSHD_2SBHD",
-    "NVTE_SBHD_2BSHD",
-    "NVTE_THD_2BSHD",
-    "NVTE_THD_2SBHD",
-    "NVTE_BHSD",
+    "NVTE_SBHD NVTE_BSHD NVTE_THD NVTE_BSHD_2SBHD NVTE_SBHD_2BSHD NVTE_THD_2BSHD NVTE_THD_2SBHD NVTE_BHSD "
     "NVTE_QKV_Format_NOT_SET",
 )
 NVTE_QKV_Layout = _numbered(
     "NVTE_QKV_Layout",
-    *("NVTE_SB3HD", "NVTE_SBH3D", "NVTE_SBHD_SB2HD", "NVTE_SBHD_SBH2D", "NVTE_SBHD_SBHD_SBHD"),
-    *("NVTE_BS3HD", "NVTE_BSH3D", "NVTE_BSHD_BS2HD", "NVTE_BSHD_BSH2D", "NVTE_BSHD_BSHD_BSHD"),
-    *("NVTE_T3HD", "NVTE_TH3D", "NVTE_THD_T2HD", "NVTE_THD_TH2D", "NVTE_THD_THD_THD"),
-    *("NVTE_SBHD_BSHD_BSHD", "NVTE_BSHD_SBHD_SBHD", "NVTE_THD_BSHD_BSHD", "NVTE_THD_SBHD_SBHD"),
-    *("NVTE_Paged_KV_BSHD_BSHD_BSHD", "NVTE_Paged_KV_BSHD_SBHD_SBHD", "NVTE_Paged_KV_SBHD_BSHD_BSHD"),
-    *("NVTE_Paged_KV_SBHD_SBHD_SBHD", "NVTE_Paged_KV_THD_BSHD_BSHD", "NVTE_Paged_KV_THD_SBHD_SBHD"),
-    *("NVTE_BHSD_BHSD_BHSD", "NVTE_QKV_Layout_NOT_SET"),
+    "NVTE_SB3HD NVTE_SBH3D NVTE_SBHD_SB2HD NVTE_SBHD_SBH2D NVTE_SBHD_SBHD_SBHD "
+    "NVTE_BS3HD NVTE_BSH3D NVTE_BSHD_BS2HD NVTE_BSHD_BSH2D NVTE_BSHD_BSHD_BSHD "
+    "NVTE_T3HD NVTE_TH3D NVTE_THD_T2HD NVTE_THD_TH2D NVTE_THD_THD_THD "
+    "NVTE_SBHD_BSHD_BSHD NVTE_BSHD_SBHD_SBHD NVTE_THD_BSHD_BSHD NVTE_THD_SBHD_SBHD "
+    "NVTE_Paged_KV_BSHD_BSHD_BSHD NVTE_Paged_KV_BSHD_SBHD_SBHD NVTE_Paged_KV_SBHD_BSHD_BSHD "
+    "NVTE_Paged_KV_SBHD_SBHD_SBHD NVTE_Paged_KV_THD_BSHD_BSHD NVTE_Paged_KV_THD_SBHD_SBHD "
+    "NVTE_BHSD_BHSD_BHSD NVTE_QKV_Layout_NOT_SET",
 )
+_SCALING_MODES = {
+    "NVTE_DELAYED_TENSOR_SCALING": 0, "NVTE_MXFP8_1D_SCALING": 1, "NVTE_BLOCK_SCALING_1D": 2,
+    "NVTE_BLOCK_SCALING_2D": 3, "NVTE_NVFP4_1D_SCALING": 4, "NVTE_INVALID_SCALING": 100,
+}  # fmt: skip
 _ENUMERATIONS: tuple[Any, ...] = (
     DType,
     NVTE_Fused_Attn_Backend,
     NVTE_Mask_Type,
     NVTE_QKV_Format,
     NVTE_QKV_Layout,
-    _numbered("NVTE_Bias_Type", "NVTE_NO_BIAS", "NVTE_PRE_SCALE_BIAS", "NVTE_POST_SCALE_BIAS", "NVTE_ALIBI"),
-    _numbered("NVTE_Softmax_Type", "NVTE_VANILLA_SOFTMAX", "NVTE_OFF_BY_ONE_SOFTMAX", "NVTE_LEARNABLE_SOFTMAX"),
-    _Enum(
-        "NVTEScalingMode",
-        {
-            "NVTE_DELAYED_TENSOR_SCALING": 0,
-            "NVTE_MXFP8_1D_SCALING": 1,
-            "NVTE_BLOCK_SCALING_1D": 2,
-            "NVTE_BLOCK_SCALING_2D": 3,
-            "NVTE_NVFP4_1D_SCALING": 4,
-            "NVTE_INVALID_SCALING": 100,
-        },
-    ),
-    _numbered("Float8BlockScaleTensorFormat", "GEMM_READY", "COMPACT", "INVALID"),
-    _numbered("CommOverlapType", "RS", "AG"),
-    _numbered("CommOverlapAlgo", "BULK_OVERLAP_AG", "BULK_OVERLAP_RS", "SPLIT_PIPELINED_AG_P2P"),
-    _numbered("NVTERoutingMapFormat", "BYTEMAP", "BITMAP_U8"),
-    _numbered("NVTEQBHistogramMode", "TWO_KERNEL", "FUSED_ATOMIC"),
-    _numbered(
-        "FP8FwdTensors",
-        *("GEMM1_INPUT", "GEMM1_WEIGHT", "GEMM1_OUTPUT", "GEMM2_INPUT", "GEMM2_WEIGHT", "GEMM2_OUTPUT"),
-        *("GEMM3_INPUT", "GEMM3_WEIGHT", "GEMM3_OUTPUT"),
-    ),
-    _numbered(
-        "FP8BwdTensors",
-        *("GRAD_OUTPUT1", "GRAD_INPUT1", "GRAD_OUTPUT2", "GRAD_INPUT2", "GRAD_OUTPUT3", "GRAD_INPUT3"),
-    ),
+    _numbered("NVTE_Bias_Type", "NVTE_NO_BIAS NVTE_PRE_SCALE_BIAS NVTE_POST_SCALE_BIAS NVTE_ALIBI"),
+    _numbered("NVTE_Softmax_Type", "NVTE_VANILLA_SOFTMAX NVTE_OFF_BY_ONE_SOFTMAX NVTE_LEARNABLE_SOFTMAX"),
+    _Enum("NVTEScalingMode", _SCALING_MODES),
+    _numbered("Float8BlockScaleTensorFormat", "GEMM_READY COMPACT INVALID"),
+    _numbered("CommOverlapType", "RS AG"),
+    _numbered("CommOverlapAlgo", "BULK_OVERLAP_AG BULK_OVERLAP_RS SPLIT_PIPELINED_AG_P2P"),
+    _numbered("NVTERoutingMapFormat", "BYTEMAP BITMAP_U8"),
+    _numbered("NVTEQBHistogramMode", "TWO_KERNEL FUSED_ATOMIC"),
+    _numbered("FP8FwdTensors", " ".join(f"GEMM{n}_{of}" for n in (1, 2, 3) for of in ("INPUT", "WEIGHT", "OUTPUT"))),
+    _numbered("FP8BwdTensors", " ".join(f"GRAD_{of}{n}" for n in (1, 2, 3) for of in ("OUTPUT", "INPUT"))),
 )
 
 

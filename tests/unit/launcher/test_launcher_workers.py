@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from plt_megatron.launcher.workers import WorkerGroup, _local_cpus, parse_cpu_list, share_out, threads
+from tests.running import wait_for
 
 READY = "import os, sys, time, signal; rank = int(os.environ['RANK']);"
 
@@ -30,14 +30,13 @@ class Heard:
             lambda worker, code: self.exits.__setitem__(worker.rank, code),
         )
 
-    def wait(self, condition, seconds: float = 20.0) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            for worker in self.group.workers:
-                self.group.listen(worker)
-            self.group.reap()
-            assert time.monotonic() < deadline, (self.lines, self.exits)
-            time.sleep(0.01)
+    def wait(self, condition) -> None:
+        wait_for(lambda: condition() or self._listen(), details=lambda: (self.lines, self.exits), interval=0.01)
+
+    def _listen(self) -> None:
+        for worker in self.group.workers:
+            self.group.listen(worker)
+        self.group.reap()
 
     def wait_for_exits(self, count: int = 1) -> None:
         self.wait(lambda: len(self.exits) == count)
