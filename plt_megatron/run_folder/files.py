@@ -96,8 +96,9 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, what: str) -> Iterator[IO[str]]:
-    """Create and lock a folder in which one process at a time may do `what`. Raises `UserError` if another does.
+def locked(folder: Path, what: str, *, wait: bool = False) -> Iterator[IO[str]]:
+    """Create and lock a folder in which one process at a time may do `what`: if another does, wait or raise a
+    `UserError`.
 
     Yields the file whose open descriptor is the lock: a process that inherits it holds the lock too.
     """
@@ -106,7 +107,7 @@ def locked(folder: Path, what: str) -> Iterator[IO[str]]:
         file = (folder / LOCK).open("w")
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder}: another {what} is running there; wait for it or stop it") from None
         except OSError as error:  # a network file system without locks

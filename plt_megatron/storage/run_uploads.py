@@ -174,15 +174,15 @@ class RunUploads:
                     with writing(self.queue.path):
                         self.queue.add(kind, path)
 
-    def work(self, *, verify: bool = False) -> bool:
+    def work(self, *, verify: bool = False, wait: bool = False) -> bool:
         """Upload all entries, also those added meanwhile; failed ones stay in the queue. Return whether none failed.
 
         Raises:
-            UserError: another process is already uploading.
+            UserError: another process is already uploading, and this one is not to `wait` for its end.
         """
         tried: set[tuple[str, int]] = set()
         failed = False
-        with locked(self.queue.path, "upload"):
+        with locked(self.queue.path, "upload", wait=wait):
             while left := [entry for entry in self.queue.waiting() if (entry.kind, entry.step) not in tried]:
                 tried.add((left[0].kind, left[0].step))
                 entry = self.queue.begin(left[0])

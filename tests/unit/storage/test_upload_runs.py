@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -30,6 +33,7 @@ from plt_megatron.storage import places, run_uploads
 from plt_megatron.storage.places import Place
 from plt_megatron.storage.queue import CHECKPOINT, EXPORT, UploadQueue
 from plt_megatron.storage.run_uploads import RunUploads
+from tests.running import wait_for
 from tests.unit.storage.test_upload_copies import a_checkpoint, an_export, content
 
 
@@ -293,3 +297,18 @@ def test_two_at_once_are_refused(tmp_path, capsys):
     with locked(UploadQueue(run).path, "upload"):
         assert command.main([str(run.path)]) == 2
     assert "another upload is running there" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_trainings_own_upload_waits_for_one_by_hand(tmp_path):
+    """What is being uploaded has not failed."""
+    run = a_run(tmp_path)
+    UploadQueue(run).add(EXPORT, an_export(run.exports / "step_00000002"))
+    script = "import sys; from plt_megatron.commands.upload import main; sys.exit(main(sys.argv[1:]))"
+    with locked(UploadQueue(run).path, "upload") as lock:
+        waiting = subprocess.Popen([sys.executable, "-c", script, str(run.path), "--waiting"])
+        inode = os.fstat(lock.fileno()).st_ino
+        wait_for(lambda: re.search(rf"-> .* {waiting.pid} .*:{inode} ", Path("/proc/locks").read_text()), "the lock")
+        assert UploadQueue(run).waiting()
+    assert waiting.wait(60) == 0
+    assert not UploadQueue(run).waiting()
