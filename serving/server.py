@@ -1,6 +1,7 @@
 """vLLM's OpenAI-compatible API server, run in a separate process."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -53,9 +54,12 @@ class Server:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Find a port below those that Linux gives out: another process could get such a one while vLLM is imported."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise ServerError("no free port between 20000 and 32000")
 
 
 @contextmanager
