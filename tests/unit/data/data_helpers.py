@@ -65,9 +65,8 @@ def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
     return path
 
 
-def train(corpus: Path, folder: Path, threads: int | None = 1, **settings: object) -> Path:
-    options = TrainingOptions([str(corpus)], str(folder), 560, threads=threads, **settings)  # type: ignore[arg-type]
-    return train_tokenizer(options).model
+def train(corpus: Path, folder: Path, vocab_size: int = 560, threads: int | None = 1, **settings: Any) -> Path:
+    return train_tokenizer(TrainingOptions([str(corpus)], str(folder), vocab_size, threads=threads, **settings)).model
 
 
 def build(
@@ -91,16 +90,22 @@ def write_source(prefix: Path, tokens: Any, lengths: Any, dtype: Any = np.uint16
     return str(prefix)
 
 
-def write_parquet(path: Path, columns: dict[str, Any], row_group_size: int | None = None) -> Path:
+def write_parquet(path: Path, columns: dict[str, Any], row_group_size: int | None = None, **options: Any) -> Path:
     parquet = pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pytest.importorskip("pyarrow").table(columns), path, row_group_size=row_group_size)
+    parquet.write_table(pytest.importorskip("pyarrow").table(columns), path, row_group_size=row_group_size, **options)
     return path
 
 
-def tool_environment() -> dict[str, str]:
+def update_json(path: Path, **changes: Any) -> None:
+    """Change values of a file's object."""
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+
+def tool_environment(**added: str) -> dict[str, str]:
     """No PYTHONPATH: the tools find the package by themselves."""
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return {**kept, "OMP_NUM_THREADS": "1"}
+    return (
+        {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"} | added
+    )
 
 
 def run_preprocess(inputs: list[Path], prefix: Path, model: Path, **settings: Any) -> dict[str, Any]:
@@ -122,8 +127,16 @@ def documents(prefix: Path) -> list[list[int]]:
     return [tokens[start : start + length].tolist() for start, length in zip(starts, lengths, strict=True)]
 
 
+def bad_lines(prefix: Path) -> list[dict[str, Any]]:
+    return list(map(json.loads, Path(f"{prefix}.bad_lines.jsonl").read_text().splitlines()))
+
+
+def reference(model: Path) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_file=str(model))
+
+
 def expected(model: Path, texts: list[str]) -> list[list[int]]:
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    processor = reference(model)
     return [processor.encode(text) + [processor.eos_id()] for text in texts]
 
 

@@ -12,17 +12,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-import sentencepiece
 from data_helpers import (
     ASK,
     CHATML,
     MARKED_CHATML,
+    bad_lines,
     build,
     chat_tokenizer,
     documents,
     make_text,
+    reference,
     run_preprocess,
     train,
+    update_json,
     write_source,
 )
 
@@ -55,6 +57,8 @@ SPACED, SPACED_MARKED = (
     )
 )
 STRICT = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('roles must alternate') }}{% endif %}" + CHATML
+READ = ReadOptions("messages", chat=True)
+TWO = [{"role": "user", "content": "two?"}, {"role": "assistant", "content": "2"}]
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +93,17 @@ def write_lines(path: Path, lines: list[Any]) -> Path:
     return path
 
 
+def encoder_of(folder: Path, *, append_eod: bool = True) -> ChatEncoder:
+    return ChatEncoder(load_tokenizer(folder), append_eod=append_eod)
+
+
+def lines_of(*conversations: list[dict[str, Any]]) -> list[str]:
+    """Conversations without tools, as a file has them."""
+    return [json.dumps({"messages": messages, "tools": None}) for messages in conversations]
+
+
 def encode(folder: Path, conversation: dict[str, Any], *, append_eod: bool = True) -> tuple[list[int], list[int]]:
-    encoder = ChatEncoder(load_tokenizer(folder), append_eod=append_eod)
-    encoded = encoder([json.dumps({"tools": None, **conversation})])
+    encoded = encoder_of(folder, append_eod=append_eod)([json.dumps({"tools": None, **conversation})])
     assert not encoded.bad and encoded.lengths.tolist() == [len(encoded.flat)]
     return encoded.flat.tolist(), encoded.mask.tolist()
 
@@ -111,36 +123,27 @@ def test_tokens_do_not_depend_on_the_day(base: str, tmp_path: Path, monkeypatch:
     text = load_tokenizer(folder).decode(found[0][0])
     assert text.startswith("Today: 26 Jul 2024\n")
     with pytest.raises(UserError, match="today's date"):
-        ChatEncoder(load_tokenizer(chat_tokenizer(tmp_path / "computed", "{{ strftime_now(x) }}")), append_eod=True)
+        encoder_of(chat_tokenizer(tmp_path / "computed", "{{ strftime_now(x) }}"))
 
 
 def test_tokens_and_mask_are_those_of_transformers(chatml: Path, tmp_path: Path) -> None:
-    """Answers are found in a template without marks as transformers finds them in the same template with marks."""
+    """Answers are found in a template without marks as transformers finds them in the same template with marks.
+
+    It leaves out fields without a value, as a template that joins strings needs it.
+    """
     from transformers import AutoTokenizer
 
     marked = AutoTokenizer.from_pretrained(chat_tokenizer(tmp_path / "marked", MARKED_CHATML))
-    for conversation in conversations(12):
-        reference = marked.apply_chat_template(
+    called = {"role": "assistant", "content": None, "tool_calls": [{"name": "clock"}]}
+    without_values = [say("user", "two?"), called, say("user", "three?"), say("assistant", "3") | {"tool_calls": None}]
+    for conversation in [*conversations(12), {"messages": without_values, "tools": None}]:
+        theirs = marked.apply_chat_template(
             conversation["messages"], tools=conversation["tools"], return_dict=True, return_assistant_tokens_mask=True
         )
-        expected = reference["input_ids"], reference["assistant_masks"]
+        expected = theirs["input_ids"], theirs["assistant_masks"]
         assert 0 < sum(expected[1]) < len(expected[1])
         assert encode(tmp_path / "marked", conversation) == expected
         assert encode(chatml, conversation) == expected
-
-
-def test_a_field_without_a_value_moves_no_mask(chatml: Path, tmp_path: Path) -> None:
-    """transformers leaves such fields out, as a template that joins strings needs it."""
-    from transformers import AutoTokenizer
-
-    marked = chat_tokenizer(tmp_path / "marked", MARKED_CHATML)
-    called = {"role": "assistant", "content": None, "tool_calls": [{"name": "clock"}]}
-    messages = [say("user", "two?"), called, say("user", "three?"), say("assistant", "3") | {"tool_calls": None}]
-    reference = AutoTokenizer.from_pretrained(marked).apply_chat_template(
-        messages, return_dict=True, return_assistant_tokens_mask=True
-    )
-    expected = reference["input_ids"], reference["assistant_masks"]
-    assert encode(marked, {"messages": messages}) == encode(chatml, {"messages": messages}) == expected
 
 
 def test_a_trained_tokenizers_control_tokens_are_found_in_what_the_template_writes(
@@ -150,22 +153,19 @@ def test_a_trained_tokenizers_control_tokens_are_found_in_what_the_template_writ
     model = train(corpus, tmp_path / "t", control_symbols=("<|im_start|>", "<|im_end|>"))
     (tmp_path / "t/chat_template.jinja").write_text(CHATML)
     assert json.loads((tmp_path / "t/tokenizer_config.json").read_text())["split_special_tokens"] is True
-    plain = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    plain = reference(model)
     begin, end = plain.piece_to_id(["<|im_start|>", "<|im_end|>"])
     asked = [begin, *plain.encode("user\ntwo?"), end, begin, *plain.encode("assistant\n")]
     answer = [*plain.encode("2"), end, plain.eos_id()]
-    ids, mask = encode(tmp_path / "t/tokenizer.json", {"messages": [say("user", "two?"), say("assistant", "2")]})
-    assert (ids, mask) == (asked + answer, [0] * len(asked) + [1] * len(answer))
+    found = encode(tmp_path / "t/tokenizer.json", {"messages": TWO})
+    assert found == (asked + answer, [0] * len(asked) + [1] * len(answer))
     with pytest.raises(UserError, match=re.escape(f"{model} has no chat template; pass {tmp_path}/t/tokenizer.json")):
         encode(model, {"messages": []})
-    encoder = ChatEncoder(load_tokenizer(tmp_path / "t/tokenizer.json"), append_eod=True)
-    forged = [say("user", "a<|im_end|>b"), say("assistant", "2")]
-    found = encoder([json.dumps({"messages": forged, "tools": None})])
-    assert list(found.bad) == [0] and "message 1 spells the special token <|im_end|>" in found.bad[0][1]
-    before = encoder.fingerprint
-    config = tmp_path / "t/tokenizer_config.json"
-    config.write_text(config.read_text().replace('"split_special_tokens": true', '"split_special_tokens": false'))
-    assert ChatEncoder(load_tokenizer(tmp_path / "t/tokenizer.json"), append_eod=True).fingerprint != before
+    encoder = encoder_of(tmp_path / "t/tokenizer.json")
+    bad = encoder(lines_of([say("user", "a<|im_end|>b"), say("assistant", "2")])).bad
+    assert list(bad) == [0] and "message 1 spells the special token <|im_end|>" in bad[0][1]
+    update_json(tmp_path / "t/tokenizer_config.json", split_special_tokens=False)
+    assert encoder_of(tmp_path / "t/tokenizer.json").fingerprint != encoder.fingerprint
 
 
 def test_nothing_in_a_conversation_spells_a_special_token(chatml: Path, tmp_path: Path) -> None:
@@ -177,8 +177,7 @@ def test_nothing_in_a_conversation_spells_a_special_token(chatml: Path, tmp_path
     fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
     fast.add_special_tokens(["<|start_header|>"])
     fast.save(str(folder / "tokenizer.json"))
-    encoder = ChatEncoder(load_tokenizer(folder / "tokenizer.json"), append_eod=True)
-    asked, answer = say("user", "two?"), say("assistant", "2")
+    asked, answer = TWO
     call = {"function": {"name": "clock", "arguments": {"<|im_end|>": "x"}}}
     tools = [{"type": "function", "function": {"name": "clock", "description": "<|im_end|>"}}]
     forged = [
@@ -188,8 +187,9 @@ def test_nothing_in_a_conversation_spells_a_special_token(chatml: Path, tmp_path
         ([asked, answer], tools),
         ([asked, answer], None),
     ]
-    found = encoder([json.dumps({"messages": messages, "tools": given}) for messages, given in forged])
-    assert list(found.bad) == [0, 1, 2, 3] and all("special token <|" in why for _, why in found.bad.values())
+    lines = [json.dumps({"messages": messages, "tools": given}) for messages, given in forged]
+    bad = encoder_of(folder / "tokenizer.json")(lines).bad
+    assert list(bad) == [0, 1, 2, 3] and all("special token <|" in why for _, why in bad.values())
 
 
 @pytest.mark.parametrize("marked", [False, True])
@@ -204,17 +204,15 @@ def test_a_token_that_begins_in_the_prompts_last_space_counts(marked: bool, tmp_
 def test_tokens_that_the_tokenizers_file_lacks_are_named(tmp_path: Path) -> None:
     """transformers numbers them from the vocabulary's size on."""
     folder = chat_tokenizer(tmp_path / "more", CHATML.replace("<|im_start|>", "<|turn|>"))
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings["additional_special_tokens"] = ["<|turn|>", "<|unused|>"]
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    update_json(folder / "tokenizer_config.json", additional_special_tokens=["<|turn|>", "<|unused|>"])
     with pytest.raises(UserError, match=r"tokenizer_config.json names: <\|turn\|>$"):
-        encode(folder, {"messages": [say("user", "two?"), say("assistant", "2")]})
+        encode(folder, {"messages": TWO})
 
 
 @pytest.mark.parametrize("last", ["user", "assistant"])
 def test_an_answer_that_the_template_does_not_end_is_ended(last: str, tmp_path: Path) -> None:
     folder = chat_tokenizer(tmp_path / "open", OPEN)
-    messages = [say("user", "two?"), say("assistant", "2"), say("user", "three?")][: 3 if last == "user" else 2]
+    messages = [*TWO, say("user", "three?")] if last == "user" else TWO
     ids, mask = encode(folder, {"messages": messages})
     assert ids[-1] == load_tokenizer(folder).eod and mask[-1] == (last == "assistant")
     assert encode(folder, {"messages": messages}, append_eod=False) == (ids[:-1], mask[:-1])
@@ -241,52 +239,41 @@ BAD = {
 
 def test_bad_conversations_are_bad_lines(tmp_path: Path) -> None:
     folder = chat_tokenizer(tmp_path / "strict", STRICT)
-    good = {"messages": [say("user", "two?"), say("assistant", "2")]}
-    lines = [line for bad, _ in BAD.values() for line in (bad, good)]
-    made = run_preprocess(
-        [write_lines(tmp_path / "chat.jsonl", lines)], tmp_path / "out", folder, read=ReadOptions("messages", chat=True)
-    )
+    lines = [line for bad, _ in BAD.values() for line in (bad, {"messages": TWO})]
+    made = run_preprocess([write_lines(tmp_path / "chat.jsonl", lines)], tmp_path / "out", folder, read=READ)
     assert made["documents"] == len(BAD) and sum(made["bad_lines"].values()) == len(BAD)
-    reasons = {
-        r["line"]: r["reason"]
-        for r in map(json.loads, Path(f"{tmp_path}/out.bad_lines.jsonl").read_text().splitlines())
-    }
+    reasons = {bad["line"]: bad["reason"] for bad in bad_lines(tmp_path / "out")}
     for number, (_, named) in enumerate(BAD.values()):
         assert named in reasons[2 * number + 1]
 
 
 def test_a_conversation_may_begin_with_an_answer(chatml: Path) -> None:
-    greeting, more = say("assistant", "hello"), [say("user", "two?"), say("assistant", "2")]
-    ids, mask = encode(chatml, {"messages": [greeting, *more]})
-    decoded = load_tokenizer(chatml).decode([token for token, counted in zip(ids, mask, strict=True) if counted])
-    alone = encode(chatml, {"messages": [say("user", "hi"), greeting]})
-    first = load_tokenizer(chatml).decode([token for token, counted in zip(*alone, strict=True) if counted])
+    greeting = say("assistant", "hello")
+    decoded, first = (
+        load_tokenizer(chatml).decode([token for token, counted in zip(*found, strict=True) if counted])
+        for found in (encode(chatml, {"messages": each}) for each in ([greeting, *TWO], [say("user", "hi"), greeting]))
+    )
     assert decoded.startswith(first) and "hello" in first and "user" not in decoded and "2" in decoded
 
 
-def test_a_template_may_refuse_without_a_word(tmp_path: Path) -> None:
-    silent = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('') }}{% endif %}" + CHATML
-    encoder = ChatEncoder(load_tokenizer(chat_tokenizer(tmp_path / "silent", silent)), append_eod=True)
-    encoded = encoder([json.dumps({"messages": [say("assistant", "a")], "tools": None})])
-    assert "rejects it" in encoded.bad[0][1]
+BREAKS = dict.fromkeys(["1 / 0", "{}.popitem()", "'{x}'.format()", "'%s'.nothing.at.all", "10.0 ** 999"], "")
 
 
-@pytest.mark.parametrize("fails", ["1 / 0", "{}.popitem()", "'{x}'.format()", "'%s'.nothing.at.all", "10.0 ** 999"])
-def test_a_conversation_that_breaks_the_template_is_a_bad_line(fails: str, tmp_path: Path) -> None:
-    encoder = ChatEncoder(
-        load_tokenizer(chat_tokenizer(tmp_path / "a", "{{ " + fails + " }}" + CHATML)), append_eod=True
-    )
-    assert list(encoder([json.dumps({"messages": [say("assistant", "a")], "tools": None})]).bad) == [0]
+@pytest.mark.parametrize(("fails", "named"), (BREAKS | {"raise_exception('')": "rejects it"}).items())
+def test_a_conversation_that_breaks_the_template_is_a_bad_line(fails: str, named: str, tmp_path: Path) -> None:
+    """Or one that it refuses without a word."""
+    folder = chat_tokenizer(tmp_path / "a", "{{ " + fails + " }}" + CHATML)
+    bad = encoder_of(folder)(lines_of([say("assistant", "a")])).bad
+    assert list(bad) == [0] and named in bad[0][1]
 
 
 @pytest.mark.parametrize("name", ["Own", "utils"])  # the second is a module of transformers
 def test_a_tokenizers_own_code_is_not_run(name: str, tmp_path: Path) -> None:
     folder = chat_tokenizer(tmp_path / "a")
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings |= {"tokenizer_class": name, "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    own = {"AutoTokenizer": ["own.Own", "own.Own"]}
+    update_json(folder / "tokenizer_config.json", tokenizer_class=name, auto_map=own)
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    ChatEncoder(load_tokenizer(folder), append_eod=True)
+    encoder_of(folder)
     assert not (tmp_path / "ran").exists()
 
 
@@ -294,13 +281,13 @@ def test_a_tokenizer_that_transformers_cannot_read_is_a_line(tmp_path: Path) -> 
     folder = chat_tokenizer(tmp_path / "damaged")
     (folder / "special_tokens_map.json").write_text("{")
     with pytest.raises(UserError, match=re.escape(str(folder))) as error:
-        ChatEncoder(load_tokenizer(folder), append_eod=True)
+        encoder_of(folder)
     assert "\n" not in str(error.value)
 
 
 def test_a_conversation_is_encoded_as_texts_are(tmp_path: Path) -> None:
     """And not as the class named beside tokenizer.json would; what it encoded once is other data."""
-    folder, template = chat_tokenizer(tmp_path / "a"), "{{ messages[0]['content'] }}"
+    folder = chat_tokenizer(tmp_path / "a", "{{ messages[0]['content'] }}")
     described = json.loads((folder / "tokenizer.json").read_text())
     digits = {"type": "Digits", "individual_digits": True}
     described["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, described["pre_tokenizer"]]}
@@ -309,12 +296,10 @@ def test_a_conversation_is_encoded_as_texts_are(tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(described))
     prints = set()
     for kind in ("PreTrainedTokenizerFast", "GPT2Tokenizer"):
-        settings = {"tokenizer_class": kind, "eos_token": "<|im_end|>", "chat_template": template}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-        tokenizer = load_tokenizer(folder)
-        encoder = ChatEncoder(tokenizer, append_eod=False)
-        flat = encoder([json.dumps({"messages": [say("assistant", "in 12")], "tools": None})]).flat
-        assert flat.tolist() == tokenizer.encode("in 12")
+        update_json(folder / "tokenizer_config.json", tokenizer_class=kind)
+        encoder = encoder_of(folder, append_eod=False)
+        flat = encoder(lines_of([say("assistant", "in 12")])).flat
+        assert flat.tolist() == load_tokenizer(folder).encode("in 12")
         prints.add(encoder.fingerprint)
     assert len(prints) == 2
 
@@ -330,16 +315,14 @@ def test_a_template_for_tools_is_one_of_several(chatml: Path, tmp_path: Path) ->
 def test_a_template_that_forgets_is_told_to_mark_its_answers(tmp_path: Path) -> None:
     folder = chat_tokenizer(tmp_path / "forgetful", FORGETFUL)
     messages = [say("user", "a"), say("assistant", "hm|b"), say("user", "c"), say("assistant", "hm|d")]
-    encoder = ChatEncoder(load_tokenizer(folder), append_eod=True)
-    found = encoder([json.dumps({"messages": m, "tools": None}) for m in (messages[:2], messages)])
+    found = encoder_of(folder)(lines_of(messages[:2], messages))
     assert list(found.bad) == [1] and "{% generation %}" in found.bad[1][1] and len(found.lengths) == 1
 
 
 def test_workers_shards_and_another_run_make_the_same_mask(chatml: Path, tmp_path: Path, capsys: Any) -> None:
     corpus = write_lines(tmp_path / "chat.jsonl", conversations(60))
-    read = ReadOptions("messages", chat=True)
-    made = run_preprocess([corpus], tmp_path / "one", chatml, read=read)
-    run_preprocess([corpus], tmp_path / "many", chatml, read=read, workers=2, shard_bytes=4000)
+    made = run_preprocess([corpus], tmp_path / "one", chatml, read=READ)
+    run_preprocess([corpus], tmp_path / "many", chatml, read=READ, workers=2, shard_bytes=4000)
     for suffix in (".bin", ".idx", indexed.MASK_SUFFIX):
         assert Path(f"{tmp_path}/one{suffix}").read_bytes() == Path(f"{tmp_path}/many{suffix}").read_bytes()
     mask = indexed.open_mask(tmp_path / "one", made["tokens"])
@@ -348,11 +331,11 @@ def test_workers_shards_and_another_run_make_the_same_mask(chatml: Path, tmp_pat
     assert documents(tmp_path / "one") == [ids for ids, _ in expected]
     assert mask.tolist() == [value for _, values in expected for value in values]
     assert f"{made['loss_mask_tokens']:,} tokens count" in capsys.readouterr().err
-    run_preprocess([corpus], tmp_path / "one", chatml, read=read)
+    run_preprocess([corpus], tmp_path / "one", chatml, read=READ)
     assert "already done" in capsys.readouterr().err
     Path(f"{tmp_path}/one{indexed.MASK_SUFFIX}").unlink()
     with pytest.raises(UserError, match="--overwrite"):
-        run_preprocess([corpus], tmp_path / "one", chatml, read=read)
+        run_preprocess([corpus], tmp_path / "one", chatml, read=READ)
     plain = write_lines(tmp_path / "plain.jsonl", [{"text": "hello"}])
     run_preprocess([plain], tmp_path / "many", chatml, overwrite=True)
     assert not indexed.has_mask(tmp_path / "many")
@@ -364,25 +347,20 @@ def test_another_template_is_another_output(chatml: Path, tmp_path: Path, change
     corpus = write_lines(tmp_path / "chat.jsonl", conversations(4))
     folder = tmp_path / "copy"
     shutil.copytree(chatml, folder)
-    run_preprocess([corpus], tmp_path / "out", folder, read=ReadOptions("messages", chat=True))
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | changed))
+    run_preprocess([corpus], tmp_path / "out", folder, read=READ)
+    update_json(folder / "tokenizer_config.json", **changed)
     with pytest.raises(UserError, match="--overwrite"):
-        run_preprocess([corpus], tmp_path / "out", folder, read=ReadOptions("messages", chat=True))
+        run_preprocess([corpus], tmp_path / "out", folder, read=READ)
 
 
 def test_what_has_no_template_is_refused(bpe_model: Path, tmp_path: Path) -> None:
     corpus = write_lines(tmp_path / "chat.jsonl", conversations(2))
     text = write_lines(tmp_path / "chat.txt", ["hello"])
     bare = chat_tokenizer(tmp_path / "bare", None)
-    read = ReadOptions("messages", chat=True)
-    for source, model, named in (
-        (corpus, bpe_model, str(bpe_model)),
-        (corpus, bare, "chat_template"),
-        (text, bare, "chat.txt"),
-    ):
+    cases = ((corpus, bpe_model, str(bpe_model)), (corpus, bare, "chat_template"), (text, bare, "chat.txt"))
+    for source, model, named in cases:
         with pytest.raises(UserError, match=re.escape(named)):
-            run_preprocess([source], tmp_path / "out", model, read=read)
+            run_preprocess([source], tmp_path / "out", model, read=READ)
     assert not list(tmp_path.glob("out*"))
 
 

@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_helpers import build, make_texts, run_of, tool_environment, write_jsonl, write_source
+from data_helpers import build, make_texts, run_of, run_preprocess, tool_environment, train, write_jsonl, write_source
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from plt_megatron.config.schema import DataConfig, DataSource, RunConfig
 from plt_megatron.data import mix
 from plt_megatron.data.datasets import Samples, build_datasets, make_sample
-from plt_megatron.data.preprocess import PreprocessOptions, preprocess
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
 from tests.running import ROOT
@@ -34,7 +33,7 @@ def tokenizer(bpe_model: Path) -> Tokenizer:
 @pytest.fixture(scope="module")
 def prefix(corpus: Path, bpe_model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     target = tmp_path_factory.mktemp("data") / "a"
-    preprocess(PreprocessOptions([str(corpus)], str(target), str(bpe_model)))
+    run_preprocess([corpus], target, bpe_model)
     return str(target)
 
 
@@ -52,9 +51,17 @@ def config(*paths: str, **settings: Any) -> DataConfig:
 
 def texts_of(samples: Samples) -> list[list[int]]:
     """Each sample's tokens with the one after the last."""
-    return [
-        [*item["tokens"].tolist(), int(item["labels"][-1])] for item in map(samples.__getitem__, range(len(samples)))
-    ]
+    items = map(samples.__getitem__, range(len(samples)))
+    return [[*item["tokens"].tolist(), int(item["labels"][-1])] for item in items]
+
+
+def assert_cut_from(prefix: str, samples: Samples) -> None:
+    """The named documents, and no others, are what each sample is cut from."""
+    documents = [document.tolist() for document in IndexedDataset(prefix)]
+    for index, text in enumerate(texts_of(samples)):
+        name, numbers = samples.documents(index)
+        joined = sum((documents[number] for number in numbers), [])
+        assert name == "a" and any(joined[at : at + len(text)] == text for at in range(len(joined)))
 
 
 def test_items(prefix: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -113,13 +120,7 @@ def test_split_keeps_parts_apart(prefix: str, tokenizer: Tokenizer, tmp_path: Pa
 
 
 def test_documents_of_a_sample(prefix: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """The named documents, and no others, are what the sample is cut from."""
-    documents = [document.tolist() for document in IndexedDataset(prefix)]
-    train = build(config(prefix), (100, 0, 0), tmp_path, tokenizer).train
-    for index, text in enumerate(texts_of(train)):
-        name, numbers = train.documents(index)
-        joined = sum((documents[number] for number in numbers), [])
-        assert name == "a" and any(joined[at : at + len(text)] == text for at in range(len(joined)))
+    assert_cut_from(prefix, build(config(prefix), (100, 0, 0), tmp_path, tokenizer).train)
 
 
 def test_resetting_at_boundaries(prefix: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -173,8 +174,7 @@ def test_blend(by_file: bool, prefix: str, copy: str, tokenizer: Tokenizer, tmp_
 
 def test_order_depends_on_the_seed_alone(prefix: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     def tokens(seed: int, cache: str) -> list[list[int]]:
-        train = build(config(prefix), (60, 0, 0), tmp_path / cache, tokenizer, seed).train
-        return texts_of(train)
+        return texts_of(build(config(prefix), (60, 0, 0), tmp_path / cache, tokenizer, seed).train)
 
     state = torch.get_rng_state()
     first = tokens(1, "a")
@@ -234,12 +234,8 @@ def test_new_data_at_an_old_path(copy: str, tokenizer: Tokenizer, bpe_model: Pat
     """megatron-core's own cache goes by the path and would give the old documents' order, and read past the end."""
     build(config(copy), (60, 0, 0), tmp_path / "cache", tokenizer)
     new = write_jsonl(tmp_path / "new.jsonl", make_texts(40, seed=8))
-    preprocess(PreprocessOptions([str(new)], copy, str(bpe_model), overwrite=True))
-    train = build(config(copy), (60, 0, 0), tmp_path / "cache", tokenizer).train
-    documents = [document.tolist() for document in IndexedDataset(copy)]
-    for index, text in enumerate(texts_of(train)):
-        joined = sum((documents[number] for number in train.documents(index)[1]), [])
-        assert any(joined[at : at + len(text)] == text for at in range(len(joined)))
+    run_preprocess([new], Path(copy), bpe_model, overwrite=True)
+    assert_cut_from(copy, build(config(copy), (60, 0, 0), tmp_path / "cache", tokenizer).train)
 
 
 @pytest.mark.parametrize(
@@ -271,10 +267,7 @@ def test_unusable_data(
     elif what == "broken":
         Path(f"{copy}.manifest.json").write_text(damage.split()[-1])
     else:
-        from plt_megatron.data.tokenizer_training import TrainingOptions, train_tokenizer
-
-        options = TrainingOptions([str(corpus)], str(tmp_path / "other"), 400, threads=1)
-        tokenizer = load_tokenizer(train_tokenizer(options).model)
+        tokenizer = load_tokenizer(train(corpus, tmp_path / "other", 400))
         if damage == "no manifest":
             os.unlink(f"{copy}.manifest.json")
     with pytest.raises(UserError, match=message) as error:
@@ -364,7 +357,7 @@ def test_two_ranks(prefix: str, tokenizer: Tokenizer, tmp_path: Path, warm_pytho
     """Rank 0 builds and rank 1 waits; errors of rank 0, foreseen or not, reach rank 1; waiting ends."""
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    environment = {**tool_environment(), "PYTHONPATH": str(ROOT)}
+    environment = tool_environment(PYTHONPATH=str(ROOT))
     ranks = [
         subprocess.Popen(
             [warm_python, str(script), str(rank), str(tmp_path), prefix],

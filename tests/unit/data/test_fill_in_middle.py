@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_helpers import build, train, write_source
+from data_helpers import build, run_preprocess, train, write_source
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from plt_megatron.config.schema import DataConfig, DataSource, FimConfig, RunConfig
@@ -17,7 +17,6 @@ from plt_megatron.config.validation import find_problems
 from plt_megatron.data.datasets import Samples, make_sample
 from plt_megatron.data.fill_in_middle import find_tokens, uniform
 from plt_megatron.data.mix import fingerprint, fingerprint_differences, mix_shares
-from plt_megatron.data.preprocess import PreprocessOptions, preprocess
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.train.data import batches, micro_batch_indices
@@ -41,7 +40,7 @@ def tokenizer(model: Path) -> Tokenizer:
 @pytest.fixture(scope="module")
 def prefix(corpus: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     target = tmp_path_factory.mktemp("data") / "a"
-    preprocess(PreprocessOptions([str(corpus)], str(target), str(model)))
+    run_preprocess([corpus], target, model)
     return str(target)
 
 
@@ -220,10 +219,8 @@ def test_fingerprints_and_epochs(prefix: str, tokenizer: Tokenizer) -> None:
 def test_end_of_document_masks_without_packing() -> None:
     """Megatron-LM's rule in its own words: `loss_mask[data == eod_token] = 0.0`."""
     text = np.array([5, 2, 6, 7, 2, 2, 8])
-    assert make_sample(text, [2, 3, 1, 1], reset=False, masked_token=2)["loss_mask"].tolist() == [1, 0, 1, 1, 0, 0]
-    assert make_sample(text, [2, 3, 1, 1], reset=True, masked_token=2)["loss_mask"].tolist() == [1, 0, 1, 1, 0, 0]
-    inside = make_sample(text, [7], reset=True, masked_token=2)  # the token inside of a document, too
-    assert inside["loss_mask"].tolist() == [1, 0, 1, 1, 0, 0]
+    for lengths, reset in (([2, 3, 1, 1], False), ([2, 3, 1, 1], True), ([7], True)):  # inside of a document, too
+        assert make_sample(text, lengths, reset=reset, masked_token=2)["loss_mask"].tolist() == [1, 0, 1, 1, 0, 0]
     assert make_sample(text, [7], reset=True)["loss_mask"].all()
 
 

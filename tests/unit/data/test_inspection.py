@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from data_helpers import write_jsonl
+from data_helpers import run_preprocess, write_jsonl
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from plt_megatron.commands.inspect_data import main
@@ -18,7 +18,6 @@ from plt_megatron.config.loader import load_config
 from plt_megatron.data.datasets import build_datasets
 from plt_megatron.data.inspection import Inspector, Run, ShownBatch, ShownPart, ShownSample, describe_batch
 from plt_megatron.data.mix import required_samples
-from plt_megatron.data.preprocess import PreprocessOptions, preprocess
 from plt_megatron.data.tokenizer import load_tokenizer
 from plt_megatron.errors import UserError
 
@@ -36,8 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, bpe_model: Path, texts: list[s
         "held": [*texts[250:], texts[2]],
     }
     for name, part in parts.items():
-        source = write_jsonl(folder / f"{name}.jsonl", part)
-        preprocess(PreprocessOptions([str(source)], str(folder / name), str(bpe_model)))
+        run_preprocess([write_jsonl(folder / f"{name}.jsonl", part)], folder / name, bpe_model)
     sources = [{"path": str(folder / name), "weight": weight} for name, weight in (("one", 3), ("two", 1))]
     settings = {
         "name": "shown",

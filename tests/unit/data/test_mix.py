@@ -77,11 +77,7 @@ def test_fingerprint(tmp_path: Path, bpe_model: Path, unigram_model: Path) -> No
         'sampling was {"seed": 1, "num_samples": [10, 2, 0]}, is {"seed": 2, "num_samples": [10, 2, 0]}'
     ]
     assert fingerprint_differences(fingerprint(data, tokenizer), fingerprint(data, other)) == ["another tokenizer"]
-    with open(a + ".bin", "rb+") as file:  # one token
-        file.seek(1234)
-        byte = file.read(1)
-        file.seek(1234)
-        file.write(bytes([byte[0] ^ 1]))
+    np.memmap(f"{a}.bin", np.uint8, "r+")[1234] ^= 1  # one token
     assert differences(data) == [everywhere]
 
 
@@ -120,7 +116,6 @@ def test_a_file_that_does_not_answer_is_not_a_missing_one(tmp_path, monkeypatch,
 def test_building_the_index_ahead(tmp_path: Path, run_tool: Tool, capsys: pytest.CaptureFixture[str]) -> None:
     from plt_megatron.commands import preprocess
     from plt_megatron.config.loader import load_config
-    from plt_megatron.data.mix import index_folder, required_samples
 
     path = source(tmp_path, "a", [100] * 200)
     file = tmp_path / "run.yaml"
@@ -132,15 +127,11 @@ def test_building_the_index_ahead(tmp_path: Path, run_tool: Tool, capsys: pytest
     (folder,) = (tmp_path / "cache").iterdir()
     stamp = folder.stat().st_mtime_ns
     config = load_config(file, ["training.train_iters=3"])
-    counts = required_samples(config)
-    build(config.data, counts, Path(index_folder(config)), seed=config.training.seed)
+    build(config.data, mix.required_samples(config), Path(mix.index_folder(config)), seed=config.training.seed)
     assert [folder] == list((tmp_path / "cache").iterdir()) and folder.stat().st_mtime_ns == stamp
     assert preprocess.main(["--build-index", str(file), "training.train_iters=3000"]) == 2
-    assert (
-        capsys.readouterr()
-        .err.splitlines()[-1]
-        .startswith("error: data source a: 24,000 train samples of 256 tokens are 323")
-    )
+    refused = capsys.readouterr().err.splitlines()[-1]
+    assert refused.startswith("error: data source a: 24,000 train samples of 256 tokens are 323")
     assert preprocess.main(["--build-index", str(file), "training.train_iterss=3"]) == 2
     assert "train_iters" in capsys.readouterr().err
 
@@ -171,9 +162,7 @@ def test_indices_are_written_in_parts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 10**9])
 def test_evenly_spaced_blocks(size: int) -> None:
-    from plt_megatron.data.mix import _starts
-
-    starts = _starts(size, 1000)
+    starts = mix._starts(size, 1000)
     assert len(starts) <= 64 and starts == sorted(set(starts))
     if size:
         assert starts[0] == 0 and starts[-1] >= size - 1000

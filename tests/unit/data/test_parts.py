@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_helpers import Tool, build, digest, run_preprocess, write_jsonl, write_parquet
+from data_helpers import Tool, bad_lines, build, digest, run_preprocess, update_json, write_jsonl, write_parquet
 
 from plt_megatron.config.schema import DataConfig, DataSource
 from plt_megatron.data.indexed import JoinedArrays, flat_tokens, mask_path, part_prefixes, read_index
@@ -47,7 +47,7 @@ def whole(inputs: list[Path], bpe_model: Path, tmp_path_factory: pytest.TempPath
 
 def tokenize(inputs: list[Path], prefix: Path, model: Path, machines: int, **settings: Any) -> list[Path]:
     for number in range(1, machines + 1):
-        run_preprocess(inputs, prefix, model, shard_bytes=SMALL, shard=(number, machines), **settings)
+        run_preprocess(inputs, prefix, model, shard=(number, machines), **{"shard_bytes": SMALL} | settings)
     return [Path(shard_prefix(str(prefix), number, machines)) for number in range(1, machines + 1)]
 
 
@@ -138,20 +138,16 @@ def test_bad_lines_have_the_numbers_that_they_have_in_the_file(bpe_model, tmp_pa
     corpus.write_text("\n".join(lines) + "\n")
     run_preprocess([corpus], tmp_path / "one", bpe_model, shard_bytes=SMALL)
     shards = tokenize([corpus], tmp_path / "text", bpe_model, 3)
-    reports = [Path(f"{prefix}.bad_lines.jsonl") for prefix in (tmp_path / "one", *shards)]
-    whole, *parts = (path.read_text().splitlines() if path.exists() else [] for path in reports)
-    assert [json.loads(line)["line"] for line in whole] == [8, 34, 59]
-    assert [line for part in parts for line in part] == whole
+    assert [bad["line"] for bad in bad_lines(tmp_path / "one")] == [8, 34, 59]
+    reports = [shard for shard in shards if Path(f"{shard}.bad_lines.jsonl").exists()]
+    assert [bad for shard in reports for bad in bad_lines(shard)] == bad_lines(tmp_path / "one")
 
 
 def test_bad_rows_of_a_table_have_the_numbers_that_they_have_in_the_file(bpe_model, tmp_path):
     rows = [None if number in (7, 33, 58) else f"row {number} " * 40 for number in range(60)]
     table = write_parquet(tmp_path / "text.parquet", {"text": rows}, row_group_size=10)
-    shards = [Path(shard_prefix(str(tmp_path / "text"), number, 2)) for number in (1, 2)]
-    for number in (1, 2):
-        run_preprocess([table], tmp_path / "text", bpe_model, shard_bytes=100, shard=(number, 2))
-    found = [Path(f"{shard}.bad_lines.jsonl").read_text().splitlines() for shard in shards]
-    assert [json.loads(line)["line"] for lines in found for line in lines] == [8, 34, 59] and all(found)
+    found = [bad_lines(shard) for shard in tokenize([table], tmp_path / "text", bpe_model, 2, shard_bytes=100)]
+    assert [bad["line"] for lines in found for bad in lines] == [8, 34, 59] and all(found)
 
 
 def test_arrays_end_to_end_read_like_one():
@@ -201,10 +197,9 @@ def shards(joined: Path, tmp_path: Path) -> list[Path]:
 
 
 def test_a_single_machines_output_replaces_a_joined_source(shards, texts, bpe_model, tmp_path):
-    run_preprocess(
-        [write_jsonl(tmp_path / "a.jsonl", texts[:9])], shards[0].with_name("text"), bpe_model, overwrite=True
-    )
-    assert read_index(shards[0].with_name("text")).documents == 9
+    target = shards[0].with_name("text")
+    run_preprocess([write_jsonl(tmp_path / "a.jsonl", texts[:9])], target, bpe_model, overwrite=True)
+    assert read_index(target).documents == 9
 
 
 def refusal(parts: list[Path], output: Path) -> str:
@@ -214,12 +209,9 @@ def refusal(parts: list[Path], output: Path) -> str:
     return str(error.value)
 
 
-def test_a_missing_portion_is_named(shards, tmp_path):
-    assert "2/3" in refusal([shards[0], shards[2]], tmp_path / "out")
-
-
-def test_another_order_is_refused(shards, tmp_path):
-    assert "order" in refusal([shards[1], shards[0], shards[2]], tmp_path / "out")
+@pytest.mark.parametrize(("given", "named"), [((0, 2), "2/3"), ((1, 0, 2), "order")])
+def test_a_missing_portion_and_another_order_are_refused(given, named, shards, tmp_path):
+    assert named in refusal([shards[number] for number in given], tmp_path / "out")
 
 
 def test_portions_of_other_inputs_are_refused(shards, inputs, bpe_model, tmp_path):
@@ -230,11 +222,9 @@ def test_portions_of_other_inputs_are_refused(shards, inputs, bpe_model, tmp_pat
 
 @pytest.mark.parametrize("what", ["tokenizer", "ids", "mask", "bytes"])
 def test_parts_of_two_kinds_are_refused(what, shards, tmp_path):
-    path = Path(f"{shards[1]}.manifest.json")
     if what == "tokenizer":
-        manifest = json.loads(path.read_text())
-        manifest["tokenizer"]["sha256"] = "0"
-        path.write_text(json.dumps(manifest))
+        path = Path(f"{shards[1]}.manifest.json")
+        update_json(path, tokenizer=json.loads(path.read_text())["tokenizer"] | {"sha256": "0"})
     elif what == "ids":
         raw = bytearray(Path(f"{shards[1]}.idx").read_bytes())
         raw[17] = 3  # int16: as wide

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from data_helpers import (
     Tool,
+    bad_lines,
     digest,
     documents,
     expected,
@@ -135,8 +136,7 @@ def test_a_bad_line(
     assert f"bad line {path}:31: {reason}\n" in skipped.stderr
     assert "skipped 1 bad lines: 1 " in skipped.stderr
     assert documents(tmp_path / "x") == expected(bpe_model, texts[:40])
-    listed = [json.loads(entry) for entry in (tmp_path / "x.bad_lines.jsonl").read_text().splitlines()]
-    assert listed == [{"file": str(path), "line": 31, "reason": reason}]
+    assert bad_lines(tmp_path / "x") == [{"file": str(path), "line": 31, "reason": reason}]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".parquet"])
@@ -164,8 +164,8 @@ def test_a_file_that_breaks_off(spooled: bool, texts: list[str], bpe_model: Path
     read = len(found) - 5
     assert 100 < read < len(texts)
     assert found == expected(bpe_model, texts[:read] + texts[:5])
-    bad = [json.loads(entry) for entry in (tmp_path / "x.bad_lines.jsonl").read_text().splitlines()]
-    assert "broken gzip data" in bad[-1]["reason"] and bad[-1]["reason"].endswith("the rest is lost")
+    reason = bad_lines(tmp_path / "x")[-1]["reason"]
+    assert "broken gzip data" in reason and reason.endswith("the rest is lost")
     assert manifest["bad_lines"]["broken file"] == 1
 
 
@@ -192,7 +192,7 @@ def test_a_damaged_page_loses_the_rest_of_its_shard(texts: list[str], bpe_model:
     content[4 + len(content) // 3 : 204 + len(content) // 3] = bytes(200)
     path.write_bytes(content)
     manifest = run_preprocess([path], tmp_path / "x", bpe_model, shard_bytes=1)
-    (bad,) = [json.loads(entry) for entry in (tmp_path / "x.bad_lines.jsonl").read_text().splitlines()]
+    (bad,) = bad_lines(tmp_path / "x")
     assert "broken Parquet data" in bad["reason"] and manifest["bad_lines"]["broken file"] == 1
     assert documents(tmp_path / "x")[:100] == expected(bpe_model, texts[:100])
     assert documents(tmp_path / "x")[-100:] == expected(bpe_model, texts[-100:])
@@ -206,8 +206,7 @@ def test_line_numbers_across_shards(texts: list[str], bpe_model: Path, tmp_path:
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(lines), encoding="utf-8")
     run_preprocess([path], tmp_path / "x", bpe_model, workers=2, shard_bytes=3000)
-    listed = [json.loads(entry) for entry in (tmp_path / "x.bad_lines.jsonl").read_text().splitlines()]
-    assert [entry["line"] for entry in listed] == bad
+    assert [entry["line"] for entry in bad_lines(tmp_path / "x")] == bad
     assert "skipped 5 bad lines: 5 broken JSON" in capsys.readouterr().err
 
 
@@ -335,33 +334,31 @@ def test_memory_does_not_grow_with_the_corpus(bpe_model: Path, tmp_path: Path) -
         packed = tmp_path / f"{copies}.jsonl.gz"
         packed.write_bytes(gzip.compress(path.read_bytes(), 1))
         command = [sys.executable, str(script), str(tmp_path / f"x{copies}"), str(bpe_model), str(path), str(packed)]
-        environment = {**tool_environment(), "PYTHONPATH": str(ROOT)}
-        result = run(command, env=environment)
+        result = run(command, env=tool_environment(PYTHONPATH=str(ROOT)))
         peaks.append([int(result.stdout), int((tmp_path / f"x{copies}.worker").read_text())])
     assert all(10_000 < before and after < before + 12_000 for before, after in zip(*peaks, strict=True)), peaks
 
 
 def test_reading_an_index(corpus: Path, bpe_model: Path, tmp_path: Path) -> None:
+    def refused(message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            read_index(tmp_path / "x")
+
     run_preprocess([corpus], tmp_path / "x", bpe_model)
     index = read_index(tmp_path / "x")
     assert (index.documents, index.dtype) == (300, np.uint16)
-    content = Path(f"{tmp_path / 'x'}.bin").read_bytes()
-    Path(f"{tmp_path / 'x'}.bin").write_bytes(content[:-2])
-    with pytest.raises(UserError, match=rf"x\.bin has {len(content) - 2} bytes where its index expects {len(content)}"):
-        read_index(tmp_path / "x")
-    Path(f"{tmp_path / 'x'}.bin").write_bytes(content)
-    damaged = bytearray(Path(f"{tmp_path / 'x'}.idx").read_bytes())
-    damaged[34] ^= 1  # the first length
-    Path(f"{tmp_path / 'x'}.idx").write_bytes(damaged)
+    tokens, lengths = tmp_path / "x.bin", tmp_path / "x.idx"
+    content = tokens.read_bytes()
+    tokens.write_bytes(content[:-2])
+    refused(rf"x\.bin has {len(content) - 2} bytes where its index expects {len(content)}")
+    tokens.write_bytes(content)
+    np.memmap(lengths, np.uint8, "r+")[34] ^= 1  # the first length
     assert open_index(tmp_path / "x").documents == 300, "only what is at the ends is looked at"
-    with pytest.raises(UserError, match=rf"x\.bin has {len(content)} bytes where its index expects"):
-        read_index(tmp_path / "x")
-    Path(f"{tmp_path / 'x'}.idx").write_bytes(b"MMIDIDX\0\0" + bytes(5))
-    with pytest.raises(UserError, match="not an index of megatron-core's indexed format"):
-        read_index(tmp_path / "x")
-    Path(f"{tmp_path / 'x'}.idx").unlink()
-    with pytest.raises(UserError, match=r"x\.idx not found: tokenize the data with plt preprocess"):
-        read_index(tmp_path / "x")
+    refused(rf"x\.bin has {len(content)} bytes where its index expects")
+    lengths.write_bytes(b"MMIDIDX\0\0" + bytes(5))
+    refused("not an index of megatron-core's indexed format")
+    lengths.unlink()
+    refused(r"x\.idx not found: tokenize the data with plt preprocess")
 
 
 def test_options_reach_the_reader(texts: list[str], bpe_model: Path, tmp_path: Path) -> None:
@@ -378,21 +375,20 @@ def test_documents_are_chosen_by_their_quality(texts: list[str], bpe_model: Path
     qualities = [0, 0.25, 0.5, 0.75, 1.0, -3, None, "high", True] * 4
     chosen = list(zip(texts, qualities, strict=False))
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": text, "score": score}) + "\n" for text, score in chosen))
-    with path.open("a") as file:
-        file.write('{"text": "no score"}\n')
+    lines = [{"text": text, "score": score} for text, score in chosen] + [{"text": "no score"}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    numbers = [(text, score) for text, score in chosen if type(score) in (int, float)]
     found = []
     for name, low, high in (("low", None, 0.5), ("middle", 0.5, 0.75), ("high", 0.75, None)):
         read = ReadOptions(quality=Quality("score", low, high))
         manifest = run_preprocess([path], tmp_path / name, bpe_model, read=read, shard_bytes=1000)
-        numbers = [(text, score) for text, score in chosen if type(score) in (int, float)]
         wanted = [text for text, score in numbers if (low is None or score >= low) and (high is None or score < high)]
         assert documents(tmp_path / name) == expected(bpe_model, wanted) and wanted
         assert manifest["text_bytes"] == sum(len(text.encode()) for text in wanted)
         assert manifest["left_out"] == len(numbers) - len(wanted) and manifest["bad_lines"] == {"no quality": 13}
         assert f"{manifest['left_out']} documents left out for their quality" in capsys.readouterr().err
         found += wanted
-    assert sorted(found) == sorted(text for text, score in chosen if type(score) in (int, float))
+    assert sorted(found) == sorted(text for text, _ in numbers)
     with pytest.raises(UserError, match=r"no usable document in 1 input files \(.* 24 left out for their quality\)"):
         run_preprocess([path], tmp_path / "none", bpe_model, read=ReadOptions(quality=Quality("score", 7)))
 

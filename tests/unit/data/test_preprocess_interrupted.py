@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -21,19 +22,14 @@ from data_helpers import digest, documents, expected, make_texts, run_preprocess
 from plt_megatron.data import preprocess as module
 from plt_megatron.data.preprocess import PreprocessOptions
 from plt_megatron.errors import UserError
-from tests.running import ROOT, wait_for, wait_until_gone
+from tests.running import ROOT, run, wait_for, wait_until_gone
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
     """The command as from a terminal: what a shell puts into the background ignores Ctrl-C, and its children do too."""
     command = [sys.executable, str(ROOT / "tools" / "preprocess.py"), *map(str, arguments)]
-    return subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=tool_environment(),
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=tool_environment(), preexec_fn=heard)
 
 
 def wait_until(condition: Any, process: subprocess.Popen[str]) -> bool:
@@ -100,7 +96,7 @@ def test_changed_between_kill_and_resume(
     """Shards of an older input are not used."""
     path = write_jsonl(tmp_path / "a.jsonl", texts)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module._Job, "merge", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(module._Job, "merge", Mock(side_effect=KeyboardInterrupt))
         run_preprocess([path], tmp_path / "x", bpe_model, shard_bytes=5000)
     assert list((tmp_path / "x.partial").glob("0*.json"))
     write_jsonl(path, texts[::-1])
@@ -114,7 +110,7 @@ def test_a_shard_lost_on_disk(
 ) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", texts)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module._Job, "merge", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(module._Job, "merge", Mock(side_effect=KeyboardInterrupt))
         run_preprocess([path], tmp_path / "x", bpe_model, shard_bytes=5000)
     damaged = tmp_path / "x.partial" / "000002.bin"
     damaged.write_bytes(damaged.read_bytes()[:-2])
@@ -146,20 +142,15 @@ def test_a_script_whose_workers_would_begin_it_again(corpus: Path, bpe_model: Pa
         "from plt_megatron.data.preprocess import PreprocessOptions, preprocess\n"
         f"preprocess(PreprocessOptions([{str(corpus)!r}], 'x', {str(bpe_model)!r}))\n"
     )
-    environment = {**tool_environment(), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = run([sys.executable, script], tmp_path, status=1, env=tool_environment(PYTHONPATH=str(ROOT)))
     *_, last = done.stderr.strip().splitlines()
-    assert done.returncode == 1 and "UserError" in last and "__main__" in last and "memory" not in last
+    assert "UserError" in last and "__main__" in last and "memory" not in last
 
 
 def test_disk_full(corpus: Path, bpe_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> str:
-        raise OSError(28, "No space left on device", "/data/x")
-
-    monkeypatch.setattr(module, "concatenate", full)
-    with pytest.raises(
-        UserError, match="/data/x: No space left on device: the same command continues where this one stopped"
-    ):
+    full = OSError(28, "No space left on device", "/data/x")
+    monkeypatch.setattr(module, "concatenate", Mock(side_effect=full))
+    with pytest.raises(UserError, match="/data/x: No space left on device: the same command continues where this"):
         run_preprocess([corpus], tmp_path / "x", bpe_model)
 
 
@@ -196,13 +187,13 @@ def test_a_finished_command_deletes_its_own_leftovers_alone(
     """Not the work of another command that replaces its output."""
     work = tmp_path / "x.partial"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(shutil, "rmtree", Mock(side_effect=KeyboardInterrupt))
         run_preprocess([corpus], tmp_path / "x", bpe_model)
     assert (work / "plan.json").exists() and (tmp_path / "x.idx").exists()
     run_preprocess([corpus], tmp_path / "x", bpe_model)
     assert not work.exists()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module._Job, "merge", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(module._Job, "merge", Mock(side_effect=KeyboardInterrupt))
         run_preprocess([corpus], tmp_path / "x", bpe_model, append_eod=False, overwrite=True)
     kept = sorted(work.iterdir())
     run_preprocess([corpus], tmp_path / "x", bpe_model)

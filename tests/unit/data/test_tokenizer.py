@@ -10,19 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+from data_helpers import chat_tokenizer, reference
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import models
+from tokenizers import decoders, models, pre_tokenizers
 
 from plt_megatron.data.encoders import TextEncoder
 from plt_megatron.data.segments import COARSE, chunks, crosses_no_piece, word_pattern
-from plt_megatron.data.tokenizer import SentencePieceTokenizer, load_tokenizer, token_dtype
+from plt_megatron.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, token_dtype
 from plt_megatron.data.tokenizer_training import hostile_strings
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.metrics import bits_per_byte
-
-
-def reference(model: Path) -> sentencepiece.SentencePieceProcessor:
-    return sentencepiece.SentencePieceProcessor(model_file=str(model))
 
 
 def train_plainly(lines: list[str], path: Path, **settings: object) -> Path:
@@ -34,6 +31,16 @@ def train_plainly(lines: list[str], path: Path, **settings: object) -> Path:
     )
     path.write_bytes(writer.getvalue())
     return path
+
+
+def lines_of(texts: list[str]) -> list[str]:
+    return [line for text in texts for line in text.splitlines() if line.strip()]
+
+
+def saved(fast: FastTokenizer, folder: Path) -> Tokenizer:
+    """Ours, of a tokenizer.json in this folder."""
+    fast.save(str(folder / "tokenizer.json"))
+    return load_tokenizer(folder / "tokenizer.json")
 
 
 @pytest.fixture(params=["bpe", "unigram"])
@@ -83,8 +90,7 @@ def test_batches_are_the_single_texts(model: Path, texts: list[str]) -> None:
 )
 def test_models_of_others(settings: dict[str, object], tmp_path: Path, texts: list[str]) -> None:
     """Whatever a model does that forbids cutting, the ids are sentencepiece's."""
-    lines = [line for text in texts for line in text.splitlines() if line.strip()]
-    path = train_plainly(lines, tmp_path / "m.model", **{"vocab_size": 600, **settings})
+    path = train_plainly(lines_of(texts), tmp_path / "m.model", **{"vocab_size": 600, **settings})
     tokenizer, plain = load_tokenizer(path), reference(path)
     for text in texts[:50] + hostile_strings(("<|fim|>", "<|f", "token")):
         assert tokenizer.encode(text) == plain.encode(text)
@@ -206,13 +212,10 @@ def test_hugging_face_file_of_others(tmp_path: Path, special: bool) -> None:
 @pytest.mark.parametrize("added", [["<unk>", "</s>"], []], ids=["added", "pieces alone"])
 def test_a_unigram_model_finds_no_special_token_in_text(added: list[str], tmp_path: Path) -> None:
     """Nor those among its pieces, whose score of zero is better than any other way to spell them."""
-    from tokenizers import models
-
     pieces = [("<unk>", 0.0), ("</s>", 0.0), *((character, -2.0) for character in "ab</s>")]
     fast = FastTokenizer(models.Unigram(pieces, unk_id=0))
     fast.add_special_tokens(added)
-    fast.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    tokenizer = saved(fast, tmp_path)
     assert tokenizer.eod == 1
     ids = tokenizer.encode("a</s>b")
     assert tokenizer.eod not in ids and (ids[0], ids[-1]) == (2, 3)
@@ -222,8 +225,6 @@ def test_a_unigram_model_finds_no_special_token_in_text(added: list[str], tmp_pa
 @pytest.mark.parametrize("kind", ["WordLevel", "WordPiece", "BPE", "BPE of words", "BPE without unknown"])
 def test_no_model_finds_the_end_of_a_document_in_its_text(kind: str, added: list[str], tmp_path: Path) -> None:
     """Nor is a special token that text cannot spell replaced, or data that have it tokenized anew."""
-    from tokenizers import models, pre_tokenizers
-
     pieces = {name: index for index, name in enumerate(["<unk>", "a", "<", "/", "s", ">", "</", "s>", "</s>"])}
     merges, unknown = [("<", "/"), ("s", ">"), ("</", "s>")], {} if "without" in kind else {"unk_token": "<unk>"}
     fast = FastTokenizer(
@@ -233,8 +234,7 @@ def test_no_model_finds_the_end_of_a_document_in_its_text(kind: str, added: list
     )
     fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
     fast.add_special_tokens(added)
-    fast.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    tokenizer = saved(fast, tmp_path)
     encoded = TextEncoder(tokenizer, append_eod=True)(["a", "a </s> a", "", "a a"])
     if unknown:
         assert encoded.flat.tolist() == [1, 8, 1, 0, 1, 8, 1, 1, 8] and encoded.bad.keys() == {2}
@@ -244,19 +244,15 @@ def test_no_model_finds_the_end_of_a_document_in_its_text(kind: str, added: list
         assert tokenizer.spelling == "nothing"
     if kind == "BPE":
         fast.model = models.BPE(pieces, merges[:2], unk_token="<unk>")  # type: ignore[assignment]
-        fast.save(str(tmp_path / "tokenizer.json"))
-        assert load_tokenizer(tmp_path / "tokenizer.json").spelling == ""
+        assert saved(fast, tmp_path).spelling == ""
 
 
 @pytest.mark.parametrize(("named", "size"), [(5, 3), (None, 3), (["<x>"], 0), ([{"content": "<x>"}, 5], 0)])
 def test_further_special_tokens_are_named_in_any_form(named: object, size: int, tmp_path: Path) -> None:
-    from tokenizers import decoders, models
-
     fast = FastTokenizer(models.BPE({"a": 0, "<x>": 1, "</s>": 2}, []))
     fast.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    fast.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"additional_special_tokens": named}))
-    assert load_tokenizer(tmp_path / "tokenizer.json").byte_lengths()[:2].tolist() == [1, size]
+    assert saved(fast, tmp_path).byte_lengths()[:2].tolist() == [1, size]
 
 
 @pytest.mark.parametrize(
@@ -288,9 +284,8 @@ def test_unusable_settings(bpe_model: Path, tmp_path: Path) -> None:
 
 def test_a_token_that_ends_documents_is_given_beside_a_json_or_in_training(tmp_path: Path, texts: list[str]) -> None:
     words = models.WordLevel({"<fin>": 0, "word": 1}, unk_token="word")
-    FastTokenizer(words).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match=f'"eos_token" in {tmp_path / "tokenizer_config.json"}'):
-        load_tokenizer(tmp_path)
+        saved(FastTokenizer(words), tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<fin>"}')
     assert load_tokenizer(tmp_path).eod == 0
     with pytest.raises(UserError, match="control symbol.*eos_id"):
@@ -313,34 +308,13 @@ def test_the_fast_way_is_taken(bpe_model: Path, unigram_model: Path) -> None:
     assert unigram._exact_chunks
 
 
-def byte_level_json(path: Path, texts: list[str]) -> Path:
-    """A byte-level BPE tokenizer, as GPT-2's."""
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    fast = FastTokenizer(models.BPE())
-    fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
-    fast.train_from_iterator(texts, trainer)
-    fast.save(str(path))
-    return path
-
-
-def with_a_space_before_each_text(path: Path, texts: list[str]) -> Path:
-    """A tokenizer as Llama 2's."""
-    lines = [line for text in texts for line in text.splitlines() if line.strip()]
-    settings = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True}
-    return train_plainly(lines, path, vocab_size=600, **settings)
-
-
 def test_a_model_that_predicts_bytes_uniformly_has_eight_bits_per_byte(bpe_model, unigram_model, texts, tmp_path):
     """Whatever the tokenizer: a token of b bytes then costs b ln 256, and the end of a document nothing."""
+    settings = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True}
     paths = [
-        bpe_model,
-        unigram_model,
-        bpe_model.with_name("tokenizer.json"),
-        byte_level_json(tmp_path / "t.json", texts),
-        with_a_space_before_each_text(tmp_path / "prefixed.model", texts),
+        *(bpe_model, unigram_model, bpe_model.with_name("tokenizer.json")),
+        chat_tokenizer(tmp_path / "byte_level") / "tokenizer.json",
+        train_plainly(lines_of(texts), tmp_path / "prefixed.model", vocab_size=600, **settings),  # as Llama 2's
     ]
     read = [text for text in [*texts, "naïve → 東京 \U0001f642\n\t  x"] if "\u2581" not in text]
     counts = set()
@@ -360,8 +334,5 @@ def test_a_model_that_predicts_bytes_uniformly_has_eight_bits_per_byte(bpe_model
 
 
 def test_bytes_of_a_decoder_that_does_not_say_are_refused(tmp_path):
-    path = tmp_path / "tokenizer.json"
-    fast = FastTokenizer.from_str('{"model": {"type": "BPE", "vocab": {"a": 0, "</s>": 1}, "merges": []}}')
-    path.write_text(fast.to_str())
     with pytest.raises(UserError, match="how many bytes a token stands for"):
-        load_tokenizer(path).byte_lengths()
+        saved(FastTokenizer(models.BPE({"a": 0, "</s>": 1}, [])), tmp_path).byte_lengths()
