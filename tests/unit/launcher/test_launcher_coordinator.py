@@ -36,14 +36,9 @@ class Play:
         self.said: list[str] = []
         allocation = Allocation(7, "7", 0, nodes, 0, end_time)
         job = job_settings(nodes=len(nodes), **settings)
-        self.coordinator = Coordinator(
-            allocation,
-            job,
-            Records(run, allocation),
-            lambda node, message: self.sent.append((node, message)),
-            self.said.append,
-            lambda: self.now,
-        )
+        send = lambda node, message: self.sent.append((node, message))  # noqa: E731
+        records = Records(run, allocation)
+        self.coordinator = Coordinator(allocation, job, records, send, self.said.append, lambda: self.now)
 
     def told(self, kind: str) -> list[str]:
         """The nodes that were sent something since the last call."""
@@ -58,8 +53,9 @@ class Play:
             self.coordinator.handle(node, {"type": "beat"})
         self.coordinator.tick()
 
-    def hello(self, node: str, **facts) -> None:
-        self.coordinator.handle(node, {"type": "hello", "facts": FACTS | facts})
+    def hello(self, *nodes: str, **facts) -> None:
+        for node in nodes or self.nodes:
+            self.coordinator.handle(node, {"type": "hello", "facts": FACTS | facts})
 
     def exited(self, rank: int, code: int, task: str = "train", lines: list | None = None, attempt: int | None = None):
         node = self.nodes[rank if task == "probe" else rank // 2]
@@ -85,8 +81,7 @@ class Play:
 
     def train(self) -> None:
         """Come to where the ranks run."""
-        for node in self.nodes:
-            self.hello(node)
+        self.hello()
         self.probed()
         assert self.sent[-1][1]["task"] == "train"
         self.sent.clear()
@@ -152,22 +147,19 @@ def test_bad_facts_end_it_before_anything_starts(play):
 
 
 def test_what_is_wrong_everywhere_is_nobodys_node(play):
-    for node in play.nodes:
-        play.hello(node, run_error="/r: cannot be written to")
+    play.hello(run_error="/r: cannot be written to")
     play.stopped()
     assert play.coordinator.status == ExitStatus.USER_ERROR and not play.ends[0]["bad_nodes"]
 
 
 def test_too_little_space_for_the_run(play):
-    for node in play.nodes:
-        play.hello(node, space={**FACTS["space"], "run": 5 << 20})
+    play.hello(space={**FACTS["space"], "run": 5 << 20})
     play.stopped()
     assert play.coordinator.status == ExitStatus.USER_ERROR and "5 MiB free" in play.ends[0]["reason"]
 
 
 def test_a_check_that_hangs_names_the_node_behind(play):
-    play.hello("a")
-    play.hello("b")
+    play.hello()
     result = {"rank": 0, "stage": 1, "error": None, "versions": {}}
     play.coordinator.handle("a", {"type": "probe", "attempt": 1, "result": result})
     play.after(coordinating.PROBE_SECONDS + 1)
@@ -176,8 +168,7 @@ def test_a_check_that_hangs_names_the_node_behind(play):
 
 
 def test_libraries_that_only_the_check_sees(play):
-    play.hello("a")
-    play.hello("b")
+    play.hello()
     play.probed("2.27", "2.26")
     play.stopped()
     assert play.ends[0]["bad_nodes"] == {"b": "nccl 2.26 instead of 2.27"}

@@ -39,15 +39,12 @@ class Job:
         (self.run / "logs").mkdir(parents=True)
         programs = folder / "bin"
         programs.mkdir()
-        script = self.run / "job.sbatch"
         self.silent = folder / "silent"
-        files = {name: getattr(self, name) for name in ("log", "state", "pending", "refuses", "silent")}
-        text = PROGRAM.format(script=script, **files)
+        text = PROGRAM.format(script=self.run / "job.sbatch", **vars(self))
         for name in ("scontrol", "squeue", "scancel"):
             (programs / name).write_text(text)
             (programs / name).chmod(0o755)
         self.state.write_text("RUNNING\n")
-        self.pending.write_text("")
         monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
         for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_STEP_NODELIST", "SLURM_RESTART_COUNT"):
             monkeypatch.delenv(name, raising=False)
@@ -55,8 +52,10 @@ class Job:
             monkeypatch.setenv(name, value)
         self.settings()
 
-    def settings(self, **changes) -> None:
+    def settings(self, pending: str = "", **changes) -> None:
+        """What the job was submitted with, and the jobs of its chain that wait behind it."""
         save_settings(job_settings(**({"requeue": True} | changes)), self.run)
+        self.pending.write_text(pending)
 
     def ends(self, outcome: Outcome, status: int) -> int:
         """An attempt that ends so, and what the batch script's last line returns."""
@@ -69,6 +68,10 @@ class Job:
         """What has been asked of Slurm, besides questions."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         return [line for line in lines if not line.startswith(("scontrol show", "squeue"))]
+
+    def left_alone(self) -> bool:
+        """Nothing is asked of Slurm, and nothing is given up."""
+        return self.asked == [] and not (self.run / "why.txt").exists()
 
 
 @pytest.fixture
@@ -94,15 +97,13 @@ FINISHED, SAVED = Outcome("finished", "done"), Outcome("preempted", "saved")
     ],
 )
 def test_what_follows_when_nothing_is_wrong(job, settings, pending, outcome, status, asked):
-    job.settings(**settings)
-    job.pending.write_text(pending)
+    job.settings(pending, **settings)
     assert (job.ends(outcome, status), job.asked) == (status, asked) and not (job.run / "why.txt").exists()
 
 
 def test_neither_requeue_nor_chain(job, capsys):
     job.settings(requeue=False)
-    assert job.ends(SAVED, 75) == 75
-    assert job.asked == [] and not (job.run / "why.txt").exists()
+    assert job.ends(SAVED, 75) == 75 and job.left_alone()
     assert f"sbatch {job.run / 'job.sbatch'}" in capsys.readouterr().out
     assert job.ends(Outcome("node_failed", "n2 is lost"), 77) == 77
     assert (job.run / "why.txt").read_text().startswith("n2 is lost; not continued: no --requeue")
@@ -115,25 +116,21 @@ PREEMPTED = "RUNNING Requeue=1 PreemptTime=2026-11-25T09:25:46 Partition=main Pr
 def test_a_job_that_slurm_has_ended_or_requeues_is_left_alone(job, state):
     """Cancelled by a person, who does not want it back, or requeued already."""
     job.state.write_text(f"{state}\n")
-    assert job.ends(SAVED, 75) == 75
-    assert job.asked == [] and not (job.run / "why.txt").exists()
+    assert job.ends(SAVED, 75) == 75 and job.left_alone()
 
 
 def test_a_controller_that_is_away_does_not_end_a_chain(job, monkeypatch):
     """Whether a job follows is not known then: none is cancelled."""
     monkeypatch.setattr(client, "_TRIES", 1)
-    job.settings(chain=3, requeue=False)
-    job.pending.write_text("8 9")
+    job.settings("8 9", chain=3, requeue=False)
     job.silent.touch()
-    assert job.ends(Outcome("failed", "rank 3 has crashed"), 1) == 1
-    assert job.asked == [] and not (job.run / "why.txt").exists()
+    assert job.ends(Outcome("failed", "rank 3 has crashed"), 1) == 1 and job.left_alone()
 
 
 @pytest.mark.parametrize("is_away", [False, True], ids=["", "the controller is away"])
 def test_where_requeueing_is_forbidden_a_chain_outlasts_a_bad_node(is_away, job, monkeypatch):
     monkeypatch.setattr(client, "_TRIES", 1)
-    job.settings(chain=3, requeue=False)
-    job.pending.write_text("8 9")
+    job.settings("8 9", chain=3, requeue=False)
     job.refuses.touch()
     if is_away:
         job.silent.touch()
@@ -142,11 +139,8 @@ def test_where_requeueing_is_forbidden_a_chain_outlasts_a_bad_node(is_away, job,
 
 
 def test_nodes_that_left_a_killed_first_launcher_are_not_bad(job, tmp_path, monkeypatch):
-    output = tmp_path / "output"
-    output.write_text("srun: error: n1: task 0: Killed\nsrun: error: n2: task 1: Exited with exit code 77\n")
-    monkeypatch.setattr(finalize, "own_output", lambda: output)
-    assert finalize_job(job.run, 137) == 137
-    assert job.asked == ["scontrol requeue 7"]
+    output = "srun: error: n1: task 0: Killed\nsrun: error: n2: task 1: Exited with exit code 77\n"
+    assert outcome(job, 137, output, monkeypatch, tmp_path)[0] == 137 and job.asked == ["scontrol requeue 7"]
 
 
 def test_a_bad_node_is_left_out_even_without_requeue(job):
@@ -156,8 +150,7 @@ def test_a_bad_node_is_left_out_even_without_requeue(job):
 
 
 def test_a_real_failure_stops_the_chain_and_says_why(job):
-    job.settings(chain=3)
-    job.pending.write_text("8 9")
+    job.settings("8 9", chain=3)
     failure = Exit(3, "n2", 2, ["error: gone"])
     assert job.ends(Outcome("failed", "rank 3 says gone", retry=False, failure=failure), 2) == 2
     assert job.asked == ["scancel 8 9"]
@@ -172,10 +165,8 @@ def test_a_users_error_that_no_disk_took_is_not_tried_again(job, monkeypatch):
     earlier.end(earlier.begin(), SAVED)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
 
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(records.json_lines, "append", full)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(records.json_lines, "append", Mock(side_effect=full))
     assert job.ends(Outcome("failed", "no tokenizer", retry=False), 2) == 2
     assert job.asked == [] and "attempt 2" in (job.run / "why.txt").read_text()
 
@@ -227,7 +218,7 @@ def test_a_run_that_is_another_jobs(job):
     Records(job.run, read_allocation()).begin()
     before = RunFolder(job.run).attempts()
     assert finalize_job(job.run, 78) == 78
-    assert RunFolder(job.run).attempts() == before and job.asked == [] and not (job.run / "why.txt").exists()
+    assert RunFolder(job.run).attempts() == before and job.left_alone()
 
 
 def test_launchers_that_could_not_start(job):
@@ -257,8 +248,7 @@ def outcome(job, status: int, output: str, monkeypatch, tmp_path) -> tuple[int, 
 )  # fmt: skip
 def test_a_setup_that_failed_is_not_tried_again(job, monkeypatch, tmp_path, stopped_at, output, reason):
     """Though the job may be requeued: the profile is the user's."""
-    job.settings(chain=3, requeue=True)
-    job.pending.write_text("8")
+    job.settings("8", chain=3)
     monkeypatch.setenv("PLT_SETUP_FAILED", stopped_at)
     ended, said = outcome(job, 2, output, monkeypatch, tmp_path)
     assert (ended, job.asked) == (2, ["scancel 8"]) and said.startswith(reason) and "sbatch " not in said

@@ -83,6 +83,14 @@ def test_what_the_network_does_not_take_waits(pair):
     assert numbers == list(range(200)) and not channel.pending
 
 
+def received(channel: Channel) -> list[dict]:
+    """All that comes before the connection's end."""
+    found: list[dict] = []
+    while not channel.closed:
+        found += channel.receive()
+    return found
+
+
 @pytest.mark.parametrize(
     "garbage",
     [b"GET / HTTP/1.1\n", b"[1]\n", b'{"no": "type"}\n', b'{"type": 3}\n', b"\xff\xfe\n", b"[" * 200_000 + b"\n"],
@@ -90,18 +98,12 @@ def test_what_the_network_does_not_take_waits(pair):
 def test_what_is_no_message_ends_the_connection(pair, garbage):
     channel, peer = pair
     peer.sendall(b'{"type": "beat"}\n' + garbage)
-    found: list[dict] = []
-    while not channel.closed:
-        found += channel.receive()
-    assert found == [{"type": "beat"}]
+    assert received(channel) == [{"type": "beat"}]
 
 
 def test_the_last_words_of_one_who_hangs_up_are_heard(pair):
     channel, peer = pair
     peer.sendall(b'{"type": "stopped"}\n')
     peer.close()
-    found: list[dict] = []
-    while not channel.closed:
-        found += channel.receive()
-    assert found == [{"type": "stopped"}]
+    assert received(channel) == [{"type": "stopped"}]
     channel.send({"type": "beat"})  # into the void

@@ -65,13 +65,9 @@ def test_all_that_is_wrong_is_said_at_once():
     assert "torch" in found["n2"] and "clock" in found["n2"]
 
 
-def test_a_majority_without_the_first_node_counts():
-    assert list(preflight.judge(nodes(n1={"versions": {"torch": "old"}}), 8)) == ["n1"]
-
-
-def test_of_two_the_first_nodes_counts():
-    assert list(preflight.judge(nodes(2, n2={"versions": {"torch": "old"}}), 8)) == ["n2"]
-    assert list(preflight.judge(nodes(2, n1={"versions": {"torch": "old"}}), 8)) == ["n2"]
+@pytest.mark.parametrize(("count", "old", "named"), [(4, "n1", "n1"), (2, "n2", "n2"), (2, "n1", "n2")])
+def test_a_majority_counts_and_of_two_the_first_node(count, old, named):
+    assert list(preflight.judge(nodes(count, **{old: {"versions": {"torch": "old"}}}), 8)) == [named]
 
 
 def test_devices_matter_where_there_are_to_be_some():

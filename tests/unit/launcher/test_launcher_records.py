@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -104,14 +105,11 @@ def test_a_full_disk_loses_the_note_and_nothing_else(tmp_path, capsys):
 def test_what_a_full_disk_did_not_take_still_counts(tmp_path, monkeypatch):
     run = Records(tmp_path, allocation())
     run.begin()
-    monkeypatch.setattr(records.json_lines, "append", _no_space)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(records.json_lines, "append", Mock(side_effect=full))
     run.end(1, Outcome("failed", "why", retry=False))
     assert run.of_this_start()["status"] == "failed" and len(RunFolder(tmp_path).attempts()) == 1
     assert run.begin() == 2 and [event["event"] for event in run.events()] == ["start", "end", "start"]
-
-
-def _no_space(*_: object, **__: object) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize(

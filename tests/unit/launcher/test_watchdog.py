@@ -133,27 +133,19 @@ class Ranks:
     def __init__(self, folder: Path, count: int, patience: float = 0.3, slow: float = 60.0, index: float = 0.0) -> None:
         self.store = Memory()
         self.ended = [threading.Event() for _ in range(count)]
+        limits = {"patience": patience, "slow_patience": slow, "index_patience": index, "interval": 0.02}
         self.watchdogs = [
-            Watchdog(
-                folder,
-                self.store,
-                rank,
-                count,
-                patience=patience,
-                slow_patience=slow,
-                index_patience=index,
-                interval=0.02,
-                end=lambda status, rank=rank: self.ended[rank].set(),
-            )
+            Watchdog(folder, self.store, rank, count, **limits, end=lambda _, rank=rank: self.ended[rank].set())
             for rank in range(count)
         ]
 
-    def beat(self, phase: str, step: int, ranks: list[int] | None = None) -> None:
-        for rank in range(len(self.watchdogs)) if ranks is None else ranks:
-            self.watchdogs[rank].beat(phase, step)
+    def beat(self, phase: str, step: int) -> None:
+        for watchdog in self.watchdogs:
+            watchdog.beat(phase, step)
 
-    def start(self, ranks: list[int] | None = None) -> None:
-        for rank in range(len(self.watchdogs)) if ranks is None else ranks:
+    def start(self, *ranks: int) -> None:
+        """The watchdogs of these, or of all."""
+        for rank in ranks or range(len(self.watchdogs)):
             self.watchdogs[rank].start()
 
     def close(self) -> None:
@@ -174,14 +166,15 @@ def ranks(tmp_path):
         each.close()
 
 
-def settle(ranks: Ranks) -> None:
+def settled(ranks: Ranks) -> Ranks:
+    """Ranks that have taken their first step."""
     ranks.beat("training", 0)
     ranks.beat("training", 1)
+    return ranks
 
 
 def test_a_run_that_moves_is_left_alone(ranks):
-    job = ranks(2, patience=0.5)
-    settle(job)
+    job = settled(ranks(2, patience=0.5))
     job.start()
     until = time.monotonic() + 1.2
     step = 1
@@ -193,9 +186,8 @@ def test_a_run_that_moves_is_left_alone(ranks):
 
 
 def test_all_ranks_end_when_one_stops(ranks, capsys, tmp_path):
-    job = ranks(3)
-    settle(job)
-    job.start([0, 2])  # rank 1's process is frozen: its thread says nothing
+    job = settled(ranks(3))
+    job.start(0, 2)  # rank 1's process is frozen: its thread says nothing
     job.store.set("watchdog/1", '{"count": 1, "rank": 1, "host": "n1", "step": 1, "phase": "training", '
                   '"quiet_for": 0, "waits_in": null, "at": "x"}')  # fmt: skip
     assert job.ended[0].wait(10) and job.ended[2].wait(10)
@@ -205,26 +197,23 @@ def test_all_ranks_end_when_one_stops(ranks, capsys, tmp_path):
 
 
 def test_a_rank_that_never_gave_a_sign_is_named(ranks, capsys):
-    job = ranks(2)
-    settle(job)
-    job.start([0])
+    job = settled(ranks(2))
+    job.start(0)
     assert job.ended[0].wait(10)
     assert "no sign of life from rank 1" in capsys.readouterr().err
 
 
 def test_rank_0_is_watched_by_the_others(ranks, capsys):
-    job = ranks(3)
-    settle(job)
-    job.start([1, 2])
+    job = settled(ranks(3))
+    job.start(1, 2)
     assert job.ended[1].wait(10) and job.ended[2].wait(10)
     assert "rank 0 has given no sign" in capsys.readouterr().err
 
 
 def test_a_store_that_does_not_answer_is_rank_0_gone(ranks, capsys):
-    job = ranks(2)
-    settle(job)
+    job = settled(ranks(2))
     job.store.answers = False
-    job.start([1])
+    job.start(1)
     assert job.ended[1].wait(10)
     assert "rank 0, which holds the job's store, does not answer (connection reset)" in capsys.readouterr().err
 
@@ -232,12 +221,9 @@ def test_a_store_that_does_not_answer_is_rank_0_gone(ranks, capsys):
 @pytest.mark.parametrize("phase", ["starting", "saving", "loading"])
 def test_slow_phases_have_the_long_limit(ranks, phase):
     job = ranks(1, patience=0.05, slow=50.0)
-    settle(job)
     if phase != "starting":
-        job.beat(phase, 2)
-        assert job.watchdogs[0].limit() == 50.0
-    else:
-        assert ranks(1, patience=0.05, slow=50.0).watchdogs[0].limit() == 50.0
+        settled(job).beat(phase, 2)
+    assert job.watchdogs[0].limit() == 50.0
 
 
 @pytest.mark.parametrize("phases", [["training"], ["indexing", "starting", "loading"]])
@@ -259,9 +245,8 @@ def test_the_sample_index_may_take_longer_than_anything_else(ranks):
 
 
 def test_a_slow_machine_is_no_hung_one(ranks):
-    job = ranks(1, patience=2.0, slow=50.0)
+    job = settled(ranks(1, patience=2.0, slow=50.0))
     (watchdog,) = job.watchdogs
-    settle(job)
     begun = watchdog._seconds
     job.start()
     while watchdog._seconds < begun + 0.6:  # as the watchdog counts: a busy machine wakes it late
@@ -272,17 +257,15 @@ def test_a_slow_machine_is_no_hung_one(ranks):
 
 
 def test_a_store_that_blocks_its_callers_is_rank_0_gone(ranks, capsys):
-    job = ranks(2)
-    settle(job)
+    job = settled(ranks(2))
     job.store.set = lambda key, value: threading.Event().wait(20)
-    job.start([1])
+    job.start(1)
     assert job.ended[1].wait(10)
     assert "rank 0, which holds the job's store, does not answer" in capsys.readouterr().err
 
 
 def test_a_process_alone_says_where_it_hangs(ranks, capsys):
-    job = ranks(1)
-    settle(job)
+    job = settled(ranks(1))
     job.start()
     assert job.ended[0].wait(10)
     assert "rank 0 on " in capsys.readouterr().err
