@@ -147,6 +147,13 @@ def write_checkpoint(folder: Path, config: RunConfig, step: int, **fields: Any) 
     return path
 
 
+def write_attempt(run: Path, attempt: int = 1, job_id: str = "100", **end: Any) -> None:
+    """An attempt's start in attempts.jsonl, and its end, if there is one."""
+    write_event(run, event="start", attempt=attempt, job_id=job_id, step=0)
+    if end:
+        write_event(run, event="end", attempt=attempt, job_id=job_id, **end)
+
+
 def write_event(run: Path, **event: Any) -> None:
     """A line of attempts.jsonl."""
     with (run / "attempts.jsonl").open("a") as file:

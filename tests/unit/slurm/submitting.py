@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from plt_megatron.errors import UserError
 from plt_megatron.slurm.submission import Options, Submission, submit
@@ -58,6 +59,13 @@ def submitted(*overrides: str, **options: Any) -> Path:
     """The folder of the run that `submit_run` submits."""
     (run,) = submit_run(*overrides, **options).runs
     return run
+
+
+def write_profile(folder: Path, **profile: Any) -> str:
+    """A cluster's profile in this folder, as `--cluster` takes it; of CPUs unless `profile` says otherwise."""
+    cpus = {} if "container" in profile else {"processes_per_node": 2, "partition": "cpu"}
+    (folder / "mine.yaml").write_text(yaml.safe_dump(cpus | profile))
+    return str(folder / "mine.yaml")
 
 
 def refusal(*overrides: str, **options: Any) -> list[str]:

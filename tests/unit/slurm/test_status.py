@@ -7,10 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import yaml
-from fake_slurm import RUN, write_event, write_progress
+from fake_slurm import RUN, write_attempt, write_event, write_progress
 from submitting import ROOT, command, directives, submit_run, submitted
 
 from plt_megatron.errors import UserError
@@ -39,7 +40,7 @@ def run(folder, slurm):
 
 def test_a_running_run(run, slurm):
     write_progress(run, [100, 200, 250], checkpoint=200, rate=16384.0)
-    write_event(run, event="start", attempt=1, job_id="100", step=0)
+    write_attempt(run)
     name = job_name(run, "try")
     slurm.jobs(("100", "RUNNING", name), ("101", "PENDING", name), ("7", "RUNNING", "another"))
     text = report([], "runs", False)
@@ -58,9 +59,8 @@ def test_restarts_and_their_reasons(run, slurm):
     for attempt, (status, reason) in enumerate(
         [("preempted", "told to leave"), ("failed", "rank 3 was killed by SIGKILL"), ("killed", "it left no record")], 1
     ):
-        write_event(run, event="start", attempt=attempt, job_id="100", step=0)
-        write_event(run, event="end", attempt=attempt, job_id="100", status=status, step=50 * attempt, reason=reason)
-    write_event(run, event="start", attempt=4, job_id="100", step=0)
+        write_attempt(run, attempt, status=status, step=50 * attempt, reason=reason)
+    write_attempt(run, 4)
     slurm.jobs(("100", "RUNNING", job_name(run, "try")))
     text = report(["runs/try"], "elsewhere", False)
     assert cells(text, "runs/try")[0] == "running" and cells(text, "runs/try")[4] == "3"
@@ -96,28 +96,22 @@ def test_a_job_submitted_by_hand_is_found_under_a_linked_folder(folder, slurm, m
     (tmp_path / "link").symlink_to(folder)
     monkeypatch.chdir(tmp_path / "link")
     monkeypatch.setenv("PWD", str(tmp_path / "link"))
-    (run,) = submit_run().runs
-    slurm.jobs(("987", "RUNNING", directives(run / "job.sbatch")["--job-name"]))
+    slurm.jobs(("987", "RUNNING", directives(submitted() / "job.sbatch")["--job-name"]))
     assert "job 987" in report([], "runs", False)
 
 
-@pytest.mark.parametrize(
-    ("status", "steps", "state"),
-    [("finished", [1000], "finished"), ("preempted", [400], "preempted"), ("node_failed", [400], "node_failed")],
-)
-def test_at_rest_the_folder_says_how_it_ended(run, slurm, status, steps, state):
-    write_progress(run, steps)
-    write_event(run, event="start", attempt=1, job_id="100", step=0)
-    write_event(run, event="end", attempt=1, job_id="100", status=status, step=steps[-1], reason="because")
+@pytest.mark.parametrize(("status", "step"), [("finished", 1000), ("preempted", 400), ("node_failed", 400)])
+def test_at_rest_the_folder_says_how_it_ended(run, slurm, status, step):
+    write_progress(run, [step])
+    write_attempt(run, status=status, step=step, reason="because")
     slurm.jobs(("100", "COMPLETED", job_name(run, "try")))
     shown = cells(report([], "runs", False), "runs/try")
-    assert (shown[0], shown[4]) == (state, "0"), "it has been started once"
+    assert (shown[0], shown[4]) == (status, "0"), "it has been started once"
 
 
 def test_a_finished_run_that_was_made_longer_is_not_finished(run, slurm):
     write_progress(run, [400])
-    write_event(run, event="start", attempt=1, job_id="100", step=0)
-    write_event(run, event="end", attempt=1, job_id="100", status="finished", step=400, reason="")
+    write_attempt(run, status="finished", step=400, reason="")
     assert cells(report([], "runs", False), "runs/try")[:2] == ["not finished", "400 of 1,000"]
     assert not read_run_status(run).finished
     write_event(run, event="end", attempt=1, job_id="100", status="finished", step=1000, reason="")
@@ -125,8 +119,7 @@ def test_a_finished_run_that_was_made_longer_is_not_finished(run, slurm):
 
 
 def test_a_run_that_was_given_up(run, slurm):
-    write_event(run, event="start", attempt=1, job_id="100", step=0)
-    write_event(run, event="end", attempt=1, job_id="100", status="failed", step=5, reason="rank 1 failed")
+    write_attempt(run, status="failed", step=5, reason="rank 1 failed")
     write_event(run, event="stop", attempt=1, job_id="100", reason="rank 1 failed twice at step 5")
     (run / "why.txt").write_text("rank 1 failed twice at step 5\n")
     text = report([], "runs", False)
@@ -135,7 +128,7 @@ def test_a_run_that_was_given_up(run, slurm):
 
 def test_a_job_that_slurm_ended_before_it_could_say_so(run, slurm):
     write_progress(run, [100])
-    write_event(run, event="start", attempt=1, job_id="100", step=0)
+    write_attempt(run)
     slurm.jobs(("100", "NODE_FAIL", job_name(run, "try")))
     text = report([], "runs", False)
     assert cells(text, "runs/try")[0] == "node_fail"
@@ -147,8 +140,7 @@ def test_the_log_of_a_job_that_left_no_record_is_named(run, slurm):
     log.write_text("slurmstepd: error\n")
     slurm.answer("squeue", f"100|FAILED|NonZeroExitCode|0:01|30:00|N/A|node1|{job_name(run, 'try')}")
     assert "job 100 ended that way (NonZeroExitCode): see runs/try/logs/slurm-100.out; " in report([], "runs", False)
-    write_event(run, event="start", attempt=1, job_id="99", step=0)
-    write_event(run, event="end", attempt=1, job_id="99", status="preempted", step=5, reason="asked to stop")
+    write_attempt(run, job_id="99", status="preempted", step=5, reason="asked to stop")
     text = report([], "runs", False)
     assert cells(text, "runs/try")[0] == "preempted"
     assert "job 100 has failed since (NonZeroExitCode): see runs/try/logs/slurm-100.out; no job continues" in text
@@ -156,12 +148,11 @@ def test_the_log_of_a_job_that_left_no_record_is_named(run, slurm):
 
 def test_a_run_that_was_given_up_on_a_full_disk(run, slurm):
     """There was no room for why.txt."""
-    write_event(run, event="start", attempt=1, job_id="100", step=0)
-    write_event(run, event="end", attempt=1, job_id="100", status="failed", step=5, reason="rank 1 failed")
+    write_attempt(run, status="failed", step=5, reason="rank 1 failed")
     write_event(run, event="stop", attempt=1, job_id="100", reason="rank 1: no space left on device")
     text = report([], "runs", False)
     assert cells(text, "runs/try")[0] == "failed" and "no space left" in text and "sbatch" not in text
-    write_event(run, event="start", attempt=2, job_id="101", step=0)
+    write_attempt(run, 2, job_id="101")
     assert cells(report([], "runs", False), "runs/try")[0] != "failed", "somebody has started it again"
 
 
@@ -173,8 +164,7 @@ def test_what_a_setup_passed_over_is_shown(run, slurm):
 
 def test_one_earlier_attempt_is_one(run, slurm):
     for attempt in range(1, 5):
-        write_event(run, event="start", attempt=attempt, job_id="100", step=0)
-        write_event(run, event="end", attempt=attempt, job_id="100", status="preempted", step=attempt, reason="r")
+        write_attempt(run, attempt, status="preempted", step=attempt, reason="r")
     assert "... 1 earlier attempt in runs/try/attempts.jsonl" in report([], "runs", False)
 
 
@@ -186,7 +176,7 @@ def test_what_cannot_be_read_hides_no_other_run(run, slurm):
     """A folder that is another user's, and a run one of whose files is."""
     half, mine = run.parent / "half", run.parent / "mine"
     shutil.copytree(run, half, symlinks=True)
-    write_event(half, event="start", attempt=1, job_id="7", step=0)
+    write_attempt(half, job_id="7")
     mine.mkdir()
     locked = [half / "attempts.jsonl", mine]
     for path in locked:
@@ -271,15 +261,10 @@ def test_json_lines(run, slurm):
     assert expected.items() <= record.items() and record["seconds_left"] == 800.0
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("runs/gone", "not found"),
-        ("data", "contains none|not found"),
-        ("gone", "not found"),
-        ("runs/try/config.yaml", "file: .* runs/try$"),
-    ],
-)
+NO_RUNS = {"runs/gone": "not found", "data": "contains none|not found", "gone": "not found"}
+
+
+@pytest.mark.parametrize(("name", "words"), (NO_RUNS | {"runs/try/config.yaml": "file: .* runs/try$"}).items())
 def test_what_is_no_run_is_refused(run, slurm, name, words):
     with pytest.raises(UserError, match=words) as caught:
         report([name], "runs", False)
@@ -339,9 +324,8 @@ def test_following_a_run_to_its_end(run_name, look, folder, slurm):
         "step 10/1,000: upload of the export of step 5: s3://b/exports/step_00000005",
         "step 10/1,000: upload of the export of step 5: failed: no bucket",
     ]
-    write_event(run, event="start", attempt=1, job_id="100", step=0)
     write_progress(run, [1000])
-    write_event(run, event="end", attempt=1, job_id="100", status="finished", step=1000, reason="done")
+    write_attempt(run, status="finished", step=1000, reason="done")
     slurm.jobs(("100", "COMPLETED", run_name))
     # The file is looked at after the state: nothing is lost of what came before the end.
     assert look() == ["job 100 is completed", "step 1,000/1,000: loss 2.0000, 1,000 tokens/s"]
@@ -396,10 +380,7 @@ def test_ctrl_c_leaves_the_job(run_name, slurm, monkeypatch, capsys):
     submission = submit_run()
     slurm.jobs(("100", "RUNNING", run_name))
 
-    def interrupt(seconds: float) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(follow_module.time, "sleep", interrupt)
+    monkeypatch.setattr(follow_module.time, "sleep", Mock(side_effect=KeyboardInterrupt))
     assert follow(submission) == 0
     said = capsys.readouterr().out
     assert "scancel 100" in said and "the job continues" in said

@@ -20,6 +20,10 @@ def run(folder, slurm):
     return submitted()
 
 
+def contents(run):
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
 def test_a_run_is_resumed_with_the_same_configuration(run, capsys):
     write_progress(run, [100, 200], checkpoint=200)
     capsys.readouterr()
@@ -30,11 +34,11 @@ def test_a_run_is_resumed_with_the_same_configuration(run, capsys):
 
 def test_another_configuration_is_refused_and_the_difference_said(run):
     write_progress(run, [100], checkpoint=100)
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    before = contents(run)
     lines = refusal("optimizer.lr=1e-3", "training.seed=7")
     assert len(lines) == 3 and "2 settings" in lines[0] and "--accept-changes" in lines[0]
     assert "training.seed was 1234, is 7" in lines[1] and "optimizer.lr was 0.0003, is 0.001" in lines[2]
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert contents(run) == before
     submit_run("optimizer.lr=1e-3", accept_changes=True)
     assert load_config(run / "config.yaml").optimizer.lr == 1e-3
 
@@ -54,11 +58,10 @@ def test_what_the_job_would_refuse_is_refused_with_accepted_changes_too(run, fol
     write_tokens(folder / "data" / "other", lengths=(400, 600))
     write_checkpoint(run / "checkpoints", load_config("run.yaml"), 100)
     submit_run("training.micro_batch_size=2", accept_changes=True)  # which no checkpoint minds
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    before = contents(run)
     lines = refusal(setting, accept_changes=True)
     assert any(REFUSED[setting] in line for line in lines), lines
-    assert len(slurm.calls("sbatch")) == 2
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert len(slurm.calls("sbatch")) == 2 and contents(run) == before
 
 
 def test_what_the_checkpoint_is_told_to_allow_is_submitted(run, folder):

@@ -7,7 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 from fake_slurm import RUN, write_checkpoint, write_event, write_progress
-from submitting import refusal, submit_run
+from submitting import refusal, submit_run, write_profile
 
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import ModelConfig, RunConfig, TrainingConfig, UploadsConfig
@@ -18,14 +18,8 @@ from plt_megatron.slurm.client import LONGEST_MARGIN
 from tests.settings import make
 
 
-@pytest.fixture
-def cpu(folder):
-    """A profile."""
-    (folder / "cpu.yaml").write_text("processes_per_node: 2\npartition: cpu\n")
-    return str(folder / "cpu.yaml")
-
-
-def test_earlier_steps_are_measured_rather_than_estimated(folder, slurm, capsys, cpu):
+def test_earlier_steps_are_measured_rather_than_estimated(folder, slurm, capsys):
+    cpu = write_profile(folder)
     submit_run(cluster=cpu)
     assert "set tflops_per_process" in capsys.readouterr().out
     write_progress(folder / "runs/try", [10, 20, 30], checkpoint=30, rate=16384 / 2)
@@ -36,8 +30,8 @@ def test_earlier_steps_are_measured_rather_than_estimated(folder, slurm, capsys,
     assert "too short for one checkpoint interval" in refusal(cluster=cpu, time="00:09:00")[0]
 
 
-def test_steps_to_come_with_more_loops_take_longer_than_those_measured(folder, slurm, capsys, cpu):
-    stages = "training.loop_schedule=[{until: 0.5, loop_count: 1}, {loop_count: 2}]"
+def test_steps_to_come_with_more_loops_take_longer_than_those_measured(folder, slurm, capsys):
+    cpu, stages = write_profile(folder), "training.loop_schedule=[{until: 0.5, loop_count: 1}, {loop_count: 2}]"
     model, length = make(ModelConfig, RUN["model"]), RUN["data"]["sequence_length"]
     one, two = (training_flops_per_token(model, length, model.vocab_size, loops).total for loops in (1, 2))
     submit_run(stages, cluster=cpu)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -10,7 +11,7 @@ from collections import namedtuple
 import pytest
 import yaml
 from fake_slurm import CPU_PARTITION, GPU_PARTITION, RUN, write_tokenizer, write_tokens
-from submitting import ROOT, refusal, submit_run
+from submitting import ROOT, refusal, submit_run, write_profile
 
 from plt_megatron.config.loader import load_config
 from plt_megatron.errors import UserError
@@ -34,13 +35,12 @@ def assert_one_line(folder, slurm, lines, *words):
     assert not (folder / "runs").exists()
 
 
-CPU = {"profile": "processes_per_node: 2\npartition: cpu\n"}
 LONG = "training.train_iters=100_000_000"
 # Is not held against a size that is not to be had: with the right one, nothing else may be wrong.
 UNFIT = ("parallel.tensor_model_parallel_size=4", "training.global_batch_size=3")
 LEAVES_NO_TIME = ("no time for steps", "--signal-margin")
 # By what is wrong: settings, options, and the words of the one line. `sinfo`: what differs in its answer; `profile`:
-# a cluster's.
+# of a cluster of CPUs.
 LINES = {
     "unknown partition": (UNFIT, {"partition": "gpus"}, ("gpus", "did you mean gpu?", "gpu, cpu")),
     "more GPUs than a node": (UNFIT, {"gpus_per_node": "9"}, ("--gpus-per-node 9", "partition gpu", "8 GPUs")),
@@ -75,7 +75,7 @@ LINES = {
     ),
     "memory of a CPU node": (
         (),
-        {"profile": "processes_per_node: 4\npartition: cpu\n", "sinfo": ("256000", "10")},
+        {"profile": {"processes_per_node": 4}, "sinfo": ("256000", "10")},
         ("memory", "4 processes", "10.0 MiB"),
     ),
     "limit too short for a checkpoint": (
@@ -95,12 +95,13 @@ LINES = {
     ),
     "limit within the margin": ((), {"time": "00:05:00"}, ("--time 00:05:00", *LEAVES_NO_TIME)),
     "limit before the first step": ((), {"time": "00:08:00"}, ("--time 00:08:00", *LEAVES_NO_TIME)),
-    "the same, of unknown speed": ((), {"time": "00:08:00"} | CPU, ("--time 00:08:00", *LEAVES_NO_TIME)),
+    "the same, of unknown speed": ((), {"time": "00:08:00", "profile": {}}, ("--time 00:08:00", *LEAVES_NO_TIME)),
     "limit in minutes and seconds": ((), {"time": "05:00"}, ("--time 00:05:00",)),
     **{
         f"no time: {time}": ((), {"time": time}, ("--time",))
         for time in ("", "0", "1h", "-1", "1:2:3:4", "infinite", "24:00:00; rm -rf /")
     },
+    "an output folder that is a file": (("output_dir=run.yaml",), {}, ("output_dir", "not a folder")),
     "members at a time of no array": ((), {"max_concurrent": 2}, ("--max-concurrent needs --array",)),
     "a chain of arrays": ((), {"array": "list.txt", "chain": 2}, ("--chain cannot be combined with --array",)),
 }
@@ -111,9 +112,8 @@ def test_it_is_refused_in_one_line(folder, slurm, settings, options, words):
     options = dict(options)
     if sinfo := options.pop("sinfo", None):
         slurm.answer("sinfo", *(line.replace(*sinfo) for line in (GPU_PARTITION, CPU_PARTITION)))
-    if profile := options.pop("profile", None):
-        (folder / "cpu.yaml").write_text(profile)
-        options["cluster"] = str(folder / "cpu.yaml")
+    if "profile" in options:
+        options["cluster"] = write_profile(folder, **options.pop("profile"))
     assert_one_line(folder, slurm, refusal(*settings, **options), *words)
 
 
@@ -164,46 +164,35 @@ def test_nothing_to_load_is_told_before_the_queue(folder, slurm, load):
     assert_one_line(folder, slurm, refusal(f"checkpoint.load={load}"), f"checkpoint.load: {load} holds no checkpoint")
 
 
-def test_a_tokenizer_without_the_tokens_of_filling_in(folder, slurm):
-    lines = refusal(f"data.tokenizer={write_tokenizer(folder / 'words.json')}", "data.fim.rate=0.5")
-    assert_one_line(folder, slurm, lines, "data.fim.tokens", "words.json")
-
-
 def write_manifest(folder, sha256, vocab_size):
     made = {"tokenizer": {"path": "elsewhere.model", "sha256": sha256, "vocab_size": vocab_size}}
     (folder / "data" / "corpus.manifest.json").write_text(json.dumps(made))
 
 
-def test_data_of_another_tokenizer(folder, slurm):
-    path = write_tokenizer(folder / "words.json", 400)
-    write_manifest(folder, "0" * 64, 300)
-    lines = refusal(f"data.tokenizer={path}")
-    assert_one_line(folder, slurm, lines, "another tokenizer", "elsewhere.model, 300 ids", "400 ids")
+# By what is wrong: the ids of the run's tokenizer, of the tokenizer that the data name, settings, and words.
+VOCABULARIES = {
+    "no tokens of filling in": (2, None, ("data.fim.rate=0.5",), ("data.fim.tokens", "words.json")),
+    "another than the data's": (400, 300, (), ("another tokenizer", "elsewhere.model, 300 ids", "400 ids")),
+    "a vocabulary smaller than the data's": (None, 513, (), ("513 ids", "512")),
+    "a vocabulary smaller than the tokenizer's": (600, None, (), ("model.vocab_size 512", "600 ids")),
+    "too large for 16-bit ids": (65537, None, ("model.vocab_size=null",), ("16-bit", "65537")),
+}
+
+
+@pytest.mark.parametrize(("ids", "of_data", "settings", "words"), VOCABULARIES.values(), ids=VOCABULARIES)
+def test_a_tokenizer_that_does_not_fit(folder, slurm, ids, of_data, settings, words):
+    if ids is not None:
+        settings = (*settings, f"data.tokenizer={write_tokenizer(folder / 'words.json', ids)}")
+    if of_data is not None:
+        write_manifest(folder, "0" * 64, of_data)
+    assert_one_line(folder, slurm, refusal(*settings), *words)
 
 
 def test_data_of_the_same_tokenizer_is_accepted(folder, slurm):
-    import hashlib
-
     path = write_tokenizer(folder / "words.json", 400)
     write_manifest(folder, hashlib.sha256(path.read_bytes()).hexdigest(), 400)
     submit_run(f"data.tokenizer={path}")
     assert len(slurm.calls("sbatch")) == 1
-
-
-def test_a_vocabulary_smaller_than_the_datas(folder, slurm):
-    write_manifest(folder, "0" * 64, 513)
-    assert_one_line(folder, slurm, refusal(), "513 ids", "512")
-
-
-def test_a_vocabulary_smaller_than_the_tokenizers(folder, slurm):
-    lines = refusal(f"data.tokenizer={write_tokenizer(folder / 'words.json', 600)}")
-    assert_one_line(folder, slurm, lines, "model.vocab_size 512", "600 ids")
-
-
-def test_sixteen_bit_ids_for_a_larger_tokenizer(folder, slurm):
-    path = write_tokenizer(folder / "words.json", 65537)
-    lines = refusal(f"data.tokenizer={path}", "model.vocab_size=null")
-    assert_one_line(folder, slurm, lines, "16-bit", "65537")
 
 
 def test_32_bit_ids_for_a_larger_tokenizer_are_accepted(folder, slurm):
@@ -253,11 +242,6 @@ def test_too_little_free_space_for_all_of_an_array(folder, slurm, monkeypatch, c
     submit_run(array="list.txt")
 
 
-def test_an_output_folder_that_cannot_be_made(folder, slurm):
-    (folder / "file").touch()
-    assert_one_line(folder, slurm, refusal("output_dir=file"), "output_dir", "not a folder")
-
-
 @pytest.mark.parametrize("gpus", ["", "8x", "-1", "h100:", ":8", "h100:8 --wrap=id", "h100:8\n#SBATCH --wrap=id"])
 def test_a_number_of_gpus_that_is_none(folder, slurm, gpus):
     with_lines = " ".join(refusal(gpus_per_node=gpus))
@@ -287,10 +271,8 @@ def test_sbatch_refuses(folder, slurm, reason, may_be_queued):
 
 
 def test_all_problems_are_shown_at_once(folder, slurm):
-    lines = refusal(
-        "data.sources=[{path: data/gone}]", "training.global_batch_size=12", partition="no", gpus_per_node="8"
-    )
-    assert len(lines) == 3
+    settings = ("data.sources=[{path: data/gone}]", "training.global_batch_size=12")
+    assert len(refusal(*settings, partition="no", gpus_per_node="8")) == 3
 
 
 @pytest.mark.parametrize("name", ["bad\nname", "bad\x1bname", "back\\slash", "lr:3e-4"])

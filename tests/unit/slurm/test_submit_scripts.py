@@ -9,8 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
-import yaml
-from submitting import IN_JOB, LAUNCHER, directives, submit_run, submitted
+from submitting import IN_JOB, LAUNCHER, directives, submit_run, submitted, write_profile
 
 from plt_megatron.errors import UserError
 from plt_megatron.slurm.run_files import write_script
@@ -19,9 +18,8 @@ from tests.running import wait_for
 
 @pytest.mark.parametrize("status", [0, 1, 2, 75, 76])
 def test_the_snapshot_runs_though_the_checkout_changes(folder, slurm, checkout, job, status):
-    submit_run(root=checkout)
+    run = submitted(root=checkout)
     (checkout / LAUNCHER).write_text(IN_JOB.replace("VERSION", "changed"))
-    run = folder / "runs" / "try"
     assert job(run / "job.sbatch", STATUS=str(status)).wait(30) == status
     node, finalize = (folder / "seen").read_text().splitlines()
     assert node.startswith(f"submitted ['node', '{run}']")
@@ -32,8 +30,7 @@ def test_the_snapshot_runs_though_the_checkout_changes(folder, slurm, checkout, 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_signals_reach_the_launchers_as_usr1(folder, slurm, checkout, job, number):
-    submit_run(root=checkout)
-    process = job(folder / "runs" / "try" / "job.sbatch", WAIT="1")
+    process = job(submitted(root=checkout) / "job.sbatch", WAIT="1")
     wait_for((folder / "ready").exists, seconds=20)
     process.send_signal(number)
     assert process.wait(30) == 75
@@ -42,20 +39,14 @@ def test_signals_reach_the_launchers_as_usr1(folder, slurm, checkout, job, numbe
 
 def test_a_profile_sets_the_jobs_environment(folder, slurm, checkout, job, monkeypatch):
     monkeypatch.setenv("WHERE", "/a b")
-    (folder / "mine.yaml").write_text(
-        yaml.safe_dump(
-            {
-                "processes_per_node": 2,
-                "partition": "cpu",
-                "environment": {"PROFILE_VARIABLE": '$WHERE/it\'s "quoted" `id` $(id)'},
-                "scratch": "/scratch/$WHERE",
-                "setup": ["echo set up >>seen"],
-                "sbatch_options": ["--exclusive", "--comment=two words"],
-            }
-        )
+    profile = write_profile(
+        folder,
+        environment={"PROFILE_VARIABLE": '$WHERE/it\'s "quoted" `id` $(id)'},
+        scratch="/scratch/$WHERE",
+        setup=["echo set up >>seen"],
+        sbatch_options=["--exclusive", "--comment=two words"],
     )
-    submit_run(root=checkout, cluster="./mine.yaml")
-    script = folder / "runs" / "try" / "job.sbatch"
+    script = submitted(root=checkout, cluster=profile) / "job.sbatch"
     assert directives(script)["--comment"] == "two words" and "--exclusive" in directives(script)
     assert job(script).wait(30) == 0
     lines = (folder / "seen").read_text().splitlines()
@@ -84,8 +75,7 @@ def test_other_code_is_kept_beside_the_new(folder, slurm, checkout):
 
 
 def test_a_full_disk_leaves_the_code_that_was_there(folder, slurm, checkout, monkeypatch):
-    submit_run(root=checkout)
-    run, write = folder / "runs/try", Path.write_bytes
+    run, write = submitted(root=checkout), Path.write_bytes
     (checkout / LAUNCHER).write_text("# new\n")
 
     def full(path, content):
@@ -132,14 +122,13 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_name_is_never_code(folder, slurm, checkout, job, name):
-    submit_run(root=checkout, name=name)
-    run = folder / "runs" / name
-    script = run / "job.sbatch"
-    asked = directives(script)
+    run = submitted(root=checkout, name=name)
+    assert run == folder / "runs" / name
+    asked = directives(run / "job.sbatch")
     assert asked["--output"] == str(run).replace("%", "%%") + "/logs/slurm-%j.out"
     assert re.fullmatch(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*", asked["--job-name"])
     assert set(asked) == OPTIONS
-    assert job(script).wait(30) == 0
+    assert job(run / "job.sbatch").wait(30) == 0
     assert f"submitted {['node', str(run)]}" in (folder / "seen").read_text()
     assert not list(folder.glob("**/injected"))
 
@@ -153,6 +142,5 @@ def test_a_name_is_never_code(folder, slurm, checkout, job, name):
 )
 def test_an_options_value_is_one_word(folder, slurm, checkout, option, value):
     slurm.answer("sinfo", f"{value}*|up|infinite|16|128|2000000|gpu:h100:8")
-    submit_run(root=checkout, **{option: value})
-    asked = directives(folder / "runs/try/job.sbatch")
+    asked = directives(submitted(root=checkout, **{option: value}) / "job.sbatch")
     assert asked[f"--{option}"] == value and "--wrap" not in asked
