@@ -33,8 +33,6 @@ def tokenizer_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(tmp_path):
     """A run of a small PLT: (folder, model, weights)."""
-    from convert_helpers import make_model, random_weights, save_run
+    from convert_helpers import save_random
 
-    model = make_model()
-    weights = random_weights(model)
-    return save_run(tmp_path / "run", model, weights), model, weights
+    return tmp_path / "run", *save_random(tmp_path / "run")

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from plt_megatron.config import derived
 from plt_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from plt_megatron.errors import UserError
 from plt_megatron.hf.checkpoint_writer import LazyTensor, write_checkpoint
 from plt_megatron.hf.conversion import mappings_for
 from plt_megatron.hf.exporting import ExportOptions, ExportResult, export
@@ -207,6 +209,22 @@ def hf_logits(folder: Path, tokens: Tensor, **options: Any) -> Tensor:
 def quiet(options: tuple, **others: Any) -> ExportResult:
     """Export without output."""
     return export(ExportOptions(*options, **others), say=lambda line: None)
+
+
+def save_random(folder: Path, precision: str = "fp32", **changes: Any) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """A run's folder with one checkpoint of random weights; its model, and the weights."""
+    model = make_model(**changes)
+    weights = random_weights(model, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    save_run(folder, model, weights, precision=precision)
+    return model, weights
+
+
+def refuse_import(source: Path, message: str, **options: Any) -> None:
+    """Importing it is refused in one line, and nothing is written."""
+    before = set(source.parent.iterdir())
+    with pytest.raises(UserError, match=message) as refused:
+        import_model(ImportOptions(source, source.parent / "refused", **options))
+    assert "\n" not in str(refused.value) and set(source.parent.iterdir()) == before
 
 
 def imported(folder: Path, output: Path, **options: Any) -> tuple[ImportResult, dict[str, Tensor]]:

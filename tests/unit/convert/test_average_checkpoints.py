@@ -11,11 +11,12 @@ import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
-from convert_helpers import make_model, random_weights, save_run
+from convert_helpers import VARIANTS, make_model, random_weights, save_run
 from safetensors.torch import load_file
 
 from plt_megatron.commands import average as command
@@ -24,19 +25,7 @@ from plt_megatron.hf import arguments, averaging
 from plt_megatron.hf.averaging import AverageOptions, average
 from plt_megatron.hf.exporting import ExportOptions, export
 from plt_megatron.train.checkpoint.reading import read_weights
-
-MODELS = {
-    "dense": {},
-    "untied": {"share_embeddings_and_output_weights": False, "gate_input": "hidden"},
-    "experts": {
-        "moe.num_experts": 3,
-        "moe.ffn_hidden_size": 24,
-        "moe.shared_expert_intermediate_size": 16,
-        "moe.router_score_function": "sigmoid",
-        "moe.router_bias_update_rate": 1e-3,
-        "moe.first_k_dense_replace": 1,
-    },
-}
+from tests.unit.data.data_helpers import update_json
 
 
 def test_a_writer_that_has_failed_says_nothing_more_when_it_is_dropped(monkeypatch):
@@ -63,29 +52,21 @@ def saved(folder, seed, precision="fp32", steps=(0,), **model):
         weights = random_weights(make_model(**model), seed=seed + step)
         save_run(folder, make_model(**model), weights, precision=precision, consumed_tokens=64 * step)
         if step:
-            name = folder / "checkpoints"
-            (name / "step_00000000").rename(name / f"step_{step:08d}")
-            restep(name / f"step_{step:08d}", step)
+            change((folder / "checkpoints/step_00000000").rename(folder / f"checkpoints/step_{step:08d}"), step=step)
     return weights
 
 
-def restep(checkpoint: Path, step: int) -> None:
-    change(checkpoint, lambda progress: progress.update(step=step))
-
-
-def change(checkpoint: Path, how) -> None:
+def change(checkpoint: Path, **progress: Any) -> None:
     """Change a checkpoint's progress, which its manifest then leaves out."""
-    progress = json.loads((checkpoint / "progress.json").read_text())
-    how(progress)
-    (checkpoint / "progress.json").write_text(json.dumps(progress))
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    manifest["files"].pop("progress.json", None)
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    update_json(checkpoint / "progress.json", **progress)
+    files = json.loads((checkpoint / "manifest.json").read_text())["files"]
+    files.pop("progress.json", None)
+    update_json(checkpoint / "manifest.json", files=files)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["plt3", "loopcoder", "experts, biased, dense first"])
 def test_it_is_the_mean_of_each_tensor(tmp_path, name):
-    parts = [saved(tmp_path / f"run{seed}", seed, **MODELS[name]) for seed in range(3)]
+    parts = [saved(tmp_path / f"run{seed}", seed, **VARIANTS[name]) for seed in range(3)]
     result = quiet([tmp_path / f"run{seed}" / "checkpoints/step_00000000" for seed in range(3)], tmp_path / "out")
     ours = dict(read_weights(result.output))
     assert ours.keys() == parts[0].keys() and result.tensors == len(ours)
@@ -140,11 +121,10 @@ def _save_several() -> None:
     saved(Path("wide"), 0, steps=(2,), ffn_hidden_size=64)
     saved(Path("looped"), 0, steps=(2,), loop_count=3)
     saved(Path("words"), 0, steps=(2,))
-    change(Path("words/checkpoints/step_00000002"), lambda progress: progress.update(vocab_size=116))
+    change(Path("words/checkpoints/step_00000002"), vocab_size=116)
     saved(Path("spoken"), 0, steps=(2,))
     for run, digest in (("spoken", "a"), ("mine", "b")):
-        print_of = {"data_fingerprint": {"tokenizer": digest}}
-        change(Path(run, "checkpoints/step_00000002"), lambda progress, new=print_of: progress.update(new))
+        change(Path(run, "checkpoints/step_00000002"), data_fingerprint={"tokenizer": digest})
     shutil.copytree("mine", "damaged")
     weights = next(Path("damaged/checkpoints/step_00000004").glob("*.distcp"))
     content = bytearray(weights.read_bytes())
@@ -192,7 +172,7 @@ def test_what_cannot_be_averaged_is_one_line(runs, case):
 def test_nothing_is_overwritten_and_nothing_left_behind(runs, monkeypatch, capsys):
     with pytest.raises(UserError, match="taken exists"):
         quiet(["mine@2", "mine@4"], Path("taken"))
-    monkeypatch.setattr(averaging, "_mean", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error", "x")))
+    monkeypatch.setattr(averaging, "_mean", Mock(side_effect=OSError(5, "Input/output error", "x")))
     before = sorted(Path().iterdir())
     Path(f".out.{os.getpid()}.partial").mkdir()  # as of a killed process of this id, and of one that is gone
     Path(f".out.{2**31 - 1}.partial").mkdir()

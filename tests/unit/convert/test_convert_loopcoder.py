@@ -10,18 +10,15 @@ from convert_helpers import (
     VOCAB,
     hf_logits,
     imported,
-    make_model,
     make_tokens,
     megatron_logits,
     quiet,
-    random_weights,
-    save_run,
+    refuse_import,
+    save_random,
 )
 from safetensors.torch import load_file, save_file
 
-from plt_megatron.errors import UserError
 from plt_megatron.hf.configuration_plt import PLTConfig
-from plt_megatron.hf.importing import ImportOptions, import_model
 from tests.hf.reference import Reference
 
 LOOPCODER_KEYS = {
@@ -140,9 +137,8 @@ def test_loopcoder_runs_in_our_code_and_goes_back(tmp_path, keys, changes):
 
 @pytest.mark.usefixtures("warm_starts")
 def test_a_local_gate_travels_through_loopcoders_format(tmp_path):
-    model = make_model(share_embeddings_and_output_weights=False)
-    weights = random_weights(model)
-    quiet((save_run(tmp_path / "run", model, weights), tmp_path / "v2"), style="loopcoder", verify=True)
+    model, weights = save_random(tmp_path / "run", share_embeddings_and_output_weights=False)
+    quiet((tmp_path / "run", tmp_path / "v2"), style="loopcoder", verify=True)
     result, back = imported(tmp_path / "v2", tmp_path / "back")
     assert result.model.gate_side == "global"
     before, after = megatron_logits(model, weights, make_tokens()), megatron_logits(result.model, back, make_tokens())
@@ -159,5 +155,4 @@ def test_a_local_gate_travels_through_loopcoders_format(tmp_path):
 )
 def test_loopcoders_we_do_not_have(tmp_path, keys, message):
     save_loopcoder(tmp_path / "v2", **keys)
-    with pytest.raises(UserError, match=message):
-        import_model(ImportOptions(tmp_path / "v2", tmp_path / "run"))
+    refuse_import(tmp_path / "v2", message)

@@ -18,6 +18,7 @@ from convert_helpers import (
     megatron_logits,
     quiet,
     random_weights,
+    save_random,
     save_run,
 )
 from safetensors.torch import load_file
@@ -36,9 +37,7 @@ from plt_megatron.hf.verification import export_of
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits_are_the_training_models(tmp_path, name):
-    model = make_model(**VARIANTS[name])
-    weights = random_weights(model)
-    save_run(tmp_path / "run", model, weights)
+    model, weights = save_random(tmp_path / "run", **VARIANTS[name])
     result = quiet((tmp_path / "run", tmp_path / "out"), max_shard_size="20kB")
     assert result.files > 1
     tokens = make_tokens()
@@ -70,8 +69,8 @@ LAST_ALONE = "3 loops, whose last loop alone attends to the whole context"
     ],
 )
 def test_what_the_card_calls_a_model(tmp_path, name, kind):
-    model = make_model(**VARIANTS[name])
-    card = model_card(open_source(save_run(tmp_path / "run", model, random_weights(model))), "out", [], "plt")
+    save_random(tmp_path / "run", **VARIANTS[name])
+    card = model_card(open_source(tmp_path / "run"), "out", [], "plt")
     assert f"\n\nA {kind}, converted with plt_megatron.\n" in card
     windowed = "| attention to the whole context | in the last loop only; 5 keys in the others |"
     assert (windowed in card) == ("last loop" in name) == ("unlike in training" in card)
@@ -80,9 +79,8 @@ def test_what_the_card_calls_a_model(tmp_path, name, kind):
 
 def test_a_model_that_is_measured_in_bf16_turns_keys_by_exact_angles(tmp_path):
     """Rounded frequencies would be wrong by radians at the end of long rows."""
-    model = make_model(**VARIANTS["experts, biased, dense first"])
-    run = save_run(tmp_path / "run", model, random_weights(model))
-    loaded = export_of(open_source(run), torch.bfloat16)
+    save_random(tmp_path / "run", **VARIANTS["experts, biased, dense first"])
+    loaded = export_of(open_source(tmp_path / "run"), torch.bfloat16)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
     assert {buffer.dtype for buffer in loaded.buffers() if buffer.is_floating_point()} == {torch.float32}
 
@@ -91,9 +89,8 @@ def test_biases_of_experts_stay_in_fp32(tmp_path):
     """In an export in bf16, and in the model that is loaded from it, as in DeepSeek-V3's."""
     from transformers import AutoModelForCausalLM
 
-    model = make_model(**VARIANTS["experts, biased, dense first"])
-    weights = random_weights(model, dtype=torch.bfloat16)
-    quiet((save_run(tmp_path / "run", model, weights, precision="bf16"), tmp_path / "out"))
+    model, weights = save_random(tmp_path / "run", "bf16", **VARIANTS["experts, biased, dense first"])
+    quiet((tmp_path / "run", tmp_path / "out"))
     stored = load_file(tmp_path / "out" / "model.safetensors")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True, dtype=torch.bfloat16)
     for layer in derived.expert_layers(model):
@@ -148,9 +145,8 @@ def test_everything_a_user_needs(tmp_path, tokenizer_model):
     card = model_card(source, "out", [], "plt")
     assert "in one pass" not in card and "`generate` runs them one after another" in card
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    assert tokenizer.decode(tokenizer("def f(x):\n    return 12,5 \u00e9t\u00e9")["input_ids"]) == (
-        "def f(x):\n    return 12,5 \u00e9t\u00e9"
-    )
+    text = "def f(x):\n    return 12,5 \u00e9t\u00e9"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     imported = import_model(ImportOptions(tmp_path / "out", tmp_path / "back"))
     assert imported.tokenizer is not None  # the data's own: samples tokenized with it stay usable
     assert load_tokenizer(imported.tokenizer).fingerprint == load_tokenizer(tokenizer_model).fingerprint
@@ -172,10 +168,8 @@ def test_dtypes(tmp_path, run, precision):
 
 
 def test_bf16_checkpoints_export_as_bf16(tmp_path):
-    model = make_model()
-    weights = random_weights(model)
-    run = save_run(tmp_path / "run", model, weights, precision="bf16")
-    quiet((run, tmp_path / "out"))
+    model, weights = make_model(), random_weights(make_model())  # in fp32; the checkpoint rounds them
+    quiet((save_run(tmp_path / "run", model, weights, precision="bf16"), tmp_path / "out"))
     saved = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(saved["model.norm.weight"], weights["final_layernorm.weight"].bfloat16())
 
@@ -211,9 +205,8 @@ def test_paths_may_be_texts(tmp_path, run):
     folders = [path / "checkpoints" / "step_00000000" for path in (run[0], tmp_path / "back")]
     options = AverageOptions(folders, str(tmp_path / "mean"))  # type: ignore[arg-type,list-item]
     average(options, say=[].append)
-    assert torch.equal(
-        dict(open_source(tmp_path / "mean").weights())["final_layernorm.weight"], run[2]["final_layernorm.weight"]
-    )
+    name, found = "final_layernorm.weight", dict(open_source(tmp_path / "mean").weights())
+    assert torch.equal(found[name], run[2][name])
 
 
 def test_the_command(tmp_path, run, monkeypatch, capsys):

@@ -15,6 +15,7 @@ from convert_helpers import (
     megatron_logits,
     quiet,
     random_weights,
+    save_random,
     save_run,
 )
 
@@ -67,7 +68,6 @@ class Stopped(BaseException):
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), Stopped(), SystemExit(143)])
 def test_nothing_half_written(tmp_path, run, monkeypatch, error):
     folder, _, _ = run
-
     right = exporting.to_hf
 
     def stopping(weights, rules):
@@ -127,14 +127,12 @@ def test_a_checkpoint_of_a_newer_program(tmp_path):
 
 
 def test_the_loopcoder_format_says_when_it_cannot(tmp_path):
-    yarn = VARIANTS["yarn rope"] | {"qk_layernorm": True}
-    model = make_model(**{**LOOPCODER, **yarn})
-    run = save_run(tmp_path / "run", model, random_weights(model))
-    what = r"model\.qk_layernorm is True, model\.rope_scaling\.yarn is set"
-    with pytest.raises(UserError, match=rf"cannot express that {what}; use --format plt"):
-        quiet((run, tmp_path / "out"), style="loopcoder")
-    plain = make_model(loop_count=1)
-    run = save_run(tmp_path / "plain", plain, random_weights(plain))
-    with pytest.raises(UserError, match=r"cannot express that model\.loop_count is 1"):
-        quiet((run, tmp_path / "out"), style="loopcoder")
+    several = r"model\.qk_layernorm is True, model\.rope_scaling\.yarn is set; use --format plt"
+    for name, settings, what in (
+        ("run", LOOPCODER | VARIANTS["yarn rope"] | {"qk_layernorm": True}, several),
+        ("plain", {"loop_count": 1}, r"model\.loop_count is 1"),
+    ):
+        save_random(tmp_path / name, **settings)
+        with pytest.raises(UserError, match=f"cannot express that {what}"):
+            quiet((tmp_path / name, tmp_path / "out"), style="loopcoder")
     assert not (tmp_path / "out").exists()

@@ -16,11 +16,9 @@ from tests.unit.data.data_helpers import CHATML, make_texts, train, write_jsonl
 
 
 def test_another_models_tokenizer(tmp_path, tokenizer_model):
-    model = make_model()
     shutil.copytree(tokenizer_model.parent, tmp_path / "tokenizer")
     moved = tmp_path / "tokenizer" / "tokenizer.model"
-    weights = random_weights(model)
-    run = save_run(tmp_path / "run", model, weights, tokenizer=moved)
+    run = save_run(tmp_path / "run", make_model(), random_weights(make_model()), tokenizer=moved)
     with pytest.raises(UserError, match=r"has 400 ids, the model's vocabulary 117: it belongs to another model"):
         quiet((run, tmp_path / "out"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "tokenizer"]

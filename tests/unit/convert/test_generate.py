@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import random
@@ -22,17 +21,14 @@ from plt_megatron.errors import UserError
 from plt_megatron.hf import generation
 from plt_megatron.hf.exporting import ExportOptions, export
 from tests.running import ROOT, run
+from tests.unit.data.data_helpers import update_json
 
 
 @pytest.fixture
 def generate(warm_python) -> Callable[..., subprocess.CompletedProcess[str]]:
     """The command, on a folder with more options."""
-    return functools.partial(_generate, warm_python)
-
-
-def _generate(python: str, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [python, str(ROOT / "tools/generate.py"), "--model", str(folder), "--prompt", "the loop", *more]
-    return run(command, status=None)
+    command = [warm_python, ROOT / "tools/generate.py", "--prompt", "the loop", "--model"]
+    return lambda folder, *more: run([*command, folder, *more], status=None)
 
 
 @pytest.fixture(scope="module")
@@ -45,21 +41,22 @@ def exported(tmp_path_factory, tokenizer_model) -> Path:
     return folder / "out"
 
 
+@pytest.fixture
+def copy(exported, tmp_path) -> Path:
+    """An export to change."""
+    return shutil.copytree(exported, tmp_path / "out")
+
+
 def test_a_prompt_is_continued_and_the_seed_decides(generate, exported):
     texts = [generate(exported, "--max-new-tokens", "6", "--seed", seed).stdout for seed in ("1", "1", "2")]
     assert all(text.startswith("the loop") and len(text) > len("the loop\n") for text in texts)
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_no_temperature_is_the_likeliest_token_whatever_the_folder_prefers(exported, tmp_path, capfd):
+def test_no_temperature_is_the_likeliest_token_whatever_the_folder_prefers(exported, copy, capfd):
     likeliest = generation.generate(str(exported), "the loop", 12, 0.0, 1).text
-    shutil.copytree(exported, tmp_path / "out")
-    path = tmp_path / "out/generation_config.json"
-    prefers = {"do_sample": True, "temperature": 1.7, "top_p": 0.9, "top_k": 30}
-    path.write_text(json.dumps({**json.loads(path.read_text()), **prefers}))
-    assert {generation.generate(str(tmp_path / "out"), "the loop", 12, 0.0, seed).text for seed in (1, 2)} == {
-        likeliest
-    }
+    update_json(copy / "generation_config.json", do_sample=True, temperature=1.7, top_p=0.9, top_k=30)
+    assert {generation.generate(str(copy), "the loop", 12, 0.0, seed).text for seed in (1, 2)} == {likeliest}
     assert "generation flags" not in capfd.readouterr().err
 
 
@@ -68,26 +65,21 @@ def test_a_prompt_that_is_not_utf_8():
         generation.generate("nowhere", "a\udcff", 4, 0.0, 1)
 
 
-def test_a_folders_own_python_is_not_run(exported, tmp_path):
-    shutil.copytree(exported, tmp_path / "out")
+def test_a_folders_own_python_is_not_run(copy, tmp_path):
     for name in ("modeling_plt.py", "configuration_plt.py"):
-        (tmp_path / "out" / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    found = generation.generate(str(tmp_path / "out"), "the loop", 4, 0.0, 0)
+        (copy / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    found = generation.generate(str(copy), "the loop", 4, 0.0, 0)
     assert found.text.startswith("the loop") and not found.has_chat_template
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_chat(generate, exported, tmp_path):
+def test_a_chat(generate, exported, copy):
     """The prompt goes through the tokenizer's template, and the answer alone is printed."""
-    shutil.copytree(exported, tmp_path / "out")
-    (tmp_path / "out" / "chat_template.jinja").write_text(
-        "{% for message in messages %}{{ message.content }}{% endfor %}"
-    )
-    config = tmp_path / "out" / "tokenizer_config.json"
-    names = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}  # as some tokenizers are saved
-    config.write_text(json.dumps(json.loads(config.read_text()) | names))
+    (copy / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    names = ["input_ids", "token_type_ids", "attention_mask"]  # as some tokenizers are saved
+    update_json(copy / "tokenizer_config.json", model_input_names=names)
     greedy = ("--max-new-tokens", "6", "--temperature", "0")
-    plain, chat = generate(tmp_path / "out", *greedy), generate(tmp_path / "out", *greedy, "--chat")
+    plain, chat = generate(copy, *greedy), generate(copy, *greedy, "--chat")
     answer = plain.stdout.removeprefix("the loop").strip()
     assert answer == chat.stdout.strip() != "", (plain.stderr, chat.stderr)
     assert "--chat" in plain.stderr and "--chat" not in chat.stderr
@@ -95,13 +87,11 @@ def test_a_chat(generate, exported, tmp_path):
         generation.generate(str(exported), "the loop", 4, 0.0, 0, chat=True)
 
 
-@pytest.mark.parametrize(
-    ("option", "value"), [("--temperature", "-1"), ("--temperature", "nan"), ("--temperature", "inf")]
-)
-def test_numbers_that_cannot_be(capsys, option, value):
+@pytest.mark.parametrize("value", ["-1", "nan", "inf"])
+def test_a_temperature_that_cannot_be(capsys, value):
     with pytest.raises(SystemExit, match="2"):
-        generate_command.main(["--model", "model", "--prompt", "the loop", option, value])
-    assert f"error: {option} must be " in capsys.readouterr().err
+        generate_command.main(["--model", "model", "--prompt", "the loop", "--temperature", value])
+    assert "error: --temperature must be " in capsys.readouterr().err
 
 
 def test_the_callers_random_state_stays(exported, monkeypatch):
@@ -153,19 +143,17 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_export_is_one_line(exported, damage, tmp_path):
+def test_a_damaged_export_is_one_line(copy, damage):
     apply, said = DAMAGES[damage]
-    shutil.copytree(exported, tmp_path / "out")
-    apply(tmp_path / "out")
+    apply(copy)
     with pytest.raises(UserError, match=said) as error:
-        generation.generate(str(tmp_path / "out"), "the loop", 4, 0.0, 0)
-    assert "\n" not in str(error.value) and str(tmp_path / "out") in str(error.value)
+        generation.generate(str(copy), "the loop", 4, 0.0, 0)
+    assert "\n" not in str(error.value) and str(copy) in str(error.value)
 
 
-def test_the_command_on_a_truncated_file(generate, exported, tmp_path):
-    shutil.copytree(exported, tmp_path / "out")
-    truncate(tmp_path / "out")
-    result = generate(tmp_path / "out")
+def test_the_command_on_a_truncated_file(generate, copy):
+    truncate(copy)
+    result = generate(copy)
     assert result.returncode == 2 and result.stdout == ""
     assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("error: ")
 
