@@ -35,7 +35,7 @@ def test_time_in_which_a_launcher_stands_still_is_no_silence(monkeypatch):
     assert [clock() for _ in range(3)] == pytest.approx([0.1, 2.1, 2.3])
 
 
-def test_who_joins_when_all_is_over_is_told(tmp_path, monkeypatch):
+def test_who_joins_when_all_is_over_is_told(monkeypatch):
     sent = []
     monkeypatch.setattr(hub.Hub, "_send", lambda self, node, message: sent.append((node, message)))
     late = hub.Hub.__new__(hub.Hub)

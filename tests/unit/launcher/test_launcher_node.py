@@ -63,9 +63,9 @@ def test_ranks_have_the_profiles_values_where_an_image_has_its_own(tmp_path, mon
     """As pyxis leaves them: the image's come first."""
     save_settings(job_settings(environment={"LD_LIBRARY_PATH": "$HERE/lib", "MINE": "1"}), tmp_path)
     monkeypatch.setattr(launching, "NodeLauncher", Mock())
-    for name, value in (("LD_LIBRARY_PATH", "/image"), ("PLT_COPY_LD_LIBRARY_PATH", "/here/lib"), ("MINE", "1")):
-        monkeypatch.setenv(name, value)
-    for name, value in (("SLURM_JOB_ID", "7"), ("SLURM_JOB_NODELIST", "n1"), ("SLURMD_NODENAME", "n1")):
+    variables = {"LD_LIBRARY_PATH": "/image", "PLT_COPY_LD_LIBRARY_PATH": "/here/lib", "MINE": "1"}
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURMD_NODENAME": "n1"}
+    for name, value in (variables | job).items():
         monkeypatch.setenv(name, value)
     launching.launch_node(tmp_path)
     assert (os.environ["LD_LIBRARY_PATH"], os.environ["MINE"]) == ("/here/lib", "1")
@@ -97,6 +97,11 @@ class TwoNodes:
             out = (self.run / f"out.{node}").open("a")
             self.launchers[node] = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
 
+    def launch_all(self) -> None:
+        """Start both launchers, and wait until all ranks are up."""
+        self.launch()
+        self.wait_until(lambda: [len(pids) for pids in self.pids().values()] == [1] * 4)
+
     def wait(self) -> list[int]:
         return [launcher.wait(240) for launcher in self.launchers.values()]
 
@@ -106,14 +111,11 @@ class TwoNodes:
     def pids(self) -> dict[int, list[int]]:
         return {int(path.suffix[1:]): [*map(int, path.read_text().split())] for path in self.run.glob("up.*")}
 
-    def all_up(self, times: int = 1) -> bool:
-        return [len(pids) for pids in self.pids().values()] == [times] * 4
-
     def outputs(self) -> str:
         return "\n".join(path.read_text() for path in [*self.run.glob("out.*"), *self.run.glob("logs/*")])
 
-    def events(self) -> list[dict]:
-        return RunFolder(self.run).attempts()
+    def ends(self) -> list[dict]:
+        return [event for event in RunFolder(self.run).attempts() if event["event"] == "end"]
 
     def alive(self) -> list[int]:
         return alive(pid for own in self.pids().values() for pid in own)
@@ -179,7 +181,7 @@ def test_a_dead_rank_ends_all_and_all_start_again(two_nodes):
     job = two_nodes("attempts() == 1 and (time.sleep(60) if rank != 3 else os.kill(os.getpid(), signal.SIGKILL))")
     job.launch(changed=SETTLES_AT_ONCE)
     assert job.wait() == [0, 0], job.outputs()
-    failed, finished = (event for event in job.events() if event["event"] == "end")
+    failed, finished = job.ends()
     assert failed["failure"]["rank"] == 3 and failed["failure"]["node"] == "other"
     assert finished["status"] == "finished" and job.alive() == []
 
@@ -188,26 +190,24 @@ def test_a_failure_that_stays(two_nodes):
     job = two_nodes("rank == 1 and (print('error: too bad', flush=True), sys.exit(1)); time.sleep(60)")
     job.launch(changed=SETTLES_AT_ONCE)
     assert job.wait() == [1, 1], job.outputs()
-    ends = [event for event in job.events() if event["event"] == "end"]
-    assert len(ends) == 2 and ends[1]["reason"] == "rank 1 on localhost exited with status 1: too bad"
-    assert "error: too bad" in ends[1]["failure"]["lines"] and job.alive() == []
+    _, end = job.ends()
+    assert end["reason"] == "rank 1 on localhost exited with status 1: too bad"
+    assert "error: too bad" in end["failure"]["lines"] and job.alive() == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_to_one_launcher_stops_all_ranks_in_peace(two_nodes, number):
     job = two_nodes(LISTEN)
-    job.launch()
-    job.wait_until(job.all_up)
+    job.launch_all()
     job.launchers["other"].send_signal(number)
     assert job.wait() == [75, 75], job.outputs()
-    assert job.events()[-1]["status"] == "preempted" and job.events()[-1]["retry"]
+    assert job.ends()[-1]["status"] == "preempted" and job.ends()[-1]["retry"]
 
 
 def test_a_signal_while_ranks_still_start(two_nodes):
     """They do not listen yet, and must not die of it."""
     job = two_nodes("while not os.path.exists(run + '/listen'): time.sleep(0.02)\n" + LISTEN)
-    job.launch()
-    job.wait_until(job.all_up)
+    job.launch_all()
     job.launchers["localhost"].send_signal(signal.SIGUSR1)
     job.wait_until(lambda: "asked to stop: saving" in job.outputs())
     (job.run / "listen").touch()
@@ -226,12 +226,11 @@ def test_a_signal_while_the_other_node_is_not_there_yet(two_nodes):
 def test_a_nodes_launcher_dies(two_nodes, killed, statuses):
     """The last that is heard of the first node's is its end: the others end their ranks and exit."""
     job = two_nodes(LISTEN)
-    job.launch()
-    job.wait_until(job.all_up)
+    job.launch_all()
     job.launchers[killed].kill()
     assert job.wait() == statuses, job.outputs()
     if killed == "other":
-        assert job.events()[-1]["status"] == "node_failed" and "other is lost" in job.events()[-1]["reason"]
+        assert job.ends()[-1]["status"] == "node_failed" and "other is lost" in job.ends()[-1]["reason"]
     job.wait_until(lambda: job.alive() == [])
 
 
@@ -239,7 +238,7 @@ def test_a_clock_that_is_off(two_nodes):
     job = two_nodes("")
     job.launch(changed={"other": "now = time.time\ntime.time = lambda: now() - 100"})
     assert job.wait() == [76, 76], job.outputs()
-    (end,) = [event for event in job.events() if event["event"] == "end"]
+    (end,) = job.ends()
     assert list(end["bad_nodes"]) == ["other"]
     off = re.fullmatch(r"its clock is (-[\d.]+) s off the others'", end["bad_nodes"]["other"])
     assert off and -100.1 < float(off[1]) < -50, end
@@ -262,8 +261,7 @@ preflight.gather_facts, preflight._LARGEST_SKEW = late, 0.05
 def test_strangers_are_not_listened_to(two_nodes):
     """Another job's launcher on the same port, a port scanner, an earlier start of this job."""
     job = two_nodes(LISTEN)
-    job.launch()
-    job.wait_until(job.all_up)
+    job.launch_all()
     address = ("localhost", Allocation(job.job, "", 0, ("a",), 0).launcher_port)
     hello = {"type": "hello", "node": "other", "job_id": job.job + 1, "restart_count": 0, "facts": {}}
     for words in (b"GET / HTTP/1.0\r\n\r\n", json.dumps(hello).encode() + b"\n", b'{"type": "preempt"}\n'):

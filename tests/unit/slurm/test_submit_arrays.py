@@ -26,6 +26,13 @@ def members(folder):
     return [folder / "runs/sweep" / f"run{index}" for index in range(4)]
 
 
+@pytest.fixture
+def array(folder, slurm, checkout, members):
+    """The folder of the array that they are submitted as."""
+    submit_run(root=checkout, array="list.txt")
+    return folder / "runs/sweep/list.array"
+
+
 def test_an_array_trains_each_in_its_own_folder(folder, slurm, checkout, job, members, capsys):
     submission = submit_run(root=checkout, array="list.txt", max_concurrent=2)
     assert submission.runs == members
@@ -53,16 +60,14 @@ def test_a_run_folder_on_another_disk_finds_the_code(folder, slurm, checkout, me
     assert (members[1] / "code" / LAUNCHER).is_file()
 
 
-def test_a_member_is_resubmitted_alone(folder, slurm, checkout, members):
-    submit_run(root=checkout, array="list.txt")
+def test_a_member_is_resubmitted_alone(slurm, checkout, members, array):
     write_progress(members[1], [100], checkpoint=100)
     submit_run(root=checkout, config="config1.yaml")
     assert not (members[1] / "code").is_symlink() and (members[1] / "code" / LAUNCHER).is_file()
     assert slurm.calls("sbatch")[-1] == ["--parsable", str(members[1] / "job.sbatch")]
 
 
-def test_an_array_from_a_folder_of_runs(folder, slurm, checkout, members):
-    submit_run(root=checkout, array="list.txt")
+def test_an_array_from_a_folder_of_runs(checkout, members, array):
     assert submit_run(root=checkout, array="runs/sweep").runs == members
 
 
@@ -73,31 +78,28 @@ def test_one_bad_member_refuses_the_array(folder, slurm, members):
     assert not slurm.calls("sbatch") and not (folder / "runs").exists()
 
 
-def test_a_member_that_waits_is_left_alone(folder, slurm, checkout, members):
-    submit_run(root=checkout, array="list.txt")
+def test_a_member_that_waits_is_left_alone(slurm, array):
     slurm.jobs(("100_2", "PENDING", "list-1234"))
     (line,) = refusal(array="list.txt")
     assert "job 100_2 is pending: wait for it, or scancel 100_2" in line
     assert "sbatch" not in line, "its own script would not wait for the array"
 
 
-def test_a_second_array_leaves_the_list_and_code_of_a_waiting_one_alone(folder, slurm, checkout, members):
-    submit_run(root=checkout, array="list.txt")
-    first = folder / "runs/sweep/list.array"
-    name = directives(first / "job.sbatch")["--job-name"]
+def test_a_second_array_leaves_the_list_and_code_of_a_waiting_one_alone(folder, slurm, checkout, members, array):
+    name = directives(array / "job.sbatch")["--job-name"]
     (folder / "list.txt").write_text("config4.yaml\n")
     more = yaml.safe_dump(RUN | {"name": "sweep/run4", "training": RUN["training"] | {"seed": 5}})
     (folder / "config4.yaml").write_text(more)
     slurm.jobs(("100_4", "PENDING", name))
     submit_run(root=checkout, array="list.txt")
-    assert (first / "runs.txt").read_text().split() == [str(run) for run in members]
+    assert (array / "runs.txt").read_text().split() == [str(run) for run in members]
     second = folder / "runs/sweep/list-2.array"
     assert (second / "runs.txt").read_text().split() == [str(folder / "runs/sweep/run4")]
     assert directives(second / "job.sbatch")["--output"] == f"{second}/logs/slurm-%A_%a.out"
     slurm.jobs(("100_4", "COMPLETED", name))
     (folder / "list.txt").write_text("config3.yaml\n")
     submit_run(root=checkout, array="list.txt")
-    assert (first / "runs.txt").read_text().split() == [str(members[3])], "nobody reads the first any more"
+    assert (array / "runs.txt").read_text().split() == [str(members[3])], "nobody reads the first any more"
 
 
 def test_an_array_that_is_submitted_meanwhile_keeps_its_list(folder, slurm, checkout, members, monkeypatch):
@@ -122,20 +124,17 @@ def test_an_array_that_is_submitted_meanwhile_keeps_its_list(folder, slurm, chec
     assert (array / "runs.txt").read_text().split() == [str(run) for run in members]
 
 
-def test_an_array_leaves_the_code_of_a_member_that_goes_on_by_itself_alone(folder, slurm, checkout, members):
-    submit_run(root=checkout, array="list.txt")
+def test_an_array_leaves_the_code_of_a_member_that_goes_on_by_itself_alone(folder, slurm, checkout, members, array):
     slurm.jobs(("200", "RUNNING", directives(members[1] / "job.sbatch")["--job-name"]))
     (folder / "list.txt").write_text("config3.yaml\n")
     submit_run(root=checkout, array="list.txt")
-    array = folder / "runs/sweep/list.array"
     assert (members[1] / "code").resolve() == array / "code" and not (array / "code.1").exists()
     assert (members[3] / "code").resolve() == folder / "runs/sweep/list-2.array/code"
 
 
-def test_members_of_an_array_submitted_by_hand_are_found_by_their_number(folder, slurm, checkout, members):
+def test_members_of_an_array_submitted_by_hand_are_found_by_their_number(slurm, members, array):
     """As plt submit itself advises; the members' records do not know such a job."""
-    submit_run(root=checkout, array="list.txt")
-    slurm.jobs(("900_2", "RUNNING", directives(folder / "runs/sweep/list.array/job.sbatch")["--job-name"]))
+    slurm.jobs(("900_2", "RUNNING", directives(array / "job.sbatch")["--job-name"]))
     assert [bool(jobs_of(run, active_jobs())) for run in members[:3]] == [False, True, False]
 
 
