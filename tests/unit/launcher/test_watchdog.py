@@ -40,10 +40,19 @@ def test_a_rank_stuck_in_its_data_is_named_where_collectives_return_at_once():
     assert text == "step 5 has not moved for 30 s: the others wait for rank 5 on n5, training, at sampling.py:5"
 
 
-def test_so_is_one_that_is_stuck_in_the_middle_of_a_step():
-    assert describe_hang(eight(rank_2="forward")).endswith(
-        "the others wait for rank 2 on n2, training, at attention.py:2"
-    )
+BEHIND = {
+    "in the middle of a step": (eight(rank_2="forward"), 2, "attention.py"),
+    # NCCL's barrier keeps its caller; rank 1 waits for a value on its GPU, rank 2 is the one that both wait for.
+    "outside a barrier": ([sign(0, "barrier", world=8), sign(1, world=8), sign(2, world=7)], 2, "engine.py"),
+    "outside the collective": ([sign(0, "all_reduce"), sign(1), sign(2, "all_reduce")], 1, "engine.py"),
+    # gloo: a later stage waits for its first input, while the first one is stuck in its first microbatch.
+    "in the first stage": ([sign(0, turn=9), sign(1, "recv", turn=8)], 0, "engine.py"),
+}
+
+
+@pytest.mark.parametrize(("signs", "rank", "where"), BEHIND.values(), ids=BEHIND)
+def test_so_is_any_other_rank_that_the_others_wait_for(signs, rank, where):
+    assert describe_hang(signs).endswith(f"the others wait for rank {rank} on n{rank}, training, at {where}:{rank}")
 
 
 def test_two_ranks_behind_are_both_named():
@@ -66,23 +75,6 @@ def test_ranks_that_wait_for_one_another_are_not_behind():
     """Two collectives in another order."""
     crossed = [sign(0, a=5, b=7), sign(1, a=6, b=6)]
     assert ranks_behind(crossed) == [] and "no rank is behind" in describe_hang(crossed)
-
-
-def test_a_barrier_that_some_wait_in_does_not_hide_who_is_behind():
-    """NCCL's barrier keeps its caller; rank 1 waits for a value on its GPU, rank 2 is the one that both wait for."""
-    signs = [sign(0, "barrier", world=8), sign(1, world=8), sign(2, world=7)]
-    assert describe_hang(signs).endswith("the others wait for rank 2 on n2, training, at engine.py:2")
-
-
-def test_the_rank_outside_the_collective_is_the_one_the_others_wait_for():
-    text = describe_hang([sign(0, "all_reduce"), sign(1), sign(2, "all_reduce")])
-    assert text == "step 5 has not moved for 30 s: the others wait for rank 1 on n1, training, at engine.py:1"
-
-
-def test_a_later_stage_that_waits_for_its_first_input_is_not_behind():
-    """gloo: rank 0, the first stage, is stuck in its first microbatch, before the second stage has one."""
-    text = describe_hang([sign(0, turn=9), sign(1, "recv", turn=8)])
-    assert text.endswith("the others wait for rank 0 on n0, training, at engine.py:0")
 
 
 def test_collectives_that_do_not_match_are_all_shown():
@@ -196,11 +188,12 @@ def test_all_ranks_end_when_one_stops(ranks, capsys, tmp_path):
     assert "test_watchdog" in (tmp_path / "incidents" / "hang_rank_0002.txt").read_text()
 
 
-def test_a_rank_that_never_gave_a_sign_is_named(ranks, capsys):
-    job = settled(ranks(2))
+@pytest.mark.parametrize(("count", "named"), [(2, "no sign of life from rank 1"), (1, "rank 0 on ")])
+def test_a_rank_that_never_gave_a_sign_is_named_and_one_alone_itself(ranks, capsys, count, named):
+    job = settled(ranks(count))
     job.start(0)
     assert job.ended[0].wait(10)
-    assert "no sign of life from rank 1" in capsys.readouterr().err
+    assert named in capsys.readouterr().err
 
 
 def test_rank_0_is_watched_by_the_others(ranks, capsys):
@@ -210,12 +203,16 @@ def test_rank_0_is_watched_by_the_others(ranks, capsys):
     assert "rank 0 has given no sign" in capsys.readouterr().err
 
 
-def test_a_store_that_does_not_answer_is_rank_0_gone(ranks, capsys):
+@pytest.mark.parametrize("blocks", [False, True])
+def test_a_store_that_does_not_answer_is_rank_0_gone(ranks, capsys, blocks):
     job = settled(ranks(2))
-    job.store.answers = False
+    if blocks:
+        job.store.set = lambda key, value: threading.Event().wait(20)
+    job.store.answers = blocks
     job.start(1)
     assert job.ended[1].wait(10)
-    assert "rank 0, which holds the job's store, does not answer (connection reset)" in capsys.readouterr().err
+    why = "" if blocks else " (connection reset)"
+    assert f"rank 0, which holds the job's store, does not answer{why}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("phase", ["starting", "saving", "loading"])
@@ -254,21 +251,6 @@ def test_a_slow_machine_is_no_hung_one(ranks):
     watchdog.beat("training", 2)
     assert 2.0 < watchdog.limit() < 50.0
     assert not job.ended[0].is_set()
-
-
-def test_a_store_that_blocks_its_callers_is_rank_0_gone(ranks, capsys):
-    job = settled(ranks(2))
-    job.store.set = lambda key, value: threading.Event().wait(20)
-    job.start(1)
-    assert job.ended[1].wait(10)
-    assert "rank 0, which holds the job's store, does not answer" in capsys.readouterr().err
-
-
-def test_a_process_alone_says_where_it_hangs(ranks, capsys):
-    job = settled(ranks(1))
-    job.start()
-    assert job.ended[0].wait(10)
-    assert "rank 0 on " in capsys.readouterr().err
 
 
 def test_turns_are_phases_steps_and_the_first_microbatch_of_each(ranks):
