@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
 import json
 import os
@@ -59,9 +60,11 @@ def make_texts(count: int, seed: int = 0, words: int = 60) -> list[str]:
     return [make_text(rng, rng.randrange(1, 2 * words)) for _ in range(count)]
 
 
-def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    """Compressed, if it is named `.gz`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({key: text}) + "\n" for text in texts), encoding="utf-8")
+    content = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return path
 
 

@@ -128,20 +128,19 @@ def test_resetting_at_boundaries(prefix: str, tokenizer: Tokenizer, tmp_path: Pa
     data = config(prefix, reset_at_document_boundaries=True)
     train = build(data, (1500, 0, 0), tmp_path, tokenizer).train
     plain = build(config(prefix), (1500, 0, 0), tmp_path, tokenizer).train
-    crossings = last = 0
+    crossings = last = position = 0
     for index in range(len(train)):
-        item = train[index]
-        assert torch.equal(item["tokens"], plain[index]["tokens"])
-        assert item["document_starts"].dtype == torch.bool
-        position = 0
-        for place, token in enumerate(item["tokens"].tolist()):
-            start = place == 0 or item["tokens"][place - 1] == EOD
+        assert train[index]["document_starts"].dtype == torch.bool
+        item = {name: values.tolist() for name, values in train[index].items()}
+        tokens = item["tokens"]
+        assert tokens == plain[index]["tokens"].tolist()
+        for place, token in enumerate(tokens):
+            start = place == 0 or tokens[place - 1] == EOD
             position = 0 if start else position + 1
-            assert bool(item["document_starts"][place]) == start
-            assert int(item["position_ids"][place]) == position
-            assert float(item["loss_mask"][place]) == (0.0 if token == EOD else 1.0)
-            crossings += token == EOD
-        last += item["tokens"][-1] == EOD
+            assert (item["document_starts"][place], item["position_ids"][place]) == (start, position)
+            assert item["loss_mask"][place] == (0.0 if token == EOD else 1.0)
+        crossings += tokens.count(EOD)
+        last += tokens[-1] == EOD
     assert crossings > 200 and last > 0
 
 
@@ -353,7 +352,7 @@ for mode in ("good", "fails", "bug", "late"):
 """
 
 
-def test_two_ranks(prefix: str, tokenizer: Tokenizer, tmp_path: Path, warm_python: str) -> None:
+def test_two_ranks(prefix: str, tmp_path: Path, warm_python: str) -> None:
     """Rank 0 builds and rank 1 waits; errors of rank 0, foreseen or not, reach rank 1; waiting ends."""
     script = tmp_path / "worker.py"
     script.write_text(WORKER)

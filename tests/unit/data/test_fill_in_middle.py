@@ -135,15 +135,14 @@ def test_masks_and_positions(reset: bool, prefix: str, tokenizer: Tokenizer, tmp
     samples = build(data, (300, 0, 0), tmp_path, tokenizer).train
     position = 0
     for index in range(len(samples)):
-        item = samples[index]
-        tokens = item["tokens"].tolist()
-        assert item["loss_mask"].tolist() == [float(token != EOD) for token in tokens]
+        item = {name: values.tolist() for name, values in samples[index].items()}
+        tokens = item["tokens"]
+        assert item["loss_mask"] == [float(token != EOD) for token in tokens]
         for place, token in enumerate(tokens):
             start = place == 0 or (reset and tokens[place - 1] == EOD)
             position = 0 if start else position + 1
-            assert int(item["position_ids"][place]) == position
-            if reset:
-                assert bool(item["document_starts"][place]) == start
+            assert item["position_ids"][place] == position
+            assert not reset or item["document_starts"][place] == start
             assert not reset or place == 0 or not start or token in (tokenizer.token_id(NAMES[0]), EOD)
 
 
@@ -224,7 +223,7 @@ def test_end_of_document_masks_without_packing() -> None:
     assert make_sample(text, [7], reset=True)["loss_mask"].all()
 
 
-def test_known_and_named_tokens(prefix: str, tokenizer: Tokenizer, bpe_model: Path) -> None:
+def test_known_and_named_tokens(prefix: str, tokenizer: Tokenizer) -> None:
     ids = tuple(tokenizer.token_id(name) for name in NAMES)
     assert find_tokens(config(prefix), tokenizer) == ids
     named = config(prefix, fim_tokens=list(NAMES[::-1]))

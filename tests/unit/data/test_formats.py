@@ -4,6 +4,7 @@ import gzip
 import json
 import pickle
 import random
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -87,9 +88,8 @@ def test_bad_json_lines(tmp_path: Path, line: bytes, kind: str, reason: str) -> 
 
 def test_good_json_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_bytes(
-        b'\xef\xbb\xbf{"text": "bom"}\r\n{"id": 1, "text": "\\ud83d\\ude00 \\u0000", "text2": 3}\n{"text": "\xc3\xa9"}'
-    )
+    other = b'{"id": 1, "text": "\\ud83d\\ude00 \\u0000", "text2": 3}'
+    path.write_bytes(b'\xef\xbb\xbf{"text": "bom"}\r\n' + other + b'\n{"text": "\xc3\xa9"}')
     assert [document.text for document in read(path)] == ["bom", "\U0001f600 \0", "\u00e9"]
 
 
@@ -101,11 +101,13 @@ def test_a_number_of_any_size_is_a_quality(tmp_path: Path) -> None:
     assert [(document.text, document.kind) for document in documents] == [("high", ""), (None, LEFT_OUT)]
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_compressed_files(tmp_path: Path, suffix: str) -> None:
+COMPRESS = {".gz": gzip.compress, ".zst": zstd}
+
+
+@pytest.mark.parametrize(("suffix", "compress"), COMPRESS.items())
+def test_compressed_files(tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]) -> None:
     texts = make_texts(40)
     content = write_jsonl(tmp_path / "a.jsonl", texts).read_bytes()
-    compress = gzip.compress if suffix == ".gz" else zstd
     path = tmp_path / f"b.jsonl{suffix}"
     path.write_bytes(compress(content[:5000]) + compress(content[5000:]))  # several members, as tools write them
     assert [document.text for document in read(path)] == texts
@@ -140,15 +142,11 @@ def test_a_small_file_takes_little_memory_at_a_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["cut", "flipped", "other"])
 def test_damaged_compressed_files(tmp_path: Path, suffix: str, damage: str) -> None:
     content = "".join(make_texts(400)).encode()
-    whole = bytearray((gzip.compress if suffix == ".gz" else zstd)(content))
-    if damage == "cut":
-        whole = whole[:-20]
-    elif damage == "flipped":
-        whole[len(whole) // 2 : len(whole) // 2 + 64] = bytes(64)
-    else:
-        whole = bytearray(content)
+    whole = COMPRESS[suffix](content)
+    half = len(whole) // 2
+    damaged = {"cut": whole[:-20], "flipped": whole[:half] + bytes(64) + whole[half + 64 :], "other": content}
     path = tmp_path / f"b{suffix}"
-    path.write_bytes(whole)
+    path.write_bytes(damaged[damage])
     with open_stream(path) as stream, pytest.raises(BrokenStream, match="broken (gzip|zstandard) data"):
         while stream.read(1 << 16):
             pass
@@ -237,14 +235,12 @@ def test_opening_inputs(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     found = open_inputs([str(tmp_path / "c.txt"), str(tmp_path / "*"), str(tmp_path / "**" / "*.gz")], options)
-    assert [Path(reader.path).name for reader in found] == [
-        *("c.txt", "a.jsonl", "b.jsonl", "f.json", "g.txt.gz", "noext", "d.jsonl.gz")
-    ]
+    names = ["c.txt", "a.jsonl", "b.jsonl", "f.json", "g.txt.gz", "noext", "d.jsonl.gz"]
+    assert [Path(reader.path).name for reader in found] == names
     assert [reader.name for reader in found] == ["text", "jsonl", "jsonl", "jsonl", "text", "text", "jsonl"]
     assert [reader.compressed for reader in found].count(True) == 2
-    assert open_inputs([str(tmp_path / "noext")], options, "jsonl") == [
-        READERS["jsonl"](str(tmp_path / "noext"), 5, options)
-    ]
+    noext = str(tmp_path / "noext")
+    assert open_inputs([noext], options, "jsonl") == [READERS["jsonl"](noext, 5, options)]
     with pytest.raises(UserError, match=r"input '.*\*\.csv' matches no file"):
         open_inputs([str(tmp_path / "*.csv")], options)
     with pytest.raises(UserError, match="is a folder: name its files"):
@@ -268,7 +264,7 @@ def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """Found when inputs are opened, not by the worker that comes to read them."""
     for module, path in (("zstandard", tmp_path / "a.jsonl.zst"), ("pyarrow", tmp_path / "a.parquet")):
         path.write_text(json.dumps({"text": "a"}))
-        monkeypatch.setitem(__import__("sys").modules, module, None)
+        monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(UserError, match=f"needs the package {module}: pip install"):
             open_inputs([str(path)], ReadOptions())
 
@@ -311,19 +307,14 @@ def test_spans_cover_a_file_of_any_format(any_reader: Reader, size: int) -> None
 def test_any_format_says_where_a_document_is(any_reader: Reader) -> None:
     """The place in the file of each document is the same, however the file is cut."""
     for size in (1, 300, 1 << 30):
-        places = [
-            any_reader.place(span.start, document.line)
-            for span in any_reader.spans(size)
-            for document in span.documents()
-        ]
-        assert [int(place.split()[-1]) for place in places] == list(range(1, 101))
+        found = [(span.start, document.line) for span in any_reader.spans(size) for document in span.documents()]
+        assert [int(any_reader.place(*each).split()[-1]) for each in found] == list(range(1, 101))
 
 
 def test_readers_of_any_format_travel_to_workers(any_reader: Reader) -> None:
     spans = list(any_reader.spans(300))
-    assert [list(span.documents()) for span in pickle.loads(pickle.dumps(spans))] == [
-        list(span.documents()) for span in spans
-    ]
+    arrived = pickle.loads(pickle.dumps(spans))
+    assert [list(span.documents()) for span in arrived] == [list(span.documents()) for span in spans]
 
 
 def test_a_name_or_suffix_is_taken_once() -> None:

@@ -162,19 +162,10 @@ def test_without_a_tokenizer(run: Path) -> None:
         (["data.train_sources=[{path: missing}]"], "missing.bin and missing.idx not found"),
     ],
 )
-def test_what_is_refused(
-    arguments: list[str], message: str, run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_what_is_refused(arguments: list[str], message: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(run), *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
-
-
-@pytest.mark.parametrize(("option", "least"), [("--batch", 1), ("--samples", 1), ("--width", 0), ("--span-tokens", 8)])
-def test_numbers_that_are_too_small(option: str, least: int, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main([str(run), option, str(least - 1)])
-    assert f"{option}: must be at least {least}, got {least - 1}" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import random
@@ -32,8 +31,7 @@ def inputs(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[P
     """Lines, compressed lines that are read from their start, and small files."""
     folder = tmp_path_factory.mktemp("inputs")
     plain = write_jsonl(folder / "a.jsonl", texts[:120])
-    packed = folder / "b.jsonl.gz"
-    packed.write_bytes(gzip.compress(write_jsonl(folder / "b.txt", texts[120:200]).read_bytes()))
+    packed = write_jsonl(folder / "b.jsonl.gz", texts[120:200])
     small = [write_jsonl(folder / f"c{number}.jsonl", [text]) for number, text in enumerate(texts[200:])]
     return [plain, packed, *small]
 

@@ -63,14 +63,12 @@ def test_all_formats_together(texts: list[str], bpe_model: Path, tmp_path: Path)
     """Files of every kind, divided into shards in every way: spooled, in groups, in ranges, by row groups."""
     zstandard = pytest.importorskip("zstandard")
     plain = write_jsonl(tmp_path / "a.jsonl", texts[:80])
-    packed, tiny = tmp_path / "b.jsonl.gz", tmp_path / "c.jsonl.zst"
-    packed.write_bytes(gzip.compress(write_jsonl(tmp_path / "b.txt", texts[80:200]).read_bytes()))
+    packed, tiny = write_jsonl(tmp_path / "b.jsonl.gz", texts[80:200]), tmp_path / "c.jsonl.zst"
     tiny.write_bytes(zstandard.compress(write_jsonl(tmp_path / "c.txt", texts[200:203]).read_bytes()))
     table = write_parquet(tmp_path / "d.parquet", {"text": texts[203:280]}, row_group_size=10)
-    singles = []
-    for number, text in enumerate(texts[280:]):
-        singles.append(tmp_path / f"e{number:03d}.txt")
-        singles[-1].write_text(text, encoding="utf-8", newline="")
+    singles = [tmp_path / f"e{number:03d}.txt" for number in range(20)]
+    for path, text in zip(singles, texts[280:], strict=True):
+        path.write_text(text, encoding="utf-8", newline="")
     inputs = [plain, packed, tiny, table, *singles]
     manifest = run_preprocess(inputs, tmp_path / "x", bpe_model, shard_bytes=6000)
     assert documents(tmp_path / "x") == expected(bpe_model, texts)
@@ -105,8 +103,8 @@ BAD = [
     (b'{"text": "caf\xe9"}', "not UTF-8 (byte 0xe9 at offset 13)"),
     (b'{"text": ""}', "field 'text' is empty"),
     (
-        b'{"text": "' + b"x" * 100_000_000 + b'"}',
-        "document of 100000013 bytes is longer than --max-document-bytes 16777216",
+        b'{"text": "' + b"x" * 20_000_000 + b'"}',
+        "document of 20000013 bytes is longer than --max-document-bytes 16777216",
     ),
 ]
 
@@ -145,7 +143,7 @@ def test_where_a_fatal_line_is(suffix: str, texts: list[str], bpe_model: Path, t
     path = tmp_path / f"a.jsonl{suffix}"
     lines = [*texts[:150], "", *texts[150:160]]
     if suffix == ".gz":
-        path.write_bytes(gzip.compress(write_jsonl(tmp_path / "plain", lines).read_bytes()))
+        write_jsonl(path, lines)
     else:
         write_parquet(path, {"text": lines}, row_group_size=20)
     with pytest.raises(UserError) as error:
@@ -157,8 +155,8 @@ def test_where_a_fatal_line_is(suffix: str, texts: list[str], bpe_model: Path, t
 @pytest.mark.parametrize("spooled", [True, False])
 def test_a_file_that_breaks_off(spooled: bool, texts: list[str], bpe_model: Path, tmp_path: Path) -> None:
     """What can be read of a damaged .gz is kept, and the loss reported; the other files are complete."""
-    path, after = tmp_path / "a.jsonl.gz", write_jsonl(tmp_path / "b.jsonl", texts[:5])
-    path.write_bytes(gzip.compress(write_jsonl(tmp_path / "plain", texts).read_bytes())[:-5000])
+    path, after = write_jsonl(tmp_path / "a.jsonl.gz", texts), write_jsonl(tmp_path / "b.jsonl", texts[:5])
+    path.write_bytes(path.read_bytes()[:-5000])
     manifest = run_preprocess([path, after], tmp_path / "x", bpe_model, shard_bytes=8000 if spooled else 64 << 20)
     found = documents(tmp_path / "x")
     read = len(found) - 5
@@ -225,7 +223,6 @@ def test_nothing_usable(bpe_model: Path, tmp_path: Path, run_tool: Tool) -> None
         (["--tokenizer", "none.model"], "error: none.model: no such tokenizer; train one with plt train-tokenizer"),
         (["--eod-token", "<end>"], "the tokenizer has no token '<end>' to end documents with"),
         (["--output-prefix", "/dev/null/x"], "/dev/null/x.partial: Not a directory"),
-        (["--workers", "0"], "--workers: must be at least 1, got 0"),
         (["--shard-mb", "0"], "error: --shard-mb must be a number above 0"),
         (["--max-document-bytes", "0"], "error: --max-document-bytes must be above 0, got 0"),
         (["--on-bad-line", "ignore"], "invalid choice: 'ignore'"),
@@ -330,10 +327,8 @@ def test_memory_does_not_grow_with_the_corpus(bpe_model: Path, tmp_path: Path) -
     script.write_text(MEASURE)
     peaks = []
     for copies in (1, 8):
-        path = write_jsonl(tmp_path / f"{copies}.jsonl", texts * copies)
-        packed = tmp_path / f"{copies}.jsonl.gz"
-        packed.write_bytes(gzip.compress(path.read_bytes(), 1))
-        command = [sys.executable, str(script), str(tmp_path / f"x{copies}"), str(bpe_model), str(path), str(packed)]
+        inputs = [write_jsonl(tmp_path / f"{copies}.{suffix}", texts * copies) for suffix in ("jsonl", "jsonl.gz")]
+        command = [sys.executable, script, tmp_path / f"x{copies}", bpe_model, *inputs]
         result = run(command, env=tool_environment(PYTHONPATH=str(ROOT)))
         peaks.append([int(result.stdout), int((tmp_path / f"x{copies}.worker").read_text())])
     assert all(10_000 < before and after < before + 12_000 for before, after in zip(*peaks, strict=True)), peaks
@@ -361,7 +356,7 @@ def test_reading_an_index(corpus: Path, bpe_model: Path, tmp_path: Path) -> None
     refused(r"x\.idx not found: tokenize the data with plt preprocess")
 
 
-def test_options_reach_the_reader(texts: list[str], bpe_model: Path, tmp_path: Path) -> None:
+def test_options_reach_the_reader(bpe_model: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.log"
     path.write_text("one\ntwo\n\nthree and more\n")
     settings = ReadOptions(text_documents="line", max_document_bytes=10)

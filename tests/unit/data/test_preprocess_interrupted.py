@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 import os
 import shutil
@@ -43,8 +42,7 @@ def test_killed_and_resumed(bpe_model: Path, tmp_path: Path) -> None:
     that of an undisturbed run."""
     texts = make_texts(3000, seed=9)
     plain = write_jsonl(tmp_path / "a.jsonl", texts[:2000])
-    packed = tmp_path / "b.jsonl.gz"
-    packed.write_bytes(gzip.compress(write_jsonl(tmp_path / "b", texts[2000:]).read_bytes()))
+    packed = write_jsonl(tmp_path / "b.jsonl.gz", texts[2000:])
     run_preprocess([plain, packed], tmp_path / "whole", bpe_model, shard_bytes=40_000)
     arguments = ["--input", plain, packed, "--output-prefix", tmp_path / "x", "--tokenizer", bpe_model]
     arguments += ["--workers", 2, "--shard-mb", 0.04]

@@ -123,7 +123,7 @@ def test_sources_of_their_own_for_each_part(paths, tmp_path):
     assert built.validation.documents(0)[0] == "b"
 
 
-def test_shares_and_epochs_are_counted_over_stages(paths, tmp_path):
+def test_shares_and_epochs_are_counted_over_stages(paths):
     data = mixes(paths, {"b": 2.0, "c": 1.0}, STAGES)
     shares = mix_shares(data, (300, 0, 0))
     assert [(share.name, share.samples) for share in shares] == [
@@ -144,9 +144,8 @@ def test_shares_and_epochs_are_counted_over_stages(paths, tmp_path):
         "train, to 2,400 tokens c 100 4,000 0.3333 272 0.17",
     ]
     data.stages[1].sources[1] = dataclasses.replace(data.stages[1].sources[1], max_epochs=0.2)
-    with pytest.raises(
-        UserError, match=r"source a: 50 train samples .* 0\.10 epochs .* after 0\.15 in earlier stages, over"
-    ):
+    too_many = r"source a: 50 train samples .* 0\.10 epochs .* after 0\.15 in earlier stages, over"
+    with pytest.raises(UserError, match=too_many):
         mix_shares(data, (300, 0, 0))
 
 

@@ -57,8 +57,7 @@ def test_what_is_no_command_is_a_line_with_the_nearest(capsys, word, nearest):
 def test_it_answers_at_once_without_a_commands_modules(tmp_path, word):
     env = {"PYTHONPATH": str(ROOT), "PYTHONPROFILEIMPORTTIME": "1"}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-m", "plt_megatron", word]
-    done = run(command, tmp_path, status=None, env=env)
+    done = run([sys.executable, "-m", "plt_megatron", word], tmp_path, status=None, env=env)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)  # of the processor: the machine may be busy
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3
     imported = set(re.findall(r"\| +(\S+)$", done.stderr, re.MULTILINE))
@@ -76,6 +75,9 @@ BOUNDS = [
     ("evaluate --model nowhere --tasks ,", "--limit", 1, None, "at least 1"),
     ("train-tokenizer --input nowhere --output t --vocab-size 99", "--threads", 1, 1024, "from 1 to 1,024"),
     ("preprocess --input nowhere --output-prefix t --tokenizer t", "--workers", 1, None, "at least 1"),
+    *(("inspect-data nowhere", option, 1, None, "at least 1") for option in ("--batch", "--samples")),
+    ("inspect-data nowhere", "--width", 0, None, "at least 0"),
+    ("inspect-data nowhere", "--span-tokens", 8, None, "at least 8"),
     ("sweep nowhere", "--jobs", 1, None, "at least 1"),
     ("report nowhere", "--decode-batch", 1, None, "at least 1"),
     ("submit nowhere", "--nodes", 1, None, "at least 1"),
@@ -97,8 +99,7 @@ def test_a_number_out_of_bounds_is_a_line_with_the_option_and_its_limit(capsys, 
         return said
 
     for value in [least - 1] + ([] if most is None else [most + 1]):
-        said = error_for(value)
-        assert f"{option}: must be {limit}, got {value:,}" in said
+        assert f"{option}: must be {limit}, got {value:,}" in error_for(value)
     for value in {least, least + 1, least if most is None else most}:
         assert option not in error_for(value)
     assert f"{option}: invalid int value: 'many'" in error_for("many")
