@@ -39,13 +39,8 @@ class AnsweredError(Exception):
 
 
 def test_what_a_server_may_answer_otherwise_later_is_tried_again():
-    for status, kind in (
-        (429, AttemptFailed),
-        (500, AttemptFailed),
-        (503, AttemptFailed),
-        (401, UserError),
-        (404, UserError),
-    ):
+    for status in (429, 500, 503, 401, 404):
+        kind = UserError if status in (401, 404) else AttemptFailed
         assert type(file_error("no", AnsweredError(status))) is kind, status
     assert type(file_error("no", OSError(errno.EBUSY, "reduce your request rate"))) is AttemptFailed  # s3fs, of a 503
     with pytest.raises(ValueError, match="hidden") as raised:  # as httpcore hides it
@@ -81,27 +76,21 @@ def test_the_limit_of_open_files_is_raised_for_a_command_and_what_it_starts(give
     ],
 )
 def test_what_the_user_or_the_system_refuses_is_a_line_and_status_2(capsys, error, words):
-    def fail() -> None:
-        raise error
-
-    assert run_command(fail) == 2
+    assert run_command(Mock(side_effect=error)) == 2
     assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error", [OSError("of a library"), ImportError("no module"), AssertionError(), ValueError()])
-def test_a_bug_keeps_its_traceback(error):
-    def fail() -> None:
-        raise error
+BUGS = [OSError("of a library"), ImportError("no module"), AssertionError(), ValueError()]
 
+
+@pytest.mark.parametrize("error", [*BUGS, BrokenPipeError()], ids=repr)  # of a connection, not of the command's output
+def test_a_bug_keeps_its_traceback(error):
     with pytest.raises(type(error)):
-        run_command(fail)
+        run_command(Mock(side_effect=error))
 
 
 def test_an_interrupted_command_says_how_to_go_on(capsys):
-    def stop() -> None:
-        raise KeyboardInterrupt
-
-    assert run_command(stop, "interrupted: the same command goes on") == 130
+    assert run_command(Mock(side_effect=KeyboardInterrupt), "interrupted: the same command goes on") == 130
     assert capsys.readouterr().err == "interrupted: the same command goes on\n"
 
 
@@ -122,11 +111,3 @@ def test_a_command_whose_reader_has_left_ends_without_a_traceback(unbuffered):
         process.stdout.close()
         said = process.stderr.read()
     assert (process.returncode, said) == (141, b"")
-
-
-def test_any_other_broken_pipe_is_an_error():
-    def lose_a_connection() -> None:
-        raise BrokenPipeError
-
-    with pytest.raises(BrokenPipeError):
-        run_command(lose_a_connection)

@@ -47,11 +47,9 @@ class Shell:
     """One at a terminal, in a folder with a few files, whose `plt` prints its arguments."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        (folder / "run.yaml").touch()
-        (folder / "folder").mkdir()
-        (folder / "folder/inner.txt").touch()
-        (folder / "model").mkdir()
-        (folder / "model/tokenizer.json").touch()
+        for path in ("run.yaml", "folder/inner.txt", "model/tokenizer.json"):
+            (folder / path).parent.mkdir(exist_ok=True)
+            (folder / path).touch()
         command = [sys.executable, "-m", "plt_megatron", "completion", name]
         (folder / ".script").write_text(run(command).stdout)
         self._terminal, theirs = pty.openpty()

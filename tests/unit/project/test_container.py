@@ -50,11 +50,8 @@ def copied() -> dict[str, str]:
 
 
 def test_both_copy_the_same_files_that_are_in_the_repository():
-    apptainers = dict(line.split() for line in sections()["files"])
-    apptainers = {
-        source: f"{target}{source}" if target.endswith("/") else target for source, target in apptainers.items()
-    }
-    assert copied() == apptainers
+    apptainers = (line.split() for line in sections()["files"])
+    assert copied() == {source: target + source * target.endswith("/") for source, target in apptainers}
     assert all((ROOT / source).exists() for source in copied())
 
 
@@ -92,13 +89,9 @@ def test_both_install_with_the_script():
 
 def test_the_clusters_profiles_use_the_image():
     profiles = [yaml.safe_load(path.read_text()) for path in sorted((ROOT / "configs/clusters").glob("*.yaml"))]
-    images = {
-        profile["container"]["runtime"]: profile["container"]["image"] for profile in profiles if "container" in profile
-    }
-    assert {runtime: Path(image).name for runtime, image in images.items()} == {
-        "pyxis": "plt_megatron.sqsh",
-        "apptainer": "plt_megatron.sif",
-    }
+    containers = [profile["container"] for profile in profiles if "container" in profile]
+    images = {container["runtime"]: Path(container["image"]).name for container in containers}
+    assert images == {"pyxis": "plt_megatron.sqsh", "apptainer": "plt_megatron.sif"}
     documented = (ROOT / "docs/slurm.md").read_text(encoding="utf-8")
     for text in (CONTAINERFILE, DEFINITION):
         commands = re.findall(r"^#     (\S.*?)(?: {2,}#.*)?$", text, re.MULTILINE)

@@ -91,9 +91,8 @@ def test_the_sweep_reads_what_is_written(depth):
     assert read == {Path(".demo/depth_tasks") / name for name in depth.PARTS}
     assert config.model.vocab_size == depth.VOCABULARY and config.data.sequence_length == depth.ROW
     ends = [stage.until for stage in config.data.stages] + [config.training.train_tokens]
-    for name, first, last in zip(
-        ["lookups", *(f"hops_{k}" for k in range(1, depth.HOPS)), "train"], [0, *ends], ends, strict=False
-    ):
+    names = ["lookups", *(f"hops_{k}" for k in range(1, depth.HOPS)), "train"]
+    for name, first, last in zip(names, [0, *ends], ends, strict=False):
         assert last - first <= depth.PARTS[name].rows * depth.ROW, "no row twice"
 
 
@@ -112,11 +111,7 @@ def test_a_run_reads_whole_rows(depth, tmp_path):
 
 # ---------------------------------------------------------------- scores
 
-ROWS = {
-    "one loop": {"loop_count": 1},
-    "naive loop": NAIVE,
-    "PLT-3": {"loop_count": 3},
-}
+ROWS = {"one loop": {"loop_count": 1}, "naive loop": NAIVE, "PLT-3": {"loop_count": 3}}
 
 
 @pytest.fixture(scope="module", params=ROWS)

@@ -55,9 +55,8 @@ def test_nothing_is_loaded_from_elsewhere(site):
 def test_what_the_api_page_promises_is_there_and_its_example_runs():
     text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    light = [
-        name for name in re.findall(r"^::: (\S+)", text, re.MULTILINE) if ".hf." not in name and ".train." not in name
-    ]
+    names = re.findall(r"^::: (\S+)", text, re.MULTILINE)
+    light = [name for name in names if ".hf." not in name and ".train." not in name]
     program = f"""{example}
 import importlib, sys
 for name in {light!r}:

@@ -30,6 +30,8 @@ PAGES = ["README.md", "CONTRIBUTING.md", "configs/README.md", "results/paper_abl
 PAGES += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 COMMAND = re.compile(r"(plt|python|make|pip|export|mkdir|tar)\b.*")
 
+DOCUMENTS = [f"Once upon a time loop {i} ran {i * i} times over every token of text {i % 7}." for i in range(2000)]
+
 # What is not run as it is written: where it is found, what stands in for it (nothing: it is left out), and why.
 INSTEAD = [
     (r"^make\b", "make --no-print-directory -n -C $ROOT", "takes minutes; each target has tests of its own"),
@@ -41,11 +43,7 @@ INSTEAD = [
     (r"^plt preprocess --chat\b.*", r"\g<0> --workers 1", "a worker imports transformers for seconds"),
     (r"^plt doctor\b.*", "plt doctor --help", "takes ten seconds; test_doctor.py runs it"),
     (r"^python benchmarks/gpu.py.*", "python $ROOT/benchmarks/gpu.py --help", "needs a GPU"),
-    (
-        r"^plt train .*deepspeed.zero_stage=.*",
-        r"\g<0> --print-config",
-        "needs DeepSpeed and the memory of a 1.2B model",
-    ),
+    (r"^plt train .*deepspeed.zero_stage=.*", r"\g<0> --print-config", "needs DeepSpeed and a 1.2B model's memory"),
     (r"^plt train configs/runs/plt2_tiny.yaml --dry-run\b", r"\g<0> name=dry", "README has trained the run"),
     (r"^plt train configs/runs/plt2_moe_tiny.*", r"\g<0> --dry-run", "trained by tests/distributed"),
     (r"^plt train .* name=longer .*", r"\g<0> training.train_iters=3", "the first run has taken more"),
@@ -58,11 +56,7 @@ INSTEAD = [
     (r"^plt train .* name=evaluated .*", r"\g<0> --print-config", "takes half a minute; tests/distributed evaluates"),
     (r"^plt train .* name=trunk .*", r"\g<0> --dry-run", "tests/distributed branches; the test of a clone does both"),
     (r"^plt train --branch-from runs/trunk.*", "plt train --help", "its trunk is not trained here"),
-    (
-        r"^plt train .* checkpoint\.(uploads\.to|load)=s3:.*",
-        r"\g<0> --print-config",
-        "tests/distributed uploads to a server",
-    ),
+    (r"^plt train .* checkpoint\.(uploads\.to|load)=s3:.*", r"\g<0> --print-config", "tests/distributed uploads"),
     (r"^plt upload .*", "plt upload --help", "tests/unit/storage uploads to servers of its own"),
     (r"^plt sweep (?!.*--dry-run).*", r"\g<0> --dry-run", "takes an hour; test_sweep_smoke.py trains a sweep"),
     (r"^plt study (?!.*--dry-run).*", r"\g<0> --dry-run", "takes days; test_study_rounds.py goes through rounds"),
@@ -77,16 +71,8 @@ INSTEAD = [
     (r"^plt diagnose .*heldout.jsonl$", "plt diagnose --help", "README's commands have diagnosed this run"),
     (r"^plt diagnose exported .*", "plt diagnose --help", "README's commands have diagnosed this model's run"),
     (r"^plt diagnose .* --data .*", r"\g<0> --max-tokens 256", "minutes on 65,536 tokens"),
-    (
-        r"^plt submit .*plt2_1b.*",
-        r"\g<0> model.num_layers=1 model.vocab_size=512",
-        "needs room for 66 GB of checkpoints",
-    ),
-    (
-        r"configs/studies/cluster\.yaml",
-        "cluster_study.yaml",
-        "needs room for 63 GB of checkpoints",
-    ),
+    (r"^plt submit .*plt2_1b.*", r"\g<0> model.num_layers=1 model.vocab_size=512", "needs room for 66 GB"),
+    (r"configs/studies/cluster\.yaml", "cluster_study.yaml", "needs room for 63 GB of checkpoints"),
     (r"^plt submit .*plt2_tiny.*", r"\g<0> name=on_slurm", "README's commands have trained a run of its own name"),
 ]
 
@@ -122,28 +108,22 @@ def environment(tmp_path_factory: pytest.TempPathFactory, warm_python: str) -> d
     (programs / "python").symlink_to(warm_python)
     path = [str(programs), str(slurm.bin), str(Path(sys.executable).parent), os.environ["PATH"]]
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "MAKE"))}
-    return kept | {
-        "PATH": os.pathsep.join(path),
-        "PYTHONPATH": str(ROOT),
-        "ROOT": str(ROOT),
-        "FAKE_SLURM": str(slurm.folder),
-        "OMP_NUM_THREADS": "1",
-    }
+    ours = {"PATH": os.pathsep.join(path), "FAKE_SLURM": str(slurm.folder), "OMP_NUM_THREADS": "1"}
+    return kept | ours | dict.fromkeys(("PYTHONPATH", "ROOT"), str(ROOT))
 
 
 @pytest.fixture(scope="module")
 def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the pages assume: texts, the demo's data and the large run's, a finished sweep."""
     folder = tmp_path_factory.mktemp("newcomer")
-    documents = [f"Once upon a time loop {i} ran {i * i} times over every token of text {i % 7}." for i in range(2000)]
     (folder / "corpus").mkdir()
-    for name, part in (("corpus/a", documents[::2]), ("corpus/b", documents[1::2]), ("corpus", documents[:50])):
+    for name, part in (("corpus/a", DOCUMENTS[::2]), ("corpus/b", DOCUMENTS[1::2]), ("corpus", DOCUMENTS[:50])):
         (folder / f"{name}.jsonl").write_text(
             "".join(json.dumps({"text": text, "quality": len(text) % 10 / 10}) + "\n" for text in part)
         )
     shutil.copy(folder / "corpus.jsonl", folder / "heldout.jsonl")
     chat_tokenizer(folder / "chat")
-    messages = [{"role": "user", "content": "Who ran?"}, {"role": "assistant", "content": documents[0]}]
+    messages = [{"role": "user", "content": "Who ran?"}, {"role": "assistant", "content": DOCUMENTS[0]}]
     (folder / "chat/chat.jsonl").write_text(f"{json.dumps({'messages': messages})}\n" * 200)
     for run in ("plt2_tiny", "plt2_1b"):
         data = load_config(ROOT / f"configs/runs/{run}.yaml").data
@@ -251,9 +231,8 @@ def test_a_clone_goes_from_the_demo_to_scores_by_the_pages_alone(tmp_path):
     page = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
     (task,) = snippets("docs/evaluation.md", "yaml")
     (line,) = re.findall(r"`(\{\"question.*?\})`", page)
-    documents = [f"Once upon a time loop {i} ran {i * i} times over every token of text {i % 7}." for i in range(2000)]
     for name, content in {
-        "corpus/a.jsonl": "".join(json.dumps({"text": document}) + "\n" for document in documents),
+        "corpus/a.jsonl": "".join(json.dumps({"text": document}) + "\n" for document in DOCUMENTS),
         "tasks/reading.yaml": task,
         "tasks/reading.jsonl": f"{line}\n",
     }.items():

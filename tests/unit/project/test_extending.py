@@ -53,14 +53,9 @@ def examples() -> list[Example]:
 
 
 def in_tree(tree: Path, *command: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(tree),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "OMP_NUM_THREADS": "1",
-        "GIT_CEILING_DIRECTORIES": str(tree.parent),  # not the repository around it, if there is one
-    }
-    return run(list(command), tree, status=None, timeout=600, env=environment, input=text)
+    ours = {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    ours["GIT_CEILING_DIRECTORIES"] = str(tree.parent)  # not the repository around it, if there is one
+    return run(command, tree, status=None, timeout=600, env=os.environ | ours, input=text)
 
 
 def take_back(example: Example, tree: Path) -> None:
@@ -88,10 +83,8 @@ def tree(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_setting_is_told_in_at_most_eight_files(setting):
     """Others read a table's row or a property that follows from it."""
-    word = re.compile(rf"\b{setting}\b")
-    told = [
-        path.name for path in (ROOT / "plt_megatron").rglob("*.py") if word.search(path.read_text(encoding="utf-8"))
-    ]
+    texts = {path: path.read_text(encoding="utf-8") for path in (ROOT / "plt_megatron").rglob("*.py")}
+    told = [path.name for path, text in texts.items() if re.search(rf"\b{setting}\b", text)]
     assert 1 < len(told) <= 8, told
 
 

@@ -28,6 +28,7 @@ from plt_megatron.runtime import doctor, machine
 from tests import running
 from tests.hf.lm_eval_tasks import write_tasks
 from tests.running import ROOT
+from tests.unit.data.data_helpers import write_jsonl
 from tests.unit.slurm.fake_slurm import write_tokenizer, write_tokens
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -90,9 +91,8 @@ def run(python: Path, folder: Path, command: str, status: int = 0) -> str:
     """`plt COMMAND`; what it prints."""
     env = {"PATH": os.environ["PATH"], "HOME": str(python.parent), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     env |= {"CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "Agg"}
-    done = running.run(
-        [python, "-m", "plt_megatron", *shlex.split(command)], folder, status=status, timeout=900, env=env
-    )
+    words = [python, "-m", "plt_megatron", *shlex.split(command)]
+    done = running.run(words, folder, status=status, timeout=900, env=env)
     return done.stdout + done.stderr
 
 
@@ -179,26 +179,24 @@ def test_reading_and_reporting_run_with_their_extra_alone(environment, tmp_path)
     with zstandard.open(tmp_path / "text.jsonl.zst", "wt") as file:
         file.writelines(json.dumps({"text": f"The loop {i} runs."}) + "\n" for i in range(3000))
     write_tokenizer(tmp_path / "tokenizer.model")
-    run(
-        environment("data"), tmp_path, "preprocess --input text.jsonl.zst --tokenizer tokenizer.model --output-prefix t"
-    )
+    reading = "preprocess --input text.jsonl.zst --tokenizer tokenizer.model --output-prefix t"
+    run(environment("data"), tmp_path, reading)
     shutil.copytree(ROOT / "results/paper_ablation", tmp_path / "sweep")
     assert "PLT-2" in run(environment("report"), tmp_path, "report sweep")
 
 
 @pytest.mark.slow
 def test_from_a_text_to_scores_each_command_with_its_extra_alone(environment, tmp_path):
-    documents = [{"text": f"The loop {i} runs {i * i} times over every token of text {i % 7}."} for i in range(3000)]
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    texts = [f"The loop {i} runs {i * i} times over every token of text {i % 7}." for i in range(3000)]
+    write_jsonl(tmp_path / "text.jsonl", texts)
     (tmp_path / "tasks").mkdir()
     write_tasks(tmp_path / "tasks", [{"question": "The loop", "choices": [" runs", " text"], "answer": 0}] * 3, ".")
-    train = (
-        "configs/runs/plt2_tiny.yaml name=tiny data.tokenizer=data/tokenizer.model 'data.sources=[{path: data/text}]'"
-    )
+    data = "data.tokenizer=data/tokenizer.model 'data.sources=[{path: data/text}]'"
+    train = f"train configs/runs/plt2_tiny.yaml name=tiny {data}"
     for extra, command in [
         ("", "train-tokenizer --input text.jsonl --output data --vocab-size 400"),
         ("", "preprocess --input text.jsonl --tokenizer data/tokenizer.model --output-prefix data/text --workers 1"),
-        ("muon", f"train {train} optimizer.name=muon checkpoint.save_interval=10"),
+        ("muon", f"{train} optimizer.name=muon checkpoint.save_interval=10"),
         ("", "average runs/tiny --last 2 --output averaged"),
         ("", "plot runs/tiny --output losses.png"),
         ("hf", "export --checkpoint runs/tiny --output exported --verify"),

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from tests import running
 from tests.running import wait_until_gone
 from tests.warm_python import _CLIENT, WarmPython, _receive
 
@@ -27,8 +28,7 @@ def run(warm_python, tmp_path):
 
     def run(text: str, *arguments: str, **options) -> subprocess.CompletedProcess[str]:
         (tmp_path / "script.py").write_text(text)
-        command = [warm_python, str(tmp_path / "script.py"), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+        return running.run([warm_python, tmp_path / "script.py", *arguments], tmp_path, status=None, **options)
 
     return run
 
@@ -39,7 +39,7 @@ def test_arguments_folder_environment_streams_and_modules(run, tmp_path):
         "print(sys.argv[1:], os.getcwd(), os.environ['ONLY'], 'HOME' in os.environ, sys.stdin.read())\n"
         "print('torch' in sys.modules)"
     )
-    done = run(text, "a", "b c", cwd=tmp_path, env={"PATH": os.environ["PATH"], "ONLY": "this"}, input="typed")
+    done = run(text, "a", "b c", env={"PATH": os.environ["PATH"], "ONLY": "this"}, input="typed")
     assert done.stdout == f"['a', 'b c'] {tmp_path} this False typed\nTrue\n"
     assert done.returncode == 0 and done.stderr == ""
 
@@ -63,28 +63,24 @@ def test_exit_statuses(run, text, status, said):
 
 
 def test_modules_run_and_what_they_start_is_warm_too(run, warm_python):
-    done = subprocess.run([warm_python, "-m", "platform"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "Linux" in done.stdout
-    inner = (
-        "import subprocess, sys; print(sys.executable, subprocess.run([sys.executable, '-m', 'platform']).returncode)"
+    assert "Linux" in running.run([warm_python, "-m", "platform"]).stdout
+    started = "subprocess.run([sys.executable, '-m', 'platform']).returncode"
+    assert (
+        run(f"import subprocess, sys; print(sys.executable, {started})").stdout.splitlines()[-1] == f"{warm_python} 0"
     )
-    assert run(inner).stdout.splitlines()[-1] == f"{warm_python} 0"
 
 
 @pytest.mark.parametrize(("options", "status"), [([], 0), (["-P"], 1)])
 def test_modules_of_the_folder_are_found_unless_the_path_is_safe(warm_python, tmp_path, options, status):
     (tmp_path / "of_the_folder.py").write_text("import sys; print('torch' in sys.modules)")
-    command = [warm_python, *options, "-m", "of_the_folder"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert done.returncode == status and done.stdout == ("" if status else "True\n"), done.stderr
-    script = subprocess.run([warm_python, *options, "of_the_folder.py"], capture_output=True, text=True, cwd=tmp_path)
-    assert script.stdout == "True\n"
+    done = running.run([warm_python, *options, "-m", "of_the_folder"], tmp_path, status=status)
+    assert done.stdout == ("" if status else "True\n")
+    assert running.run([warm_python, *options, "of_the_folder.py"], tmp_path).stdout == "True\n"
 
 
 def test_other_options_go_to_the_interpreter_itself(warm_python):
     text = "import sys; print(sys.executable, 'torch' in sys.modules)"
-    done = subprocess.run([warm_python, "-c", text], capture_output=True, text=True, timeout=120)
-    assert done.stdout == f"{sys.executable} False\n"
+    assert running.run([warm_python, "-c", text]).stdout == f"{sys.executable} False\n"
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)])

@@ -18,6 +18,7 @@ import plt_megatron
 from plt_megatron.commands import COMMANDS
 from tests import running
 from tests.running import ROOT
+from tests.unit.data.data_helpers import write_jsonl
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
@@ -86,9 +87,8 @@ def test_it_is_no_checkout_whatever_other_packages_leave_beside_it(installed, tm
 def test_from_a_text_to_a_sample_without_the_tree(installed, tmp_path):
     where = [str(installed / "python"), "-c", "import plt_megatron; print(plt_megatron.__file__)"]
     assert Path(run(where, tmp_path).strip()).is_relative_to(installed.parent)
-    documents = [f"The loop {i} runs {i * i} times over every token of text {i % 7}." for i in range(3000)]
-    text = tmp_path / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    texts = [f"The loop {i} runs {i * i} times over every token of text {i % 7}." for i in range(3000)]
+    write_jsonl(tmp_path / "text.jsonl", texts)
 
     def command(name: str, *arguments: str) -> str:
         return run([str(installed / "plt"), name, *arguments], tmp_path)
