@@ -97,24 +97,22 @@ def test_all_files_reach_the_disk_before_the_folder_has_its_name(tmp_path, run, 
 
 def test_targets_and_checkpoints_that_cannot_be_used(tmp_path, run):
     folder, model, weights = run
-    (tmp_path / "there").mkdir()
-    with pytest.raises(UserError, match="there exists: remove it, or choose another --output"):
-        quiet((folder, tmp_path / "there"))
-    out = tmp_path / "out"
-    with pytest.raises(UserError, match="'many' is not a size"):
-        quiet((folder, out), max_shard_size="many")
-    with pytest.raises(UserError, match="nowhere: no such run or checkpoint"):
-        quiet((tmp_path / "nowhere", out))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty: no complete checkpoint there"):
-        quiet((tmp_path / "empty", out))
-    weights = dict(weights)
-    del weights["decoder.layers.1.self_attention.core_attention.plt_gate.bias"]
-    del weights["decoder.layers.0.self_attention.core_attention.plt_gate.bias"]
-    with pytest.raises(UserError, match=r"lack tensors decoder\.layers\.0\..*plt_gate\.bias, decoder\.layers\.1\."):
-        quiet((save_run(tmp_path / "gateless", model, weights), out))
-    progress = folder / "checkpoints" / "step_00000000" / "__0_0.distcp"
-    progress.write_bytes(progress.read_bytes()[:-1])
+    out, there, empty = (tmp_path / name for name in ("out", "there", "empty"))
+    there.mkdir()
+    empty.mkdir()
+    gateless = {name: tensor for name, tensor in weights.items() if not name.endswith("plt_gate.bias")}
+    gates = r"lack tensors decoder\.layers\.0\..*plt_gate\.bias, decoder\.layers\.1\."
+    for source, target, message, options in (
+        (folder, there, "there exists: remove it, or choose another --output", {}),
+        (folder, out, "'many' is not a size", {"max_shard_size": "many"}),
+        (tmp_path / "nowhere", out, "nowhere: no such run or checkpoint", {}),
+        (empty, out, "empty: no complete checkpoint there", {}),
+        (save_run(tmp_path / "gateless", model, gateless), out, gates, {}),
+    ):
+        with pytest.raises(UserError, match=message):
+            quiet((source, target), **options)
+    tensors = folder / "checkpoints" / "step_00000000" / "__0_0.distcp"
+    tensors.write_bytes(tensors.read_bytes()[:-1])
     with pytest.raises(UserError, match="run: no complete checkpoint there"):
         quiet((folder, out))
     assert not out.exists()

@@ -218,6 +218,7 @@ def test_an_answer_that_the_template_does_not_end_is_ended(last: str, tmp_path: 
     assert encode(folder, {"messages": messages}, append_eod=False) == (ids[:-1], mask[:-1])
 
 
+NESTED = "[" * 3000 + "]" * 3000
 BAD = {
     "no list": ({"messages": "hi"}, "'messages'"),
     "no messages": ({"messages": []}, "'messages'"),
@@ -226,13 +227,7 @@ BAD = {
     "no answer": ({"messages": [say("user", "a")]}, "assistant"),
     "no messages field": ({"text": "a"}, "'messages'"),
     "refused by the template": ({"messages": [say("assistant", "a")]}, "roles must alternate"),
-    "tools nested too deeply": (
-        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "tools": [{"name": '
-        + "[" * 3000
-        + "]" * 3000
-        + "}]}",
-        "recursion",
-    ),
+    "tools nested too deeply": (f'{{"messages": {json.dumps(TWO)}, "tools": [{{"name": {NESTED}}}]}}', "recursion"),
     "lone surrogate": ('{"messages": [{"role": "assistant", "content": "\\ud800"}]}', "surrogate"),
 }
 

@@ -146,16 +146,15 @@ def test_bad_facts_end_it_before_anything_starts(play):
     assert play.ends[0]["status"] == "node_failed" and "b: torch 2.13 instead of 2.14.1" in play.ends[0]["reason"]
 
 
-def test_what_is_wrong_everywhere_is_nobodys_node(play):
-    play.hello(run_error="/r: cannot be written to")
+@pytest.mark.parametrize(
+    ("fact", "said"),
+    [({"run_error": "/r: cannot be written to"}, "/r"), ({"space": {**FACTS["space"], "run": 5 << 20}}, "5 MiB free")],
+)
+def test_what_is_wrong_everywhere_is_nobodys_node(play, fact, said):
+    play.hello(**fact)
     play.stopped()
-    assert play.coordinator.status == ExitStatus.USER_ERROR and not play.ends[0]["bad_nodes"]
-
-
-def test_too_little_space_for_the_run(play):
-    play.hello(space={**FACTS["space"], "run": 5 << 20})
-    play.stopped()
-    assert play.coordinator.status == ExitStatus.USER_ERROR and "5 MiB free" in play.ends[0]["reason"]
+    (end,) = play.ends
+    assert play.coordinator.status == ExitStatus.USER_ERROR and not end["bad_nodes"] and said in end["reason"]
 
 
 def test_a_check_that_hangs_names_the_node_behind(play):

@@ -87,15 +87,12 @@ def test_a_pending_job_says_why(run, slurm):
     assert report([], "runs", False).endswith("\n  job 100"), "Slurm has not said why"
 
 
-def test_a_job_submitted_by_hand_is_found_by_its_name(run, slurm):
-    slurm.jobs(("987", "RUNNING", job_name(run, "try")))
-    assert "job 987" in report([], "runs", False)
-
-
-def test_a_job_submitted_by_hand_is_found_under_a_linked_folder(folder, slurm, monkeypatch, tmp_path):
-    (tmp_path / "link").symlink_to(folder)
-    monkeypatch.chdir(tmp_path / "link")
-    monkeypatch.setenv("PWD", str(tmp_path / "link"))
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_job_submitted_by_hand_is_found_by_its_name(folder, slurm, monkeypatch, tmp_path, linked):
+    if linked:
+        (tmp_path / "link").symlink_to(folder)
+        monkeypatch.chdir(tmp_path / "link")
+        monkeypatch.setenv("PWD", str(tmp_path / "link"))
     slurm.jobs(("987", "RUNNING", directives(submitted() / "job.sbatch")["--job-name"]))
     assert "job 987" in report([], "runs", False)
 
