@@ -122,7 +122,7 @@ class Memory:
 class Ranks:
     """Watchdogs of `count` ranks whose exits are recorded instead of carried out."""
 
-    def __init__(self, folder: Path, count: int, patience: float = 0.3, slow: float = 60.0, index: float = 0.0) -> None:
+    def __init__(self, folder: Path, count: int, patience: float = 1.0, slow: float = 60.0, index: float = 0.0) -> None:
         self.store = Memory()
         self.ended = [threading.Event() for _ in range(count)]
         limits = {"patience": patience, "slow_patience": slow, "index_patience": index, "interval": 0.02}
@@ -166,9 +166,9 @@ def settled(ranks: Ranks) -> Ranks:
 
 
 def test_a_run_that_moves_is_left_alone(ranks):
-    job = settled(ranks(2, patience=0.5))
+    job = settled(ranks(2, patience=1.5))
     job.start()
-    until = time.monotonic() + 1.2
+    until = time.monotonic() + 2.0
     step = 1
     while time.monotonic() < until:
         step += 1

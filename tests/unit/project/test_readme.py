@@ -33,7 +33,7 @@ def test_links_lead_somewhere(name):
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_files_that_are_named_exist(name):
     folders = "plt_megatron|configs|docs|launch|tools|tests|benchmarks"
-    inside_package = "config|runtime|model|data|train|hf|experiments|estimate"
+    inside_package = "config|runtime|model|data|train|hf|experiments|predict"
     made_in_examples = set(re.findall(r"^\+\+\+ b/(\S+)", text(name), re.MULTILINE))
     for path in re.findall(rf"\b(?:{folders})/[\w./-]+\.\w+", text(name)):
         yours = Path(path).stem in ("NAME", "mine")
