@@ -40,8 +40,8 @@ def test_a_recomputed_mlp_in_fp8_gives_the_same_gradient(same_gradient):
 
 def with_ends(loops: int, start: int, end: int) -> Case:
     case = fp8_case(loops, "tensorwise")
-    ends = {"num_layers_at_start_in_bf16": start, "num_layers_at_end_in_bf16": end}
-    return replace(case, training={**case.training, "first_last_layers_bf16": True, **ends})
+    ends = {"fp8.num_layers_at_start_in_bf16": start, "fp8.num_layers_at_end_in_bf16": end}
+    return replace(case, training={**case.training, **ends})
 
 
 @pytest.mark.parametrize(
