@@ -304,7 +304,7 @@ def profile(fit: LawFit, variant: str, points: int = 25) -> tuple[np.ndarray, np
     return values, np.array([found.cost for found in fits]) / max(fit.cost, 1e-300) - 1
 
 
-def equal_phis(fit: LawFit, variants: Sequence[str], draws: int = 200, seed: int = 0) -> float:
+def equal_phis(fit: LawFit, variants: Sequence[str], draws: int = 200) -> float:
     """Test whether variants of the law have one phi, by the bootstrap of a law in which they do.
 
     Returns the p-value: how often chance alone makes separate phis fit as much better, if they are equal.
@@ -318,7 +318,7 @@ def equal_phis(fit: LawFit, variants: Sequence[str], draws: int = 200, seed: int
         each = solve(data, losses, fit.weights, fit.theta[3:]).cost
         return one / max(each, 1e-300) - 1
 
-    errors = draw_errors(fit.adjusted, data, draws, np.random.default_rng(seed))
+    errors = draw_errors(fit.adjusted, data, draws, np.random.default_rng(0))
     statistic = gain(data.loss)
     larger = sum(gain(fitted + error) >= statistic for error in errors)
     return (larger + 1) / (draws + 1)

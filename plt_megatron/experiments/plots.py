@@ -10,18 +10,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from plt_megatron.experiments.figures import (
-    LINES,
-    MARKERS,
-    TOKENS,
-    Curve,
-    Panel,
-    as_written,
-    color,
-    draw,
-    save,
-    smooth,
-)
+from plt_megatron.experiments.figures import LINES, MARKERS, TOKENS, Curve, Panel, as_written, color, draw, save, smooth
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.metrics import RunMetrics
 from plt_megatron.run_folder.text import plural
@@ -142,7 +131,6 @@ def _points(quantity: _Quantity, metrics: RunMetrics) -> dict[str, list[tuple[in
 
 
 def _smoothed(xs: Sequence[int], ys: Sequence[float], shade: int) -> list[Curve]:
-    """Return two curves: each value faint, and the running mean solid."""
     marker = "." if len(xs) < 3 else ""
     faint = Curve(xs, ys, shade, look={"alpha": 0.25, "linewidth": 0.8})
     return [faint, Curve(xs, smooth(ys), shade, marker=marker, look={"linewidth": 1.8})]

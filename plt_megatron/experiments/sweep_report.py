@@ -4,22 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from plt_megatron.experiments.decode_time import DecodeProtocol, measure, read_measurement
 from plt_megatron.experiments.figures import FLOPS, MARKERS, TOKENS, Curve, Named, Panel, draw, limits_around, line
-from plt_megatron.experiments.intervals import LEVEL, Interval
-from plt_megatron.experiments.pages import (
-    Cell,
-    Column,
-    Page,
-    Part,
-    Table,
-    Verdict,
-    interval_columns,
-    write_page,
-)
+from plt_megatron.experiments.intervals import LEVEL
+from plt_megatron.experiments.pages import Cell, Column, Page, Part, Table, Verdict, interval_columns, write_page
 from plt_megatron.experiments.records import RunResult, SweepResults, load_results
 from plt_megatron.experiments.sweep_plan import check_unpacked, records_of
 from plt_megatron.experiments.verdicts import (
@@ -64,9 +54,9 @@ def write_report(sweep: str | Path, output: str | Path | None = None, decode: De
     results = load_results(sweep)
     folder = Path(output) if output is not None else Path(sweep) / FOLDER
     measurement = measure(results, decode) if decode is not None else read_measurement(records_of(Path(sweep)))
-    rows = make_rows(results, measurement.rows if measurement else {})
+    timings, conditions = (measurement.rows, measurement.conditions) if measurement else (None, None)
+    rows = make_rows(results, timings)
     found, answers, laws = merged(verdicts(results, rows)), answer_questions(results, rows), fit_laws(rows)
-    rows_table = main_table(results, rows, measurement.conditions if measurement else None)
     scores = scores_table(results.used())
     page = Page(
         title=results.plan.title or results.plan.name,
@@ -75,7 +65,7 @@ def write_report(sweep: str | Path, output: str | Path | None = None, decode: De
         problems=results.problems,
         parts=[
             *([Part("Questions", tables={"questions": questions_table(answers)})] if answers else []),
-            Part("Results", tables={"rows": rows_table}, figures=make_figures(rows, laws)),
+            Part("Results", tables={"rows": main_table(rows, conditions)}, figures=make_figures(rows, laws)),
             Part("Scaling laws", tables={"laws": laws_table(laws)}),
             *([Part("Downstream", tables={"scores": scores})] if scores else []),
             Part("Runs", tables={"runs": Table(_RUNS, results.runs, _ABOUT_RUNS)}),
@@ -139,7 +129,7 @@ def _times(ratio: float) -> Cell:
     return Cell([ratio], f"{ratio:.2f}x")
 
 
-def main_table(results: SweepResults, rows: Sequence[Row], conditions: str | None) -> Table:
+def main_table(rows: Sequence[Row], conditions: str | None) -> Table:
     """Return the paper's table, with further columns."""
     length = rows[0].run.config.data.sequence_length if rows else 0
     decoding = "Decoding was not measured (--measure-decode): these columns are empty."
@@ -164,13 +154,17 @@ def questions_table(answers: Sequence[Comparison]) -> Table:
 
 def scores_table(runs: Sequence[RunResult]) -> Table | None:
     """Return the table of each run's last scores by lm-evaluation-harness (`evaluation.tasks`); None without any."""
+
+    def score(name: str) -> Column:
+        return Column(name, name, lambda result: result.evaluation["scores"].get(name), ".4f")
+
     evaluated = [result for result in runs if result.evaluation.get("scores")]
     names = list(dict.fromkeys(name for result in evaluated for name in result.evaluation["scores"]))
     columns = [
         Column("run", "run", lambda result: result.run.name),
         Column("loss", "validation loss", lambda r: dict(reversed(r.curve)).get(r.evaluation["tokens"]), ".4f"),
         Column("tokens", "tokens", lambda result: result.evaluation["tokens"], ","),
-        *(Column(name, name, partial(_score, name), ".4f") for name in names),
+        *map(score, names),
     ]
     note = "Scores of each run's last evaluated export, by lm-evaluation-harness; the loss is from the same step."
     return Table(columns, evaluated, (note,)) if evaluated else None
@@ -183,15 +177,14 @@ def laws_table(laws: Sequence[LoopLaw]) -> Table:
         is_one = len({law.reason for law in laws}) == 1
         reasons = [LoopLaw("all", None, laws[0].reason)] if is_one else laws
         return Table([row, Column("remark", "remark", lambda law: law.reason)], reasons)
-    coefficients = [
-        column
-        for name in ("E", "A", "alpha", "B", "beta")
-        for column in interval_columns(name, name, partial(_coefficient, name), ".4g")
-    ]
+
+    def coefficient(name: str) -> list[Column]:
+        return interval_columns(name, name, lambda law: law.fit and law.fit.coefficients.get(name), ".4g")
+
     columns = [
         row,
         Column("points", "points", lambda law: law.fit and law.fit.data.n, "d"),
-        *coefficients,
+        *(column for name in ("E", "A", "alpha", "B", "beta") for column in coefficient(name)),
         Column("rms_residual", "rms residual", lambda law: law.fit and law.fit.rms_residual, ".2g"),
         *interval_columns("predicted", f"at {FARTHER:.0f}x", lambda law: law.farther, ".4g", value="predicted_loss"),
         Column("remark", "remark", lambda law: law.reason if law.fit is None else "; ".join(law.fit.notes)),
@@ -201,14 +194,6 @@ def laws_table(laws: Sequence[LoopLaw]) -> Table:
         f"At {FARTHER:.0f}x: the law's loss for {FARTHER:.0f} times the largest N and D of its runs (where they vary).",
     )
     return Table(columns, laws, notes)
-
-
-def _score(name: str, result: RunResult) -> float | None:
-    return result.evaluation["scores"].get(name)
-
-
-def _coefficient(name: str, law: LoopLaw) -> Interval | None:
-    return law.fit.coefficients.get(name) if law.fit else None
 
 
 # ---------------------------------------------------------------- figures

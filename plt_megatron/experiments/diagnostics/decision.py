@@ -86,10 +86,9 @@ def decide(diagnosis: Diagnosis, sequence_length: int) -> Decision:
 
 def _step(diagnosis: Diagnosis, loop: int) -> Step:
     found = diagnosis.differences["effective_rank"].at(loop)
-    if not found.is_known:
-        return Step(loop, found.value, None, None, "undecided")
+    low, high = (found.low, found.high) if found.is_known else (None, None)
     direction: Direction = "rises" if found.sign > 0 else "falls" if found.sign < 0 else "undecided"
-    return Step(loop, found.value, found.low, found.high, direction)
+    return Step(loop, found.value, low, high, direction)
 
 
 def _signed(step: Step) -> str:

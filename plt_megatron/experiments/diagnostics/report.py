@@ -20,17 +20,7 @@ from plt_megatron.experiments.diagnostics.diagnose import DIFFERENCES, MEASURES,
 from plt_megatron.experiments.diagnostics.inputs import HeldOut, build_model, draw_sequences, open_model
 from plt_megatron.experiments.figures import MARKERS, Curve, Named, Panel, draw, new_figure
 from plt_megatron.experiments.intervals import FEW, LEVEL, RESAMPLES, Intervals
-from plt_megatron.experiments.pages import (
-    Cell,
-    Column,
-    Page,
-    Part,
-    Table,
-    Value,
-    Verdict,
-    interval_cell,
-    write_page,
-)
+from plt_megatron.experiments.pages import Cell, Column, Page, Part, Table, Value, Verdict, interval_cell, write_page
 from plt_megatron.hf.sources import ModelSource
 from plt_megatron.hf.switches import SWITCHES
 from plt_megatron.run_folder.checkpoints import step_of
@@ -276,11 +266,7 @@ def as_json(diagnosis: Diagnosis, decision: Decision, about: dict[str, Any]) -> 
         },
         "decision": decision.as_dict(),
         "measures": {
-            measure.name: {
-                "title": measure.title,
-                "meaning": measure.meaning,
-                **_lists(diagnosis.loops[measure.name]),
-            }
+            measure.name: {"title": measure.title, "meaning": measure.meaning, **_lists(diagnosis.loops[measure.name])}
             for measure in diagnosis.measures
         },
         "changes": {name: _lists(diagnosis.differences[name]) for name in DIFFERENCES if name in diagnosis.differences},

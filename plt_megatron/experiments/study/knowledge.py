@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -236,6 +235,6 @@ def _candidate(variant: str, config: RunConfig, vocab: int, settings: DecideSett
     model, context, batch = config.model, settings.context_length, settings.batch_size
     weights = ELEMENT * count_parameters(model, vocab).total
     memory = weights + batch * (kv_cache_bytes(model, context) + state_bytes(model, context))
-    seconds = None if rate is None or not math.isfinite(rate) else flops / rate
+    seconds = None if rate is None else flops / rate
     latency = decode_milliseconds(model, vocab, context, batch, settings.gpu)
     return Candidate(variant, once, looped, model.loop_count, flops, seconds, latency, float(memory))

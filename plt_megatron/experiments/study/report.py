@@ -19,10 +19,9 @@ from plt_megatron.experiments.study.decision import Frontier
 from plt_megatron.experiments.study.grid import ONE_LOOP, Grid, source_of, start_step
 from plt_megatron.experiments.study.knowledge import UNITS, Knowledge
 from plt_megatron.experiments.sweep_plan import PlannedRun, SweepPlan
-from plt_megatron.experiments.sweep_report import scores_table
+from plt_megatron.experiments.sweep_report import FOLDER, scores_table
 from plt_megatron.run_folder.text import plural
 
-FOLDER = "report"
 PUBLISHED_PHI = 0.46  # arXiv 2604.21106
 _MOST_SIZES = 6  # maximum number of panels of learning curves
 _GREY = "#555555"
@@ -124,7 +123,9 @@ def _frontiers(known: Knowledge, fit: LawFit) -> Part:
 
 
 def _law(known: Knowledge, fit: LawFit) -> Part:
-    held = _held_out(fit)
+    held = None
+    with contextlib.suppress(UserError):  # the other sizes are too few
+        held = hold_out_largest(fit)
     blocks = plural(int(fit.data.blocks.max()) + 1, "block")
     text = [
         "L = E + A (N_once + r^phi N_loop)^-alpha + B D^-beta over parameters without embeddings and training tokens; "
@@ -137,12 +138,6 @@ def _law(known: Knowledge, fit: LawFit) -> Part:
         )
     table = Table(_intervals("coefficient", ".4g"), fit.coefficients.items(), (*fit.notes, _INTERVALS))
     return Part("Law", text, {"law": table}, [residual_figure(fit, known.counted(), held)])
-
-
-def _held_out(fit: LawFit) -> HeldOut | None:
-    with contextlib.suppress(UserError):  # the other sizes are too few
-        return hold_out_largest(fit)
-    return None
 
 
 def _phis(fit: LawFit) -> Part:
