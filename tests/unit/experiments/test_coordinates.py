@@ -59,10 +59,7 @@ def test_what_it_cannot_check_is_refused(settings, said, capsys):
 
 @pytest.mark.parametrize(
     ("broken", "axis"),
-    [
-        (["model.loop_norm=none", "model.hidden_scale=1"], "loops"),
-        (["model.residual_scaling=none"], "depth"),
-    ],
+    [(["model.loop_norm=none", "model.hidden_scale=1"], "loops"), (["model.residual_scaling=none"], "depth")],
     ids=["no norm", "unscaled branches"],
 )
 def test_each_part_of_recommended_is_needed(broken, axis):

@@ -9,13 +9,7 @@ import numpy as np
 import pytest
 
 from plt_megatron.experiments import intervals as module
-from plt_megatron.experiments.intervals import (
-    Bootstrap,
-    Interval,
-    estimate,
-    paired_difference,
-    t_quantile,
-)
+from plt_megatron.experiments.intervals import Bootstrap, Interval, estimate, paired_difference, t_quantile
 
 # Probability, degrees of freedom, and the quantile as tables print it.
 TABLE = [

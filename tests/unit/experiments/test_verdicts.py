@@ -46,11 +46,7 @@ def test_a_clear_winner_is_named_with_its_intervals(tmp_path):
 
 
 def test_differences_within_the_noise_decide_nothing(tmp_path):
-    losses = {
-        "1 loop": by_seed(3.0),
-        "2 loops": by_seed(2.999, 0.02, -0.01, 0.0, -0.02, 0.01),
-        "3 loops": by_seed(3.2),
-    }
+    losses = {"1 loop": by_seed(3.0), "2 loops": by_seed(2.999, 0.02, -0.01, 0.0, -0.02, 0.01), "3 loops": by_seed(3.2)}
     found, _, _ = judge(saved_plan(tmp_path, FIVE_SEEDS), losses)
     assert found["tokens"].winner is None
     assert "the data do not decide: 2 loops has the lowest loss" in found["tokens"].text

@@ -58,12 +58,7 @@ def by_hand(variant: str, loops: int, **limits: float) -> float:
 
 @pytest.mark.parametrize(
     ("question", "limits"),
-    [
-        ("decoding latency", {"latency_ms": 2.0}),
-        ("memory", {"memory": 8e6}),
-        ("training FLOPs", {}),
-        ("step time", {}),
-    ],
+    [("decoding latency", {"latency_ms": 2.0}), ("memory", {"memory": 8e6}), ("training FLOPs", {}), ("step time", {})],
 )
 def test_losses_are_the_laws_best_within_the_limit(question, limits):
     found = {f.question: f for f in decide(fit(Luck(0.0, 0.0)), candidates(), TARGET)}[question]

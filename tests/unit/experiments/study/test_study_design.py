@@ -11,13 +11,7 @@ import pytest
 from benchmarks.planted_law import HORIZONS, SIZES, Luck, PlantedLaw, synthetic_study
 from plt_megatron.experiments.files import NoiseSettings
 from plt_megatron.experiments.law import fit_law
-from plt_megatron.experiments.study.design import (
-    Arm,
-    Horizons,
-    choose_runs,
-    estimated_noise,
-    expected_theta,
-)
+from plt_megatron.experiments.study.design import Arm, Horizons, choose_runs, estimated_noise, expected_theta
 
 LAW = PlantedLaw()
 THETA = np.array([LAW.e, LAW.a, LAW.b, LAW.alpha, LAW.beta, *LAW.phis.values()])

@@ -76,11 +76,7 @@ STAGES = "{training.loop_schedule: [{until: 0.5, loop_count: 1}, {loop_count: 2}
             "L: {training.batch_schedule: [{until: 640, global_batch_size: 1}], ",
             "training.batch_schedule: a study's runs and branches have one batch size",
         ),
-        (
-            "variants:",
-            f"variants:\n  staged: {STAGES}",
-            "training.loop_schedule has 2 stages, which end at shares",
-        ),
+        ("variants:", f"variants:\n  staged: {STAGES}", "training.loop_schedule has 2 stages, which end at shares"),
         ("L: {model.hidden_size: 64", "L: {model.hidden_size: 66", r"size L, every, 1 loop: .*66"),
         ("set: {", "set: {model.loop_span: [0, 1], ", "model.loop_span: a study's law needs all layers to loop; leave"),
         ("set: {", "set: {checkpoint.enabled: false, ", "checkpoint.enabled: a study's runs branch from checkpoints"),
