@@ -232,15 +232,14 @@ def _at_equal_latency(results: SweepResults, group: Sequence[Row]) -> tuple[str 
     if results.plan.match_budget == "decode_latency":
         winner, text = _best(group)
         return winner, f"{text} (Latency was held equal on paper or by the sweep's table.)"
-    timed = [row for row in group if row.decode is not None]
-    if not timed:
+    ratios = {row.label: row.decode.relative for row in group if row.decode is not None}
+    if not ratios:
         return None, "not measured: report with --measure-decode"
-    if len(timed) < len(group):
+    if len(ratios) < len(group):
         untimed = ", ".join(row.label for row in group if row.decode is None)
         return None, f"not decided: {untimed} not timed yet: report with --measure-decode once all rows are finished"
-    reference = baseline_of(timed, results.plan.baseline)
-    ratios = {row.label: row.decode.relative for row in timed if row.decode is not None}
-    equal = [row for row in timed if abs(ratios[row.label] - 1) <= SAME_LATENCY]
+    reference = baseline_of(group, results.plan.baseline)
+    equal = [row for row in group if abs(ratios[row.label] - 1) <= SAME_LATENCY]
     labels = [row.label for row in equal]
     slower = ", ".join(f"{label} {ratio:.2f}x" for label, ratio in ratios.items() if label not in labels)
     others = f" The others take, against it, {slower}." if slower else ""
