@@ -10,6 +10,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 A4_LANDSCAPE = (297 - 24, 210 - 24)  # millimetres inside the margins
 PIXELS_PER_MM = 96 / 25.4
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -19,19 +21,19 @@ _QUIET = (
 ).split()
 
 
-def find_chromium() -> str | None:
-    """Its path; None where none is installed."""
-    return next((path for name in NAMES if (path := shutil.which(name))), None)
+CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), None)
+
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (apt-get install chromium)")
 
 
 class Browser:
-    """One page. `events`: everything the browser has reported so far, in order: (method, parameters)."""
+    """One page, offline. `events`: everything the browser has reported so far, in order: (method, parameters)."""
 
-    def __init__(self, executable: str, folder: Path) -> None:
+    def __init__(self, folder: Path) -> None:
         read_commands, self._commands = os.pipe()
         self._answers, write_answers = os.pipe()
         launch = f'exec 3<&{read_commands} 4>&{write_answers}; exec "$0" "$@"'
-        command = ["bash", "-c", launch, executable, *_QUIET, f"--user-data-dir={folder}", "about:blank"]
+        command = ["bash", "-c", launch, CHROMIUM, *_QUIET, f"--user-data-dir={folder}", "about:blank"]
         self._log = (folder.parent / f"{folder.name}.log").open("wb")
         self._process = subprocess.Popen(
             command, pass_fds=(read_commands, write_answers), stdout=self._log, stderr=self._log
@@ -46,6 +48,7 @@ class Browser:
         self._session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self(f"{domain}.enable")
+        self("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=0, uploadThroughput=0)
 
     def __enter__(self) -> Browser:
         return self
@@ -92,6 +95,20 @@ class Browser:
         result = self("Runtime.evaluate", expression=f"JSON.stringify({expression})")
         assert "exceptionDetails" not in result, result
         return json.loads(result["result"]["value"])
+
+    def heights(self, what: str) -> list[float]:
+        """Of the elements that a CSS selector finds, in pixels."""
+        return self.evaluate(f"[...document.querySelectorAll('{what}')].map(e => e.getBoundingClientRect().height)")
+
+    def lay_out_for_print(self, width: int, height: int) -> int:
+        """Lay the page out as it prints on paper of this size in pixels; return how many elements stick out at a
+        side."""
+        self("Emulation.setEmulatedMedia", media="print")
+        self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        return self.evaluate(
+            "[...document.querySelectorAll('table, svg, p, dd, li')].map(e => e.getBoundingClientRect())"
+            f".filter(b => b.right > {width} + 0.5 || b.left < -0.5).length"
+        )
 
     def complaints(self) -> list[str]:
         """Errors and warnings of the console, exceptions, failed requests."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from headless_chromium import A4_LANDSCAPE, PIXELS_PER_MM, Browser, find_chromium
+from headless_chromium import A4_LANDSCAPE, PIXELS_PER_MM, Browser, needs_chromium
 
 from plt_megatron.data.indexed import mask_path
 from plt_megatron.data.preprocess import PreprocessOptions, preprocess
@@ -48,6 +48,17 @@ class Place:
         self.weights = random_weights(self.model, IDS)
         save_run(self.run, self.model, self.weights, tokenizer=self.tokenizer)
         quiet((self.run, self.export))
+
+    def diagnose_other(self, folder: Path, **settings):
+        """Diagnose another model, of random weights too, on two sequences."""
+        model = make_model(**settings)
+        save_run(folder, model, random_weights(model, IDS), tokenizer=self.tokenizer)
+        return self.diagnose(folder, max_tokens=2 * 64)
+
+    def draw(self, data: Path | None = None, **options):
+        """The sequences of a diagnosis with these options."""
+        options = {"length": 64, "max_tokens": 6 * 64, "seed": 0, **options}
+        return draw_sequences(str(data or self.text), load_tokenizer(self.tokenizer), IDS, **options)
 
     def diagnose(self, model: Path, data: Path | None = None, **options):
         options = {"max_tokens": 6 * 64, **options}
@@ -88,7 +99,7 @@ def test_an_export_gives_the_same_numbers(place, done):
 
 def test_losses_are_the_training_models(place, done):
     """Cross-entropy of the megatron model's logits on the same tokens, run with 1, 2 and 3 loops."""
-    tokens = _drawn_tokens(place)
+    tokens = torch.from_numpy(place.draw().tokens)
     for loops in (1, 2, 3):
         logits = megatron_logits(place.model, place.weights, tokens[:, :-1], IDS, loop_count=loops)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
@@ -99,24 +110,14 @@ def test_a_run_that_masks_the_loss_after_documents_is_measured_so(place, done, m
     monkeypatch.setattr(report, "make_figures", lambda diagnosis: [])  # most of the time
     save_run(place.folder / "masked", place.model, place.weights, tokenizer=place.tokenizer, eod_mask_loss=True)
     masked = place.diagnose(place.folder / "masked")
-    tokens = _drawn_tokens(place)
+    tokens = torch.from_numpy(place.draw().tokens)
     logits = megatron_logits(place.model, place.weights, tokens[:, :-1], IDS)
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
-    counted = tokens[:, :-1] != _tokenizer(place).eod
+    counted = tokens[:, :-1] != load_tokenizer(place.tokenizer).eod
     assert not counted.all()
     rows = [float(row[kept].mean()) for row, kept in zip(losses, counted, strict=True)]
     assert masked.diagnosis.loops["lens_loss"].mean[3] == pytest.approx(np.mean(rows), rel=1e-5)
     assert read(masked.folder)["data"]["eod_mask_loss"] and not read(done.folder)["data"]["eod_mask_loss"]
-
-
-def _drawn_tokens(place):
-    """int64 [6, 65]: what `Place.diagnose` draws."""
-    drawn = draw_sequences(str(place.text), _tokenizer(place), IDS, length=64, max_tokens=6 * 64, seed=0)
-    return torch.from_numpy(drawn.tokens)
-
-
-def _tokenizer(place):
-    return load_tokenizer(place.tokenizer)
 
 
 @pytest.mark.slow
@@ -129,15 +130,11 @@ def test_packed_documents_change_what_is_measured(place, done):
 def test_tokenized_data_holds_the_same_sequences(place):
     """All of a text file's sequences, from the text and from its .bin and .idx."""
     preprocess(PreprocessOptions([str(place.text)], str(place.folder / "heldout"), str(place.tokenizer)))
-    length, tokenizer = 32, _tokenizer(place)
-    text, indexed = (
-        draw_sequences(str(data), tokenizer, IDS, length=length, max_tokens=10**6, seed=0)
-        for data in (place.text, place.prefix)
-    )
+    text, indexed = (place.draw(data, length=32, max_tokens=10**6) for data in (place.text, place.prefix))
     assert len(text.tokens) == text.seen == indexed.seen == len(indexed.tokens) > 50
     np.testing.assert_array_equal(text.tokens, indexed.tokens)
     np.testing.assert_array_equal(text.starts, indexed.starts)
-    ends = text.tokens[:, :-1] == tokenizer.eod
+    ends = text.tokens[:, :-1] == load_tokenizer(place.tokenizer).eod
     np.testing.assert_array_equal(text.starts[:, 1:], ends)
     np.testing.assert_array_equal(text.tokens[1:, 0], text.tokens[:-1, -1], "the last token is the next one's first")
 
@@ -153,10 +150,7 @@ def test_a_loss_mask_is_drawn_with_its_tokens(tmp_path):
 
 
 def test_sequences_are_drawn_by_seed(place):
-    def drawn(seed):
-        return draw_sequences(str(place.text), _tokenizer(place), IDS, length=32, max_tokens=32 * 8, seed=seed)
-
-    one, again, other = drawn(1), drawn(1), drawn(2)
+    one, again, other = (place.draw(length=32, max_tokens=32 * 8, seed=seed) for seed in (1, 1, 2))
     assert one.tokens.shape == (8, 33) and one.seen > 50
     np.testing.assert_array_equal(one.tokens, again.tokens)
     assert (one.tokens != other.tokens).any()
@@ -219,20 +213,13 @@ def test_the_page_has_the_jsons_numbers_and_fetches_nothing(place, done):
     assert all(target.startswith(("data:", "#")) for target in fetched), fetched
 
 
-@pytest.mark.skipif(find_chromium() is None, reason="Chromium is not installed (apt-get install chromium)")
+@needs_chromium
 def test_a_browser_shows_the_page_offline_and_prints_it_whole(done, tmp_path):
-    with Browser(find_chromium(), tmp_path / "profile") as browser:
-        browser("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=0, uploadThroughput=0)
+    with Browser(tmp_path / "profile") as browser:
         browser.open(done.folder / "index.html")
         shown = browser.evaluate("document.querySelector('#losses tbody').innerText")
-        heights = browser.evaluate("[...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect().height)")
-        width = round(A4_LANDSCAPE[0] * PIXELS_PER_MM)
-        browser("Emulation.setEmulatedMedia", media="print")
-        browser("Emulation.setDeviceMetricsOverride", width=width, height=700, deviceScaleFactor=1, mobile=False)
-        overhang = browser.evaluate(
-            f"[...document.querySelectorAll('table, svg, p, li')].map(e => e.getBoundingClientRect())"
-            f".filter(b => b.right > {width} + 0.5 || b.left < -0.5).length"
-        )
+        heights = browser.heights("svg")
+        overhang = browser.lay_out_for_print(round(A4_LANDSCAPE[0] * PIXELS_PER_MM), 700)
         assert browser.complaints() == []
     losses = read(done.folder)["measures"]["lens_loss"]["value"]
     assert all(f"{losses[loop]:.4f} [" in shown for loop in (1, 2, 3))
@@ -252,9 +239,7 @@ def test_the_terminal_shows_the_table_and_the_rule(done):
 
 
 def test_a_model_of_one_loop_says_what_is_missing(tmp_path, place):
-    model = make_model(loop_count=1)
-    save_run(tmp_path / "one", model, random_weights(model, IDS), tokenizer=place.tokenizer)
-    result = place.diagnose(tmp_path / "one", max_tokens=2 * 64)
+    result = place.diagnose_other(tmp_path / "one", loop_count=1)
     assert result.decision.verdict == "one_loop" and "needs at least two" in result.text
     assert not (result.folder / "gates.png").exists() and (result.folder / "index.html").exists()
     assert "update_cosine" not in read(result.folder)["measures"]
@@ -275,10 +260,8 @@ def test_loops_that_change_nothing_yet_have_no_direction(tmp_path, place):
 
 def test_full_attention_in_the_last_loop_is_said(tmp_path, place):
     """The losses after earlier loops are not those of fewer loops."""
-    form = {"share_kv": False, "gated_window": False, "full_attention": "last_loop"}
-    model = make_model(loop_count=3, **form)
-    save_run(tmp_path / "last", model, random_weights(model, IDS), tokenizer=place.tokenizer)
-    result = place.diagnose(tmp_path / "last", max_tokens=2 * 64)
+    form = {"loop_count": 3, "share_kv": False, "gated_window": False, "full_attention": "last_loop"}
+    result = place.diagnose_other(tmp_path / "last", **form)
     found, page = read(result.folder), (result.folder / "index.html").read_text(encoding="utf-8")
     assert found["model"]["full_attention"] == "last_loop"
     values = {name: [value is not None for value in measure["value"]] for name, measure in found["measures"].items()}
@@ -334,18 +317,14 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(tmp_path, place):
     with pytest.raises(UserError, match=f"has {IDS + 30} ids, the model's vocabulary {IDS}"):
         place.diagnose(place.run, tokenizer=other, output=tmp_path / "out")
     with pytest.raises(UserError, match="token .* the model's vocabulary has 50 "):
-        draw_sequences(str(place.text), _tokenizer(place), 50, length=64, max_tokens=64 * 9, seed=0)
+        draw_sequences(str(place.text), load_tokenizer(place.tokenizer), 50, length=64, max_tokens=64 * 9, seed=0)
 
 
 def test_layers_that_run_once_are_refused(tmp_path, place):
-    model = make_model(loop_span=[0, 1])
-    save_run(tmp_path / "run", model, random_weights(model))
     with pytest.raises(UserError, match=r"run: model.loop_span \[0, 1\]: diagnostics need a model whose"):
-        place.diagnose(tmp_path / "run")
-    model = make_model(cross_loop_parallel=False, loop_order="layer")
-    save_run(tmp_path / "other", model, random_weights(model))
+        place.diagnose_other(tmp_path / "run", loop_span=[0, 1])
     with pytest.raises(UserError, match="other: model.loop_order layer: diagnostics need a model whose layers all"):
-        place.diagnose(tmp_path / "other")
+        place.diagnose_other(tmp_path / "other", cross_loop_parallel=False, loop_order="layer")
 
 
 def test_the_command(tmp_path, place, warm_python):

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
-from headless_chromium import A4_LANDSCAPE, PIXELS_PER_MM, Browser, find_chromium
+from headless_chromium import A4_LANDSCAPE, PIXELS_PER_MM, Browser, needs_chromium
 from sweep_helpers import LOOPS, finish, note_scores, saved_plan
 
 from plt_megatron.experiments.records import load_results
 from plt_megatron.experiments.sweep_report import Report, write_report
 from plt_megatron.experiments.verdicts import fit_laws, make_rows
 
+BUDGETS = "axes: {budget: {" + ", ".join(f"b{n}: {{training.train_iters: {n}}}" for n in (100, 250, 500)) + "}, "
 TABLES = ("rows", "questions", "laws", "scores", "runs")
 QUESTIONS = 'questions: {does the second loop help: [2 loops, 1 loop], "third <b>&amp; more": [3 loops, 2 loops]}\n'
 
@@ -25,8 +26,7 @@ QUESTIONS = 'questions: {does the second loop help: [2 loops, 1 loop], "third <b
 def report(tmp_path_factory) -> Report:
     """Of a sweep with a problem, decoding times, scores and three budgets, which suffice for a law of D."""
     folder = tmp_path_factory.mktemp("report")
-    budgets = ", ".join(f"b{n}: {{training.train_iters: {n}}}" for n in (100, 250, 500))
-    text = LOOPS.replace("axes: {", f"axes: {{budget: {{{budgets}}}, ") + QUESTIONS + "title: Loops <&> budgets\n"
+    text = LOOPS.replace("axes: {", BUDGETS) + QUESTIONS + "title: Loops <&> budgets\n"
     plan = saved_plan(folder, text)
     rows = {}
     for run in plan.runs:
@@ -153,9 +153,7 @@ def test_the_scaling_law_of_each_loop_count_is_there(report):
 
 def test_no_law_is_fitted_over_other_settings(tmp_path):
     """Three budgets suffice for one, but each has two rates."""
-    budgets = ", ".join(f"b{n}: {{training.train_iters: {n}}}" for n in (100, 250, 500))
-    text = LOOPS.replace("axes: {", f"axes: {{budget: {{{budgets}}}, optimizer.lr: [1e-3, 2e-3], ")
-    plan = saved_plan(tmp_path, text)
+    plan = saved_plan(tmp_path, LOOPS.replace("axes: {", f"{BUDGETS}optimizer.lr: [1e-3, 2e-3], "))
     for run in plan.runs:
         finish(run, 2 + 40 / run.tokens**0.5 + run.config.optimizer.lr)
     laws = fit_laws(make_rows(load_results(plan.folder)))
@@ -169,28 +167,20 @@ def test_writing_again_gives_the_same(report):
     assert {path.name: path.read_bytes() for path in report.folder.iterdir() if path.suffix != ".png"} == before
 
 
-@pytest.mark.skipif(find_chromium() is None, reason="Chromium is not installed (apt-get install chromium)")
+@needs_chromium
 def test_a_browser_shows_the_csvs_numbers_offline_and_prints_whole_tables(report, tmp_path):
     read = (
         "[...document.querySelectorAll('table')].map(t => [t.id, [...t.tBodies[0].rows].map("
         "r => [...r.cells].map(c => [c.innerText, c.dataset.value, c.dataset.interval]))])"
     )
-    with Browser(find_chromium(), tmp_path / "profile") as browser:
-        browser("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=0, uploadThroughput=0)
+    with Browser(tmp_path / "profile") as browser:
         browser.open(report.folder / "index.html")
         tables = dict(browser.evaluate(read))
-        figures = browser.evaluate("[...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect().height)")
+        figures = browser.heights("svg")
         screenshot = browser.screenshot()
         width, height = (round(side * PIXELS_PER_MM) for side in A4_LANDSCAPE)
-        browser("Emulation.setEmulatedMedia", media="print")
-        browser("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-        overhang = browser.evaluate(
-            f"[...document.querySelectorAll('table, svg, p, dd')].map(e => e.getBoundingClientRect())"
-            f".filter(b => b.right > {width} + 0.5 || b.left < -0.5).length"
-        )
-        tallest = browser.evaluate(
-            "Math.max(...[...document.querySelectorAll('figure, tr, dd')].map(e => e.getBoundingClientRect().height))"
-        )
+        overhang = browser.lay_out_for_print(width, height)
+        tallest = max(browser.heights("figure, tr, dd"))
         pdf = browser.pdf()
         assert browser.complaints() == []
         assert [url for url in browser.requests() if not url.startswith("data:")] == [
