@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ match_budget: tokens
 
 
 def write_sweep(folder: Path, text: str = LOOPS) -> Path:
-    """The sweep file, its base run and the data it reads, in `folder`."""
+    """The sweep file, its base run and the data it reads, in `folder`, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
     for suffix in (".bin", ".idx"):
         (folder / f"text{suffix}").write_bytes(bytes(range(256)))
     (folder / "base.yaml").write_text(BASE.replace("DATA", str(folder)))
@@ -54,6 +56,18 @@ def plan_of(folder: Path, text: str = LOOPS, settings: tuple[str, ...] = ()) -> 
     """A plan, not saved, with its folder below `folder`."""
     sweep = read_sweep(write_sweep(folder, text), [f"output_dir={folder / 'sweeps'}", *settings])
     return make_plan(sweep)
+
+
+def answers(results, timings=None):
+    """The verdicts by question, of a sweep of one group."""
+    from plt_megatron.experiments.verdicts import make_rows, verdicts  # slow, and stand-ins for runs need none
+
+    return {verdict.question: verdict for verdict in verdicts(results, make_rows(results, timings))}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What lies in a folder, by relative path."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def saved_plan(folder: Path, text: str = LOOPS, settings: tuple[str, ...] = ()) -> SweepPlan:
@@ -80,13 +94,21 @@ def finish(run: PlannedRun, loss: float, upto: float = 1.0, fingerprint: dict[st
             loops = run.config.model.loop_count
             records.append({**record, "kind": "validation", "loop_count": loops, "loss": now})
     run.folder.path.mkdir(parents=True, exist_ok=True)
-    run.folder.metrics_file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_records(run.folder.metrics_file, records)
     checkpoint = run.folder.checkpoints / f"step_{last:08d}"
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text("{}")
     data = {**(fingerprint or FINGERPRINT), "sampling": {"seed": run.seed}, "sha256": f"{run.name:0<64}"}
     (checkpoint / "progress.json").write_text(json.dumps({"format": 1, "step": last, "data_fingerprint": data}))
     (run.folder.checkpoints / "latest").write_text(f"{checkpoint.name}\n")
+
+
+def write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def edit_records(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    write_records(path, [change(json.loads(line)) for line in path.read_text().splitlines()])
 
 
 def note_scores(run: PlannedRun, scores: dict[str, float]) -> None:

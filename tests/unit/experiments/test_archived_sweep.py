@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from sweep_helpers import finish, saved_plan, write_sweep
+from sweep_helpers import files, finish, saved_plan, write_sweep
 
 from plt_megatron.commands.archive import main as archive
 from plt_megatron.errors import UserError
@@ -24,10 +24,6 @@ from plt_megatron.run_folder.archive import ARCHIVE, unpack_command, write_archi
 from plt_megatron.run_folder.folder import runs_named
 from tests.running import ROOT
 from tests.running import run as run_command
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import re
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
+from sweep_helpers import edit_records, write_records
 
 from plt_megatron.errors import UserError
 from plt_megatron.experiments import plots
@@ -46,7 +46,7 @@ def write_losses(folder: Path, losses: list[float], loops: tuple[int, ...] = ())
         records.append(record)
         if step % 25 == 0:
             records += [{**record, "kind": "validation", "loop_count": n, "loss": loss + 1 / n} for n in loops]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_records(folder / "metrics.jsonl", records)
 
 
 def test_the_losses_alone_are_one_picture_with_every_run_in_its_color(runs, tmp_path, monkeypatch):
@@ -127,18 +127,17 @@ def test_bad_requests_are_refused(runs, tmp_path):
 
 def write_run(folder: Path, loops: int, steps: int = 30) -> Path:
     folder.mkdir()
-    with (folder / "metrics.jsonl").open("w") as file:
-        for step in range(1, steps + 1):
-            record = {"kind": "train", "step": step, "tokens": 2048 * step}
-            record |= {"loss": 8 / step**0.2, "grad_norm": 1 / step}
-            record |= {"lr": 1e-3, "tokens_per_second": 1e4, "mfu": 0.4, "peak_memory_bytes": 3e9}
-            record |= {"hidden_norm": [1.0] * loops, "step_size": [1.0] * loops}
-            record |= {"gate_mean": [None, *[0.5] * (loops - 1)]}
-            record |= {"step_seconds": {"data": 0.01, "forward_backward": 0.2}, "source_epochs": {"web": step / 50}}
-            file.write(json.dumps(record) + "\n")
-            if step % 10 == 0:
-                validation = {"kind": "validation", "step": step, "tokens": 2048 * step}
-                file.write(json.dumps({**validation, "loop_count": loops, "loss": 5.0}) + "\n")
+    records = []
+    for step in range(1, steps + 1):
+        at = {"step": step, "tokens": 2048 * step}
+        record = {"kind": "train", **at, "loss": 8 / step**0.2, "grad_norm": 1 / step}
+        record |= {"lr": 1e-3, "tokens_per_second": 1e4, "mfu": 0.4, "peak_memory_bytes": 3e9}
+        record |= {"hidden_norm": [1.0] * loops, "step_size": [1.0] * loops, "gate_mean": [None, *[0.5] * (loops - 1)]}
+        record |= {"step_seconds": {"data": 0.01, "forward_backward": 0.2}, "source_epochs": {"web": step / 50}}
+        records.append(record)
+        if step % 10 == 0:
+            records.append({"kind": "validation", **at, "loop_count": loops, "loss": 5.0})
+    write_records(folder / "metrics.jsonl", records)
     return folder
 
 
@@ -181,11 +180,9 @@ def test_what_no_run_recorded_has_no_panel(monkeypatch, tmp_path):
 
 def test_parts_have_styles_of_their_own_and_nothing_lies_on_the_frame_or_under_the_legend(monkeypatch, tmp_path):
     run = write_run(tmp_path / "run", 2)
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     parts = ("data", "forward_backward", "gradient_reduction", "optimizer", "validation", "checkpoint")
-    for record in records:
-        record["step_seconds"] = {part: 0.01 * number for number, part in enumerate(parts, start=1)}
-    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    seconds = {part: 0.01 * number for number, part in enumerate(parts, start=1)}
+    edit_records(run / "metrics.jsonl", lambda record: record | {"step_seconds": seconds})
     panels = panels_drawn(monkeypatch, tmp_path, [run])
     times = panels["where a step's time goes"]
     styles = {str(line._unscaled_dash_pattern) for line in times.lines if len(line.get_xdata())}
@@ -217,9 +214,6 @@ def test_a_legend_of_any_length_leaves_the_curves_their_room(count, letters):
 def test_gates_below_zero_are_seen(gates, monkeypatch, tmp_path):
     """Those of tanh."""
     run = write_run(tmp_path / "run", 3)
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for record in records:
-        record["gate_mean"] = [None, *gates]
-    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    edit_records(run / "metrics.jsonl", lambda record: record | {"gate_mean": [None, *gates]})
     low, high = panels_drawn(monkeypatch, tmp_path, [run])["gates"].get_ylim()
     assert low < min(gates) and max(gates) < high

@@ -5,26 +5,29 @@ from __future__ import annotations
 import math
 
 import pytest
-from sweep_helpers import LOOPS, finish, saved_plan
+from sweep_helpers import LOOPS, answers, finish, saved_plan
 
 from plt_megatron.experiments.records import load_results
 from plt_megatron.experiments.verdicts import Timing, answer_questions, make_rows, verdicts
 
 FIVE_SEEDS = LOOPS.replace("seeds: [1, 2, 3]", "seeds: [1, 2, 3, 4, 5]")
+EQUAL_FLOPS = FIVE_SEEDS.replace("match_budget: tokens", "match_budget: training_flops")
 
 
 def judge(plan, losses, timings=None):
-    """`losses`: row -> by seed. Returns the verdicts by question, and the rows."""
+    """`losses`: row -> by seed. Returns the verdicts by question, the rows and the results."""
     for run in plan.runs:
         if run.seed in losses[run.row()]:
             finish(run, losses[run.row()][run.seed])
     results = load_results(plan.folder)
-    rows = make_rows(results, timings or {})
-    return {verdict.question: verdict for verdict in verdicts(results, rows)}, rows, results
+    return answers(results, timings), make_rows(results, timings), results
 
 
 def by_seed(mean, *noise):
     return {seed: mean + extra for seed, extra in enumerate(noise or (0.01, 0.0, -0.01, 0.005, -0.005), 1)}
+
+
+FALLING = {"1 loop": by_seed(3.0), "2 loops": by_seed(2.9), "3 loops": by_seed(2.8)}
 
 
 def test_a_clear_winner_is_named_with_its_intervals(tmp_path):
@@ -59,10 +62,8 @@ def test_many_rows_widen_the_intervals(tmp_path):
     losses = {"1 loop": by_seed(3.0, 0, 0, 0, 0, 0), "2 loops": by_seed(3.0, *differences)}
     two_rows = FIVE_SEEDS.replace("[1, 2, 3]}", "[1, 2]}")
     assert judge(saved_plan(tmp_path, two_rows), losses)[0]["tokens"].winner == "2 loops"
-    far = tmp_path / "far"
-    far.mkdir()
     losses["3 loops"] = by_seed(3.0, 0, 0, 0, 0, 0)
-    assert judge(saved_plan(far, FIVE_SEEDS), losses)[0]["tokens"].winner is None
+    assert judge(saved_plan(tmp_path / "far", FIVE_SEEDS), losses)[0]["tokens"].winner is None
 
 
 def test_a_row_of_one_seed_does_not_reduce_the_ranking_to_it(tmp_path):
@@ -103,50 +104,42 @@ def test_rows_with_different_seeds_are_compared_on_common_ones(tmp_path):
 
 
 def test_equal_tokens_do_not_decide_at_equal_flops_and_the_other_way_round(tmp_path):
-    losses = {"1 loop": by_seed(3.0), "2 loops": by_seed(2.9), "3 loops": by_seed(2.8)}
-    found, rows, _ = judge(saved_plan(tmp_path, FIVE_SEEDS), losses)
+    found, rows, _ = judge(saved_plan(tmp_path, FIVE_SEEDS), FALLING)
     assert (found["tokens"].winner, found["training FLOPs"].winner) == ("3 loops", None)
     share = rows[0].run.total_flops / rows[1].run.total_flops
     assert f"2 loops {rows[1].loss_at(share * 6400):.3f} (at {share:.0%} of its run)" in found["training FLOPs"].text
     assert "match_budget=training_flops decides this" in found["training FLOPs"].text
-    other = tmp_path / "other"
-    other.mkdir()
-    plan = saved_plan(other, FIVE_SEEDS.replace("match_budget: tokens", "match_budget: training_flops"))
-    found, _, _ = judge(plan, losses)
+    found, _, _ = judge(saved_plan(tmp_path / "other", EQUAL_FLOPS), FALLING)
     assert (found["tokens"].winner, found["training FLOPs"].winner) == (None, "3 loops")
 
 
 def test_rows_within_the_tolerance_of_the_baseline_are_equal(tmp_path):
     """Two on either side of it are farther apart."""
-    losses = {"1 loop": by_seed(3.0), "2 loops": by_seed(2.9), "3 loops": by_seed(2.8)}
-    text = FIVE_SEEDS.replace("match_budget: tokens", "match_budget: training_flops")
-    plan = saved_plan(tmp_path, text, ("training.train_iters=38",))
+    plan = saved_plan(tmp_path, EQUAL_FLOPS, ("training.train_iters=38",))
     off = sorted({run.deviation for run in plan.runs})
     assert off[0] < 0 < off[-1] < plan.tolerance < off[-1] - off[0]
-    assert judge(plan, losses)[0]["training FLOPs"].winner == "3 loops"
+    assert judge(plan, FALLING)[0]["training FLOPs"].winner == "3 loops"
 
 
 def test_a_tolerance_is_that_of_the_budget_that_is_held(tmp_path):
     """A wide one does not make other budgets equal."""
-    losses = {"1 loop": by_seed(3.0), "2 loops": by_seed(2.9), "3 loops": by_seed(2.8)}
-    found, _, _ = judge(saved_plan(tmp_path, FIVE_SEEDS, ("tolerance=0.9",)), losses)
+    found, _, _ = judge(saved_plan(tmp_path, FIVE_SEEDS, ("tolerance=0.9",)), FALLING)
     assert (found["tokens"].winner, found["training FLOPs"].winner) == ("3 loops", None)
 
 
 def test_at_equal_latency_only_rows_that_are_as_fast_compete(tmp_path):
-    losses = {"1 loop": by_seed(3.0), "2 loops": by_seed(2.9), "3 loops": by_seed(2.8)}
     plan = saved_plan(tmp_path, FIVE_SEEDS)
     timings = {"1 loop": Timing(2.0, 1.0, 1), "2 loops": Timing(2.08, 1.04, 1), "3 loops": Timing(2.4, 1.2, 1)}
-    found, rows, results = judge(plan, losses, timings)
+    found, rows, results = judge(plan, FALLING, timings)
     assert found["decoding latency"].winner == "2 loops"
     assert "The others take, against it, 3 loops 1.20x" in found["decoding latency"].text
     timings["2 loops"] = Timing(3.0, 1.5, 1)
-    (slow,) = [v for v in verdicts(results, make_rows(results, timings)) if v.question == "decoding latency"]
+    slow = answers(results, timings)["decoding latency"]
     assert slow.winner is None and "no row decodes within 5% of 1 loop's time" in slow.text
-    (none,) = [v for v in verdicts(results, make_rows(results, {})) if v.question == "decoding latency"]
+    none = answers(results)["decoding latency"]
     assert none.winner is None and none.text.startswith("not measured")
     del timings["3 loops"]
-    (some,) = [v for v in verdicts(results, make_rows(results, timings)) if v.question == "decoding latency"]
+    some = answers(results, timings)["decoding latency"]
     assert some.winner is None and "3 loops not timed yet" in some.text
 
 

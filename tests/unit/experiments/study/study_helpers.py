@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -15,7 +13,7 @@ from plt_megatron.experiments.records import data_fingerprint
 from plt_megatron.experiments.study.grid import loop_parameters, start_step
 from plt_megatron.experiments.sweep_plan import PlannedRun
 from plt_megatron.predict.run_estimate import estimate_run
-from tests.unit.experiments.sweep_helpers import finish, write_sweep, write_text_data
+from tests.unit.experiments.sweep_helpers import edit_records, finish, write_sweep, write_text_data
 
 STUDY = """
 base: base.yaml
@@ -97,7 +95,7 @@ def train(run: PlannedRun, loss: float) -> None:
     finish(run, loss, fingerprint=data_fingerprint(run))
     estimate = estimate_run(run.config, gpu="cpu", vocab_size=run.vocab)
     speed = derived.tokens_per_step(run.config) / estimate.step_seconds
-    edit_records(run, lambda record: record | {"tokens_per_second": speed})
+    edit_records(run.folder.metrics_file, lambda record: record | {"tokens_per_second": speed})
     every = run.config.checkpoint.keep_every
     for step in range(start_step(run) + every, derived.train_iters(run.config), every):
         (run.folder.checkpoints / f"step_{step:08d}").mkdir()
@@ -109,9 +107,4 @@ def note_sources(run: PlannedRun, sources: dict[str, float]) -> None:
         return
     bits = {name: planted_loss(run, phi=phi) for name, phi in sources.items()}
     added = {"source_bits_per_byte": bits, "bits_per_byte": sum(bits.values()) / len(bits)}
-    edit_records(run, lambda record: record | (added if record["kind"] == "validation" else {}))
-
-
-def edit_records(run: PlannedRun, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    records = [change(json.loads(line)) for line in run.folder.metrics_file.read_text().splitlines()]
-    run.folder.metrics_file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    edit_records(run.folder.metrics_file, lambda record: record | (added if record["kind"] == "validation" else {}))

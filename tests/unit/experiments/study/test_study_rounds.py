@@ -26,7 +26,7 @@ from plt_megatron.run_folder import json_lines
 from plt_megatron.run_folder.archive import ARCHIVE, write_archive
 from plt_megatron.slurm.submission import Options
 from tests.unit.experiments.study.study_helpers import PHIS, STUDY, PlantedTraining, train, write_study
-from tests.unit.experiments.sweep_helpers import note_scores
+from tests.unit.experiments.sweep_helpers import files, note_scores
 
 
 @pytest.fixture
@@ -70,10 +70,6 @@ def give_up(run: PlannedRun) -> None:
     for event in ({"event": "start", "attempt": 1}, {"event": "stop", "attempt": 1, "reason": "out of memory"}):
         json_lines.append(run.folder.attempts_file, event)
     run.folder.why_file.write_text("out of memory\n")
-
-
-def files(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.slow
@@ -262,7 +258,6 @@ def test_here_too_a_run_that_failed_is_left_out_until_it_is_asked_for(tmp_path, 
 
 
 def test_a_study_that_was_moved_goes_on_where_it_is(tmp_path, monkeypatch, training):
-    (tmp_path / "old").mkdir()
     path, (trunk, branch, *_) = begin(tmp_path / "old")
     train(trunk, 2.0)
     (tmp_path / "old/studies").rename(tmp_path / "studies")
