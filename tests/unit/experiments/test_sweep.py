@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from sweep_helpers import LOOPS, finish, saved_plan, write_sweep, write_text_data
+from sweep_helpers import LOOPS, finish, saved_plan, write_records, write_sweep, write_text_data
 
 from plt_megatron.errors import UserError, go_on_without_readers
 from plt_megatron.experiments import sweep
@@ -41,15 +42,13 @@ from tests.running import run as run_command
 # Behaves as the run's folder says: `behave` holds fail, hang (until SIGTERM, saving half), start (until a SIGTERM that
 # it does not handle yet) or nothing (finish).
 LAUNCHER = """
-import json, os, signal, sys, threading
-sys.path.insert(0, {here!r})
-from sweep_helpers import finish
-from plt_megatron.config import derived
+import json, os, shutil, signal, sys, threading
 from plt_megatron.config.loader import load_config
 from plt_megatron.experiments.sweep_plan import PlannedRun
 from plt_megatron.experiments.records import data_fingerprint
+from tests.unit.experiments.sweep_helpers import finish
 config = load_config(sys.argv[1])
-run = PlannedRun("x", {{}}, config.training.seed, config, 256)
+run = PlannedRun("x", {}, config.training.seed, config, 256)
 asked = threading.Event()
 signal.signal(signal.SIGTERM, lambda *_: asked.set())
 (run.folder.path / "threads").write_text(os.environ.get("OMP_NUM_THREADS", "none"))
@@ -77,7 +76,6 @@ try:
             pass
         finish(run, 5.0, upto=0.5)
         sys.exit(75)
-    import shutil
     shutil.rmtree(run.folder.checkpoints, ignore_errors=True)
     finish(run, 3.0, fingerprint=data_fingerprint(run))
 finally:
@@ -87,9 +85,8 @@ finally:
 
 @pytest.fixture
 def launcher(tmp_path, monkeypatch):
-    here = str(Path(__file__).resolve().parent)
     script = tmp_path / "train.py"
-    script.write_text(LAUNCHER.format(here=here))
+    script.write_text(LAUNCHER)
     monkeypatch.setattr(sweep, "TRAIN", (sys.executable, str(script)))
     monkeypatch.setattr(sweep, "_POLL_SECONDS", 0.02)
     monkeypatch.setattr(sweep, "go_on_without_readers", lambda: None)
@@ -101,6 +98,25 @@ def behave(plan, name, how):
 
 def started(plan) -> list[list]:
     return [json.loads(line) for line in (plan.folder / "log").read_text().splitlines()]
+
+
+def all_run(runs) -> bool:
+    """Whether all of them have started, and none has ended."""
+    return all((run.folder.path / "now").exists() for run in runs)
+
+
+@contextlib.contextmanager
+def signalled(number, *runs):
+    """This process gets a signal once all these runs run."""
+
+    def send():
+        wait_for(lambda: all_run(runs))
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    yield
+    thread.join()
 
 
 def small(tmp_path):
@@ -127,16 +143,9 @@ def test_several_at_once_share_the_cores_and_gpus(tmp_path, launcher, monkeypatc
     first, second = plan.runs[:2]
     for run in (first, second):
         behave(plan, run.name, "hang")
-
-    def stop_when_both_hang():
-        wait_for(lambda: all((run.folder.path / "now").exists() for run in (first, second)))
-        os.kill(os.getpid(), signal.SIGTERM)
-
     local = LocalSweep(plan, plan.runs, jobs=2)
-    thread = threading.Thread(target=stop_when_both_hang)
-    thread.start()
-    assert local.run() == 75
-    thread.join()
+    with signalled(signal.SIGTERM, first, second):
+        assert local.run() == 75
     assert {(run.folder.path / "threads").read_text() for run in (first, second)} == {"3"}
     assert [(run.folder.path / "gpu").read_text() for run in (first, second)] == ["2", "5"]
     assert [run.name for run in local.waiting] == [run.name for run in plan.runs[2:]]
@@ -146,16 +155,9 @@ def test_a_stopped_sweep_goes_on(tmp_path, launcher):
     plan = small(tmp_path)
     first = plan.runs[0]
     behave(plan, first.name, "hang")
-
-    def interrupt():
-        wait_for((first.folder.path / "now").exists)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
     handler = signal.getsignal(signal.SIGINT)
-    assert LocalSweep(plan, plan.runs).run() == 75
-    thread.join()
+    with signalled(signal.SIGINT, first):
+        assert LocalSweep(plan, plan.runs).run() == 75
     assert signal.getsignal(signal.SIGINT) is handler
     assert [state_of(run) for run in plan.runs] == ["interrupted", "pending", "pending", "pending"]
     behave(plan, first.name, "")
@@ -227,7 +229,7 @@ def test_an_error_of_a_sweep_has_its_runs_saved(tmp_path, launcher, monkeypatch)
         behave(plan, run.name, how)
 
     def fail_when_both_run():
-        if all((run.folder.path / "now").exists() for run in runs):
+        if all_run(runs):
             raise KeyError
 
     local = LocalSweep(plan, runs, jobs=2)
@@ -252,7 +254,7 @@ def test_a_failure_is_noted_and_the_others_go_on(tmp_path, launcher, capsys):
     assert [state_of(run) for run in plan.runs[:2]] == ["failed", "failed"]
     # A job's failure is the past, too, once the run has been started again.
     events = [{"event": "start", "attempt": 1}, {"event": "stop", "reason": "rank 3 was killed by signal 9"}]
-    plan.runs[0].folder.attempts_file.write_text("".join(json.dumps(event) + "\n" for event in events))
+    write_records(plan.runs[0].folder.attempts_file, events)
     for run in plan.runs[:3]:
         behave(plan, run.name, "")
     assert LocalSweep(plan, plan.runs[:3]).run() == 0
@@ -381,12 +383,8 @@ def test_a_copy_of_a_finished_run_without_checkpoints_is_finished(tmp_path):
         shutil.rmtree(run.folder.checkpoints)
     (earlier.folder.checkpoints / "step_00000100").rename(earlier.folder.checkpoints / "step_00000050")
     (earlier.folder.checkpoints / "latest").write_text("step_00000050\n")
-    assert [state_of(run) for run in (noted, unnoted, failed, earlier)] == [
-        "finished",
-        "interrupted",
-        "failed",
-        "interrupted",
-    ]
+    states = [state_of(run) for run in (noted, unnoted, failed, earlier)]
+    assert states == ["finished", "interrupted", "failed", "interrupted"]
 
 
 def test_a_finished_sweep_goes_on_elsewhere_from_its_records_alone(tmp_path, launcher, capsys):

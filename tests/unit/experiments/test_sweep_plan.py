@@ -37,24 +37,32 @@ def test_every_combination_with_every_seed_the_first_seed_first(tmp_path):
     assert (plan.compare, plan.baseline) == ("model.loop_count", "1 loop")
 
 
-def test_equal_training_flops_are_equal_within_half_a_step(tmp_path):
-    plan = plan_of(tmp_path, match_on("training_flops"))
-    one, two, three = first_seed(plan)
-    assert one.tokens == 100 * 64 and one.change == ""
+RAMP = ("training.batch_schedule=[{until: 2000, global_batch_size: 2}]", "training.global_batch_size=6")
+# A shorter run has fewer long rows: its FLOPs per token are not the whole run's.
+GROWING = (
+    *("data.sequence_length=4096", "data.length_schedule=[{until: 1000000, sequence_length: 64}]"),
+    "training.train_iters=400",
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "tokens", "off"),
+    [
+        ((), 100 * 64, 64 / 2),
+        (RAMP, 32 * (2 * 32 + 6 * 68), 6 * 32 / 2),  # 32 steps end at 2,048 tokens
+        (GROWING, 400 * 2 * 4096, 2 * 4096),
+    ],
+    ids=["half a step", "a batch schedule", "rows that grow"],
+)
+def test_equal_training_flops_are_equal_within_a_step(tmp_path, settings, tokens, off):
+    """`off`: tokens."""
+    one, two, three = first_seed(plan_of(tmp_path, match_on("training_flops"), settings))
+    assert one.tokens == tokens and one.change == ""
     for run in (two, three):
-        step = run.flops_per_token * 64
-        assert abs(run.total_flops - one.total_flops) <= step / 2
+        assert abs(run.total_flops - one.total_flops) <= off * run.flops_per_token
         assert run.deviation == pytest.approx(run.total_flops / one.total_flops - 1)
         assert run.change == f"tokens {run.tokens:,}"
     assert one.tokens > two.tokens > three.tokens
-
-
-def test_equal_training_flops_count_the_steps_of_a_batch_schedule(tmp_path):
-    ramp = ("training.batch_schedule=[{until: 2000, global_batch_size: 2}]", "training.global_batch_size=6")
-    one, *others = first_seed(plan_of(tmp_path, match_on("training_flops"), ramp))
-    assert one.tokens == 32 * (2 * 32 + 6 * 68), "32 steps end at 2,048 tokens"
-    for run in others:
-        assert abs(run.total_flops - one.total_flops) <= run.flops_per_token * 6 * 32 / 2
 
 
 def test_equal_training_flops_leave_the_learning_rates_clock(tmp_path):
@@ -93,15 +101,6 @@ def test_equal_training_flops_let_each_rate_decay_over_its_own_run(tmp_path):
     for run in first_seed(plan_of(tmp_path, match_on("training_flops"), decays)):
         steps, optimizer = derived.train_iters(run.config), run.config.optimizer
         assert optimizer.lr_decay_iters == steps and optimizer.lr_wsd_decay_iters == pytest.approx(steps / 5, abs=0.5)
-
-
-def test_equal_training_flops_of_rows_that_grow_with_the_tokens_seen(tmp_path):
-    """A shorter run has fewer long rows: its FLOPs per token are not the whole run's."""
-    growing = ("data.sequence_length=4096", "data.length_schedule=[{until: 1000000, sequence_length: 64}]")
-    one, *others = first_seed(plan_of(tmp_path, match_on("training_flops"), (*growing, "training.train_iters=400")))
-    for run in others:
-        assert abs(run.total_flops - one.total_flops) <= run.flops_per_token * 2 * 4096
-        assert run.deviation == pytest.approx(run.total_flops / one.total_flops - 1)
 
 
 @pytest.mark.parametrize("what", ["training_flops", "parameters", "decode_latency"])

@@ -102,26 +102,25 @@ def test_what_no_study_can_be_made_of_is_refused(tmp_path, old, new, said):
         make_grid(read_study(path))
 
 
-def test_rates_follow_the_width_where_a_size_has_none_of_its_own(tmp_path):
-    text = STUDY.replace("ffn_hidden_size: 128}", "ffn_hidden_size: 128, optimizer.lr: 7e-4}")
-    grid = make_grid(read_study(write_study(tmp_path, text), ["lr_exponent_of_width=0.5"]))
-    rates = {own.size: own.config.optimizer.lr for own in grid.arms}
-    assert rates == pytest.approx({"S": 3e-4 * 2**0.5, "M": 3e-4, "L": 7e-4})
+@pytest.mark.parametrize(
+    ("old", "new", "settings", "rates"),
+    [
+        ("128}", "128, optimizer.lr: 7e-4}", [], {"S": 3e-4 * 2**0.5, "M": 3e-4, "L": 7e-4}),
+        ("set: {", "set: {optimizer.lr: 1e-3, ", [], {"S": 1e-3 * 2**0.5, "M": 1e-3, "L": 1e-3 / 2**0.5}),
+        ("", "", ["optimizer.lr=1e-3"], {"S": 1e-3 * 2**0.5, "M": 1e-3, "L": 1e-3 / 2**0.5}),
+    ],
+    ids=["a size's", "every run's", "the command line's"],
+)
+def test_rates_follow_the_width_where_a_size_has_none_of_its_own(tmp_path, old, new, settings, rates):
+    path = write_study(tmp_path, STUDY.replace(old, new))
+    grid = make_grid(read_study(path, ["lr_exponent_of_width=0.5", *settings]))
+    assert {own.size: own.config.optimizer.lr for own in grid.arms} == pytest.approx(rates)
 
 
 def test_a_sizes_own_lowest_rate_does_not_follow_the_width(tmp_path):
     text = STUDY.replace("ffn_hidden_size: 128}", "ffn_hidden_size: 128, optimizer.min_lr: 1e-6}")
     grid = make_grid(read_study(write_study(tmp_path, text), ["lr_exponent_of_width=0.5"]))
     assert {own.config.optimizer.min_lr for own in grid.arms if own.size == "L"} == {1e-6}
-
-
-@pytest.mark.parametrize("where", ["set", "command line"])
-def test_a_rate_of_every_run_is_the_one_that_follows_the_width(tmp_path, where):
-    text = STUDY.replace("set: {", "set: {optimizer.lr: 1e-3, ") if where == "set" else STUDY
-    more = ["optimizer.lr=1e-3"] if where == "command line" else []
-    grid = make_grid(read_study(write_study(tmp_path, text), ["lr_exponent_of_width=0.5", *more]))
-    rates = {own.size: own.config.optimizer.lr for own in grid.arms}
-    assert rates == pytest.approx({"S": 1e-3 * 2**0.5, "M": 1e-3, "L": 1e-3 / 2**0.5})
 
 
 def test_shapes_are_the_largest_sizes_at_its_proportions(grid):
