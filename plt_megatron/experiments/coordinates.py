@@ -72,12 +72,11 @@ def check_coordinates(config: RunConfig, axes: Mapping[str, Sequence[int]] = SIZ
         raise UserError(f"the coordinate check needs Adam, not {config.optimizer.name}; set optimizer.name=adam")
     for problem in model_rules.find_problems(config):
         raise UserError(problem)
-    results = []
     with single_process():
-        for axis, sizes in axes.items():
-            measured = {size: _measure(config, {**BASE, axis: size}, steps) for size in sizes}
-            results.append(Result(axis, measured))
-    return results
+        return [
+            Result(axis, {size: _measure(config, {**BASE, axis: size}, steps) for size in sizes})
+            for axis, sizes in axes.items()
+        ]
 
 
 def table(results: Sequence[Result]) -> str:

@@ -160,17 +160,14 @@ def fit_laws(rows: Sequence[Row]) -> list[LoopLaw]:
         points = [
             Run("", 0.0, run.non_embedding_parameters, 1, run.tokens, loss, run.name, run.seed) for run, loss in used
         ]
-        if not points:
-            laws.append(LoopLaw(label, None, "no fit: no finished run"))
-            continue
         read = [r.fingerprint for row in own for r in row.results if r.status == "used" and r.fingerprint]
-        if len(set(map(data_key, read))) > 1:
-            laws.append(LoopLaw(label, None, "no fit: its runs have read different data"))
-            continue
-        if len({(row.run.non_embedding_parameters, row.run.tokens) for row in own}) < len(own):
-            laws.append(LoopLaw(label, None, "no fit: runs of one size and budget differ in other settings"))
-            continue
         try:
+            if not points:
+                raise UserError("no fit: no finished run")
+            if len(set(map(data_key, read))) > 1:
+                raise UserError("no fit: its runs have read different data")
+            if len({(row.run.non_embedding_parameters, row.run.tokens) for row in own}) < len(own):
+                raise UserError("no fit: runs of one size and budget differ in other settings")
             fit = fit_law(points, with_phi=False)
             laws.append(LoopLaw(label, fit, farther=_farther(fit)))
         except UserError as error:
