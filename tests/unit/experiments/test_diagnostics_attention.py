@@ -15,11 +15,11 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def make(tokens: int = 13, heads: int = 4, groups: int = 2, window: int | None = None, seed: int = 0) -> Attention:
-    return Attention(random(heads, tokens, 8, seed=seed), random(groups, tokens, 8, seed=seed + 1), 8**-0.5, window)
+def make(window: int | None, seed: int = 0) -> Attention:
+    return Attention(random(4, 13, 8, seed=seed), random(2, 13, 8, seed=seed + 1), 8**-0.5, window)
 
 
-def dense(attention: Attention, documents: torch.Tensor | None = None) -> torch.Tensor:
+def dense(attention: Attention, documents: torch.Tensor | None) -> torch.Tensor:
     """Probabilities [H, T, T] in fp64, key by key."""
     heads, tokens, _ = attention.query.shape
     result = torch.zeros(heads, tokens, tokens, dtype=torch.float64)
@@ -33,7 +33,7 @@ def dense(attention: Attention, documents: torch.Tensor | None = None) -> torch.
     return result
 
 
-def reference(attention, previous=None, documents=None):
+def reference(attention, previous, documents):
     p = dense(attention, documents)
     entropy = torch.special.entr(p).sum(-1).mean(-1)
     if previous is None:
@@ -62,7 +62,7 @@ def test_divergence_of_two_known_attentions():
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("block", [None, 3])
 def test_blocks_documents_and_grouped_heads_against_a_dense_computation(monkeypatch, window, packed, block):
-    attention, previous = make(window=window), make(window=window, seed=7)
+    attention, previous = make(window), make(window, seed=7)
     documents = torch.tensor([0] * 4 + [1] * 7 + [2] * 2) if packed else None
     if block is not None:
         monkeypatch.setattr(module, "BLOCK_ELEMENTS", block * 4 * (window or 13))

@@ -44,7 +44,7 @@ def write_study(folder: Path, text: str = STUDY) -> Path:
     return path
 
 
-def planted_loss(run: PlannedRun, luck: float = 0.004, phi: float | None = None) -> float:
+def planted_loss(run: PlannedRun, phi: float | None = None) -> float:
     """By a planted law, with the luck of the run's arm. `phi` None: the variant's."""
     model = run.config.model
     once, looped = loop_parameters(run.config, run.vocab)
@@ -52,7 +52,7 @@ def planted_loss(run: PlannedRun, luck: float = 0.004, phi: float | None = None)
     size = once + model.loop_count**phi * looped
     arm = run.name.rpartition("-")[0]
     draw = np.random.default_rng(sum(ord(c) * (n + 1) for n, c in enumerate(arm))).standard_normal()
-    return 1.5 + 0.6 * (size / 3e4) ** -0.3 + 0.5 * (run.tokens / 2e3) ** -0.4 + luck * draw
+    return 1.5 + 0.6 * (size / 3e4) ** -0.3 + 0.5 * (run.tokens / 2e3) ** -0.4 + 0.004 * draw
 
 
 class PlantedTraining:

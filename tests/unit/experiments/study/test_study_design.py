@@ -18,9 +18,9 @@ NAMES = tuple(LAW.phis)
 NOISE = NoiseSettings(0.006, 0.003)
 
 
-def arms(sizes=SIZES, seeds=(1,), loops=(1, 2, 3)) -> list[Arm]:
+def arms(sizes=SIZES, seeds=(1,)) -> list[Arm]:
     """Every combination; a second of training is a billion parameters times tokens times loops."""
-    wirings = [("", 1), *((name, count) for name in NAMES for count in loops if count > 1)]
+    wirings = [("", 1), *((name, count) for name in NAMES for count in (2, 3))]
     return [
         Arm(variant, 0.0, size, count, f"{size:g}", seed, size * count / 1e9)
         for seed in seeds
