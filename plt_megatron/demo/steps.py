@@ -255,7 +255,7 @@ def _remove(outputs: Sequence[Path]) -> None:
 def _read(path: Path) -> Stamp | None:
     try:
         return Stamp(**json.loads(path.read_text(encoding="utf-8")))
-    except (FileNotFoundError, json.JSONDecodeError, TypeError):  # no stamp, or one of another version
+    except (FileNotFoundError, ValueError, TypeError):  # no stamp, or one of another version
         return None
 
 

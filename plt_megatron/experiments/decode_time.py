@@ -59,7 +59,7 @@ def read_measurement(folder: Path) -> Measurement | None:
         return Measurement(content["conditions"], {name: Timing(**row) for name, row in content["rows"].items()})
     except FileNotFoundError:
         return None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: broken ({error!r}); remove it and measure again") from error
 
 

@@ -50,7 +50,7 @@ def read_record(folder: RunFolder) -> RunRecord | None:
         return RunRecord(**json.loads(folder.sweep_note.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    except (json.JSONDecodeError, TypeError) as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{folder.sweep_note}: broken ({error}); remove it") from error
 
 

@@ -260,7 +260,7 @@ def load_plan(folder: str | Path) -> SweepPlan:
         inside = f", nor is what {ARCHIVE} has; if that is several: {unpack_command(folder)}"
         hint = inside if _is_archived(folder) else " (plt sweep)"
         raise UserError(f"{path}: {error.strerror}: {folder} is not a sweep{hint}") from error
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a sweep's plan ({error!r}); was it edited?") from error
     return SweepPlan(folder=folder, runs=runs, **values)
 

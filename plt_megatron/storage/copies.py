@@ -244,7 +244,7 @@ def has_manifest(checkpoint: Place) -> bool:
     """Return whether a checkpoint is complete: its manifest is there, and not one whose writing was cut short."""
     try:
         return bool(json.loads(checkpoint.read_text(checkpoints.MANIFEST) or "{}"))
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, UnicodeDecodeError):
         return False
 
 

@@ -11,7 +11,9 @@ import pytest
 from sweep_helpers import FINGERPRINT, LOOPS, answers, edit_records, finish, planned, saved_plan, write_records
 
 from plt_megatron.config.loader import load_config
-from plt_megatron.experiments.records import RunRecord, load_results, write_record
+from plt_megatron.errors import UserError
+from plt_megatron.experiments.decode_time import read_measurement
+from plt_megatron.experiments.records import RunRecord, load_results, read_record, write_record
 from plt_megatron.experiments.sweep_plan import SweepPlan
 from plt_megatron.experiments.sweep_report import main_table, write_report
 from plt_megatron.experiments.verdicts import fit_laws, make_rows, verdicts
@@ -189,6 +191,18 @@ def test_a_broken_file_costs_its_run_alone(finished, text, said):
     results = load_results(finished.folder)
     assert statuses(results) == {"1_loop-seed1": "unreadable"}
     assert any(said in problem and "1_loop-seed1" in problem for problem in results.problems)
+
+
+@pytest.mark.parametrize("content", [b"{cut short", b"[]", b'{"conditions": "x", "rows": []}', b'{"a": "\xe9"}'])
+def test_a_broken_note_or_measurement_is_named(finished, content):
+    run, timings = finished.runs[0].folder, finished.folder / "decode.json"
+    for path, read in (
+        (run.sweep_note, lambda: read_record(run)),
+        (timings, lambda: read_measurement(finished.folder)),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"{re.escape(str(path))}: broken .*remove it"):
+            read()
 
 
 def test_steps_that_were_skipped_are_told(finished):

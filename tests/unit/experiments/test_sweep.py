@@ -300,10 +300,11 @@ def test_what_is_done_is_not_done_again(tmp_path, launcher, capsys):
     assert "/plan; else" in str(other.value), "where the former settings are"
 
 
-def test_two_sweeps_at_once_in_a_folder_are_refused(tmp_path):
-    with locked(tmp_path, "sweep or study"), pytest.raises(UserError, match="another sweep or study is running there"):
-        with locked(tmp_path, "sweep or study"):
-            pass
+def test_two_at_once_in_a_folder_are_refused(tmp_path):
+    path, settings = str(write_sweep(tmp_path)), [f"output_dir={tmp_path / 'sweeps'}"]
+    with locked(saved_plan(tmp_path).folder, "sweep or study"):
+        with pytest.raises(UserError, match="another sweep or study is running there"):
+            sweep.run_sweep(path, settings, RunOptions())
 
 
 def test_a_cluster_gets_what_is_not_finished_as_one_array(tmp_path, monkeypatch, capsys):

@@ -325,6 +325,7 @@ def test_a_folder_without_a_plan_or_with_a_broken_one(tmp_path):
     plan = saved_plan(tmp_path)
     content = yaml.safe_load((plan.folder / FILE_NAME).read_text())
     del content["runs"][0]["seed"]
-    (plan.folder / FILE_NAME).write_text(yaml.safe_dump(content))
-    with pytest.raises(UserError, match="not a sweep's plan"):
-        load_plan(plan.folder)
+    for broken in (yaml.safe_dump(content).encode(), b"name: caf\xe9\n"):
+        (plan.folder / FILE_NAME).write_bytes(broken)
+        with pytest.raises(UserError, match="not a sweep's plan"):
+            load_plan(plan.folder)

@@ -24,6 +24,7 @@ from plt_megatron.experiments.study.rounds import StudyOptions, run_study
 from plt_megatron.experiments.sweep_plan import PlannedRun, SweepPlan, config_path, load_plan, save_plan
 from plt_megatron.run_folder import json_lines
 from plt_megatron.run_folder.archive import ARCHIVE, write_archive
+from plt_megatron.run_folder.files import locked
 from plt_megatron.slurm.submission import Options
 from tests.unit.experiments.study.study_helpers import PHIS, STUDY, PlantedTraining, train, write_study
 from tests.unit.experiments.sweep_helpers import files, note_scores
@@ -70,6 +71,13 @@ def give_up(run: PlannedRun) -> None:
     for event in ({"event": "start", "attempt": 1}, {"event": "stop", "attempt": 1, "reason": "out of memory"}):
         json_lines.append(run.folder.attempts_file, event)
     run.folder.why_file.write_text("out of memory\n")
+
+
+def test_two_at_once_in_a_folder_are_refused(tmp_path):
+    path = str(write_study(tmp_path))
+    with locked(tmp_path / "studies" / "study", "sweep or study"):
+        with pytest.raises(UserError, match="another sweep or study is running there"):
+            run_study(path, settings(tmp_path), StudyOptions())
 
 
 @pytest.mark.slow
