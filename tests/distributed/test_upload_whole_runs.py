@@ -18,7 +18,8 @@ from plt_megatron.errors import AttemptFailed, UserError
 from plt_megatron.run_folder.folder import RunFolder
 from tests.distributed.training_jobs import run_config, train
 from tests.distributed.whole_runs import numbers
-from tests.unit.storage.test_upload_copies import a_checkpoint, content
+from tests.files import contents
+from tests.unit.storage.test_upload_copies import a_checkpoint
 
 TP = {"tensor_model_parallel_size": 2}
 FOUR = {"train_iters": 4}
@@ -52,7 +53,7 @@ def test_a_runs_last_checkpoints_are_uploaded(uploaded):
     there = bucket / "checkpoints"
     assert sorted(path.name for path in there.iterdir()) == ["latest", "step_00000002", "step_00000004"]
     assert (there / "latest").read_text() == "step_00000004\n"
-    assert content(there / "step_00000004") == content(run.checkpoints / "step_00000004")
+    assert contents(there / "step_00000004") == contents(run.checkpoints / "step_00000004")
     records = numbers(uploaded, "upload")
     assert records[-1].items() >= {"what": "checkpoint", "of_step": 4, "step": 4}.items()
     assert not any("error" in record for record in records)
@@ -130,7 +131,7 @@ def test_ranks_share_the_files_of_a_checkpoint_they_fetch(tmp_path, run_distribu
     step = a_checkpoint(bucket, 4)
     found = run_distributed(fetch, 2, url, loaded, all_ranks=True)
     assert [path for path, _ in found] == [str(loaded / "step_00000004")] * 2
-    assert content(loaded / "step_00000004") == content(step)
+    assert contents(loaded / "step_00000004") == contents(step)
     file = a_checkpoint(bucket, 6) / "__0_0.distcp"
     right = file.read_bytes()
     file.write_bytes(b"?" + right[1:])
@@ -149,7 +150,7 @@ def test_ranks_share_the_files_of_a_checkpoint_they_fetch(tmp_path, run_distribu
     trained_again = a_checkpoint(tmp_path, 7).rename(bucket / "step_00000006")
     for _ in range(2):
         run_distributed(fetch, 2, url, loaded)
-        assert content(loaded / "step_00000006") == content(trained_again)
+        assert contents(loaded / "step_00000006") == contents(trained_again)
         os.truncate(loaded / "step_00000006" / "__0_0.distcp", 3)
 
 
@@ -198,9 +199,9 @@ def test_a_run_exports_twice_to_a_bucket_and_another_goes_on_from_there(data, tm
             names = [name for name in found if name.startswith(f"exports/{step}/")]
             export = {name.rpartition("/")[2]: found[name] for name in names}
             index = json.loads(export.pop("upload.json"))
-            assert export == content(run.exports / step) and index["files"].keys() == export.keys()
+            assert export == contents(run.exports / step) and index["files"].keys() == export.keys()
         assert {name for name in found if re.match("checkpoints/step_0+4/", name)} == {
-            f"checkpoints/step_00000004/{name}" for name in content(run.checkpoints / "step_00000004")
+            f"checkpoints/step_00000004/{name}" for name in contents(run.checkpoints / "step_00000004")
         }
         text = run.path.joinpath("metrics.jsonl").read_text() + run.uploads_file.read_text()
         assert environment["AWS_SECRET_ACCESS_KEY"] not in text

@@ -25,7 +25,7 @@ from plt_megatron.hf import arguments, averaging
 from plt_megatron.hf.averaging import AverageOptions, average
 from plt_megatron.hf.exporting import ExportOptions, export
 from plt_megatron.train.checkpoint.reading import read_weights
-from tests.unit.data.data_helpers import update_json
+from tests.files import update_json
 
 
 def test_a_writer_that_has_failed_says_nothing_more_when_it_is_dropped(monkeypatch):

@@ -37,7 +37,7 @@ from plt_megatron.hf.importing import ImportOptions, import_model
 from plt_megatron.hf.sources import open_source, read_lineage
 from plt_megatron.train.checkpoint.reading import read_weights
 from tests.checkpoints import read_progress
-from tests.unit.data.data_helpers import update_json
+from tests.files import update_json
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -78,12 +78,13 @@ def test_our_exports_come_back_bit_for_bit(tmp_path, name, precision):
 def test_other_loop_counts_keep_or_drop_the_gates(tmp_path):
     _, weights = save_random(tmp_path / "run", loop_count=2)
     quiet((tmp_path / "run", tmp_path / "out"))
-    for option, given in (
-        ("preset", {"loop_count": 3, "preset": "recommended"}),
-        ("loop-span", {"switches": {"loop_span": [0, 1]}}),
-        ("full-attention", {"switches": {"full_attention": "last_loop"}}),
+    only = "is for one-loop models; this model's 2 loops"
+    for message, given in (
+        (f"--preset {only} have settings", {"loop_count": 3, "preset": "recommended"}),
+        (f"--loop-span {only}", {"switches": {"loop_span": [0, 1]}}),
+        (f"--full-attention {only}", {"switches": {"full_attention": "last_loop"}}),
     ):
-        refuse_import(tmp_path / "out", f"--{option} is for one-loop models; this model's 2 loops", **given)
+        refuse_import(tmp_path / "out", message, **given)
     result, three = imported(tmp_path / "out", tmp_path / "three", loop_count=3)
     assert result.fresh == 0 and all(torch.equal(three[key], weights[key]) for key in weights)
     result, one = imported(tmp_path / "out", tmp_path / "one", loop_count=1)

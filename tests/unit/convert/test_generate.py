@@ -20,8 +20,8 @@ from plt_megatron.commands import generate as generate_command
 from plt_megatron.errors import UserError
 from plt_megatron.hf import generation
 from plt_megatron.hf.exporting import ExportOptions, export
+from tests.files import update_json
 from tests.running import ROOT, run
-from tests.unit.data.data_helpers import update_json
 
 
 @pytest.fixture

@@ -99,16 +99,10 @@ def write_parquet(path: Path, columns: dict[str, Any], row_group_size: int | Non
     return path
 
 
-def update_json(path: Path, **changes: Any) -> None:
-    """Change values of a file's object."""
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
-
-
 def tool_environment(**added: str) -> dict[str, str]:
     """No PYTHONPATH: the tools find the package by themselves."""
-    return (
-        {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"} | added
-    )
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return kept | {"OMP_NUM_THREADS": "1"} | added
 
 
 def run_preprocess(inputs: list[Path], prefix: Path, model: Path, **settings: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_helpers import Tool, bad_lines, build, digest, run_preprocess, update_json, write_jsonl, write_parquet
+from data_helpers import Tool, bad_lines, build, digest, run_preprocess, write_jsonl, write_parquet
 
 from plt_megatron.config.schema import DataConfig, DataSource
 from plt_megatron.data.indexed import JoinedArrays, flat_tokens, mask_path, part_prefixes, read_index
@@ -21,6 +21,7 @@ from plt_megatron.data.joining import check_output, join
 from plt_megatron.data.preprocess import shard_prefix
 from plt_megatron.data.tokenizer import load_tokenizer
 from plt_megatron.errors import UserError
+from tests.files import update_json
 from tests.running import ROOT
 
 SMALL = 6000  # bytes of a shard of work

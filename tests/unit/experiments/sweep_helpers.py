@@ -65,11 +65,6 @@ def answers(results, timings=None):
     return {verdict.question: verdict for verdict in verdicts(results, make_rows(results, timings))}
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    """What lies in a folder, by relative path."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def saved_plan(folder: Path, text: str = LOOPS, settings: tuple[str, ...] = ()) -> SweepPlan:
     plan = plan_of(folder, text, settings)
     plan.folder.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from sweep_helpers import files, finish, saved_plan, write_sweep
+from sweep_helpers import finish, saved_plan, write_sweep
 
 from plt_megatron.commands.archive import main as archive
 from plt_megatron.errors import UserError
@@ -22,6 +22,7 @@ from plt_megatron.experiments.sweep_plan import load_plan
 from plt_megatron.experiments.sweep_report import write_report
 from plt_megatron.run_folder.archive import ARCHIVE, unpack_command, write_archive
 from plt_megatron.run_folder.folder import runs_named
+from tests.files import contents
 from tests.running import ROOT
 from tests.running import run as run_command
 
@@ -48,7 +49,7 @@ def test_its_report_is_the_same_byte_by_byte(archived, tmp_path):
     before = write_report(folder, tmp_path / "before")
     shutil.rmtree(folder)
     after = write_report(kept)
-    assert files(kept / "report") == files(tmp_path / "before") and len(files(tmp_path / "before")) >= 8
+    assert contents(kept / "report") == contents(tmp_path / "before") and len(contents(tmp_path / "before")) >= 8
     assert (after.verdicts, after.answers, after.problems) == (before.verdicts, before.answers, before.problems)
     assert any("1 step skipped" in problem for problem in after.problems) and any(
         "not started" in p for p in after.problems

@@ -15,6 +15,7 @@ import pytest
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.archive import ARCHIVE, unpack_command, unpacked, write_archive
 from plt_megatron.run_folder.folder import runs_named
+from tests.files import contents
 
 RECORDS = {
     "sweep.yaml": b"format: 1\n",
@@ -39,14 +40,10 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_records_come_out_as_they_went_in_and_nothing_else(tmp_path):
     folder = write(tmp_path / "sweep", RECORDS | dict.fromkeys(LEFT_OUT, b"other"))
     assert write_archive(folder, tmp_path / "kept" / ARCHIVE) == len(RECORDS)
-    assert files(unpacked(tmp_path / "kept" / ARCHIVE)) == RECORDS
+    assert contents(unpacked(tmp_path / "kept" / ARCHIVE)) == RECORDS
 
 
 def test_sweeps_and_runs_may_be_called_like_a_runs_own_folders(tmp_path):
@@ -54,7 +51,7 @@ def test_sweeps_and_runs_may_be_called_like_a_runs_own_folders(tmp_path):
         write(tmp_path / "runs" / name, {"config.yaml": b"", "metrics.jsonl": b"", "code/a/config.yaml": b""})
     write(tmp_path / "runs" / "logs", {"sweep.yaml": b"", "code/a/config.yaml": b""})
     write_archive(tmp_path / "runs", tmp_path / ARCHIVE)
-    kept = {path.rpartition("/")[0] for path in files(unpacked(tmp_path / ARCHIVE))}
+    kept = {path.rpartition("/")[0] for path in contents(unpacked(tmp_path / ARCHIVE))}
     assert kept == {"code", "report", "logs", "logs/run"}
     found = runs_named([], str(tmp_path / "runs"), print)
     assert [path.relative_to(tmp_path / "runs").as_posix() for path in found] == ["code", "logs/run", "report"]
@@ -69,7 +66,7 @@ def test_the_same_records_give_the_same_bytes(tmp_path):
     for folder in (one, two):
         write_archive(folder, folder / ARCHIVE)
     assert (one / ARCHIVE).read_bytes() == (two / ARCHIVE).read_bytes()
-    copy = write(tmp_path / "copy", files(unpacked(one / ARCHIVE)))
+    copy = write(tmp_path / "copy", contents(unpacked(one / ARCHIVE)))
     write_archive(copy, copy / ARCHIVE)
     assert (copy / ARCHIVE).read_bytes() == (one / ARCHIVE).read_bytes()
 
@@ -79,7 +76,7 @@ def test_runs_behind_links_are_records_too(tmp_path):
     folder = write(tmp_path / "sweep", {"sweep.yaml": b""})
     (folder / "run").symlink_to(elsewhere)
     write_archive(folder, tmp_path / ARCHIVE)
-    assert files(unpacked(tmp_path / ARCHIVE)) == {"sweep.yaml": b"", "run/metrics.jsonl": b"{}\n"}
+    assert contents(unpacked(tmp_path / ARCHIVE)) == {"sweep.yaml": b"", "run/metrics.jsonl": b"{}\n"}
 
 
 def test_links_to_nowhere_and_to_folders_that_they_lie_in_are_left_out(tmp_path):
@@ -91,7 +88,7 @@ def test_links_to_nowhere_and_to_folders_that_they_lie_in_are_left_out(tmp_path)
     (folder / "back").mkdir()
     (folder / "back/again").symlink_to("../run")
     write_archive(folder, tmp_path / ARCHIVE)
-    found = files(unpacked(tmp_path / ARCHIVE))
+    found = contents(unpacked(tmp_path / ARCHIVE))
     assert found == dict.fromkeys(("run/metrics.jsonl", "back/again/metrics.jsonl"), b"{}\n") | {"sweep.yaml": b""}
 
 
@@ -100,7 +97,7 @@ def test_a_shell_unpacks_it_by_the_command_that_is_told(tmp_path):
     write_archive(folder, tmp_path / "it's kept" / ARCHIVE)
     subprocess.run(unpack_command(tmp_path / "it's kept"), shell=True, check=True)
     (tmp_path / "it's kept" / ARCHIVE).unlink()
-    assert files(tmp_path / "it's kept") == RECORDS
+    assert contents(tmp_path / "it's kept") == RECORDS
 
 
 def test_it_is_unpacked_once_and_again_after_a_change(tmp_path):
@@ -110,7 +107,7 @@ def test_it_is_unpacked_once_and_again_after_a_change(tmp_path):
     write(folder, {"sweep.yaml": b"format: 2\n"})
     write_archive(folder, archive)
     os.utime(archive, ns=(0, archive.stat().st_mtime_ns + 1))  # clocks of file systems are coarse
-    assert files(unpacked(archive))["sweep.yaml"] == b"format: 2\n"
+    assert contents(unpacked(archive))["sweep.yaml"] == b"format: 2\n"
 
 
 def test_a_folder_without_records_replaces_no_archive(tmp_path):
@@ -166,7 +163,7 @@ def test_an_archive_writes_nothing_outside_of_its_copy(tmp_path, name):
         entry.size = 3
         packed.addfile(entry, io.BytesIO(b"bad"))
     if name.startswith("/"):  # taken as below the copy
-        assert files(unpacked(archive)) == {name[1:]: b"bad"}
+        assert contents(unpacked(archive)) == {name[1:]: b"bad"}
     else:
         with pytest.raises(UserError, match=ARCHIVE):
             unpacked(archive)

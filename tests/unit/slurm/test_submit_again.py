@@ -12,16 +12,13 @@ from plt_megatron.config.loader import load_config
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder import json_lines
 from plt_megatron.slurm.run_files import check_no_active_job, job_name, submitted_jobs
+from tests.files import contents
 
 
 @pytest.fixture
 def run(folder, slurm):
     """The folder of a submitted run, to which nothing has happened yet."""
     return submitted()
-
-
-def contents(run):
-    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
 def test_a_run_is_resumed_with_the_same_configuration(run, capsys):

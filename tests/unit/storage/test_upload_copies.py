@@ -18,6 +18,7 @@ from plt_megatron.run_folder import checkpoints
 from plt_megatron.storage import copies, places
 from plt_megatron.storage.copies import download_part, find_checkpoint, index_of, read_index, read_manifest, upload
 from plt_megatron.storage.places import Place, redacted
+from tests.files import contents
 
 
 class Killed(BaseException):
@@ -43,10 +44,6 @@ def a_checkpoint(folder: Path, step: int) -> Path:
     }
     (path / "manifest.json").write_text(json.dumps({"format": 1, "files": entries}))
     return path
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def place_at(folder: Path) -> Place:
@@ -90,9 +87,9 @@ def kill_at(monkeypatch: Any, name: str) -> None:
 def test_an_upload_is_a_copy_with_an_index_that_is_written_last(tmp_path, sent):
     export, target = an_export(tmp_path / "step_00000004"), tmp_path / "there"
     uploaded = upload(export, place_at(target))
-    there = content(target)
+    there = contents(target)
     index = json.loads(there.pop("upload.json"))
-    assert there == content(export)
+    assert there == contents(export)
     assert index["files"] == {
         name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in there.items()
     }
@@ -120,8 +117,8 @@ def test_a_killed_upload_shows_no_index_and_sends_only_what_has_not_arrived(tmp_
     del sent[:]
     upload(export, place_at(target))
     assert sent == ["model-2.safetensors"]
-    there = content(target)
-    assert there.pop("upload.json") and there == content(export), "and no journal is left"
+    there = contents(target)
+    assert there.pop("upload.json") and there == contents(export), "and no journal is left"
 
 
 def test_what_was_changed_there_meanwhile_is_sent_again(tmp_path, sent, monkeypatch):
@@ -150,9 +147,9 @@ def test_another_export_takes_the_place_of_the_first_and_is_never_mixed_with_it(
             upload(second, place_at(target))
     assert not (target / "upload.json").exists(), "half of another export is not the first any more"
     upload(second, place_at(target))
-    there = content(target)
+    there = contents(target)
     del there["upload.json"]
-    assert there == content(second)
+    assert there == contents(second)
 
 
 def test_somebody_elses_files_are_neither_replaced_nor_removed(tmp_path, monkeypatch):
@@ -162,7 +159,7 @@ def test_somebody_elses_files_are_neither_replaced_nor_removed(tmp_path, monkeyp
     (home / "config.json").write_text("mine")
     with pytest.raises(UserError, match=r"home is not empty and does not hold an upload \(config\.json\)"):
         upload(first, place_at(home))
-    assert content(home) == {"config.json": b"mine"}
+    assert contents(home) == {"config.json": b"mine"}
     (home / "config.json").unlink()
     with monkeypatch.context() as patch:
         kill_at(patch, "README.md")  # the first one
@@ -172,21 +169,21 @@ def test_somebody_elses_files_are_neither_replaced_nor_removed(tmp_path, monkeyp
     (home / "notes.txt").write_text("mine")
     (second / "README.md").unlink()
     upload(second, place_at(home))
-    there = content(home)
-    assert there.pop("notes.txt") == b"mine" and there.pop("upload.json") and there == content(second)
+    there = contents(home)
+    assert there.pop("notes.txt") == b"mine" and there.pop("upload.json") and there == contents(second)
 
 
 def test_a_checkpoint_has_its_manifest_as_index_and_comes_back_whole(tmp_path, sent):
     checkpoint, target = a_checkpoint(tmp_path, 4), tmp_path / "there" / "step_00000004"
     upload(checkpoint, place_at(target))
-    assert content(target) == content(checkpoint)
+    assert contents(target) == contents(checkpoint)
     assert "manifest.json" not in sent
     index, loaded = read_manifest(place_at(target)), tmp_path / "loaded"
     loaded.mkdir()
     for part in range(2):
         download_part(place_at(target), index, loaded, part, 2)
     (loaded / index.name).write_text(index.text)
-    assert content(loaded) == content(checkpoint)
+    assert contents(loaded) == contents(checkpoint)
     assert checkpoints.damage(loaded) is None
 
 
@@ -281,7 +278,7 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="there/upload_id cannot be written"):
         place.write_text("upload_id", "theirs")
-    assert content(tmp_path / "there") == {"upload_id": b"mine"}
+    assert contents(tmp_path / "there") == {"upload_id": b"mine"}
 
 
 def test_folders_are_made_wherever_paths_begin_with_a_slash(tmp_path, monkeypatch):

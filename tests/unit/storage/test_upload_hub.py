@@ -11,8 +11,9 @@ from huggingface_hub.utils import _http
 
 from plt_megatron.commands import upload as command
 from plt_megatron.storage.queue import EXPORT, UploadQueue
+from tests.files import contents
 from tests.unit.storage.hub_server import TOKEN, Hub
-from tests.unit.storage.test_upload_copies import an_export, content
+from tests.unit.storage.test_upload_copies import an_export
 from tests.unit.storage.test_upload_runs import a_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's
@@ -45,7 +46,7 @@ def test_each_export_is_a_branch_that_gets_its_name_once_it_is_complete(tmp_path
     assert branches.keys() == {"main", "step_00000002"} and branches["main"] == {".gitattributes": b""}
     there = dict(branches["step_00000002"])
     assert there.pop("upload.json") and there.pop("upload_id").decode() == run.upload_id_file.read_text()
-    assert there == content(export) | {".gitattributes": b""}
+    assert there == contents(export) | {".gitattributes": b""}
     del hub.commits[:]
     assert command.main([str(run.path)]) == 0 and hub.commits == []
     # The same step, trained again, without one of the files.
@@ -55,7 +56,7 @@ def test_each_export_is_a_branch_that_gets_its_name_once_it_is_complete(tmp_path
     UploadQueue(run).add(EXPORT, export)
     assert command.main([str(run.path)]) == 0
     assert branches.keys() == {"main", "step_00000002"}
-    assert branches["step_00000002"].keys() - {"upload.json", "upload_id", ".gitattributes"} == content(export).keys()
+    assert branches["step_00000002"].keys() - {"upload.json", "upload_id", ".gitattributes"} == contents(export).keys()
 
 
 @pytest.mark.slow
@@ -65,16 +66,16 @@ def test_by_hand_a_revision_may_be_main(tmp_path, hub):
     assert command.main([str(export), "--to", "hf://me/model@main"]) == 0
     assert hub.branches["me/model"].keys() == {"main"}
     others = {".gitattributes", "old.safetensors", "upload.json"}
-    assert hub.branches["me/model"]["main"].keys() == content(export).keys() | others
+    assert hub.branches["me/model"]["main"].keys() == contents(export).keys() | others
     assert [message for _, message in hub.commits] == ["Upload main", "main is complete"]
     (export / "README.md").unlink()
     assert command.main([str(export), "--to", "hf://me/model@main"]) == 0
-    assert hub.branches["me/model"]["main"].keys() == content(export).keys() | others
+    assert hub.branches["me/model"]["main"].keys() == contents(export).keys() | others
     hub.branches["me/model"]["v1"] = {"old.safetensors": b"1"}
     assert command.main([str(export), "--to", "hf://me/model@v1"]) == 2
     assert hub.branches["me/model"].keys() == {"main", "v1"}
     assert command.main([str(export), "--to", "hf://me/new@main"]) == 0
-    assert hub.branches["me/new"]["main"].keys() >= content(export).keys()
+    assert hub.branches["me/new"]["main"].keys() >= contents(export).keys()
 
 
 @pytest.mark.slow

@@ -33,8 +33,9 @@ from plt_megatron.storage import places, run_uploads
 from plt_megatron.storage.places import Place
 from plt_megatron.storage.queue import CHECKPOINT, EXPORT, UploadQueue
 from plt_megatron.storage.run_uploads import RunUploads
+from tests.files import contents
 from tests.running import wait_for
-from tests.unit.storage.test_upload_copies import a_checkpoint, an_export, content
+from tests.unit.storage.test_upload_copies import a_checkpoint, an_export
 
 
 def a_run(
@@ -78,8 +79,8 @@ def test_by_hand_everything_goes_to_a_folder_of_the_runs_name(tmp_path, capsys):
     export, checkpoint = an_export(run.exports / "step_00000002"), saved(run, 4)
     assert command.main([str(run.path)]) == 0
     there = tmp_path / "there" / "mine"
-    assert content(there / "checkpoints" / "step_00000004") == content(checkpoint)
-    assert content(export).items() <= content(there / "exports" / "step_00000002").items()
+    assert contents(there / "checkpoints" / "step_00000004") == contents(checkpoint)
+    assert contents(export).items() <= contents(there / "exports" / "step_00000002").items()
     assert (there / "checkpoints" / "latest").read_text() == "step_00000004\n"
     assert not UploadQueue(run).waiting() and export.is_dir() and checkpoint.is_dir()
     first, second = json_lines.read(run.uploads_file)
@@ -277,7 +278,7 @@ def test_one_folder_by_hand(tmp_path, capsys):
     export = an_export(tmp_path / "exported")
     assert command.main([str(export), "--to", f"file://{tmp_path}/there"]) == 0
     assert capsys.readouterr().out.startswith(f"uploaded file://{tmp_path}/there: 4 files, 4.01 kB, 4.01 kB sent in ")
-    assert json.loads((tmp_path / "there" / "upload.json").read_text())["files"].keys() == content(export).keys()
+    assert json.loads((tmp_path / "there" / "upload.json").read_text())["files"].keys() == contents(export).keys()
 
 
 def test_a_destination_that_is_down_does_not_hold_up_the_other(tmp_path, capsys):

@@ -18,7 +18,8 @@ from plt_megatron.storage import copies
 from plt_megatron.storage.copies import download_part, find_checkpoint, read_manifest, upload
 from plt_megatron.storage.places import Place
 from plt_megatron.storage.queue import CHECKPOINT, UploadQueue
-from tests.unit.storage.test_upload_copies import Killed, an_export, content
+from tests.files import contents
+from tests.unit.storage.test_upload_copies import Killed, an_export
 from tests.unit.storage.test_upload_runs import a_run, saved, uploads
 
 KEY_ID, SECRET = "AKIDEXAMPLE", "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY"
@@ -85,7 +86,7 @@ def test_an_export_is_uploaded_and_a_killed_upload_goes_on(tmp_path, bucket, mon
     upload(export, place)
     assert sent == ["model-1.safetensors", "model-2.safetensors"]
     there = stored("models/some/export")
-    assert there.pop("upload.json") and there == content(export)
+    assert there.pop("upload.json") and there == contents(export)
 
 
 @pytest.mark.slow
@@ -101,7 +102,7 @@ def test_checkpoints_are_kept_there_and_come_back(tmp_path, bucket):
     loaded.mkdir()
     download_part(place, index, loaded)
     (loaded / index.name).write_text(index.text)
-    assert content(loaded) == content(run.checkpoints / "step_00000006")
+    assert contents(loaded) == contents(run.checkpoints / "step_00000006")
     assert checkpoints.damage(loaded) is None
 
 

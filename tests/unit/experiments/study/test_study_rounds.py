@@ -26,8 +26,9 @@ from plt_megatron.run_folder import json_lines
 from plt_megatron.run_folder.archive import ARCHIVE, write_archive
 from plt_megatron.run_folder.files import locked
 from plt_megatron.slurm.submission import Options
+from tests.files import contents
 from tests.unit.experiments.study.study_helpers import PHIS, STUDY, PlantedTraining, train, write_study
-from tests.unit.experiments.sweep_helpers import files, note_scores
+from tests.unit.experiments.sweep_helpers import note_scores
 
 
 @pytest.fixture
@@ -269,9 +270,9 @@ def test_a_study_that_was_moved_goes_on_where_it_is(tmp_path, monkeypatch, train
     path, (trunk, branch, *_) = begin(tmp_path / "old")
     train(trunk, 2.0)
     (tmp_path / "old/studies").rename(tmp_path / "studies")
-    before = files(tmp_path)
+    before = contents(tmp_path)
     moved = settings(tmp_path, *ONE_ROUND)
-    assert run_study(str(path), moved, StudyOptions(dry_run=True)) == 0 and files(tmp_path) == before
+    assert run_study(str(path), moved, StudyOptions(dry_run=True)) == 0 and contents(tmp_path) == before
     begun: dict[str, tuple[str, str | None]] = {}
 
     def run(self) -> int:
@@ -290,8 +291,8 @@ def test_a_study_that_was_moved_goes_on_where_it_is(tmp_path, monkeypatch, train
 def test_a_dry_run_says_what_is_left_and_writes_nothing(tmp_path, monkeypatch, training, capsys):
     path, (trunk, branch, other, last) = begin(tmp_path)
     train(trunk, 2.0)
-    dry, before = [str(path), *settings(tmp_path, *ONE_ROUND), "--dry-run"], files(tmp_path)
-    assert command.main(dry) == 0 and files(tmp_path) == before
+    dry, before = [str(path), *settings(tmp_path, *ONE_ROUND), "--dry-run"], contents(tmp_path)
+    assert command.main(dry) == 0 and contents(tmp_path) == before
     said = capsys.readouterr().out
     assert said.startswith("round 1 of at most 1, left to run: 3 of 4 runs\n")
     assert re.search(r"every-s-1x-seed1 +1.28k\nevery-s-1x-seed2 +5.12k, 1.28k\n", said)
@@ -302,8 +303,8 @@ def test_a_dry_run_says_what_is_left_and_writes_nothing(tmp_path, monkeypatch, t
     assert checked == [[branch.name, other.name]]
     for run in (branch, other, last):
         train(run, 2.0)
-    before = files(tmp_path)
-    assert command.main(dry) == 0 and files(tmp_path) == before
+    before = contents(tmp_path)
+    assert command.main(dry) == 0 and contents(tmp_path) == before
     assert capsys.readouterr().out.endswith("not decided after 1 round: there is nothing to run\n")
 
 
