@@ -94,7 +94,10 @@ BROKEN = {
     "header garbled": (garble, "model-00002-.*: not a safetensors file"),
     "empty": (lambda shard, other: shard.write_bytes(b""), "model-00002-.*: not a safetensors file"),
     "another kind": (lambda shard, other: shard.write_bytes(b"not safetensors at all"), "model-00002-.*: not a safet"),
-    "twice": (lambda shard, other: shard.write_bytes(other.read_bytes()), "model-00002-.*: .* is in model-00001-.* as"),
+    "twice": (
+        lambda shard, other: shard.write_bytes(other.read_bytes()),
+        "model-00002-.*: .* is in model-00001-.* as ",
+    ),
     "other tensors": (lambda shard, other: save_file({"other": torch.zeros(2)}, shard), "is not in model-00002-"),
     "gone": (lambda shard, other: shard.unlink(), f"model-00002-.* is missing, which {INDEX} names"),
     "deep index": (lambda shard, other: shard.with_name(INDEX).write_text("[" * 100_000), f"{INDEX} is not valid JSON"),

@@ -208,10 +208,11 @@ def test_line_numbers_across_shards(texts: list[str], bpe_model: Path, tmp_path:
     assert "skipped 5 bad lines: 5 broken JSON" in capsys.readouterr().err
 
 
-def test_nothing_usable(bpe_model: Path, tmp_path: Path) -> None:
+def test_nothing_usable(bpe_model: Path, tmp_path: Path, run_tool: Tool) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["", " "])
-    with pytest.raises(UserError, match=r"^no usable document in 1 input files \(2 bad lines: 2 empty\)$"):
-        run_preprocess([path], tmp_path / "x", bpe_model)
+    result = run_tool("preprocess.py", "--input", path, "--output-prefix", tmp_path / "x", "--tokenizer", bpe_model)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == "error: no usable document in 1 input files (2 bad lines: 2 empty)"
     assert not (tmp_path / "x.bin").exists()
 
 

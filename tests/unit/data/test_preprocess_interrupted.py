@@ -27,8 +27,13 @@ from tests.running import ROOT, run, wait_for, wait_until_gone
 def start(*arguments: object) -> subprocess.Popen[str]:
     """The command as from a terminal: what a shell puts into the background ignores Ctrl-C, and its children do too."""
     command = [sys.executable, str(ROOT / "tools" / "preprocess.py"), *map(str, arguments)]
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=tool_environment(), preexec_fn=heard)
+    return subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=tool_environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def wait_until(condition: Any, process: subprocess.Popen[str]) -> bool:
@@ -148,7 +153,8 @@ def test_a_script_whose_workers_would_begin_it_again(corpus: Path, bpe_model: Pa
 def test_disk_full(corpus: Path, bpe_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = OSError(28, "No space left on device", "/data/x")
     monkeypatch.setattr(module, "concatenate", Mock(side_effect=full))
-    with pytest.raises(UserError, match="/data/x: No space left on device: the same command continues where this"):
+    said = "/data/x: No space left on device: the same command continues where this one stopped"
+    with pytest.raises(UserError, match=said):
         run_preprocess([corpus], tmp_path / "x", bpe_model)
 
 

@@ -312,7 +312,9 @@ def test_a_model_that_predicts_bytes_uniformly_has_eight_bits_per_byte(bpe_model
     """Whatever the tokenizer: a token of b bytes then costs b ln 256, and the end of a document nothing."""
     settings = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True}
     paths = [
-        *(bpe_model, unigram_model, bpe_model.with_name("tokenizer.json")),
+        bpe_model,
+        unigram_model,
+        bpe_model.with_name("tokenizer.json"),
         chat_tokenizer(tmp_path / "byte_level") / "tokenizer.json",
         train_plainly(lines_of(texts), tmp_path / "prefixed.model", vocab_size=600, **settings),  # as Llama 2's
     ]

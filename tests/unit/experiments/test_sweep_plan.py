@@ -40,7 +40,8 @@ def test_every_combination_with_every_seed_the_first_seed_first(tmp_path):
 RAMP = ("training.batch_schedule=[{until: 2000, global_batch_size: 2}]", "training.global_batch_size=6")
 # A shorter run has fewer long rows: its FLOPs per token are not the whole run's.
 GROWING = (
-    *("data.sequence_length=4096", "data.length_schedule=[{until: 1000000, sequence_length: 64}]"),
+    "data.sequence_length=4096",
+    "data.length_schedule=[{until: 1000000, sequence_length: 64}]",
     "training.train_iters=400",
 )
 

@@ -36,8 +36,11 @@ class Play:
         self.said: list[str] = []
         allocation = Allocation(7, "7", 0, nodes, 0, end_time)
         job = job_settings(nodes=len(nodes), **settings)
-        send = lambda node, message: self.sent.append((node, message))  # noqa: E731
         records = Records(run, allocation)
+
+        def send(node: str, message: dict) -> None:
+            self.sent.append((node, message))
+
         self.coordinator = Coordinator(allocation, job, records, send, self.said.append, lambda: self.now)
 
     def told(self, kind: str) -> list[str]:

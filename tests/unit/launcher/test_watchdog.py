@@ -52,7 +52,8 @@ BEHIND = {
 
 @pytest.mark.parametrize(("signs", "rank", "where"), BEHIND.values(), ids=BEHIND)
 def test_so_is_any_other_rank_that_the_others_wait_for(signs, rank, where):
-    assert describe_hang(signs).endswith(f"the others wait for rank {rank} on n{rank}, training, at {where}:{rank}")
+    said = f"step 5 has not moved for 30 s: the others wait for rank {rank} on n{rank}, training, at {where}:{rank}"
+    assert describe_hang(signs) == said
 
 
 def test_two_ranks_behind_are_both_named():

@@ -50,8 +50,11 @@ def copied() -> dict[str, str]:
 
 
 def test_both_copy_the_same_files_that_are_in_the_repository():
-    apptainers = (line.split() for line in sections()["files"])
-    assert copied() == {source: target + source * target.endswith("/") for source, target in apptainers}
+    apptainers = dict(line.split() for line in sections()["files"])
+    apptainers = {
+        source: f"{target}{source}" if target.endswith("/") else target for source, target in apptainers.items()
+    }
+    assert copied() == apptainers
     assert all((ROOT / source).exists() for source in copied())
 
 

@@ -18,17 +18,35 @@ H100 = Device("NVIDIA H100 80GB HBM3", (9, 0), 80 * 2**30)
 A100 = Device("NVIDIA A100", (8, 0), 40 * 2**30)
 B200 = Device("NVIDIA B200", (10, 0), 180 * 2**30)
 
-VERSIONS = {"torch": "2.14.1", "megatron-core": "0.19.2", "psutil": "7.2", "packaging": "26"}
-VERSIONS |= {"sentencepiece": "0.2.3", "tokenizers": "0.23.3", "tensorboard": "2.21", "matplotlib": "3.11"}
+VERSIONS = {
+    "torch": "2.14.1",
+    "megatron-core": "0.19.2",
+    "psutil": "7.2",
+    "packaging": "26",
+    "sentencepiece": "0.2.3",
+    "tokenizers": "0.23.3",
+    "tensorboard": "2.21",
+    "matplotlib": "3.11",
+}
 REQUIREMENTS = {"torch": ">=2.8,<2.15", "megatron-core": ">=0.19.2,<0.20", "psutil": ">=5.9"}
 
 
 def cpu_machine(**changes) -> Machine:
-    python = {"python": (3, 13, 5), "executable": "/usr/bin/python3", "python_headers": True}
-    packages = {"packages": dict(VERSIONS), "requirements": dict(REQUIREMENTS), "cuda_build": "13.0"}
-    backends = {"gloo": True, "nccl": True, "compiler": "/usr/bin/g++"}
-    sizes = {"cores": 2, "memory": 24 * 2**30, "disk_free": 70 * 2**30}
-    return Machine(**python | packages | backends | sizes | changes)
+    base = Machine(
+        python=(3, 13, 5),
+        executable="/usr/bin/python3",
+        packages=dict(VERSIONS),
+        requirements=dict(REQUIREMENTS),
+        cuda_build="13.0",
+        gloo=True,
+        nccl=True,
+        compiler="/usr/bin/g++",
+        python_headers=True,
+        cores=2,
+        memory=24 * 2**30,
+        disk_free=70 * 2**30,
+    )
+    return dataclasses.replace(base, **changes)
 
 
 def gpu_machine(*devices: Device, **changes) -> Machine:
@@ -179,10 +197,13 @@ def test_a_transformer_engine_that_does_not_work_is_reported(changes, reason, re
     assert answer(seen, "FP8").state == "no" and doctor.judge(seen).can_train
 
 
-@pytest.mark.parametrize(("lacks", "package"), [("compiler", "g++"), ("python_headers", "python3-dev")])
-def test_torch_compile_needs_compiler_and_headers(lacks, package):
-    found = answer(cpu_machine(**{lacks: None}), "torch.compile")
-    assert (found.state, found.remedy) == ("no", f"apt-get install {package}")
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [({"compiler": None}, "apt-get install g++"), ({"python_headers": False}, "apt-get install python3-dev")],
+)
+def test_torch_compile_needs_compiler_and_headers(changes, remedy):
+    found = answer(cpu_machine(**changes), "torch.compile")
+    assert (found.state, found.remedy) == ("no", remedy)
 
 
 def test_every_extra_it_advises_exists():

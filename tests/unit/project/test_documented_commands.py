@@ -108,8 +108,13 @@ def environment(tmp_path_factory: pytest.TempPathFactory, warm_python: str) -> d
     (programs / "python").symlink_to(warm_python)
     path = [str(programs), str(slurm.bin), str(Path(sys.executable).parent), os.environ["PATH"]]
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "MAKE"))}
-    ours = {"PATH": os.pathsep.join(path), "FAKE_SLURM": str(slurm.folder), "OMP_NUM_THREADS": "1"}
-    return kept | ours | dict.fromkeys(("PYTHONPATH", "ROOT"), str(ROOT))
+    return kept | {
+        "PATH": os.pathsep.join(path),
+        "PYTHONPATH": str(ROOT),
+        "ROOT": str(ROOT),
+        "FAKE_SLURM": str(slurm.folder),
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 @pytest.fixture(scope="module")

@@ -72,8 +72,8 @@ class Machine:
             script.write_text(self.script.read_text().replace("/usr/bin/python3", str(self.bin / "absent")))
         given = {"PATH": str(self.bin), "HOME": str(self.home), "LOG": str(self.log), **environment}
         env = {name: value for name, value in given.items() if value is not None}
-        pipe, command = subprocess.PIPE, ["bash", str(script), *arguments]
-        return subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True)
+        command = ["bash", str(script), *arguments]
+        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def logged(self) -> list[str]:
         return self.log.read_text().splitlines() if self.log.exists() else []

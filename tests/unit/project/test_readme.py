@@ -78,8 +78,13 @@ def test_the_ablation_has_five_rows_that_are_five_models():
         model = config.model
         loop = (model.cross_loop_parallel, model.share_kv, model.gated_window)
         switches.append((model.loop_count, *(loop if model.loop_count > 1 else ())))
-    loops = [(False, False, False), (True, False, False), (True, True, False), (True, True, True)]
-    assert switches == [(1,), *((2, *loop) for loop in loops)]
+    assert switches == [
+        (1,),
+        (2, False, False, False),
+        (2, True, False, False),
+        (2, True, True, False),
+        (2, True, True, True),
+    ]
 
 
 def test_documented_switches_and_defaults_are_those_of_the_schema():

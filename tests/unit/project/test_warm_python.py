@@ -65,9 +65,8 @@ def test_exit_statuses(run, text, status, said):
 def test_modules_run_and_what_they_start_is_warm_too(run, warm_python):
     assert "Linux" in running.run([warm_python, "-m", "platform"]).stdout
     started = "subprocess.run([sys.executable, '-m', 'platform']).returncode"
-    assert (
-        run(f"import subprocess, sys; print(sys.executable, {started})").stdout.splitlines()[-1] == f"{warm_python} 0"
-    )
+    done = run(f"import subprocess, sys; print(sys.executable, {started})")
+    assert done.stdout.splitlines()[-1] == f"{warm_python} 0"
 
 
 @pytest.mark.parametrize(("options", "status"), [([], 0), (["-P"], 1)])

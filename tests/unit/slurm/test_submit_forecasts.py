@@ -19,7 +19,7 @@ from tests.settings import make
 
 
 def test_earlier_steps_are_measured_rather_than_estimated(folder, slurm, capsys):
-    cpu = write_profile(folder)
+    cpu = str(folder / write_profile(folder))
     submit_run(cluster=cpu)
     assert "set tflops_per_process" in capsys.readouterr().out
     write_progress(folder / "runs/try", [10, 20, 30], checkpoint=30, rate=16384 / 2)
@@ -31,7 +31,8 @@ def test_earlier_steps_are_measured_rather_than_estimated(folder, slurm, capsys)
 
 
 def test_steps_to_come_with_more_loops_take_longer_than_those_measured(folder, slurm, capsys):
-    cpu, stages = write_profile(folder), "training.loop_schedule=[{until: 0.5, loop_count: 1}, {loop_count: 2}]"
+    cpu = write_profile(folder)
+    stages = "training.loop_schedule=[{until: 0.5, loop_count: 1}, {loop_count: 2}]"
     model, length = make(ModelConfig, RUN["model"]), RUN["data"]["sequence_length"]
     one, two = (training_flops_per_token(model, length, model.vocab_size, loops).total for loops in (1, 2))
     submit_run(stages, cluster=cpu)

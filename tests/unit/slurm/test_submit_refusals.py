@@ -63,7 +63,11 @@ LINES = {
     "batch that does not divide": (("training.global_batch_size=12",), {}, ("global_batch_size 12", "8")),
     "no data": (("data.sources=[{path: data/gone}]",), {}, ("data/gone.bin", "data/gone.idx", "not found")),
     "no tokenizer": (("data.tokenizer=data/gone.model",), {}, ("data.tokenizer", "data/gone.model")),
-    "no tokenizer's file": (("data.tokenizer=data/corpus.bin",), {}, ("data.tokenizer: data/corpus.bin is not a",)),
+    "no tokenizer's file": (
+        ("data.tokenizer=data/corpus.bin",),
+        {},
+        ("data.tokenizer: data/corpus.bin is not a sentencepiece model",),
+    ),
     "memory": (
         (*HUGE, "checkpoint.enabled=false", "training.train_iters=1"),
         {},
