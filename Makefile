@@ -40,7 +40,7 @@ te: $(READY) $(TE) $(NVRX) ## the Python of Transformer Engine and nvidia-resili
 demo: $(READY) ## train a small PLT and its one-loop baseline on text this machine has (four minutes on two cores)
 	@$(PY) tools/demo.py
 
-test: $(READY) ## the test suite (about 12 minutes on 2 cores)
+test: $(READY) ## the test suite (about 8 minutes on 2 cores)
 	$(PYTEST) -m "not slow and not bench and not slurm_faults"
 
 test-all: $(READY) ## every test, including slow ones

@@ -85,10 +85,10 @@ class TestCI:
             (tmp_path / name).write_text(f"#!/bin/sh\n{program}")
             (tmp_path / name).chmod(0o755)
 
-        def ci(fail_on: str = "", fail_with: int = 0) -> subprocess.CompletedProcess[str]:
+        def ci(*arguments: str, fail_on: str = "", fail_with: int = 0) -> subprocess.CompletedProcess[str]:
             path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
             env = {**INHERITED, "PATH": path, "FAIL_ON": fail_on, "FAIL_WITH": str(fail_with)}
-            done = run(["bash", ".ci/run"], status=None, env=env)
+            done = run(["bash", ".ci/run", *arguments], status=None, env=env)
             if "missing here" in done.stderr:
                 pytest.skip(done.stderr.strip())
             return done
@@ -101,13 +101,17 @@ class TestCI:
         assert re.findall(r"^made (\w+)", done.stdout, re.MULTILINE) == ["venv", "te", "lint", "test"]
         assert "all passed" in done.stdout
 
+    def test_the_week_s_run_takes_every_test(self, ci):
+        assert ".ci/run test-all" in (ROOT / ".github/workflows/weekly.yml").read_text()
+        assert ci("test-all").stdout.count("made test-all\n") == 1
+
     def test_without_transformer_engine_s_python_the_rest_goes_on(self, ci):
-        done = ci("te", 2)
+        done = ci(fail_on="te", fail_with=2)
         assert done.returncode == 0 and "will be skipped" in done.stderr
 
     @pytest.mark.parametrize(("target", "status"), [("venv", 2), ("lint", 2), ("test", 5)])
     def test_any_failure_fails_it_and_stops_it(self, ci, target, status):
-        done = ci(target, status)
+        done = ci(fail_on=target, fail_with=status)
         assert done.returncode == status
         assert done.stdout.rstrip().splitlines()[-1].startswith(f"== {'environment' if target == 'venv' else target}")
         assert f"exit status {status}" in done.stdout and "all passed" not in done.stdout
