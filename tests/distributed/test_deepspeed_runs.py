@@ -106,7 +106,7 @@ EXPECTED_LINES = (
     r"model: .*",
     r"(resuming from|resumed at step) .*",
     r"step \d+/\d+: loss .*",
-    r"  validation, \d loop\(s\): loss .*",
+    r"  validation, \d loops?: loss .*",
     r"(saved|asked to stop|stopping|SIGTERM).*",
 )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ from plt_megatron.run_folder.folder import RunFolder
 from tests.distributed.training_jobs import run_config, train
 from tests.distributed.whole_runs import numbers
 from tests.files import contents
+from tests.s3_server import SECRET, s3_server
 from tests.unit.storage.test_upload_copies import a_checkpoint
 
 TP = {"tensor_model_parallel_size": 2}
@@ -168,20 +168,8 @@ def test_a_destination_that_cannot_be_written_ends_the_run_before_it_begins(tmp_
 def test_a_run_exports_twice_to_a_bucket_and_another_goes_on_from_there(data, tmp_path, run_distributed, monkeypatch):
     """On moto's S3 server: exports of steps 2 and 4, the last checkpoint, and a run in another layout from its URL."""
     import fsspec
-    import s3fs
-    from moto.server import ThreadedMotoServer
 
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        environment = {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "AKIDEXAMPLE",
-            "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMIK7MDENG",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
+    with s3_server() as environment:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         to = "s3://models/runs"
@@ -204,10 +192,7 @@ def test_a_run_exports_twice_to_a_bucket_and_another_goes_on_from_there(data, tm
             f"checkpoints/step_00000004/{name}" for name in contents(run.checkpoints / "step_00000004")
         }
         text = run.path.joinpath("metrics.jsonl").read_text() + run.uploads_file.read_text()
-        assert environment["AWS_SECRET_ACCESS_KEY"] not in text
+        assert SECRET not in text
         checkpoint = {"load": "s3://models/runs/trunk", "weights_only": True}
         other = run_config("other", tmp_path, data, parallel=TP, checkpoint=checkpoint)
         assert run_distributed(check_and_train, 2, other, environment) is True
-    finally:
-        server.stop()
-        s3fs.S3FileSystem.clear_instance_cache()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,36 +18,22 @@ from plt_megatron.storage.copies import download_part, find_checkpoint, read_man
 from plt_megatron.storage.places import Place
 from plt_megatron.storage.queue import CHECKPOINT, UploadQueue
 from tests.files import contents
+from tests.s3_server import KEY_ID, SECRET, s3_server
 from tests.unit.storage.test_upload_copies import Killed, an_export
 from tests.unit.storage.test_upload_runs import a_run, saved, uploads
 
-KEY_ID, SECRET = "AKIDEXAMPLE", "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY"
-
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """Its URL."""
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+def environment() -> Iterator[dict[str, str]]:
+    """A client's."""
+    with s3_server() as environment:
+        yield environment
 
 
 @pytest.fixture
-def bucket(server, monkeypatch) -> Iterator[str]:
-    """An empty bucket's name; credentials and endpoint are in the environment, as on a cluster."""
-    for name, value in (
-        ("AWS_ENDPOINT_URL", server),
-        ("AWS_ACCESS_KEY_ID", KEY_ID),
-        ("AWS_SECRET_ACCESS_KEY", SECRET),
-        ("AWS_DEFAULT_REGION", "us-east-1"),
-        ("AWS_EC2_METADATA_DISABLED", "true"),
-        ("AWS_MAX_ATTEMPTS", "1"),
-    ):
+def bucket(environment, monkeypatch) -> Iterator[str]:
+    """An empty bucket's name; credentials and endpoint are in the environment."""
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
     files = fsspec.filesystem("s3")
     files.mkdir("models")
