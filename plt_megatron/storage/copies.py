@@ -188,8 +188,9 @@ def _noted(entry: Entry, stored: Stored) -> dict[str, Any]:
 
 
 def _read_journal(place: Place) -> dict[str, Any]:
+    text = place.read_text(JOURNAL)
     try:
-        content = json.loads(place.read_text(JOURNAL) or "{}")
+        content = json.loads(text or "{}")
     except ValueError:  # interrupted while it was written
         return {}
     return content if isinstance(content, dict) else {}

@@ -121,6 +121,20 @@ def test_a_killed_upload_shows_no_index_and_sends_only_what_has_not_arrived(tmp_
     assert there.pop("upload.json") and there == contents(export), "and no journal is left"
 
 
+def test_a_journal_that_cannot_be_read_is_said_and_nothing_is_sent(tmp_path, sent, monkeypatch):
+    export, target = a_killed_upload(tmp_path, monkeypatch)
+    del sent[:]
+    place = place_at(target)
+
+    def cat_file(path):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(place._fs, "cat_file", cat_file)
+    with pytest.raises(UserError, match=copies.JOURNAL):
+        upload(export, place)
+    assert sent == []
+
+
 def test_what_was_changed_there_meanwhile_is_sent_again(tmp_path, sent, monkeypatch):
     """A wrong byte in a file that had arrived, with its size right."""
     export, target = a_killed_upload(tmp_path, monkeypatch)
