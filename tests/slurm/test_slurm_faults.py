@@ -136,7 +136,7 @@ def test_a_cancelled_job_submitted_again_by_hand(slurm, make_run, undisturbed):
     assert len(run.events("start")) == 1, "a job that somebody cancels is not requeued"
     run.submit()
     wait_for(lambda: len(run.events("end")) == 2, "the end", 500, run.outputs)
-    assert run.statuses()[1] == "finished"
+    assert run.statuses()[1] == "finished", (run.events(), run.outputs())
     run.wait_until_over()
     run.check(undisturbed)
 
