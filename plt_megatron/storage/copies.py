@@ -188,11 +188,12 @@ def _noted(entry: Entry, stored: Stored) -> dict[str, Any]:
 
 
 def _read_journal(place: Place) -> dict[str, Any]:
-    text = place.read_text(JOURNAL)
     try:
-        content = json.loads(text or "{}")
-    except ValueError:  # interrupted while it was written
-        return {}
+        content = json.loads(place.read_text(JOURNAL) or "{}")
+    except ValueError as error:
+        if isinstance(error, UserError) and not isinstance(error.__cause__, UnicodeDecodeError):
+            raise  # the place cannot be read
+        return {}  # interrupted while it was written
     return content if isinstance(content, dict) else {}
 
 

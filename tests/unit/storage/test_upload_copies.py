@@ -135,6 +135,15 @@ def test_a_journal_that_cannot_be_read_is_said_and_nothing_is_sent(tmp_path, sen
     assert sent == []
 
 
+@pytest.mark.parametrize("damaged", [b"{", b"\0" * 9, b"\xff{", b"[]"])
+def test_a_damaged_journal_is_an_empty_one(tmp_path, sent, monkeypatch, damaged):
+    export, target = a_killed_upload(tmp_path, monkeypatch)
+    (target / copies.JOURNAL).write_bytes(damaged)
+    del sent[:]
+    upload(export, place_at(target))
+    assert set(sent) == contents(export).keys()
+
+
 def test_what_was_changed_there_meanwhile_is_sent_again(tmp_path, sent, monkeypatch):
     """A wrong byte in a file that had arrived, with its size right."""
     export, target = a_killed_upload(tmp_path, monkeypatch)
