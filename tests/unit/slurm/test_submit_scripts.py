@@ -6,10 +6,13 @@ import errno
 import os
 import re
 import signal
+import subprocess
+import time
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
-from submitting import IN_JOB, LAUNCHER, directives, submit_run, submitted, write_profile
+from submitting import IN_JOB, LAUNCHER, ROOT, directives, submit_run, submitted, write_profile
 
 from plt_megatron.errors import UserError
 from plt_megatron.slurm.run_files import write_script
@@ -35,6 +38,33 @@ def test_signals_reach_the_launchers_as_usr1(folder, slurm, checkout, job, numbe
     process.send_signal(number)
     assert process.wait(30) == 75
     assert "'--status', '75'" in (folder / "seen").read_text()
+
+
+# A process that the script waits for, as srun: it says when it is ready, and ends with status 41 once told to.
+WAITING = """
+(trap '' USR1; echo ready; read -r; exit 41) <&0 &
+step=$!
+wait_for_step
+echo $?
+"""
+
+
+def test_signals_at_once_do_not_end_the_wait_for_srun():
+    """As scancel and preemption send them: TERM to every process, which the outer script also passes on as USR1. Bash
+    ended the wait once in thirteen tries."""
+    functions = (ROOT / "plt_megatron" / "slurm" / "job.sbatch").read_text()
+    script = functions[functions.index("step=") : functions.index("finalize()")] + WAITING
+    waits = [subprocess.Popen(["bash", "-c", script], stdin=PIPE, stdout=PIPE, text=True) for _ in range(80)]
+    assert [wait.stdout.readline() for wait in waits] == ["ready\n"] * len(waits)
+    for _ in range(5):
+        for number, wait in enumerate(waits):
+            wait.send_signal(signal.SIGTERM)
+            between = time.perf_counter() + number * 2e-6  # up to 0.16 ms: the second meets the first being handled
+            while time.perf_counter() < between:
+                pass
+            wait.send_signal(signal.SIGUSR1)
+        time.sleep(0.02)
+    assert {wait.communicate("\n")[0] for wait in waits} == {"41\n"}
 
 
 def test_a_profile_sets_the_jobs_environment(folder, slurm, checkout, job, monkeypatch):
