@@ -188,12 +188,7 @@ def _noted(entry: Entry, stored: Stored) -> dict[str, Any]:
 
 
 def _read_journal(place: Place) -> dict[str, Any]:
-    try:
-        content = json.loads(place.read_text(JOURNAL) or "{}")
-    except ValueError as error:
-        if isinstance(error, UserError) and not isinstance(error.__cause__, UnicodeDecodeError):
-            raise  # the place cannot be read
-        return {}  # interrupted while it was written
+    content = place.read_json(JOURNAL)
     return content if isinstance(content, dict) else {}
 
 
@@ -244,10 +239,7 @@ def find_checkpoint(url: str) -> Place:
 
 def has_manifest(checkpoint: Place) -> bool:
     """Return whether a checkpoint is complete: its manifest is there, and not one whose writing was cut short."""
-    try:
-        return bool(json.loads(checkpoint.read_text(checkpoints.MANIFEST) or "{}"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        return False
+    return bool(checkpoint.read_json(checkpoints.MANIFEST))
 
 
 def steps_in(folder: Place) -> list[int]:

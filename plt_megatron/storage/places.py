@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -62,10 +63,15 @@ class Place:
     def read_text(self, name: str) -> str | None:
         """Read a file's text; None if there is no such file."""
         with failing(f"{self.url}/{name} cannot be read"):
-            try:
-                return self._fs.cat_file(name).decode()
-            except FileNotFoundError:
-                return None
+            content = self._read(name)
+            return None if content is None else content.decode()
+
+    def read_json(self, name: str) -> Any:
+        """Read a JSON file; None if there is no such file, or one whose writing was cut short."""
+        try:
+            return json.loads(self._read(name) or b"null")
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            return None
 
     def write_text(self, name: str, text: str) -> None:
         """Write or replace a small file. On this machine's file systems, one that cannot be written stays as it was."""
@@ -128,6 +134,13 @@ class Place:
                     self._fs.rm_file(path)
                 elif self._has_folders:
                     self._fs.rmdir(path)
+
+    def _read(self, name: str) -> bytes | None:
+        with failing(f"{self.url}/{name} cannot be read"):
+            try:
+                return bytes(self._fs.cat_file(name))
+            except FileNotFoundError:
+                return None
 
     def _make_folder_of(self, name: str) -> None:
         if self._has_folders:

@@ -241,15 +241,16 @@ def test_a_download_goes_on_where_it_was_cut_short(tmp_path, monkeypatch):
     assert fetched == ["__0_0.distcp", "progress.json"]
 
 
-@pytest.mark.parametrize("cut", [0, 20])
-def test_the_checkpoint_that_a_url_means(tmp_path, cut):
+@pytest.mark.parametrize(("cut", "after"), [(0, b""), (20, b""), (20, b"\xff")])
+def test_the_checkpoint_that_a_url_means(tmp_path, cut, after):
     """As in a run's folder here: the latest, else the one before, never an incomplete one or one that was given up."""
     run = tmp_path / "bucket" / "run"
     for step in (2, 4, 6, 8):
         upload(a_checkpoint(tmp_path, step), place_at(run / "checkpoints" / f"step_{step:08d}"))
     (run / "checkpoints" / "step_00000006" / "manifest.json").unlink()
     upload(a_checkpoint(tmp_path, 10), place_at(run / "checkpoints" / "step_00000010"))
-    os.truncate(run / "checkpoints" / "step_00000010" / "manifest.json", cut)  # a disk was full
+    manifest = run / "checkpoints" / "step_00000010" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:cut] + after)  # a disk was full
     assert find_checkpoint(f"file://{run}").url.endswith("run/checkpoints/step_00000008")
     (run / "checkpoints" / "latest").write_text("step_00000006\n")
     for url in (run, run / "checkpoints", f"{run}/checkpoints/step_00000004/"):
