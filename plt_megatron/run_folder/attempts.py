@@ -22,13 +22,19 @@ FINISHED, PREEMPTED, FAILED, NODE_FAILED, KILLED = "finished", "preempted", "fai
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """Read the events of an attempts.jsonl, without lines that a crash, a full disk or somebody's editor has torn."""
+    """Read the events of an attempts.jsonl, without lines that a crash, a full disk or somebody's editor has torn.
+
+    An attempt has one end. Launchers that outlive their srun record theirs after the batch script has recorded one for
+    them: theirs replaces it, in its place.
+    """
     kinds = {"start": int, "end": int, "stop": int, "again": type(None)}  # of the attempt's number
     events = json_lines.read(path, skip_broken=True)
     for event in events:
         if not isinstance(event.get("time"), int | float):
             event.pop("time", None)
-    return [event for event in events if type(event.get("attempt")) is kinds.get(str(event.get("event")))]
+    known = [event for event in events if type(event.get("attempt")) is kinds.get(str(event.get("event")))]
+    by_attempt = {("end", event["attempt"]) if event["event"] == "end" else id(event): event for event in known}
+    return list(by_attempt.values())
 
 
 def unended(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
