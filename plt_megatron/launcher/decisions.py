@@ -112,6 +112,8 @@ def decide(events: list[dict[str, Any]], settings: JobSettings) -> Decision:
     """
     given_up = max((index for index, event in enumerate(events) if event["event"] == "stop"), default=-1)
     ends = [event for event in events[given_up + 1 :] if event["event"] == "end"]
+    if not ends:  # for launchers that outlive their srun, after which the batch script has given the run up
+        return Decision(STOP, events[given_up].get("reason", "given up"))
     last = ends[-1]
     reason = last["reason"]
     if last["status"] == FINISHED:

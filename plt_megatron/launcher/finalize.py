@@ -37,8 +37,8 @@ _ECHO = re.compile(r"srun: (error: .*: tasks? .*: Exited with|Terminating )|slur
 
 def finalize_job(run: Path, status: int) -> int:
     """Finish, requeue, let the chain continue, or give up with the reason in why.txt, given the exit status of the srun
-    that ran the launchers. Return the job's exit status: 0 if the run is finished, 75 if it continues or can be
-    continued, else that of a failure."""
+    that ran the launchers. Return the job's exit status: 0 if the run is finished, 75 if a user stopped it, else that
+    of srun, or 1 if that is 0 and the run is given up."""
     if status == ExitStatus.RUN_BUSY:  # the run belongs to another job
         return status
     allocation, settings = read_allocation(), patiently(lambda: load_settings(run))

@@ -25,7 +25,8 @@ from plt_megatron.run_folder.folder import RunFolder
 
 # Set by job.sbatch: failures that its setup skipped, one per line.
 SETUP_WARNINGS = "PLT_SETUP_WARNINGS"
-_TAIL_BYTES = 1 << 14  # size of the end of a job's output that is searched for its last lines
+_LINE_BYTES = 1 << 9  # for each of the last lines that are looked for at the end of a job's output, at least
+_TAIL_BYTES = 1 << 14  # for all of them, at least
 _SHELL = re.compile(r"^\S*: line \d+: ")  # bash's prefix of an error: its position in the script
 
 
@@ -178,7 +179,7 @@ def own_output() -> Path | None:
 def last_lines(path: Path, count: int, start: int = 0) -> list[str]:
     """Return the last non-empty lines of a text file from byte `start` on, bash's errors without their position; none
     if it cannot be read."""
-    text = json_lines.tail(path, _TAIL_BYTES, start).decode(errors="replace")
+    text = json_lines.tail(path, max(_TAIL_BYTES, count * _LINE_BYTES), start).decode(errors="replace")
     lines = [_SHELL.sub("", line.rstrip()) for line in text.splitlines() if line.strip()]
     return lines[-count:]
 
@@ -200,6 +201,7 @@ class LogFile:
         lines = list(lines)
         if not lines:
             return
+        count = len(lines)
         if self.lost:
             lines.insert(0, f"... {self.lost} lines are missing here: the disk was full or unavailable")
         data = ("\n" if self._torn else "") + "".join(f"{line}\n" for line in lines)
@@ -208,7 +210,7 @@ class LogFile:
             # Opened each time, since the file may be moved away and a disk may come back.
             with self.path.open("ab", buffering=0) as file:
                 encoded = data.encode(errors="replace")
-                self._torn = file.write(encoded) != len(encoded)
-            self.lost = 0
+                left = encoded[file.write(encoded) :]
+            self._torn, self.lost = bool(left), left.count(b"\n")
         except OSError:
-            self.lost += len(lines)
+            self.lost += count

@@ -1,7 +1,7 @@
 """Files with one JSON object per line that are appended to while others read them.
 
-A line counts once its newline is written. A crash or a full disk may leave half a line: readers skip it, and the next
-record starts a new line.
+A line counts once its newline is written. A crash or a full disk may leave half a line: the next record starts a new
+line, and readers that must go on skip the broken one (`read` with `skip_broken`, `last`, `rewind`).
 """
 
 from __future__ import annotations
@@ -134,6 +134,7 @@ class Follower:
 
     def lines(self) -> list[str]:
         """Return the lines completed since the last call, without their line ends."""
+        self.replaced = False
         try:
             with self._path.open("rb") as file:
                 found = os.fstat(file.fileno())

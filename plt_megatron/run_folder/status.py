@@ -71,7 +71,7 @@ def read_run_status(run: Path) -> RunStatus:
     steps, left = None, None
     problems = []
     records, checkpoint = last_train_records(folder), latest_step(run)
-    logged, tokens = (int(records[-1]["step"]), int(records[-1].get("tokens", 0))) if records else (0, 0)
+    logged, tokens = (int(records[-1]["step"]), int(records[-1].get("tokens") or 0)) if records else (0, 0)
     step = max(logged, checkpoint)  # a checkpoint's step may not be one that is logged
     if not records and folder.metrics_size() and not json_lines.last(folder.metrics_file, 1):
         problems.append(f"{folder.metrics_file.name}: damaged, no line at its end can be read")
@@ -79,7 +79,7 @@ def read_run_status(run: Path) -> RunStatus:
         config = folder.config()
         tokens = BatchSchedule(config).tokens(step - logged, tokens)
         steps, left = derived.last_step(config, step, tokens), derived.tokens_left(config, step, tokens)
-    except (UserError, AssertionError) as error:
+    except (UserError, AssertionError, ArithmeticError) as error:
         reason = str(error).splitlines()[0] if str(error) else "config.yaml does not set the run's length"
         problems.append(f"{CONFIG}: {reason}")
     events = folder.attempts()

@@ -54,7 +54,7 @@ def config_paths(source: str) -> list[Path]:
 
 def check_distinct(runs: Sequence[Path]) -> None:
     """Raise `UserError` if two members would write into the same folder."""
-    ((run, count),) = Counter(runs).most_common(1)
+    ((run, count),) = Counter(run.resolve() for run in runs).most_common(1)
     if count > 1:
         raise UserError(f"--array: {count} configurations have the run folder {run}: give each its own name")
 

@@ -18,8 +18,9 @@ _TIMEOUT_SECONDS, _SUBMIT_SECONDS = 20, 180
 # For queries from within a job, which nobody would repeat by hand.
 _TRIES, _PAUSE_SECONDS, _PATIENCE_SECONDS = 4, 5.0, 60
 _LEAVING_SECONDS = 600.0  # for a job to end that Slurm is ending, however long it lets processes save (KillWait)
-# Slurm's variables are removed, since they would add options and the job script is complete; these say where the
+# Variables that add options to Slurm's commands: the job script is complete. Kept are those that say where the
 # controller is, and who asks.
+_CHANGING = ("SLURM_", "SLURMD_", "SBATCH_", "SQUEUE_", "SINFO_", "SCANCEL_", "SCONTROL_", "SACCTMGR_")
 _KEPT_VARIABLES = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_SACK_SOCKET")
 _ENDED = (
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"),
@@ -184,9 +185,7 @@ def _ask(*command: str, tries: int = 1, seconds: float | None = None) -> str:
 def environment() -> dict[str, str]:
     """Return this process's environment without variables that change the behavior of Slurm's commands."""
     return {
-        name: value
-        for name, value in os.environ.items()
-        if name in _KEPT_VARIABLES or not name.startswith(("SLURM_", "SBATCH_", "SLURMD_", "SQUEUE_", "SINFO_"))
+        name: value for name, value in os.environ.items() if name in _KEPT_VARIABLES or not name.startswith(_CHANGING)
     }
 
 

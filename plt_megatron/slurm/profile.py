@@ -103,7 +103,8 @@ def load_profile(name: str) -> ClusterProfile:
 
 def complete(profile: ClusterProfile, options: SbatchOptions) -> ClusterProfile:
     """Return the profile with options of the command line first, and last those of sbatch's environment."""
-    environment = {name: os.environ.get(f"SBATCH_{name.upper()}") for name in ("partition", "account", "qos")}
+    names = ("partition", "account", "qos", "constraint")
+    environment = {name: os.environ.get(f"SBATCH_{name.upper()}") for name in names}
     ours: dict[str, Any] = {
         name: given or getattr(profile, name) or environment.get(name)
         for name, given in fields_of(SbatchOptions, options).items()

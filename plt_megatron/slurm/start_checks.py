@@ -1,6 +1,6 @@
 """Checks, before a job is submitted, of what training would refuse about its data and its starting checkpoint.
 
-Only headers and manifests of the data are read.
+Only headers and manifests of the data are read and, for a run that starts from a checkpoint, up to 4 MiB of each file.
 """
 
 from __future__ import annotations

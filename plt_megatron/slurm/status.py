@@ -125,11 +125,10 @@ def describe(statuses: Sequence[JobStatus]) -> str:
 def _row(each: JobStatus) -> tuple[str, ...]:
     progress = each.progress
     rate, left = progress.tokens_per_second, progress.seconds_left
-    steps = f"{progress.steps:,}" if progress.steps is not None else "?"
     return (
         str(each.run),
         each.state,
-        f"{progress.step:,} of {steps}",
+        _steps(progress),
         f"{rate:,.0f}" if rate else "-",
         format_duration(left) if left is not None and each.state != "finished" else "-",
         str(max(0, progress.attempts - 1)),
@@ -214,10 +213,14 @@ def watch(
     yield [line for run, label in labels.items() for line in _conclusion(run, label)]
 
 
+def _steps(progress: RunStatus) -> str:
+    return f"{progress.step:,} of " + ("?" if progress.steps is None else f"{progress.steps:,}")
+
+
 def _conclusion(run: Path, label: str) -> Iterator[str]:
     progress = read_run_status(run)
     if progress.finished:
-        yield f"{label}finished: step {progress.step:,} of {progress.steps:,}; {run}"
+        yield f"{label}finished: step {_steps(progress)}; {run}"
         return
     yield f"{label}not finished: step {progress.step:,}, last checkpoint at step {progress.checkpoint:,}; {run}"
     why = RunFolder(run).why_file

@@ -95,6 +95,7 @@ def test_a_run_given_up_and_started_again_begins_anew():
     history = [end("failed", 7, 6), end("failed", 7, 6), {"event": "stop"}, {"event": "start"}]
     assert action(*history, end("failed", 7, 6)) == "again"
     assert action(*history, end("failed", 7, 6), end("failed", 7, 6)) == "stop"
+    assert action(end("failed", 7, 6), {"event": "stop"}) == "stop"  # launchers that outlive their srun ask once more
 
 
 # Which rank is named as the cause.

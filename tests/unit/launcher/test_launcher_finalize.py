@@ -274,13 +274,14 @@ def test_launchers_that_did_not_start_are_told_by_the_jobs_output(job, monkeypat
     assert all(f"    {line}\n" in (job.run / "why.txt").read_text() for line in lines)
 
 
-@pytest.mark.parametrize("others", ["node", "all"])
+@pytest.mark.parametrize("others", ["node", "all", "hundreds"])
 def test_a_node_whose_launcher_left_the_others_is_left_out(job, monkeypatch, tmp_path, others):
     """srun then kills the others; lines of a start before a requeue say nothing of this one."""
     before = "srun: error: n1: task 0: Exited with exit code 75\n"
-    left = "n2: task 1" if others == "node" else "n[1-2]: tasks 0-1"
+    left = "n[1-2]: tasks 0-1" if others == "all" else "n2: task 1"
     monkeypatch.setenv("PLT_OUTPUT_BEGINS", str(len(before)))
-    said = f"{before}srun: error: {left}: Exited with exit code 127\nsrun: error: n1: task 0: Killed\n"
+    killed = "srun: error: n1: task 0: Killed\n" * (900 if others == "hundreds" else 1)
+    said = f"{before}srun: error: {left}: Exited with exit code 127\n{killed}"
     assert outcome(job, 137, said, monkeypatch, tmp_path)[0] == 137
     end = RunFolder(job.run).attempts()[1]
     if others == "all":

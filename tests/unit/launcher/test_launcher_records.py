@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import resource
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -178,6 +180,26 @@ def test_lines_that_cannot_be_written_are_counted(tmp_path):
     log.write(["c"])
     assert "2 lines are missing here" in path.read_text() and path.read_text().endswith("c\n")
     assert log.lost == 0
+
+
+def test_each_line_that_is_lost_is_counted_once(tmp_path):
+    path = tmp_path / "logs" / "rank.log"
+    path.parent.touch()
+    log = LogFile(path)
+    for text in "abc":
+        log.write([text])
+    assert log.lost == 3
+    path.parent.unlink()
+    log.write(["d"])
+    limit, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, hard))  # Python ignores SIGXFSZ
+    try:
+        log.write(["one", "two", "three"])
+        assert log.lost == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    log.write(["e"])
+    assert re.search("\nd\none\nt\n.* 2 lines are missing here.*\ne\n$", path.read_text())
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")

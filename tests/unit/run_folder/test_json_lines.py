@@ -42,6 +42,17 @@ def test_nothing_there_is_no_record(tmp_path):
     assert json_lines.Follower(tmp_path / "none").lines() == [] and not (tmp_path / "none").exists()
 
 
+def test_a_file_in_anothers_place_is_told_once(tmp_path):
+    path = tmp_path / "file.jsonl"
+    json_lines.append(path, record(1))
+    follower = json_lines.Follower(path)
+    assert follower.lines() and not follower.replaced
+    json_lines.rewind(path, lambda record: True)
+    assert follower.lines() == [] and follower.replaced
+    path.unlink()
+    assert follower.lines() == [] and not follower.replaced
+
+
 def test_wherever_a_crash_has_torn_a_line_the_others_stay_readable(tmp_path):
     """Cut the file at every byte of its last record: it is left out, and the next one is not lost with it."""
     path = tmp_path / "file.jsonl"

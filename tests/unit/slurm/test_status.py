@@ -206,6 +206,16 @@ def test_a_damaged_metrics_file_leaves_the_checkpoint(run, slurm):
     assert cells(report([], "runs", False), "runs/try")[1] == "20 of 1,000"
 
 
+@pytest.mark.parametrize("damage", ["]", "training: {train_tokens: 100, global_batch_size: 0}"])
+def test_a_damaged_configuration_leaves_the_steps(run, slurm, damage):
+    (run / "config.yaml").write_text(damage)
+    (run / "metrics.jsonl").write_text('{"kind": "train", "step": 20, "tokens": null}\n')
+    text = report([], "runs", False)
+    assert cells(text, "runs/try")[1] == "20 of ?" and "config.yaml: " in text
+    write_attempt(run, status="finished", reason="done")
+    assert list(follow_module._conclusion(run, "")) == [f"finished: step 20 of ?; {run}"]
+
+
 def test_without_slurm_the_folder_alone_is_shown(run, slurm, monkeypatch, tmp_path):
     write_progress(run, [100], checkpoint=100)
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -10,8 +10,10 @@ from fake_slurm import RUN, write_progress
 from submitting import LAUNCHER, directives, refusal, submit_run
 
 from plt_megatron.config.loader import load_config
+from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import locked
 from plt_megatron.slurm import arrays
+from plt_megatron.slurm.arrays import check_distinct
 from plt_megatron.slurm.run_files import active_jobs, jobs_of, submitted_jobs
 
 
@@ -141,6 +143,9 @@ def test_members_of_an_array_submitted_by_hand_are_found_by_their_number(slurm, 
 def test_two_members_of_one_folder_are_refused(folder, slurm, members):
     (folder / "list.txt").write_text("config0.yaml\nconfig0.yaml\n")
     assert "2 configurations have the run folder" in refusal(array="list.txt")[0]
+    (folder / "link").symlink_to(folder / "runs")
+    with pytest.raises(UserError, match="2 configurations have the run folder"):
+        check_distinct([folder / "runs" / "a", folder / "link" / "a"])
 
 
 @pytest.mark.parametrize("array", ["gone.txt", "empty.txt", "data"])

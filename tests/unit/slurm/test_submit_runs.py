@@ -74,11 +74,13 @@ def test_the_environment_adds_no_options(folder, slurm, monkeypatch):
     """Inside another job, or with SBATCH_ variables, sbatch would change what the script says."""
     for name, value in {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "3", "SBATCH_TIMELIMIT": "1", "SLURM_CONF": "/c"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("SBATCH_ACCOUNT", "theirs")
+    for name, value in {"SBATCH_ACCOUNT": "theirs", "SBATCH_CONSTRAINT": "a100", "SCANCEL_STATE": "RUNNING"}.items():
+        monkeypatch.setenv(name, value)
     submit_run()
     seen = slurm.environment("sbatch")
-    assert [name for name in seen if name.startswith(("SLURM_", "SBATCH_"))] == ["SLURM_CONF"]
-    assert directives(folder / "runs/try/job.sbatch")["--account"] == "theirs"
+    assert [name for name in seen if name.startswith(("SLURM_", "SBATCH_", "SCANCEL_"))] == ["SLURM_CONF"]
+    found = directives(folder / "runs/try/job.sbatch")
+    assert (found["--account"], found["--constraint"]) == ("theirs", "a100")
 
 
 def test_a_linked_working_directory_keeps_its_name(folder, slurm, monkeypatch, tmp_path):
