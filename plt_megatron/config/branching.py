@@ -31,7 +31,7 @@ def _warmup_steps(config: RunConfig) -> int:
 
 
 def decay_steps(step: int) -> int:
-    """Return the decay steps that make up a tenth of a run with a constant rate up to `step`: WSD's default."""
+    """Return the decay steps that make up about a tenth of a run whose rate is constant up to `step`: WSD's default."""
     return max(1, round(step / 9))
 
 

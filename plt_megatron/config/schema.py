@@ -269,14 +269,15 @@ class DecayFactors(RateFactors):
 
 @dataclass
 class OptimizerConfig:
-    """The optimizer (config/rules/optimizer.py) and its learning-rate schedule, in optimizer steps."""
+    """The optimizer (config/rules/optimizer.py) and its learning-rate schedule, in optimizer steps, with train_tokens
+    in steps of training.global_batch_size."""
 
     name: Literal["adam", "muon", "sgd"] = "adam"  # adam: with decoupled weight decay (AdamW)
     lr: Positive = 3e-4
     min_lr: NotNegative = 3e-5
     lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
     lr_warmup_iters: Steps = 0
-    lr_decay_iters: PositiveSteps | None = None  # null: train_iters
+    lr_decay_iters: PositiveSteps | None = None  # null: the whole run
     lr_wsd_decay_iters: PositiveSteps | None = None  # WSD: number of final decay steps; null: a tenth of lr_decay_iters
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "linear"
     weight_decay: NotNegative = 0.1

@@ -1,6 +1,7 @@
 """YAML parsed into nodes that know their file and line, and layers of them: later layers override earlier ones.
 
-Scalars are read as in YAML 1.2: `1e-4` is a number and `yes` is a string.
+Scalars are read as in YAML 1.2, `1e-4` as a number and `yes` as a string, but digits may have `_`, whole numbers in
+exponent form are integers, and there are no octal or hexadecimal ones.
 """
 
 from __future__ import annotations
@@ -31,7 +32,18 @@ _LONGEST = 60  # characters of a value that a message quotes
 
 # Use libyaml if PyYAML was built with it, as its wheels are: a sweep reads and writes hundreds of files.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
+    """Quotes strings that only this module reads as numbers."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        quoted = _INT.fullmatch(data) or _FLOAT.fullmatch(data)
+        node: yaml.ScalarNode = self.represent_scalar("tag:yaml.org,2002:str", data, style="'" if quoted else None)
+        return node
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 class _Named(io.StringIO):
@@ -54,7 +66,7 @@ def read_text(path: Path) -> str:
 
 def dump(values: object) -> str:
     """Return YAML text of plain values, keys in their order."""
-    return str(yaml.dump(values, Dumper=_DUMPER, sort_keys=False, allow_unicode=True, width=110))
+    return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110))
 
 
 def load(text: str) -> object:
@@ -82,8 +94,10 @@ def compose(text: str, name: str) -> yaml.Node | None:
 def _count_values(node: object, counts: dict[int, int]) -> int:
     """Return how many values a node has, those of its aliases included; `counts` has those of other nodes, by their id.
 
-    Raises `UserError` if an alias stands for a node that it lies in, or there are too many to read.
+    Raises `UserError` if an alias stands for a node that it lies in, there are too many to read, or one has a NUL.
     """
+    if isinstance(node, yaml.ScalarNode) and "\0" in node.value:
+        raise UserError(f"{where(node)}: {describe(node)} has a NUL character, which no path or name can have")
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in counts:

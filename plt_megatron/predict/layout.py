@@ -66,8 +66,7 @@ class Layout(ParallelLayout):
         words = [super().__str__()]
         if self.deepspeed:
             words.append(f"ZeRO{self.zero_stage}")
-            if self.offload_optimizer or self.offload_weights:
-                words.append("offload")
+            words += ["offload"] * self.offload_optimizer + ["offload-weights"] * self.offload_weights
         return " ".join(words)
 
 
@@ -110,7 +109,7 @@ def layout_overrides(text: str) -> list[str]:
 
     TP, PP and CP default to 1, and sequence parallelism is off without SP; anything else left out stays as configured.
     More words: `MB2` (micro batch size), `none`, `selective` or `full` (recomputation), and with DeepSpeed `ZeRO2` and
-    `offload` (of the optimizer). Raises `UserError` on an unknown word or a setting given twice.
+    `offload` (of the optimizer), `offload-weights`. Raises `UserError` on an unknown word or a setting given twice.
     """
     words = [word.upper() for word in re.split(r"[\s,]+", text) if word]
     settings: dict[str, str] = {}
@@ -133,6 +132,8 @@ def _meaning(word: str) -> dict[str, str]:
         return {"parallel.sequence_parallel": "true"}
     if word == "OFFLOAD":
         return {"deepspeed.offload_optimizer": "cpu"}
+    if word == "OFFLOAD-WEIGHTS":
+        return {"deepspeed.offload_param": "cpu"}
     if word.lower() in RECOMPUTE:
         return {"parallel.recompute_granularity": word.lower()}
     raise UserError(

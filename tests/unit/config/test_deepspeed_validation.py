@@ -188,10 +188,14 @@ def test_the_section_is_read_merged_and_written_back(tmp_path):
         "deepspeed: {config: {zero_optimization: {sub_group_size: 1e6, reduce_scatter: false}}}\n"
     )
     path = tmp_path / "run.yaml"
-    path.write_text("include: base.yaml\ndeepspeed:\n  config:\n    zero_optimization: {sub_group_size: 2e6}\n")
+    named = "    named: ['1e4', '2e-4']\n"
+    path.write_text(
+        f"include: base.yaml\ndeepspeed:\n  config:\n    zero_optimization: {{sub_group_size: 2e6}}\n{named}"
+    )
     config = load_config(path, ["deepspeed.config.steps_per_print=5", "deepspeed.zero_stage=2"])
     assert config.deepspeed is not None and config.deepspeed.config == {
         "zero_optimization": {"sub_group_size": 2e6, "reduce_scatter": False},
+        "named": ["1e4", "2e-4"],
         "steps_per_print": 5,
     }
     assert config.deepspeed.zero_stage == 2

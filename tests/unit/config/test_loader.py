@@ -166,6 +166,8 @@ def test_a_disk_that_does_not_answer_may_have_the_file_next_time(write, monkeypa
             "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10) if i else 0}]\n" for i in range(10)),
             ":7: aliases inside this make more than 1,000,000 values",
         ),
+        ('include: "a\\0b"\n', "run.yaml:1: 'a\\x00b' has a NUL character"),
+        ('training: {train_iters: 2}\noutput_dir: "a\\0b"\n', "run.yaml:2: 'a\\x00b' has a NUL character"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_known_one(write, text, expected):

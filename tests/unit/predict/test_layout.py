@@ -25,8 +25,6 @@ def test_every_layout_reads_as_it_is_printed(overrides):
     assert len(found.fitting) > 20
     for each in found.fitting[:: len(found.fitting) // 20]:
         layout = each.estimate.layout
-        if layout.offload_weights:
-            continue  # `offload` is the optimizer's
         text = f"{layout} MB{layout.micro_batch_size} {layout.recompute}"
         again = estimate_layout(load_config(RUN, [*overrides, *layout_overrides(text)]), 16)
         assert again == layout, text
