@@ -56,13 +56,13 @@ def _problem(module: str) -> str | None:
 
 def outdated(package: str, extra: str) -> str | None:
     """Return `package>=2, not 1.5` if the installed version is outside the extra's range; None if not, or not known."""
-    from packaging.requirements import Requirement
-    from packaging.utils import canonicalize_name
-    from packaging.version import Version
-
     try:
+        from packaging.requirements import Requirement
+        from packaging.utils import canonicalize_name
+        from packaging.version import Version
+
         version, requirements = metadata.version(package), metadata.requires("plt-megatron") or []
-    except metadata.PackageNotFoundError:  # it comes under another name, or this is a bare checkout
+    except ImportError:  # no `packaging`; or, not found: it comes under another name, or this is a bare checkout
         return None
     for each in map(Requirement, requirements):
         is_asked = each.marker is not None and each.marker.evaluate({"extra": extra})

@@ -68,5 +68,5 @@ def main(arguments: argparse.Namespace) -> int:
         return 0
     if not arguments.waiting:
         uploads.add_all()
-    # What training queued has not failed while somebody uploads it by hand: training's own process waits.
+    # What training queued has not failed while somebody uploads it by hand: training's own process waits a while.
     return 0 if uploads.work(verify=arguments.verify, wait=arguments.waiting) else 1

@@ -166,7 +166,7 @@ def damage(path: Path, part: int = 0, parts: int = 1, *, checksums: bool = True)
         return f"checkpoint {path}: {missing} is missing" if path.is_dir() else f"checkpoint {path}: not found"
     except OSError as error:
         raise OSError(error.errno, error.strerror, error.filename or str(path)) from error
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"checkpoint {path}: {MANIFEST} is damaged"
     return None
 

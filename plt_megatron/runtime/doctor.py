@@ -122,10 +122,11 @@ def _works(rule: Callable[[Machine], str], machine: Machine) -> bool:
 def _in_range(version: str, wanted: str) -> bool:
     try:
         from packaging.specifiers import SpecifierSet
+        from packaging.version import Version
     except ImportError:  # `packaging` is one of the requirements, and has already been reported as missing
         return True
-    # Containers ship builds such as 2.9.0a0+..., which count.
-    return SpecifierSet(wanted).contains(version, prereleases=True)
+    # Containers ship builds such as 2.9.0a0+..., which count as 2.9.0.
+    return any(SpecifierSet(wanted).contains(known, True) for known in (version, Version(version).base_version))
 
 
 def _need_core(machine: Machine) -> None:

@@ -15,8 +15,8 @@ from plt_megatron.errors import UserError
 
 
 def init_process_groups(parallel: ParallelConfig) -> None:
-    """Join the job that `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` describe (if unset, a job of one
-    process) and build the tensor, pipeline, context and data-parallel groups.
+    """Join the job that `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` describe (without a rank or an
+    address, a job of one process) and build the tensor, pipeline, context and data-parallel groups.
 
     Raises:
         UserError: the layout does not fill the world.
@@ -46,7 +46,7 @@ def _init_torch_distributed(world_size: int, timeout: timedelta) -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+    if world_size == 1 and not os.environ.keys() >= {"RANK", "MASTER_ADDR"}:  # a shell may export an address alone
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout)

@@ -65,9 +65,11 @@ def index_of(folder: Path) -> Index:
             if damage is not None:
                 raise UserError(damage)
             return read_index(str(folder), manifest.name, manifest.read_text(encoding="utf-8"))
-        paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != INDEX)
+        # Links that lead nowhere or to a folder are refused below rather than left out.
+        paths = {path for path in folder.rglob("*") if path.is_file() or path.is_symlink()}
         files = {
-            path.relative_to(folder).as_posix(): Entry(path.stat().st_size, checkpoints.sha256(path)) for path in paths
+            path.relative_to(folder).as_posix(): Entry(path.stat().st_size, checkpoints.sha256(path))
+            for path in sorted(paths - {folder / INDEX, folder / JOURNAL})  # of the copy that this folder may be
         }
     except OSError as error:
         raise UserError(f"{error.filename or folder}: cannot be read, {error.strerror or error}") from error
@@ -84,7 +86,7 @@ def read_index(where: str, name: str, text: str) -> Index:
         newer = content["format"] > FORMAT
         entries = {} if newer else content["files"]
         files = {file: Entry(int(entry["bytes"]), str(entry["sha256"])) for file, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{where}: {name} is damaged") from error
     if newer:
         raise UserError(f"{where}: {name}: its format {content['format']} is newer than this program")

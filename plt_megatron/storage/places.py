@@ -67,10 +67,11 @@ class Place:
             return None if content is None else content.decode()
 
     def read_json(self, name: str) -> Any:
-        """Read a JSON file; None if there is no such file, or one whose writing was cut short."""
+        """Read a JSON file; None if there is no such file, or one that is damaged (its writing was cut short)."""
+        content = self._read(name) or b"null"  # its UserError is a ValueError too
         try:
-            return json.loads(self._read(name) or b"null")
-        except (json.JSONDecodeError, UnicodeDecodeError):
+            return json.loads(content)
+        except (ValueError, RecursionError):
             return None
 
     def write_text(self, name: str, text: str) -> None:

@@ -31,12 +31,12 @@ _ABANDONED_S = 3600.0
 def link_folder(source: Path, target: Path) -> None:
     """Make `target` a folder of hard links to the files of `source`, atomically. Raises `OSError`."""
     partial = target.with_suffix(_TEMPORARY)
-    for path in (partial, target):
-        shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    remove(target)
     try:
         shutil.copytree(source, partial, copy_function=os.link)
     except shutil.Error as error:  # has the errors of all files
-        raise OSError(None, str(error.args[0][0][2])) from error
+        raise OSError(str(error.args[0][0][2])) from error
     partial.rename(target)
 
 

@@ -61,7 +61,8 @@ class Repository:
             raise UserError(f"{self.url} has another run's exports in its branches: choose another repository")
 
     def upload(self, folder: Path, revision: str, run_id: str | None = None) -> Uploaded:
-        """Make the branch `revision` a copy of a folder; files that the hub already has are not sent again.
+        """Make the branch `revision` a copy of a folder; files that the hub already has are not sent again, though
+        they count as sent: huggingface_hub does not say which they are.
 
         `main`, which cannot be replaced, is written in place and keeps files that are not from an upload.
 

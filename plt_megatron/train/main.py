@@ -1,7 +1,8 @@
 """The training process: `python -m plt_megatron.train.main CONFIG.yaml [key=value ...]`, one per rank.
 
 Launchers (plt train on one machine) start it with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
-Exit status: 0 finished, 2 something for the user to fix, 75 stopped on request, 1 failed.
+Exit status: 0 finished, 2 something for the user to fix, 75 stopped on request, 1 failed, 130 interrupted before the
+first step.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ def main(arguments: list[str]) -> int:
     """Train one rank's part of the run and return the exit status."""
     hear_every_interrupt()
     go_on_without_readers()  # metrics.jsonl has everything that is printed
+    if not arguments:
+        print("usage: python -m plt_megatron.train.main CONFIG.yaml [key=value ...]", file=sys.stderr)
+        return ExitStatus.USER_ERROR
     first = os.environ.get("RANK", "0") == "0"  # the other ranks would print the same
     first_here = os.environ.get("LOCAL_RANK", "0") == "0"  # a file may be missing on one node alone
     try:

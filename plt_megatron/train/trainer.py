@@ -62,11 +62,12 @@ class StopRequest:
         return agreed != _NOTHING
 
     def _look_for_files(self) -> int:
-        for file, meaning in ((self._folder.stop_file, _STOP), (self._folder.save_file, _SAVE)):
+        asked = _NOTHING
+        for file, meaning in ((self._folder.save_file, _SAVE), (self._folder.stop_file, _STOP)):
             with contextlib.suppress(FileNotFoundError):
                 file.unlink()
-                return meaning
-        return _NOTHING
+                asked = max(asked, meaning)
+        return asked
 
     def close(self) -> None:
         for number, handler in self._previous.items():

@@ -164,5 +164,8 @@ def test_experts_weights_are_read_one_by_one(saved):
     main = Weights(stayed["path"], "main weights")
     assert set(main.names) == weights.keys(), "biases, which no optimizer has, go with any"
     assert torch.equal(main.read("decoder.layers.1.mlp.router.expert_bias"), bias)
+    for layer in ("2.", ""):  # beyond the last one, and all of them
+        with pytest.raises(KeyError):
+            main.read(f"decoder.layers.{layer}self_attention.linear_qkv.weight")
     for name in names + [name for name in weights if name.endswith("expert_bias")]:
         assert (weights[name] - others[name]).abs().max() < 1e-5 * weights[name].abs().max(), name

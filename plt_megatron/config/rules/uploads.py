@@ -56,6 +56,8 @@ def url_problem(url: str) -> str | None:
     protocol, rest = match.groups()
     if any(mark in url for mark in _MARKS):
         return f"{protocol}://... contains one of {' '.join(_MARKS)}; give a plain URL, {_EXAMPLES}"
+    if not rest.strip("/"):
+        return f"{url} names no folder; give one, {_EXAMPLES}"
     if protocol == "file" and not rest.startswith("/"):
         return f"{url} is not absolute: file:///folder has three slashes"
     if protocol == HUB and _REPOSITORY.fullmatch(rest) is None:

@@ -147,6 +147,12 @@ class Profiling(Callback):
             self._profiler = torch.profiler.profile(profile_memory=True)  # the CPU and, if there is one, the GPU
             self._profiler.start()
 
+    def on_rollback(self, state: dict[str, Any]) -> None:
+        """Drop a trace that would go on over steps before its first; another starts there."""
+        if self._profiler is not None and self.run.clock.step <= self._first:
+            self._profiler.stop()
+            self._profiler = None
+
     def on_end(self) -> None:
         """Write the current trace, complete or not."""
         if self._profiler is None:

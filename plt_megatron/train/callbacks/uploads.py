@@ -42,7 +42,9 @@ class Uploads(Callback):
         self._reported = 0  # number of records of uploads.jsonl
         self._trying_again = False  # after the last step
         self._failed: set[tuple[str, int]] = set()  # since something was added
-        # An upload is stuck if it makes no progress for as long as a rank may be silent while it saves.
+        self._heard_error = False  # the current process has recorded a failure
+        # An upload is stuck if it makes no progress for as long as a rank may be silent while it saves. So is one that
+        # waits as long for an upload by hand, which may itself be stuck: the run does not wait for that for ever.
         self._patience_s = 60 * run.config.parallel.distributed_timeout_minutes
 
     def on_start(self) -> None:
@@ -109,6 +111,7 @@ class Uploads(Callback):
     def _start(self) -> None:
         if self._process is None and self._untried():
             command = ["upload", str(self.run.folder.path), "--waiting"]
+            self._heard_error = False
             try:
                 self._process = BesideProcess(command, self._queue.path / "log")
             except OSError as error:
@@ -123,7 +126,8 @@ class Uploads(Callback):
             self._look()
             return
         process, self._process = self._process, None
-        if status not in (0, 1):  # it could not start, or died
+        # It could not start, or died: a Python exception has the status of an upload that failed, and records nothing.
+        if status not in (0, 1) or (status == 1 and not self._heard_error):
             self._fail_all(process.last_words())
         self._start()  # with what was added while it was ending
 
@@ -132,6 +136,7 @@ class Uploads(Callback):
         for record in self._records()[self._reported :]:
             self._reported += 1
             if "error" in record:
+                self._heard_error = True
                 self._failed.add((record["what"], record["step"]))
                 of = f"the {record['what']} of step {record['step']}"
                 self.run.say(f"warning: the upload of {of} failed: {record['error']}")
@@ -193,7 +198,8 @@ def _check(config: RunConfig) -> None:
     if not folder.config_file.is_file():  # started without plt train; the command below reads it
         folder.save_config(config)
     command = [*own_python(), "-m", "plt_megatron", "upload", str(folder.path), "--check"]
-    minutes = min(_SHARE * config.parallel.distributed_timeout_minutes, 24 * 60)  # Python waits for 24 days at most
+    # A day at most: Python can wait for no more than 24.
+    minutes = min(_SHARE * config.parallel.distributed_timeout_minutes, 24 * 60)
     try:
         found = subprocess.run(
             command, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60 * minutes

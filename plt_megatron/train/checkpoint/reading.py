@@ -91,6 +91,7 @@ class Weights:
         has_part = any(key.startswith(self._prefix) for key in self._tensors)
         model = sorted(key for key in self._tensors if not key.startswith(_NO_WEIGHTS))
         self.names = [name for key in model for name in self._names_of(key)] if has_part else []
+        self._known = frozenset(self.names)
 
     def read(self, name: str) -> Tensor:
         """Return a tensor, on the CPU. Raises `KeyError` if there is none of that name."""
@@ -108,7 +109,7 @@ class Weights:
 
     def _stored_at(self, name: str) -> tuple[str, tuple[int, ...]]:
         """Return `stored_at` of the part's tensor or, if it lacks one, of the model's."""
-        for prefix in (self._prefix, ""):
+        for prefix in (self._prefix, "") if name in self._known else ():
             for in_all_layers in (True, False):
                 key, place = stored_at(name, in_all_layers=in_all_layers)
                 if prefix + key in self._tensors:

@@ -82,7 +82,7 @@ def test_each_damaged_one_is_named_until_a_whole_one_is_found(tmp_path, caplog):
     assert _step(latest_checkpoint(tmp_path, verify=False)) == 3
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"files": 3}', '{"files": {"a": 1}}', "\x00\xff"])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"files": 3}', '{"files": {"a": 1}}', "\x00\xff", "[" * 99_999])
 def test_a_manifest_of_nonsense_is_damage_not_a_crash(tmp_path, content):
     path = _save(tmp_path, 1)
     (path / "manifest.json").write_text(content)

@@ -271,3 +271,15 @@ def test_a_bare_python_gets_an_answer_and_status_1(tmp_path):
 def test_this_machine_can_train():
     """The suite runs here, so the doctor had better agree."""
     assert json.loads(run([sys.executable, "tools/doctor.py", "--json"]).stdout)["can_train"] is True
+
+
+@pytest.mark.parametrize(("wanted", "is_in"), [(">=2.9", True), (">=2.9.1", False), (">=2.8,<2.9", False)])
+def test_a_containers_build_counts_as_the_version_that_it_precedes(wanted, is_in):
+    assert doctor._in_range("2.9.0a0+145a3a7bda.nv25.10", wanted) is is_in
+
+
+def test_without_packaging_the_rest_is_judged(monkeypatch):
+    for name in ("packaging", "packaging.requirements"):
+        monkeypatch.setitem(sys.modules, name, None)
+    seen = Machine(packages={"zstandard": "0.25", "pyarrow": "20"})
+    assert {each.name: each.state for each in doctor.judge(seen).capabilities}[".zst and Parquet input"] == "yes"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 from unittest.mock import Mock
 
@@ -14,6 +16,7 @@ from plt_megatron.config.layout import ParallelLayout
 from plt_megatron.config.schema import ParallelConfig
 from plt_megatron.errors import UserError
 from plt_megatron.launcher.watchdog import Watchdog
+from plt_megatron.runtime import process_groups
 from plt_megatron.runtime.cpu_runtime import enter_cpu_runtime
 from plt_megatron.runtime.process_groups import destroy_process_groups, init_process_groups
 
@@ -87,6 +90,16 @@ def test_groups_and_coordinates_are_those_of_megatron_core(world, layout):
 def test_a_world_of_another_size_is_refused(world):
     with pytest.raises(UserError, match="parallel: 8 processes: tensor 3 x pipeline 1 parallel needs a multiple of 3"):
         init_process_groups(ParallelConfig(tensor_model_parallel_size=3))
+
+
+@pytest.mark.parametrize(
+    ("environment", "alone"), [({}, True), ({"MASTER_ADDR": "node1"}, True), ({"MASTER_ADDR": "a", "RANK": "0"}, False)]
+)
+def test_a_process_that_no_launcher_gave_a_rank_is_a_job_of_its_own(environment, alone, monkeypatch):
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(dist, "init_process_group", joined := Mock())
+    process_groups._init_torch_distributed(1, timedelta(seconds=1))
+    assert ("store" in joined.call_args.kwargs) == alone
 
 
 @pytest.mark.parametrize(("minutes", "seconds"), [(1.9, 1000.0), (10.0, 300.0), (0.01, 2.0)])

@@ -135,7 +135,7 @@ def test_a_journal_that_cannot_be_read_is_said_and_nothing_is_sent(tmp_path, sen
     assert sent == []
 
 
-@pytest.mark.parametrize("damaged", [b"{", b"\0" * 9, b"\xff{", b"[]"])
+@pytest.mark.parametrize("damaged", [b"{", b"\0" * 9, b"\xff{", b"[]", b"[" * 200_000, b"1" * 5000], ids=len)
 def test_a_damaged_journal_is_an_empty_one(tmp_path, sent, monkeypatch, damaged):
     export, target = a_killed_upload(tmp_path, monkeypatch)
     (target / copies.JOURNAL).write_bytes(damaged)
@@ -266,6 +266,9 @@ def test_the_checkpoint_that_a_url_means(tmp_path, cut, after):
     [
         ("{", "is damaged"),
         ("[]", "is damaged"),
+        pytest.param("[" * 200_000, "is damaged", id="deep"),
+        pytest.param("1" * 5000, "is damaged", id="long"),
+        ('{"format": 1, "files": {"a": {"bytes": 1e999, "sha256": "00"}}}', "is damaged"),
         ('{"format": 1, "files": {"a": {"bytes": 1}}}', "is damaged"),
         ('{"format": 1, "files": {"a": {"bytes": "many", "sha256": "00"}}}', "is damaged"),
         ('{"format": 99, "files": {}}', "newer than this program"),
@@ -284,6 +287,27 @@ def test_what_there_is_nothing_of_is_not_uploaded(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="the folder is empty"):
         index_of(tmp_path / "empty")
+
+
+def test_every_file_of_a_folder_is_sent_but_the_marks_of_the_copy_that_it_may_be(tmp_path):
+    export = an_export(tmp_path / "export")
+    (export / "deeper").mkdir()
+    for name in ("upload.json", "upload.partial.json"):
+        (export / name).write_text("an earlier copy's")
+        (export / "deeper" / name).write_text("a file like any other")
+    expected = contents(export).keys() - {"upload.json", "upload.partial.json"}
+    upload(export, place_at(tmp_path / "there"))
+    there = contents(tmp_path / "there")
+    assert json.loads(there.pop("upload.json"))["files"].keys() == there.keys() == expected
+
+
+@pytest.mark.parametrize("target", ["gone", ".", "link"], ids=["nowhere", "a folder", "itself"])
+def test_a_link_to_no_file_is_not_left_out(tmp_path, target):
+    export = an_export(tmp_path / "export")
+    (export / "link").symlink_to(target)
+    with pytest.raises(UserError, match="export/link: cannot be read"):
+        upload(export, place_at(tmp_path / "there"))
+    assert not (tmp_path / "there").exists()
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,22 @@ def test_the_queue_holds_links_and_of_checkpoints_the_newest(tmp_path):
     assert [entry.folder.name for entry in queue.waiting()] == ["step_00000002", "step_00000004"]
 
 
+def test_a_kill_while_an_entry_is_replaced_leaves_no_part_of_it(tmp_path, monkeypatch):
+    run = a_run(tmp_path)
+    export = an_export(run.exports / "step_00000002")
+    UploadQueue(run).add(EXPORT, export)
+
+    def killed(folder: Path, **how: Any) -> None:
+        if folder.is_dir():
+            next(folder.iterdir()).unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        UploadQueue(run).add(EXPORT, export)
+    assert UploadQueue(run).waiting() == []
+
+
 def test_a_folder_that_cannot_be_emptied_is_in_nobodys_way(tmp_path, monkeypatch):
     """As NFS keeps one in which another process has a file open; at the next start it goes."""
     queue = UploadQueue(a_run(tmp_path))
@@ -257,6 +273,8 @@ def test_a_manifest_that_was_cut_short_displaces_no_checkpoint(tmp_path, cut):
         (["config.yaml"], "/mine/config.yaml is a file: give its folder, "),
         (["nowhere", "--to", "file:///tmp/x"], "nowhere: no such folder"),
         (["nowhere", "--to", "bucket/x"], "--to: bucket/x is not a URL"),
+        (["nowhere", "--to", "file:///"], "--to: file:/// names no folder"),
+        (["nowhere", "--to", "s3:///"], "--to: s3:/// names no folder"),
         (["nowhere", "--to", "hf://owner/name"], "hf://owner/name names no revision"),
         (["nowhere", "--to", "hf://owner/name@main", "--verify"], "a hub compares SHA-256 itself; leave --verify out"),
         (["run", "--to", "file:///tmp/x"], "--to is for one export or checkpoint"),

@@ -43,6 +43,10 @@ def test_a_disk_that_does_not_answer_leaves_the_run_to_the_next_attempt(error, s
     assert run.config_file.exists() == (status == ExitStatus.FAILED)
 
 
+def test_without_a_configuration_it_says_how_it_is_used(capsys):
+    assert module.main([]) == 2 and capsys.readouterr().err.startswith("usage: ")
+
+
 @pytest.mark.parametrize(("local", "says"), [("0", True), ("1", False)])
 def test_a_node_says_what_it_lacks(local, says, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("RANK", "9")

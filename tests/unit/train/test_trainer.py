@@ -85,6 +85,12 @@ def test_a_run_that_another_launcher_starts_has_its_configuration_too(started_be
     assert folder.config() == (RunConfig(name="before") if started_before else config)
 
 
+def test_asked_for_both_a_run_stops_and_leaves_neither_file_to_the_next_job(request_of_one_rank, tmp_path):
+    for name in ("SAVE", "STOP"):
+        (tmp_path / name).touch()
+    assert request_of_one_rank.agree() and request_of_one_rank.requested and not list(tmp_path.iterdir())
+
+
 def test_saving_is_asked_for_once_and_stopping_for_good(request_of_one_rank, tmp_path):
     (tmp_path / "SAVE").touch()
     assert request_of_one_rank.agree() and not request_of_one_rank.requested

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,11 @@ def rank(monkeypatch: pytest.MonkeyPatch):
     return lambda number: monkeypatch.setattr("torch.distributed.get_rank", lambda: number)
 
 
+def steps_in(trace: Path) -> list[str]:
+    names = [str(event.get("name")) for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]]
+    return sorted(name for name in names if name.startswith("step "))
+
+
 def test_a_trace_holds_the_chosen_steps_alone(tmp_path, rank):
     rank(1)
     run = a_run(tmp_path, profile=ProfileConfig(4, 2, [1]))
@@ -32,9 +38,22 @@ def test_a_trace_holds_the_chosen_steps_alone(tmp_path, rank):
     path = tmp_path / "profile" / "rank_0001_steps_3-4.json.gz"
     line = f"wrote profiler trace {path}"
     assert written == [[], [], [], [], [line], [line]]
-    names = {event.get("name") for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]}
-    assert {name for name in names if str(name).startswith("step ")} == {"step 3", "step 4"}
-    assert "aten::sum" in names
+    assert steps_in(path) == ["step 3", "step 4"] and b"aten::sum" in gzip.decompress(path.read_bytes())
+
+
+@pytest.mark.parametrize("back_to", [0, 3])
+def test_a_rollback_to_before_its_steps_begins_the_trace_anew(tmp_path, rank, back_to):
+    rank(0)
+    run = a_run(tmp_path, profile=ProfileConfig(4, 2))
+    profiling = Profiling(run)
+    for number in (2, 3, *range(back_to + 1, 6)):
+        if number == back_to + 1:
+            run.clock.step = back_to
+            profiling.on_rollback({})
+        profiling.before_step(Step(number, [], 1, 1, 1))
+        with torch.profiler.record_function(f"step {number}"):
+            torch.ones(3).sum()
+    assert steps_in(tmp_path / "profile" / "rank_0000_steps_3-4.json.gz") == ["step 3", "step 4"]
 
 
 def test_a_run_that_ends_early_leaves_what_was_traced(tmp_path, rank):

@@ -32,7 +32,7 @@ class StandIn:
 
     started: list[StandIn] = []
     stuck = False
-    dies = False
+    dies = 0  # with this status
 
     def __init__(self, command: list[str], log: Path) -> None:
         assert command[0] == "upload" and command[2:] == ["--waiting"]
@@ -41,7 +41,7 @@ class StandIn:
 
     def poll(self) -> int | None:
         if StandIn.dies:
-            return 2
+            return StandIn.dies
         if StandIn.stuck:
             return None
         return 0 if RunUploads(self.folder.config(), self.folder, lambda line: None).work() else 1
@@ -176,13 +176,14 @@ def test_at_the_end_what_cannot_be_uploaded_is_left_to_the_command(run, callback
     assert run.said[-1] == f"warning: 1 checkpoint could not be uploaded; retry with plt upload {run.folder.path}"
 
 
-def test_a_process_that_dies_or_does_not_move_is_reported_once(run, callback, monkeypatch):
-    StandIn.dies = True
+@pytest.mark.parametrize("status", [1, 2, -9])  # a Python exception's is 1
+def test_a_process_that_dies_or_does_not_move_is_reported_once(run, callback, monkeypatch, status):
+    StandIn.dies = status
     save(run, callback, 2)
     for _ in range(3):
         callback.after_step()
     assert run.said == ["warning: the upload of 1 checkpoint failed: it has no credentials"]
-    StandIn.dies, StandIn.stuck = False, True
+    StandIn.dies, StandIn.stuck = 0, True
     save(run, callback, 4)
     monkeypatch.setattr(uploads, "_LOOK_S", 0.0)
     callback.after_step()
@@ -228,6 +229,7 @@ def test_where_no_links_can_be_made_it_says_so(run, callback, monkeypatch):
     monkeypatch.setattr("os.link", Mock(side_effect=OSError(95, "Operation not supported")))
     save(run, callback, 4)
     assert len(run.said) == 1 and "is not uploaded" in run.said[0] and "not supported" in run.said[0]
+    assert "None" not in run.said[0]
 
 
 def test_a_process_beside_training_is_no_rank_and_is_seen_to_move(tmp_path, monkeypatch):
