@@ -22,7 +22,7 @@ from plt_megatron.run_folder.files import publish
 from plt_megatron.runtime.environment import FLASH_FIRST, quiet_imports
 
 CONFIG = "config.json"  # of a Hugging Face folder
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d+)?)\s*(?:([KMGT])(i?))?B?", re.IGNORECASE)
 
 
 def check_target(target: Path) -> None:
@@ -104,7 +104,7 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     size = 0
     if match:
-        power = " KMGT".index(match[2].upper() or " ")
+        power = " KMGT".index((match[2] or " ").upper())
         size = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
     if size < 1:
         raise UserError(f"{text!r} is not a size: give bytes, or something like 5GB")

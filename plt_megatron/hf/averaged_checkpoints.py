@@ -47,7 +47,7 @@ def find_checkpoints(options: AverageOptions) -> tuple[list[Path], list[float]]:
 
 def _find(options: AverageOptions) -> list[Path]:
     if options.last is not None:
-        return _last(options.sources, options.last)
+        return _last(options.sources, options.last, fewest=1 if options.ema else 2)
     paths = [_named(source) for source in options.sources]
     resolved = [path.resolve() for path in paths]
     double = next((path for path, real in zip(paths, resolved, strict=True) if resolved.count(real) > 1), None)
@@ -61,7 +61,7 @@ def _find(options: AverageOptions) -> list[Path]:
 def _named(source: str) -> Path:
     """Return the checkpoint that `RUN@STEP` or a path refers to."""
     run, at, step = source.rpartition("@")
-    if at and step.isdigit() and not Path(source).exists():
+    if at and step.isdecimal() and not Path(source).exists():
         if not Path(run).is_dir():
             raise UserError(f"{source}: there is no run {run}")
         return RunFolder(run).checkpoint_at(int(step))
@@ -73,11 +73,11 @@ def _named(source: str) -> Path:
     return path
 
 
-def _last(sources: Sequence[str], count: int) -> list[Path]:
+def _last(sources: Sequence[str], count: int, fewest: int) -> list[Path]:
     if len(sources) != 1 or "@" in Path(sources[0]).name:
         raise UserError(f"--last {count} takes the folder of one run, not {', '.join(sources)}")
-    if count < 2:
-        raise UserError(f"--last {count}: an average needs two checkpoints or more")
+    if count < fewest:
+        raise UserError(f"--last {count}: an average needs two checkpoints or more, or --ema and one")
     found = checkpoints.candidates(Path(sources[0]))
     if len(found) < count:
         raise UserError(

@@ -235,7 +235,7 @@ def read_config(folder: Path) -> HFModelConfig:
     check_hf_folder(folder)
     keys = read_json_object(path)
     family = keys.get("model_type")
-    if family not in _FAMILIES:
+    if not isinstance(family, str) or family not in _FAMILIES:
         known = ", ".join(sorted(_FAMILIES))
         raise UserError(f"{path}: model_type {family!r} is not one that can be converted ({known})")
     try:

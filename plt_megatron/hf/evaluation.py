@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.errors import UserError, first_line
-from plt_megatron.run_folder.files import write_text
+from plt_megatron.run_folder.files import write_bytes
 from plt_megatron.run_folder.metrics import write_scores
 from plt_megatron.run_folder.text import pipe_facts, plural
 from plt_megatron.runtime.environment import FLASH_FIRST
@@ -150,6 +150,6 @@ def _write_on_card(card: Path, scores: Mapping[str, float], limit: int | None, c
     facts += [("rows of each task", str(limit))] if limit else []
     facts += [("asked in", "the chat template")] if chat else []
     section = f"{_HEADING}\n\nlm-evaluation-harness:\n\n{pipe_facts(facts)}\n"
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    text = card.read_text(encoding="utf-8", errors="surrogateescape") if card.is_file() else ""  # keeps all bytes
     text = re.sub(rf"\n*^{_HEADING}\n.*?(?=^## |\Z)", "\n\n", text, flags=re.MULTILINE | re.DOTALL).rstrip()
-    write_text(card, f"{text}\n\n{section}" if text else section)
+    write_bytes(card, (f"{text}\n\n{section}" if text else section).encode(errors="surrogateescape"))

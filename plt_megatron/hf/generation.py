@@ -18,6 +18,7 @@ from typing import Any
 from plt_megatron.errors import UserError, first_line
 from plt_megatron.extras import require
 from plt_megatron.hf.sources import open_source
+from plt_megatron.hf.tokenizer_files import check_vocabulary
 
 
 def load_export(folder: Path) -> tuple[Any, Any]:
@@ -36,6 +37,7 @@ def load_export(folder: Path) -> tuple[Any, Any]:
     source = open_source(folder)  # checks the tensors
     if source.tokenizer is None:
         raise UserError(f"{folder}: the model has no tokenizer")
+    check_vocabulary(source.tokenizer, source.vocab_size, None)
     logging.disable_progress_bar()
     kind = PLTForCausalLM if source.family == PLTConfig.model_type else AutoModelForCausalLM
     try:
@@ -79,10 +81,11 @@ def generate(
         UserError: `folder` is not a complete export, the prompt is empty, a number cannot be, there is no chat
             template, or transformers is missing.
     """
-    if max_new_tokens < 1 or not 0 <= temperature < math.inf or not 0 <= seed < 2**32:
+    coldest = 1e-6  # of sampling: logits divided by less may not be finite
+    if max_new_tokens < 1 or not (temperature == 0 or coldest <= temperature < math.inf) or not 0 <= seed < 2**32:
         raise UserError(
             f"max_new_tokens {max_new_tokens}, temperature {temperature}, seed {seed}: give at least 1 token, a "
-            f"temperature of at least 0 and a seed from 0 to {2**32 - 1}"
+            f"temperature of 0 or at least {coldest} and a seed from 0 to {2**32 - 1}"
         )
     try:
         prompt.encode("utf-8")
@@ -148,11 +151,16 @@ def _check_length(context: int, given: int, new: int) -> None:
 def _inputs(tokenizer: Any, prompt: str, chat: bool) -> Any:
     if not chat:
         return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    import jinja2
+
     message = {"role": "user", "content": prompt}
-    return tokenizer.apply_chat_template(
-        [message],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-        tokenizer_kwargs={"return_token_type_ids": False},
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            [message],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+            tokenizer_kwargs={"return_token_type_ids": False},
+        )
+    except (jinja2.TemplateError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"the model's chat template cannot render the prompt: {first_line(error)}") from error

@@ -101,7 +101,7 @@ def _load(path: Path) -> tuple[Any, Any, Any]:
         loaded: Any = AutoModelForCausalLM.from_pretrained(**source)
     except UserError:
         raise
-    except (ValueError, LookupError, OSError, RuntimeError) as error:  # the last where shapes differ
+    except Exception as error:  # tokenizers' and the configurations' checks raise types of their own
         raise UserError(f"{path}: transformers cannot read it ({first_line(error)})") from error
     model, info = loaded
     _check_read(reader, model, info["missing_keys"], path)
@@ -169,7 +169,7 @@ class ImportResult:
         model: the imported model's settings.
         new_loops: whether the files have a one-loop model and the import has several loops.
         fresh: number of tensors that the files lack and that start as in a new model: gates, their norms, loop scales.
-        dropped: number of tensors in the files that the model does not use.
+        dropped: number of tensors that the model does not use, of those that the files have by their config.json.
         tokenizer: the copy that training reads, None if there was none.
     """
 

@@ -454,7 +454,7 @@ class PLTCache(Cache):
         for layer in self.layers:
             for tensor in layer.tensors():
                 by_token = tensor is layer.keys or tensor is layer.values
-                held = int(self.length) / tensor.shape[3] if by_token and not allocated else 1.0
+                held = int(self.length) / max(tensor.shape[3], 1) if by_token and not allocated else 1.0
                 total += round(tensor.nbytes * held)
         return total
 

@@ -238,7 +238,7 @@ def hf_precision(files: SafetensorsFolder) -> str:
         if dtype not in DTYPES:
             raise UserError(f"{files.folder}: {name} is of type {dtype}; only {', '.join(DTYPES)} can be converted")
     kinds = {DTYPES[dtype] for name, dtype in files.dtypes.items() if not is_buffer(name)}
-    if len(kinds) > 1:
+    if len(kinds) != 1:  # none: what is missing is said where the tensors are checked
         return "fp32"
     return next(name for name, dtype in PRECISIONS.items() if dtype in kinds)
 

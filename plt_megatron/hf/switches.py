@@ -2,7 +2,7 @@
 
 A switch is described here, by its key in `configuration_plt.py`, and by what it does in `modeling_plt.py`; exports,
 imports and the model card follow. It has one default, in `ModelConfig` and `PLTConfig`, which is what an older export
-without the key, a plain Llama and LoopCoder-v2 have.
+without the key and a plain Llama have, and LoopCoder-v2 but for what its import states.
 """
 
 from __future__ import annotations

@@ -88,8 +88,10 @@ def _main(path: str, tokenizer: str | None, ema: bool, folder: str, precision: s
 
 
 def _tokens(source: ModelSource, folder: Path) -> Tensor:
-    """Return a text of more than two windows if the model takes that much, [1, n]; without a tokenizer, random ids."""
-    length = min(source.max_position_embeddings, max(2 * source.model.window_size + 32, 64), 512)
+    """Return a text of more than two windows, or of more than one where two are over 512 tokens, if the model takes
+    that much, [1, n]; without a tokenizer, random ids."""
+    window = source.model.window_size
+    length = min(source.max_position_embeddings, max(min(2 * window + 32, 512), window + 32, 64))
     generator = torch.Generator().manual_seed(1234)
     ids: list[int] = []
     if source.tokenizer is not None:

@@ -131,7 +131,7 @@ class ExpertStatistics:
         for tensor in (self._chosen, self._dropped, self._as_first, *self._losses.values()):
             dist.all_reduce(tensor)
         totals = self._chosen.sum(dim=(1, 2))
-        even = self._chosen.mean(dim=2, keepdim=True).clamp(min=1.0)
+        even = self._chosen.mean(dim=2, keepdim=True).clamp(min=1e-9)
         ran = (self._chosen.sum(dim=2) > 0).sum(dim=1, keepdim=True).clamp(min=1)  # layers; some run in one loop only
         load = (self._chosen / even).sort(dim=2, descending=True).values.sum(dim=1) / ran
         overlap = (self._as_first / totals.clamp(min=1.0)).tolist()
@@ -163,7 +163,7 @@ class LoopStatistics:
     ) -> None:
         self.experts = experts
         self._gates = torch.zeros(loop_count, num_layers, 2, dtype=torch.float64, device=device)
-        self._hidden = torch.zeros(loop_count, 3, dtype=torch.float64, device=device)
+        self._hidden = torch.zeros(loop_count, 4, dtype=torch.float64, device=device)
         self._previous: Tensor | None = None
 
     @torch.no_grad()
@@ -182,6 +182,7 @@ class LoopStatistics:
             self._hidden[loop - 1, 2] += hidden_states.shape[:2].numel()
             if self._previous is not None:
                 self._hidden[loop - 1, 1] += (hidden_states - self._previous).norm(dim=-1).double().sum()
+                self._hidden[loop - 1, 3] += hidden_states.shape[:2].numel()
         self._previous = hidden_states
 
     def reduce(self) -> dict[str, list]:
@@ -198,8 +199,8 @@ class LoopStatistics:
         gates, hidden = self._gates.sum(dim=1).tolist(), self._hidden.tolist()
         return {
             "gate_mean": [total / count if count else None for total, count in gates],
-            "hidden_norm": [norm / count if count else None for norm, _, count in hidden],
-            "step_size": [step / count if count and step else None for _, step, count in hidden],
+            "hidden_norm": [norm / count if count else None for norm, _, count, _ in hidden],
+            "step_size": [step / steps if steps else None for _, step, _, steps in hidden],
         } | ({} if self.experts is None else self.experts.reduce())
 
 
@@ -220,7 +221,7 @@ class Documents:
 
     Attributes:
         starts: bool [b, s], True at each document's first token. A row's first token always starts a document.
-        segments: int [b, s], the index of a token's document within its row.
+        segments: int [b, s], the number of a token's document within its row, from 1.
         lengths: `document_lengths(starts)`; if known at construction, nothing is read from the device.
     """
 

@@ -47,7 +47,7 @@ class MicroBatch:
 
     Attributes:
         tokens: int64 token ids.
-        position_ids: int64; None: 0, 1, 2 .. from the start of each row or document.
+        position_ids: int64, read with `document_starts`; None: 0, 1, 2 .. from the start of each row or document.
         labels: int64, or None for logits instead of losses.
         loss_mask: float, 1 where a token counts in the loss; None: everywhere.
         document_starts: bool, True at each packed document's first token; None: a row is one text.

@@ -216,6 +216,9 @@ def test_early_initialization_allocates_everything():
     cache = model.new_cache(16)
     cache.early_initialization(batch_size=2, num_heads=2, head_dim=16, dtype=torch.float32, device="cpu")
     assert cache.is_initialized and cache.is_compileable and cache.carry.last.shape == (2, 1, 64)
+    growing = PLTCache(model.config)
+    growing.early_initialization(batch_size=2, num_heads=2, head_dim=16, dtype=torch.float32, device="cpu")
+    assert growing.memory_bytes() > 0
     rows = [make_tokens(12), make_tokens(7, seed=2)]
     tokens, mask = left_pad(rows)
     logits = decode(model, tokens, 8, cache, mask)

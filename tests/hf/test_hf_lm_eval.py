@@ -25,7 +25,7 @@ def folder(tmp_path):
     """An export in `model`, and tasks."""
     make_model(loop_count=2).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "model/README.md").write_text("# model\n\n## Evaluation\n\nold\n\n## Use\n\nso\n")
+    (tmp_path / "model/README.md").write_bytes(b"# caf\xe9\n\n## Evaluation\n\nold\n\n## Use\n\nso\n")  # Latin-1
     rows = [{"question": f"w{i} w{i + 1} w7", "choices": ["w5", "w6 w8"], "answer": i % 2} for i in range(3, 9)]
     write_tasks(tmp_path, rows, stop="w9")
     return tmp_path
@@ -57,8 +57,8 @@ def test_plt_evaluate(folder):
     assert {"choice/acc", "choice/acc_stderr", "write/exact_match"} <= set(scores)
     assert scores["choice/acc"] in (0, 0.25, 0.5, 0.75, 1)
     assert ["choice/acc", f"{scores['choice/acc']:.4f}"] in [line.split() for line in done.stdout.splitlines()]
-    card = (folder / "model/README.md").read_text()
-    assert card.startswith("# model\n\n## Use\n\nso\n\n## Evaluation\n") and "old" not in card
+    card = (folder / "model/README.md").read_text(errors="surrogateescape")
+    assert card.startswith("# caf\udce9\n\n## Use\n\nso\n\n## Evaluation\n") and "old" not in card
     assert f"| choice/acc | {scores['choice/acc']:.4f} |" in card and "| rows of each task | 4 |" in card
 
 

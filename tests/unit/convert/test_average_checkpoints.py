@@ -155,6 +155,8 @@ REFUSED = {
     "no weight": (["mine@2", "mine@4"], {"weights": [float("nan"), 1]}, "--weights: nan is not a positive number"),
     "more than there are": (["mine"], {"last": 4}, "mine has 3 checkpoints, fewer than --last 4"),
     "the last one": (["mine"], {"last": 1}, "--last 1: an average needs two checkpoints or more"),
+    "the last one of no moving average": (["mine"], {"last": 1, "ema": True}, "step_00000006 has no moving average"),
+    "no digit of ours": (["mine@2", "mine@²"], {}, "mine@²: no such checkpoint"),
     "the last of two runs": (["mine", "wide"], {"last": 2}, "--last 2 takes the folder of one run, not mine, wide"),
     "the last of a step": (["mine@2"], {"last": 2}, "--last 2 takes the folder of one run, not mine@2"),
     "no moving average": (["mine@2", "mine@4"], {"ema": True}, "step_00000002 has no moving average of its weights"),

@@ -324,6 +324,7 @@ def test_keys_are_read_as_the_familys_own_model_reads_them(tmp_path):
     [
         ("llama", {"model_type": "gpt_neox"}, r"model_type 'gpt_neox' is not one that can be converted \(iquest"),
         ("llama", {"model_type": None}, "model_type None is not one"),
+        ("llama", {"model_type": ["llama"]}, r"model_type \['llama'\] is not one"),
         ("llama", {"attention_bias": True}, "attention_bias True is not supported, only False"),
         ("llama", {"mlp_bias": True}, "mlp_bias True is not supported"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported, only 'silu'"),
@@ -367,6 +368,9 @@ def test_broken_folders(tmp_path):
     refuse_import(folder, f"{name} is of type I8; only F32, BF16, F16 can be converted")
     save_file({key: tensor for key, tensor in tensors.items() if key != name}, shard)
     refuse_import(folder, f"{name} is not in {shard.name}")
+    shutil.copytree(folder, tmp_path / "none", ignore=shutil.ignore_patterns("model*"))
+    save_file({}, tmp_path / "none" / "model.safetensors")
+    refuse_import(tmp_path / "none", "lacks tensors ")
     shard.unlink()
     refuse_import(folder, f"{shard.name} is missing")
     for content, problem in (("{", "valid JSON"), ("[]", "a JSON object")):

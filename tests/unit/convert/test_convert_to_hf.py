@@ -6,6 +6,8 @@ import json
 import signal
 import weakref
 from importlib.metadata import version
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -211,3 +213,14 @@ def test_the_command(tmp_path, run, monkeypatch, capsys):
     assert f"{out}: 24 tensors" in capsys.readouterr().out
     assert command.main(arguments) == 2
     assert capsys.readouterr().err == f"error: {out} exists: remove it, or choose another --output\n"
+
+
+@pytest.mark.parametrize(
+    ("window", "context", "tokens"), [(4, 4096, 64), (64, 4096, 160), (1024, 4096, 1056), (64, 96, 96)]
+)
+def test_the_verifications_text_is_longer_than_the_window(window, context, tokens):
+    from plt_megatron.hf.verification import _tokens
+
+    source = Mock(max_position_embeddings=context, vocab_size=50, tokenizer=None)
+    source.model.window_size = window
+    assert _tokens(source, Path()).shape == (1, tokens)

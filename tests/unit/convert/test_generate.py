@@ -85,6 +85,10 @@ def test_a_chat(generate, exported, copy):
     assert "--chat" in plain.stderr and "--chat" not in chat.stderr
     with pytest.raises(UserError, match=r"no chat template"):
         generation.generate(str(exported), "the loop", 4, 0.0, 0, chat=True)
+    for template in ("{{ raise_exception('a system message is needed') }}", "{{ messages +"):
+        (copy / "chat_template.jinja").write_text(template)
+        with pytest.raises(UserError, match="chat template cannot render the prompt"):
+            generation.generate(str(copy), "the loop", 4, 0.0, 0, chat=True)
 
 
 @pytest.mark.parametrize("value", ["-1", "nan", "inf"])
@@ -103,7 +107,9 @@ def test_the_callers_random_state_stays(exported, monkeypatch):
     assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
 
 
-@pytest.mark.parametrize("numbers", [(0, 0.8, 0), (4, -0.1, 0), (4, math.nan, 0), (4, 0.8, 2**32), (4, 0.8, -1)])
+@pytest.mark.parametrize(
+    "numbers", [(0, 0.8, 0), (4, -0.1, 0), (4, 1e-40, 0), (4, math.nan, 0), (4, 0.8, 2**32), (4, 0.8, -1)]
+)
 def test_numbers_that_cannot_be_from_a_program(exported, numbers):
     with pytest.raises(UserError, match="max_new_tokens {}, temperature {}, seed {}:".format(*numbers)):
         generation.generate(str(exported), "the loop", *numbers)
@@ -133,7 +139,17 @@ def drop_file(folder: Path) -> None:
     index.write_text(json.dumps(content))
 
 
+def drop_ids(folder: Path) -> None:
+    """The model lacks the tokenizer's last ids."""
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        ends = {name for name in tensors if name in ("model.embed_tokens.weight", "lm_head.weight")}
+        save_file(tensors | {name: tensors[name][:40].clone() for name in ends}, path)
+    update_json(folder / "config.json", vocab_size=40)
+
+
 DAMAGES = {
+    "a tokenizer of more ids": (drop_ids, "ids, the model's vocabulary 40: it belongs to another model"),
     "truncated": (truncate, r"model-00001-of-\d+\.safetensors: not a safetensors file, or a damaged one"),
     "wrong shape": (name_other_shapes, r"model\.embed_tokens\.weight"),
     "a tensor is nowhere": (drop_file, r"lacks tensor"),

@@ -118,6 +118,13 @@ def test_a_temporary_folder_that_is_too_small_is_named(tmp_path: Path, monkeypat
     assert not list((tmp_path / "small").glob("plt-gguf-*"))
 
 
+def test_what_the_tokenizers_library_raises_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    merges = Exception("Error while initializing BPE: Token `ab` out of vocabulary")  # no type of its own
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", Mock(side_effect=merges))
+    refuse_import(tmp_path / "tiny.gguf", r"tiny\.gguf: transformers cannot read it \(Error while initializing BPE")
+
+
 @pytest.mark.parametrize("content", [b"GGUF", b"not one at all", b""])
 def test_a_broken_file_is_one_line(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "broken.gguf").write_bytes(content)

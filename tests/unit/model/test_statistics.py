@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.distributed import checkpoint_jobs as jobs
 from tests.unit.model.tiny_models import build, draw
@@ -42,3 +43,25 @@ def test_the_last_loop_is_normed_where_something_reads_it(span, norms):
     statistics = LoopStatistics(3, 2, tokens.device)
     assert stage(MicroBatch(tokens, statistics=statistics)).equal(without)
     assert all(norm == pytest.approx(4, rel=0.5) for norm in statistics.reduce()["hidden_norm"]), "of 16 channels"
+
+
+def test_a_loop_that_moves_nothing_has_a_step_of_zero_and_only_an_unknown_step_is_none():
+    from plt_megatron.model.loop_context import LoopStatistics
+
+    first, second = torch.zeros(3, 2, 4), torch.ones(3, 2, 4)
+    for seen, expected in (((first, second, second), [2, 0]), ((None, second, second), [None, 0])):
+        statistics = LoopStatistics(2, 1, torch.device("cpu"))
+        for loop, hidden_states in enumerate(seen):
+            if hidden_states is not None:
+                statistics.add_hidden(loop, hidden_states)
+        record = statistics.reduce()
+        assert (record["step_size"], record["hidden_norm"]) == (expected, [2, 2])
+
+
+def test_the_load_of_an_expert_is_relative_to_an_even_one_however_few_tokens_there_are():
+    from plt_megatron.model.loop_context import ExpertStatistics
+
+    statistics, chosen = ExpertStatistics(1, 1, 8, torch.device("cpu")), torch.zeros(4, 8, dtype=torch.bool)
+    chosen[:, 3] = True
+    statistics.add_routing(1, 1, chosen, chosen)
+    assert statistics.reduce()["expert_load"] == [[8, 0, 0, 0, 0, 0, 0, 0]]
