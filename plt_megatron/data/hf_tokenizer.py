@@ -28,18 +28,36 @@ _NEVER = -1e9
 def build_tokenizer_json(model: Path) -> dict[str, str]:
     """Return the contents of `tokenizer.json` and `tokenizer_config.json` for a sentencepiece model.
 
-    Only models without normalization and with byte fallback can be expressed; others raise `UserError`.
+    What cannot be expressed raises `UserError`. Of two divisions of a text that score alike, as only unigram models not
+    trained here have them, the library may choose the other one.
     Control tokens are part of the vocabulary and not "added tokens": as in sentencepiece, their names in a text
     are just text. The configuration tells transformers the same (`split_special_tokens`).
     """
     proto = ModelProto.FromString(model.read_bytes())
-    if normalizes(proto):
+    if problem := _problem(proto):
         raise UserError(
-            f"{model}: only models without normalization can be written as tokenizer.json: put the model's own there"
+            f"{model} cannot be written as tokenizer.json ({problem}): put one that encodes like it, and a "
+            "tokenizer_config.json, beside it"
         )
-    splittable = crosses_no_piece(COARSE, pieces_of(proto, "NORMAL"))
+    bytewise = bool(pieces_of(proto, "BYTE"))  # else adjacent unknown characters become one token
+    splittable = bytewise and crosses_no_piece(COARSE, pieces_of(proto, "NORMAL"))
     files = {"tokenizer.json": json.loads(_tokenizer(proto, splittable)), "tokenizer_config.json": _config(proto)}
     return {name: json.dumps(content, ensure_ascii=False, indent=1) + "\n" for name, content in files.items()}
+
+
+def _problem(proto: Any) -> str | None:
+    """Return why a model cannot be written as tokenizer.json, or None."""
+    spec = proto.trainer_spec
+    if normalizes(proto) or not proto.normalizer_spec.escape_whitespaces:
+        return "it normalizes text, or does not mark spaces"
+    if spec.model_type == spec.WORD:
+        return "its tokens are whole words"
+    # An unknown character costs more than `_NEVER`; BPE, which has no scores, finds a name of one character alone.
+    known = set(pieces_of(proto, "NORMAL", "USER_DEFINED"))
+    for name in pieces_of(proto, "CONTROL", "BYTE", "UNKNOWN", "UNUSED"):
+        if not known.issuperset(name) and (spec.model_type != spec.BPE or len(name) == 1):
+            return f"text could spell its token {name}, of whose characters it lacks some"
+    return None
 
 
 def _tokenizer(proto: Any, splittable: bool) -> str:

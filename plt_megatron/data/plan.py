@@ -61,6 +61,10 @@ class Plan:
             before += size
         return own
 
+    def files(self) -> set[int]:
+        """Return the numbers of the files that this machine reads."""
+        return {file for file, *_ in self._own}
+
     def whole_files(self) -> list[int]:
         """Return the numbers of the files that this machine alone reads."""
         own, total = (Counter(file for file, *_ in units) for units in (self._own, self._all))

@@ -160,14 +160,15 @@ class _Job:
         )
 
     def _made_from_the_same(self, manifest: dict[str, Any]) -> bool:
-        """Return whether the manifest has these inputs and settings; a file with a new date may still be the same."""
-        before, now = manifest["identity"], self.identity
-        if before == now:
-            return True
-        if undated(before) != undated(now):
+        """Return whether the manifest has these inputs and settings. A file with a new date may still be the same; that
+        cannot be told of one that other machines read, too."""
+        before, now = manifest.get("identity"), self.identity
+        if before is None or undated(before) != undated(now):  # None: of a joined source
             return False
-        entries = zip(manifest["sources"], self.sources, strict=True)
-        return all(entry["sha256"] in (None, sha256(Path(source.path))) for entry, source in entries)
+        stamps = zip(before["sources"], now["sources"], strict=True)
+        dated = {file for file, (old, new) in enumerate(stamps) if old != new}
+        own = dated & self.plan.files() if dated else dated
+        return all(manifest["sources"][file]["sha256"] == sha256(Path(self.sources[file].path)) for file in own)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -65,7 +65,7 @@ class Tokenizer(ABC):
         return token_dtype(self.vocab_size)
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`. A lone surrogate raises UnicodeEncodeError."""
+        """Return the ids of `text`, which must have no lone surrogates."""
         return self.encode_flat([text])[0].tolist()
 
     @abstractmethod

@@ -25,6 +25,7 @@ from plt_megatron.run_folder.text import format_bytes, plural
 from plt_megatron.runtime.local_processes import usable_cores
 
 _SPAN = 1 << 20  # bytes read at one place of a file when sampling
+_PART = 1 << 12  # characters read at one place of a file that is one document
 _LINE = 4000  # sentencepiece silently drops longer sentences (4192 bytes), counted in UTF-8 bytes
 _UNIGRAM_THREADS = 16  # sentencepiece's default; the pieces depend on it, since each thread sums floats of its own
 _NAMED_THREADS = 2  # in every model, however many trained it; the models of `results/` have this number
@@ -194,7 +195,7 @@ def _settle(content: bytes, model_type: str) -> bytes:
 
 
 class Sample:
-    """A sample of the corpus of at most `max_sample_bytes`, taken evenly from all of every file.
+    """A sample of the corpus of about `max_sample_bytes` at most, taken evenly from all of every file.
 
     While `lines` is read, fills `bytes`, `documents`, `bad_lines`, and `kept`, the texts to compare on.
     """
@@ -254,10 +255,24 @@ class Sample:
             for document in span.documents():
                 if document.text is None:
                     self.bad_lines += document.kind != LEFT_OUT
-                elif share >= 1.0 or self._random.random() < share:
+                elif share >= 1.0:
+                    yield document.text
+                elif not span.reader.by_line and document.size >= span.reader.size and len(document.text) > _PART:
+                    if part := self._part(document.text, share * min(1.0, span.reader.text_size / document.size)):
+                        yield part
+                elif self._random.random() < share:
                     yield document.text
         except BrokenStream:
             self.bad_lines += 1
+
+    def _part(self, text: str, share: float) -> str:
+        """Return a share of a file that is one document, evenly from all of it: whole, it may exceed the sample."""
+        stride, parts = _PART / share, []
+        place = self._random.random() * stride - _PART  # so that its beginning is as likely as the rest
+        while place < len(text):
+            parts.append(text[max(0, int(place)) : int(place) + _PART])
+            place += stride
+        return "\n".join(parts)
 
 
 def hostile_strings(symbols: Sequence[str] = ()) -> list[str]:

@@ -245,9 +245,11 @@ def test_opening_inputs(tmp_path: Path) -> None:
         open_inputs([str(tmp_path / "*.csv")], options)
     with pytest.raises(UserError, match="is a folder: name its files"):
         open_inputs([str(tmp_path)], options)
-    (tmp_path / "a.tar.gz").touch()
-    with pytest.raises(UserError, match=r"a\.tar\.gz' is an archive"):
-        open_inputs([str(tmp_path / "a.tar.gz")], options)
+    for name in ("a.tar.gz", "a.tgz", "a.zip"):
+        (tmp_path / name).touch()
+        with pytest.raises(UserError, match=f"{name}' is an archive"):
+            open_inputs([str(tmp_path / name)], options)
+    assert open_inputs([str(tmp_path / "a.zip")], options, "text")
 
 
 def test_a_file_of_several_names_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import torch
 from data_helpers import Tool, bad_lines, build, digest, run_preprocess, write_jsonl, write_parquet
 
 from plt_megatron.config.schema import DataConfig, DataSource
+from plt_megatron.data import preprocess
 from plt_megatron.data.indexed import JoinedArrays, flat_tokens, mask_path, part_prefixes, read_index
 from plt_megatron.data.joining import check_output, join
 from plt_megatron.data.preprocess import shard_prefix
@@ -195,9 +196,19 @@ def shards(joined: Path, tmp_path: Path) -> list[Path]:
     return [Path(shard_prefix(str(tmp_path / "copy" / "text"), number, 3)) for number in (1, 2, 3)]
 
 
-def test_a_single_machines_output_replaces_a_joined_source(shards, texts, bpe_model, tmp_path):
-    target = shards[0].with_name("text")
-    run_preprocess([write_jsonl(tmp_path / "a.jsonl", texts[:9])], target, bpe_model, overwrite=True)
+def test_a_single_machines_output_replaces_a_joined_source(shards, texts, bpe_model, tmp_path, monkeypatch):
+    """Also when it was killed between its two files, beside the manifest of the joined source."""
+
+    def cut_short(source, target):
+        publish(source, target)
+        raise KeyboardInterrupt
+
+    target, publish = shards[0].with_name("text"), preprocess.publish
+    inputs = [write_jsonl(tmp_path / "a.jsonl", texts[:9])]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(preprocess, "publish", cut_short)
+        run_preprocess(inputs, target, bpe_model, overwrite=True)
+    run_preprocess(inputs, target, bpe_model, overwrite=True)
     assert read_index(target).documents == 9
 
 
@@ -272,6 +283,25 @@ def test_a_portion_made_before_a_file_was_touched_joins(shards, tmp_path):
     path.write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="other inputs"):
         join([f"{shards[0].parent}/text.shard-*"], str(tmp_path / "third"))
+
+
+def test_a_portion_is_made_again_where_its_own_input_may_have_changed(texts, bpe_model, tmp_path):
+    """Of one that other machines read, too, a new date is enough; of another's input not even new contents matter."""
+    shared, own = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    for path, lines in ((shared, texts[:200]), (own, texts[200:220])):
+        write_jsonl(path, lines)
+    shards = tokenize([shared, own], tmp_path / "text", bpe_model, 2)
+    os.utime(own, (1, 1))
+    before = [digest(shard) for shard in tokenize([shared, own], tmp_path / "text", bpe_model, 2)]
+    own.write_text(own.read_text().swapcase())
+    run_preprocess([shared, own], tmp_path / "text", bpe_model, shard=(1, 2), shard_bytes=SMALL)
+    with pytest.raises(UserError, match="pass --overwrite"):
+        run_preprocess([shared, own], tmp_path / "text", bpe_model, shard=(2, 2), shard_bytes=SMALL)
+    shared.write_text(shared.read_text().replace("the", "eht"))
+    with pytest.raises(UserError, match="pass --overwrite"):
+        tokenize([shared, own], tmp_path / "text", bpe_model, 2)
+    tokenize([shared, own], tmp_path / "text", bpe_model, 2, overwrite=True)
+    assert all(digest(shard) != old for shard, old in zip(shards, before, strict=True))
 
 
 def test_a_join_that_was_cut_short_is_made_again(shards, tmp_path):

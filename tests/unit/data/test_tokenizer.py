@@ -15,11 +15,14 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from plt_megatron.data.encoders import TextEncoder
+from plt_megatron.data.hf_tokenizer import build_tokenizer_json
 from plt_megatron.data.segments import COARSE, chunks, crosses_no_piece, word_pattern
 from plt_megatron.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, token_dtype
 from plt_megatron.data.tokenizer_training import hostile_strings
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.metrics import bits_per_byte
+
+UNCHANGED = {"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False}
 
 
 def train_plainly(lines: list[str], path: Path, **settings: object) -> Path:
@@ -94,6 +97,31 @@ def test_models_of_others(settings: dict[str, object], tmp_path: Path, texts: li
     tokenizer, plain = load_tokenizer(path), reference(path)
     for text in texts[:50] + hostile_strings(("<|fim|>", "<|f", "token")):
         assert tokenizer.encode(text) == plain.encode(text)
+
+
+@pytest.mark.parametrize(("model_type", "byte_fallback"), [("bpe", True), ("bpe", False), ("unigram", False)])
+def test_models_of_others_are_written_as_they_encode(model_type, byte_fallback, tmp_path, texts):
+    """Without byte fallback, adjacent unknown characters are one token. Or they are refused."""
+    lines, settings = lines_of(texts), {"model_type": model_type, "byte_fallback": byte_fallback, **UNCHANGED}
+    path = train_plainly(lines, tmp_path / "m.model", vocab_size=600, required_chars="<>/", **settings)
+    tokenizer, fast = load_tokenizer(path), FastTokenizer.from_str(build_tokenizer_json(path)["tokenizer.json"])
+    for text in ["the fox\n\nthe dog", *texts[:50], "a</s>b<unk>", "\n \t\0", "\u65e5\n\n"]:
+        assert fast.encode(text).ids == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"model_type": "word"}, "its tokens are whole words"),
+        ({"model_type": "unigram", "byte_fallback": True}, "text could spell its token <unk>"),  # without a <
+        ({"byte_fallback": True, "control_symbols": ["\u00a7"]}, "text could spell its token \u00a7"),
+        ({"add_dummy_prefix": True}, "it normalizes text"),
+    ],
+)
+def test_models_that_no_file_can_express(settings, reason, tmp_path):
+    path = train_plainly(["a b ab ba abc"] * 50, tmp_path / "m.model", **{"vocab_size": 290, **UNCHANGED, **settings})
+    with pytest.raises(UserError, match=rf"m\.model cannot be written as tokenizer\.json \({reason}"):
+        build_tokenizer_json(path)
 
 
 def test_cutting_is_exact_for_any_border(bpe_model: Path, texts: list[str]) -> None:

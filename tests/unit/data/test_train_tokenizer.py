@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -197,6 +199,24 @@ def test_a_file_that_holds_more_text_than_the_sample_is_read_to_its_end(tmp_path
     places = [int(line.split()[0][5:]) for line in sample.lines()]
     assert 0.5 * size / 10 < sample.bytes < 1.1 * size / 10
     assert min(places) < 2000 and max(places) > 18_000
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_file_that_is_one_document_is_sampled_evenly(tmp_path: Path, suffix: str) -> None:
+    """Neither left out nor taken whole, however it is drawn; a short one is."""
+    text = "".join(f"place{place:05d} " + "again " * 15 + "\n" for place in range(10_000))
+    (tmp_path / "short.txt").write_text("short " * 100)
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(gzip.compress(text.encode(), 1) if suffix else text.encode())
+    sources = open_inputs([str(path), str(tmp_path / "short.txt")], ReadOptions())
+    limit = sum(source.text_size for source in sources) // 2
+    for seed in range(20):
+        sample = Sample(sources, TrainingOptions([], "", 0, max_sample_bytes=limit, seed=seed))
+        lines = list(sample.lines())
+        assert 0.8 * limit < sample.bytes < 1.1 * limit
+        places = [int(found[1]) for line in lines if (found := re.match(r"place(\d{5})", line))]
+        assert places[0] < 1000 and places[-1] > 9000 and places == sorted(set(places))
+        assert "short " * 100 in lines or not any("short" in line for line in lines)
 
 
 def test_sentencepiece_drops_no_long_line(tmp_path: Path) -> None:
