@@ -3,9 +3,9 @@
 
     python benchmarks/checkpoints.py            # `make demo`'s data and layout; exit status 1 if the bar is missed
 
-The run is the demo's: 3.2M parameters, two processes, 2,048 tokens per step. The share is the saves' part of the
-training loop's time (data, forward and backward, optimizer, saves), from the run's own records (`step_seconds` in
-metrics.jsonl). Asynchronous saving is measured too.
+The run is the demo's with Adam, whose checkpoints are larger: 3.2M parameters, two processes, 2,048 tokens per step.
+The share is the saves' part of the training loop's time (data, forward and backward, optimizer, saves), from the run's
+own records (`step_seconds` in metrics.jsonl). Asynchronous saving is measured too.
 """
 
 from __future__ import annotations

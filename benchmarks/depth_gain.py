@@ -89,10 +89,10 @@ def read(folder: Path) -> Corpus:
     """Return the finished runs of a sweep.
 
     Raises:
-        UserError: `folder` has no sweep, or no finished run of k layers, 2k layers or PLT-2.
+        UserError: `folder` has no sweep, a sweep of several axes, or no finished run of k layers, 2k layers or PLT-2.
     """
     results = load_results(folder)
-    rows = finished_rows(results.runs)
+    rows = finished_rows(results)
     if missing := [name for name in (SHALLOW, DEEP, PLT[0]) if name not in rows]:
         raise UserError(f"{folder}: no finished run of {', '.join(missing)}; the plt sweep command goes on")
     return Corpus(results.plan.title, rows)
@@ -125,8 +125,10 @@ def missed_bars(corpus: Corpus) -> list[str]:
     if gains[DEEP].value < DEPTH_GAIN:
         missed.append(f"2k layers gain {gains[DEEP].value:.3f} nats, not {DEPTH_GAIN}")
     best = max((name for name in PLT if name in gains), key=lambda name: gains[name].value)
-    for name in dict.fromkeys(form for form in (LOOP_LOSS, best) if form in gains):
-        if not (gains[name].value >= LEAD and gains[name].low > LOWEST):
+    for name in dict.fromkeys((LOOP_LOSS, best)):
+        if name not in gains:
+            missed.append(f"no run of {name}")
+        elif not (gains[name].value >= LEAD and gains[name].low > LOWEST):
             missed.append(f"{name} gains {_text(gains[name], '.3f')} nats, not {LEAD} with an interval above {LOWEST}")
     if NAIVE not in gains:
         return [*missed, f"no run of the {NAIVE}, whose gain {best} should keep"]

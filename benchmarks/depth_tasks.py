@@ -6,11 +6,11 @@
     python benchmarks/depth_tasks.py score runs/sweeps/depth_tasks/*-seed*
     python benchmarks/depth_tasks.py report runs/sweeps/depth_tasks
 
-A row shows a random cycle f of eight symbols as the pairs "a f(a)" in any order, and asks for f, f(f), ... up to four
-times. A question is one token for its hops k and its pauses p, a symbol x, p pause tokens, and the answer f^k(x). With
-cross-loop parallelism, loop l of a token reads loop l-1 of the previous token, so a chain that continues in the second
-loop needs another token to do so. `score` exports each run and decodes the answers token by token, with parallel loops
-where the model has them.
+A row shows a random cycle f of eight symbols as the pairs "a f(a)" in the order of a, and asks for f, f(f), ... up to
+four times. A question is one token for its hops k and its pauses p, a symbol x, p pause tokens, and the answer f^k(x).
+With cross-loop parallelism, loop l of a token reads loop l-1 of the previous token, so a chain that continues in the
+second loop needs another token to do so. `score` exports each run and decodes the answers token by token, with parallel
+loops where the model has them.
 
 Exit status of `report`: 1 where a bar is missed. Each with the pauses that suit it best, PLT-2 lies between its layers
 once and twice as many (A), and solves more than 95 % of some depth of which its layers alone solve less than 60 % (B).
@@ -98,7 +98,7 @@ PARTS |= {"train": Part(80_000), "validation": Part(2_048)}
 
 
 def draw_rows(generator: np.random.Generator, part: Part) -> np.ndarray:
-    """Return uint8 [rows, ROW]: BOS, the pairs, SEP, as many whole questions as fit, EOD."""
+    """Return uint8 [rows, ROW]: BOS, the pairs, SEP, as many whole questions as fit, and EOD in what is left."""
     count = part.rows
     every = np.arange(count)[:, None]
     cycles = generator.permuted(np.tile(np.arange(SYMBOLS), (count, 1)), axis=1)

@@ -22,6 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.loop_curriculum import check_axes
 from plt_megatron.errors import UserError, run_command
 from plt_megatron.experiments.figures import LINES, MARKERS, add_legend, color, new_figure, save
 from plt_megatron.experiments.records import load_results
@@ -68,10 +69,12 @@ def read(folder: Path) -> dict[str, Cells]:
     Leave out rates that fewer seeds have tried than others, since seeds differ by more than neighbouring rates.
 
     Raises:
-        UserError: a run is missing, or failed otherwise.
+        UserError: the sweep is another one, or a run is missing or failed otherwise.
     """
     by_seed: dict[tuple[str, str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for result in load_results(folder).runs:
+    results = load_results(folder)
+    check_axes(results, "form", "model", "loops")
+    for result in results.runs:
         labels = result.run.labels
         if result.status not in ("used", "diverged"):
             raise UserError(f"{result.run.name}: {result.reason}; the same plt sweep command goes on")

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -23,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from plt_megatron.errors import UserError, run_command
 from plt_megatron.experiments.figures import add_legend, color, new_figure, save
-from plt_megatron.experiments.records import RunResult, load_results
+from plt_megatron.experiments.records import SweepResults, load_results
 from plt_megatron.run_folder.text import format_table
 
 NONE, ALL = "one loop", "all"
@@ -72,27 +71,41 @@ def read(folder: Path) -> dict[str, Row]:
     """Return the runs by schedule, in the sweep's order.
 
     Raises:
-        UserError: a run is missing or has failed, or there are no runs of a schedule that the others are compared with.
+        UserError: the sweep is another one, a run is missing or has failed, or there are no runs of a schedule that the
+            others are compared with.
     """
-    results = load_results(folder).runs
-    for result in results:
+    results = load_results(folder)
+    rows = finished_rows(results)
+    for result in results.runs:
         if result.loss is None:
             raise UserError(f"{result.run.name}: {result.reason}; the same plt sweep command goes on")
-    rows = finished_rows(results)
     if missing := {NONE, ALL} - rows.keys():
         raise UserError(f"{folder}: no runs of {' and '.join(sorted(missing))}; run configs/sweeps/curriculum.yaml")
     return rows
 
 
-def finished_rows(results: Iterable[RunResult]) -> dict[str, Row]:
-    """Return the rows of a sweep with one axis by name, in its order, without runs that have no result."""
+def finished_rows(results: SweepResults) -> dict[str, Row]:
+    """Return the rows of a sweep with one axis by name, in its order, without runs that have no result.
+
+    Raises:
+        UserError: the sweep has other axes.
+    """
+    check_axes(results)
     rows: dict[str, Row] = defaultdict(Row)
-    for result in results:
+    for result in results.runs:
         if result.loss is not None:
             (name,) = result.run.labels.values()
             rows[name].flops = result.run.total_flops
             rows[name].losses[result.run.seed] = result.loss
     return dict(rows)
+
+
+def check_axes(results: SweepResults, *expected: str) -> None:
+    """Raise `UserError` unless the sweep has these axes; none given: unless it has one."""
+    axes = dict.fromkeys(axis for run in results.plan.runs for axis in run.labels)
+    if not axes.keys() >= set(expected) or (not expected and len(axes) != 1):
+        needed = ", ".join(expected) or "a single one"
+        raise UserError(f"{results.plan.folder}: another sweep; its axes are {', '.join(axes)}, not {needed}")
 
 
 def gains(row: Row, rows: dict[str, Row]) -> list[float]:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes, repairs or updates the project's virtual environment.
 #
-#   tools/make_venv.sh [VENV]        default VENV: .venv beside this project
+#   tools/make_venv.sh [VENV]        default VENV: .venv in this project
 #   tools/make_venv.sh --find        only print the Python that would be used
 #
 # PYTHON=...    the Python to build it with (default: the first one found that works)

@@ -197,12 +197,9 @@ def run_step(step: Step, stamps: Path, number: int, total: int, is_read: bool = 
     if stamp is not None and stamp.key == key and stamp.finished and (stamp.sizes == sizes or is_former):
         print("      already done", flush=True)
         return stamp
-    if is_read and stamp is not None and stamp.finished and stamp.sizes == sizes:
-        if step.inputs:
-            raise UserError(
-                f"{step.outputs[0]} was made with another vocabulary or from other text, and runs have read it: "
-                "restore that, or give another demo_corpus.folder and name"
-            )
+    if is_read and sizes and (stamp is None or stamp.finished):
+        if stamp is None or stamp.sizes != sizes or step.inputs:
+            raise UserError(f"{_difference(step, path, stamp, sizes)}, or give another demo_corpus.folder and name")
         print("      kept, since runs have read it: what this machine has would be other text", flush=True)
         return stamp
     if stamp is None or stamp.key != key or stamp.finished:
@@ -222,6 +219,17 @@ def run_step(step: Step, stamps: Path, number: int, total: int, is_read: bool = 
     _write(path, stamp)
     print(f"      done in {format_duration(stamp.seconds)}", flush=True)
     return stamp
+
+
+def _difference(step: Step, path: Path, stamp: Stamp | None, sizes: dict[str, int]) -> str:
+    """Describe why outputs that runs have read are not the step's, and how to mend that. `path`: of the stamp."""
+    if stamp is None:
+        return f"{next(iter(sizes))} has no valid stamp {path}, and runs have read it: copy the stamp, too"
+    changed = [name for name in map(str, step.outputs) if stamp.sizes.get(name) != sizes.get(name)]
+    if changed:
+        return f"{changed[0]} is not as {path} records it, and runs have read it: restore both"
+    made = "was made with another vocabulary or from other text"
+    return f"{step.outputs[0]} {made}, and runs have read it: restore that"
 
 
 def _key(step: Step) -> str:

@@ -70,18 +70,19 @@ def measure(results: SweepResults, protocol: DecodeProtocol) -> Measurement:
     """
     import torch
 
-    rows = [row for row in make_rows(results) if row.losses]
+    planned = make_rows(results)
+    rows = [row for row in planned if row.losses]
     chosen = _choose(results, rows)
     models = {name: _load(result, _export_of(result, results)) for name, result in chosen.items()}
     with torch.inference_mode():
         slices, cache_bytes = _take_turns(models, protocol)
     timings = {}
     for row in rows:
-        baseline = baseline_of([other for other in rows if other.group == row.group], results.plan.baseline)
-        ratios = [own / other for own, other in zip(slices[row.name], slices[baseline.name], strict=True)]
-        timings[row.name] = Timing(
-            statistics.median(slices[row.name]), statistics.median(ratios), cache_bytes[row.name]
-        )
+        baseline = baseline_of([other for other in planned if other.group == row.group], results.plan.baseline)
+        own, relative = slices[row.name], None
+        if baseline.name in slices:
+            relative = statistics.median(a / b for a, b in zip(own, slices[baseline.name], strict=True))
+        timings[row.name] = Timing(statistics.median(own), relative, cache_bytes[row.name])
     dtype = str(next(iter(models.values())).dtype).removeprefix("torch.")
     conditions = (
         f"batch {protocol.batch}, {protocol.prefill} tokens in the cache, {protocol.decode} decoded in slices of "

@@ -196,6 +196,9 @@ def what_is_missing(data: Arrays) -> str | None:
         return "no finished run has several loops, so phi is unknown"
     if not (data.loops == 1).any():
         return "no finished run has one loop, which every variant is measured against"
+    for place, name in enumerate(data.variants):
+        if not ((data.variant == place) & (data.loops > 1)).any():
+            return f"no finished run of {name} has several loops"
     for values, name in ((data.looped, "sizes"), (data.tokens, "numbers of tokens")):
         count = distinct(values)
         if count < _DISTINCT:

@@ -195,15 +195,20 @@ def _with_shape(config: RunConfig, layers: int, width: int) -> RunConfig:
 
 _SHAPE = ("num_layers", "ffn_hidden_size")
 _SWITCHES = tuple(key.rpartition(".")[2] for key in LOOP_SWITCHES)
+# Further settings that change times, and those of `moe`.
+_TIMED = ("hidden_size", "num_attention_heads", "vocab_size", "qk_layernorm", "norm_placement", "key_shift")
+_EXPERTS = ("num_experts", "router_topk", "ffn_hidden_size", "shared_expert_intermediate_size", "first_k_dense_replace")
 
 
 def table_problems(configs: Collection[RunConfig], table: str) -> Iterator[str]:
     """Yield each setting that changes times, has no column in a table, and differs between a sweep's rows."""
     models = [config.model for config in configs]
     looped = [model for model in models if model.loop_count > 1]
-    found: dict[str, set[int] | set[bool]] = {
-        "hidden_size": {model.hidden_size for model in models},
+    found: dict[str, set[object]] = {
+        **{name: {getattr(model, name) for model in models} for name in _TIMED},
         "num_query_groups": {derived.num_query_groups(model) for model in models},
+        "kv_channels": {derived.head_dim(model) for model in models},
+        "moe": {tuple(getattr(model.moe, name, None) for name in _EXPERTS) for model in models},
         "window_size": {model.window_size for model in looped},
         "keys or values that loops share": {derived.shares_values(model) for model in looped if model.share_kv},
     }

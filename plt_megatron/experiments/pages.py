@@ -34,7 +34,7 @@ class Column:
     Attributes:
         key: header in the CSV; `title`: header for readers.
         of: returns an item's value or cell. An `Interval` is written with its ends, or with `is_estimate` as
-            "mean ± half", where the half is a column of its own in the CSV.
+            "mean ± half". The half is a column of its own in the CSV, as are the ends with `has_ends`.
         form: number format; empty for text.
         shown: maximum characters of a text to show.
     """
@@ -44,11 +44,17 @@ class Column:
     of: Callable[[Any], Value | Interval | Cell]
     form: str = ""
     is_estimate: bool = False
+    has_ends: bool = False
     shown: int | None = None
 
     @property
     def is_text(self) -> bool:
         return not self.form
+
+    @property
+    def parts(self) -> list[str]:
+        """What the values of a cell are."""
+        return ["value", *(["interval"] if self.is_estimate else ["low", "high"] if self.has_ends else [])]
 
     def cell(self, item: Any) -> Cell:
         value = self.of(item)
@@ -60,7 +66,8 @@ class Column:
             half = "" if value.half is None else f" ± {value.half:.4f}"
             return Cell([value.value, value.half], f"{value.value:{self.form}}{half}")
         if isinstance(value, Interval):
-            return interval_cell(value, self.form)
+            cell = interval_cell(value, self.form)
+            return Cell([*cell.values, value.low, value.high], cell.text) if self.has_ends else cell
         return Cell([value], "" if value is None else format(value, self.form)[: self.shown])
 
 
@@ -102,8 +109,7 @@ class Table:
         """Return the table as CSV with unrounded values; a field without a value is empty."""
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")
-        keys = ([c.key, f"{c.key}_interval"] if c.is_estimate else [c.key] for c in self.columns)
-        writer.writerow([key for own in keys for key in own])
+        writer.writerow([c.key if part == "value" else f"{c.key}_{part}" for c in self.columns for part in c.parts])
         writer.writerows([csv_text(value) for cell in row for value in cell.values] for row in self.rows)
         return stream.getvalue()
 

@@ -89,12 +89,12 @@ def plot_metrics(
 
 
 def _panel(quantity: _Quantity, runs: Sequence[RunMetrics]) -> Panel:
-    styles: dict[str, Any] = {}
+    styles: dict[str | int, Any] = {}
     curves: list[Curve] = []
     lowest = highest = 0.0
     for index, metrics in enumerate(runs):
         for name, points in _points(quantity, metrics).items():
-            place = int(name.removeprefix("loop ")) - 1 if name.startswith("loop ") else len(styles)
+            place = name - 1 if isinstance(name, int) else len(styles)
             style = styles.setdefault(name, LINES[place % len(LINES)])
             tokens, values = zip(*points, strict=True)
             finite = [value for value in values if math.isfinite(value)]
@@ -104,7 +104,9 @@ def _panel(quantity: _Quantity, runs: Sequence[RunMetrics]) -> Panel:
             curves += _smoothed(tokens, values, index) if quantity.smoothed else plain
         if quantity.field == "loss":
             curves += _validation(metrics, index)
-    curves += [Curve(color="#555555", line=style, label=name.replace("_", " ")) for name, style in styles.items()]
+    for name, style in styles.items():
+        label = f"loop {name}" if isinstance(name, int) else name.replace("_", " ")
+        curves.append(Curve(color="#555555", line=style, label=label))
     limits: tuple[float, float] | None = None
     if quantity.field == "loss":
         limits = _loss_limits(runs)
@@ -114,14 +116,14 @@ def _panel(quantity: _Quantity, runs: Sequence[RunMetrics]) -> Panel:
     return Panel(curves, TOKENS, quantity.unit, quantity.title, log_y=log_y, limits=limits, legend=8)
 
 
-def _points(quantity: _Quantity, metrics: RunMetrics) -> dict[str, list[tuple[int, float]]]:
-    """Return the points (tokens, value) of each curve by name; the curve of a plain number has no name."""
-    curves: dict[str, list[tuple[int, float]]] = {}
+def _points(quantity: _Quantity, metrics: RunMetrics) -> dict[str | int, list[tuple[int, float]]]:
+    """Return the points (tokens, value) of each curve by name or loop; the curve of a plain number has no name."""
+    curves: dict[str | int, list[tuple[int, float]]] = {}
     for record in metrics.train:
         value = record.get(quantity.field)
-        named = {"": value}
+        named: dict[str | int, Any] = {"": value}
         if isinstance(value, list):
-            named = {f"loop {loop}": entry for loop, entry in enumerate(value, 1)}
+            named = dict(enumerate(value, 1))
         elif isinstance(value, dict):
             named = value
         for name, number in named.items():

@@ -171,7 +171,7 @@ def check_same_data(todo: Iterable[PlannedRun], finished: Sequence[PlannedRun]) 
 
 
 def measured_flops_rate(runs: Iterable[PlannedRun]) -> float | None:
-    """Return the median model FLOP/s of runs with metrics on this machine; None before the first."""
+    """Return the median model FLOP/s of runs with metrics, wherever they ran; None before the first."""
     speeds = [(run.folder.metrics().tokens_per_second(), run.flops_per_token) for run in runs]
     rates = [speed * flops for speed, flops in speeds if speed]
     return statistics.median(rates) if rates else None

@@ -422,7 +422,7 @@ def describe_time(plan: SweepPlan, todo: Sequence[PlannedRun], sweep: SweepFile,
     if rate is None:
         return line + _paper_time(todo, options)
     seconds = remaining_seconds(todo, rate, options.jobs)
-    return line + f"about {format_duration(seconds)} at the {rate / 1e9:.0f} GFLOP/s per run measured here"
+    return line + f"about {format_duration(seconds)} at the {rate / 1e9:.0f} GFLOP/s per run of its earlier runs"
 
 
 def _paper_time(todo: Sequence[PlannedRun], options: RunOptions) -> str:

@@ -17,6 +17,7 @@ from plt_megatron.experiments.verdicts import (
     Comparison,
     LoopLaw,
     Row,
+    Timing,
     answer_questions,
     fit_laws,
     groups,
@@ -98,7 +99,7 @@ _MAIN = (
     Column("parameters", "parameters", lambda row: row.run.parameters, ","),
     Column("non_embedding_parameters", "w/o embeddings", lambda row: row.run.non_embedding_parameters, ","),
     Column("decode_milliseconds", "decode ms", lambda row: row.decode and row.decode.milliseconds, ".2f"),
-    Column("decode_relative", "relative", lambda row: row.decode and _times(row.decode.relative), ".2f"),
+    Column("decode_relative", "relative", lambda row: row.decode and _times(row.decode), ".2f"),
     Column("kv_bytes", "KV bytes", lambda row: row.kv_bytes, ","),
 )
 _QUESTIONS = (
@@ -125,8 +126,8 @@ _RUNS = (
 _ABOUT_RUNS = ("Only runs with status used are in the means. Data: hash of data and sample order.",)
 
 
-def _times(ratio: float) -> Cell:
-    return Cell([ratio], f"{ratio:.2f}x")
+def _times(decode: Timing) -> Cell:
+    return Cell([decode.relative], decode.ratio)
 
 
 def main_table(rows: Sequence[Row], conditions: str | None) -> Table:
@@ -213,7 +214,10 @@ def make_figures(rows: Sequence[Row], laws: Sequence[LoopLaw]) -> list[Named]:
             made.append(_figure(f"loss_{stem}{suffix}", f"{where}Validation loss against {x}. {bars}", panel))
         timed = [(row, row.decode) for row in group if row.decode is not None and row.loss is not None]
         if timed:
-            marks = {f"{row.label}: {decode.relative:.2f}x": [(decode.milliseconds, row)] for row, decode in timed}
+            marks = {
+                f"{row.label}: {decode.ratio or f'{decode.milliseconds:.2f} ms'}": [(decode.milliseconds, row)]
+                for row, decode in timed
+            }
             right = 1.12 * max(decode.milliseconds for _, decode in timed)
             panel = Panel(_marks(marks), "milliseconds per decoded token step", _LOSS, x_limits=(0, right))
             caption = f"{where}Validation loss (95 % interval) against measured decoding time. Left and low is better."

@@ -32,11 +32,16 @@ _EQUAL = 0.02  # deviation of a budget that the sweep did not hold equal
 
 @dataclass(frozen=True)
 class Timing:
-    """Decoding time of a row: milliseconds per token step (median slice), ratio to the baseline's, and cache size."""
+    """Decoding time of a row: milliseconds per token step (median slice), ratio to the baseline's (None: the baseline
+    was not timed), and cache size."""
 
     milliseconds: float
-    relative: float
+    relative: float | None
     cache_bytes: int  # of one sequence after the measurement, in the checkpoint's precision
+
+    @property
+    def ratio(self) -> str:
+        return "" if self.relative is None else f"{self.relative:.2f}x"
 
 
 @dataclass
@@ -129,7 +134,7 @@ def groups(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def has_one_data(group: Sequence[Row]) -> bool:
-    """Return whether all runs of a group that have started have read the same data."""
+    """Return whether all used runs of a group have read the same data."""
     return not any(result.status == "other data" for row in group for result in row.results)
 
 
@@ -229,11 +234,12 @@ def _at_equal_latency(results: SweepResults, group: Sequence[Row]) -> tuple[str 
     if results.plan.match_budget == "decode_latency":
         winner, text = _best(group)
         return winner, f"{text} (Latency was held equal on paper or by the sweep's table.)"
-    ratios = {row.label: row.decode.relative for row in group if row.decode is not None}
-    if not ratios:
+    timed = {row.label: row.decode.relative for row in group if row.decode is not None}
+    ratios = {label: ratio for label, ratio in timed.items() if ratio is not None}
+    if not timed:
         return None, "not measured: report with --measure-decode"
     if len(ratios) < len(group):
-        untimed = ", ".join(row.label for row in group if row.decode is None)
+        untimed = ", ".join(row.label for row in group if row.label not in timed)
         return None, f"not decided: {untimed} not timed yet: report with --measure-decode once all rows are finished"
     reference = baseline_of(group, results.plan.baseline)
     equal = [row for row in group if abs(ratios[row.label] - 1) <= SAME_LATENCY]

@@ -36,8 +36,8 @@ _STANDINGS = (
     Column("variant", "variant", lambda row: row[1].group),
     Column("loops", "loops", lambda row: row[2].run.loops, "d"),
     Column("share", "best in", lambda row: Cell([row[2].share], row[2].best_in), ".0%"),
-    Column("loss", "expected loss", lambda row: row[2].loss, ".3f"),
-    Column("behind", "behind the best", lambda row: row[2].behind, "+.4f"),
+    Column("loss", "expected loss", lambda row: row[2].loss, ".3f", has_ends=True),
+    Column("behind", "behind the best", lambda row: row[2].behind, "+.4f", has_ends=True),
     Column("parameters", "w/o embeddings", lambda row: row[2].run.once + row[2].run.looped, ".3g"),
     Column("tokens", "tokens", lambda row: row[2].run.tokens, ".3g"),
     Column("decided", "decided", lambda row: ("yes" if row[1].decided else "no") if row[3] else ""),
@@ -46,7 +46,7 @@ _STANDINGS = (
 _SOURCES = (
     Column("source", "source", lambda row: row[0].name),
     Column("variant", "variant", lambda row: row[2]),
-    Column("phi", "phi", lambda row: row[3], ".3f"),
+    Column("phi", "phi", lambda row: row[3], ".3f", has_ends=True),
     Column("answer", "at equal decoding latency", lambda row: row[0].answer.text if row[1] else ""),
 )
 

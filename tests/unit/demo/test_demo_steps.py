@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import pytest
 
@@ -30,8 +31,8 @@ class Work:
         self.tree.mkdir(exist_ok=True)
         (self.tree / "a").write_text("1234")
 
-    def go(self, **changes):
-        return run_step(dataclasses.replace(self.step, **changes), self.stamps, 1, 1)
+    def go(self, is_read=False, **changes):
+        return run_step(dataclasses.replace(self.step, **changes), self.stamps, 1, 1, is_read)
 
 
 @pytest.fixture
@@ -88,18 +89,34 @@ def test_other_settings_are_other_work(work):
     assert work.runs == 2
 
 
-def test_what_runs_have_read_is_kept_or_refused_but_never_replaced(work):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda work: work.source.write_text("other text"), "out.bin was made .* from other text"),
+        (lambda work: work.file.write_text("cut"), "out.bin is not as .*work.json records it"),
+        (lambda work: shutil.rmtree(work.tree), "out is not as .*work.json records it"),
+        (lambda work: (work.stamps / "work.json").write_text("{"), "out.bin has no valid stamp .*work.json"),
+    ],
+)
+def test_what_runs_have_read_is_kept_or_refused_but_never_replaced(work, change, said):
     work.go()
-    assert run_step(
-        dataclasses.replace(work.step, inputs=[], settings="size=2"), work.stamps, 1, 1, is_read=True
-    ).finished
-    work.source.write_text("other text")
-    with pytest.raises(UserError, match=f"{work.file} .* runs have read it"):
-        run_step(work.step, work.stamps, 1, 1, is_read=True)
-    assert work.runs == 1 and work.file.read_text() == "whole"
+    assert work.go(is_read=True, inputs=[], settings="size=2").finished
+    change(work)
+    left = {path: path.stat() for path in work.source.parent.rglob("*")}
+    with pytest.raises(UserError, match=f"{said}.* runs have read it: .*, or give another demo_corpus.folder"):
+        work.go(is_read=True)
+    assert work.runs == 1 and {path: path.stat() for path in work.source.parent.rglob("*")} == left
+
+
+def test_what_runs_have_read_and_is_gone_or_was_never_whole_is_made_again(work):
+    work.go()
     work.file.unlink()
-    run_step(work.step, work.stamps, 1, 1, is_read=True)
-    assert work.runs == 2
+    shutil.rmtree(work.tree)
+    work.fail = True
+    for found in ([False] * 2, [False] * 2 + [True]):
+        with pytest.raises(KeyboardInterrupt):
+            work.go(is_read=True)
+        assert work.found == found
 
 
 def test_an_input_touched_without_change_is_no_change(work):

@@ -126,6 +126,14 @@ def test_the_largest_size_is_held_out_with_the_variants_that_have_a_few_gates_mo
     assert set(found.seen) == set(fit.data.loss[fit.data.looped >= SIZES[-1]]) and len(found.seen) == 15
 
 
+def test_the_largest_size_alone_tells_no_loops_worth():
+    """Held out, it would leave the phi of a variant that only it has at the value that the search starts from."""
+    made = synthetic_study(LAW, Luck(), 6)
+    fit = fit_law([o for o in made if o.variant != "naive loop" or o.looped == SIZES[-1]], bootstraps=2)
+    with pytest.raises(UserError, match="no finished run of naive loop has several loops"):
+        hold_out_largest(fit, bootstraps=2)
+
+
 def test_far_from_its_runs_the_law_says_so():
     fit = fit_law(synthetic_study(LAW, Luck(), 0), bootstraps=20)
     near = fit.predict(Run("PLT", 0.0, 2e7, 2, 5e7))

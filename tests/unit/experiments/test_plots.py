@@ -133,7 +133,10 @@ def write_run(folder: Path, loops: int, steps: int = 30) -> Path:
         record = {"kind": "train", **at, "loss": 8 / step**0.2, "grad_norm": 1 / step}
         record |= {"lr": 1e-3, "tokens_per_second": 1e4, "mfu": 0.4, "peak_memory_bytes": 3e9}
         record |= {"hidden_norm": [1.0] * loops, "step_size": [1.0] * loops, "gate_mean": [None, *[0.5] * (loops - 1)]}
-        record |= {"step_seconds": {"data": 0.01, "forward_backward": 0.2}, "source_epochs": {"web": step / 50}}
+        record |= {
+            "step_seconds": {"data": 0.01, "forward_backward": 0.2},
+            "source_epochs": {"loop code": 0.1, "loop 3": 0.2},
+        }
         records.append(record)
         if step % 10 == 0:
             records.append({"kind": "validation", **at, "loop_count": loops, "loss": 5.0})
@@ -169,6 +172,11 @@ def test_there_is_a_curve_for_each_loop_and_part(monkeypatch, tmp_path):
         "L2 norm, mean over tokens"
     }, "as model/loop_context.py computes them"
     assert names("gates") == ["loop 2"], "the first loop has no gate"
+    assert names("passes over the sources") == ["loop code", "loop 3"]
+    styles = (
+        [ax.get_linestyle() for ax in panels[t].lines[:2]] for t in ("passes over the sources", "change by a loop")
+    )
+    assert next(styles) == next(styles), "of the first two, whatever the sources' names"
     assert names("where a step's time goes") == ["data", "forward backward"]
     assert names("loss") == ["validation, 2 loops: 5.000"]
 

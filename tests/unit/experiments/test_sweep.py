@@ -291,7 +291,7 @@ def test_what_is_done_is_not_done_again(tmp_path, launcher, capsys):
     settings[1] = "seeds=[1, 2]"
     assert sweep.run_sweep(str(path), settings, RunOptions()) == 0
     out = capsys.readouterr().out
-    assert "2 of 4 runs to do" in out and "GFLOP/s per run measured here" in out
+    assert "2 of 4 runs to do" in out and "GFLOP/s per run of its earlier runs" in out
     assert "2 finished, 0 failed" in out
     with pytest.raises(
         UserError, match="holds another sweep: 1_loop-seed1: training.train_iters was 100, is 60"

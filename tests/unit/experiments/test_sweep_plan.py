@@ -185,6 +185,15 @@ def test_equal_latency_by_a_measured_table(tmp_path):
     ):
         with pytest.raises(UserError, match=f"cannot tell models of other {named} apart"):
             plan_of(tmp_path, axes)
+    topk, loss = "{num_experts: 4, router_topk: 1}", "{num_experts: 4, aux_loss_coeff: 0.5}"
+    columnless = {"num_attention_heads": (4, 2), "kv_channels": (8, 16), "vocab_size": (256, 1024), "moe": (topk, loss)}
+    columnless |= {"qk_layernorm": ("true", "false"), "norm_placement": ("pre", "post"), "key_shift": ("none", "heads")}
+    row = "axes: {{row: {{a: {{model.{0}: {1}}}, b: {{model.{0}: {2}}}}}, "
+    for key, values in columnless.items():
+        with pytest.raises(UserError, match=f"cannot tell models of other {key} apart"):
+            plan_of(tmp_path, text.replace("axes: {", row.format(key, *values)))
+    untimed = row.format("moe", loss, loss.replace("0.5", "0.1"))
+    assert len(plan_of(tmp_path, text.replace("axes: {", untimed)).runs) == 12
     with pytest.raises(UserError, match="has no row for num_layers 4, ffn_hidden_size 64, loop_count 3"):
         plan_of(tmp_path, text.replace("[1, 2]", "[1, 2, 3]"))
     table.write_text(columns.replace("share_kv,", "") + "\n")

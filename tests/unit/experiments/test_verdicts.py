@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 from sweep_helpers import LOOPS, answers, finish, saved_plan
 
+from plt_megatron.experiments import decode_time
 from plt_megatron.experiments.records import load_results
+from plt_megatron.experiments.sweep_report import write_report
 from plt_megatron.experiments.verdicts import Timing, answer_questions, make_rows, verdicts
 
 FIVE_SEEDS = LOOPS.replace("seeds: [1, 2, 3]", "seeds: [1, 2, 3, 4, 5]")
@@ -141,6 +144,20 @@ def test_at_equal_latency_only_rows_that_are_as_fast_compete(tmp_path):
     del timings["3 loops"]
     some = answers(results, timings)["decoding latency"]
     assert some.winner is None and "3 loops not timed yet" in some.text
+
+
+def test_decoding_is_compared_with_the_baseline_alone_even_if_that_is_not_finished(tmp_path, monkeypatch):
+    plan = saved_plan(tmp_path)
+    _, _, results = judge(plan, FALLING | {"1 loop": {}})
+    monkeypatch.setattr(decode_time, "_load", lambda *_: SimpleNamespace(dtype="torch.float32"))
+    taken = {"2 loops": [2.0, 3.0], "3 loops": [2.0, 3.0]}, {"2 loops": 1, "3 loops": 1}
+    monkeypatch.setattr(decode_time, "_take_turns", lambda *_: taken)
+    measured = decode_time.measure(results, decode_time.DecodeProtocol())
+    assert decode_time.read_measurement(plan.folder) == measured
+    assert measured.rows == {name: Timing(2.5, None, 1) for name in ("2 loops", "3 loops")}
+    assert "1 loop not timed yet" in answers(results, measured.rows)["decoding latency"].text
+    write_report(plan.folder)
+    assert (plan.folder / "report/rows.csv").read_text().count(",2.5,,") == 2
 
 
 def test_groups_are_judged_by_themselves(tmp_path):

@@ -174,6 +174,28 @@ def test_a_process_that_nccl_aborts_is_an_echo():
     assert outcome_of(exits((-6, []), (1, NCCL)), preempted=False).failure.rank == 0, "aborted by something else"
 
 
+@pytest.mark.parametrize(
+    ("likelier", "other"),
+    [
+        ((-9, []), (1, TRACEBACK)),
+        ((-11, NCCL), (1, TRACEBACK)),  # NCCL aborts a process, and does not crash it
+        ((-6, TRACEBACK), (2, TRACEBACK)),
+        ((2, TRACEBACK), (1, TRACEBACK)),  # a status that somebody chose
+        ((1, TRACEBACK), (1, [])),
+        ((1, []), (1, GLOO)),
+        ((1, []), (-6, NCCL)),
+    ],
+    ids=str,
+)
+def test_of_two_the_likelier_cause_is_named_whoever_came_first(likelier, other):
+    assert outcome_of(exits(likelier, other), preempted=False).failure.rank == 0
+    assert outcome_of(exits(other, likelier), preempted=False).failure.rank == 1
+
+
+def test_who_ended_in_peace_explains_nothing():
+    assert not any(map(is_explained, exits((0, TRACEBACK), (75, TRACEBACK))))
+
+
 def test_nothing_but_echoes_names_the_first():
     assert outcome_of(exits((0, []), (1, GLOO), (1, ECHO)), preempted=False).failure.rank == 1
 

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from plt_megatron.errors import UserError
 from tests.running import ROOT, run
+from tests.unit.experiments.sweep_helpers import LOOPS, saved_plan
 from tests.unit.project.test_sweep_benchmarks import load
 
 
@@ -49,6 +51,20 @@ def test_the_gpu_benchmark_says_that_it_needs_a_gpu(tmp_path, warm_python):
     command = [warm_python, str(ROOT / "benchmarks/gpu.py"), "--output", str(tmp_path / "gpu")]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     assert "no GPU here" in run(command, status=2, env=environment).stderr
+
+
+@pytest.mark.parametrize("name", ["depth_gain", "loop_curriculum", "learning_rate_transfer"])
+def test_the_benchmark_of_one_sweep_refuses_another(tmp_path, name):
+    plan = saved_plan(tmp_path, LOOPS.replace("axes: {", "axes: {optimizer.lr: [1e-3], "))
+    with pytest.raises(UserError, match="another sweep; its axes are optimizer.lr, model.loop_count, not"):
+        load(name).read(plan.folder)
+
+
+def test_a_row_without_runs_misses_the_bar_of_depths_gain():
+    depth = load("depth_gain")
+    losses = {"k layers": 3.0, "2k layers": 2.9, "naive loop x2": 2.95, "PLT-2": 2.95}
+    corpus = depth.Corpus("planted", {name: depth.Row(1.0, {1: x, 2: x, 3: x}) for name, x in losses.items()})
+    assert depth.missed_bars(corpus) == ["no run of PLT-2 + loop loss"]
 
 
 def test_a_serving_row_is_charged_for_no_other_rows_step(monkeypatch):

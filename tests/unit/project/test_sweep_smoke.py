@@ -70,7 +70,7 @@ def test_the_same_command_goes_on_from_a_copy_without_checkpoints(clone, warm_py
     command = [warm_python, str(ROOT / "tools/sweep.py"), str(ROOT / "configs/sweeps/smoke.yaml")]
     assert "every run is finished" in run([*command, "output_dir=results"], folder)
     plan = run([*command, "output_dir=results", "seeds=[1, 2, 3]", "--dry-run"], folder)
-    assert re.search(r"2 of 6 runs to do .* GFLOP/s per run measured here", plan)
+    assert re.search(r"2 of 6 runs to do .* GFLOP/s per run of its earlier runs", plan)
     run([warm_python, str(ROOT / "tools/report.py"), "results/smoke"], folder)
     assert rows_of(folder / "results" / "smoke") == rows_of(folder / SWEEP)
 
