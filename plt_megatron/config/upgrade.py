@@ -67,23 +67,25 @@ _OTHER_VALUE = {
     "model.norm_between_loops": "model.loop_norm=final (false: none)",
     "model.hidden_scale_ratio": "model.hidden_scale (ratio x model.embedding_scale x model.init_method_std)",
     "model.moe_router_enable_expert_bias": "model.moe.router_bias_update_rate (null: no bias)",
-    "model.rope_scaling_type": "the section model.rope_scaling.yarn (null: Llama 3.1's)",
+    "model.rope_scaling_type": "model.rope_scaling.yarn, a section (null: Llama 3.1's)",
     "training.first_last_layers_bf16": "training.fp8.num_layers_at_start_in_bf16 and num_layers_at_end_in_bf16",
     **{f"data.fim_{name}_token": "data.fim.tokens, of prefix, middle and suffix" for name in _FIM_TOKENS},
     "engine": "the section deepspeed, which chooses that engine (null: megatron-core's)",
     "zero": "the section deepspeed",
 }
-# Section -> the old setting that switched it off, its value then, and old settings of it that have no other of the same
-# value.
-_OFF: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "model.moe": ("model.num_moe_experts", "null", ("model.moe_router_enable_expert_bias", _PRE_SOFTMAX[0])),
-    "model.rope_scaling": ("model.rope_scaling_factor", "null", ("model.rope_scaling_type",)),
-    "training.fp8": ("training.fp8", "none", ("training.first_last_layers_bf16",)),
-    "training.spikes": ("training.on_spike", "ignore", ()),
-    "checkpoint.exports": ("checkpoint.export_interval", "0", ()),
-    "checkpoint.uploads": ("checkpoint.upload_to", "null", ()),
-    "logging.straggler": ("logging.straggler_interval", "0", ()),
+# Section -> the old setting that switched it off, and its value then, the default.
+_OFF = {
+    "model.moe": ("model.num_moe_experts", "null"),
+    "model.rope_scaling": ("model.rope_scaling_factor", "null"),
+    "training.fp8": ("training.fp8", "none"),
+    "training.spikes": ("training.on_spike", "ignore"),
+    "checkpoint.exports": ("checkpoint.export_interval", "0"),
+    "checkpoint.uploads": ("checkpoint.upload_to", "null"),
+    "logging.profile": ("logging.profile_step_end", "0"),
+    "logging.straggler": ("logging.straggler_interval", "0"),
 }
+SWITCHES = {section: switch for section, (switch, _) in _OFF.items()}
+SWITCHES |= {"deepspeed": "engine", "data.fim": "data.fim_rate", "evaluation": "evaluation.tasks"}
 # Removed settings -> what holds for all runs instead.
 GONE = {
     "data.index_timeout_minutes": "an hour for every run: leave it out, and build an index that takes longer ahead of "
@@ -92,7 +94,6 @@ GONE = {
 }
 UPGRADE = "plt config upgrade FILE rewrites a file"
 _DEEPSPEEDS_OWN = {key.partition(".")[0] for key in (*ADDABLE, *DECIDED_BY, *REFUSED)}
-_BIAS_UPDATE_RATE = "1e-3"  # the former default
 
 
 def new_name(key: str) -> str | None:
@@ -142,23 +143,27 @@ _Quoting.add_representer(str, lambda self, text: self.represent_scalar(_TEXT, te
 
 
 def _switch_off(settings: Settings) -> Settings:
-    for section, (switch, off, others) in _OFF.items():
+    for section, (switch, off) in _OFF.items():
         given = settings.get(switch)
         if given is not None and (is_null(given) if off == "null" else given.value == off):
-            same = [old for old, new in _SAME_VALUE.items() if new.startswith(f"{section}.")]
-            settings = _switched_off(settings, [switch, *others, *same], section)
+            old = [key for key in settings if (new_name(key) or "").startswith(f"{section}.")]
+            settings = _switched_off(settings, [switch, *old], section)
     return settings
 
 
 def _upgrade_moe(settings: Settings) -> Settings:
-    rate = "model.moe_router_bias_update_rate"
-    return _switched(settings, "model.moe_router_enable_expert_bias", [rate], _BIAS_UPDATE_RATE, "null")
+    switch, rate = "model.moe_router_enable_expert_bias", "model.moe_router_bias_update_rate"
+    return _switched(settings, switch, [rate], "1e-3", "null", "model.num_moe_experts")  # the former default
 
 
-def _switched(settings: Settings, switch: str, keys: list[str], on: str, off: str) -> Settings:
-    """Replace a switch of settings by their value `off` or, if it is on, `on` for those that are not given."""
+def _switched(settings: Settings, switch: str, keys: list[str], on: str, off: str, section: str) -> Settings:
+    """Replace a switch of settings by their value `off` or, if it is on, `on` for those that are not given. It was off
+    where it is missing beside the switch of its section."""
+    if any(_SAME_VALUE[key] in settings for key in keys):
+        return settings  # the loader refuses them
     if switch not in settings:
-        return settings
+        given = [key for key in keys if key in settings and section in settings]
+        return settings | {key: _scalar(off, settings[key]) for key in given}
     node = settings[switch]
     found = {key: settings.get(key, _scalar(on, node)) if _is_true(node) else _scalar(off, node) for key in keys}
     return _without(settings, [switch]) | found
@@ -173,7 +178,7 @@ def _upgrade_choices(settings: Settings) -> Settings:
 
 def _chosen(settings: Settings, switch: str, key: str, off: str, on: str) -> Settings:
     """Replace a switch by the value `on` or `off` of the setting `key`, which keeps any value other than `off`."""
-    if switch not in settings:
+    if switch not in settings or _is(settings, key, on):
         return settings
     value = _scalar(on if _is_true(settings[switch]) else off, settings[switch])
     if key not in settings:
@@ -206,11 +211,14 @@ def _upgrade_hidden_scale(settings: Settings) -> Settings:
     key, scale = "model.hidden_scale_ratio", "model.hidden_scale"
     if key not in settings:
         return settings
-    ratio, value = settings[key], 1.0  # null alone undid the ratio of a preset, whose scale was 1
+    ratio = settings[key]
+    # The scales of `recommended` were the paper's, too.
+    preset = LOOP_PRESETS["loopcoder" if _is(settings, "model.loop_preset", "loopcoder") else "paper"]
+    value = preset["hidden_scale"]  # null alone undid the ratio of a preset
     if is_null(ratio) and scale in settings:
         return _without(settings, [key])
     if not is_null(ratio):
-        factors = (key, 1.0), ("model.embedding_scale", 1.0), ("model.init_method_std", 0.02)
+        factors = (key, 1.0), ("model.embedding_scale", preset["embedding_scale"]), ("model.init_method_std", 0.02)
         given, embedding, std = (_number(settings, name, default) for name, default in factors)
         value = given * abs(embedding) * std
     return _without(settings, [key]) | {scale: _scalar(yaml_nodes.text_of(value), ratio)}
@@ -245,7 +253,7 @@ def _upgrade_rope_scaling(settings: Settings) -> Settings:
 
 def _upgrade_fp8(settings: Settings) -> Settings:
     key, ends = "training.fp8", [f"training.{name}" for name in _ENDS]
-    settings = _switched(settings, "training.first_last_layers_bf16", ends, "1", "0")
+    settings = _switched(settings, "training.first_last_layers_bf16", ends, "1", "0", key)
     return _renamed(settings, key, "training.fp8.format") if _is(settings, key, "hybrid", "e4m3") else settings
 
 
@@ -281,13 +289,6 @@ def _upgrade_fim(settings: Settings) -> Settings:
     return settings
 
 
-def _upgrade_profile(settings: Settings) -> Settings:
-    start, end, ranks = (f"logging.profile_{name}" for name in ("step_start", "step_end", "ranks"))
-    if _is(settings, end, "0") and (start not in settings or _is(settings, start, "0")):
-        settings = _switched_off(settings, [start, end, ranks], "logging.profile")
-    return settings
-
-
 def _upgrade_evaluation(settings: Settings) -> Settings:
     tasks = settings.get("evaluation.tasks")
     if isinstance(tasks, yaml.SequenceNode) and not tasks.value:
@@ -307,7 +308,6 @@ _STEPS: tuple[Callable[[Settings], Settings], ...] = (
     _upgrade_rope_scaling,
     _upgrade_fp8,
     _upgrade_fim,
-    _upgrade_profile,
     _upgrade_evaluation,
     _upgrade_deepspeed,
     _rename,

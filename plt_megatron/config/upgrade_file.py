@@ -3,13 +3,46 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import yaml
 
 from plt_megatron.config import yaml_nodes
-from plt_megatron.config.upgrade import GONE, flat, new_name, upgrade
+from plt_megatron.config.upgrade import GONE, SWITCHES, Settings, flat, new_name, upgrade
 from plt_megatron.errors import UserError
+
+_COMMENT = re.compile(r"(?:^|\s)(#.*?)\s*$", re.MULTILINE)
+# Former defaults other than null of settings that are in sections now.
+_DEFAULTS: dict[str, Any] = yaml.safe_load(
+    """{first_k_dense_replace: 0, moe_router_topk: 2, moe_router_pre_softmax: false, moe_router_score_function: softmax,
+    moe_router_load_balancing_type: seq_aux_loss, moe_aux_loss_coeff: 0.01, moe_z_loss_coeff: 0,
+    moe_router_enable_expert_bias: false, moe_router_bias_update_rate: 0.001, rope_scaling_type: llama3,
+    yarn_beta_fast: 32, yarn_beta_slow: 1, yarn_correction_range_round_to_int: true, fp8_recipe: auto,
+    fp8_attention: false, first_last_layers_bf16: false, num_layers_at_start_in_bf16: 1, num_layers_at_end_in_bf16: 1,
+    spike_threshold: 6, spike_window: 128, upload_keep_last: 2, fim_spm_rate: 0.5, profile_step_start: 0,
+    profile_ranks: [0], straggler_threshold: 0.75, stage: 1, offload_optimizer: none, offload_param: none}"""
+)
+_ENDS = [f"training.num_layers_at_{end}_in_bf16" for end in ("start", "end")]
+_RATE = "model.moe_router_bias_update_rate"
+# Value (True: any but null, false and 0), old setting, and others that must stand beside it to tell the new value.
+_NEEDS: tuple[tuple[Any, ...], ...] = (
+    (False, "model.ffn_output_norm", "model.norm_placement"),
+    (False, "model.moe_router_pre_softmax", "model.moe_router_score_function"),
+    (False, "model.moe.router_pre_softmax", "model.moe.router_score_function"),
+    ("softmax", "model.moe_router_score_function", "model.moe_router_pre_softmax"),
+    (False, "model.hidden_norm", "model.norm_between_loops"),
+    (False, "model.norm_between_loops", "model.hidden_norm"),
+    (True, "model.hidden_scale_ratio", "model.embedding_scale", "model.init_method_std"),
+    (None, "model.hidden_scale_ratio", "model.hidden_scale"),
+    (True, "model.rope_scaling_type", "model.yarn_original_max_position_embeddings"),
+    (True, "model.moe_router_enable_expert_bias", _RATE),
+    (True, _RATE, "model.moe_router_enable_expert_bias"),
+    (True, "training.first_last_layers_bf16", *_ENDS),
+    *((True, end, "training.first_last_layers_bf16") for end in _ENDS),
+)
+_OF_PRESETS = {f"model.{name}" for name in ("hidden_norm", "norm_between_loops", "embedding_scale", "hidden_scale")}
 
 
 def upgrade_text(text: str, name: str) -> str:
@@ -18,8 +51,8 @@ def upgrade_text(text: str, name: str) -> str:
     Sections without moved settings stay as they are; comments stay with the settings below or beside them.
 
     Raises:
-        UserError: the text is not a YAML document of sections, gives a setting under its old and its new name, or has
-            a layout that cannot be rewritten.
+        UserError: the text is not a YAML document of sections, gives a setting under its old and its new name, means
+            what it does with other files only, or has a comment or layout that would be lost.
     """
     before = yaml_nodes.compose(text, name)
     if before is None:
@@ -27,18 +60,46 @@ def upgrade_text(text: str, name: str) -> str:
     if not isinstance(before, yaml.MappingNode):
         raise UserError(f"{name}: expected `key: value` lines")
     after = upgrade(before)
-    for old in filter(new_name, flat(after) or ()):  # None: of a sweep or another file
-        raise UserError(f"{name}: {old}, now {new_name(old)}, cannot be rewritten beside the others: do it by hand")
+    old, new = flat(before) or {}, flat(after) or {}  # None: of a sweep or another file
+    left = ((key, "beside the others") for key in filter(new_name, new))
+    for key, why in (*_unclear(old, new), *left):
+        now = f", now {new_name(key)}," if new_name(key) else ""
+        raise UserError(f"{yaml_nodes.where(old[key])}: {key}{now} cannot be rewritten {why}: do it by hand")
     if after is before:
         return text
     lines = text.splitlines()
     start = before.start_mark.line
     found = [*lines[: _with_comments(lines, start, 0)], *_Writer(text).block(after, before, "")]
     upgraded = "\n".join(found) + "\n"
-    is_empty = not yaml_nodes.plain(after) and set(flat(before) or ()) <= GONE.keys()
+    for lost in Counter(_COMMENT.findall(text)) - Counter(_COMMENT.findall(upgraded)):
+        at = next(found.start(1) for found in _COMMENT.finditer(text) if found[1] == lost)
+        line = text.count("\n", 0, at) + 1
+        raise UserError(f"{name}:{line}: the comment {lost!r} would be lost: move or remove it, or edit it by hand")
+    is_empty = not yaml_nodes.plain(after) and old.keys() <= GONE.keys()
     if not (is_empty or _says(upgraded, after, name)):
         raise UserError(f"{name}: its layout is too unusual to rewrite: edit it by hand")
     return upgraded
+
+
+def _unclear(old: Settings, new: Settings) -> Iterator[tuple[str, str]]:
+    """Yield settings of a file whose meaning may lie in others, which it includes or which include it, and why they
+    cannot be rewritten."""
+    preset = old.get("model.loop_preset")
+    given = old.keys() | (set() if preset is None or yaml_nodes.is_null(preset) else _OF_PRESETS)
+    for value, key, *others in _NEEDS:
+        alone = "include" not in old and (key != _RATE or "model.num_moe_experts" in old)
+        if key in old and not (alone or given.issuperset(others)):
+            found = yaml_nodes.plain(old[key])
+            if (bool(found) if value is True else found) == value:
+                yield key, f"without {' and '.join(others)}, which other files may give"
+    for section, switch in SWITCHES.items():
+        inside = [key for key in old if key != switch and (new_name(key) or key).startswith(f"{section}.")]
+        other = [key for key in inside if yaml_nodes.plain(old[key]) != _DEFAULTS.get(key.rpartition(".")[2])]
+        if section in new:  # off
+            yield from ((key, f"with {switch} off: files that include this one may need it") for key in other)
+        elif switch not in old and all(map(new_name, inside)) and any(key.startswith(f"{section}.") for key in new):
+            if section in ("training.fp8", "deepspeed") or not (other or "include" in old):
+                yield from ((key, f"without {switch}, the switch of its section") for key in inside)
 
 
 def _says(text: str, expected: yaml.MappingNode, name: str) -> bool:
@@ -75,7 +136,6 @@ class _Writer:
             if isinstance(value, yaml.MappingNode) and value.value:
                 name, inner = before if before and isinstance(before[1], yaml.MappingNode) else (None, None)
                 if name and inner and inner.flow_style:
-                    self._refuse_comments(inner)
                     yield f"{indent}{key.value}: {yaml_nodes.to_text(value)}{self._beside(inner)}"
                     continue
                 yield from self._comments(name, indent)
@@ -120,12 +180,6 @@ class _Writer:
             return []
         line = node.start_mark.line
         return [indent + text.strip() for text in self._lines[_with_comments(self._lines, line, 0) : line]]
-
-    def _refuse_comments(self, braces: yaml.MappingNode) -> None:
-        """Raise `UserError` if there are comments between braces, which are rewritten as one line."""
-        for line in self._text[braces.start_mark.index : braces.end_mark.index].splitlines()[:-1]:
-            if re.search(r"(^|\s)#", line):
-                raise UserError(f"{yaml_nodes.where(braces)}: comments between braces would be lost: edit it by hand")
 
     def _is_first(self, node: yaml.Node) -> bool:
         """Return whether no other setting precedes the node in its line."""

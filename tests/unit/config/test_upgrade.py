@@ -254,6 +254,12 @@ def test_plain_values_keep_their_types(old):
         ("{loop_preset: loopcoder, norm_between_loops: false}", "{loop_preset: loopcoder, loop_norm: none}"),
         ("{loop_preset: recommended, norm_between_loops: false}", f"{{loop_preset: recommended, {PINNED}}}"),
         ("{loop_preset: loopcoder, hidden_norm: false}", "{loop_preset: loopcoder}"),
+        ("{loop_preset: loopcoder, hidden_scale_ratio: 0.5}", "{loop_preset: loopcoder, hidden_scale: 0.00707}"),
+        ("{loop_preset: loopcoder, hidden_scale_ratio: null}", "{loop_preset: loopcoder, hidden_scale: 0.053}"),
+        (
+            "{num_moe_experts: 4, moe_router_score_function: sigmoid, moe_router_bias_update_rate: 1e-3}",
+            "{moe: {num_experts: 4, router_score_function: sigmoid, router_bias_update_rate: null}}",
+        ),
         ("{hidden_scale_ratio: null, hidden_scale: 0.3}", "{hidden_scale: 0.3}"),
         ("{hidden_scale_ratio: 0.0, hidden_scale: 1.0}", "{hidden_scale: 0.0}"),
         (
@@ -343,10 +349,15 @@ def test_old_and_new_names_of_one_setting_are_refused(tmp_path):
         ("model: {num_moe_experts: 8, moe: {num_experts: 4}}\n", "model.num_moe_experts"),
         ("model: {norm_between_loops: true, loop_norm: rms}\n", "model.norm_between_loops"),
         ("parallel: {local_cp_comm_type: a2a, window_cp_comm_type: a2a}\n", "parallel.local_cp_comm_type"),
+        ("model: {ffn_output_norm: false, norm_placement: pre_ffn_output}\n", "model.ffn_output_norm"),
+        (
+            "model: {moe_router_enable_expert_bias: true, moe: {num_experts: 4, router_bias_update_rate: 5e-3}}\n",
+            "model.moe_router_enable_expert_bias",
+        ),
     ],
 )
 def test_what_cannot_be_rewritten_is_named_by_the_command_too(text, old):
-    with pytest.raises(UserError, match=f"file.yaml: {old}, now "):
+    with pytest.raises(UserError, match=f"file.yaml:1: {old}, now "):
         upgrade_text(text, "file.yaml")
 
 
@@ -366,6 +377,43 @@ def test_a_part_of_a_file_keeps_what_it_says():
     assert upgrade_text("training: {fp8: none, seed: 3}\n", "part") == "training: {fp8: null, seed: 3}\n"
     assert upgrade_text("engine: deepspeed\nname: x\n", "part") == "deepspeed: {}\nname: x\n"
     assert upgrade_text("engine: megatron\nname: x\n", "part") == "deepspeed: null\nname: x\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "old"),
+    [
+        ("training: {fp8_recipe: auto}", "training.fp8_recipe"),
+        ("training: {first_last_layers_bf16: false}", "training.first_last_layers_bf16"),
+        ("zero: {stage: 1}", "zero.stage"),
+        ("include: b.yaml\ndeepspeed: {steps_per_print: 5}", "deepspeed.steps_per_print"),
+        ("training: {spike_threshold: 6.0}", "training.spike_threshold"),
+        ("model: {moe_router_bias_update_rate: 5e-3}", "model.moe_router_bias_update_rate"),
+        ("model: {num_moe_experts: null, moe_router_topk: 4}", "model.moe_router_topk"),
+        ("training: {on_spike: ignore, spike_threshold: 4}", "training.spike_threshold"),
+        ("training: {fp8: none, fp8_recipe: delayed}", "training.fp8_recipe"),
+        ("checkpoint: {export_interval: 0, export_upload_to: file:///x}", "checkpoint.export_upload_to"),
+        ("evaluation: {tasks: [], limit: 3}", "evaluation.limit"),
+        ("include: b.yaml\nmodel: {hidden_scale_ratio: 0.5}", "model.hidden_scale_ratio"),
+        ("include: b.yaml\nmodel: {hidden_scale_ratio: null}", "model.hidden_scale_ratio"),
+        ("include: b.yaml\nmodel: {ffn_output_norm: false}", "model.ffn_output_norm"),
+        ("include: b.yaml\nmodel: {moe_router_pre_softmax: false}", "model.moe_router_pre_softmax"),
+        ("include: b.yaml\nmodel: {norm_between_loops: false}", "model.norm_between_loops"),
+        ("include: b.yaml\nmodel: {rope_scaling_factor: 8, rope_scaling_type: llama3}", "model.rope_scaling_type"),
+        ("include: b.yaml\nmodel: {moe_router_enable_expert_bias: true}", "model.moe_router_enable_expert_bias"),
+        ("include: b.yaml\ntraining: {fp8: hybrid, first_last_layers_bf16: true}", "training.first_last_layers_bf16"),
+    ],
+)
+def test_what_other_files_decide_is_left_to_the_user(text, old):
+    with pytest.raises(UserError, match=rf"^x:[12]: {old}(, now .*,)? cannot be rewritten .*by hand$"):
+        upgrade_text(f"{text}\n", "x")
+
+
+def test_what_other_files_cannot_change_is_rewritten_beside_an_include():
+    old = "include: b\nmodel: {ffn_output_norm: true, moe_router_enable_expert_bias: false, hidden_scale_ratio: 0.0}\n"
+    new = "{norm_placement: pre_ffn_output, moe: {router_bias_update_rate: null}, hidden_scale: 0.0}"
+    assert upgrade_text(old, "x") == f"include: b\nmodel: {new}\n"
+    dormant = "training: {fp8: hybrid, num_layers_at_start_in_bf16: 2}\n"  # without first_last_layers_bf16
+    assert upgrade_text(dormant, "x") == "training: {fp8: {format: hybrid, num_layers_at_start_in_bf16: 0}}\n"
 
 
 def test_a_files_own_indentation_is_kept():
@@ -404,8 +452,19 @@ logging:
     assert upgrade_text(flow, "old") == "model: {loop_norm: final}  # the model\n"
     tab = "model:\n  norm_between_loops: true\t# tab\n"
     assert upgrade_text(tab, "old") == "model:\n  loop_norm: final  # tab\n"
-    with pytest.raises(UserError, match="old:1: comments between braces"):
-        upgrade_text("model: {norm_between_loops: true,  # first\n  loop_count: 2}\n", "old")
+
+
+@pytest.mark.parametrize(
+    ("text", "comment"),
+    [
+        ("model: {norm_between_loops: true,  # first\n  loop_count: 2}\n", "old:1: the comment '# first'"),
+        ("engine: deepspeed  # e\nzero: {stage: 3}  # z\n", "old:1: the comment '# e'"),
+        ("training:\n  fp8: none  # off\n  fp8_recipe: auto  # old\n", "old:3: the comment '# old'"),
+    ],
+)
+def test_a_comment_that_would_be_lost_is_told(text, comment):
+    with pytest.raises(UserError, match=comment):
+        upgrade_text(text, "old")
 
 
 def test_a_section_is_off_until_a_setting_turns_it_on(tmp_path):
