@@ -48,6 +48,9 @@ def test_failures_that_come_further_do_not():
     assert action(end("failed", 7, 6), end("failed", 9, 8), end("failed", 20, 20)) == "again"
     assert action(end("failed", 7, 6), end("failed", 9, 6)) == "again", "a step further is further"
     assert action(end("failed", 9, 6), end("failed", 8, 6)) == "stop"
+    assert action(end("failed", 7, 4), end("failed", 7, 6)) == "again", "so is a checkpoint"
+    nothing = end("failed") | {"step": None, "checkpoint": None}  # a disk did not answer
+    assert action(nothing, end("failed", 1)) == "again" and action(nothing, nothing) == "stop"
 
 
 def test_how_many_is_a_setting():
