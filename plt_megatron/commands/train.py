@@ -101,6 +101,7 @@ def main(arguments: argparse.Namespace) -> int:
         # Until the processes can clean up after themselves: else Ctrl-C would leave a half-started run.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         folder.try_config(config)
+        folder.try_again()
         of_a_rank = rank_environment(0, 0, 1, 1, "", 0)  # in shells that have started another job
         env = {name: value for name, value in os.environ.items() if name not in of_a_rank}
         env |= threads | {"PYTHONPATH": python_path()}

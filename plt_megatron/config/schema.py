@@ -201,7 +201,7 @@ class DataSource:
 class DataStage:
     """The mix of the training data up to a number of tokens (docs/schedules.md)."""
 
-    until: TokenCount  # tokens of the run at which the stage ends
+    until: TokenCount  # tokens of the run at which the stage ends, with those that rollbacks skip
     sources: Annotated[list[DataSource], NotEmpty("at least one tokenized source")]
 
 

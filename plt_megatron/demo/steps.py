@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -41,8 +41,8 @@ class DemoCorpus:
 
 
 def prepare_demo_corpus(settings: DemoCorpus, *, is_read: bool) -> None:
-    """Make whatever is missing or outdated of a sweep's corpus, tokenizer and tokenized data. `is_read`: runs have read
-    it, so that what is whole is kept.
+    """Make whatever is missing or outdated of a sweep's corpus, tokenizer and tokenized data. `is_read`: runs of
+    this one have read it, so that what is whole is kept, as what other sweeps have prepared is.
 
     The corpus, in the folder above `settings.folder`, is the code corpus of `make demo`; each reuses the other's.
     Further domains are stored beside it, and beside its data as `prose_train_text_document` and so on.
@@ -51,7 +51,10 @@ def prepare_demo_corpus(settings: DemoCorpus, *, is_read: bool) -> None:
     folder = Path(settings.folder)
     prefix, corpus = f"{folder.name}_", folder.parent / "corpus"
     steps = data_steps(corpus, folder, folder, vocab_size=settings.vocab_size, prefix=prefix, domains=settings.domains)
-    run_steps(steps, folder.parent / "stamps", is_read=is_read)
+    stamps = folder.parent / "stamps"
+    for name, stamp in run_steps(steps, stamps, is_read=is_read).items():
+        if not stamp.is_read:
+            _write(stamps / f"{name}.json", replace(stamp, is_read=True))
 
 
 def data_steps(
@@ -168,12 +171,14 @@ class Step:
 
 @dataclass
 class Stamp:
-    """Record of a step's last run. `seconds` is its working time, interrupted attempts included."""
+    """Record of a step's last run. `seconds` is its working time, interrupted attempts included. `is_read`: runs may
+    have read the outputs since, of any sweep that shares them."""
 
     key: str
     finished: bool
     seconds: float
     sizes: dict[str, int]
+    is_read: bool = False
 
 
 def run_steps(steps: Sequence[Step], stamps: Path, *, is_read: bool = False) -> dict[str, Stamp]:
@@ -197,6 +202,7 @@ def run_step(step: Step, stamps: Path, number: int, total: int, is_read: bool = 
     if stamp is not None and stamp.key == key and stamp.finished and (stamp.sizes == sizes or is_former):
         print("      already done", flush=True)
         return stamp
+    is_read = is_read or (stamp is not None and stamp.is_read)
     if is_read and sizes and (stamp is None or stamp.finished):
         if stamp is None or stamp.sizes != sizes or step.inputs:
             raise UserError(f"{_difference(step, path, stamp, sizes)}, or give another demo_corpus.folder and name")

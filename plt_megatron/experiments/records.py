@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from plt_megatron.config import derived
+from plt_megatron.config.schedules import BatchSchedule
 from plt_megatron.data.mix import fingerprint_differences, required_samples, training_fingerprint
 from plt_megatron.data.tokenizer import load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.sweep_plan import PlannedRun, SweepPlan, load_plan, plan_differences
-from plt_megatron.run_folder import json_lines
-from plt_megatron.run_folder.attempts import job_seconds, last_attempt
-from plt_megatron.run_folder.checkpoints import latest_step, read_verified_progress
-from plt_megatron.run_folder.files import write_json, writing
+from plt_megatron.run_folder.attempts import job_seconds
+from plt_megatron.run_folder.checkpoints import NAME, latest_step, read_verified_progress, step_of
+from plt_megatron.run_folder.files import write_json
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.metrics import RunMetrics
 from plt_megatron.run_folder.status import read_run_status
@@ -97,15 +97,8 @@ def note_finished(runs: Iterable[PlannedRun]) -> None:
 
 
 def forget_failure(run: PlannedRun) -> None:
-    """Turn a failed run into an interrupted one, which is resumed. A job's reason is moved to where its next attempt
-    would put it."""
-    folder = run.folder
-    if folder.why_file.is_file():
-        with writing(folder.logs):
-            folder.logs.mkdir(exist_ok=True)
-            folder.why_file.replace(folder.logs / f"why-before-attempt-{last_attempt(folder.attempts()) + 1}.txt")
-    if folder.attempts_file.is_file():
-        json_lines.append(folder.attempts_file, {"event": "again"})
+    """Turn a failed run into an interrupted one, which is resumed."""
+    run.folder.try_again()
     forget_note_of_failure(run)
 
 
@@ -178,8 +171,12 @@ def measured_flops_rate(runs: Iterable[PlannedRun]) -> float | None:
 
 
 def remaining_tokens(run: PlannedRun) -> int:
-    """Return the number of tokens left after the last record."""
-    return max(0, run.tokens - run.folder.metrics().tokens)
+    """Return the number of tokens left after the last record, or after the checkpoint that a branch starts from."""
+    start, done = run.config.checkpoint, run.folder.metrics().tokens
+    checkpoint = Path(start.load or "")
+    if not done and not start.weights_only and NAME.fullmatch(checkpoint.name):
+        done = BatchSchedule(run.config).tokens(step_of(checkpoint))
+    return max(0, run.tokens - done)
 
 
 def remaining_seconds(runs: Sequence[PlannedRun], rate: float, jobs: int = 1) -> float:

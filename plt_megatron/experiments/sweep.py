@@ -111,6 +111,7 @@ class _Running:
     started: float
     record: RunRecord
     gpu: str | None
+    log_start: int = 0  # size of its log before it
 
 
 class LocalSweep:
@@ -171,6 +172,7 @@ class LocalSweep:
             gpu = min(self._gpus, key=[item.gpu for item in self.running].count, default=None)
             own = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
             with run.folder.sweep_log.open("ab") as log:
+                log_start = log.tell()
                 process = subprocess.Popen(
                     [*TRAIN, str(config_path(self.plan, run))],
                     stdin=subprocess.DEVNULL,
@@ -180,7 +182,7 @@ class LocalSweep:
                     process_group=0,
                     preexec_fn=die_with_parent,
                 )
-            self.running.append(_Running(run, process, time.monotonic(), record, gpu))
+            self.running.append(_Running(run, process, time.monotonic(), record, gpu, log_start))
             if self._signals:  # heard before it was among the running
                 process.send_signal(signal.SIGTERM)
             print(f"{self._place(run)} {run.name}: started, {run.tokens:,} tokens", flush=True)
@@ -201,7 +203,7 @@ class LocalSweep:
         if record.status == "finished" and state_of(run) != "finished":
             record.status, record.reason = "failed", "ended with status 0 before its last step was validated and saved"
         elif record.status == "failed":
-            record.reason = _reason(run.folder.sweep_log, status)
+            record.reason = _reason(run.folder.sweep_log, status, item.log_start)
         _write_note(run, record)
         self.outcome[run.name] = record.status
         detail = _final_loss(run) if record.status == "finished" else record.reason
@@ -273,9 +275,9 @@ def _final_loss(run: PlannedRun) -> str:
     return "" if own is None else f"validation loss {own:.4f}"
 
 
-def _reason(log: Path, status: int) -> str:
-    """Return how the run ended, with its own last error line if there is one."""
-    lines = json_lines.tail(log, 20000).decode("utf-8", "replace").splitlines()
+def _reason(log: Path, status: int, start: int) -> str:
+    """Return how the run ended, with its own last error line, from byte `start` of the log on, if there is one."""
+    lines = json_lines.tail(log, 20000, start).decode("utf-8", "replace").splitlines()
     errors = [line for line in lines if line.startswith("error: ") or "Error: " in line]
     how = describe_exit(status)
     if status == ExitStatus.USER_ERROR and not errors:

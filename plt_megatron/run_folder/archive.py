@@ -30,10 +30,10 @@ _WITHOUT_RUNS = {
 _UNREAD = _WITHOUT_RUNS - {"incidents"} | {"profile", "report"}
 _SUFFIXES = {".distcp", ".log", ".md", ".png", ".safetensors", ".xz"}
 # Records of the place and the code, with paths, names of users and a cluster's variables; no report reads them.
-_PRIVATE = {
-    *("environment.txt", "git.txt", "job.sbatch", "job.yaml", "why.txt", "runs.txt", "array.txt"),
-    *("submissions.jsonl", "uploads.jsonl", "upload_id", "wandb_id"),
-}
+_PRIVATE = re.compile(
+    r"(environment|git|why|runs|array|hang_rank_\d+)\.txt|job\.(sbatch|yaml)"
+    r"|(submissions|uploads)\.jsonl|(upload|wandb)_id"
+)
 # Matches up to 32 MiB apart: a run's configuration and its copy in the plan are stored once.
 _PRESET: Final = 8 | lzma.PRESET_EXTREME
 
@@ -68,7 +68,7 @@ def _records(folder: Path) -> Iterator[Path]:
             folders.clear()  # a link to a folder that it lies in, perhaps by way of another link
             continue
         folders[:] = _below(folders, names, _UNREAD)
-        kept = (name for name in names if Path(name).suffix not in _SUFFIXES and name not in _PRIVATE)
+        kept = (name for name in names if Path(name).suffix not in _SUFFIXES and not _PRIVATE.fullmatch(name))
         paths = (at / name for name in kept if not name.startswith("."))
         yield from (path for path in paths if path.is_file())  # not a link that leads nowhere
 

@@ -162,6 +162,17 @@ class RunFolder:
         """Read its jobs' records of their attempts (`attempts`)."""
         return attempts.read_events(self.attempts_file)
 
+    def try_again(self) -> None:
+        """Note that the run goes on without a job, after those that have ended. The reason why they gave it up is moved
+        to where their next attempt would put it."""
+        events = self.attempts()
+        with writing(self.logs):
+            if self.why_file.is_file():
+                self.logs.mkdir(exist_ok=True)
+                self.why_file.replace(self.logs / f"why-before-attempt-{attempts.last_attempt(events) + 1}.txt")
+            if events and events[-1]["event"] in ("end", "stop"):
+                json_lines.append(self.attempts_file, {"event": "again"})
+
     def last_step(self) -> int:
         """Return the last step in metrics.jsonl, reading only the file's end; 0 if there is none."""
 

@@ -104,6 +104,7 @@ def read_metrics(path: Path) -> RunMetrics:
         if missing:
             raise UserError(f"{path}: a {kind} record without {', '.join(missing)}")
         found[kind].append(record)
+    found["evaluation"].sort(key=lambda record: float(record["step"]))  # one that was cut short is done by the next job
     return RunMetrics(**found)
 
 

@@ -29,7 +29,8 @@ class RunStatus:
         checkpoint: step of the last checkpoint; 0 if there is none.
         attempts: starts of the ranks so far.
         restarts: one line for each attempt that did not finish, the oldest first.
-        last_status: how the last attempt ended (`attempts`); "" if it has not ended, or none was made.
+        last_status: how the last attempt ended (`attempts`); "" if it has not ended, none was made, or the run has been
+            tried again without a job.
         stopped: why the job gave the run up; None if it did not.
         attempt_jobs: ids of the jobs that made attempts.
         warnings: failures that the setup of the last attempt's job passed over.
@@ -52,10 +53,12 @@ class RunStatus:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step is done and, where attempts are recorded, the last one says so."""
+        """Whether the last step is done, saved where any is and, where attempts are recorded, the last one says so."""
         if self.last_status and self.last_status != FINISHED:
             return False
-        return self.last_status == FINISHED if self.steps is None else self.step >= self.steps
+        if self.steps is None or (self.checkpoint and self.checkpoint < self.steps):  # it is logged before it is saved
+            return self.last_status == FINISHED
+        return self.step >= self.steps
 
     @property
     def seconds_left(self) -> float | None:
@@ -85,10 +88,13 @@ def read_run_status(run: Path) -> RunStatus:
     events = folder.attempts()
     starts = [event for event in events if event["event"] == "start"]
     ends = [event for event in events if event["event"] == "end"]
-    stops = [event for event in events if event["event"] == "stop"]
     if ends and ends[-1].get("status") == FINISHED:  # metrics and checkpoints may be gone since
         step = max(step, int(ends[-1].get("step") or 0))
-    given_up = stops and (folder.why_file.is_file() or events[-1] is stops[-1])  # a full disk has no room for why.txt
+    last = events[-1] if events else {"event": ""}
+    stopped = f"see {folder.why_file}" if folder.why_file.is_file() else None
+    if last["event"] == "stop":  # a full disk has no room for why.txt; a job whose Python does not run writes it alone
+        stopped = str(last.get("reason") or "no reason given")
+    is_ended = ends and not unended(events) and last["event"] != "again"
     return RunStatus(
         run=run,
         step=step,
@@ -98,8 +104,8 @@ def read_run_status(run: Path) -> RunStatus:
         checkpoint=checkpoint,
         attempts=len(starts),
         restarts=[_describe(end) for end in ends if end.get("status") != FINISHED],
-        last_status=str(ends[-1].get("status") or "") if ends and not unended(events) else "",
-        stopped=str(stops[-1].get("reason") or "no reason given") if given_up else None,
+        last_status=str(ends[-1].get("status") or "") if is_ended else "",
+        stopped=stopped,
         attempt_jobs=[str(start.get("job_id")) for start in starts],
         warnings=setup_warnings(events),
         problems=problems,

@@ -76,8 +76,8 @@ def _at_rest(run: Path, progress: RunStatus, ended: Sequence[client.Job]) -> tup
     folder = RunFolder(run)
     if progress.finished:
         return "finished", ""
-    if progress.stopped is not None or folder.why_file.is_file():
-        return "failed", progress.stopped or f"see {folder.why_file}"
+    if progress.stopped is not None:
+        return "failed", progress.stopped
     last = max(ended, key=lambda job: _number(job.id), default=None)
     advice = f"no job continues it: sbatch {folder.job_script}" if folder.job_script.is_file() else ""
     # No recorded end: the job was killed before it could write one.

@@ -51,13 +51,14 @@ def _check_exports(config: RunConfig) -> Iterator[str]:
 def _check_rollback(config: RunConfig) -> Iterator[str]:
     """Check that the run has a checkpoint to go back to before its last step."""
     training, checkpoint = config.training, config.checkpoint
-    if derived.continues(config) or (checkpoint.enabled and checkpoint.save_interval):
+    saves = checkpoint.enabled and 0 < checkpoint.save_interval < derived.train_iters(config)
+    if saves or derived.continues(config):
         return
     actions = {
         "training.on_nonfinite": training.on_nonfinite,
         "training.spikes.action": training.spikes and training.spikes.action,
     }
-    lacking = "save_interval=0" if checkpoint.enabled else "enabled=false"
+    lacking = f"save_interval={checkpoint.save_interval}" if checkpoint.enabled else "enabled=false"
     for key, action in actions.items():
         if action == "rollback":
             yield f"{key}=rollback: with checkpoint.{lacking} there is no checkpoint to return to; set {key}=skip"

@@ -135,11 +135,14 @@ def test_a_run_folder_that_was_moved_does_not_begin_anew_where_it_was(folder):
 @pytest.mark.parametrize("status", [0, 75])
 def test_one_process_becomes_the_trainer(folder, status):
     left = {"MASTER_ADDR": "node1", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}  # by another job
+    attempts = folder / "runs" / "try" / "attempts.jsonl"  # of a job that has ended
+    attempts.parent.mkdir(parents=True)
+    attempts.write_text('{"event": "end", "attempt": 1, "status": "preempted"}\n')
     result = launch(folder, "run.yaml", "optimizer.lr=1e-3", FAKE_STATUS=str(status), **left)
     assert result.returncode == status
     saved, rank, world_size, threads = (folder / "seen.alone").read_text().split()
     assert (saved, rank, world_size) == ("runs/try/config.yaml", "-", "-")
-    assert int(threads) >= 1
+    assert int(threads) >= 1 and attempts.read_text().endswith('{"event": "again"}\n')
     assert load_config(folder / saved) == load_config(folder / "run.yaml", ["optimizer.lr=1e-3"])
 
 

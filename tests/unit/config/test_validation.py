@@ -418,6 +418,7 @@ def test_a_rollback_needs_a_checkpoint_to_return_to(key):
     asked = {key.replace(".", "__"): "rollback"}
     for settings, lacking in (
         ({"checkpoint__save_interval": 0}, "save_interval=0"),
+        ({"checkpoint__save_interval": good().training.train_iters}, f"save_interval={good().training.train_iters}"),
         ({"checkpoint__save_interval": 5, "checkpoint__enabled": False}, "enabled=false"),
         ({"checkpoint__load": "other", "checkpoint__weights_only": True}, "save_interval=0"),
     ):

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from plt_megatron.demo import steps
 from plt_megatron.demo.steps import Step, run_step
 from plt_megatron.errors import UserError
 
@@ -106,6 +107,12 @@ def test_what_runs_have_read_is_kept_or_refused_but_never_replaced(work, change,
     with pytest.raises(UserError, match=f"{said}.* runs have read it: .*, or give another demo_corpus.folder"):
         work.go(is_read=True)
     assert work.runs == 1 and {path: path.stat() for path in work.source.parent.rglob("*")} == left
+
+
+def test_what_a_sweep_has_prepared_is_read_for_all_that_share_it(work, monkeypatch):
+    monkeypatch.setattr(steps, "data_steps", lambda *_, **__: [work.step])
+    steps.prepare_demo_corpus(steps.DemoCorpus(folder=str(work.stamps.parent / "vocab")), is_read=False)
+    assert work.go(inputs=[], settings="size=2").is_read and work.runs == 1  # `make demo`, with another Python
 
 
 def test_what_runs_have_read_and_is_gone_or_was_never_whole_is_made_again(work):

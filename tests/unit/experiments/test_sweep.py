@@ -27,6 +27,7 @@ from plt_megatron.experiments.records import (
     measured_flops_rate,
     read_record,
     remaining_seconds,
+    remaining_tokens,
     state_of,
     write_record,
 )
@@ -422,6 +423,16 @@ def test_going_on_with_other_data_is_refused(tmp_path, launcher):
     assert not (tmp_path / "sweeps" / "loops" / "1_loop-seed2").exists()
 
 
+def test_an_earlier_attempts_error_is_not_the_reason(tmp_path):
+    log = tmp_path / "train.log"
+    log.write_text("error: data/corpus.idx not found\n")
+    start = log.stat().st_size
+    assert sweep._reason(log, -9, start).startswith("was killed by SIGKILL") and "corpus" not in sweep._reason(
+        log, -9, start
+    )
+    assert "corpus.idx" in sweep._reason(log, 2, 0)
+
+
 def test_time_is_told_from_what_was_measured(tmp_path):
     plan = saved_plan(tmp_path)
     assert measured_flops_rate(plan.runs) is None
@@ -430,5 +441,10 @@ def test_time_is_told_from_what_was_measured(tmp_path):
     rate = measured_flops_rate(plan.runs)
     assert rate == pytest.approx(1000.0 * run.flops_per_token)
     assert remaining_seconds([run], rate) == pytest.approx(50 * 64 / 1000.0)
+    branch = plan.runs[1]
+    branch.config.checkpoint.load = "elsewhere/1_loop-seed1/checkpoints/step_00000080"
+    assert remaining_tokens(branch) == branch.tokens - 80 * 64
+    branch.config.checkpoint.weights_only = True  # starts at its own first step
+    assert remaining_tokens(branch) == branch.tokens
     same = [r for r in plan.runs if r.labels == run.labels]
     assert remaining_seconds(same, rate, jobs=2) == pytest.approx(100 * 64 / 1000.0 + 50 * 64 / 1000.0)

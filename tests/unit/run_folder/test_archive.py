@@ -30,6 +30,7 @@ LEFT_OUT = ["README.md", "rates.png", ".lock", "report/rows.csv", "a b/train.log
 LEFT_OUT += ["averaged/checkpoints/step_1/__0_0.distcp", "exported/model.safetensors"]
 LEFT_OUT += ["a b/.former_config.yaml", "a b/exports/step_1/config.json", "logs/1.out", "a b/metrics.png"]
 LEFT_OUT += [f"a b/{name}" for name in ("environment.txt", "git.txt", "job.sbatch", "job.yaml", "wandb/run.yaml")]
+LEFT_OUT += ["a b/why.txt", "a b/submissions.jsonl", "a b/upload_id", "a b/incidents/hang_rank_0000.txt"]
 LEFT_OUT += ["code.1/a.yaml", *(f"deep.array/{name}" for name in ("job.sbatch", "code/a.yaml", "logs/1.out"))]
 
 

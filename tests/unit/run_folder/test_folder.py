@@ -13,6 +13,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import locked
 from plt_megatron.run_folder.folder import RunFolder, save_config
 from plt_megatron.run_folder.resuming import find_start
+from plt_megatron.run_folder.status import read_run_status
 
 
 def write(folder, *records, tail=""):
@@ -131,3 +132,48 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, records, said):
         write(tmp_path, *records).trained_metrics()
     assert str(tmp_path / "metrics.jsonl") in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_evaluations_are_in_the_order_of_their_steps_whoever_did_them(tmp_path):
+    """A job does later ones before the next job repeats one that was cut short."""
+    records = [
+        {"kind": "evaluation", "step": step, "tokens": step, "scores": {"n": n}} for n, step in enumerate((2, 1, 2))
+    ]
+    found = write(tmp_path, *records).metrics().evaluation
+    assert [(record["step"], record["scores"]["n"]) for record in found] == [(1, 1), (2, 0), (2, 2)]
+
+
+def test_a_run_that_goes_on_without_a_job_is_no_longer_what_its_last_job_made_of_it(tmp_path):
+    folder = write(tmp_path, train(4, 1.0))
+    folder.try_again()
+    assert not folder.attempts_file.exists()
+    job = {"attempt": 1, "job_id": "7"}
+    ends = [
+        {"event": "start", **job},
+        {"event": "end", **job, "status": "failed"},
+        {"event": "stop", **job, "reason": "r"},
+    ]
+    folder.attempts_file.write_text("".join(f"{json.dumps(event)}\n" for event in ends))
+    folder.why_file.write_text("r\n")
+    assert (read_run_status(folder.path).stopped, read_run_status(folder.path).last_status) == ("r", "failed")
+    for _ in range(2):
+        folder.try_again()
+        assert [event["event"] for event in folder.attempts()] == ["start", "end", "stop", "again"]
+    assert (folder.logs / "why-before-attempt-2.txt").read_text() == "r\n" and not folder.why_file.exists()
+    assert (read_run_status(folder.path).stopped, read_run_status(folder.path).last_status) == (None, "")
+
+
+def test_a_batch_script_that_could_run_no_python_is_heard(tmp_path):
+    folder = write(tmp_path, train(4, 1.0))
+    folder.why_file.write_text("the job's setup failed\n")
+    assert read_run_status(folder.path).stopped == f"see {folder.why_file}"
+
+
+@pytest.mark.parametrize(("saved", "finished"), [(0, True), (2, False), (4, True)])
+def test_a_run_is_finished_once_its_last_step_is_saved_where_any_is(tmp_path, saved, finished):
+    folder = write(tmp_path, train(4, 1.0))
+    folder.config_file.write_text("training: {train_iters: 4}\ndata: {sources: [{path: c}]}\n")
+    if saved:
+        (folder.checkpoints / f"step_{saved:08d}").mkdir(parents=True)
+        (folder.checkpoints / f"step_{saved:08d}" / "manifest.json").touch()
+    assert read_run_status(folder.path).finished is finished
