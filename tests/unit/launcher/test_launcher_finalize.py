@@ -141,6 +141,8 @@ def test_where_requeueing_is_forbidden_a_chain_outlasts_a_bad_node(is_away, job,
 def test_nodes_that_left_a_killed_first_launcher_are_not_bad(job, tmp_path, monkeypatch):
     output = "srun: error: n1: task 0: Killed\nsrun: error: n2: task 1: Exited with exit code 77\n"
     assert outcome(job, 137, output, monkeypatch, tmp_path)[0] == 137 and job.asked == ["scontrol requeue 7"]
+    end = RunFolder(job.run).attempts()[-1]
+    assert (end["status"], end["reason"], end["bad_nodes"]) == ("node_failed", "the first node's launcher is gone", {})
 
 
 def test_a_bad_node_is_left_out_even_without_requeue(job):
