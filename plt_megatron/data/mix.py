@@ -193,7 +193,8 @@ def _check_share(share: SourceShare, data: DataConfig) -> None:
         raise UserError(
             f"data source {share.name}: {share.samples:,} {share.part} samples of {data.sequence_length} tokens are "
             f"{share.epochs:.2f} epochs of its {share.tokens:,} tokens{before}, over max_epochs {share.max_epochs:g}: "
-            "train on fewer tokens, lower its weight, or raise max_epochs"
+            f"{'lower order_samples' if data.order_samples else 'train on fewer tokens'}, lower its weight, or raise "
+            "max_epochs"
         )
 
 

@@ -243,13 +243,15 @@ def _figure(name: str, caption: str, panel: Panel, height: float = 4.6) -> Named
 
 
 def _curves(group: Sequence[Row], scale: Callable[[Row], float], x: str) -> Panel:
-    """Plot mean validation curves, and the seeds at their ends; the first, steep part is cut off at the top."""
+    """Plot mean validation curves, and the seeds at their ends; the first, steep part is cut off at the top. Against
+    FLOPs, a row whose steps differ in cost has its end alone."""
     curves: list[Curve] = []
     shown: list[float] = []
     for index, row in enumerate(group):
         if not row.curve:
             continue
-        tokens, losses = zip(*row.curve, strict=True)
+        known = row.curve if x != FLOPS or row.has_equal_steps else row.curve[-1:]
+        tokens, losses = zip(*known, strict=True)
         xs, ends = [count * scale(row) for count in tokens], list(row.losses.values())
         label = row.label if row.loss is None else f"{row.label}: {row.loss.value:.3f}"
         curves.append(Curve(xs, losses, index, line(index), label=label))

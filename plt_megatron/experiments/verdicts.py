@@ -72,6 +72,11 @@ class Row:
         return ", ".join([*self.group, self.label])
 
     @property
+    def has_equal_steps(self) -> bool:
+        """Whether a token costs the same throughout the runs."""
+        return not (self.run.config.training.loop_schedule or self.run.config.data.length_schedule)
+
+    @property
     def loop_count(self) -> int:
         return self.run.config.model.loop_count
 
@@ -216,7 +221,7 @@ def _equal_or_curves(
     common = min(amount(row) for row in group)
     parts = []
     for row in group:
-        if hold == "training_flops" and (row.run.config.training.loop_schedule or row.run.config.data.length_schedule):
+        if hold == "training_flops" and not row.has_equal_steps:
             parts.append(f"{row.label} unknown (its steps differ in cost)")
             continue
         share = common / amount(row)

@@ -141,6 +141,9 @@ def test_max_epochs_counts_training_alone(tmp_path: Path) -> None:
     data = DataConfig([DataSource(source(tmp_path, "a", [100] * 200), max_epochs=1)], split="90,10,0")
     trained, validated = mix_shares(data, (60, 1000, 0))
     assert trained.epochs < 1 < 100 < validated.epochs
+    data.order_samples = 1000  # a branch's, which is longer
+    with pytest.raises(UserError, match="over max_epochs 1: lower order_samples"):
+        mix_shares(data, (1000, 10, 0))
 
 
 def test_more_documents_than_megatron_numbers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

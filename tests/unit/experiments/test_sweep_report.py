@@ -7,14 +7,16 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest.mock import Mock
 
 import matplotlib.image
 import pytest
 from headless_chromium import A4_LANDSCAPE, PIXELS_PER_MM, Browser, needs_chromium
 from sweep_helpers import LOOPS, finish, note_scores, saved_plan
 
+from plt_megatron.experiments import sweep_report
 from plt_megatron.experiments.records import load_results
-from plt_megatron.experiments.sweep_report import Report, write_report
+from plt_megatron.experiments.sweep_report import FLOPS, TOKENS, Report, write_report
 from plt_megatron.experiments.verdicts import fit_laws, make_rows
 
 BUDGETS = "axes: {budget: {" + ", ".join(f"b{n}: {{training.train_iters: {n}}}" for n in (100, 250, 500)) + "}, "
@@ -195,3 +197,11 @@ def test_a_browser_shows_the_csvs_numbers_offline_and_prints_whole_tables(report
     assert pdf.startswith(b"%PDF") and len(re.findall(rb"/Type\s*/Page\b", pdf)) >= 3
     Path(tmp_path / "page.png").write_bytes(screenshot)
     assert matplotlib.image.imread(tmp_path / "page.png")[..., :3].std() > 0.02
+
+
+@pytest.mark.parametrize("has_equal_steps", [True, False])
+def test_against_flops_a_row_whose_steps_differ_in_cost_has_its_end_alone(has_equal_steps):
+    row = Mock(has_equal_steps=has_equal_steps, curve=[(10, 3.0), (20, 2.5), (30, 2.0)], losses={1: 2.0}, label="row")
+    row.loss.value = 2.0
+    points = {x: [*sweep_report._curves([row], lambda row: 2.0, x).curves[0].x] for x in (TOKENS, FLOPS)}
+    assert points == {TOKENS: [20, 40, 60], FLOPS: [20, 40, 60] if has_equal_steps else [60]}
