@@ -178,18 +178,21 @@ def _build_index(arguments: argparse.Namespace) -> None:
     """Print the run's data mix and build its sample index in this one process, so that the ranks find it ready."""
     from plt_megatron.config.loader import load_config
     from plt_megatron.config.validation import validate
-    from plt_megatron.data.mix import describe_mix, mix_shares, required_samples
+    from plt_megatron.data.mix import describe_mix, mix_shares, required_samples, training_samples, validation_alone
     from plt_megatron.data.tokenizer import load_tokenizer
     from plt_megatron.runtime.environment import quiet_imports
 
     quiet_imports()
     config = load_config(arguments.build_index, arguments.overrides)
     validate(config)
-    samples = required_samples(config)
+    samples = (training_samples(config), *required_samples(config)[1:])
     print(describe_mix(config.data, mix_shares(config.data, samples)), flush=True)
     from plt_megatron.data.datasets import build_datasets
 
-    build_datasets(config, samples, load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None)
+    tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+    build_datasets(config, samples, tokenizer)
+    for _, alone in validation_alone(config) if config.validation.by_source and samples[1] else ():
+        build_datasets(alone, (0, samples[1], 0), tokenizer)
     print(f"the sample index of {samples[0]:,} train and {samples[1]:,} validation samples is ready")
 
 

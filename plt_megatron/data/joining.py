@@ -125,9 +125,18 @@ def _joined_manifest(
         "parts": list(listed),
         "bin_bytes": sum(part["bin_bytes"] for part in listed),
         "dtype": indices[0].dtype.name,
-        **({"tokenizer": made["tokenizer"]} if made else {}),
+        **_shared_tokenizer(manifests),
         **totals,
         "documents": sum(index.documents for index in indices),
         "tokens": sum(index.tokens for index in indices),
         "bad_lines": bad,
     }
+
+
+def _shared_tokenizer(manifests: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return what holds for all parts: nothing if one was made elsewhere; no `eod` if documents end differently."""
+    made = [each["tokenizer"] for each in manifests if each]
+    if len(made) < len(manifests):
+        return {}
+    ends = {each.get("eod") for each in made}
+    return {"tokenizer": {**made[0], "eod": ends.pop() if len(ends) == 1 else None}}

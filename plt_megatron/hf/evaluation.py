@@ -77,13 +77,15 @@ def _model(folder: Path, device: str, chat: bool) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     from plt_megatron.hf.generation import check_chat_template, load_export
+    from plt_megatron.hf.sources import first_end
 
     tokenizer, model = load_export(folder)
     if chat:
         check_chat_template(tokenizer, folder)
-    # A text without a context is scored after the token that ends documents, which precedes texts in training. A <s>
-    # that the tokenizer does not put there itself was never seen.
-    prefix = None if tokenizer("")["input_ids"] else tokenizer.eos_token_id
+    # A text without a context is scored after the token that ends documents, which precedes texts in training; the
+    # tokenizer's own end may be another. A <s> that the tokenizer does not put there itself was never seen.
+    end = first_end(getattr(model.config, "eos_token_id", None))
+    prefix = None if tokenizer("")["input_ids"] else tokenizer.eos_token_id if end is None else end
     options = {"backend": "causal", "batch_size": 8, "prefix_token_id": prefix, "softmax_dtype": "float32"}
     logger = logging.getLogger(HFLM.__module__)
     logger.disabled = True  # it warns about a model that is not a path

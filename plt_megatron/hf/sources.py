@@ -148,9 +148,10 @@ def _open_checkpoint(path: Path, tokenizer: Path | None, ema: bool, verify: bool
     tokens = special_tokens(loaded) if loaded else progress.get("special_tokens", {})
     tokens, generation = token_ids(tokens, generation)
     end, ends = progress.get(DOCUMENT_END), tokens.get("eos_token_id", [])
-    ends = ends if isinstance(ends, list) else [ends]
-    if end is not None and end not in ends:  # plt preprocess --eod-token
-        tokens["eos_token_id"] = [end, *ends]
+    if end is not None:  # plt preprocess --eod-token
+        others = [other for other in (ends if isinstance(ends, list) else [ends]) if other != end]
+        tokens["eos_token_id"] = [end, *others] if others else end
+        loaded = _ending_with(loaded, end)
     return ModelSource(
         path=found,
         model=model,
@@ -165,6 +166,19 @@ def _open_checkpoint(path: Path, tokenizer: Path | None, ema: bool, verify: bool
         ema=ema,
         lineage=progress,
     )
+
+
+def first_end(ends: Any) -> int | None:
+    """Return the token that ends documents: a config.json's `eos_token_id`, or the first of several."""
+    return next(iter(ends), None) if isinstance(ends, list) else ends
+
+
+def _ending_with(tokenizer: Tokenizer | None, end: int | None) -> Tokenizer | None:
+    """Return the tokenizer with `end` as the token that ends documents, if it has such a token."""
+    if tokenizer is None or end is None or end == tokenizer.eod or not 0 <= end < tokenizer.vocab_size:
+        return tokenizer
+    name = tokenizer.token_name(end)
+    return load_tokenizer(tokenizer.path, name) if tokenizer.token_id(name) == end else tokenizer
 
 
 def check_ema(progress: Mapping[str, Any], checkpoint: Path) -> None:
@@ -216,13 +230,14 @@ def _open_hf(path: Path, tokenizer: Path | None) -> ModelSource:
     mappings = mappings_for(described.model, described.vocab_size, described.style)
     check_hf_tensors(files, mappings, described.model)
     found = tokenizer or hf_tokenizer_file(path, described.family)
+    loaded = load_hf_tokenizer(found, described.tokens) if found else None
     tokens, generation = token_ids(described.tokens, read_generation_config(path))
     return ModelSource(
         **vars(described) | {"tokens": tokens},
         path=path,
         precision=hf_precision(files),
         weights=lambda: conversion.to_megatron(files.read, mappings),
-        tokenizer=load_hf_tokenizer(found, described.tokens) if found else None,
+        tokenizer=_ending_with(loaded, first_end(described.tokens.get("eos_token_id"))),  # also a sentencepiece model
         generation=generation,
         lineage=read_license(path),
     )

@@ -88,7 +88,7 @@ def kv_cache_bytes(model: ModelConfig, context_length: int) -> int:
 
 def state_bytes(model: ModelConfig, context_length: int) -> int:
     """Return the bytes per sequence of L - 1 windows of K and V in every looped layer, and of L - 1 carried hidden
-    states."""
+    states; without the last token's part that shifted keys carry."""
     later = model.loop_count - 1
     runs = derived.layer_runs(model) - model.num_layers if derived.has_windows(model) else 0
     windows = min(model.window_size, context_length) * _token_kv(model, runs)

@@ -23,7 +23,7 @@ from plt_megatron.config.rules.optimizer import find_decay_problems, settings_of
 from plt_megatron.config.rules.uploads import is_url
 from plt_megatron.config.schema import ModelConfig, RunConfig, TrainingConfig
 from plt_megatron.errors import UserError
-from plt_megatron.model.parameters import Sizes, parameters_of
+from plt_megatron.model.parameters import Sizes, tensors_of
 from plt_megatron.run_folder import checkpoints
 from plt_megatron.run_folder.folder import MODEL_YAML, RunFolder
 
@@ -281,25 +281,28 @@ def _ways(start: Start, config: RunConfig) -> str:
 
 
 def _changes_of_form(saved: ModelConfig, own: ModelConfig) -> list[str]:
-    """Return the settings of presets, which another version may have expanded otherwise, that differ with effect."""
-    names = LOOP_PRESETS["paper"].keys() if min(saved.loop_count, own.loop_count) > 1 else OF_ONE_LOOP
-    return [name for name in names if getattr(saved, name) != getattr(own, name)]
+    """Return the settings of presets, which another version may have expanded otherwise, and the span of the loops if
+    they differ with effect."""
+    have_loops = min(saved.loop_count, own.loop_count) > 1
+    names = LOOP_PRESETS["paper"].keys() if have_loops else OF_ONE_LOOP
+    span = ["loop_span"] * (have_loops and derived.looped_layers(saved) != derived.looped_layers(own))
+    return [name for name in names if getattr(saved, name) != getattr(own, name)] + span
 
 
 def _fit(saved: ModelConfig, own: ModelConfig) -> bool:
     before, now = _shapes(saved), _shapes(own)
     if any(before[name] != now[name] for name in before.keys() & now.keys()):
         return False
-    loops = [{item.name for item in parameters_of(model) if item.only_in_loops} for model in (saved, own)]
+    loops = [{item.name for item in tensors_of(model) if item.only_in_loops} for model in (saved, own)]
     return before.keys() - loops[0] == now.keys() - loops[1] and (loops[0] == loops[1] or not all(loops))
 
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return each parameter's shape, preceded by the layers that have one and the number of experts."""
+    """Return the shape of each parameter and buffer, preceded by the layers that have one and the number of experts."""
     sizes = Sizes.of(model, 1)
     return {
         item.name: (*item.layers(model), sizes.experts * item.per_expert, *sizes.shape(item.dims))
-        for item in parameters_of(model)
+        for item in tensors_of(model)
     }
 
 

@@ -62,7 +62,8 @@ def test_plt_evaluate(folder):
     assert f"| choice/acc | {scores['choice/acc']:.4f} |" in card and "| rows of each task | 4 |" in card
 
 
-def test_log_likelihoods_are_sums_in_fp32_after_the_end_of_a_document(folder):
+@pytest.mark.parametrize("ends", [None, 7, [7, 2]])
+def test_log_likelihoods_are_sums_in_fp32_after_the_end_of_a_document(folder, ends):
     """Whatever the weights' precision; a token that begins texts for Hugging Face alone was in no training text."""
     from lm_eval.api.instance import Instance
 
@@ -70,13 +71,13 @@ def test_log_likelihoods_are_sums_in_fp32_after_the_end_of_a_document(folder):
 
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<pad>"})
-    for part in (make_model(loop_count=2).bfloat16(), tokenizer):
+    for part in (make_model(loop_count=2, eos_token_id=ends).bfloat16(), tokenizer):
         part.save_pretrained(folder / "model")
     harness = evaluation._model(folder / "model", "cpu", chat=False)
     (text,) = tokenizer([" ".join(f"w{i % 90 + 3}" for i in range(60))])["input_ids"]
     with torch.no_grad():
-        ends = [tokenizer.eos_token_id]
-        logits = harness.model(torch.tensor([ends + text[:-1]])).logits
+        end = tokenizer.eos_token_id if ends is None else 7  # the data's, if config.json tells
+        logits = harness.model(torch.tensor([[end, *text[:-1]]])).logits
     assert logits.dtype == torch.bfloat16
     wanted = logits.float().log_softmax(-1)[0, range(len(text)), text].sum().item()
     request = Instance("loglikelihood_rolling", {}, (tokenizer.decode(text),), 0)

@@ -13,7 +13,7 @@ import pytest
 
 from plt_megatron.config import derived
 from plt_megatron.config.loader import load_config
-from plt_megatron.config.schema import LoopStage, RunConfig
+from plt_megatron.config.schema import LoopStage, MoeConfig, RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder import resuming
@@ -116,6 +116,11 @@ def test_a_larger_batch_leaves_the_schedule_the_steps_that_it_began_with(tmp_pat
             {"key_shift": "heads", "share_kv": False, "gated_window": False, "full_attention": "last_loop"},
             ("key_shift none", "share_kv True", "gated_window True", "full_attention every_loop"),
         ),
+        (  # no tensor differs
+            {"num_layers": 4, "loop_span": [1, 3], "share_kv": False, "gated_window": False},
+            {"num_layers": 4, "loop_span": [0, 4], "share_kv": False, "gated_window": False},
+            ("loop_span [1, 3] (now [0, 4])",),
+        ),
         (
             {},
             {"hidden_size": 64, "key_shift": "heads"},
@@ -148,3 +153,14 @@ def test_another_model_than_that_of_checkpoint_load_is_restored_or_trained_witho
     (tmp_path / "imported/model.yaml").touch()
     with pytest.raises(UserError, match="include .*/imported/model.yaml"):
         resuming.check_model(start, own, None)
+
+
+@pytest.mark.parametrize("with_bias_first", [False, True])
+def test_a_buffer_that_the_loader_would_miss_is_missed_before_the_start(with_bias_first):
+    models = []
+    for rate in (None, 1e-3)[:: -1 if with_bias_first else 1]:
+        models.append(run([], 1))
+        models[-1].model.moe = MoeConfig(num_experts=4, router_score_function="sigmoid", router_bias_update_rate=rate)
+    start = resuming.Start(Path("checkpoint"), {"config": dataclasses.asdict(models[0])}, is_own=False)
+    with pytest.raises(UserError, match=r"model\.moe .*tensors of other shapes"):
+        resuming.check_model(start, models[1], None)

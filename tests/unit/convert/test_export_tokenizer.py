@@ -11,6 +11,7 @@ from convert_helpers import make_model, quiet, random_weights, save_run
 from plt_megatron.data.encoders import ChatEncoder
 from plt_megatron.data.tokenizer import load_tokenizer
 from plt_megatron.errors import UserError
+from plt_megatron.hf.sources import open_source
 from plt_megatron.hf.tokenizer_files import copy_tokenizer, write_tokenizer
 from tests.unit.data.data_helpers import CHATML, make_texts, train, write_jsonl
 
@@ -162,6 +163,17 @@ def test_prompts_begin_as_texts_did_in_training(tmp_path, known):
     ids = AutoTokenizer.from_pretrained(tmp_path / "out")("ab")["input_ids"]
     assert ids == [3, 0, 1] if known else ids == load_tokenizer(path).encode("ab") == [0, 1]
     assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == [5, 4]
+    assert json.loads((tmp_path / "out/tokenizer_config.json").read_text())["eos_token"] == "</s>"
+    assert [open_source(tmp_path / name).tokenizer.eod for name in ("run", "out")] == [5, 5]
+
+
+def test_a_sentencepiece_models_end_is_that_of_the_data(tmp_path, tokenizer_model):
+    model, tokenizer = make_model(), load_tokenizer(tokenizer_model)
+    end = tokenizer.token_id("<pad>")
+    assert end is not None and end != tokenizer.eod
+    run = save_run(tmp_path / "run", model, random_weights(model, 400), tokenizer=tokenizer_model, document_end=end)
+    quiet((run, tmp_path / "out"))
+    assert [open_source(tmp_path / name).tokenizer.eod for name in ("run", "out")] == [end, end]
 
 
 @pytest.mark.parametrize("read", ["tokenizer.model", "tokenizer.json"])

@@ -13,6 +13,7 @@ import yaml
 from data_helpers import run_preprocess, write_jsonl
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from plt_megatron.commands import preprocess
 from plt_megatron.commands.inspect_data import main
 from plt_megatron.config.loader import load_config
 from plt_megatron.data.datasets import build_datasets
@@ -187,6 +188,24 @@ def test_parts_of_every_sample(run: Path) -> None:
         assert [part.length for part in parts] == lengths and sum(lengths) == len(text) == 49
     with pytest.raises(UserError, match="the run reads no test data"):
         Inspector(load_config(run)).samples("test")
+
+
+def test_a_run_that_goes_on_is_shown_and_indexed_in_its_recorded_order(run: Path, tmp_path: Path) -> None:
+    """Its length is in tokens, and its batches are larger now: it has drawn 107 samples, of which it would draw 104."""
+    settings = [f"output_dir={tmp_path}", f"data.index_cache={tmp_path}/cache", "training.train_iters=null"]
+    settings += ["training.train_tokens=5136", "training.global_batch_size=8", "validation.by_source=true"]
+    config = load_config(run, settings)
+    progress = {"format": 1, "config": {"training": {"train_tokens": 5136}, "data": {"sequence_length": 48}}}
+    folder = tmp_path / "shown/checkpoints/step_00000004"
+    folder.mkdir(parents=True)
+    sampling = {"data_fingerprint": {"sampling": {"num_samples": 107}}}
+    (folder / "progress.json").write_text(json.dumps(progress | sampling))
+    assert preprocess.main(["--build-index", str(run), *settings]) == 0
+    built = set((tmp_path / "cache").iterdir())
+    assert len(built) == 2, "of the mix, and of the validation source alone"
+    ours = Inspector(config).samples("train")[0][1]
+    train = build_datasets(config, (107, 320, 0), load_tokenizer(config.data.tokenizer or "")).train
+    assert train and built == set((tmp_path / "cache").iterdir()) and len(ours) == len(train) == 107
 
 
 def test_by_source_each_sources_own_samples_are_shown_and_searched(run: Path) -> None:

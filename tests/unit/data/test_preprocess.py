@@ -27,12 +27,14 @@ from data_helpers import (
 
 from plt_megatron.commands import preprocess as command
 from plt_megatron.config.schema import DataConfig, DataSource
+from plt_megatron.data import joining
 from plt_megatron.data import preprocess as module
 from plt_megatron.data.formats import Quality, ReadOptions
 from plt_megatron.data.indexed import open_index, read_index
-from plt_megatron.data.mix import document_record
+from plt_megatron.data.mix import check_tokenizer, document_record
 from plt_megatron.data.tokenizer import load_tokenizer
 from plt_megatron.errors import UserError
+from plt_megatron.slurm import start_checks
 from tests.running import ROOT, run
 
 
@@ -406,3 +408,9 @@ def test_the_token_that_ends_documents_is_known(texts: list[str], bpe_model: Pat
     for names, record in (("a", {}), ("bc", {"document_end": 3}), ("ab", {}), ("bd", elsewhere)):
         data = DataConfig(sources=[DataSource(str(tmp_path / name)) for name in names])
         assert document_record(data, tokenizer) == record
+    for names, record in (("bc", {"document_end": 3}), ("ab", {}), ("ba", {}), ("ad", {"made_elsewhere": True})):
+        joining.join([str(tmp_path / name) for name in names], str(tmp_path / "joined" / names))
+        data = DataConfig(sources=[DataSource(str(tmp_path / "joined" / names))])
+        assert document_record(data, tokenizer) == record
+        check_tokenizer(data, tokenizer)
+        assert not list(start_checks._source_problems(data.sources[0].path, tokenizer, None))
