@@ -204,11 +204,15 @@ def _other_communication(
 def _optimizer(step: Step, card: GPUSpec) -> float:
     """Return the seconds of the update, with one moment of matrices too many, and of Newton-Schulz iterations on the
     busiest rank."""
-    config, layout, stage = step.config, step.layout, step.largest
-    owned = stage.trained.dense / (layout.shards if layout.zero_stage >= 1 else 1)
-    owned += stage.trained.experts / layout.expert_shards
+    config, layout = step.config, step.layout
     offloaded = layout.offload_optimizer and not layout.on_cpu
     bandwidth = HOST_MEMORY if offloaded else card.memory_bandwidth * card.memory_efficiency
     peak = card.flops_per_second(config.training.precision) * card.matmul_efficiency
-    flops = sum(held.busiest(lambda matrix: matrix.flops) for held in stage.held)
-    return OPTIMIZER_BYTES_PER_PARAMETER * owned / bandwidth + config.optimizer.muon_num_ns_steps * flops / peak
+
+    def seconds(stage: Stage) -> float:
+        owned = stage.trained.dense / (layout.shards if layout.zero_stage >= 1 else 1)
+        owned += stage.trained.experts / layout.expert_shards
+        flops = sum(held.busiest(lambda matrix: matrix.flops) for held in stage.held)
+        return OPTIMIZER_BYTES_PER_PARAMETER * owned / bandwidth + config.optimizer.muon_num_ns_steps * flops / peak
+
+    return max(map(seconds, step.stages))

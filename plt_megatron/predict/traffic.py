@@ -11,6 +11,7 @@ from plt_megatron.config import derived
 from plt_megatron.config.schema import ParallelConfig
 from plt_megatron.model.parameters import Sizes
 from plt_megatron.predict.activations import Activations
+from plt_megatron.predict.held import Stage
 from plt_megatron.predict.layers import FP32, runs
 from plt_megatron.predict.layout import Layout
 from plt_megatron.predict.step import Step
@@ -25,17 +26,15 @@ def communication_bytes(step: Step) -> dict[str, float]:
     config, layout, shapes = step.config, step.layout, step.shapes
     stage = max(step.stages, key=lambda each: len(each.layers))
     ran = runs(config.model, stage.layers)
-    kinds = shapes.by_kind(ran)
+    gathered = max(each.dense.busiest(lambda matrix: matrix.gathered) for each in step.stages)
     traffic = {
-        "tensor parallel": layout.microbatches * sum(count * _tensor_run(run) for run, count in kinds)
-        + _tensor_ends(step)
-        + _whole_gradients(step, stage.layers),
+        "tensor parallel": max(_tensor_stage(step, stage) for stage in step.stages),
         "pipeline": _pipeline(layout, config.model.loop_count) * shapes.hidden_bytes(),
         **_data_parallel(step, layout.microbatches * len(ran) / len(stage.layers)),
         "context parallel": layout.microbatches
-        * sum(count * _context_run(run, config.parallel) for run, count in kinds),
+        * sum(count * _context_run(run, config.parallel) for run, count in shapes.by_kind(ran)),
         "expert parallel": layout.microbatches * _most_expert_runs(step) * _expert_layer(step),
-        "matrix updates": _share(layout.tensor) * FP32 * step.largest.dense.busiest(lambda each: each.gathered),
+        "matrix updates": _share(layout.tensor) * FP32 * gathered,
     }
     if layout.pipeline > 1 and config.model.share_embeddings_and_output_weights:
         traffic["tied embeddings"] = float(FP32 * step.stages[0].trained.embedding)
@@ -82,6 +81,13 @@ def _most_expert_runs(step: Step) -> int:
     return max(sum(run.layer in experts for run in runs(step.config.model, stage.layers)) for stage in step.stages)
 
 
+def _tensor_stage(step: Step, stage: Stage) -> float:
+    """Return the traffic of a stage's layers and of the end of the model that it has, if any."""
+    kinds = step.shapes.by_kind(runs(step.config.model, stage.layers))
+    layers = step.layout.microbatches * sum(count * _tensor_run(run) for run, count in kinds)
+    return layers + _tensor_ends(step, stage) + _whole_gradients(step, stage.layers)
+
+
 def _tensor_run(run: Activations) -> float:
     """Return the traffic of attention and FFN in one run of a layer and microbatch, forward and backward.
 
@@ -99,6 +105,10 @@ def _tensor_run(run: Activations) -> float:
     if run.hidden_gate:  # each rank's rows of the logits of all heads
         logits = run.tokens * run.heads * layout.tensor * run.element
         forward, backward = forward + sequence * logits, backward + logits
+    if run.model.qk_layernorm and run.model.norm_placement == "post":  # Q's and K's sums of squares over all heads
+        keys_used = run.part != "later" or derived.later_loops_use_keys(run.model)  # else K has no gradient
+        sums = 2 * run.tokens * FP32
+        forward, backward = forward + 2 * sums, backward + (1 + keys_used) * sums
     mixing = [each for each in run.parameters if each.mixes_tokens and each.name not in run.frozen]
     backward += 2 * sum(each.size(sizes) for each in mixing) * run.element
     if run.recomputes_ffn:
@@ -129,21 +139,21 @@ def _expert_layer(step: Step) -> float:
     return float((there + back + weights) * (forwards + 1) + choice * forwards)
 
 
-def _tensor_ends(step: Step) -> float:
-    """Return the traffic of embedding and output layer in all microbatches, the latter once per loop with a loss; in a
-    pipeline, where each loop embeds again, the busier of the two. The cross-entropy reduces three numbers per token,
-    the last loop's z-loss one."""
+def _tensor_ends(step: Step, stage: Stage) -> float:
+    """Return the traffic of the embedding, in the first stage, and of the output layer, in the last, in all
+    microbatches: the latter once per loop with a loss; in a pipeline each loop embeds again. The cross-entropy reduces
+    three numbers per token, the last loop's z-loss one."""
     layout, shapes = step.layout, step.shapes
     whole = _share(layout.tensor) * shapes.tokens * shapes.hidden * shapes.element
-    heads = len(step.losses(step.stages[-1]))
+    heads = len(step.losses(stage))
     gathers = 3 if layout.sequence_parallel and shapes.trained.has_head else 2
-    numbers = 3 * heads + (1 if step.config.training.z_loss_coeff else 0)
+    numbers = 3 * heads + (1 if heads and step.config.training.z_loss_coeff else 0)
     losses = 2 * _share(layout.tensor) * numbers * shapes.tokens * FP32
     embedding = (1 if layout.sequence_parallel and not shapes.trained.has("embedding") else 2) * whole
     head = heads * gathers * whole + losses
-    embeds = step.config.model.loop_count if derived.adds_embeddings(step.config.model) else 1
-    ends = embedding + head if layout.pipeline == 1 else max(embeds * embedding, head)
-    return layout.microbatches * ends
+    embeds_again = layout.pipeline > 1 and derived.adds_embeddings(step.config.model)
+    embeds = (step.config.model.loop_count if embeds_again else 1) if stage.index == 0 else 0
+    return layout.microbatches * (embeds * embedding + head)
 
 
 def _whole_gradients(step: Step, layers: range) -> float:
