@@ -196,7 +196,7 @@ def _with_shape(config: RunConfig, layers: int, width: int) -> RunConfig:
 _SHAPE = ("num_layers", "ffn_hidden_size")
 _SWITCHES = tuple(key.rpartition(".")[2] for key in LOOP_SWITCHES)
 # Further settings that change times, and those of `moe`.
-_TIMED = ("hidden_size", "num_attention_heads", "vocab_size", "qk_layernorm", "norm_placement", "key_shift")
+_TIMED = ("hidden_size", "num_attention_heads", "vocab_size", "qk_layernorm", "norm_placement")
 _EXPERTS = ("num_experts", "router_topk", "ffn_hidden_size", "shared_expert_intermediate_size", "first_k_dense_replace")
 
 

@@ -200,7 +200,7 @@ def _scaled(model: ModelConfig, scale: float) -> ModelConfig:
     """Scale layers, width and FFN by `scale`, with the same head dimension and share of K/V heads."""
     head, groups = derived.head_dim(model), derived.num_query_groups(model)
     ratio = model.num_attention_heads // groups
-    new_groups = max(2 if model.key_shift == "heads" else 1, round(groups * scale))
+    new_groups = max(1, round(groups * scale))
     heads = new_groups * ratio
     # The head dimension may differ from width / heads; the ratio of width to heads is kept.
     width = max(1, round(model.hidden_size / model.num_attention_heads)) * heads

@@ -187,7 +187,7 @@ def test_equal_latency_by_a_measured_table(tmp_path):
             plan_of(tmp_path, axes)
     topk, loss = "{num_experts: 4, router_topk: 1}", "{num_experts: 4, aux_loss_coeff: 0.5}"
     columnless = {"num_attention_heads": (4, 2), "kv_channels": (8, 16), "vocab_size": (256, 1024), "moe": (topk, loss)}
-    columnless |= {"qk_layernorm": ("true", "false"), "norm_placement": ("pre", "post"), "key_shift": ("none", "heads")}
+    columnless |= {"qk_layernorm": ("true", "false"), "norm_placement": ("pre", "post")}
     row = "axes: {{row: {{a: {{model.{0}: {1}}}, b: {{model.{0}: {2}}}}}, "
     for key, values in columnless.items():
         with pytest.raises(UserError, match=f"cannot tell models of other {key} apart"):

@@ -152,13 +152,6 @@ def test_shapes_with_experts_have_their_share_of_dense_layers(tmp_path):
         assert dense < model.num_layers and abs(dense - model.num_layers * 3 / 8) <= 1
 
 
-def test_shapes_whose_keys_shift_by_heads_keep_two_of_them(tmp_path):
-    study = read_study(write_study(tmp_path, STUDY.replace("set: {", "set: {model.key_shift: heads, ")))
-    config = next(own.config for own in make_grid(study).arms if own.size == "L" and own.loops == 1)
-    assert {derived.num_query_groups(scaled.model) for scaled in _ladder(config)} >= {2}
-    assert not any(list(find_problems(scaled, check_files=False)) for scaled in _ladder(config)[:3])
-
-
 def test_a_grid_is_the_same_wherever_it_is_made(grid, tmp_path):
     again = make_grid(read_study(tmp_path / "study.yaml", [f"output_dir={tmp_path}"]))
     assert [dataclasses.asdict(own.config) for own in again.arms] == [dataclasses.asdict(o.config) for o in grid.arms]
