@@ -6,6 +6,7 @@ Modules are looked up without importing them, so that a command can check before
 from __future__ import annotations
 
 from importlib import metadata, util
+from typing import Any
 
 from plt_megatron.errors import UserError
 
@@ -59,7 +60,6 @@ def outdated(package: str, extra: str) -> str | None:
     try:
         from packaging.requirements import Requirement
         from packaging.utils import canonicalize_name
-        from packaging.version import Version
 
         version, requirements = metadata.version(package), metadata.requires("plt-megatron") or []
     except ImportError:  # no `packaging`; or, not found: it comes under another name, or this is a bare checkout
@@ -67,10 +67,16 @@ def outdated(package: str, extra: str) -> str | None:
     for each in map(Requirement, requirements):
         is_asked = each.marker is not None and each.marker.evaluate({"extra": extra})
         if is_asked and canonicalize_name(each.name) == canonicalize_name(package):
-            # Containers ship builds such as 2.9.0a0+..., which count as 2.9.0.
-            if not any(each.specifier.contains(known, True) for known in (version, Version(version).base_version)):
+            if not in_range(version, each.specifier):
                 return f"{each.name}{each.specifier}, not {version}"
     return None
+
+
+def in_range(version: str, wanted: Any) -> bool:
+    """Check a version against a `SpecifierSet`. Containers ship builds such as 2.9.0a0+..., which count as 2.9.0."""
+    from packaging.version import Version
+
+    return any(wanted.contains(known, True) for known in (version, Version(version).base_version))
 
 
 def require(purpose: str, *modules: str) -> None:

@@ -178,14 +178,14 @@ def _build_index(arguments: argparse.Namespace) -> None:
     """Print the run's data mix and build its sample index in this one process, so that the ranks find it ready."""
     from plt_megatron.config.loader import load_config
     from plt_megatron.config.validation import validate
-    from plt_megatron.data.mix import describe_mix, mix_shares, required_samples, training_samples, validation_alone
+    from plt_megatron.data.mix import describe_mix, drawn_samples, mix_shares, validation_alone
     from plt_megatron.data.tokenizer import load_tokenizer
     from plt_megatron.runtime.environment import quiet_imports
 
     quiet_imports()
     config = load_config(arguments.build_index, arguments.overrides)
     validate(config)
-    samples = (training_samples(config), *required_samples(config)[1:])
+    samples = drawn_samples(config)
     print(describe_mix(config.data, mix_shares(config.data, samples)), flush=True)
     from plt_megatron.data.datasets import build_datasets
 

@@ -313,6 +313,11 @@ def has_checkpoints(config: RunConfig) -> bool:
     return config.checkpoint.enabled and "\0" not in str(folder) and any(folder.glob("step_*[0-9]"))
 
 
+def has_equal_steps(config: RunConfig) -> bool:
+    """Return whether a token costs the same throughout the run."""
+    return not (config.training.loop_schedule or config.data.length_schedule)
+
+
 def continues(config: RunConfig) -> bool:
     """Return whether the run goes on where a checkpoint ended, its own or that of `checkpoint.load`."""
     return has_checkpoints(config) or (config.checkpoint.load is not None and not config.checkpoint.weights_only)

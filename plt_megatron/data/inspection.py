@@ -12,7 +12,7 @@ from plt_megatron.config.schedules import BatchSchedule, LengthSchedule
 from plt_megatron.config.schema import DataSource, RunConfig
 from plt_megatron.data.datasets import Part, Samples, build_datasets
 from plt_megatron.data.duplicates import Duplicates, Shared, find_duplicates
-from plt_megatron.data.mix import PARTS, required_samples, sample_sources, training_samples, validation_alone
+from plt_megatron.data.mix import PARTS, drawn_samples, sample_sources, validation_alone
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError, printable
 from plt_megatron.run_folder.text import format_table, plural
@@ -69,7 +69,7 @@ class Inspector:
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         self._tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
-        counts = (training_samples(config), *required_samples(config)[1:])
+        counts = drawn_samples(config)
         built = build_datasets(config, counts, self._tokenizer)
         self._shares = built.shares
         parts = zip(PARTS, sample_sources(config.data), (built.train, built.validation, built.test), strict=True)

@@ -396,6 +396,11 @@ def training_samples(config: RunConfig) -> int:
     return required_samples(config)[0] if progress is None else samples_after(config, progress)
 
 
+def drawn_samples(config: RunConfig) -> tuple[int, int, int]:
+    """Return `required_samples` with `training_samples`: what the run's indices have."""
+    return training_samples(config), *required_samples(config)[1:]
+
+
 def samples_after(config: RunConfig, progress: dict[str, Any]) -> int:
     """Return `training_samples` of a run that starts from a checkpoint with this record. If its run had another length
     or rows of another length, nothing of its order is kept."""

@@ -16,6 +16,7 @@ from functools import cached_property, partial
 
 import numpy as np
 
+from plt_megatron.config import derived
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.intervals import LEVEL, Interval, estimate, paired_difference
 from plt_megatron.experiments.law import LawFit, fit_law
@@ -74,7 +75,7 @@ class Row:
     @property
     def has_equal_steps(self) -> bool:
         """Whether a token costs the same throughout the runs."""
-        return not (self.run.config.training.loop_schedule or self.run.config.data.length_schedule)
+        return derived.has_equal_steps(self.run.config)
 
     @property
     def loop_count(self) -> int:

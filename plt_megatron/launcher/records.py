@@ -75,8 +75,7 @@ class Records:
             reason = "no exit record: its node was lost, or Slurm ended it (scancel, a limit) before it could write one"
             self._end(event | {"time": self._last_seen(event)}, Outcome(KILLED, reason))
         attempt = last_attempt(events) + 1
-        if self.folder.why_file.exists():  # the run was given up, and someone has restarted it
-            self.folder.why_file.replace(self.folder.logs / f"why-before-attempt-{attempt}.txt")
+        self.folder.put_why_aside(attempt)  # the run was given up, and someone has restarted it
         start = {"event": "start", "attempt": attempt, **self._job, "step": self.folder.last_step()}
         warnings = os.environ.get(SETUP_WARNINGS, "").splitlines()
         self._append(start | ({"warnings": warnings} if warnings else {}))

@@ -162,14 +162,17 @@ class RunFolder:
         """Read its jobs' records of their attempts (`attempts`)."""
         return attempts.read_events(self.attempts_file)
 
+    def put_why_aside(self, attempt: int) -> None:
+        """Move the reason why the run was given up to the logs, as of before this attempt. Raises `OSError`."""
+        if self.why_file.is_file():
+            self.logs.mkdir(exist_ok=True)
+            self.why_file.replace(self.logs / f"why-before-attempt-{attempt}.txt")
+
     def try_again(self) -> None:
-        """Note that the run goes on without a job, after those that have ended. The reason why they gave it up is moved
-        to where their next attempt would put it."""
+        """Note that the run goes on without a job, after those that have ended."""
         events = self.attempts()
         with writing(self.logs):
-            if self.why_file.is_file():
-                self.logs.mkdir(exist_ok=True)
-                self.why_file.replace(self.logs / f"why-before-attempt-{attempts.last_attempt(events) + 1}.txt")
+            self.put_why_aside(attempts.last_attempt(events) + 1)
             if events and events[-1]["event"] in ("end", "stop"):
                 json_lines.append(self.attempts_file, {"event": "again"})
 

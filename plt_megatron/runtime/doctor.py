@@ -13,7 +13,7 @@ from typing import Literal, TextIO
 
 from plt_megatron.config.rules.fp8 import ADA, BLACKWELL, CONSUMER_BLACKWELL, HOPPER, card_name
 from plt_megatron.config.rules.kernels import BLOCKWISE_CUDA, DETERMINISTIC_FLASH_ATTN, DETERMINISTIC_FP8_CUDNN
-from plt_megatron.extras import PYTHONS, outdated
+from plt_megatron.extras import PYTHONS, in_range, outdated
 from plt_megatron.installation import ROOT, is_checkout
 from plt_megatron.run_folder.text import format_memory, format_table
 from plt_megatron.runtime.machine import Device, Machine
@@ -122,11 +122,9 @@ def _works(rule: Callable[[Machine], str], machine: Machine) -> bool:
 def _in_range(version: str, wanted: str) -> bool:
     try:
         from packaging.specifiers import SpecifierSet
-        from packaging.version import Version
     except ImportError:  # `packaging` is one of the requirements, and has already been reported as missing
         return True
-    # Containers ship builds such as 2.9.0a0+..., which count as 2.9.0.
-    return any(SpecifierSet(wanted).contains(known, True) for known in (version, Version(version).base_version))
+    return in_range(version, SpecifierSet(wanted))
 
 
 def _need_core(machine: Machine) -> None:

@@ -132,7 +132,7 @@ def _measured_step_seconds(
     records = last_train_records(folder)
     if settings.world_size != world_size or len(records) <= 2:
         return None
-    if config.training.loop_schedule or config.data.length_schedule:
+    if not derived.has_equal_steps(config):
         rates = [record["model_tflops"] for record in records if record.get("model_tflops")]
         return work / (1e12 * statistics.median(rates)) if rates else None
     speed = median_speed(records)

@@ -127,7 +127,7 @@ class Uploads(Callback):
             return
         process, self._process = self._process, None
         # It could not start, or died: a Python exception has the status of an upload that failed, and records nothing.
-        if status not in (0, 1) or (status == 1 and not self._heard_error):
+        if status and not (status == 1 and self._heard_error):
             self._fail_all(process.last_words())
         self._start()  # with what was added while it was ending
 
