@@ -3,7 +3,8 @@
     plt train configs/runs/plt2_tiny.yaml parallel.tensor_model_parallel_size=2
     plt train --branch-from runs/trunk@2000 name=shorter
 
-Exit status: 0 finished, 1 failed, 2 something for you to fix, 75 preempted (run it again to continue).
+Exit status: 0 finished, 1 failed, 2 something for you to fix, 75 preempted (run it again to continue), 128 + N if
+signal N ended a process.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -66,8 +67,8 @@ def patiently[T](read: Callable[[], T]) -> T:
 
 def _missing_end(run_records: Records, status: int) -> dict[str, Any]:
     """Record the end that the launchers could not record, and return it."""
-    open_attempts = attempts.unended(run_records.events())
-    attempt = open_attempts[-1]["attempt"] if open_attempts else run_records.begin()
+    own = [start for start in attempts.unended(run_records.events()) if run_records.is_own(start)]
+    attempt = own[-1]["attempt"] if own else run_records.begin()
     return run_records.end(attempt, _outcome_without_record(run_records.folder, status))
 
 
@@ -195,7 +196,7 @@ class JobFinalizer:
 
     @property
     def _resubmit(self) -> str:
-        return f"sbatch {self.records.folder.job_script}"
+        return f"sbatch {shlex.quote(str(self.records.folder.job_script))}"
 
     def _say(self, what: str) -> None:
         print(self.decision.reason + what, flush=True)

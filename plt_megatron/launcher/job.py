@@ -50,7 +50,7 @@ class JobHandling:
     signal_margin_seconds: _Margin = 300  # how long before the time limit the job is told to save
     max_restarts: Count = 1  # within one allocation
     max_exclusions: Count = 2  # times the job may be requeued without bad nodes
-    max_requeues_without_progress: Count = 1  # further attempts without progress before the run is given up
+    max_requeues_without_progress: Count = 1  # failures without progress after which the run is given up
     scratch: str | None = None  # fast folder local to each node, the job's TMPDIR; $NAMES are expanded on the node
     environment: dict[str, str] = field(default_factory=dict)  # NCCL_SOCKET_IFNAME and the like; $NAMES are expanded
 

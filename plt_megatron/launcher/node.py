@@ -206,7 +206,8 @@ class NodeLauncher:
     def _environment(self, rank: int, local: int, per_node: int, port: int) -> dict[str, str]:
         settings, own = self._settings, self._shares[local] if local < len(self._shares) else None
         count, most = settings.processes_per_node, settings.cpus_per_process
-        threads = self._threads or workers.threads(own, self._cpus, count, most)
+        chosen = os.environ.get("OMP_NUM_THREADS") if "OMP_NUM_THREADS" in settings.environment else None
+        threads = self._threads or chosen or workers.threads(own, self._cpus, count, most)
         paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
         address = self._allocation.first_node
         place = rank_environment(rank, local, per_node * settings.nodes, per_node, address, port)

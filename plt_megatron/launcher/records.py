@@ -93,9 +93,12 @@ class Records:
         """Return the end of this job's last attempt since Slurm started it; None if there is none."""
         for event in reversed(self.events()):
             if event["event"] != "stop" and event.get("job_id") == self._job["job_id"]:
-                same = event.get("restart_count") == self._job["restart_count"]
-                return event if same and event["event"] == "end" else None
+                return event if self.is_own(event) and event["event"] == "end" else None
         return None
+
+    def is_own(self, event: dict[str, Any]) -> bool:
+        """Whether an event is of this job since Slurm started it."""
+        return all(event.get(name) == self._job[name] for name in ("job_id", "restart_count"))
 
     def _last_seen(self, start: dict[str, Any]) -> float:
         """Return when an attempt without an end last logged a step: what follows may be time in the queue."""

@@ -271,7 +271,7 @@ class Scheduler:
 
     def requeue(self, without: Sequence[str] = ()) -> None:
         """Requeue the job, on nodes other than `without`. Slurm then ends this job's processes. Raises `SlurmError`
-        also if Slurm has requeued the job but refused `without`."""
+        also if Slurm refuses `without`; the job is then cancelled."""
         job = self._job()
         changes = []
         if job.get("Requeue") == "0":  # --no-requeue would also refuse this request: lift it temporarily
@@ -284,7 +284,11 @@ class Scheduler:
         _ask("scontrol", "requeue", self.job, tries=_TRIES)
         if changes:
             # Only a pending job accepts this. The job is pending now, and cannot start before this process has ended.
-            _ask("scontrol", "update", f"JobId={self.job}", *changes, tries=_TRIES)
+            try:
+                _ask("scontrol", "update", f"JobId={self.job}", *changes, tries=_TRIES)
+            except SlurmError:
+                self.cancel([self.job])  # it would start on the same nodes again and again
+                raise
 
     def pending_after(self, script: Path) -> list[str]:
         """Return the ids of this user's other pending jobs that run the same script."""

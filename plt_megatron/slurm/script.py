@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -85,7 +86,8 @@ class Script:
         cannot contain one of the values."""
         for path in (self.run, self.workdir):
             check_one_line(str(path), "the path of the run folder and of the working directory")
-        if ":" in str(self.run):  # it separates the paths of PYTHONPATH: processes would import other code
+        # A colon separates the paths of PYTHONPATH, which has the resolved one: processes would import other code.
+        if ":" in f"{self.run}{os.path.realpath(self.run)}":
             raise UserError(f"{self.run}: the folder of a job cannot have a colon in its path")
         run = quote(str(self.run))
         if self.array is not None:

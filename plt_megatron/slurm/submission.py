@@ -17,7 +17,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.installation import is_checkout
 from plt_megatron.launcher.job import JobSettings
 from plt_megatron.predict.cards import find_gpu_spec
-from plt_megatron.run_folder.files import locked
+from plt_megatron.run_folder.files import LOCK, locked
 from plt_megatron.run_folder.folder import RunFolder, load_run
 from plt_megatron.run_folder.resuming import branch_config
 from plt_megatron.run_folder.status import read_run_status
@@ -193,13 +193,18 @@ class _Plan:
         return self.profile.job_settings(self.resources, name, self.limit, **own)
 
     def _check_active(self, run: Path) -> None:
-        """Refuse a run with an active job: two jobs would overwrite each other's work."""
+        """Refuse a run that a job or plt train is training: both would overwrite each other's work."""
         job = self._job_of(run)
         if job is not None:
             problem = run_files.advice(run, job)
             if "_" not in job.id:  # jobs of the run's own script wait for one another
                 problem += f"; to queue one more behind it: sbatch {shlex.quote(str(RunFolder(run).job_script))}"
             self.problems.append(problem)
+        try:  # plt train may have the run
+            with locked(run, "training") if (run / LOCK).exists() else contextlib.nullcontext():
+                pass
+        except UserError as error:
+            self.problems.append(str(error))
 
     # Output.
 

@@ -216,6 +216,16 @@ def test_launchers_that_left_no_word(job):
     assert finalize_job(job.run, 77) == 77
 
 
+def test_launchers_that_left_no_word_leave_another_jobs_attempt_alone(job, monkeypatch):
+    """Its node was lost: it gets an end of its own."""
+    monkeypatch.setenv("SLURM_JOB_ID", "6")
+    Records(job.run, read_allocation()).begin()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert finalize_job(job.run, 2) == 2
+    ends = [event for event in RunFolder(job.run).attempts() if event["event"] == "end"]
+    assert [(end["attempt"], end["job_id"], end["status"]) for end in ends] == [(1, "6", "killed"), (2, "7", "failed")]
+
+
 def test_a_run_that_is_another_jobs(job):
     Records(job.run, read_allocation()).begin()
     before = RunFolder(job.run).attempts()

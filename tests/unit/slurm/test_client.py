@@ -99,6 +99,20 @@ def test_with_preemption_by_qos_the_partition_has_no_say(of_qos, of_cluster, ask
     assert "low" in fake.asked[-1]
 
 
+def test_a_job_whose_bad_node_stays_allowed_does_not_start_again(ask):
+    class Refuses(Fake):
+        def __call__(self, *command, tries) -> str:
+            answer = super().__call__(*command, tries=tries)
+            if command[1] == "update":
+                raise SlurmError("Access denied")
+            return answer
+
+    fake = Refuses(show=show())
+    with pytest.raises(SlurmError, match="denied"):
+        ask("7", fake).requeue(["n5"])
+    assert fake.asked[-1] == ["scancel", "7"]
+
+
 def test_nodes_are_excluded_besides_those_that_were(ask):
     fake = Fake(show=show(excluded="n[1-2]"))
     ask("7", fake).requeue(["n5", "n2"])

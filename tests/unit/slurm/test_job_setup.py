@@ -66,7 +66,7 @@ def test_a_script_that_bash_cannot_read_is_a_reason(run_with):
         ({"setup": ["fail() { false; return 4; }", "fail", "fail || true"]}, [IGNORED.format(4, "fail")]),
         ({"setup": ["source ./lines"]}, []),
         ({"environment": {"A": "$NONE/${NONE}"}}, ["environment: NONE is not set, and is empty in A"]),
-        ({"setup": ["PYTHON=/nosuch RUN=/nosuch IFS=/ status=3", "set -eu", "cd /"]}, []),
+        ({"setup": ["PYTHON=/nosuch RUN=/nosuch IFS=/ status=3 workdir=/ asked=1 step=1 at=2", "set -eu", "cd /"]}, []),
         ({"setup": ["trap '' USR1 TERM; trap 'exit 9' ERR EXIT; trap - DEBUG ERR EXIT"]}, []),
     ],
 )  # fmt: skip

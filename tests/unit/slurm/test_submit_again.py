@@ -11,6 +11,7 @@ from submitting import command, refusal, submit_run, submitted
 from plt_megatron.config.loader import load_config
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder import json_lines
+from plt_megatron.run_folder.files import locked
 from plt_megatron.slurm.run_files import check_no_active_job, job_name, submitted_jobs
 from tests.files import contents
 
@@ -172,6 +173,13 @@ def test_a_run_whose_job_is_queued_is_left_alone(run, slurm):
         (line,) = refusal()
         assert f"job {job[0]} is {job[1].lower()}" in line and f"sbatch {run}/job.sbatch" in line
     slurm.jobs(("100", "CANCELLED", job_name(run, "try")), ("556", "RUNNING", "another-run"))
+    submit_run()
+
+
+def test_a_run_that_is_trained_here_gets_no_job(run):
+    with locked(run, "training"):
+        (line,) = refusal()
+        assert str(run) in line and "training" in line
     submit_run()
 
 

@@ -283,6 +283,14 @@ def test_a_name_no_script_can_hold(folder, slurm, name):
     assert not (folder / "runs").exists()
 
 
+def test_a_link_to_a_folder_with_a_colon(folder, slurm):
+    """Its processes are given the link's target."""
+    (folder / "10:00").mkdir()
+    (folder / "runs").symlink_to("10:00")
+    with pytest.raises(ValueError, match="colon"):
+        submit_run()
+
+
 def test_what_a_rehearsal_finds(folder, slurm):
     """It is the last check: a run with another problem is not rehearsed."""
     rehearsed = []

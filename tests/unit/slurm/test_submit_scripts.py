@@ -43,7 +43,7 @@ def test_signals_reach_the_launchers_as_usr1(folder, slurm, checkout, job, numbe
 # A process that the script waits for, as srun: it says when it is ready, and ends with status 41 once told to.
 WAITING = """
 (trap '' USR1; echo ready; read -r; exit 41) <&0 &
-step=$!
+_plt_step=$!
 wait_for_step
 echo $?
 """
@@ -53,7 +53,7 @@ def test_signals_at_once_do_not_end_the_wait_for_srun():
     """As scancel and preemption send them: TERM to every process, which the outer script also passes on as USR1. Bash
     ended the wait once in thirteen tries."""
     functions = (ROOT / "plt_megatron" / "slurm" / "job.sbatch").read_text()
-    script = functions[functions.index("step=") : functions.index("finalize()")] + WAITING
+    script = functions[functions.index("_plt_step=") : functions.index("finalize()")] + WAITING
     waits = [subprocess.Popen(["bash", "-c", script], stdin=PIPE, stdout=PIPE, text=True) for _ in range(80)]
     assert [wait.stdout.readline() for wait in waits] == ["ready\n"] * len(waits)
     for _ in range(5):
