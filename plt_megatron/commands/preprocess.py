@@ -30,12 +30,13 @@ def _parser() -> CommandParser:
     )
     parser.add_argument("overrides", nargs="*", help="with --build-index: key=value settings of the configuration")
     data = parser.add_argument_group("input and output")
-    data.add_argument("--input", dest="inputs", nargs="+", metavar="FILE", help=INPUT_HELP)
+    data.add_argument("--input", dest="inputs", nargs="+", action="extend", metavar="FILE", help=INPUT_HELP)
     data.add_argument("--output-prefix", metavar="PREFIX", help="path of the .bin and .idx, without the suffix")
     data.add_argument("--tokenizer", metavar="FILE", help="a sentencepiece .model or a Hugging Face tokenizer.json")
     data.add_argument(
         "--join",
         nargs="+",
+        action="extend",
         metavar="PREFIX",
         help="instead of --input: combine tokenized sources into one, leaving them in place; globs match in name order",
     )

@@ -27,7 +27,7 @@ def open_stream(path: str | Path) -> io.BufferedReader:
         raw = open(path, "rb", buffering=_READ)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    decompress = COMPRESSIONS.get(Path(path).suffix)
+    decompress = COMPRESSIONS.get(Path(path).suffix.lower())
     if decompress:
         return io.BufferedReader(decompress(raw), _READ)
     assert isinstance(raw, io.BufferedReader)

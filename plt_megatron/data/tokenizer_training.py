@@ -88,9 +88,9 @@ def train_tokenizer(options: TrainingOptions) -> TrainingResult:
 
 
 def _check_new(folder: Path, options: TrainingOptions) -> None:
-    existing = folder / "tokenizer.model"
-    if existing.exists() and not options.overwrite:
-        raise UserError(f"{existing} exists: choose another --output or pass --overwrite")
+    for existing in (folder / name for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")):
+        if existing.exists() and not options.overwrite:
+            raise UserError(f"{existing} exists: choose another --output or pass --overwrite")
 
 
 @contextlib.contextmanager
@@ -240,14 +240,13 @@ class Sample:
 
     def _spans(self, reader: Reader, share: float) -> Iterator[tuple[Span, float]]:
         """Yield the spans to read for `share` of a file, with the share of their documents to keep."""
-        if share >= 1.0 or reader.compressed or not reader.by_line:
+        if share >= 1.0 or reader.compressed or not reader.by_line or reader.size <= _SPAN:
             yield Span(reader), share
             return
         stride = _SPAN / share
-        place = self._random.random() * min(stride, reader.size)
+        place = self._random.random() * stride - _SPAN  # only a span at 0 has the line that it begins in
         while place < reader.size:
-            start = int(place)
-            yield Span(reader, start, min(start + _SPAN, reader.size)), 1.0
+            yield Span(reader, max(0, int(place)), min(int(place) + _SPAN, reader.size)), 1.0
             place += stride
 
     def _read(self, span: Span, share: float) -> Iterator[str]:

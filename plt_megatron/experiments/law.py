@@ -5,8 +5,8 @@ effect (arXiv 2604.21106 finds 0.46). All variants share the rest of the law, so
 
 A study's fit is robust (Huber's weights), so that no single bad run decides it. Runs of one wiring, as in a sweep, have
 no phi and equal weights, since the median of a few residuals is a poor estimate of their size. If their N (or D) does
-not vary, its term cannot be separated from E and is left out. A fit needs more points than coefficients, at several
-sizes and token counts; otherwise it is refused.
+not vary, its term cannot be separated from E and is left out. A fit needs two points more than coefficients, at
+several sizes and token counts; otherwise it is refused.
 
 Intervals are centered on the fit and stretched by Student's t over the normal, since few points leave the size of the
 residuals uncertain.

@@ -246,8 +246,8 @@ def load_results(folder: str | Path) -> SweepResults:
         except UserError as error:
             runs.append(RunResult(run, "unreadable", str(error)))
     groups: dict[tuple[str, ...], list[RunResult]] = {}
-    for result in runs:
-        groups.setdefault(plan.group_of(result.run), []).append(result)
+    for result in runs:  # rows may differ in data settings, by plan
+        groups.setdefault((*plan.group_of(result.run), repr(result.run.config.data)), []).append(result)
     for group in groups.values():
         _set_other_data_aside(group)
     return SweepResults(plan, runs, list(_problems(plan, runs)))
@@ -307,7 +307,7 @@ def _other_settings(run: PlannedRun) -> str:
 
 
 def _set_other_data_aside(runs: Sequence[RunResult]) -> None:
-    """Leave runs of a group that read other data than most out of the means."""
+    """Leave runs that read other data than most with the same data settings out of the means."""
     seen = {id(r): data_key(r.fingerprint) for r in runs if r.status == "used" and r.fingerprint}
     if len(set(seen.values())) < 2:
         return

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from plt_megatron.errors import UserError
 from plt_megatron.experiments.decode_time import DecodeProtocol, measure, read_measurement
 from plt_megatron.experiments.figures import FLOPS, MARKERS, TOKENS, Curve, Named, Panel, draw, limits_around, line
 from plt_megatron.experiments.intervals import LEVEL
@@ -53,6 +54,8 @@ def write_report(sweep: str | Path, output: str | Path | None = None, decode: De
     if decode is not None:
         check_unpacked(Path(sweep))
     results = load_results(sweep)
+    if any("horizon" in run.labels and "round" in run.labels for run in results.plan.runs):
+        raise UserError(f"{sweep} is a study's folder: plt study FILE.yaml --report writes its report")
     folder = Path(output) if output is not None else Path(sweep) / FOLDER
     measurement = measure(results, decode) if decode is not None else read_measurement(records_of(Path(sweep)))
     timings, conditions = (measurement.rows, measurement.conditions) if measurement else (None, None)

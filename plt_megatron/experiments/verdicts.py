@@ -141,7 +141,9 @@ def groups(rows: Sequence[Row]) -> list[list[Row]]:
 
 def has_one_data(group: Sequence[Row]) -> bool:
     """Return whether all used runs of a group have read the same data."""
-    return not any(result.status == "other data" for row in group for result in row.results)
+    results = [result for row in group for result in row.results]
+    read = {data_key(result.fingerprint) for result in results if result.status == "used" and result.fingerprint}
+    return len(read) < 2 and not any(result.status == "other data" for result in results)
 
 
 def baseline_of(group: Sequence[Row], baseline: str | None) -> Row:

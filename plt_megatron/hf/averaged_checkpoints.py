@@ -74,7 +74,7 @@ def _named(source: str) -> Path:
 
 
 def _last(sources: Sequence[str], count: int, fewest: int) -> list[Path]:
-    if len(sources) != 1 or "@" in Path(sources[0]).name:
+    if len(sources) != 1 or ("@" in Path(sources[0]).name and not Path(sources[0]).is_dir()):
         raise UserError(f"--last {count} takes the folder of one run, not {', '.join(sources)}")
     if count < fewest:
         raise UserError(f"--last {count}: an average needs two checkpoints or more, or --ema and one")

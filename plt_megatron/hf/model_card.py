@@ -194,7 +194,7 @@ def _mix(sources: Sequence[Mapping[str, Any]]) -> str:
 def _validation_losses(source: ModelSource) -> list[tuple[str, str]]:
     """Return the losses measured at the checkpoint's step, from the run's metrics if they are beside it."""
     try:
-        records = RunFolder(source.path.parent.parent).metrics().validation
+        records = RunFolder(source.path.absolute().parent.parent).metrics().validation
     except UserError:
         return []
     field, step = "ema_loss" if source.ema else "loss", source.progress["step"]

@@ -700,7 +700,7 @@ class PLTAttention(nn.Module):
         cache: PLTCache | None,
     ) -> tuple[Tensor, Tensor | None]:
         """query [B, T, H, D], key and value [B, K, T, D]; returns [B, T, H, D]."""
-        windowed = state.loop in state.windows
+        windowed = state.windows.start <= state.loop < state.windows.stop  # dynamo cannot look a symbol up in a range
         if windowed and self.config.windows_earlier_loops:
             return self._window(query, key, value, state, cache), None
         keys, values = self._global_kv(key, value, shared, query.shape[1], state, cache)
@@ -1086,7 +1086,7 @@ class PLTModel(PLTPreTrainedModel):
         super().__init__(config)
         config.check()
         self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([PLTDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
         self.norm = PLTRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = PLTRotaryEmbedding(config)

@@ -211,7 +211,7 @@ def _saved_tokenizer(data: Mapping[str, Any], checkpoint: Path, given: Path | No
         return None
     path = Path(data["tokenizer"])
     # A moved run keeps the tokenizer that an import put beside its checkpoints.
-    beside = checkpoint.parent.parent / path.parent.name / path.name
+    beside = checkpoint.absolute().parent.parent / path.parent.name / path.name
     for candidate in (path, beside):
         if candidate.exists():
             return load_tokenizer(candidate)

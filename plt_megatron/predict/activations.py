@@ -138,9 +138,16 @@ class Activations(RankLayer):
         kept = (0 if self.te else FP32) + (2 if feeds_linear else 1) * self.element
         return rows * (width * kept + FP32)
 
+    @property
+    def _mixes_tokens(self) -> bool:
+        used = self.part != "later" or derived.later_loops_use_values(self.model)
+        return used and any(each.mixes_tokens for each in self.parameters)
+
     def _keys_and_values(self) -> int:
-        """Return K and V as attention saves them: torch's V is a view of the fused QKV output, TE's is not."""
-        return 2 * self.key_bytes() if self.te else self.key_bytes() + self.qkv_bytes()
+        """Return K and V as attention saves them. Torch's V is a view of the fused QKV output unless it is mixed with
+        the token before; TE's is not."""
+        own = self.te or self._mixes_tokens
+        return 2 * self.key_bytes() if own else self.key_bytes() + self.qkv_bytes()
 
     def _rope(self) -> int:
         """Return the cosines and sines for Q and K; the fused kernel saves only the angles, which all layers share."""
@@ -150,11 +157,10 @@ class Activations(RankLayer):
         return 4 * rows * self.channels * self.element
 
     def _mixed_tokens(self) -> int:
-        """Return what mixing with the token before saves: K, V, their neighbours, and V as a tensor of its own."""
-        used = self.part != "later" or derived.later_loops_use_values(self.model)
-        if not (used and any(each.mixes_tokens for each in self.parameters)):
+        """Return what mixing with the token before saves: K and V as views of the QKV output, and their neighbours."""
+        if not self._mixes_tokens:
             return 0
-        return 2 * self.key_bytes() + (self.qkv_bytes() if self.te else self.key_bytes())
+        return 2 * self.key_bytes() + self.qkv_bytes()
 
     def _hidden_gate(self) -> int:
         if not self.hidden_gate:

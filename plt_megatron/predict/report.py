@@ -12,7 +12,7 @@ from plt_megatron.config.layout import layout_of
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.loop_schedule import LoopSchedule
 from plt_megatron.config.schedules import BatchSchedule
-from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.schema import CheckpointConfig, RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.predict.cards import GIB, find_gpu_spec
 from plt_megatron.predict.decode_cost import DecodeCost, decode_cost
@@ -117,7 +117,13 @@ def _run_rows(config: RunConfig, estimate: RunEstimate) -> list[list[str]]:
         ["recomputation", layout.recompute, f"backend {layout.backend}"],
         ["pipeline bubble", f"{100 * estimate.bubble_fraction:.1f} %", "of the working time"],
         ["estimated time", format_duration(estimate.total_seconds), f"{_count(estimate.gpu_hours)} device hours"],
-        ["checkpoint", format_bytes(estimate.checkpoint_bytes), f"{config.checkpoint.keep_last} kept"],
+    ] + (_checkpoint_rows(estimate, config.checkpoint) if config.checkpoint.enabled else [])
+
+
+def _checkpoint_rows(estimate: RunEstimate, checkpoint: CheckpointConfig) -> list[list[str]]:
+    older = f", and one every {plural(checkpoint.keep_every, 'step')}" if checkpoint.keep_every else ""
+    return [
+        ["checkpoint", format_bytes(estimate.checkpoint_bytes), f"{checkpoint.keep_last} kept{older}"],
         ["saving one", format_bytes(estimate.saving_bytes), "of host memory per process"],
     ]
 
@@ -168,7 +174,7 @@ def _decode_rows(options: Namespace, config: RunConfig, decoding: DecodeCost) ->
     if config.model.loop_count > 1:
         first = decoding.loops_stop_being_free_at
         when = f"from batch {first}" if first else "at no batch size"
-        why = "over 5 % more than one loop" if first else "reading weights and cache takes longer than computing"
+        why = "over 5 % more than one loop" if first else "5 % more than one loop at most"
         rows.append(["extra loops cost time", when, why])
     return rows
 

@@ -119,6 +119,8 @@ class Trainer:
         self.beat("saving")
         self.checkpoints.close()
         finished = self.is_finished and self._wait_for_callbacks()
+        if finished:
+            self.stop.agree()  # a file written since would stop a run made longer
         self._each(Callback.on_end)
         return finished
 

@@ -28,6 +28,13 @@ def test_loss_is_the_last_loops_cross_entropy():
     assert torch.allclose(model(tokens, labels=labels).loss, want)
 
 
+def test_the_padding_token_is_trained():
+    """Exports pad with the token that ends documents, which pretraining trains."""
+    model = make_model(pad_token_id=3)
+    tokens = torch.full((1, 6), 3)
+    assert gradients(model, tokens)[1]["model.embed_tokens.weight"][3].abs().sum() > 0
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", ["vanilla", "loopcoder", "naive", "iquest", "clp_shared", "span", "last_loop"])
 def test_gradient_checkpointing_changes_nothing(name, reentrant):

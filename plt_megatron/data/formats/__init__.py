@@ -63,7 +63,7 @@ def open_inputs(patterns: Sequence[str | Path], options: ReadOptions, format: st
 
 def _suffix(path: str) -> str:
     """Return the suffix that names the format, ignoring that of a compression."""
-    suffixes = Path(path).suffixes
+    suffixes = Path(path.lower()).suffixes
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
     return suffixes[-1] if suffixes else ""

@@ -151,7 +151,7 @@ class Reader(ABC):
 
     @property
     def compressed(self) -> bool:
-        return Path(self.path).suffix in COMPRESSIONS
+        return Path(self.path).suffix.lower() in COMPRESSIONS
 
     @property
     def text_size(self) -> int:

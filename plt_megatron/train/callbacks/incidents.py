@@ -200,7 +200,7 @@ class Incidents(Callback):
         return (
             f"; more steps than training.max_skipped_steps {self.run.config.training.max_skipped_steps} were "
             f"rejected, see {self.run.folder.incidents}: fix their cause, or change training.spikes or "
-            "training.max_skipped_steps, and restart the run, which then counts anew"
+            "training.max_skipped_steps, and restart the run: it counts anew with other settings only"
         )
 
     def _describe_microbatches(self, step: Step) -> list[dict[str, Any]]:

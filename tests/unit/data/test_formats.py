@@ -108,7 +108,7 @@ COMPRESS = {".gz": gzip.compress, ".zst": zstd}
 def test_compressed_files(tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]) -> None:
     texts = make_texts(40)
     content = write_jsonl(tmp_path / "a.jsonl", texts).read_bytes()
-    path = tmp_path / f"b.jsonl{suffix}"
+    path = tmp_path / f"b.JSONL{suffix.upper()}"
     path.write_bytes(compress(content[:5000]) + compress(content[5000:]))  # several members, as tools write them
     assert [document.text for document in read(path)] == texts
     path.write_bytes(compress(b""))

@@ -124,6 +124,9 @@ def test_command(corpus: Path, tmp_path: Path, run_tool: Tool) -> None:
     assert "400 pieces from 300 documents" in result.stdout and "encodes identically" in result.stdout
     made = sorted(path.name for path in (tmp_path / "t").iterdir())
     assert made == ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
+    assert (
+        run_tool("train_tokenizer.py", *arguments, "--input", "nothing*.jsonl").returncode == 2
+    )  # besides, not instead
     again = run_tool("train_tokenizer.py", *arguments)
     assert again.returncode == 2
     assert again.stderr == f"error: {tmp_path}/t/tokenizer.model exists: choose another --output or pass --overwrite\n"
@@ -174,6 +177,18 @@ def test_large_corpora_are_sampled_evenly(tmp_path: Path, monkeypatch: pytest.Mo
         assert len(places) == len(set(places))
         quarters = [sum(lo <= place < lo + 3000 for place in places) for lo in range(0, 12_000, 3000)]
         assert min(quarters) > 0.5 * max(quarters)
+
+
+def test_first_lines_are_sampled_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of one document have no other."""
+    monkeypatch.setattr(tokenizer_training, "_SPAN", 1 << 14)
+    for number in range(40):
+        write_jsonl(tmp_path / f"{number}.jsonl", [f"file{number} " + "x" * 8_000])
+    write_jsonl(tmp_path / "more.jsonl", ["more " + "x" * 400] * 800)
+    sources = open_inputs([str(tmp_path / "*.jsonl")], ReadOptions())
+    sample = Sample(sources, TrainingOptions([], "", 0, max_sample_bytes=sum(s.size for s in sources) // 4))
+    read = [line.split()[0] for line in sample.lines()]
+    assert 3 <= sum(name.startswith("file") for name in read) <= 20 and 100 <= read.count("more") <= 300
 
 
 def test_files_that_hold_more_text_than_bytes_leave_the_others_their_share(tmp_path: Path) -> None:

@@ -120,6 +120,18 @@ def test_the_seconds_of_slurms_jobs_count(finished):
     assert [seconds[run.name] for run in (slurm, both, unknown)] == [60.0, 65.0, None]
 
 
+def test_rows_may_differ_in_their_data(tmp_path):
+    """By plan: their losses are shown, but nothing is decided."""
+    text = "base: base.yaml\naxes: {data.reset_at_document_boundaries: [false, true]}\nseeds: [1, 2]\n"
+    plan = saved_plan(tmp_path, text)
+    other = {**FINGERPRINT, "reset_at_document_boundaries": True}
+    for run in plan.runs:
+        finish(run, 4.0, fingerprint=other if run.config.data.reset_at_document_boundaries else FINGERPRINT)
+    results = load_results(plan.folder)
+    assert statuses(results) == {}
+    assert all(verdict.winner is None and "different data" in verdict.text for verdict in answers(results).values())
+
+
 def test_runs_on_other_data_are_set_aside_and_nothing_is_decided(tmp_path):
     plan = saved_plan(tmp_path)
     other = {**FINGERPRINT, "sources": {"train": [["xyz", 1.0]]}}
