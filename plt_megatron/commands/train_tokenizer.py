@@ -13,8 +13,9 @@ def _arguments(parser: CommandParser) -> None:
         "Writes tokenizer.model, tokenizer.json and tokenizer_config.json, after checking on the corpus and on "
         "hostile strings that all encode identically."
     )
-    inputs = {"nargs": "+", "action": "extend", "required": True}
-    parser.add_argument("--input", dest="inputs", metavar="FILE", help=INPUT_HELP, **inputs)
+    parser.add_argument(
+        "--input", dest="inputs", nargs="+", action="extend", required=True, metavar="FILE", help=INPUT_HELP
+    )
     parser.add_argument("--output", dest="output_dir", required=True, metavar="FOLDER", help="folder for the tokenizer")
     parser.add_argument("--vocab-size", type=whole(1, 10_000_000), required=True)
     parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe")
