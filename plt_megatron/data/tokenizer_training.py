@@ -88,9 +88,9 @@ def train_tokenizer(options: TrainingOptions) -> TrainingResult:
 
 
 def _check_new(folder: Path, options: TrainingOptions) -> None:
-    for existing in (folder / name for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")):
-        if existing.exists() and not options.overwrite:
-            raise UserError(f"{existing} exists: choose another --output or pass --overwrite")
+    existing = folder / "tokenizer.model"
+    if existing.exists() and not options.overwrite:
+        raise UserError(f"{existing} exists: choose another --output or pass --overwrite")
 
 
 @contextlib.contextmanager
