@@ -21,13 +21,18 @@ class BrokenStream(Exception):
     """Raised when a compressed file is truncated or damaged; the message says which."""
 
 
+def compression_of(path: str | Path) -> type[_Gzip | _Zstandard] | None:
+    """Return what decompresses a file of this suffix, in small or capital letters; None if it is not compressed."""
+    return COMPRESSIONS.get(Path(path).suffix.lower())
+
+
 def open_stream(path: str | Path) -> io.BufferedReader:
     """Open a file, decompressing by suffix. Damage raises `BrokenStream` while reading."""
     try:
         raw = open(path, "rb", buffering=_READ)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    decompress = COMPRESSIONS.get(Path(path).suffix.lower())
+    decompress = compression_of(path)
     if decompress:
         return io.BufferedReader(decompress(raw), _READ)
     assert isinstance(raw, io.BufferedReader)

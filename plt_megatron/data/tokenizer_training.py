@@ -246,7 +246,8 @@ class Sample:
         stride = _SPAN / share
         place = self._random.random() * stride - _SPAN  # only a span at 0 has the line that it begins in
         while place < reader.size:
-            yield Span(reader, max(0, int(place)), min(int(place) + _SPAN, reader.size)), 1.0
+            start = int(place)
+            yield Span(reader, max(0, start), min(start + _SPAN, reader.size)), 1.0
             place += stride
 
     def _read(self, span: Span, share: float) -> Iterator[str]:

@@ -141,9 +141,14 @@ def groups(rows: Sequence[Row]) -> list[list[Row]]:
 
 def has_one_data(group: Sequence[Row]) -> bool:
     """Return whether all used runs of a group have read the same data."""
-    results = [result for row in group for result in row.results]
-    read = {data_key(result.fingerprint) for result in results if result.status == "used" and result.fingerprint}
-    return len(read) < 2 and not any(result.status == "other data" for result in results)
+    set_aside = any(result.status == "other data" for row in group for result in row.results)
+    return not set_aside and len(_data_of(group)) < 2
+
+
+def _data_of(rows: Sequence[Row]) -> set[str]:
+    """Return the keys of the data that the used runs of some rows have read."""
+    results = (result for row in rows for result in row.results)
+    return {data_key(result.fingerprint) for result in results if result.status == "used" and result.fingerprint}
 
 
 def baseline_of(group: Sequence[Row], baseline: str | None) -> Row:
@@ -173,11 +178,10 @@ def fit_laws(rows: Sequence[Row]) -> list[LoopLaw]:
         points = [
             Run("", 0.0, run.non_embedding_parameters, 1, run.tokens, loss, run.name, run.seed) for run, loss in used
         ]
-        read = [r.fingerprint for row in own for r in row.results if r.status == "used" and r.fingerprint]
         try:
             if not points:
                 raise UserError("no fit: no finished run")
-            if len(set(map(data_key, read))) > 1:
+            if len(_data_of(own)) > 1:
                 raise UserError("no fit: its runs have read different data")
             if len({(row.run.non_embedding_parameters, row.run.tokens) for row in own}) < len(own):
                 raise UserError("no fit: runs of one size and budget differ in other settings")

@@ -14,7 +14,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.hf import switches
 from plt_megatron.hf.conversion import ParamMapping
 from plt_megatron.hf.sources import ModelSource, front_matter
-from plt_megatron.run_folder.checkpoints import EMA, trained_tokens
+from plt_megatron.run_folder.checkpoints import EMA, run_of, trained_tokens
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.text import pipe_facts, plural
 
@@ -194,7 +194,7 @@ def _mix(sources: Sequence[Mapping[str, Any]]) -> str:
 def _validation_losses(source: ModelSource) -> list[tuple[str, str]]:
     """Return the losses measured at the checkpoint's step, from the run's metrics if they are beside it."""
     try:
-        records = RunFolder(source.path.absolute().parent.parent).metrics().validation
+        records = RunFolder(run_of(source.path)).metrics().validation
     except UserError:
         return []
     field, step = "ema_loss" if source.ema else "loss", source.progress["step"]

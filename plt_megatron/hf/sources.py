@@ -38,6 +38,7 @@ from plt_megatron.run_folder.checkpoints import (
     LONGEST_TEXT,
     latest_checkpoint,
     read_verified_progress,
+    run_of,
     warn_of_doubt,
 )
 from plt_megatron.train.checkpoint.reading import read_weights
@@ -211,7 +212,7 @@ def _saved_tokenizer(data: Mapping[str, Any], checkpoint: Path, given: Path | No
         return None
     path = Path(data["tokenizer"])
     # A moved run keeps the tokenizer that an import put beside its checkpoints.
-    beside = checkpoint.absolute().parent.parent / path.parent.name / path.name
+    beside = run_of(checkpoint) / path.parent.name / path.name
     for candidate in (path, beside):
         if candidate.exists():
             return load_tokenizer(candidate)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import signal
 import sys
 import time
@@ -132,7 +131,7 @@ class JobFinalizer:
                 return 0
             case decisions.HALT:
                 self._cancel_chain()
-                self._say(f"; continue with: {self._resubmit}")
+                self._say(f"; continue with: {self.records.folder.resubmit}")
                 return ExitStatus.PREEMPTED
             case decisions.STOP:
                 return self._give_up()
@@ -143,7 +142,7 @@ class JobFinalizer:
         settings, excluding = self.settings, self.decision.action == decisions.EXCLUDE
         ended = _ask(self.scheduler.ended_by_slurm, None)
         if ended is not None:  # already requeued, or cancelled by a user
-            self._say(f"; the job is {ended}. If it is not requeued: {self._resubmit}")
+            self._say(f"; the job is {ended}. If it is not requeued: {self.records.folder.resubmit}")
         elif settings.chain > 1 and not excluding and (jobs := self._chain()):
             self._say("; the chain's next job continues")
         elif settings.requeue or excluding:
@@ -151,7 +150,7 @@ class JobFinalizer:
         elif settings.chain > 1 and jobs is None:
             self._say("; the chain's next job continues, if there is one: Slurm does not answer")
         elif self.end["status"] == attempts.PREEMPTED:
-            self._say(f". Continue with: {self._resubmit}")
+            self._say(f". Continue with: {self.records.folder.resubmit}")
         else:
             return self._give_up("; not continued: no --requeue and no further job in a chain")
         return self.status
@@ -193,10 +192,6 @@ class JobFinalizer:
         if self.settings.chain > 1 and (jobs := self._chain()):
             _ask(lambda: self.scheduler.cancel(jobs), None)
             print(f"cancelled the rest of the chain: {', '.join(jobs)}", flush=True)
-
-    @property
-    def _resubmit(self) -> str:
-        return f"sbatch {shlex.quote(str(self.records.folder.job_script))}"
 
     def _say(self, what: str) -> None:
         print(self.decision.reason + what, flush=True)

@@ -294,7 +294,7 @@ class KeyShift(nn.Module):
     RoPE, in every loop: RoPE still rotates them by the position they end up at, and later loops attend to the first
     loop's shifted keys.
 
-    - heads: whole keys of the second half (the larger) of the key/value groups
+    - heads: whole keys of the second half of the key/value groups (of an odd number, the larger half)
     - channels: in every key, the half of the channels that RoPE rotates slowly ("partial key offset" of the nanoGPT
       speed records)
     - learned: k_t becomes k_t + a (k_(t-1) - k_t), and v_t likewise with b; a and b are scalars per group, initially

@@ -63,6 +63,11 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
+def run_of(checkpoint: Path) -> Path:
+    """Return the absolute path of the run's folder that a checkpoint is in, without following links."""
+    return checkpoint.absolute().parent.parent
+
+
 def checkpoint_folders(directory: Path) -> list[Path]:
     """List the published checkpoints of a run, by step. They may be damaged: see `damage`."""
     if not directory.is_dir():

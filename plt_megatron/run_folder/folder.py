@@ -68,6 +68,11 @@ class RunFolder:
         """Return the folder of a run of this configuration."""
         return cls(derived.run_folder(config))
 
+    @property
+    def resubmit(self) -> str:
+        """The shell command that submits the run's job again."""
+        return f"sbatch {shlex.quote(str(self.job_script))}"
+
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r})"
 

@@ -271,7 +271,7 @@ class Scheduler:
 
     def requeue(self, without: Sequence[str] = ()) -> None:
         """Requeue the job, on nodes other than `without`. Slurm then ends this job's processes. Raises `SlurmError`
-        also if Slurm refuses `without`; the job is then cancelled."""
+        also if the job is requeued but Slurm refuses its new settings; it is then cancelled."""
         job = self._job()
         changes = []
         if job.get("Requeue") == "0":  # --no-requeue would also refuse this request: lift it temporarily
@@ -287,7 +287,7 @@ class Scheduler:
             try:
                 _ask("scontrol", "update", f"JobId={self.job}", *changes, tries=_TRIES)
             except SlurmError:
-                self.cancel([self.job])  # it would start on the same nodes again and again
+                self.cancel([self.job])  # else it would start again, on the same nodes
                 raise
 
     def pending_after(self, script: Path) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -80,7 +79,7 @@ def _at_rest(run: Path, progress: RunStatus, ended: Sequence[client.Job]) -> tup
     if progress.stopped is not None:
         return "failed", progress.stopped
     last = max(ended, key=lambda job: _number(job.id), default=None)
-    advice = f"no job continues it: sbatch {shlex.quote(str(folder.job_script))}" if folder.job_script.is_file() else ""
+    advice = f"no job continues it: {folder.resubmit}" if folder.job_script.is_file() else ""
     # No recorded end: the job was killed before it could write one.
     if last is not None and not progress.last_status:
         return last.state.lower(), "; ".join(filter(None, (f"job {last.id} ended that way{_why(run, last)}", advice)))

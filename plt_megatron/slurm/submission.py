@@ -198,13 +198,14 @@ class _Plan:
         if job is not None:
             problem = run_files.advice(run, job)
             if "_" not in job.id:  # jobs of the run's own script wait for one another
-                problem += f"; to queue one more behind it: sbatch {shlex.quote(str(RunFolder(run).job_script))}"
+                problem += f"; to queue one more behind it: {RunFolder(run).resubmit}"
             self.problems.append(problem)
-        try:  # plt train may have the run
-            with locked(run, "training") if (run / LOCK).exists() else contextlib.nullcontext():
-                pass
-        except UserError as error:
-            self.problems.append(str(error))
+        if (run / LOCK).exists():  # plt train has been there
+            try:
+                with locked(run, "training"):
+                    pass
+            except UserError as error:
+                self.problems.append(str(error))
 
     # Output.
 
@@ -255,7 +256,7 @@ class _Plan:
                 ids.append(client.submit(script))
             except client.SlurmError as error:
                 if not ids:
-                    raise UserError(f"{error} (the run folder is ready: sbatch {shlex.quote(str(script))})") from error
+                    raise UserError(f"{error} (the run folder is ready: {RunFolder(run).resubmit})") from error
                 print(f"warning: only {len(ids)} of {self.options.chain} jobs were submitted: {error}")
                 break
             run_files.record_submission(run, ids[-1])

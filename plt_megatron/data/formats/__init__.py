@@ -9,7 +9,7 @@ import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from plt_megatron.data.compressed import COMPRESSIONS
+from plt_megatron.data.compressed import COMPRESSIONS, compression_of
 from plt_megatron.data.formats.reader import LEFT_OUT, READERS, Document, Quality, Reader, ReadOptions, Span
 from plt_megatron.errors import UserError
 
@@ -64,7 +64,7 @@ def open_inputs(patterns: Sequence[str | Path], options: ReadOptions, format: st
 def _suffix(path: str) -> str:
     """Return the suffix that names the format, ignoring that of a compression."""
     suffixes = Path(path.lower()).suffixes
-    if suffixes and suffixes[-1] in COMPRESSIONS:
+    if compression_of(path):
         suffixes.pop()
     return suffixes[-1] if suffixes else ""
 

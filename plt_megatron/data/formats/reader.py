@@ -10,10 +10,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from plt_megatron.data.compressed import COMPRESSIONS, open_stream
+from plt_megatron.data.compressed import compression_of, open_stream
 from plt_megatron.errors import UserError
 from plt_megatron.extras import require
 
@@ -151,7 +150,7 @@ class Reader(ABC):
 
     @property
     def compressed(self) -> bool:
-        return Path(self.path).suffix.lower() in COMPRESSIONS
+        return compression_of(self.path) is not None
 
     @property
     def text_size(self) -> int:
