@@ -93,7 +93,7 @@ def run_command(main: Callable[[], int | None], interrupted: str = "interrupted"
         if isinstance(error, BrokenPipeError) and _lost_its_reader(sys.stdout):
             _drop_output()
             return EXIT_BROKEN_PIPE
-        if _output_cannot_be_written():
+        if output_cannot_be_written():
             _drop_output()
             print_error(f"cannot write to the standard output: {error.strerror}")
             return EXIT_USER_ERROR
@@ -209,7 +209,7 @@ def _lost_its_reader(stream: TextIO) -> bool:
     return bool(poll.poll(0))
 
 
-def _output_cannot_be_written() -> bool:
+def output_cannot_be_written() -> bool:
     """Return whether stdout cannot be written. The last output is still in the buffer, so flushing it fails again.
     Without a buffer (python -u), only writing another line tells."""
     try:

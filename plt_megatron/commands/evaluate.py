@@ -41,9 +41,12 @@ def main(arguments: argparse.Namespace) -> None:
     checks.check_export(arguments.model)
     checks.check_file("--include-path", arguments.include_path)
     checks.check_device(arguments.device)
-    from plt_megatron.hf.evaluation import evaluate
+    from plt_megatron.hf.evaluation import evaluate, keep
     from plt_megatron.run_folder.text import format_table
 
-    options = {name: getattr(arguments, name) for name in ("limit", "device", "download", "chat")}
-    scores = evaluate(arguments.model, arguments.tasks, arguments.include_path, **options)
-    print(format_table([[name, f"{value:.4f}"] for name, value in scores.items()]))
+    how = {"limit": arguments.limit, "chat": arguments.chat}
+    where = {"device": arguments.device, "download": arguments.download}
+    scores = evaluate(arguments.model, arguments.tasks, arguments.include_path, **how, **where)
+    # First, and at once: a full disk shall not lose them.
+    print(format_table([[name, f"{value:.4f}"] for name, value in scores.items()]), flush=True)
+    keep(arguments.model, scores, arguments.tasks, **how)

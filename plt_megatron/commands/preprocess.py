@@ -197,16 +197,29 @@ def _build_index(arguments: argparse.Namespace) -> None:
     print(f"the sample index of {samples[0]:,} train and {samples[1]:,} validation samples is ready")
 
 
+def _refuse_unused(parser: CommandParser, arguments: argparse.Namespace) -> None:
+    """End the command if it would ignore an argument."""
+    names = set(vars(arguments))
+    if arguments.join:
+        work, used = "--join", {"join", "output_prefix", "overwrite"}
+    elif arguments.cluster:
+        work, used = "--cluster", names - {"shard"} - (set() if arguments.build_index else {"overrides"})
+    elif arguments.build_index:
+        work, used = "--build-index without --cluster", {"build_index", "overrides"}
+    else:
+        work, used = "tokenizing without --cluster", names - {"nodes", "time", "overrides"}
+    for action in parser._actions:
+        if action.dest in names - used and getattr(arguments, action.dest) not in (action.default, []):
+            parser.error(f"{work} does not use {'/'.join(action.option_strings) or arguments.overrides[0]}")
+
+
 def main(argv: Sequence[str]) -> int:
     parser = _parser()
     arguments = parser.parse_intermixed_args(argv)
-    if arguments.build_index and arguments.join:
-        parser.error("--join and --build-index are two commands: join first")
+    _refuse_unused(parser, arguments)
     if arguments.build_index and not arguments.cluster:
         return run_command(lambda: _build_index(arguments))
     if arguments.join:
-        if arguments.inputs or arguments.shard:
-            parser.error("--join takes tokenized sources: leave --input and --shard out")
         if not arguments.output_prefix:
             parser.error("missing --output-prefix")
         return run_command(lambda: _join(arguments))
@@ -217,14 +230,10 @@ def main(argv: Sequence[str]) -> int:
     }
     if missing := [name for name, value in needed.items() if not value]:
         parser.error(f"missing {', '.join(missing)}")
-    if arguments.overrides and not arguments.build_index:
-        parser.error(f"unexpected argument {arguments.overrides[0]!r}")
     if not 0 < arguments.shard_mb < math.inf:
         parser.error("--shard-mb must be a number above 0")
     if not os.path.basename(arguments.output_prefix):
         parser.error(f"--output-prefix {arguments.output_prefix} is a folder: name a file in it, without a suffix")
     if arguments.cluster:
-        if arguments.shard:
-            parser.error("--cluster tokenizes all shards: leave --shard out")
         return run_command(lambda: _submit(arguments, argv))
     return run_command(lambda: _tokenize(arguments), "interrupted: the same command continues where this one stopped")

@@ -15,7 +15,7 @@ from plt_megatron.data.indexed import IndexedFile, listed_parts, read_index, rea
 from plt_megatron.data.preprocess import undated
 from plt_megatron.data.shards import publish_json
 from plt_megatron.errors import UserError
-from plt_megatron.run_folder.files import replacing
+from plt_megatron.run_folder.files import replacing, writing
 
 _COUNTED = ("documents", "tokens", "text_bytes", "lines", "left_out", "loss_mask_tokens")
 
@@ -37,18 +37,19 @@ def join(patterns: Sequence[str], output_prefix: str, *, overwrite: bool = False
     manifests = [read_manifest(prefix) for prefix in prefixes]
     _check_alike(prefixes, indices, manifests)
     _check_complete(prefixes, manifests)
-    target.parent.mkdir(parents=True, exist_ok=True)
     listed = [
         {"prefix": os.path.relpath(prefix, target.parent), "bin_bytes": os.path.getsize(f"{prefix}.bin")}
         for prefix in prefixes
     ]
     manifest = _joined_manifest(indices, manifests, listed)
-    for left in target.parent.glob(f".{glob.escape(target.name)}.idx.????????"):  # by a join that was killed
-        left.unlink(missing_ok=True)
-    with replacing(Path(f"{target}.idx"), "wb") as file:
-        write_index(Path(file.name), indices[0].dtype, lambda: (index.lengths for index in indices))
-    publish_json(Path(f"{target}.manifest.json"), manifest)
-    publish_json(Path(f"{target}{SOURCE_PARTS}"), {"parts": listed})
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for left in target.parent.glob(f".{glob.escape(target.name)}.idx.????????"):  # by a join that was killed
+            left.unlink(missing_ok=True)
+        with replacing(Path(f"{target}.idx"), "wb") as file:
+            write_index(Path(file.name), indices[0].dtype, lambda: (index.lengths for index in indices))
+        publish_json(Path(f"{target}.manifest.json"), manifest)
+        publish_json(Path(f"{target}{SOURCE_PARTS}"), {"parts": listed})
     return manifest
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from plt_megatron.errors import UserError, clean_up_when_terminated, quiet_streams
+from plt_megatron.errors import UserError, clean_up_when_terminated, output_cannot_be_written, quiet_streams
 from plt_megatron.run_folder.checkpoints import candidates
 from plt_megatron.run_folder.files import publish
 from plt_megatron.runtime.environment import FLASH_FIRST, quiet_imports
@@ -37,6 +37,7 @@ def published_folder(target: Path) -> Iterator[Path]:
 
     Raises:
         UserError: `target` exists, or the disk cannot be written to.
+        OSError: the standard output cannot be written to.
     """
     check_target(target)
     _remove_leftovers(target)
@@ -47,7 +48,10 @@ def published_folder(target: Path) -> Iterator[Path]:
         check_target(target)
         publish(temporary, target)
     except OSError as error:
-        raise UserError(f"{error.filename or target}: {error.strerror or error}; nothing is written") from error
+        if output_cannot_be_written():
+            raise
+        where = error.filename2 or error.filename or target  # where both files are told, the disk of the second is full
+        raise UserError(f"{where}: {error.strerror or error}; nothing is written") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.errors import UserError, first_line
-from plt_megatron.run_folder.files import write_bytes
+from plt_megatron.run_folder.files import write_bytes, writing
 from plt_megatron.run_folder.metrics import write_scores
 from plt_megatron.run_folder.text import pipe_facts, plural
 from plt_megatron.runtime.environment import FLASH_FIRST
@@ -29,10 +29,10 @@ def evaluate(
     download: bool = False,
     chat: bool = False,
 ) -> dict[str, float]:
-    """Run tasks, and write the scores to the export's folder and its model card.
+    """Run tasks on an export. `keep` writes the scores to its folder.
 
     Args:
-        folder: an export, with its tokenizer.
+        folder: an export, with its tokenizer, in which `keep` can write.
         tasks: names that lm-evaluation-harness knows, or finds in `include_path`.
         include_path: a folder of task files.
         limit: rows of each task, at least one; None: all.
@@ -43,8 +43,8 @@ def evaluate(
         Scores by `task/metric`, including standard errors.
 
     Raises:
-        UserError: no such tokenizer, chat template, task or device, a task's data is not on this machine, or the model
-            cannot run a task.
+        UserError: no such tokenizer, chat template, task or device, a task is broken or its data is not on this
+            machine, or the model cannot run a task.
     """
     # The packages read these when they are imported.
     os.environ |= dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "01"[not download])
@@ -57,19 +57,28 @@ def evaluate(
     harness, known = _harness(tasks, include_path)
     _load_data(known, tasks, download)
     model = _model(folder, device, chat)
+    # Longer than the context, unsafe code, a package.
+    errors: tuple[type[Exception], ...] = (AssertionError, ImportError, *_of_a_task())
     options = {"task_manager": known, "limit": limit, "apply_chat_template": chat, "log_samples": False}
     try:
         with random_states_kept():  # it seeds all of them
             found = harness.simple_evaluate(model=model, tasks=list(tasks), **options)
-    except (AssertionError, ValueError, ImportError) as error:  # longer than the context, unsafe code, a package
+    except errors as error:
         print(file=sys.stderr)  # after a progress bar
         nameless = isinstance(error, AssertionError) and not str(error)
-        reason = "a text is empty, or longer than the model's context" if nameless else first_line(error)
+        reason = "a text is empty, or longer than the model's context" if nameless else _told(error)
         raise UserError(f"lm-evaluation-harness cannot run {', '.join(tasks)}: {reason}") from error
-    scores = dict(_scores(found["results"]))
-    write_scores(folder, scores, tasks=tasks, limit=limit, chat=chat)
-    _write_on_card(folder / _CARD, scores, limit, chat)
-    return scores
+    return dict(_scores(found["results"]))
+
+
+def keep(
+    folder: Path, scores: Mapping[str, float], tasks: Sequence[str], *, limit: int | None = None, chat: bool = False
+) -> None:
+    """Write scores to an export's evaluation.json and model card, beside those of other tasks that ran on as many rows,
+    in the same template. Raises `UserError` if they cannot be written."""
+    with writing(folder):
+        kept = write_scores(folder, scores, tasks=tasks, limit=limit, chat=chat)
+        _write_on_card(folder / _CARD, kept, limit, chat)
 
 
 def _model(folder: Path, device: str, chat: bool) -> Any:
@@ -124,17 +133,40 @@ def _harness(tasks: Sequence[str], include_path: Path | None) -> tuple[Any, Any]
 
 def _load_data(known: Any, tasks: Sequence[str], download: bool) -> None:
     """Load the tasks' data before the model, which takes longer. Loading the data again is fast."""
+    errors: tuple[type[Exception], ...] = (RuntimeError, ImportError, OSError, *_of_a_task())
     for task in tasks:
         try:
             known.load([task])
-        except (RuntimeError, ImportError) as error:  # a data set that is a script, a package of the task's
-            raise UserError(f"the task {task} cannot be loaded: {first_line(error)}") from error
-        except (OSError, ValueError) as error:  # from datasets: not cached, no network, no such set, file or split
+        except errors as error:
+            if not _is_away(error):
+                raise UserError(f"the task {task} cannot be loaded: {_told(error)}") from error
             message = f"the data of the task {task} is not on this machine: {first_line(error)}"
             if not download:
                 message += "; nothing was downloaded: fill the cache (HF_HOME) on a machine with network access, with "
                 message += f"plt evaluate --tasks {task} --download"
             raise UserError(message) from error
+
+
+def _of_a_task() -> tuple[type[Exception], ...]:
+    """The errors of what a task's file says or its data lacks: a template, a field, a split, a metric."""
+    from datasets.exceptions import DatasetsError
+    from jinja2 import TemplateError
+
+    return ValueError, TypeError, LookupError, TemplateError, DatasetsError
+
+
+def _is_away(error: Exception) -> bool:
+    """Return whether data of the hub is neither cached nor, with --download, within reach."""
+    from datasets.exceptions import DatasetNotFoundError
+
+    return isinstance(error, ConnectionError | DatasetNotFoundError) or "Couldn't find cache" in str(error)
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, KeyError) and error.args == (None,):
+        return "it has a metric that lm-evaluation-harness does not know"
+    clear = isinstance(error, AssertionError | ImportError | OSError | RuntimeError | ValueError)
+    return first_line(error) if clear else f"{type(error).__name__}: {first_line(error)}"
 
 
 def _scores(results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, float]]:

@@ -42,9 +42,12 @@ def load_export(folder: Path) -> tuple[Any, Any]:
     kind = PLTForCausalLM if source.family == PLTConfig.model_type else AutoModelForCausalLM
     try:
         model = kind.from_pretrained(folder, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=model.config, trust_remote_code=False)
     except (OSError, ValueError) as error:  # such as weights with LoopCoder's names, which have no code
         raise UserError(f"{folder}: transformers cannot load it ({first_line(error)})") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=model.config, trust_remote_code=False)
+    except Exception as error:  # of the tokenizers library, which raises plain Exception, or its wrapper's KeyError
+        raise UserError(f"{folder}: transformers cannot load its tokenizer ({first_line(error)})") from error
     return tokenizer, model.eval()
 
 

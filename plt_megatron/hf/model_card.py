@@ -156,7 +156,8 @@ def _training_facts(source: ModelSource) -> Iterator[tuple[str, Any]]:
     batches, lengths = training.get("batch_schedule", []), config["data"].get("length_schedule", [])
     yield "sequence length", f"{config['data']['sequence_length']:,}{_at_first(lengths, 'sequence_length')}"
     yield "global batch", f"{training['global_batch_size']:,} sequences{_at_first(batches, 'global_batch_size')}"
-    yield "precision", training["precision"]
+    if "averaged_from" not in progress:  # an average's is that of its weights
+        yield "precision", training["precision"]
     rate = f"peak {optimizer['lr']:g}, {optimizer['lr_decay_style']} to {optimizer['min_lr']:g}"
     title = OPTIMIZERS[optimizer.get("name", "adam")].title  # before optimizers had names
     yield "optimizer", f"{title}, learning rate {rate}, weight decay {optimizer['weight_decay']:g}"

@@ -137,30 +137,38 @@ def _write_config(folder: Path, *, exported: bool, adds_tokens: bool = True) -> 
 
 
 def _write_from_sentencepiece(tokenizer: SentencePieceTokenizer, folder: Path) -> None:
+    for name, text in _described(tokenizer).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    shutil.copyfile(tokenizer.path, folder / MODEL)
+    # The other files may name tokens that a sentencepiece model does not have.
+    _copy_found(_TEMPLATES, tokenizer.path.parent, folder)
+
+
+def _described(tokenizer: SentencePieceTokenizer) -> dict[str, str]:
+    """Return the texts of a sentencepiece model's tokenizer.json and tokenizer_config.json: those beside it, or made
+    from it. Raises `UserError` if one is broken or differs from the model, or none can be made."""
     path = tokenizer.path
     beside = {name: path.with_name(name) for name in (JSON, CONFIG)}
-    if all(file.is_file() for file in beside.values()):
-        try:
-            texts = {name: file.read_text(encoding="utf-8") for name, file in beside.items()}
-            fast = tokenizers.Tokenizer.from_str(texts[JSON])
-        except Exception as error:  # the library raises plain Exception
-            raise UserError(f"{beside[JSON]}: not a tokenizer.json ({error})") from error
-        for text in _SAMPLES:
-            if fast.encode(text, add_special_tokens=False).ids != tokenizer.encode(text):
-                raise UserError(f"{beside[JSON]} does not encode like {path}, for example {text!r}")
-    else:
-        texts = build_tokenizer_json(path)
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    shutil.copyfile(path, folder / MODEL)
-    # The other files may name tokens that a sentencepiece model does not have.
-    _copy_found(_TEMPLATES, path.parent, folder)
+    if not all(file.is_file() for file in beside.values()):
+        return build_tokenizer_json(path)
+    read_json_object(beside[CONFIG])
+    try:
+        texts = {name: file.read_text(encoding="utf-8") for name, file in beside.items()}
+        fast = tokenizers.Tokenizer.from_str(texts[JSON])
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"{beside[JSON]}: not a tokenizer.json ({error})") from error
+    for text in _SAMPLES:
+        if fast.encode(text, add_special_tokens=False).ids != tokenizer.encode(text):
+            raise UserError(f"{beside[JSON]} does not encode like {path}, for example {text!r}")
+    return texts
 
 
 def _copy_found(patterns: Iterable[str], source: Path, folder: Path) -> None:
     files = [file for pattern in patterns for file in source.glob(pattern) if file.is_file()]
     for file in files:
         _check_link(file, source)
+        if file.name == CONFIG:
+            read_json_object(file)  # so that an error names this file, not the copy
     for file in files:
         copy = folder / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -190,9 +198,10 @@ def copy_tokenizer(source: Path, folder: Path, family: str, vocab_size: int, tok
     read = hf_tokenizer_file(source, family)
     if read is None:
         return None
-    check_vocabulary(load_hf_tokenizer(read, tokens), vocab_size, None)
-    if read.name == MODEL and not all((source / name).is_file() for name in (JSON, CONFIG)):
-        build_tokenizer_json(read)  # else no export could have its tokenizer
+    tokenizer = load_hf_tokenizer(read, tokens)
+    check_vocabulary(tokenizer, vocab_size, None)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        _described(tokenizer)  # else no export could have its tokenizer
     _copy_found((MODEL, JSON, CONFIG, *_OTHERS), source, folder)
     _write_config(folder, exported=False)
     ids, generation = token_ids(tokens, read_generation_config(source))

@@ -123,4 +123,6 @@ def writing(target: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {error.filename or target}: {error.strerror or error}") from error
+        raise UserError(
+            f"cannot write {error.filename2 or error.filename or target}: {error.strerror or error}"
+        ) from error

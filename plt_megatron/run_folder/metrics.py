@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import statistics
@@ -116,10 +117,26 @@ SCORES = "evaluation.json"
 
 def write_scores(
     folder: Path, scores: Mapping[str, float], *, tasks: Sequence[str], limit: int | None, chat: bool = False
-) -> None:
-    """Write the scores of an export. `limit`: rows of each task; None: all. `chat`: whether in its chat template."""
-    how = {"tasks": list(tasks), "limit": limit, "chat_template": chat}
-    write_json(folder / SCORES, {**how, "scores": dict(scores)})
+) -> dict[str, float]:
+    """Write the scores of an export, beside those of other tasks if these ran with the same `limit` and `chat`.
+
+    Args:
+        limit: rows of each task; None: all.
+        chat: whether in its chat template.
+
+    Returns:
+        All scores in the file.
+    """
+    how = {"limit": limit, "chat_template": chat}
+    kept: dict[str, Any] = {"tasks": list(tasks), **how, "scores": dict(scores)}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or broken: replaced
+        earlier = json.loads((folder / SCORES).read_text(encoding="utf-8"))
+        if earlier.items() >= how.items():
+            names = [name for name in earlier["tasks"] if name not in tasks]
+            older = {name: float(score) for name, score in earlier["scores"].items()}
+            kept |= {"tasks": [*names, *tasks], "scores": older | dict(scores)}
+    write_json(folder / SCORES, kept)
+    return dict(kept["scores"])
 
 
 def read_scores(folder: Path) -> dict[str, float]:

@@ -27,6 +27,7 @@ class RunStatus:
         tokens_per_second: recent rate of the whole job; None if nothing is logged yet.
         tokens_left: tokens until the last step; None if the configuration cannot be read.
         checkpoint: step of the last checkpoint; 0 if there is none.
+        saves: whether the configuration has the run save checkpoints; False if it cannot be read.
         attempts: starts of the ranks so far.
         restarts: one line for each attempt that did not finish, the oldest first.
         last_status: how the last attempt ended (`attempts`); "" if it has not ended, none was made, or the run has been
@@ -43,6 +44,7 @@ class RunStatus:
     tokens_per_second: float | None = None
     tokens_left: int | None = None
     checkpoint: int = 0
+    saves: bool = False
     attempts: int = 0
     restarts: list[str] = field(default_factory=list)
     last_status: str = ""
@@ -54,11 +56,11 @@ class RunStatus:
     @property
     def finished(self) -> bool:
         """Whether the last step is done, saved where any is and, where attempts are recorded, the last one says so."""
-        if self.last_status and self.last_status != FINISHED:
+        if self.last_status:
+            return self.last_status == FINISHED and (self.steps is None or self.step >= self.steps)
+        if self.steps is None or self.step < self.steps:
             return False
-        if self.steps is None or (self.checkpoint and self.checkpoint < self.steps):  # it is logged before it is saved
-            return self.last_status == FINISHED
-        return self.step >= self.steps
+        return self.checkpoint >= self.steps or not self.saves  # a step is logged before it is saved
 
     @property
     def seconds_left(self) -> float | None:
@@ -71,7 +73,7 @@ class RunStatus:
 def read_run_status(run: Path) -> RunStatus:
     """Read a run's folder. Missing or damaged files are not errors here. Raises `OSError` if one cannot be read."""
     folder = RunFolder(run)
-    steps, left = None, None
+    steps, left, saves = None, None, False
     problems = []
     records, checkpoint = last_train_records(folder), latest_step(run)
     logged, tokens = (int(records[-1]["step"]), int(records[-1].get("tokens") or 0)) if records else (0, 0)
@@ -80,6 +82,7 @@ def read_run_status(run: Path) -> RunStatus:
         problems.append(f"{folder.metrics_file.name}: damaged, no line at its end can be read")
     try:
         config = folder.config()
+        saves = config.checkpoint.enabled
         tokens = BatchSchedule(config).tokens(step - logged, tokens)
         steps, left = derived.last_step(config, step, tokens), derived.tokens_left(config, step, tokens)
     except (UserError, AssertionError, ArithmeticError) as error:
@@ -102,6 +105,7 @@ def read_run_status(run: Path) -> RunStatus:
         tokens_per_second=median_speed(records),
         tokens_left=left,
         checkpoint=checkpoint,
+        saves=saves,
         attempts=len(starts),
         restarts=[_describe(end) for end in ends if end.get("status") != FINISHED],
         last_status=str(ends[-1].get("status") or "") if is_ended else "",

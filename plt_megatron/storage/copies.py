@@ -96,12 +96,12 @@ def read_index(where: str, name: str, text: str) -> Index:
     return Index(name, text, files)
 
 
-def files_in(name: str, text: str | None) -> set[str]:
+def files_in(name: str, text: str | None) -> dict[str, Entry]:
     """Return the files that an index's text lists; none if there is no text, or if it is damaged."""
     try:
-        return set() if text is None else set(read_index("", name, text).files)
+        return {} if text is None else read_index("", name, text).files
     except UserError:
-        return set()
+        return {}
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def upload(folder: Path, place: Place, *, verify: bool = False, owned: bool = Fa
     index = index_of(folder)
     there = place.files()
     text = place.read_text(index.name) if index.name in there else None
-    complete = text == index.text
+    before = files_in(index.name, text)  # all of them have arrived
     journal = _read_journal(place) if JOURNAL in there else {}
     if there and not owned and text is None and JOURNAL not in there:
         raise UserError(f"{place.url} is not empty and does not hold an upload ({min(there)}); give another folder")
@@ -140,14 +140,14 @@ def upload(folder: Path, place: Place, *, verify: bool = False, owned: bool = Fa
             return False
         if verify:
             return place.sha256(name) == entry.sha256
-        return complete or (stored.mark is not None and journal.get(name) == _noted(entry, stored))
+        return before.get(name) == entry or (stored.mark is not None and journal.get(name) == _noted(entry, stored))
 
     arrived = {name: there[name] for name, entry in index.files.items() if has_arrived(name, entry)}
     missing = [name for name in index.files if name not in arrived]
     stale = there.keys() - index.files.keys() - {index.name, JOURNAL}
     if not owned:
-        stale &= journal.keys() | files_in(index.name, text)
-    if not complete or missing or stale:
+        stale &= journal.keys() | before.keys()
+    if text != index.text or missing or stale:
         _replace(folder, place, index, arrived, missing, stale)
     elif JOURNAL in there:
         place.remove(JOURNAL)

@@ -171,7 +171,7 @@ def reason(error: BaseException) -> str:
     """Format an error in one line, without the secrets in this process's environment."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.strerror and error.filename:
-        text = f"{error.filename}: {error.strerror}"
+        text = f"{error.filename2 or error.filename}: {error.strerror}"
     elif isinstance(error, KeyError | IndexError | AttributeError | TypeError):  # unclear without the class name
         text = f"{type(error).__name__}: {text}"
     return redacted(text)[:_LONGEST]

@@ -84,7 +84,7 @@ class Repository:
                 raise UserError(f"{self.url} has a branch {revision} that is not an upload; give another revision")
             partial = MAIN if revision == MAIN else _PARTIAL + revision
             # A branch starts as a copy of main, none of which may stay; in main only an earlier upload is removed.
-            stale = "*" if revision != MAIN else sorted(files_in(INDEX, before) - index.files.keys())
+            stale = "*" if revision != MAIN else sorted(files_in(INDEX, before).keys() - index.files.keys())
             self._api.create_branch(self._name, branch=partial, exist_ok=True)
             to: dict[str, Any] = {"repo_id": self._name, "revision": partial}
             message = f"Upload {revision}"

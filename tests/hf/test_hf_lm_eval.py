@@ -1,5 +1,6 @@
 """lm-evaluation-harness runs an exported folder, on tasks from local files: by plt evaluate, and by `--model hf`."""
 
+import errno
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from plt_megatron.hf.evaluation import keep
 from plt_megatron.run_folder.metrics import read_scores
 from tests.hf.lm_eval_tasks import write_tasks
 from tests.hf.test_hf_generate import make_tokenizer
@@ -143,6 +145,68 @@ def test_tasks_that_are_not_there_are_one_line(folder):
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and "nobody/has-it" in line and "HF_HOME" in line and "--tasks far --download" in line
     assert "Traceback" not in done.stderr and not (folder / "model/evaluation.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("of_the_task", "instead"),
+    [
+        ("output_type: multiple_choice", "output_type: chosen"),
+        ("{{question}}", "{{asked}}"),
+        ("{{question}}", "{{question"),
+        ("test_split: test", "test_split: train"),
+        ("data.jsonl", "nowhere.jsonl"),
+        ("metric: acc", "metric: luck"),
+        ("test_split: test", "test_split: test\nnum_fewshot: 100"),
+    ],
+)
+def test_a_broken_task_is_one_line(folder, evaluate, capsys, of_the_task, instead):
+    """Not data of the hub that --download would bring."""
+    task = folder / "choice.yaml"
+    assert task.read_text().count(of_the_task) == 1
+    task.write_text(task.read_text().replace(of_the_task, instead))
+    assert evaluate("model", "--tasks", "choice", "--include-path", str(folder)) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "choice" in error and "HF_HOME" not in error and "not on this machine" not in error
+    assert not error.endswith(": None") and len(error) > 50
+
+
+def test_broken_data_is_one_line(folder, evaluate, capsys):
+    (folder / "data.jsonl").write_text("no JSON\n")
+    assert evaluate("model", "--tasks", "choice", "--include-path", str(folder)) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "the task choice cannot be loaded" in error
+
+
+def test_scores_of_other_tasks_stay(tmp_path):
+    """If as many rows were asked in the same way."""
+    keep(tmp_path, {"a/acc": 0.5, "group_part/acc": 0.1}, ["a", "group"])
+    keep(tmp_path, {"b/acc": 0.25, "group_part/acc": 0.2}, ["b", "group"])
+    assert read_scores(tmp_path) == {"a/acc": 0.5, "b/acc": 0.25, "group_part/acc": 0.2}
+    assert json.loads((tmp_path / "evaluation.json").read_text())["tasks"] == ["a", "b", "group"]
+    card = (tmp_path / "README.md").read_text()
+    assert "| a/acc | 0.5000 |" in card and "| b/acc | 0.2500 |" in card
+    for how in ({"limit": 10}, {"limit": 10, "chat": True}):
+        keep(tmp_path, {"b/acc": 0.75}, ["b"], **how)
+        assert read_scores(tmp_path) == {"b/acc": 0.75} and "a/acc" not in (tmp_path / "README.md").read_text()
+        keep(tmp_path, {"a/acc": 1.0}, ["a"], **how)
+    for broken in ("{", "[]", '{"limit": null, "chat_template": false, "tasks": 1, "scores": 2}'):
+        (tmp_path / "evaluation.json").write_text(broken)
+        keep(tmp_path, {"b/acc": 0.75}, ["b"])
+        assert read_scores(tmp_path) == {"b/acc": 0.75}
+
+
+def test_scores_that_cannot_be_written_are_printed(evaluate, monkeypatch, capsys):
+    from plt_megatron.hf import evaluation
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: {"choice/acc": 0.5})
+    monkeypatch.setattr(evaluation, "write_scores", full)
+    assert evaluate("model", "--tasks", "choice") == 2
+    printed = capsys.readouterr()
+    assert printed.out.split() == ["choice/acc", "0.5000"]
+    assert printed.err.startswith("error: ") and "model" in printed.err and "No space left" in printed.err
 
 
 @pytest.mark.slow

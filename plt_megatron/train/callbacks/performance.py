@@ -135,7 +135,7 @@ class Profiling(Callback):
         settings, rank = run.config.logging.profile or ProfileConfig(0, ranks=[]), dist.get_rank()
         self._first, self._last = settings.step_start, settings.step_end
         self._wanted = rank in settings.ranks
-        self._path = run.folder.profile / f"rank_{rank:04d}_steps_{self._first + 1}-{self._last}.json.gz"
+        self._traced = (0, 0)
         self._profiler: Any = None
 
     def before_step(self, step: Step) -> None:
@@ -144,8 +144,11 @@ class Profiling(Callback):
         if self._profiler is not None and step.number > self._last:
             self.on_end()
         elif self._profiler is None and self._first < step.number <= self._last:
+            self._traced = (step.number, step.number)
             self._profiler = torch.profiler.profile(profile_memory=True)  # the CPU and, if there is one, the GPU
             self._profiler.start()
+        elif self._profiler is not None:
+            self._traced = (self._traced[0], step.number)
 
     def on_rollback(self, state: dict[str, Any]) -> None:
         """Drop a trace that would go on over steps before its first; another starts there."""
@@ -154,15 +157,17 @@ class Profiling(Callback):
             self._profiler = None
 
     def on_end(self) -> None:
-        """Write the current trace, complete or not."""
+        """Write the current trace, complete or not: a run that is stopped within it traces the rest when resumed."""
         if self._profiler is None:
             return
         self._wanted = False
         self._profiler.stop()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._profiler.export_chrome_trace(str(self._path))
+        name = f"rank_{dist.get_rank():04d}_steps_{self._traced[0]}-{self._traced[1]}.json.gz"
+        path = self.run.folder.profile / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._profiler.export_chrome_trace(str(path))
         self._profiler = None
-        self.run.say(f"wrote profiler trace {self._path}")
+        self.run.say(f"wrote profiler trace {path}")
 
 
 _TIMED = 10  # steps with timed kernels per report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 from plt_megatron.config import derived
@@ -37,14 +38,15 @@ class Validation(Callback):
         sources = list(self.run.data.by_source)
         if not sources:
             loss_sum, tokens = self._losses(loop_count)
-            return {"loss": loss_sum / max(tokens, 1)}
+            return {"loss": loss_sum / tokens if tokens else math.nan}
         sums = {source: self._losses(loop_count, source) for source in sources}
         total, tokens = (sum(part) for part in zip(*sums.values(), strict=True))
-        measured: dict[str, Any] = {"loss": total / max(tokens, 1)}
-        measured["source_loss"] = {source: own / max(count, 1) for source, (own, count) in sums.items()}
+        measured: dict[str, Any] = {"loss": total / tokens if tokens else math.nan}
+        sources = [source for source in sources if sums[source][1]]  # in which a token counts
+        measured["source_loss"] = {source: sums[source][0] / sums[source][1] for source in sources}
         sizes = {source: self.run.data.validation_bytes(source) for source in sources}
         known = {source: size for source, size in sizes.items() if size}
-        if len(known) == len(sources):
+        if known and len(known) == len(sources):
             measured["bits_per_byte"] = bits_per_byte(total, sum(known.values()))
             measured["source_bits_per_byte"] = {s: bits_per_byte(sums[s][0], size) for s, size in known.items()}
         return measured

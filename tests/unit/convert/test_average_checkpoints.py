@@ -100,6 +100,7 @@ def test_it_is_exported_with_what_it_is_of(tmp_path, capsys):
     torch.testing.assert_close(embedding, mean, rtol=1e-6, atol=1e-7)
     card = (tmp_path / "hf" / "README.md").read_text()
     assert "| weights | the average of run@4, run@6 |" in card and "| steps | 6 |" in card and "layout" not in card
+    assert "| precision |" not in card, "that of training is another"
 
 
 @pytest.fixture

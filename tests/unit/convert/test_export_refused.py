@@ -21,6 +21,7 @@ from convert_helpers import (
 
 from plt_megatron.errors import UserError
 from plt_megatron.hf import exporting, verification
+from plt_megatron.hf.arguments import published_folder
 from plt_megatron.hf.sources import saved_model
 
 
@@ -80,6 +81,17 @@ def test_nothing_half_written(tmp_path, run, monkeypatch, error):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     if isinstance(error, OSError):
         assert "No space left on device; nothing is written" in str(caught.value)
+
+
+def test_an_output_that_cannot_be_written_is_not_called_a_full_disk(tmp_path, monkeypatch):
+    with open("/dev/full", "w") as full, pytest.raises(OSError):
+        monkeypatch.setattr("sys.stdout", full)
+        try:
+            with published_folder(tmp_path / "out"):
+                print("exporting", flush=True)
+        finally:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # to close it
+    assert not list(tmp_path.iterdir())
 
 
 def test_all_files_reach_the_disk_before_the_folder_has_its_name(tmp_path, run, monkeypatch):

@@ -75,6 +75,23 @@ def test_a_broken_file_beside_a_sentencepiece_model_is_named(tokenizer_model, tm
     (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(UserError, match=str(tmp_path / "tokenizer.json")):
         write_tokenizer(load_tokenizer(tmp_path / "tokenizer.model"), tmp_path)
+    with pytest.raises(UserError, match=str(tmp_path / "tokenizer.json")):  # not at the first export
+        copy_tokenizer(tmp_path, tmp_path / "out", "plt", 400, {})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("model", ["tokenizer.model", "tokenizer.json"])
+def test_a_broken_tokenizer_config_is_named_where_the_user_has_it(tokenizer_model, tmp_path, model):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in {model, "tokenizer.json"}:
+        shutil.copy(tokenizer_model.with_name(name), source)
+    (source / "tokenizer_config.json").write_text("{")
+    with pytest.raises(UserError, match=str(source / "tokenizer_config.json")):
+        copy_tokenizer(source, tmp_path / "out", "plt" if model.endswith("model") else "llama", 400, {})
+    (tmp_path / "out").mkdir(exist_ok=True)
+    with pytest.raises(UserError, match=str(source / "tokenizer_config.json")):
+        write_tokenizer(load_tokenizer(source / model), tmp_path / "out")
 
 
 def test_an_import_copies_the_models_files_alone(tokenizer_model, tmp_path):

@@ -53,6 +53,12 @@ def test_a_prompt_is_continued_and_the_seed_decides(generate, exported):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_a_broken_tokenizer_is_one_line(copy):
+    (copy / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=rf"{copy}.*its tokenizer"):
+        generation.load_export(copy)
+
+
 def test_no_temperature_is_the_likeliest_token_whatever_the_folder_prefers(exported, copy, capfd):
     likeliest = generation.generate(str(exported), "the loop", 12, 0.0, 1).text
     update_json(copy / "generation_config.json", do_sample=True, temperature=1.7, top_p=0.9, top_k=30)

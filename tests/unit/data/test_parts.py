@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -16,7 +17,7 @@ import torch
 from data_helpers import Tool, bad_lines, build, digest, run_preprocess, write_jsonl, write_parquet
 
 from plt_megatron.config.schema import DataConfig, DataSource
-from plt_megatron.data import preprocess
+from plt_megatron.data import joining, preprocess
 from plt_megatron.data.indexed import JoinedArrays, flat_tokens, mask_path, part_prefixes, read_index
 from plt_megatron.data.joining import check_output, join
 from plt_megatron.data.preprocess import shard_prefix
@@ -264,6 +265,16 @@ def test_a_machine_hashes_the_files_that_it_alone_reads(shards, inputs):
     assert all(a.isdisjoint(b) for a, b in combinations(read, 2))
     assert str(inputs[0]) not in set().union(*read), "more than one read it"
     assert set(map(str, inputs[1:])) <= set().union(*read) | {str(inputs[0])}
+
+
+def test_a_full_disk_is_one_line_with_the_output(shards, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(joining, "write_index", full)
+    with pytest.raises(UserError, match="again.*No space left"):
+        join([str(shard) for shard in shards], str(shards[0].with_name("again")))
+    assert not list(shards[0].parent.glob("*again*"))
 
 
 def test_its_own_parts_may_be_joined_again(shards):

@@ -228,7 +228,11 @@ def test_nothing_usable(bpe_model: Path, tmp_path: Path, run_tool: Tool) -> None
         (["--shard-mb", "0"], "error: --shard-mb must be a number above 0"),
         (["--max-document-bytes", "0"], "error: --max-document-bytes must be above 0, got 0"),
         (["--on-bad-line", "ignore"], "invalid choice: 'ignore'"),
-        (["surplus"], "error: unexpected argument 'surplus'"),
+        (["surplus"], "surplus"),
+        (["--time", "1:00:00"], "without --cluster does not use --time"),
+        (["--cluster", "any", "--shard", "1/2"], "--cluster does not use --shard"),
+        (["--build-index", "run.yaml"], "--build-index without --cluster does not use --input"),
+        (["--join", "a"], "--join does not use --input"),
         (["--min-quality", "1"], "error: --min-quality and --max-quality need --quality-key, the numeric"),
         (["--quality-key", "q"], "error: --quality-key needs --min-quality, --max-quality or both"),
         (
@@ -247,12 +251,16 @@ def test_unusable_arguments(
     assert "Traceback" not in result.stderr
 
 
-def test_joining_and_building_an_index_are_two_commands(tmp_path: Path, capsys: Any) -> None:
-    arguments = ["--join", "a", "b", "--output-prefix", str(tmp_path / "x"), "--build-index", "run.yaml"]
+@pytest.mark.parametrize(
+    "ignored",
+    [["--build-index", "run.yaml"], ["--overwrite", "surplus"], ["--cluster", "any"], ["--tokenizer", "t"], ["--chat"]],
+)
+def test_a_join_refuses_what_it_would_ignore(ignored: list[str], tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(SystemExit, match="2"):
-        command.main(arguments)
+        command.main(["--join", "a", *ignored, "--output-prefix", str(tmp_path / "x")])
     error = capsys.readouterr().err
-    assert error.startswith("error: --join and --build-index") and error.count("\n") == 1
+    assert error.startswith("error: --join does not use ") and any(word in error for word in ignored)
+    assert error.count("\n") == 1
 
 
 def test_other_output_is_not_overwritten(corpus: Path, texts: list[str], bpe_model: Path, tmp_path: Path) -> None:

@@ -113,3 +113,6 @@ def test_what_the_user_has_to_put_right_is_one_line(tmp_path):
     with pytest.raises(UserError, match=rf"^cannot write {target}: No space left on device$"):
         with files.writing(target):
             raise OSError(28, "No space left on device")
+    with pytest.raises(UserError, match=rf"^cannot write {target}: No space left on device$"):  # not what is copied
+        with files.writing(tmp_path):
+            raise OSError(28, "No space left on device", "source", None, str(target))

@@ -110,6 +110,7 @@ def test_a_finished_run_that_was_made_longer_is_not_finished(run, slurm):
     write_progress(run, [400])
     write_attempt(run, status="finished", step=400, reason="")
     assert cells(report([], "runs", False), "runs/try")[:2] == ["not finished", "400 of 1,000"]
+    write_progress(run, [400], checkpoint=400)
     assert not read_run_status(run).finished
     write_event(run, event="end", attempt=1, job_id="100", status="finished", step=1000, reason="")
     assert read_run_status(run).finished, "though no metrics and no checkpoint say so"
@@ -258,6 +259,13 @@ def test_a_local_run_is_shown_too(folder, slurm):
     write_progress(run, [10])
     (run / "config.yaml").write_text(yaml.safe_dump(RUN | {"name": "local"}))
     assert cells(report([], "runs", False), "runs/local")[0] == "not finished"
+    write_progress(run, [1000])
+    assert not read_run_status(run).finished, "its last step was not saved"
+    (run / "config.yaml").write_text(yaml.safe_dump(RUN | {"name": "local", "checkpoint": {"enabled": False}}))
+    assert read_run_status(run).finished
+    write_progress(run, [1000], checkpoint=1000)
+    (run / "config.yaml").write_text(yaml.safe_dump(RUN | {"name": "local"}))
+    assert read_run_status(run).finished
 
 
 def test_json_lines(run, slurm):
@@ -382,7 +390,7 @@ def test_a_controller_that_restarts_is_asked_again(run_name, look, slurm):
 @pytest.mark.parametrize(("steps", "status"), [([1000], 0), ([400], 1)])
 def test_the_status_says_whether_the_run_is_finished(run_name, folder, slurm, capsys, steps, status):
     submission = submit_run()
-    write_progress(folder / "runs" / "try", steps)
+    write_progress(folder / "runs" / "try", steps, checkpoint=steps[-1])
     slurm.jobs(("100", "COMPLETED", run_name))
     assert follow(submission) == status
     assert f"step {steps[-1]:,}" in capsys.readouterr().out

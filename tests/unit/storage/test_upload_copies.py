@@ -100,6 +100,19 @@ def test_an_upload_is_a_copy_with_an_index_that_is_written_last(tmp_path, sent):
     assert upload(export, place_at(target)).sent_files == 0 and sent == []
 
 
+def test_only_what_has_changed_in_a_folder_is_sent_again(tmp_path, sent):
+    """Such as the card and the scores of an evaluated export, and not its weights."""
+    export, target = an_export(tmp_path / "export"), tmp_path / "there"
+    upload(export, place_at(target))
+    (export / "README.md").write_text("other")
+    (export / "evaluation.json").write_text("{}")
+    (export / "config.json").unlink()
+    del sent[:]
+    assert upload(export, place_at(target)).sent_files == 2 and sent == ["README.md", "evaluation.json"]
+    there = contents(target)
+    assert json.loads(there.pop("upload.json"))["files"].keys() == there.keys() and there == contents(export)
+
+
 def a_killed_upload(folder, monkeypatch):
     """An export, and where its upload was killed in the midst of the second file."""
     monkeypatch.setattr(copies, "_JOURNAL_EVERY_S", 0.0)

@@ -66,7 +66,12 @@ def test_a_run_that_ends_early_leaves_what_was_traced(tmp_path, rank):
         profiling.on_end()
         profiling.before_step(Step(2, [], 1, 1, 1))
     assert len(run.said) == 1
-    assert (tmp_path / "profile" / "rank_0000_steps_1-9.json.gz").is_file()
+    resumed = Profiling(run)
+    for number in (2, 3):
+        resumed.before_step(Step(number, [], 1, 1, 1))
+    resumed.on_end()
+    traces = sorted(path.name for path in (tmp_path / "profile").iterdir())
+    assert traces == ["rank_0000_steps_1-1.json.gz", "rank_0000_steps_2-3.json.gz"]
 
 
 @pytest.mark.parametrize("logging", [{}, {"profile": ProfileConfig(3, ranks=[1])}], ids=["no steps", "rank 1"])
