@@ -127,9 +127,9 @@ def decide(events: list[dict[str, Any]], settings: JobSettings) -> Decision:
         return Decision(HALT if last["status"] == PREEMPTED else STOP, reason)
     failures = _fruitless([end for end in ends if end["status"] == FAILED])
     if last["status"] == FAILED and failures >= settings.max_requeues_without_progress:
-        again = "again" if failures == 1 else f"{plural(failures, 'time')} more"
+        again = {0: "", 1: " again"}.get(failures, f" {plural(failures, 'time')} more")
         reached = max(end.get("step") or 0 for end in ends)
-        return Decision(STOP, f"{reason}; it has failed {again} since its last progress, step {reached}")
+        return Decision(STOP, f"{reason}; it has failed{again} since its last progress, step {reached}")
     if _fruitless(ends) >= _MOST_FRUITLESS:
         return Decision(STOP, f"{reason}; {_MOST_FRUITLESS} attempts in a row without progress, at step {last['step']}")
     return Decision(AGAIN, reason)

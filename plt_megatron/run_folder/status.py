@@ -55,7 +55,8 @@ class RunStatus:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step is done, saved where any is and, where attempts are recorded, the last one says so."""
+        """Whether the last step is done: by the last attempt's own word or, where none is recorded, if the step is
+        logged, and saved unless the run saves none."""
         if self.last_status:
             return self.last_status == FINISHED and (self.steps is None or self.step >= self.steps)
         if self.steps is None or self.step < self.steps:

@@ -25,7 +25,7 @@ __all__ = [
     "open_inputs",
 ]
 
-_ARCHIVES = (".tar", ".tgz", ".zip")
+_PACKED = (".tar", ".tgz", ".zip", ".7z", ".rar", ".xz", ".bz2", ".lz4", ".lzma", ".br", ".snappy")
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -36,7 +36,7 @@ def open_inputs(patterns: Sequence[str | Path], options: ReadOptions, format: st
 
     Each file occurs once, whatever its names, in the order given; those of a glob are sorted by name. The format
     follows from the suffix unless `format` is given; a file with an unknown suffix is plain text. Raises `UserError` if
-    a pattern matches no file, a file cannot be read, or is an archive by its suffix (unless `format` is given), or the
+    a pattern matches no file, a file cannot be read, or is packed by its suffix (unless `format` is given), or the
     package that reads it is missing.
     """
     paths: dict[str, str] = {}  # by the file itself, which may have several names
@@ -53,8 +53,8 @@ def open_inputs(patterns: Sequence[str | Path], options: ReadOptions, format: st
     by_suffix = {suffix: reader for reader in READERS.values() for suffix in reader.suffixes}
     readers = []
     for path in paths.values():
-        if format is None and _suffix(path) in _ARCHIVES:
-            raise UserError(f"input {path!r} is an archive: unpack it, and name its files")
+        if format is None and _suffix(path) in _PACKED:
+            raise UserError(f"input {path!r} is packed: unpack it; only {', '.join(COMPRESSIONS)} are read as they are")
         kind = READERS[format] if format else by_suffix.get(_suffix(path), READERS["text"])
         readers.append(kind(path, os.path.getsize(path), options))
         readers[-1].check()

@@ -245,9 +245,9 @@ def test_opening_inputs(tmp_path: Path) -> None:
         open_inputs([str(tmp_path / "*.csv")], options)
     with pytest.raises(UserError, match="is a folder: name its files"):
         open_inputs([str(tmp_path)], options)
-    for name in ("a.tar.gz", "a.tgz", "a.zip"):
+    for name in ("a.tar.gz", "a.tgz", "a.zip", "a.jsonl.xz", "a.txt.BZ2"):
         (tmp_path / name).touch()
-        with pytest.raises(UserError, match=f"{name}' is an archive"):
+        with pytest.raises(UserError, match=f"{name}' is packed: .*gz"):
             open_inputs([str(tmp_path / name)], options)
     assert open_inputs([str(tmp_path / "a.zip")], options, "text")
 

@@ -57,6 +57,8 @@ def test_how_many_is_a_setting():
     repeated = [end("failed", 7, 6)] * 3
     assert action(*repeated, max_requeues_without_progress=3) == "again"
     assert action(*repeated, max_requeues_without_progress=2) == "stop"
+    decision = decide(repeated[:1], job_settings(max_requeues_without_progress=0))
+    assert (decision.action, decision.reason) == ("stop", "because; it has failed since its last progress, step 7")
 
 
 def test_lost_nodes_and_preemptions_are_no_failures():
