@@ -105,7 +105,9 @@ def _panel(quantity: _Quantity, runs: Sequence[RunMetrics]) -> Panel:
         if quantity.field == "loss":
             curves += _validation(metrics, index)
     for name, style in styles.items():
-        label = f"loop {name}" if isinstance(name, int) else name.replace("_", " ")
+        label = f"loop {name}" if isinstance(name, int) else name
+        if quantity.field != "source_epochs":  # sources keep their names
+            label = label.replace("_", " ")
         curves.append(Curve(color="#555555", line=style, label=label))
     limits: tuple[float, float] | None = None
     if quantity.field == "loss":

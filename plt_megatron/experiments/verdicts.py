@@ -209,7 +209,7 @@ def verdicts(results: SweepResults, rows: Sequence[Row]) -> list[Verdict]:
     found = []
     for group in groups(rows):
         for question, answer in _QUESTIONS.items():
-            winner, text = None, "not decided: the runs have read different data (see the problems above)"
+            winner, text = None, "not decided: the runs have read different data"
             if has_one_data(group):
                 winner, text = answer(results, group)
             found.append(Verdict(text, winner is not None, question, ", ".join(group[0].group), winner))

@@ -135,7 +135,7 @@ def write_run(folder: Path, loops: int, steps: int = 30) -> Path:
         record |= {"hidden_norm": [1.0] * loops, "step_size": [1.0] * loops, "gate_mean": [None, *[0.5] * (loops - 1)]}
         record |= {
             "step_seconds": {"data": 0.01, "forward_backward": 0.2},
-            "source_epochs": {"loop code": 0.1, "loop 3": 0.2},
+            "source_epochs": {"loop_code": 0.1, "loop 3": 0.2},
         }
         records.append(record)
         if step % 10 == 0:
@@ -172,7 +172,7 @@ def test_there_is_a_curve_for_each_loop_and_part(monkeypatch, tmp_path):
         "L2 norm, mean over tokens"
     }, "as model/loop_context.py computes them"
     assert names("gates") == ["loop 2"], "the first loop has no gate"
-    assert names("passes over the sources") == ["loop code", "loop 3"]
+    assert names("passes over the sources") == ["loop_code", "loop 3"]
     styles = (
         [ax.get_linestyle() for ax in panels[t].lines[:2]] for t in ("passes over the sources", "change by a loop")
     )
