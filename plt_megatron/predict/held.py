@@ -78,11 +78,13 @@ class RankMatrix:
         size: elements.
         split: whether it is split over tensor-parallel ranks.
         wholes: (rows, columns) of each separately orthogonalized matrix, complete over all tensor-parallel ranks.
+        interleaved: whether rows of one such matrix are between those of others, so that each is copied first.
     """
 
     size: int
     split: bool
     wholes: tuple[tuple[int, int], ...]
+    interleaved: bool = False
 
     @property
     def gathered(self) -> int:
@@ -202,7 +204,8 @@ def _matrices(trained: Weights, layout: Layout, layers: range, *, experts: bool)
 def _rank_matrix(parameter: Parameter, sizes: Sizes, tensor: int) -> RankMatrix:
     split = parameter.split is not None and tensor > 1
     wholes = tuple((rows, columns) for rows, columns in map(sizes.shape, parameter.hf_dims))
-    return RankMatrix(parameter.size(sizes) // (tensor if split else 1), split, wholes)
+    interleaved = parameter.form == "qkv" and sizes.groups > (tensor if split else 1)
+    return RankMatrix(parameter.size(sizes) // (tensor if split else 1), split, wholes, interleaved)
 
 
 def given_out(

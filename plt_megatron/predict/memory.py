@@ -16,7 +16,7 @@ from plt_megatron.config import derived
 from plt_megatron.config.rules.optimizer import optimizer_spec
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.predict.activations import Activations
-from plt_megatron.predict.held import Held, Stage, share_in_fp8
+from plt_megatron.predict.held import Held, RankMatrix, Stage, share_in_fp8
 from plt_megatron.predict.layers import FP32, Run, runs
 from plt_megatron.predict.layout import BYTES, Layout, Pass, enough_microbatches, passes
 from plt_megatron.predict.parameters import Weights, count_parameters
@@ -297,7 +297,7 @@ def _inputs(config: RunConfig, layout: Layout) -> int:
 def _optimizer_step(config: RunConfig, layout: Layout, stage: Stage) -> Counter[str]:
     """Return the temporaries of the update. torch's Adam updates one parameter at a time on a CPU and all at once on a
     GPU; Transformer Engine's fused Adam needs none. Muon runs after Adam, so only the larger of the two counts."""
-    muon = max(_iteration(config, held) for held in stage.held)
+    muon = max(_matrix_update(config, held) for held in stage.held)
     adam = 0
     if layout.on_cpu and layout.backend != "te":
         largest = max(stage.trained.embedding, stage.trained.output_layer)
@@ -308,17 +308,32 @@ def _optimizer_step(config: RunConfig, layout: Layout, stage: Stage) -> Counter[
     return Counter({"temporaries": max(muon, adam)})
 
 
-def _iteration(config: RunConfig, held: Held) -> int:
-    """Return the bytes of the largest Newton-Schulz iteration: the update direction and its gathered whole in fp32; X
-    before and after, X X^T and its polynomial in the training precision."""
-    element = BYTES[config.training.precision]
+def _matrix_update(config: RunConfig, held: Held) -> int:
+    """Return the most bytes that the update of one matrix needs: its direction, beside that of the matrix before it."""
     highest = 0
-    for matrix in {matrix for rank in held.matrices for matrix in rank}:
-        rows, columns = max(matrix.wholes, key=lambda shape: shape[0] * shape[1])
-        whole = FP32 * rows * columns if matrix.split else 0
-        products = element * (2 * rows * columns + 2 * min(rows, columns) ** 2)
-        highest = max(highest, FP32 * matrix.size + whole + products)
+    for rank in set(held.matrices):
+        for matrix in set(rank):
+            sizes = [each.size for each in rank]
+            sizes.remove(matrix.size)
+            highest = max(highest, FP32 * max(sizes, default=0) + _orthogonalization(config, matrix))
     return highest
+
+
+def _orthogonalization(config: RunConfig, matrix: RankMatrix) -> int:
+    """Return the bytes that megatron-core's Muon needs beside momentum and gradient: the direction, copies of its parts
+    and their results in fp32, and for one part at a time what is gathered, twice, with the Newton-Schulz iteration's X
+    before and after, X X^T and its polynomial, in bf16 unless the model is in fp32; or the result and its scaling."""
+    element = BYTES[config.training.precision]
+    highest, done = 0, 0
+    for rows, columns in matrix.wholes:
+        whole, square = rows * columns, min(rows, columns) ** 2
+        own = whole * matrix.size // sum(map(math.prod, matrix.wholes))  # this rank's part
+        iteration = max(element * (2 * whole + 2 * square), (element + FP32) * whole if element != FP32 else 0)
+        gathered = 2 * FP32 * whole if matrix.split else 0
+        highest = max(highest, FP32 * done + max(gathered + iteration, FP32 * (whole + 2 * own)))
+        done += own
+    kept = bool(config.optimizer.muon_nesterov) + matrix.interleaved
+    return highest + FP32 * kept * matrix.size
 
 
 def checkpoint_bytes(config: RunConfig, vocab_size: int, tensor: int = 1) -> int:
