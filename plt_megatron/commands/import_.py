@@ -64,7 +64,7 @@ def main(arguments: argparse.Namespace) -> None:
     require("plt import", "transformers")
     checks.check_target(arguments.output)
     if checks.is_gguf(arguments.model):
-        require("reading a GGUF file", "gguf", "safetensors")
+        require("reading a GGUF file", "gguf", "accelerate", "safetensors")
         if not arguments.model.is_file():
             raise UserError(f"{arguments.model}: no such file")
     else:

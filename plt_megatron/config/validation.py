@@ -27,18 +27,25 @@ def validate(
     *,
     world_size: int | None = None,
     check_files: bool = True,
+    check_packages: bool | None = None,
     have_te: bool | None = None,
     capability: tuple[int, int] | None = None,
 ) -> None:
     """Raise one `UserError` with a line per problem, if there are any.
 
     `world_size`: number of processes the run gets; None: as many as the layout asks for (plt train).
-    `check_files`: also check this machine: data files, tokenizer, folders, optional packages.
+    `check_files`: also check this machine: data files, tokenizer, folders.
+    `check_packages`: also look for optional packages; None: with `check_files`. A container has packages of its own.
     `have_te`: whether Transformer Engine is installed; None: find out (without importing it).
     `capability`: the card's compute capability, if known: FP8 kernels depend on it.
     """
     problems = find_problems(
-        config, world_size=world_size, check_files=check_files, have_te=have_te, capability=capability
+        config,
+        world_size=world_size,
+        check_files=check_files,
+        check_packages=check_packages,
+        have_te=have_te,
+        capability=capability,
     )
     if problems:
         raise UserError("\n".join(problems))
@@ -53,10 +60,7 @@ def find_problems(
     have_te: bool | None = None,
     capability: tuple[int, int] | None = None,
 ) -> list[str]:
-    """Return the problems `validate` would raise, one line each, after the file and line of the first setting named.
-
-    `check_packages`: also look for optional packages; None: with `check_files`. A container has packages of its own.
-    """
+    """Return the problems `validate` would raise, one line each, after the file and line of the first setting named."""
     problems = list(find_type_problems(config))
     if problems and (wrong := list(find_type_problems(config, ranges=False))):  # no other check could read them
         return place(config, wrong)
@@ -80,7 +84,7 @@ def find_problems(
     if check_files:
         problems += _check_files(config)
     if check_files if check_packages is None else check_packages:
-        problems += _check_packages(config, have_te)
+        problems += package_problems(config, have_te)
     return place(config, problems)
 
 
@@ -180,8 +184,9 @@ def _check_writable(folder: Path) -> Iterator[str]:
         yield f"output_dir: the run folder {folder} cannot be written: no permission for {existing}"
 
 
-def _check_packages(config: RunConfig, have_te: bool | None) -> Iterator[str]:
-    """Yield each setting that needs modules of an extra that are not installed, and how to do without them."""
+def package_problems(config: RunConfig, have_te: bool | None = None) -> Iterator[str]:
+    """Yield each setting that needs modules that are not installed, and how to do without them. `have_te`: as for
+    `validate`."""
     needs_te = config.model.backend == "te" and have_te is not True
     package = optimizer.optimizer_spec(config.optimizer).package
     used: list[tuple[object, str, tuple[str, ...], str]] = [
@@ -193,9 +198,16 @@ def _check_packages(config: RunConfig, have_te: bool | None) -> Iterator[str]:
         (package, f"optimizer.name {config.optimizer.name}", (package or "",), "optimizer.name=adam"),
         (config.deepspeed, "deepspeed", ("deepspeed",), "deepspeed=null"),
     ]
+    protocols = []
     for key, url in uploads.used_urls(config):
-        modules = uploads.packages_for(uploads.protocol_of(url))
-        used.append((url, key, modules, f"{key.removesuffix('.to')}=null"))  # uploads are off without their section
+        if key == "checkpoint.load" and derived.has_checkpoints(config):  # a run reads its own
+            continue
+        modules, off = uploads.packages_for(uploads.protocol_of(url)), f"{key.removesuffix('.to')}=null"
+        used.append((url, key, modules, off))  # uploads are off without their section
+        protocols += [(key, url, off)] if not lacking(*modules) else []
     for is_used, setting, modules, off in used:
         if is_used and lacking(*modules):
             yield f"{setting} {lacking(*modules)}, or set {off}"
+    for key, url, off in protocols:
+        if problem := uploads.protocol_problem(uploads.protocol_of(url)):
+            yield f"{key}: {problem}, or set {off}"

@@ -320,7 +320,8 @@ def run_sweep(path: str, settings: Sequence[str], options: RunOptions) -> int:
     """
     sweep = read_sweep(path, settings)
     check_unpacked(sweep.folder)
-    plan = make_plan(sweep, check_files=not options.dry_run and sweep.demo_corpus is None)
+    check_files = not options.dry_run and sweep.demo_corpus is None
+    plan = make_plan(sweep, check_files=check_files, check_packages=not options.dry_run)
     asked = [run.name for run in plan.runs]
     with locked(plan.folder, "sweep or study") if not options.dry_run else contextlib.nullcontext():
         plan = merge(plan)
@@ -341,9 +342,11 @@ def run_sweep(path: str, settings: Sequence[str], options: RunOptions) -> int:
         return _start(plan, todo, options, others)
 
 
-def run_file_problems(runs: Sequence[PlannedRun]) -> list[str]:
-    """List the problems that keep runs from starting on this machine, such as missing files, each once."""
-    return list(dict.fromkeys(problem for run in runs for problem in find_problems(run.config)))
+def run_file_problems(runs: Sequence[PlannedRun], *, makes_files: bool = False) -> list[str]:
+    """List the problems that keep runs from starting on this machine, each once: missing files, unless the files will
+    be made, and packages."""
+    found = (find_problems(run.config, check_files=not makes_files, check_packages=True) for run in runs)
+    return list(dict.fromkeys(problem for problems in found for problem in problems))
 
 
 def check_run_files(runs: Sequence[PlannedRun]) -> None:
@@ -361,7 +364,7 @@ def dry_run(plan: SweepPlan, todo: Sequence[PlannedRun], options: RunOptions, *,
     if options.submit is None:
         check_jobs(todo, options.jobs)
     problems = run_file_problems(todo)
-    for problem in [] if makes_corpus else problems:
+    for problem in run_file_problems(todo, makes_files=True) if makes_corpus else problems:
         print(f"note: {problem}")
     if options.submit is not None and todo:
         if problems:

@@ -114,8 +114,9 @@ class SweepPlan:
         return tuple(label for axis, label in run.labels.items() if axis != self.compare)
 
 
-def make_plan(sweep: SweepFile, check_files: bool = True) -> SweepPlan:
-    """Plan every combination of the axes' values and the seeds, with the budget held equal.
+def make_plan(sweep: SweepFile, check_files: bool = True, check_packages: bool | None = None) -> SweepPlan:
+    """Plan every combination of the axes' values and the seeds, with the budget held equal. `check_files`,
+    `check_packages`: as for `find_problems`.
 
     Raises `UserError`, one line per problem, if a run's settings are wrong or the target cannot be met.
     """
@@ -126,7 +127,7 @@ def make_plan(sweep: SweepFile, check_files: bool = True) -> SweepPlan:
         overrides = [*sweep.overrides, *(override for choice in choices for override in choice.overrides)]
         config = load_config(sweep.base, [*overrides, setting("output_dir", sweep.folder)])
         rows[tuple(choice.label for choice in choices)] = config
-    problems = _problems(rows, check_files)
+    problems = _problems(rows, check_files, check_packages)
     if sweep.match_budget == "decode_latency" and sweep.decode.table is not None:
         problems += matching.table_problems(rows.values(), sweep.decode.table)
     if problems:
@@ -164,11 +165,12 @@ def make_plan(sweep: SweepFile, check_files: bool = True) -> SweepPlan:
     )
 
 
-def _problems(rows: Mapping[tuple[str, ...], RunConfig], check_files: bool) -> list[str]:
+def _problems(rows: Mapping[tuple[str, ...], RunConfig], check_files: bool, check_packages: bool | None) -> list[str]:
     """List the problems of the rows' configurations before anything is held equal, each distinct problem once."""
     found: dict[str, list[str]] = {}
     for row, config in rows.items():
-        for problem in find_problems(dataclasses.replace(config, name="run"), check_files=check_files):
+        named = dataclasses.replace(config, name="run")
+        for problem in find_problems(named, check_files=check_files, check_packages=check_packages):
             found.setdefault(problem, []).append(", ".join(row))
         if not config.validation.iters or config.model.loop_count not in derived.validation_loop_counts(config):
             problem = "validation: runs are compared by it; measure at model.loop_count (iters, loop_counts)"

@@ -47,7 +47,7 @@ def unpack(path: Path, folder: Path) -> None:
         UserError: the file is broken, of a model that transformers does not know or reads wrongly or in part, or a
             package is missing; or the weights cannot be written.
     """
-    require("reading a GGUF file", "gguf", "safetensors")
+    require("reading a GGUF file", "gguf", "accelerate", "safetensors")
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     from transformers.core_model_loading import revert_weight_conversion

@@ -231,7 +231,7 @@ def _torch_compile(machine: Machine) -> str:
 
 def _packages(*needed: str, extra: str = "") -> Callable[[Machine], str]:
     """Make a rule that requires these packages, which the project or one of its extras installs."""
-    named = f"pip install -e '.[{extra}]'" if is_checkout(ROOT) else f"pip install 'plt-megatron[{extra}]'"
+    named = f"pip install -e '{ROOT}[{extra}]'" if is_checkout(ROOT) else f"pip install 'plt-megatron[{extra}]'"
     remedy = named + PYTHONS.get(extra, "") if extra else _INSTALL_PROJECT
 
     def rule(machine: Machine) -> str:
@@ -263,9 +263,10 @@ _RULES: dict[str, Callable[[Machine], str]] = {
     "tokenizers and data": _packages("sentencepiece", "tokenizers"),
     ".zst and Parquet input": _packages("zstandard", "pyarrow", extra="data"),
     "Hugging Face models": _packages("transformers", "safetensors", extra="hf"),
-    "GGUF files": _packages("gguf", "transformers", extra="gguf"),
+    "GGUF files": _packages("gguf", "accelerate", "transformers", extra="gguf"),
     "TensorBoard and plots": _packages("tensorboard", "matplotlib"),
-    "reports and diagnostics": _packages("jinja2", "scipy", extra="report"),
+    "reports and studies": _packages("jinja2", "scipy", extra="report"),
+    "diagnostics": _packages("jinja2", "scipy", "transformers", extra="report,hf"),
     "Weights & Biases": _packages("wandb", extra="track"),
     "lm-eval": _packages("lm-eval", "accelerate", "transformers", extra="eval"),
     "uploads": _packages("fsspec", "s3fs", "huggingface-hub", extra="upload"),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
+from plt_megatron.errors import first_line
 
 HUB = "hf"
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.+)")
@@ -90,6 +91,19 @@ def packages_for(protocol: str) -> tuple[str, ...]:
     if protocol == HUB:
         return ("huggingface_hub",)
     return ("fsspec", "s3fs") if protocol in ("s3", "s3a") else ("fsspec",)
+
+
+def protocol_problem(protocol: str) -> str | None:
+    """Return why fsspec, which is installed, cannot use a protocol, such as a missing package; None if it can."""
+    if protocol in (HUB, "file", "s3", "s3a"):
+        return None
+    from fsspec import get_filesystem_class
+
+    try:
+        get_filesystem_class(protocol)
+    except (ImportError, ValueError) as error:
+        return f"{protocol}://...: {first_line(error)}"
+    return None
 
 
 def destinations(config: RunConfig) -> list[tuple[str, str]]:

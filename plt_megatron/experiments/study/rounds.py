@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from plt_megatron.config.validation import package_problems
 from plt_megatron.demo.steps import prepare_demo_corpus
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.files import StudyFile, read_study
@@ -67,10 +68,19 @@ def run_study(path: str, settings: Sequence[str], options: StudyOptions) -> int:
     elif not has_plan(study.folder):
         raise UserError(f"{study.folder} has no study to report on: leave out --report to start it, or set output_dir")
     grid = make_grid(study)
+    if not (options.dry_run or options.report_only):
+        _check_packages(grid)
     with contextlib.nullcontext() if options.dry_run else locked(study.folder, "sweep or study"):
         if study.demo_corpus is not None and not (options.dry_run or options.report_only):
             prepare_demo_corpus(study.demo_corpus, is_read=has_plan(study.folder))
         return _Study(grid, options).run()
+
+
+def _check_packages(grid: Grid) -> None:
+    """Raise `UserError` if runs need packages that are not installed, before anything is made for them."""
+    problems = dict.fromkeys(problem for arm in grid.arms for problem in package_problems(arm.config))
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 @dataclass

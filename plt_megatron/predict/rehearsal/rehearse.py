@@ -17,8 +17,10 @@ from typing import Any
 from plt_megatron.config.layout import ParallelLayout, layout_of
 from plt_megatron.config.loop_schedule import with_equal_steps
 from plt_megatron.config.rules.fusions import NAMES as FUSIONS
+from plt_megatron.config.rules.optimizer import optimizer_spec
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError, first_line
+from plt_megatron.extras import require
 from plt_megatron.predict.cards import find_gpu_spec
 from plt_megatron.predict.layout import problems_on
 from plt_megatron.predict.rehearsal.compare import Difference, compare, memory_problems, saving_problems
@@ -134,6 +136,8 @@ def _rehearsable(config: RunConfig) -> tuple[RunConfig, list[str]]:
     """Replace what needs a GPU's libraries; return the new configuration and a line per replacement."""
     if config.deepspeed is not None:
         raise UserError("deepspeed: only megatron-core's engine can be rehearsed; set deepspeed=null")
+    if package := optimizer_spec(config.optimizer).package:
+        require(f"rehearsing optimizer.name {config.optimizer.name}", package)
     replaced = []
     model, training, data, parallel = config.model, config.training, config.data, config.parallel
     if model.backend != "torch":

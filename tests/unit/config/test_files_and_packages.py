@@ -47,6 +47,15 @@ def test_missing_files_are_named(here):
         assert expected in line
 
 
+def test_a_protocol_whose_package_is_missing_is_found_before_training(here):
+    config = good()
+    config.checkpoint.load = "gs://bucket/run"
+    (line,) = find_problems(config)
+    assert "checkpoint.load: gs://" in line and "gcsfs" in line
+    (run_folder(config) / "checkpoints" / "step_00000010").mkdir(parents=True)
+    assert find_problems(config) == [], "it reads its own"
+
+
 def test_a_run_with_checkpoints_of_its_own_needs_no_longer_what_it_started_from(here):
     config = good()
     config.checkpoint.load = "other-run"

@@ -144,6 +144,8 @@ WITHOUT = [
     ("report sweep", "report"),
     ("study configs/studies/smoke.yaml --dry-run", "report"),
     ("demo", "muon"),
+    ("sweep configs/sweeps/optimizers.yaml", "muon"),
+    ("rehearse configs/runs/plt2_tiny.yaml optimizer.name=muon --gpus-per-node 2", "muon"),
     ("upload model --to s3://nowhere", "upload"),
     ("preprocess --input text.parquet --tokenizer .demo/tokenizer.model --output-prefix out", "data"),
     ("preprocess --input text.jsonl.zst --tokenizer .demo/tokenizer.model --output-prefix out", "data"),
@@ -175,6 +177,22 @@ def test_what_is_missing_is_one_line_before_anything_begins(environment, folder,
     assert sorted(folder.rglob("*")) == before
 
 
+def test_data_is_inspected_without_the_packages_of_training(environment, folder):
+    said = run(environment(""), folder, "inspect-data configs/runs/plt2_tiny.yaml optimizer.name=muon model.backend=te")
+    assert "emerging_optimizers" not in said
+
+
+def test_a_dry_run_says_what_is_missing(environment, folder):
+    said = run(environment(""), folder, "sweep configs/sweeps/optimizers.yaml --dry-run")
+    assert "note: " in said and "plt-megatron[muon]" in said and "not found" not in said
+
+
+def test_a_study_is_refused_before_its_corpus_is_made(environment, folder):
+    before = sorted(folder.rglob("*"))
+    said = run(environment("report"), folder, "study configs/studies/smoke.yaml optimizer.name=muon", status=2)
+    assert "plt-megatron[muon]" in said and sorted(folder.rglob("*")) == before
+
+
 def test_reading_and_reporting_run_with_their_extra_alone(environment, tmp_path):
     with zstandard.open(tmp_path / "text.jsonl.zst", "wt") as file:
         file.writelines(json.dumps({"text": f"The loop {i} runs."}) + "\n" for i in range(3000))
@@ -186,7 +204,11 @@ def test_reading_and_reporting_run_with_their_extra_alone(environment, tmp_path)
 
 
 @pytest.mark.slow
-def test_from_a_text_to_scores_each_command_with_its_extra_alone(environment, tmp_path):
+def test_from_a_text_to_scores_each_command_with_its_extra_alone(environment, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests/unit/convert")
+    from tests.unit.convert.test_import_gguf import write_gguf
+
+    write_gguf(tmp_path / "a.gguf")
     texts = [f"The loop {i} runs {i * i} times over every token of text {i % 7}." for i in range(3000)]
     write_jsonl(tmp_path / "text.jsonl", texts)
     (tmp_path / "tasks").mkdir()
@@ -202,6 +224,7 @@ def test_from_a_text_to_scores_each_command_with_its_extra_alone(environment, tm
         ("hf", "export --checkpoint runs/tiny --output exported --verify"),
         ("hf", "generate --model exported --prompt loop --max-new-tokens 4"),
         ("hf", "import --model exported --output imported"),
+        ("gguf", "import --model a.gguf --output from_gguf"),
         ("eval", "evaluate --model exported --tasks choice,write --include-path tasks --limit 2"),
         ("upload", f"upload exported --to file://{tmp_path}/copy"),
         ("report,hf", "diagnose runs/tiny --data text.jsonl --max-tokens 256"),

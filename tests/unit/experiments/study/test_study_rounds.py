@@ -178,7 +178,7 @@ def test_a_budget_buys_at_the_clusters_prices(tmp_path, monkeypatch, capsys, pro
     """As it does with the card given by name; the data may be missing."""
     path, cluster = write_study(tmp_path), tmp_path / "mine.yaml"
     cluster.write_text(profile)
-    monkeypatch.setattr(sweep, "run_file_problems", lambda runs: ["no data"])
+    monkeypatch.setattr(sweep, "run_file_problems", lambda runs, **_: ["no data"])
     for named in (None, card):
         options = StudyOptions(dry_run=True, submit=Options(config=None, cluster=str(cluster)), gpu=named)
         assert run_study(str(path), settings(tmp_path, "budget=30min"), options) == 0
