@@ -198,16 +198,13 @@ def package_problems(config: RunConfig, have_te: bool | None = None) -> Iterator
         (package, f"optimizer.name {config.optimizer.name}", (package or "",), "optimizer.name=adam"),
         (config.deepspeed, "deepspeed", ("deepspeed",), "deepspeed=null"),
     ]
-    protocols = []
+    unusable: dict[str, str | None] = {}  # of protocols
     for key, url in uploads.used_urls(config):
         if key == "checkpoint.load" and derived.has_checkpoints(config):  # a run reads its own
             continue
         modules, off = uploads.packages_for(uploads.protocol_of(url)), f"{key.removesuffix('.to')}=null"
         used.append((url, key, modules, off))  # uploads are off without their section
-        protocols += [(key, url, off)] if not lacking(*modules) else []
+        unusable[key] = None if lacking(*modules) else uploads.protocol_problem(uploads.protocol_of(url))
     for is_used, setting, modules, off in used:
-        if is_used and lacking(*modules):
-            yield f"{setting} {lacking(*modules)}, or set {off}"
-    for key, url, off in protocols:
-        if problem := uploads.protocol_problem(uploads.protocol_of(url)):
-            yield f"{key}: {problem}, or set {off}"
+        if is_used and (why := lacking(*modules) or unusable.get(setting)):
+            yield f"{setting} {why}, or set {off}"

@@ -383,8 +383,9 @@ class PLTCache(Cache):
     def is_recording(self) -> bool:
         return self.layers[0].record_past
 
-    def activate_past_recording(self) -> None:
-        """Keep what `crop` needs, from now on and until the next `crop`."""
+    def activate_past_recording(self, **kwargs: Any) -> None:
+        """Keep what `crop` needs, from now on and until the next `crop`. Takes what transformers (5.25) says about
+        recurrent states, of which there are none."""
         if self.static_length is not None:
             raise ValueError("a static PLT cache cannot record its past: use a dynamic one")
         for layer in self.layers:

@@ -102,7 +102,7 @@ def protocol_problem(protocol: str) -> str | None:
     try:
         get_filesystem_class(protocol)
     except (ImportError, ValueError) as error:
-        return f"{protocol}://...: {first_line(error)}"
+        return f"cannot use {protocol}://...: {first_line(error)}"
     return None
 
 

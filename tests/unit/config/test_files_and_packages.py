@@ -51,7 +51,7 @@ def test_a_protocol_whose_package_is_missing_is_found_before_training(here):
     config = good()
     config.checkpoint.load = "gs://bucket/run"
     (line,) = find_problems(config)
-    assert "checkpoint.load: gs://" in line and "gcsfs" in line
+    assert "checkpoint.load cannot use gs://" in line and "gcsfs" in line
     (run_folder(config) / "checkpoints" / "step_00000010").mkdir(parents=True)
     assert find_problems(config) == [], "it reads its own"
 
