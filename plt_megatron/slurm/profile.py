@@ -69,6 +69,11 @@ class ClusterProfile(SbatchOptions, JobHandling):
         """Python interpreter of the job's processes, in the container if there is one."""
         return self.python or ("python3" if self.container else sys.executable)
 
+    @property
+    def packages_are_here(self) -> bool:
+        """Whether jobs import the packages that this process does: not a container's, nor another interpreter's."""
+        return self.interpreter == sys.executable
+
     def limit_seconds(self, given: str | None) -> int:
         """Return a job's time limit: `given` (--time), else `default_time`. Raises `UserError` if neither is valid."""
         text = given or self.default_time

@@ -156,12 +156,11 @@ class _Plan:
     def _check_run(self, config: RunConfig, run: Path) -> list[str]:
         """List the problems of one run; it becomes a member if its configuration is valid enough for a forecast."""
         world_size = None if self.resources.guessed else self.resources.world_size
-        container = self.profile.container
-        # In a container, optional packages come from the image, not from this machine.
-        have_te = True if container is not None else None
+        container, packages_are_here = self.profile.container, self.profile.packages_are_here
+        have_te = None if packages_are_here else True
         capability = find_gpu_spec(self.resources.card).capability
         check = partial(find_problems, config, world_size=world_size, have_te=have_te, capability=capability)
-        problems, sound = check(check_packages=container is None), not check(check_files=False)
+        problems, sound = check(check_packages=packages_are_here), not check(check_files=False)
         broken = any("data.tokenizer: " in line for line in problems)
         tokenizer, found = (None, []) if broken else open_tokenizer(config)
         problems += found + data_problems(config, tokenizer)

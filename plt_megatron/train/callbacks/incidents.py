@@ -68,7 +68,8 @@ class StepGuard:
         self._step += 1
         self.problem = self._judge(loss, grad_norm)
         if self.problem is None:
-            self._recent.append((self.kind, loss))
+            if loss:  # exactly 0: no token of the step counts
+                self._recent.append((self.kind, loss))
             self._in_a_row = 0
             return True
         self._in_a_row += 1

@@ -57,7 +57,7 @@ class LoopLosses(Callback):
 
     def after_step(self, step: Step, result: StepResult) -> None:
         self._loop_count = step.loop_count
-        if result.updated:
+        if result.updated and result.loss_tokens:
             self._losses.setdefault(str(step.loop_count), []).append(result.loss)
 
     def on_log(self) -> dict[str, Any]:

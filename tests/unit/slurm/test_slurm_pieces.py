@@ -148,14 +148,16 @@ def test_the_profiles_that_come_along_can_be_used(folder, slurm, name):
     assert (profile.container is not None) == (settings.python == "python3")
 
 
-def test_a_container_has_packages_of_its_own(folder, slurm, monkeypatch):
-    """This machine lacks what the image may have."""
+@pytest.mark.parametrize("its", ["container", "interpreter"])
+def test_jobs_may_have_packages_of_their_own(its, folder, slurm, monkeypatch):
+    """This machine lacks what the image, or the environment on the nodes, may have."""
     missing, find = {"emerging_optimizers", "wandb"}, importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in missing else find(name, *rest))
     settings = ("optimizer.name=muon", "logging.wandb_project=mine")
     named = {line.split(" needs the ")[0] for line in refusal(*settings)}
     assert named == {"optimizer.name muon", "logging.wandb_project"}
-    submit_run(*settings, cluster=write_profile(folder, container=PYXIS | {"mounts": [str(folder)]}))
+    own = {"container": PYXIS | {"mounts": [str(folder)]}} if its == "container" else {"python": "/opt/bin/python"}
+    submit_run(*settings, cluster=write_profile(folder, **own))
 
 
 def test_data_outside_of_a_containers_mounts_is_refused(folder, slurm):

@@ -38,6 +38,13 @@ def test_spikes_count_only_when_asked_and_only_upwards():
     assert judge.accept(0.5, 1.0), "a fall is no spike"
 
 
+def test_steps_in_which_no_token_counts_are_no_measure():
+    judge = guard(on_spike="skip", threshold=4.0)
+    assert all(judge.accept(loss, 1.0) for loss in [2.0, 2.1, 0.0, 1.9, 0.0, 2.05, 0.0, 1.95])
+    assert judge.statistics()["min"] == 1.9
+    assert not judge.accept(5.0, 1.0), "an empty step would have widened the deviation"
+
+
 def test_a_spike_needs_losses_to_compare_with():
     judge = guard(on_spike="skip")
     assert judge.accept(2.0, 1.0) and judge.accept(90.0, 1.0)

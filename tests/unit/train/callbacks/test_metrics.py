@@ -162,8 +162,9 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
 
 
 def test_losses_by_loops_are_those_of_all_steps_since_the_last_record_and_of_none_given_up(tmp_path):
-    def step(callback: LoopLosses, loops: int, loss: float) -> None:
-        callback.after_step(SimpleNamespace(loop_count=loops), SimpleNamespace(updated=True, loss=loss))  # type: ignore
+    def step(callback: LoopLosses, loops: int, loss: float, tokens: int = 8) -> None:
+        result = SimpleNamespace(updated=True, loss=loss, loss_tokens=tokens)
+        callback.after_step(SimpleNamespace(loop_count=loops), result)  # type: ignore
 
     rolled_back, restarted = LoopLosses(a_run(tmp_path)), LoopLosses(a_run(tmp_path))
     step(rolled_back, 1, 4.0)
@@ -174,4 +175,5 @@ def test_losses_by_loops_are_those_of_all_steps_since_the_last_record_and_of_non
     restarted.load_state_dict(json.loads(saved))
     for callback in (rolled_back, restarted):
         step(callback, 1, 2.0)
+        step(callback, 2, 0.0, tokens=0)  # a step in which no token counts has no loss
         assert callback.on_log()["loss_by_loops"] == {"1": 3.0, "2": 3.0}
