@@ -47,6 +47,7 @@ def main(arguments: argparse.Namespace) -> None:
     how = {"limit": arguments.limit, "chat": arguments.chat}
     where = {"device": arguments.device, "download": arguments.download}
     scores = evaluate(arguments.model, arguments.tasks, arguments.include_path, **how, **where)
-    # First, and at once: a full disk shall not lose them.
-    print(format_table([[name, f"{value:.4f}"] for name, value in scores.items()]), flush=True)
-    keep(arguments.model, scores, arguments.tasks, **how)
+    try:  # at once, and both: neither a full disk nor a reader that has left shall lose them
+        print(format_table([[name, f"{value:.4f}"] for name, value in scores.items()]), flush=True)
+    finally:
+        keep(arguments.model, scores, arguments.tasks, **how)

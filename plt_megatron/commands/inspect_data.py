@@ -47,7 +47,7 @@ def main(arguments: argparse.Namespace) -> None:
     from plt_megatron.runtime.environment import quiet_imports
 
     config = load_config(arguments.config, arguments.overrides)
-    validate(config, check_packages=False, have_te=True)  # nothing is trained
+    validate(config, check_packages=False, have_te=False)  # nothing is trained
     quiet_imports(logging.WARNING)
     if arguments.html:
         from plt_megatron.experiments.data_page import check_page

@@ -185,7 +185,7 @@ def _build_index(arguments: argparse.Namespace) -> None:
 
     quiet_imports()
     config = load_config(arguments.build_index, arguments.overrides)
-    validate(config, check_packages=False, have_te=True)  # nothing is trained
+    validate(config, check_packages=False, have_te=False)  # nothing is trained
     samples = drawn_samples(config)
     print(describe_mix(config.data, mix_shares(config.data, samples)), flush=True)
     from plt_megatron.data.datasets import build_datasets

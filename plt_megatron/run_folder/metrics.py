@@ -120,6 +120,8 @@ def write_scores(
 ) -> dict[str, float]:
     """Write the scores of an export, beside those of other tasks if these ran with the same `limit` and `chat`.
 
+    A task's scores replace all of its earlier ones, whose metrics may be others.
+
     Args:
         limit: rows of each task; None: all.
         chat: whether in its chat template.
@@ -133,7 +135,8 @@ def write_scores(
         earlier = json.loads((folder / SCORES).read_text(encoding="utf-8"))
         if earlier.items() >= how.items():
             names = [name for name in earlier["tasks"] if name not in tasks]
-            older = {name: float(score) for name, score in earlier["scores"].items()}
+            again = tuple(f"{name}/" for name in {*tasks, *(score.rpartition("/")[0] for score in scores)})
+            older = {name: float(score) for name, score in earlier["scores"].items() if not name.startswith(again)}
             kept |= {"tasks": [*names, *tasks], "scores": older | dict(scores)}
     write_json(folder / SCORES, kept)
     return dict(kept["scores"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ class RunStatus:
         tokens_per_second: recent rate of the whole job; None if nothing is logged yet.
         tokens_left: tokens until the last step; None if the configuration cannot be read.
         checkpoint: step of the last checkpoint; 0 if there is none.
-        saves: whether the configuration has the run save checkpoints; False if it cannot be read.
+        saves: whether the configuration has the run save checkpoints; False if it cannot be read, and in a copy without
+            checkpoints of a run that a sweep saw finish.
         attempts: starts of the ranks so far.
         restarts: one line for each attempt that did not finish, the oldest first.
         last_status: how the last attempt ended (`attempts`); "" if it has not ended, none was made, or the run has been
@@ -83,7 +85,7 @@ def read_run_status(run: Path) -> RunStatus:
         problems.append(f"{folder.metrics_file.name}: damaged, no line at its end can be read")
     try:
         config = folder.config()
-        saves = config.checkpoint.enabled
+        saves = config.checkpoint.enabled and not (checkpoint == 0 and _was_finished(folder))
         tokens = BatchSchedule(config).tokens(step - logged, tokens)
         steps, left = derived.last_step(config, step, tokens), derived.tokens_left(config, step, tokens)
     except (UserError, AssertionError, ArithmeticError) as error:
@@ -115,6 +117,15 @@ def read_run_status(run: Path) -> RunStatus:
         warnings=setup_warnings(events),
         problems=problems,
     )
+
+
+def _was_finished(folder: RunFolder) -> bool:
+    """Return whether the sweep's note says so."""
+    try:
+        note = json.loads(folder.sweep_note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(note, dict) and note.get("status") == "finished"
 
 
 def _describe(end: dict[str, Any]) -> str:

@@ -157,6 +157,7 @@ def test_tasks_that_are_not_there_are_one_line(folder):
         ("data.jsonl", "nowhere.jsonl"),
         ("metric: acc", "metric: luck"),
         ("test_split: test", "test_split: test\nnum_fewshot: 100"),
+        ("{{question}}", "{{answer / 0}}"),
     ],
 )
 def test_a_broken_task_is_one_line(folder, evaluate, capsys, of_the_task, instead):
@@ -185,6 +186,8 @@ def test_scores_of_other_tasks_stay(tmp_path):
     assert json.loads((tmp_path / "evaluation.json").read_text())["tasks"] == ["a", "b", "group"]
     card = (tmp_path / "README.md").read_text()
     assert "| a/acc | 0.5000 |" in card and "| b/acc | 0.2500 |" in card
+    keep(tmp_path, {"a/acc_norm": 0.75, "group_part/acc": 0.2}, ["a", "group"])
+    assert read_scores(tmp_path) == {"a/acc_norm": 0.75, "b/acc": 0.25, "group_part/acc": 0.2}, "a's metric is another"
     for how in ({"limit": 10}, {"limit": 10, "chat": True}):
         keep(tmp_path, {"b/acc": 0.75}, ["b"], **how)
         assert read_scores(tmp_path) == {"b/acc": 0.75} and "a/acc" not in (tmp_path / "README.md").read_text()

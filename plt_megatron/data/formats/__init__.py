@@ -25,7 +25,7 @@ __all__ = [
     "open_inputs",
 ]
 
-_PACKED = (".tar", ".tgz", ".zip", ".7z", ".rar", ".xz", ".bz2", ".lz4", ".lzma", ".br", ".snappy")
+_PACKED = (".tar", ".tgz", ".zip", ".7z", ".rar", ".xz", ".bz2", ".lz4", ".lzma", ".snappy")
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -54,7 +54,8 @@ def open_inputs(patterns: Sequence[str | Path], options: ReadOptions, format: st
     readers = []
     for path in paths.values():
         if format is None and _suffix(path) in _PACKED:
-            raise UserError(f"input {path!r} is packed: unpack it; only {', '.join(COMPRESSIONS)} are read as they are")
+            read = ", ".join(COMPRESSIONS)
+            raise UserError(f"input {path!r} is packed: unpack it, or give --format; only {read} are read as they are")
         kind = READERS[format] if format else by_suffix.get(_suffix(path), READERS["text"])
         readers.append(kind(path, os.path.getsize(path), options))
         readers[-1].check()

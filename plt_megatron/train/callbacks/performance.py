@@ -148,11 +148,11 @@ class Profiling(Callback):
             self._profiler = torch.profiler.profile(profile_memory=True)  # the CPU and, if there is one, the GPU
             self._profiler.start()
         elif self._profiler is not None:
-            self._traced = (self._traced[0], step.number)
+            self._traced = (self._traced[0], max(self._traced[1], step.number))  # a rollback repeats some
 
     def on_rollback(self, state: dict[str, Any]) -> None:
-        """Drop a trace that would go on over steps before its first; another starts there."""
-        if self._profiler is not None and self.run.clock.step <= self._first:
+        """Drop a trace that would repeat all its steps, or go on over earlier ones; another starts there."""
+        if self._profiler is not None and self.run.clock.step < self._traced[0]:
             self._profiler.stop()
             self._profiler = None
 

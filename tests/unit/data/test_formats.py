@@ -250,6 +250,8 @@ def test_opening_inputs(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"{name}' is packed: .*gz"):
             open_inputs([str(tmp_path / name)], options)
     assert open_inputs([str(tmp_path / "a.zip")], options, "text")
+    (tmp_path / "corpus.br").write_text("Breton")  # OPUS names files by their language
+    assert open_inputs([str(tmp_path / "corpus.br")], options)[0].name == "text"
 
 
 def test_a_file_of_several_names_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -208,6 +208,13 @@ def test_a_run_that_goes_on_is_shown_and_indexed_in_its_recorded_order(run: Path
     assert train and built == set((tmp_path / "cache").iterdir()) and len(ours) == len(train) == 107
 
 
+def test_what_transformer_engine_alone_cannot_do_is_no_matter(run: Path, tmp_path: Path, capsys) -> None:
+    """Whether it is installed or not: a run on the CPU does without it, and neither command trains."""
+    settings = [f"output_dir={tmp_path}", "parallel.context_parallel_size=2", "training.precision=bf16"]
+    assert main([str(run), *settings]) == 0, capsys.readouterr().err
+    assert preprocess.main(["--build-index", str(run), *settings]) == 0, capsys.readouterr().err
+
+
 def test_by_source_each_sources_own_samples_are_shown_and_searched(run: Path) -> None:
     """The run reads as many of a source of small weight: here training text, of which hardly any is in the mix."""
     held, leaked = f"{{path: {run.parent}/held}}", f"{{path: {run.parent}/one, weight: 0.01}}"

@@ -177,3 +177,6 @@ def test_a_run_is_finished_once_its_last_step_is_saved(tmp_path, saved, finished
         (folder.checkpoints / f"step_{saved:08d}").mkdir(parents=True)
         (folder.checkpoints / f"step_{saved:08d}" / "manifest.json").touch()
     assert read_run_status(folder.path).finished is finished
+    for note, seen in (("{", False), ("[]", False), ('{"status": "started"}', False), ('{"status": "finished"}', True)):
+        folder.sweep_note.write_text(note)  # an archive of a sweep has its notes, without checkpoints
+        assert read_run_status(folder.path).finished is (finished or (seen and not saved))

@@ -56,6 +56,33 @@ def test_a_rollback_to_before_its_steps_begins_the_trace_anew(tmp_path, rank, ba
     assert steps_in(tmp_path / "profile" / "rank_0000_steps_3-4.json.gz") == ["step 3", "step 4"]
 
 
+def test_a_rollback_to_before_the_step_it_resumed_at_begins_the_trace_anew(tmp_path, rank):
+    rank(0)
+    run = a_run(tmp_path, profile=ProfileConfig(6, 2))
+    profiling = Profiling(run)
+    for number in (5, 6, 4, 5, 6, 7):
+        if number == 4:
+            run.clock.step = 3
+            profiling.on_rollback({})
+        profiling.before_step(Step(number, [], 1, 1, 1))
+        with torch.profiler.record_function(f"step {number}"):
+            torch.ones(3).sum()
+    assert steps_in(tmp_path / "profile" / "rank_0000_steps_4-6.json.gz") == ["step 4", "step 5", "step 6"]
+
+
+def test_a_trace_is_named_by_all_its_steps(tmp_path, rank):
+    rank(0)
+    run = a_run(tmp_path, profile=ProfileConfig(9, 2))
+    profiling = Profiling(run)
+    for number in (3, 4, 5, 4):
+        if number == 4:
+            run.clock.step = 3
+            profiling.on_rollback({})
+        profiling.before_step(Step(number, [], 1, 1, 1))
+    profiling.on_end()
+    assert (tmp_path / "profile" / "rank_0000_steps_3-5.json.gz").is_file()
+
+
 def test_a_run_that_ends_early_leaves_what_was_traced(tmp_path, rank):
     rank(0)
     run = a_run(tmp_path, profile=ProfileConfig(9))
