@@ -51,10 +51,10 @@ _PASSING = {
 
 def file_error(message: str, error: Exception) -> UserError:
     """Return the error with a message for the user: an `AttemptFailed` if the other side did not answer."""
-    return (AttemptFailed if _is_away(error) else UserError)(message)
+    return (AttemptFailed if is_away(error) else UserError)(message)
 
 
-def _is_away(error: BaseException | None) -> bool:
+def is_away(error: BaseException | None) -> bool:
     """Whether the error, or one that it came from, is a connection's: libraries of storage have errors of their own."""
     from socket import EAI_AGAIN  # the name server did not answer
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plt_megatron.errors import UserError, first_line
+from plt_megatron.errors import UserError, first_line, is_away
 from plt_megatron.run_folder.files import write_bytes, writing
 from plt_megatron.run_folder.metrics import write_scores
 from plt_megatron.run_folder.text import pipe_facts, plural
@@ -138,7 +138,7 @@ def _load_data(known: Any, tasks: Sequence[str], download: bool) -> None:
         try:
             known.load([task])
         except errors as error:
-            if not _is_away(error):
+            if not _is_remote(error):
                 raise UserError(f"the task {task} cannot be loaded: {_told(error)}") from error
             message = f"the data of the task {task} is not on this machine: {first_line(error)}"
             if not download:
@@ -148,18 +148,19 @@ def _load_data(known: Any, tasks: Sequence[str], download: bool) -> None:
 
 
 def _of_a_task() -> tuple[type[Exception], ...]:
-    """The errors of what a task's file says or its data lacks: a template, a field, a split, a metric."""
+    """The errors of what a task's file says or its data lacks: a template, a field, a split, a metric, a filter."""
     from datasets.exceptions import DatasetsError
     from jinja2 import TemplateError
 
-    return ValueError, TypeError, LookupError, TemplateError, DatasetsError
+    return ArithmeticError, DatasetsError, LookupError, TemplateError, TypeError, ValueError, re.error
 
 
-def _is_away(error: Exception) -> bool:
-    """Return whether data of the hub is neither cached nor, with --download, within reach."""
+def _is_remote(error: Exception) -> bool:
+    """Return whether the data is on a server, neither cached nor, with --download, within reach."""
     from datasets.exceptions import DatasetNotFoundError
 
-    return isinstance(error, ConnectionError | DatasetNotFoundError) or "Couldn't find cache" in str(error)
+    remote = isinstance(error, FileNotFoundError) and "://" in str(error)
+    return remote or is_away(error) or isinstance(error, DatasetNotFoundError) or "Couldn't find cache" in str(error)
 
 
 def _told(error: Exception) -> str:

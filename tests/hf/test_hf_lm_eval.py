@@ -147,6 +147,14 @@ def test_tasks_that_are_not_there_are_one_line(folder):
     assert "Traceback" not in done.stderr and not (folder / "model/evaluation.json").exists()
 
 
+@pytest.mark.parametrize("where", ["hf://datasets/nobody/has-it/rows.jsonl", "http://127.0.0.1:9/rows.jsonl"])
+def test_data_on_a_server_out_of_reach_is_one_line(folder, where):
+    (folder / "choice.yaml").write_text((folder / "choice.yaml").read_text().replace(str(folder / "data.jsonl"), where))
+    done = run(folder, "plt_megatron", "evaluate", "--model", "model", "--tasks", "choice", "--include-path", ".")
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and "choice" in line and "HF_HOME" in line and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("of_the_task", "instead"),
     [
@@ -156,6 +164,10 @@ def test_tasks_that_are_not_there_are_one_line(folder):
         ("test_split: test", "test_split: train"),
         ("data.jsonl", "nowhere.jsonl"),
         ("metric: acc", "metric: luck"),
+        (
+            "output_type: multiple_choice",
+            "output_type: multiple_choice\nfilter_list: [{name: n, filter: [{function: regex, regex_pattern: '('}]}]",
+        ),
         ("test_split: test", "test_split: test\nnum_fewshot: 100"),
         ("{{question}}", "{{answer / 0}}"),
     ],
