@@ -133,7 +133,9 @@ def _harness(tasks: Sequence[str], include_path: Path | None) -> tuple[Any, Any]
 
 def _load_data(known: Any, tasks: Sequence[str], download: bool) -> None:
     """Load the tasks' data before the model, which takes longer. Loading the data again is fast."""
-    errors: tuple[type[Exception], ...] = (RuntimeError, ImportError, OSError, *_of_a_task())
+    from huggingface_hub.errors import HTTPError  # of the client it was built on
+
+    errors: tuple[type[Exception], ...] = (RuntimeError, ImportError, OSError, HTTPError, *_of_a_task())
     for task in tasks:
         try:
             known.load([task])
@@ -158,9 +160,11 @@ def _of_a_task() -> tuple[type[Exception], ...]:
 def _is_remote(error: Exception) -> bool:
     """Return whether the data is on a server, neither cached nor, with --download, within reach."""
     from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import HTTPError
 
-    remote = isinstance(error, FileNotFoundError) and "://" in str(error)
-    return remote or is_away(error) or isinstance(error, DatasetNotFoundError) or "Couldn't find cache" in str(error)
+    if isinstance(error, HTTPError | DatasetNotFoundError) or is_away(error):
+        return True
+    return (isinstance(error, FileNotFoundError) and "://" in str(error)) or "Couldn't find cache" in str(error)
 
 
 def _told(error: Exception) -> str:

@@ -147,12 +147,16 @@ def test_tasks_that_are_not_there_are_one_line(folder):
     assert "Traceback" not in done.stderr and not (folder / "model/evaluation.json").exists()
 
 
+@pytest.mark.parametrize("download", [False, True])
 @pytest.mark.parametrize("where", ["hf://datasets/nobody/has-it/rows.jsonl", "http://127.0.0.1:9/rows.jsonl"])
-def test_data_on_a_server_out_of_reach_is_one_line(folder, where):
+def test_data_on_a_server_out_of_reach_is_one_line(folder, where, download, monkeypatch):
     (folder / "choice.yaml").write_text((folder / "choice.yaml").read_text().replace(str(folder / "data.jsonl"), where))
-    done = run(folder, "plt_megatron", "evaluate", "--model", "model", "--tasks", "choice", "--include-path", ".")
+    monkeypatch.setenv("HF_ENDPOINT", "http://nobody.invalid")
+    command = ["evaluate", "--model", "model", "--tasks", "choice", "--include-path", "."]
+    done = run(folder, "plt_megatron", *command, *(["--download"] if download else []))
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2 and "choice" in line and "HF_HOME" in line and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "choice" in line and "Traceback" not in done.stderr
+    assert ("HF_HOME" in line) is not download
 
 
 @pytest.mark.parametrize(
