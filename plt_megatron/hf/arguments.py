@@ -26,7 +26,9 @@ _SIZE = re.compile(r"(\d{1,18}(?:\.\d+)?)\s*(?:([KMGT])(i?))?B?", re.IGNORECASE)
 
 
 def check_target(target: Path) -> None:
-    """Raise `UserError` if the target exists."""
+    """Raise `UserError` if the target exists, or cannot be read by tokenizers and safetensors."""
+    if str(target).encode(errors="ignore").decode() != str(target):  # it has bytes that are no text
+        raise UserError(f"{target}: not UTF-8, which libraries need to read a model: choose another --output")
     if os.path.lexists(target):
         raise UserError(f"{target} exists: remove it, or choose another --output")
 

@@ -141,12 +141,20 @@ def _load_data(known: Any, tasks: Sequence[str], download: bool) -> None:
             known.load([task])
         except errors as error:
             if not _is_remote(error):
-                raise UserError(f"the task {task} cannot be loaded: {_told(error)}") from error
+                raise UserError(f"the task {task} cannot be loaded: {_told(error)}{_cache_hint(error)}") from error
             message = f"the data of the task {task} is not on this machine: {first_line(error)}"
             if not download:
                 message += "; nothing was downloaded: fill the cache (HF_HOME) on a machine with network access, with "
                 message += f"plt evaluate --tasks {task} --download"
             raise UserError(message) from error
+
+
+def _cache_hint(error: Exception) -> str:
+    """What to do if the error is that of the libraries' cache, which cannot be written, and not the task's."""
+    from datasets.config import HF_DATASETS_CACHE
+
+    file, cache = str(getattr(error, "filename", None) or "\0"), str(HF_DATASETS_CACHE)
+    return ": set HF_HOME to a folder that can be written" if cache.startswith(file) or file.startswith(cache) else ""
 
 
 def _of_a_task() -> tuple[type[Exception], ...]:

@@ -8,6 +8,7 @@ the size of the fullest one.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -181,8 +182,13 @@ def stages_of(config: RunConfig, layout: Layout, vocab_size: int) -> list[Stage]
         experts = Held(counted.experts, layout.expert_shards, frozen=counted.experts - learned.experts)
         if optimizer_spec(config.optimizer).matrix_state is not None:
             bucket = derived.bucket_elements(layout.shards) if layout.overlap_grad_reduce and index == 0 else None
-            dense = _with_matrices(dense, _matrices(trained, layout, layers, experts=False), bucket)
-            experts = _with_matrices(experts, _matrices(trained, layout, layers, experts=True), bucket)
+            # Experts that are divided among no ranks are in the buffers of the others.
+            both = layout.expert == layout.tensor == 1
+            if both:
+                dense = Held(counted.total, layout.shards, frozen=counted.total - learned.total)
+                experts = Held(0, layout.expert_shards)
+            dense = _with_matrices(dense, _matrices(trained, layout, layers, {False, both}), bucket)
+            experts = _with_matrices(experts, [] if both else _matrices(trained, layout, layers, {True}), bucket)
         found.append(Stage(index, layers, counted, learned, dense, experts))
     return found
 
@@ -192,13 +198,17 @@ def _with_matrices(held: Held, matrices: Sequence[RankMatrix], bucket: int | Non
     return dataclasses.replace(held, matrices=shares, padded=padded)
 
 
-def _matrices(trained: Weights, layout: Layout, layers: range, *, experts: bool) -> list[RankMatrix]:
-    """List the hidden matrices of these layers that a rank trains, dense or its experts', in the model's order."""
-    model = trained.model
-    sizes, copies = Sizes.of(model, 0), derived.num_experts(model) // layout.expert if experts else 1
-    hidden = [each for each in trained.table if each.is_hidden_matrix and each.per_expert == experts]
-    having = [(_rank_matrix(each, sizes, layout.tensor), trained.layers(each)) for each in hidden]
-    return [matrix for layer in layers for matrix in copies * [matrix for matrix, owners in having if layer in owners]]
+def _matrices(trained: Weights, layout: Layout, layers: range, per_expert: set[bool]) -> list[RankMatrix]:
+    """List the hidden matrices of these layers that a rank trains, dense or its experts' or both, in the model's
+    order."""
+    sizes, copies = Sizes.of(trained.model, 0), derived.num_experts(trained.model) // layout.expert
+    hidden = [each for each in trained.table if each.is_hidden_matrix and each.per_expert in per_expert]
+    having = [(each.per_expert, _rank_matrix(each, sizes, layout.tensor), trained.layers(each)) for each in hidden]
+    found: list[RankMatrix] = []
+    for layer in layers:
+        for is_expert, group in itertools.groupby(having, key=lambda each: each[0]):
+            found += (copies if is_expert else 1) * [matrix for _, matrix, owners in group if layer in owners]
+    return found
 
 
 def _rank_matrix(parameter: Parameter, sizes: Sizes, tensor: int) -> RankMatrix:

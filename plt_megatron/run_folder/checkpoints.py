@@ -26,7 +26,7 @@ from typing import Any
 
 import plt_megatron
 from plt_megatron.config.upgrade import upgraded
-from plt_megatron.errors import UserError
+from plt_megatron.errors import AttemptFailed, UserError
 from plt_megatron.installation import megatron_core_version
 from plt_megatron.run_folder.files import write_json, write_text
 
@@ -71,6 +71,8 @@ def run_of(checkpoint: Path) -> Path:
 def checkpoint_folders(directory: Path) -> list[Path]:
     """List the published checkpoints of a run, by step. They may be damaged: see `damage`."""
     if not directory.is_dir():
+        if directory.is_symlink():  # as where another file system is not mounted: a run would begin anew
+            raise AttemptFailed(f"{directory} leads to {os.readlink(directory)}, which is not there: mount or make it")
         return []
     found = (path for path in directory.iterdir() if NAME.fullmatch(path.name) and path.is_dir())
     return sorted(found, key=step_of)

@@ -17,6 +17,7 @@ from typing import IO, Any
 from plt_megatron.errors import UserError
 
 LOCK = ".lock"
+_NO_SYNC = {errno.EINVAL, errno.EACCES, errno.EBADF, errno.EISDIR, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 @contextlib.contextmanager
@@ -34,7 +35,7 @@ def replacing(path: Path | str, mode: str = "w") -> Iterator[IO[Any]]:
     try:
         with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # ZFS and GPFS may refuse it where ACLs rule
             shutil.copymode(path, temporary)
         publish(temporary, path)
     except BaseException:
@@ -85,14 +86,15 @@ def read_json_object(path: Path, remedy: str = "") -> dict[str, Any]:
 
 def _sync(path: Path) -> None:
     """Flush a file, or a folder's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL or not path.is_dir():  # some network file systems cannot sync folders
+        if error.errno not in _NO_SYNC or not path.is_dir():  # a folder that may not be listed, or cannot be synced
             raise
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -112,7 +114,7 @@ def locked(folder: Path, what: str, *, wait: bool = False) -> Iterator[IO[str]]:
             raise UserError(f"{folder}: another {what} is running there; wait for it or stop it") from None
         except OSError as error:  # a network file system without locks
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
+                raise OSError(error.errno, f"cannot be locked: {error.strerror}", str(folder / LOCK)) from error
             print(f"warning: cannot lock {folder} ({error.strerror}): start no other {what} there", file=sys.stderr)
         yield file
 

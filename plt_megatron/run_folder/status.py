@@ -82,6 +82,7 @@ def read_run_status(run: Path) -> RunStatus:
     logged, tokens = (int(records[-1]["step"]), int(records[-1].get("tokens") or 0)) if records else (0, 0)
     step = max(logged, checkpoint)  # a checkpoint's step may not be one that is logged
     if not records and folder.metrics_size() and not json_lines.last(folder.metrics_file, 1):
+        folder.metrics_file.open("rb").close()  # raises if it is just not readable
         problems.append(f"{folder.metrics_file.name}: damaged, no line at its end can be read")
     try:
         config = folder.config()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -203,9 +204,10 @@ def write_script(folder: Path, text: str) -> None:
 
 
 def _make_executable(path: Path) -> None:
-    """Let all who may read a file execute it."""
+    """Let all who may read a file execute it, where the file system lets its modes be changed: sbatch needs none."""
     mode = path.stat().st_mode
-    path.chmod(mode | (mode & 0o444) >> 2)
+    with contextlib.suppress(PermissionError):
+        path.chmod(mode | (mode & 0o444) >> 2)
 
 
 def record_submission(run: Path, job_id: str) -> None:

@@ -5,12 +5,14 @@
       checkpoints/step_00000100/      a checkpoint, likewise
       checkpoints/step_00000050.now/  being uploaded, or was when its process ended
 
-Files are hard links: they take no space until the run removes its own copies, and outlive them.
+Files are hard links: they take no space until the run removes its own copies, and outlive them. Where a file system
+refuses links, files are copies.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -29,15 +31,24 @@ _ABANDONED_S = 3600.0
 
 
 def link_folder(source: Path, target: Path) -> None:
-    """Make `target` a folder of hard links to the files of `source`, atomically. Raises `OSError`."""
+    """Make `target` a folder of hard links to the files of `source`, or of copies, atomically. Raises `OSError`."""
     partial = target.with_suffix(_TEMPORARY)
     shutil.rmtree(partial, ignore_errors=True)
     remove(target)
     try:
-        shutil.copytree(source, partial, copy_function=os.link)
+        shutil.copytree(source, partial, copy_function=_link)
     except shutil.Error as error:  # has the errors of all files
         raise OSError(str(error.args[0][0][2])) from error
     partial.rename(target)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        shutil.copyfile(source, target)  # no hard links, or a folder of another file system
 
 
 def remove(folder: Path) -> None:

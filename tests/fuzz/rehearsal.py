@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.schema import RunConfig
+from plt_megatron.predict.parameters import Weights
 from tests.fuzz import draw
 from tests.fuzz.search import Kind
 from tests.running import run
@@ -38,6 +39,9 @@ class Rehearsal(Kind):
         moe = config.model.moe
         if moe is not None and (moe.expert_capacity_factor or 1) < 1:
             yield "model.moe.expert_capacity_factor below 1 drops tokens, which estimates count"
+        alone = not layout_of(config).stage_layers(config.model.num_layers)[0]
+        if alone and not Weights.trained(config, config.model.vocab_size).has("embedding"):
+            yield "of a stage that is a frozen embedding, estimates leave out what autograd keeps"
 
     def draw(self, seed: int, number: int) -> draw.Settings:
         sections = ("model", "parallel", "training", "optimizer")

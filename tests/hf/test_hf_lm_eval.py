@@ -187,6 +187,13 @@ def test_a_broken_task_is_one_line(folder, evaluate, capsys, of_the_task, instea
     assert not error.endswith(": None") and len(error) > 50
 
 
+def test_a_cache_that_cannot_be_written_is_named_with_what_to_do(folder):
+    (folder / "home").write_text("no folder")
+    done = run(folder, "plt_megatron", "evaluate", "--model", "model", "--tasks", "choice", "--include-path", ".")
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and str(folder / "home") in error and "set HF_HOME" in error
+
+
 def test_broken_data_is_one_line(folder, evaluate, capsys):
     (folder / "data.jsonl").write_text("no JSON\n")
     assert evaluate("model", "--tasks", "choice", "--include-path", str(folder)) == 2

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from plt_megatron.errors import UserError
+from plt_megatron.errors import AttemptFailed, UserError
 from plt_megatron.run_folder import checkpoints
 from plt_megatron.run_folder.checkpoints import latest_checkpoint
 from tests.checkpoints import read_progress
@@ -66,6 +66,13 @@ def test_nothing_there_is_none(tmp_path):
     (tmp_path / "step_x").mkdir()
     (tmp_path / "step_12").mkdir()
     assert latest_checkpoint(tmp_path) is None
+
+
+def test_a_folder_whose_file_system_is_not_mounted_is_not_an_empty_one(tmp_path):
+    """Else a run would begin anew."""
+    (tmp_path / "checkpoints").symlink_to("/scratch/not/mounted")
+    with pytest.raises(AttemptFailed, match="/scratch/not/mounted"):
+        latest_checkpoint(tmp_path / "checkpoints")
 
 
 def test_each_damaged_one_is_named_until_a_whole_one_is_found(tmp_path, caplog):

@@ -116,6 +116,7 @@ def test_targets_and_checkpoints_that_cannot_be_used(tmp_path, run):
     gates = r"lack tensors decoder\.layers\.0\..*plt_gate\.bias, decoder\.layers\.1\."
     for source, target, message, options in (
         (folder, there, "there exists: remove it, or choose another --output", {}),
+        (folder, tmp_path / "caf\udce9\U0001f600", "not UTF-8", {}),
         (folder, out, "'many' is not a size", {"max_shard_size": "many"}),
         (tmp_path / "nowhere", out, "nowhere: no such run or checkpoint", {}),
         (empty, out, "empty: no complete checkpoint there", {}),

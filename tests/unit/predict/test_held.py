@@ -51,6 +51,20 @@ def test_a_rank_holds_what_the_fullest_one_does():
     assert held["gradients"] == 4 * (dense.size + padding) and 0 <= padding < 0.02 * dense.size
 
 
+@pytest.mark.parametrize(("tensor", "expert", "together"), [(1, 1, True), (1, 2, False), (2, 1, False)])
+def test_experts_that_are_divided_among_no_ranks_share_the_buffers_of_the_others(tensor, expert, together):
+    """As megatron-core marks the parameters of its layers."""
+    sizes = [f"parallel.tensor_model_parallel_size={tensor}", f"parallel.expert_model_parallel_size={expert}"]
+    moe = ["model.moe.num_experts=2", "model.moe.first_k_dense_replace=3", "model.num_layers=4"]
+    config = load_config("configs/runs/plt2_tiny.yaml", [*MUON, *moe, *sizes, "parallel.sequence_parallel=true"])
+    (stage,) = stages_of(config, estimate_layout(config, 4), 1000)
+    assert (stage.experts.size == 0) is together
+    assert stage.dense.size + stage.experts.size == stage.parameters.total
+    of_experts = [matrix for rank in stage.experts.matrices for matrix in rank]
+    assert len(of_experts) == (0 if together else 2 * 2 // expert)
+    assert sum(map(len, stage.dense.matrices)) == 4 * 2 + 3 * 2 + 1 + (4 if together else 0)
+
+
 def test_a_checkpoint_has_one_moment_of_a_matrix():
     config = load_config("configs/runs/plt2_1b.yaml", MUON)
     total, matrices = count_parameters(config.model, 1000).total, _in_matrices(config.model)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import re
 import stat
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
-from plt_megatron.errors import UserError
+from plt_megatron.errors import UserError, is_away
 from plt_megatron.run_folder import files
+from plt_megatron.slurm import run_files
 
 
 def names(folder: Path) -> list[str]:
@@ -87,6 +92,44 @@ def test_permissions_are_those_of_any_new_file(tmp_path):
     files.write_text(tmp_path / "ours", "")
     (tmp_path / "usual").write_text("")
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_a_file_system_that_changes_no_permissions_is_written_all_the_same(tmp_path, monkeypatch):
+    """As where access control lists rule."""
+    monkeypatch.setattr(os, "chmod", Mock(side_effect=PermissionError(errno.EPERM, "Operation not permitted")))
+    for text in ("first", "second"):
+        files.write_text(tmp_path / "file", text)
+        run_files.write_script(tmp_path, text)
+    assert (tmp_path / "file").read_text() == (tmp_path / "job.sbatch").read_text() == "second"
+
+
+@pytest.mark.parametrize("call", ["open", "fsync"])
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EACCES, errno.EOPNOTSUPP, errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("of_folders", [True, False])
+def test_a_folder_that_cannot_be_synced_is_no_failed_write_but_a_disk_that_fails_is(
+    tmp_path, monkeypatch, call, code, of_folders
+):
+    """A folder in which everybody may write may not be opened to be read."""
+    real = {"open": os.open, "fsync": os.fsync}[call]
+
+    def fails(what, *arguments):
+        if stat.S_ISDIR(os.stat(what).st_mode) is of_folders:
+            raise OSError(code, os.strerror(code))
+        return real(what, *arguments)
+
+    (tmp_path / "new").write_text("x")
+    monkeypatch.setattr(os, call, fails)
+    fatal = not of_folders or code in (errno.EIO, errno.ENOSPC)
+    with pytest.raises(OSError, match=re.escape(os.strerror(code))) if fatal else contextlib.nullcontext():
+        files.publish(tmp_path / "new", tmp_path / "file")
+    assert (tmp_path / "file").exists() is of_folders
+
+
+def test_a_lock_that_fails_names_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ESTALE, "Stale file handle")))
+    with pytest.raises(OSError, match="Stale file handle") as raised, files.locked(tmp_path, "training"):
+        pass
+    assert raised.value.filename == str(tmp_path / ".lock") and is_away(raised.value)
 
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path):

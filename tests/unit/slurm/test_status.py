@@ -170,13 +170,15 @@ def test_one_earlier_attempt_is_one(run, slurm):
 AS_ONE_OF_MANY = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
 
 
-def test_what_cannot_be_read_hides_no_other_run(run, slurm):
+@pytest.mark.parametrize("file", ["attempts.jsonl", "metrics.jsonl"])
+def test_what_cannot_be_read_hides_no_other_run(run, slurm, file):
     """A folder that is another user's, and a run one of whose files is."""
     half, mine = run.parent / "half", run.parent / "mine"
     shutil.copytree(run, half, symlinks=True)
     write_attempt(half, job_id="7")
+    write_progress(half, [20])
     mine.mkdir()
-    locked = [half / "attempts.jsonl", mine]
+    locked = [half / file, mine]
     for path in locked:
         path.chmod(0)
     try:
@@ -191,7 +193,7 @@ def test_what_cannot_be_read_hides_no_other_run(run, slurm):
     assert shown.returncode == as_json.returncode == 0 and shown.stderr == ""
     assert cells(shown.stdout, "runs/try")[0] == "not started" and cells(shown.stdout, "runs/half")[0] == "not readable"
     assert "note: runs/mine cannot be read (Permission denied)" in shown.stdout
-    assert "  runs/half/attempts.jsonl cannot be read (Permission denied)" in shown.stdout
+    assert f"  runs/half/{file} cannot be read (Permission denied)" in shown.stdout
     assert [json.loads(line)["state"] for line in as_json.stdout.splitlines()] == ["not readable", "not started"]
     assert as_json.stderr == "note: runs/mine cannot be read (Permission denied)\n"
     assert alone.returncode == 2 and "runs/mine cannot be read" in alone.stderr

@@ -172,6 +172,23 @@ def test_the_queue_holds_links_and_of_checkpoints_the_newest(tmp_path):
     assert [entry.folder.name for entry in queue.waiting()] == ["step_00000002", "step_00000004"]
 
 
+@pytest.mark.parametrize("code", [errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSPC])
+def test_where_links_are_refused_the_queue_holds_copies(tmp_path, monkeypatch, code):
+    """As between file systems; a full disk is no such place."""
+    run = a_run(tmp_path)
+    folder = saved(run, 2)
+    monkeypatch.setattr(os, "link", Mock(side_effect=OSError(code, os.strerror(code))))
+    if code == errno.ENOSPC:
+        with pytest.raises(OSError, match="No space"):
+            UploadQueue(run).add(CHECKPOINT, folder)
+        return
+    UploadQueue(run).add(CHECKPOINT, folder)
+    (entry,) = UploadQueue(run).waiting()
+    assert {path.name: path.read_bytes() for path in entry.folder.iterdir()} == {
+        path.name: path.read_bytes() for path in folder.iterdir()
+    }
+
+
 def test_a_kill_while_an_entry_is_replaced_leaves_no_part_of_it(tmp_path, monkeypatch):
     run = a_run(tmp_path)
     export = an_export(run.exports / "step_00000002")

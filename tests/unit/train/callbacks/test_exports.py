@@ -350,6 +350,6 @@ def test_a_finished_run_does_not_wait_for_evaluations_for_ever(run, callback, mo
 
 
 def test_where_no_links_can_be_made_it_says_so(run, callback, monkeypatch):
-    monkeypatch.setattr(os, "link", Mock(side_effect=OSError(95, "Operation not supported")))
+    monkeypatch.setattr(os, "link", Mock(side_effect=OSError(28, "No space left on device")))
     save(callback, 4)
-    assert len(run.said) == 1 and "is not exported" in run.said[0] and "not supported" in run.said[0]
+    assert len(run.said) == 1 and "is not exported" in run.said[0] and "No space" in run.said[0]

@@ -226,9 +226,9 @@ def test_what_is_rolled_back_or_trained_again_gives_way(run, callback):
 
 
 def test_where_no_links_can_be_made_it_says_so(run, callback, monkeypatch):
-    monkeypatch.setattr("os.link", Mock(side_effect=OSError(95, "Operation not supported")))
+    monkeypatch.setattr("os.link", Mock(side_effect=OSError(28, "No space left on device")))
     save(run, callback, 4)
-    assert len(run.said) == 1 and "is not uploaded" in run.said[0] and "not supported" in run.said[0]
+    assert len(run.said) == 1 and "is not uploaded" in run.said[0] and "No space" in run.said[0]
     assert "None" not in run.said[0]
 
 
