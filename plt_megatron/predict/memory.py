@@ -361,8 +361,10 @@ def _written(config: RunConfig, layout: Layout, stage: Stage) -> int:
     if stage.index > 0 and config.model.share_embeddings_and_output_weights:  # a copy, which the first stage writes
         frozen = dense.frozen if stage.trained.output_layer else dense.frozen - table
         dense, table = replace(dense, size=dense.size - table, frozen=frozen), 0
-    weights = max(element * dense.size // dense.shards, element * max(stage.parameters.embedding, table))
     precise, of_matrices = (_precise_bytes(config, hidden_matrix=which) for which in (False, True))
-    state = sum(precise * held.divided // held.shards + of_matrices * held.most for held in (dense, stage.experts))
+    matrices = [of_matrices * sum(matrix.size for matrix in rank) for rank in dense.matrices]
+    largest, even = element * max(stage.parameters.embedding, table), sum(matrices) + element * dense.size
+    unequal = max(*matrices, min(matrices) + largest, even // dense.shards)  # ranks with little state write weights
+    state = precise * sum(held.divided // held.shards for held in (dense, stage.experts))
     sharing = layout.ranks_per_stage // math.lcm(layout.tensor, layout.expert)
-    return weights + element * stage.experts.size // sharing + state
+    return unequal + state + of_matrices * stage.experts.most + element * stage.experts.size // sharing

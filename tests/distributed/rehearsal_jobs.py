@@ -61,7 +61,8 @@ def run_config(case: str) -> RunConfig:
 
     Further words: `wide`, a window as long as the rows; `ungated`, without windows; `hidden`, a gate on hidden states;
     `Muon`; `average`, a moving average of the weights; `span`, layers that run once; `losses`, one for
-    each loop; `batches`, larger ones first; `layerwise`, all loops of a layer before the next; those of `TRAINED`.
+    each loop; `batches`, larger ones first; `layerwise`, all loops of a layer before the next; `six`, experts instead
+    of eight; those of `TRAINED`.
     """
     words = case.split()
     layout = Layout.of(" ".join(word for word in words if re.fullmatch(r"SP|[A-Z]{2}\d", word)))
@@ -86,7 +87,7 @@ def run_config(case: str) -> RunConfig:
             window_size=32 if "wide" in words else 8,
             vocab_size=VOCAB_SIZE,
             backend="torch",
-            moe=_EXPERTS if layout.ep > 1 else None,
+            moe=dataclasses.replace(_EXPERTS, num_experts=6 if "six" in words else 8) if layout.ep > 1 else None,
         ),
         data=DataConfig(sources=[DataSource(path="unread")], sequence_length=32),
         training=TrainingConfig(

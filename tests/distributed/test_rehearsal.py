@@ -23,7 +23,7 @@ def rehearsed(*cases: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-SOUND = ["layerwise recomputed", "DP2 gates", "TP2 hidden wide recomputed", "ungated"]
+SOUND = ["layerwise recomputed", "DP2 gates", "TP2 hidden wide recomputed", "ungated", "DP2 EP2 six"]
 
 
 @pytest.fixture(scope="module")

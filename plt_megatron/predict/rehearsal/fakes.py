@@ -174,6 +174,8 @@ class _OnFakeGpu(TorchDispatchMode):
         answer = self.observer.before(func, args, kwargs)
         if answer is not None:
             return answer
+        if func is torch.ops.aten.index_put.default:  # a table's gradient: without fakes, autograd writes it in place
+            func = torch.ops.aten.index_put_.default
         out = func(*args, **kwargs)
         self.observer.after(func, args, kwargs, out)
         return out
@@ -322,7 +324,7 @@ def even_load(tokens: int, config: TransformerConfig) -> np.ndarray:
     assert experts is not None
     each, left = divmod(tokens * topk, experts)
     counts = np.full(experts, each)
-    counts[:left] += 1
+    counts[np.arange(left) * experts // max(left, 1)] += 1  # spread over the ranks that share the experts
     if factor is None:
         return counts
     return counts.clip(max=get_capacity(num_tokens=tokens * topk, num_experts=experts, capacity_factor=factor))

@@ -9,8 +9,9 @@ import pytest
 from plt_megatron.config.loader import load_config
 from plt_megatron.predict.held import RankMatrix, given_out, stages_of
 from plt_megatron.predict.layout import estimate_layout
-from plt_megatron.predict.memory import checkpoint_bytes, persistent_bytes
+from plt_megatron.predict.memory import checkpoint_bytes, persistent_bytes, saving_bytes
 from plt_megatron.predict.parameters import Weights, count_parameters
+from plt_megatron.predict.step import Step
 
 MUON = ["optimizer.name=muon", "model.vocab_size=1000"]
 
@@ -80,3 +81,19 @@ def test_an_iteration_works_on_the_short_side():
 
 def _in_matrices(model):
     return sum(number for parameter, number in Weights(model).elements() if parameter.is_hidden_matrix)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adam"])
+def test_ranks_with_few_matrices_write_most_weights(optimizer):
+    """Of two layers on 6 ranks: state stays where it is, and each weight goes to the rank with the least to write."""
+    config = load_config("configs/runs/plt2_1b.yaml", [f"optimizer.name={optimizer}", "model.num_layers=2"])
+    layout = estimate_layout(config, 6)
+    (stage,) = stages_of(config, layout, 8192)
+    dense, table = stage.dense, 2 * stage.parameters.embedding
+    assert optimizer == "adam" or len({sum(matrix.size for matrix in rank) for rank in dense.matrices}) > 1
+    shares = dense.matrices * (6 // len(dense.matrices))
+    load = [12 * dense.part + 8 * sum(matrix.size for matrix in rank) for rank in shares]
+    small = (2 * dense.size - table) // 1000
+    for weights in [table, *[small] * 1000]:
+        load[load.index(min(load))] += weights
+    assert saving_bytes(Step.of(config, layout, 8192)) == pytest.approx(max(load), rel=0.01)
