@@ -67,6 +67,36 @@ def test_signals_at_once_do_not_end_the_wait_for_srun():
     assert {wait.communicate("\n")[0] for wait in waits} == {"41\n"}
 
 
+LEFT = {  # by salloc with --mem, --cpus-per-gpu, --gpus-per-task and --hint, which Slurm 24.11 leaves to a job
+    "SLURM_MEM_PER_NODE": "1000",
+    "SLURM_CPUS_PER_GPU": "2",
+    "SLURM_TRES_BIND": "gres/gpu:per_task:1",
+    "SLURM_HINT": "nomultithread",
+    "SLURM_THREADS_PER_CORE": "1",
+    "SLURM_CLUSTERS": "east,west",
+}
+
+
+@pytest.mark.parametrize("wanted", [[], ["--hint=nomultithread"]], ids=["", "a hint"])
+def test_a_job_submitted_from_within_an_allocation_asks_for_its_own(folder, slurm, checkout, job, wanted):
+    """srun would refuse the step, or give it that allocation's memory."""
+    profile = write_profile(folder, setup=["env >step"], sbatch_options=wanted)
+    assert job(submitted(root=checkout, cluster=profile) / "job.sbatch", **LEFT).wait(30) == 0
+    left = {line.partition("=")[0] for line in (folder / "step").read_text().splitlines()} & set(LEFT)
+    assert left == ({"SLURM_HINT", "SLURM_THREADS_PER_CORE"} if wanted else set())
+
+
+@pytest.mark.parametrize("answer", ["JobId=9 JobName=a", "JobId=9 ArrayJobId=5 ArrayTaskId=2 JobName=a", ""])
+def test_a_job_submitted_by_a_member_of_an_array_is_not_that_member(folder, slurm, checkout, job, answer):
+    """It would requeue that one instead of itself. Slurm leaves it the variables."""
+    (slurm.bin / "scontrol").write_text(f"#!/bin/sh\n[ '{answer}' ] && [ $3 = 9 ] && echo '{answer}'\n")
+    (slurm.bin / "scontrol").chmod(0o755)
+    member = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}
+    script = submitted(root=checkout, cluster=write_profile(folder, setup=["env >step"])) / "job.sbatch"
+    assert job(script, SLURM_JOB_ID="9", **member).wait(30) == 0
+    assert ("SLURM_ARRAY_" in (folder / "step").read_text()) == (answer != "JobId=9 JobName=a")
+
+
 def test_a_profile_sets_the_jobs_environment(folder, slurm, checkout, job, monkeypatch):
     monkeypatch.setenv("WHERE", "/a b")
     profile = write_profile(
