@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +16,12 @@ from plt_megatron.errors import UserError
 
 LONGEST_MARGIN = 65_535  # seconds that sbatch's --signal takes
 _TIMEOUT_SECONDS, _SUBMIT_SECONDS = 20, 180
-# For queries from within a job, which nobody would repeat by hand.
-_TRIES, _PAUSE_SECONDS, _PATIENCE_SECONDS = 4, 5.0, 60
+# For queries from within a job, which nobody would repeat by hand: a second controller takes over after two minutes
+# (SlurmctldTimeout), and an upgrade takes longer. Meanwhile jobs run on, without a time limit.
+_TRIES, _PAUSE_SECONDS, _PATIENCE_SECONDS, _OUTAGE_SECONDS = 100, 5.0, 60, 300.0
+_DATABASE_TRIES = 2  # a job's node may have no way to the accounting database
+# In messages of a controller that is down, starting or overloaded.
+_OUTAGES = ("Unable to contact", "timed out", "Zero Bytes", "standby mode", "Protocol authentication error")
 _LEAVING_SECONDS = 600.0  # for a job to end that Slurm is ending, however long it lets processes save (KillWait)
 # Variables that add options to Slurm's commands: the job script is complete. Kept are those that say where the
 # controller is, and who asks.
@@ -27,7 +32,10 @@ _ENDED = (
     *("OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "REVOKED"),
 )
 # States of a job that Slurm has requeued or will requeue: its processes are about to end.
-_LEAVING = ("COMPLETING", "PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT")
+_LEAVING = (
+    *("COMPLETING", "PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT"),
+    *("EXPEDITING", "RESV_DEL_HOLD", "STAGE_OUT"),
+)
 _FORMS = (
     r"(?P<minutes>\d+)(:(?P<seconds>\d+))?",  # MM and MM:SS
     r"(?P<hours>\d+):(?P<minutes>\d+):(?P<seconds>\d+)",
@@ -138,11 +146,12 @@ def submit(script: Path, *options: str) -> str:
     """Submit a script with sbatch and return the job's id. `options` take precedence over the script's. Raises
     `SlurmError` with the reason if sbatch refuses."""
     # The controller may carry out what it has not answered: better to wait than to submit twice.
-    answer = _ask("sbatch", "--parsable", *options, str(script), seconds=_SUBMIT_SECONDS).strip().splitlines()
-    job_id = answer[-1].partition(";")[0] if answer else ""
-    if not re.fullmatch(r"\d+", job_id):
-        raise SlurmError(f"sbatch returned {' '.join(answer)!r} instead of a job id")
-    return job_id
+    answer = _ask("sbatch", "--parsable", *options, str(script), seconds=_SUBMIT_SECONDS)
+    # JOB or JOB;CLUSTER, among lines of a site's wrapper.
+    ids = re.findall(r"^(\d+)(?:;\S*)?[ \t]*$", answer, re.MULTILINE | re.ASCII)
+    if not ids:
+        raise SlurmError(f"sbatch returned {' '.join(answer.split())!r} instead of a job id")
+    return str(ids[-1])
 
 
 def _ask(*command: str, tries: int = 1, seconds: float | None = None) -> str:
@@ -150,8 +159,10 @@ def _ask(*command: str, tries: int = 1, seconds: float | None = None) -> str:
     each."""
     seconds = seconds or (_TIMEOUT_SECONDS if tries == 1 else _PATIENCE_SECONDS)
     name = " ".join(command[: 2 if command[0] == "scontrol" else 1])
-    problem = ""
+    problem, patience = "", time.monotonic() + _OUTAGE_SECONDS
     for attempt in range(tries):
+        if attempt and time.monotonic() > patience:
+            break
         if attempt:
             time.sleep(_PAUSE_SECONDS)
         try:
@@ -171,13 +182,16 @@ def _ask(*command: str, tries: int = 1, seconds: float | None = None) -> str:
             problem = f"{name} timed out after {error.timeout:.0f} s: is Slurm's controller down?"
             continue
         if done.returncode == 0:
+            if command[0] == "sbatch":  # what the site says to its users
+                print(done.stderr, end="", file=sys.stderr)
             return done.stdout
         prefix = f"{command[0]}: "
         words = [line.removeprefix(prefix).removeprefix("error: ") for line in done.stderr.splitlines() if line]
         problem = f"{name}: {'; '.join(words) or f'exit status {done.returncode}'}"
-        if "Unable to contact" not in done.stderr and "timed out" not in done.stderr:
+        if not any(outage in done.stderr for outage in _OUTAGES):
             break
-    if command[0] == "sbatch" and "timed out" in problem:  # sbatch's own words too, after MessageTimeout
+    # The request may have arrived, and the answer not.
+    if command[0] == "sbatch" and any(lost in problem for lost in ("timed out", "Zero Bytes", "receive failure")):
         problem += "; the job may be queued all the same: look with squeue --me"
     raise SlurmError(problem)
 
@@ -266,7 +280,7 @@ class Scheduler:
             partition = _ask("scontrol", "show", "partition", job.get("Partition", ""), tries=_TRIES)
             return _fields(partition).get("PreemptMode", "")
         query = ("sacctmgr", "--noheader", "--parsable2", "show", "qos", job.get("QOS", ""), "format=PreemptMode")
-        mode = _ask(*query, tries=_TRIES).strip()
+        mode = _ask(*query, tries=_DATABASE_TRIES).strip()
         return config.get("PreemptMode", "") if mode == "cluster" else mode
 
     def requeue(self, without: Sequence[str] = ()) -> None:

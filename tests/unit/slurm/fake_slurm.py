@@ -22,7 +22,9 @@ cd "$FAKE_SLURM" || exit 9
 env -0 >"env.$name"
 if [[ -f $name.fails ]]; then cat "$name.fails" >&2; exit 1; fi
 if [[ $name == sbatch ]]; then
-  id=$(<next_id); echo $((id + 1)) >next_id; echo "$id"
+  id=$(<next_id); echo $((id + 1)) >next_id
+  if [[ -f sbatch.lines ]]; then printf "$(<sbatch.lines)\n" "$id"; else echo "$id"; fi
+  if [[ -f sbatch.says ]]; then cat sbatch.says >&2; fi
 else
   cat "$name.answer"
 fi
@@ -51,6 +53,11 @@ class FakeSlurm:
 
     def fail(self, name: str, message: str) -> None:
         (self.folder / f"{name}.fails").write_text(message + "\n")
+
+    def says(self, message: str, answer: str = "%s") -> None:
+        """What sbatch says to the user beside its answer, in which %s is the job's id."""
+        (self.folder / "sbatch.says").write_text(message)
+        (self.folder / "sbatch.lines").write_text(answer)
 
     def jobs(self, *jobs: tuple[str, str, str]) -> None:
         """What squeue shows: id, state and name of each job."""

@@ -52,7 +52,11 @@ def show(state: str = "RUNNING", excluded: str = "(null)", requeue: int = 1, pre
     )
 
 
-ENDED, GOES_ON = ["CANCELLED", "COMPLETING", "PENDING", "TIMEOUT", "PREEMPTED"], ["RUNNING", "SIGNALING", "SUSPENDED"]
+ENDED = [
+    *("CANCELLED", "COMPLETING", "PENDING", "TIMEOUT", "PREEMPTED"),
+    *("EXPEDITING", "RESV_DEL_HOLD", "STAGE_OUT"),
+]
+GOES_ON = ["RUNNING", "SIGNALING", "SUSPENDED"]
 
 
 @pytest.mark.parametrize("state", ENDED + GOES_ON)
@@ -150,6 +154,36 @@ def test_a_controller_that_does_not_answer_is_asked_again(scontrol, tmp_path, mo
     monkeypatch.setattr(client, "_PAUSE_SECONDS", 0.0)
     assert Scheduler("7").ended_by_slurm() is None
     assert calls.read_text().count("x") == 3
+
+
+@pytest.mark.parametrize(
+    "outage",
+    [
+        "Unable to contact slurm controller (connect failure)",
+        "Slurm backup controller in standby mode",
+        "Zero Bytes were transmitted or received",
+        "Protocol authentication error",
+    ],
+)
+def test_an_outage_of_minutes_is_outlasted(outage, scontrol, tmp_path, monkeypatch):
+    """A second controller takes over after two minutes; the run would be given up."""
+    calls = tmp_path / "calls"
+    scontrol(f"echo x >> {calls}\n[ $(wc -l < {calls}) -gt 36 ] && exit 0\necho 'error: {outage}' >&2\nexit 1")
+    waits: list[float] = []
+    monkeypatch.setattr(client.time, "sleep", waits.append)
+    Scheduler("7").requeue()
+    assert waits.count(client._PAUSE_SECONDS) == 36  # subprocess waits too
+
+
+def test_but_not_for_ever(scontrol, monkeypatch):
+    scontrol("echo 'error: Unable to contact slurm controller (connect failure)' >&2\nexit 1")
+    now = [0.0]
+    monkeypatch.setattr(client.time, "monotonic", lambda: now[0])
+    pause = client._PAUSE_SECONDS  # subprocess sleeps too
+    monkeypatch.setattr(client.time, "sleep", lambda seconds: now.append(now.pop() + 15 * (seconds == pause)))
+    with pytest.raises(SlurmError, match="Unable to contact"):
+        Scheduler("7").ended_by_slurm()
+    assert 300 < now[0] < 900
 
 
 def test_a_refusal_is_told_at_once(scontrol, tmp_path, monkeypatch):

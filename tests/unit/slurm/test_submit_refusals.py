@@ -261,7 +261,13 @@ def test_no_slurm_at_all(folder, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("reason", "may_be_queued"),
-    [("Invalid account or account/partition combination", False), ("Socket timed out on send/recv operation", True)],
+    [
+        ("Invalid account or account/partition combination", False),
+        ("Socket timed out on send/recv operation", True),
+        ("Zero Bytes were transmitted or received", True),
+        ("Unable to contact slurm controller (receive failure)", True),
+        ("Unable to contact slurm controller (connect failure)", False),
+    ],
 )
 def test_sbatch_refuses(folder, slurm, reason, may_be_queued):
     slurm.fail("sbatch", f"sbatch: error: Batch job submission failed: {reason}")

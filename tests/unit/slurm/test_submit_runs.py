@@ -9,6 +9,7 @@ import resource
 import sys
 from unittest.mock import Mock
 
+import pytest
 from fake_slurm import write_tokenizer
 from submitting import ROOT, command, directives, submit_run
 
@@ -68,6 +69,15 @@ def test_a_dry_run_needs_no_slurm(folder, monkeypatch, tmp_path, capsys):
     assert submit(Options("run.yaml", time="1:00:00", dry_run=True), ROOT) is None
     shown = capsys.readouterr().out
     assert "not checked" in shown and "assumed: neither --gpus-per-node" in shown
+
+
+@pytest.mark.parametrize("answer", ["%s", "%s;west", "Checking your quota\\n%s\\nIt costs 3 units of 2027"])
+def test_what_a_site_says_at_submission(folder, slurm, capsys, answer):
+    """In its wrapper of sbatch, or by a plugin that has changed the job. Without the id the job would be unknown."""
+    slurm.says("sbatch: your time limit is now 01:00:00\n", answer)
+    submission = submit_run(chain=2)
+    assert submission.job_ids == [["100", "101"]] and submitted_jobs(submission.runs[0]) == ["100", "101"]
+    assert "your time limit is now 01:00:00" in capsys.readouterr().err
 
 
 def test_the_environment_adds_no_options(folder, slurm, monkeypatch):
