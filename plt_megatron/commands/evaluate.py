@@ -41,13 +41,15 @@ def main(arguments: argparse.Namespace) -> None:
     checks.check_export(arguments.model)
     checks.check_file("--include-path", arguments.include_path)
     checks.check_device(arguments.device)
-    from plt_megatron.hf.evaluation import evaluate, keep
+    from plt_megatron.hf.evaluation import check_same, evaluate, keep, weights_of
     from plt_megatron.run_folder.text import format_table
 
     how = {"limit": arguments.limit, "chat": arguments.chat}
     where = {"device": arguments.device, "download": arguments.download}
+    weights = weights_of(arguments.model)
     scores = evaluate(arguments.model, arguments.tasks, arguments.include_path, **how, **where)
     try:  # at once, and both: neither a full disk nor a reader that has left shall lose them
         print(format_table([[name, f"{value:.4f}"] for name, value in scores.items()]), flush=True)
     finally:
+        check_same(arguments.model, weights)
         keep(arguments.model, scores, arguments.tasks, **how)

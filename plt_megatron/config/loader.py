@@ -111,7 +111,8 @@ class _Reader:
         try:
             text = yaml_nodes.read_text(path)
         except UserError as error:
-            raise type(error)(f"{including[-1]}: {INCLUDE}: {error}" if including else str(error)) from error
+            hint = f": a run's folder, give {path / WRITTEN}" if (path / WRITTEN).is_file() else ""
+            raise type(error)(f"{including[-1]}: {INCLUDE}: {error}" if including else f"{error}{hint}") from error
         root = yaml_nodes.compose(text, str(path))
         if self._accept_old_names and self._schema is RunConfig and isinstance(root, yaml.MappingNode):
             root = upgrade(root)

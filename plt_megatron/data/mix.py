@@ -244,8 +244,8 @@ def check_tokenizer(data: DataConfig, tokenizer: Tokenizer | None, vocab_size: i
         made_with = read_manifest(path).get("tokenizer", {})
         if tokenizer is not None and made_with and made_with["sha256"] != tokenizer.fingerprint:
             raise UserError(
-                f"{path} was tokenized with {made_with['path']}, not with {tokenizer.path}: tokenize it again or "
-                "set data.tokenizer"
+                f"{path} was tokenized with {made_with['path']}, not with {tokenizer.path} as it is now: tokenize it "
+                "again or set data.tokenizer"
             )
         index = read_index(path)
         tokens, size = flat_tokens(index), _BLOCK // index.dtype.itemsize

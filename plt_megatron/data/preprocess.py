@@ -193,7 +193,8 @@ class _Job:
             _say(f"resuming: {done / max(total, 1):.1%} of the input is already encoded")
         progress = ProgressBar(total, done)
         others = set(multiprocessing.active_children())
-        pool = ProcessPoolExecutor(self.options.workers, _SPAWN, start_worker, (self.options, self.work, self.counters))
+        given = self.options, self.work, self.counters, self.identity
+        pool = ProcessPoolExecutor(self.options.workers, _SPAWN, start_worker, given)
         hasher = ThreadPoolExecutor(1)
         stop = threading.Event()
         hashing = hasher.submit(self._hash_sources, stop)

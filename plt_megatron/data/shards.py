@@ -25,6 +25,7 @@ from plt_megatron.data.compressed import BrokenStream
 from plt_megatron.data.encoders import ChatEncoder, Encoded, Encoder, TextEncoder
 from plt_megatron.data.formats import LEFT_OUT, Document, ReadOptions, Span
 from plt_megatron.data.tokenizer import load_tokenizer
+from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import replacing, write_bytes, write_text
 
 _BATCH_BYTES = 1 << 20  # of text encoded at once
@@ -99,10 +100,11 @@ class FatalBadLine(Exception):
 
 
 _worker: dict[str, Any] = {}
+_refusals: list[UserError] = []  # why this worker encodes nothing
 
 
-def start_worker(options: PreprocessOptions, work: Path, counters: Any) -> None:
-    """Set up a worker process. It exits when its parent is gone, however that happened."""
+def start_worker(options: PreprocessOptions, work: Path, counters: Any, identity: dict[str, Any]) -> None:
+    """Set up a worker process of the job of this identity. It exits when its parent is gone, however that happened."""
     _count(counters, 0, 0, 0, 1)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -114,13 +116,28 @@ def start_worker(options: PreprocessOptions, work: Path, counters: Any) -> None:
     threading.Thread(target=watch, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this process is one of the parallel ones
-    tokenizer = load_tokenizer(options.tokenizer, options.eod_token)
-    encoder = (ChatEncoder if options.read.chat else TextEncoder)(tokenizer, append_eod=options.append_eod)
+    try:
+        encoder = _load_encoder(options, identity)
+    except UserError as error:
+        _refusals.append(error)  # raised here, it would look like a worker that was killed
+        return
     _worker.update(options=options, encoder=encoder, work=work, counters=counters)
 
 
+def _load_encoder(options: PreprocessOptions, identity: dict[str, Any]) -> Encoder:
+    """Load the tokenizer, as the parent process has done. Raises `UserError` if its files have changed since."""
+    tokenizer = load_tokenizer(options.tokenizer, options.eod_token)
+    encoder = (ChatEncoder if options.read.chat else TextEncoder)(tokenizer, append_eod=options.append_eod)
+    template = encoder.fingerprint if isinstance(encoder, ChatEncoder) else None
+    if (tokenizer.fingerprint, template) != (identity["tokenizer_sha256"], identity.get("chat_template_sha256")):
+        raise UserError(f"{options.tokenizer} changed while this command was starting: run the command again")
+    return encoder
+
+
 def run_in_worker(shard: Shard) -> None:
-    """Encode a shard in a process set up by `start_worker`."""
+    """Encode a shard in a process set up by `start_worker`. Raises `UserError` if its tokenizer is not the job's."""
+    if _refusals:
+        raise _refusals[0]
     encode_shard(shard, **_worker)
 
 

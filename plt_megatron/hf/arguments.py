@@ -5,13 +5,14 @@ The checks are cheap: they run before torch and transformers are imported, which
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import logging
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -33,7 +34,7 @@ def check_target(target: Path) -> None:
         raise UserError(f"{target} exists: remove it, or choose another --output")
 
 
-@contextmanager
+@contextlib.contextmanager
 def published_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `target` that gets its name at the end, or is removed on any error.
 
@@ -43,7 +44,8 @@ def published_folder(target: Path) -> Iterator[Path]:
     """
     check_target(target)
     _remove_leftovers(target)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    # Random, too: a writer in another container may have our id.
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.{os.getpid()}.partial")
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -63,7 +65,10 @@ def _remove_leftovers(target: Path) -> None:
     for path in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
         process = path.suffixes[-2][1:]
         if process.isdecimal() and (int(process) == os.getpid() or not psutil.pid_exists(int(process))):
-            shutil.rmtree(path, ignore_errors=True)
+            doomed = path.with_name(f".{target.name}.{secrets.token_hex(4)}.{os.getpid()}.partial")
+            with contextlib.suppress(OSError):
+                path.rename(doomed)  # a writer on another machine fails, instead of going on with half of its files
+            shutil.rmtree(doomed, ignore_errors=True)
 
 
 def check_model(path: Path) -> None:

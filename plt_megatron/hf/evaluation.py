@@ -71,6 +71,19 @@ def evaluate(
     return dict(_scores(found["results"]))
 
 
+def weights_of(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return size and date of each file of an export's weights, which tell whether it is still the same model."""
+    found = {path.name: path.stat() for path in folder.glob("*.safetensors")}
+    return {name: (status.st_size, status.st_mtime_ns) for name, status in found.items()}
+
+
+def check_same(folder: Path, weights: dict[str, tuple[int, int]]) -> None:
+    """Raise `UserError` if a folder no longer has these weights, as where it was removed and exported again: it would
+    get the scores of another model."""
+    if weights_of(folder) != weights:
+        raise UserError(f"{folder} was replaced or removed while it was evaluated: these scores are not kept there")
+
+
 def keep(
     folder: Path, scores: Mapping[str, float], tasks: Sequence[str], *, limit: int | None = None, chat: bool = False
 ) -> None:

@@ -43,6 +43,7 @@ class StopRequest:
 
     def __init__(self, folder: RunFolder) -> None:
         self.requested = False  # whether the ranks have agreed to stop
+        self.by_file = False  # whether a file asked to stop; on the first rank
         self._folder = folder
         self._signaled = False  # never reset: a signal during a collective counts at the next step boundary
         self._previous = {number: signal.signal(number, self._hear) for number in stop_signals()}
@@ -67,6 +68,7 @@ class StopRequest:
             with contextlib.suppress(FileNotFoundError):
                 file.unlink()
                 asked = max(asked, meaning)
+        self.by_file |= asked == _STOP
         return asked
 
     def close(self) -> None:
@@ -122,6 +124,8 @@ class Trainer:
         if finished:
             self.stop.agree()  # a file written since would stop a run made longer
         self._each(Callback.on_end)
+        if self.stop.by_file and not finished:
+            self.say(f"stopped by {self.folder.stop_file}, which is removed: started again, the run continues")
         return finished
 
     def _train_step(self) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from unittest.mock import Mock
@@ -233,6 +234,31 @@ def test_scores_that_cannot_be_written_are_printed(evaluate, monkeypatch, capsys
     printed = capsys.readouterr()
     assert printed.out.split() == ["choice/acc", "0.5000"]
     assert printed.err.startswith("error: ") and "model" in printed.err and "No space left" in printed.err
+
+
+@pytest.mark.parametrize("what", ["exported again", "removed", "another card"])
+def test_an_export_that_is_replaced_meanwhile_gets_no_scores_of_the_earlier_model(
+    what, folder, evaluate, monkeypatch, capsys
+):
+    from plt_megatron.hf import evaluation
+
+    def slow(model, *_, **__):
+        if what == "another card":
+            (model / "README.md").write_text("new")
+        else:
+            shutil.rmtree(model)
+        if what == "exported again":
+            make_model(loop_count=2).save_pretrained(model)
+        return {"choice/acc": 0.5}
+
+    monkeypatch.setattr(evaluation, "evaluate", slow)
+    is_same = what == "another card"
+    assert evaluate("model", "--tasks", "choice") == (0 if is_same else 2)
+    printed = capsys.readouterr()
+    assert printed.out.split() == ["choice/acc", "0.5000"]
+    assert is_same or "model was replaced or removed while it was evaluated" in printed.err
+    assert (folder / "model/evaluation.json").exists() == is_same
+    assert (folder / "model").exists() == (what != "removed")
 
 
 @pytest.mark.slow

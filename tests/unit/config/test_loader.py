@@ -129,7 +129,9 @@ def test_bad_includes_are_named(write, tmp_path):
     assert "leads back to itself" in failure(path)
     for bad in ("include: {a: b}\n", "include: [[x]]\n", "include:\n"):
         assert "include: expected a path or a list of paths" in failure(write(bad))
-    assert "Is a directory" in failure(tmp_path)
+    assert failure(tmp_path).endswith("Is a directory")
+    run = write("name: run\n", "run/config.yaml")
+    assert failure(run.parent).endswith(f"Is a directory: a run's folder, give {run}")
 
 
 @pytest.mark.parametrize("name", ["a.yaml", "b.yaml"])

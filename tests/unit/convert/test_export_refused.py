@@ -23,6 +23,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.hf import exporting, verification
 from plt_megatron.hf.arguments import published_folder
 from plt_megatron.hf.sources import saved_model
+from tests.files import contents
 
 
 @pytest.mark.usefixtures("warm_starts")
@@ -92,6 +93,18 @@ def test_an_output_that_cannot_be_written_is_not_called_a_full_disk(tmp_path, mo
         finally:
             os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # to close it
     assert not list(tmp_path.iterdir())
+
+
+def test_a_writer_of_the_same_folder_in_another_container_mixes_nothing(tmp_path):
+    """Both may be process 1 there: one of them fails, and the folder is the other's alone."""
+    target = tmp_path / "out"
+    with pytest.raises(UserError, match="out exists"), published_folder(target) as lost:
+        (lost / "config.json").write_text("first")
+        with published_folder(target) as kept:
+            (kept / "weights").write_text("second")
+            with pytest.raises(FileNotFoundError):
+                (lost / "weights").write_text("first")
+    assert contents(target) == {"weights": b"second"} and list(tmp_path.iterdir()) == [target]
 
 
 def test_all_files_reach_the_disk_before_the_folder_has_its_name(tmp_path, run, monkeypatch):

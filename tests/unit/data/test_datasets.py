@@ -245,7 +245,7 @@ def test_new_data_at_an_old_path(copy: str, tokenizer: Tokenizer, bpe_model: Pat
         ("cut .bin", r"a\.bin has \d+ bytes where its index expects \d+"),
         ("cut .idx", r"a\.idx is truncated at \d+ bytes"),
         ("negative lengths", r"a\.idx .* -1 tokens"),
-        ("other tokenizer", r"a was tokenized with .*tokenizer\.model, not with .*: tokenize it again"),
+        ("other tokenizer", r"a was tokenized with .*tokenizer\.model, not with .* as it is now: tokenize it again"),
         ("no manifest", r"a contains token \d+, but .* has \d+ tokens: it was tokenized with another tokenizer"),
         ("broken manifest {", r"a\.manifest\.json is not valid JSON"),
         ("broken manifest []", r"a\.manifest\.json is not a JSON object"),

@@ -16,7 +16,7 @@ from unittest.mock import Mock
 
 import psutil
 import pytest
-from data_helpers import digest, documents, expected, make_texts, run_preprocess, tool_environment, write_jsonl
+from data_helpers import digest, documents, expected, make_texts, run_preprocess, tool_environment, train, write_jsonl
 
 from plt_megatron.data import preprocess as module
 from plt_megatron.data.preprocess import PreprocessOptions
@@ -127,6 +127,31 @@ def test_two_at_once(corpus: Path, bpe_model: Path, tmp_path: Path) -> None:
     job = module._Job(PreprocessOptions([str(corpus)], str(tmp_path / "x"), str(bpe_model)))
     with job.locked(), pytest.raises(UserError, match=r"x\.partial: another plt preprocess is running there"):
         run_preprocess([corpus], tmp_path / "x", bpe_model)
+
+
+@pytest.mark.parametrize("what", ["trained again", "removed"])
+def test_a_tokenizer_that_changes_before_the_workers_load_it(
+    what: str, corpus: Path, bpe_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest would name the tokenizer that the command has loaded, and runs would take the text for its own."""
+    model = tmp_path / "tokenizer.model"
+    shutil.copy(bpe_model, model)
+    other = train(corpus, tmp_path / "other", 400)
+    real = module._Job.encode
+
+    def encode(self: Any) -> None:
+        shutil.copy(other, model) if what == "trained again" else model.unlink()
+        real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Job, "encode", encode)
+        message = "changed while this command was starting" if what == "trained again" else "no such tokenizer"
+        with pytest.raises(UserError, match=rf"tokenizer\.model\b.* {message}|tokenizer\.model: {message}"):
+            run_preprocess([corpus], tmp_path / "x", model)
+    shutil.copy(bpe_model, model)
+    run_preprocess([corpus], tmp_path / "x", model)
+    run_preprocess([corpus], tmp_path / "whole", bpe_model)
+    assert digest(tmp_path / "x") == digest(tmp_path / "whole")
 
 
 def die(shard: Any) -> str:
