@@ -24,6 +24,7 @@ from plt_megatron.run_folder.files import read_json_object
 # Tried in this order if the tokenizer does not say which token ends a document.
 EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<eod>", "</s>", "<eos>")
 
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")  # those of a trained tokenizer
 _NAMES = "tokenizer_config.json"  # beside a tokenizer.json: names its special tokens
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a byte-fallback token
 

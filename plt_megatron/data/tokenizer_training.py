@@ -18,7 +18,7 @@ from pathlib import Path
 from plt_megatron.data.compressed import BrokenStream
 from plt_megatron.data.formats import LEFT_OUT, Reader, ReadOptions, Span, open_inputs
 from plt_megatron.data.hf_tokenizer import build_tokenizer_json, first_difference
-from plt_megatron.data.tokenizer import UNIGRAM_SCORE_STEP, load_tokenizer
+from plt_megatron.data.tokenizer import TOKENIZER_FILES, UNIGRAM_SCORE_STEP, load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import LOCK, locked, replacing, writing
 from plt_megatron.run_folder.text import format_bytes, plural
@@ -88,9 +88,9 @@ def train_tokenizer(options: TrainingOptions) -> TrainingResult:
 
 
 def _check_new(folder: Path, options: TrainingOptions) -> None:
-    existing = folder / "tokenizer.model"
-    if existing.exists() and not options.overwrite:
-        raise UserError(f"{existing} exists: choose another --output or pass --overwrite")
+    for existing in () if options.overwrite else (folder / name for name in TOKENIZER_FILES):
+        if existing.exists():  # one is enough, as a tokenizer.json of another program
+            raise UserError(f"{existing} exists: choose another --output or pass --overwrite")
 
 
 @contextlib.contextmanager

@@ -22,13 +22,13 @@ from typing import Literal
 
 from plt_megatron.config.fields import Size
 from plt_megatron.data.demo_corpus import DOMAINS, SOURCES, domain_files, write_demo_corpus, write_domain
+from plt_megatron.data.tokenizer import TOKENIZER_FILES
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import write_json
 from plt_megatron.run_folder.text import format_bytes, format_duration
 from plt_megatron.runtime.local_processes import usable_cores
 
 PARTS = ("train", "validation")
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)

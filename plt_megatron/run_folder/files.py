@@ -125,6 +125,7 @@ def writing(target: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"cannot write {error.filename2 or error.filename or target}: {error.strerror or error}"
-        ) from error
+        path, reason = error.filename2 or error.filename or target, error.strerror or error
+        if isinstance(error, FileExistsError) and os.path.islink(path) and not os.path.exists(path):
+            reason = f"a link to {os.readlink(path)}, which does not exist"
+        raise UserError(f"cannot write {path}: {reason}") from error

@@ -131,6 +131,8 @@ def _problems(profile: ClusterProfile) -> Iterator[str]:
     for option in profile.sbatch_options:
         if not option.startswith("-"):
             yield f"sbatch_options: {option!r} is not an option; write --exclusive or the like"
+        if option.startswith(("-M", "--clusters")):
+            yield f"sbatch_options: {option!r}: plt status would not find the jobs; export SLURM_CLUSTERS instead"
     for mount in profile.container.mounts if profile.container else []:
         if not mount.startswith(("/", "$")) or "," in mount:
             yield f"container.mounts: {mount!r} must be an absolute path without commas"

@@ -17,9 +17,15 @@ from plt_megatron.slurm.profile import ClusterProfile, Container, SbatchOptions
 from plt_megatron.slurm.run_files import RUNS
 
 TEMPLATE = Path("plt_megatron") / "slurm" / "job.sbatch"
-_MARK = re.compile(r"#(?:SBATCH @DIRECTIVES|SETUP @SETUP|SCRATCH @SCRATCH)@|@[A-Z_]+@")
+_MARK = re.compile(r"#(?:SBATCH @DIRECTIVES|LEFTOVERS @LEFTOVERS|SETUP @SETUP|SCRATCH @SCRATCH)@|@[A-Z_]+@")
 # How long srun waits for the other nodes' launchers once one has ended; a dead node's launcher never ends.
 _WAIT_SECONDS = 60
+_LEFTOVERS = """\
+unset SLURM_STEP_NODELIST SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU SLURM_MEM_PER_NODE SLURM_NTASKS_PER_GPU
+unset SLURM_GPUS_PER_TASK SLURM_CPUS_PER_GPU SLURM_TRES_BIND SLURM_CLUSTERS
+unset SLURM_GPUS SLURM_GPUS_PER_SOCKET SLURM_NTASKS_PER_SOCKET SLURM_NTASKS_PER_CORE SLURM_OVERCOMMIT
+unset SLURM_CPU_BIND SLURM_CPU_BIND_LIST SLURM_CPU_BIND_TYPE SLURM_CPU_BIND_VERBOSE SLURM_MEM_BIND SLURM_GPU_BIND
+grep -qE '^#SBATCH --(hint|threads-per-core)' "$0" || unset SLURM_HINT SLURM_THREADS_PER_CORE"""
 # What has a special meaning within double quotes: variables, which have a name, and single characters.
 _SPECIAL = re.compile(r"""\$(?P<name>\{[A-Za-z_][A-Za-z0-9_]*\}|[A-Za-z_][A-Za-z0-9_]*)|[\\"`$]""")
 
@@ -94,6 +100,7 @@ class Script:
             run = f'"$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {quote(str(self.run / RUNS))})"'
         values = {
             "#SBATCH @DIRECTIVES@": "\n".join(self._directives()),
+            "#LEFTOVERS @LEFTOVERS@": _LEFTOVERS,
             "#SETUP @SETUP@": "\n".join(self._setup()),
             "#SCRATCH @SCRATCH@": self._scratch(),
             "@RUN@": run,

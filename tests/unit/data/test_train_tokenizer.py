@@ -131,6 +131,14 @@ def test_command(corpus: Path, tmp_path: Path, run_tool: Tool) -> None:
     assert again.stderr == f"error: {tmp_path}/t/tokenizer.model exists: choose another --output or pass --overwrite\n"
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_files_of_another_tokenizer_are_not_replaced(corpus, tmp_path, name):
+    (tmp_path / name).write_text("another's")
+    with pytest.raises(UserError, match=name):
+        train(corpus, tmp_path, 400)
+    assert [path.read_text() for path in tmp_path.glob("*") if path != corpus] == ["another's"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

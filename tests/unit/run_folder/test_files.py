@@ -159,3 +159,7 @@ def test_what_the_user_has_to_put_right_is_one_line(tmp_path):
     with pytest.raises(UserError, match=rf"^cannot write {target}: No space left on device$"):  # not what is copied
         with files.writing(tmp_path):
             raise OSError(28, "No space left on device", "source", None, str(target))
+    (tmp_path / "link").symlink_to("gone")
+    with pytest.raises(UserError, match=rf"^cannot write {tmp_path}/link: .* gone,"):
+        with files.writing(tmp_path):
+            files.write_text(tmp_path / "link" / "file", "x")

@@ -197,6 +197,8 @@ def test_data_outside_of_a_containers_mounts_is_refused(folder, slurm):
         ("container: {runtime: pyxis, image: x, mounts: [data]}", "must be an absolute path"),
         ("scratch: ~/fast", "scratch: '~/fast' must be an absolute path, as in $HOME/scratch"),
         ("sbatch_options: [exclusive]", "is not an option"),
+        ("sbatch_options: [--clusters=east]", "SLURM_CLUSTERS"),
+        ("sbatch_options: [-Meast]", "SLURM_CLUSTERS"),
         ("setup: [echo a, 'if b; fi']", "setup: line 2: syntax error near unexpected token `fi'"),
         ("setup: ['echo \"a']", "setup: line 1: unexpected EOF while looking for matching"),
         ("setup: ['cat <<EOF']", "setup: line 1: warning: here-document"),
@@ -354,17 +356,17 @@ def test_a_tokenizing_job_finds_its_code_account_and_files(folder, slurm, monkey
     monkeypatch.setenv("PWD", str(tmp_path / "link"))
     monkeypatch.setenv("SBATCH_ACCOUNT", "ours")
     (folder / "mine.yaml").write_text("setup: [cd /]\npartition: cpu\ncontainer: {runtime: pyxis, image: i}\n")
-    (slurm.bin / "srun").write_text("#!/bin/bash\npwd; printf '%s\\n' \"$@\"\n")
+    (slurm.bin / "srun").write_text("#!/bin/bash\npwd; printf '%s\\n' $SLURM_MEM_PER_NODE \"$@\"\n")
     (slurm.bin / "srun").chmod(0o755)
 
     def submitted() -> Path:
         return submit_preprocessing([], {}, "out/text", cluster="mine.yaml", nodes=2, time="1:00:00")[1]
 
     script = submitted() / "shard.sbatch"
-    env = os.environ | {"PYTHONPATH": "/modules", "SLURM_ARRAY_TASK_ID": "1"}
+    env = os.environ | {"PYTHONPATH": "/modules", "SLURM_ARRAY_TASK_ID": "1", "SLURM_MEM_PER_NODE": "left"}
     done = subprocess.run(["bash", script], capture_output=True, text=True, check=True, env=env)
     said, code = done.stdout.splitlines(), f"{tmp_path}/link/out/text.slurm/code"
-    assert said[0] == f"{tmp_path}/link" and f"PYTHONPATH={code}:/modules" in said and said[-1] == "1/2"
+    assert said[0] == f"{tmp_path}/link" and f"PYTHONPATH={code}:/modules" in said and said[-1] == "1/2" and "left" not in said
     mounts = ",".join(f"{path}:{path}" for path in (tmp_path / "link", folder.resolve()))
     assert f"--container-mounts={mounts}" in said and Path(code, "plt_megatron").is_dir()
     text = script.read_text()
