@@ -43,7 +43,8 @@ pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
 pip_install=("${pip[@]}" install --progress-bar off)
 # shellcheck disable=SC2086
 "${pip_install[@]}" ${PIP_ARGS:-} --editable "${serving}[cpu,test,eval]" ||
-    fail "pip could not install it (its last lines are above); put that right and try again"
+    fail "pip could not install it (its last lines are above). If it finds no fitting torch: vLLM's CPU build wants" \
+        "PyTorch's, so add PIP_ARGS='--extra-index-url URL', with the index that pytorch.org names for CPUs"
 # vLLM asks for them; their builds want CUDA's libraries, without which importing vLLM fails.
 "${pip[@]}" uninstall --yes torchaudio torchcodec
 "$venv/bin/python" -c 'import vllm' >/dev/null || fail "vLLM is installed in $venv but does not import"

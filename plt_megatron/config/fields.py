@@ -63,7 +63,8 @@ class NotEmpty:
         """Return why `value` is not accepted; None if it is."""
         if not value:
             return f"is empty: give {self.what}"
-        if isinstance(value, list) and any(item in value[:index] for index, item in enumerate(value)):
+        plain = value if isinstance(value, list) and isinstance(value[0], str | int | float) else []
+        if any(item in plain[:index] for index, item in enumerate(plain)):
             return f"{value} names something twice: give {self.what}"
         return None
 

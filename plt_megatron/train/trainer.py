@@ -125,7 +125,8 @@ class Trainer:
             self.stop.agree()  # a file written since would stop a run made longer
         self._each(Callback.on_end)
         if self.stop.by_file and not finished:
-            self.say(f"stopped by {self.folder.stop_file}, which is removed: started again, the run continues")
+            goes_on = ": started again, the run continues" if self.config.checkpoint.enabled else ""
+            self.say(f"stopped by {self.folder.stop_file}, which is removed{goes_on}")
         return finished
 
     def _train_step(self) -> None:

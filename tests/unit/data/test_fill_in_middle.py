@@ -12,7 +12,7 @@ import pytest
 from data_helpers import build, run_preprocess, train, write_source
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from plt_megatron.config.schema import DataConfig, DataSource, FimConfig, RunConfig
+from plt_megatron.config.schema import DataConfig, DataSource, DataStage, FimConfig, RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.data.datasets import Samples, make_sample
 from plt_megatron.data.fill_in_middle import find_tokens, uniform
@@ -282,6 +282,10 @@ def test_unusable_data(
         (
             {"train_sources": [DataSource("a"), DataSource("./a", fim_rate=0.5)]},
             "a is listed twice, and its samples would come twice, in one order: add up its weights",
+        ),
+        (
+            {"stages": [DataStage(100_000, sources=[DataSource("b"), DataSource("b")])]},
+            "data.stages[0].sources: ",
         ),
     ],
 )

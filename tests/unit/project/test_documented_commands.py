@@ -40,6 +40,7 @@ INSTEAD = [
     (r" --follow\b", "", "waits for a job, and there is none"),
     (r" --cluster NAME\b", " --cluster h100_modules", "a name for the reader to fill in"),
     (r" --vocab-size 32000\b", " --vocab-size 400", "the small corpus has no 32,000 pieces"),
+    (r"^plt train-tokenizer .* --output data\b", r"\g<0> --overwrite", "the folder has the large run's tokenizer"),
     (r"^plt preprocess --chat\b.*", r"\g<0> --workers 1", "a worker imports transformers for seconds"),
     (r"^plt doctor\b.*", "plt doctor --help", "takes ten seconds; test_doctor.py runs it"),
     (r"^python benchmarks/gpu.py.*", "python $ROOT/benchmarks/gpu.py --help", "needs a GPU"),
@@ -246,6 +247,7 @@ def test_a_clone_goes_from_the_demo_to_scores_by_the_pages_alone(tmp_path):
     script = script.replace("cd plt_megatron\n", "cd plt_megatron; cp -r ../own/* .\n")
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     env |= {"PYTHONPATH": str(tmp_path / "plt_megatron"), "MPLBACKEND": "Agg"}
+    env |= {name: value for name, value in os.environ.items() if name.startswith("PIP_")}  # where torch's CPU build is
     (tmp_path / "newcomer.sh").write_text(f"set -ex\n{script}")
     done = running.run(["bash", "newcomer.sh"], tmp_path, timeout=3600, env=env)
     clone = tmp_path / "plt_megatron"

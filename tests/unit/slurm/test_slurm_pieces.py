@@ -366,7 +366,12 @@ def test_a_tokenizing_job_finds_its_code_account_and_files(folder, slurm, monkey
     env = os.environ | {"PYTHONPATH": "/modules", "SLURM_ARRAY_TASK_ID": "1", "SLURM_MEM_PER_NODE": "left"}
     done = subprocess.run(["bash", script], capture_output=True, text=True, check=True, env=env)
     said, code = done.stdout.splitlines(), f"{tmp_path}/link/out/text.slurm/code"
-    assert said[0] == f"{tmp_path}/link" and f"PYTHONPATH={code}:/modules" in said and said[-1] == "1/2" and "left" not in said
+    assert (
+        said[0] == f"{tmp_path}/link"
+        and f"PYTHONPATH={code}:/modules" in said
+        and said[-1] == "1/2"
+        and "left" not in said
+    )
     mounts = ",".join(f"{path}:{path}" for path in (tmp_path / "link", folder.resolve()))
     assert f"--container-mounts={mounts}" in said and Path(code, "plt_megatron").is_dir()
     text = script.read_text()

@@ -101,8 +101,8 @@ def test_saving_is_asked_for_once_and_stopping_for_good(request_of_one_rank, tmp
     assert not request_of_one_rank.agree() and request_of_one_rank.requested  # while it waits for exports
 
 
-@pytest.mark.parametrize("by_file", [False, True])
-def test_a_run_says_that_a_file_has_stopped_it(by_file, request_of_one_rank, tmp_path):
+@pytest.mark.parametrize(("by_file", "saves"), [(False, True), (True, True), (True, False)])
+def test_a_run_says_that_a_file_has_stopped_it(by_file, saves, request_of_one_rank, tmp_path):
     """It may have been left there long before, and the run would end after its first step without a word."""
     if by_file:
         (tmp_path / "STOP").touch()
@@ -111,10 +111,12 @@ def test_a_run_says_that_a_file_has_stopped_it(by_file, request_of_one_rank, tmp
     assert request_of_one_rank.agree()
     folder = RunFolder(tmp_path)
     parts = {"data": Mock(), "checkpoints": Mock(), "clock": Mock()}
+    parts["config"] = Mock(checkpoint=Mock(enabled=saves))
     run = Mock(spec=Trainer, folder=folder, is_first_rank=False, is_finished=False, stop=request_of_one_rank, **parts)
     assert not Trainer.run(run)
-    said = [f"stopped by {folder.stop_file}, which is removed: started again, the run continues"]
-    assert [call.args[0] for call in run.say.call_args_list] == said * by_file
+    said = [call.args[0] for call in run.say.call_args_list]
+    assert [str(folder.stop_file) in each for each in said] == [True] * by_file
+    assert ["the run continues" in each for each in said] == [saves] * by_file
 
 
 @pytest.mark.parametrize("writing", [False, True])
