@@ -62,9 +62,10 @@ def published_folder(target: Path) -> Iterator[Path]:
 
 def _remove_leftovers(target: Path) -> None:
     """Remove what processes that were killed while they wrote `target` left; in a container one may have had our id."""
+    own = re.compile(rf"\.{re.escape(target.name)}\.(?:[0-9a-f]{{8}}\.)?(\d+)\.partial")
     for path in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
-        process = path.suffixes[-2][1:]
-        if process.isdecimal() and (int(process) == os.getpid() or not psutil.pid_exists(int(process))):
+        process = own.fullmatch(path.name)  # not those of a target with a longer name
+        if process and (int(process[1]) == os.getpid() or not psutil.pid_exists(int(process[1]))):
             doomed = path.with_name(f".{target.name}.{secrets.token_hex(4)}.{os.getpid()}.partial")
             with contextlib.suppress(OSError):
                 path.rename(doomed)  # a writer on another machine fails, instead of going on with half of its files

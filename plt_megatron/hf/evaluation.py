@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
 import os
 import re
@@ -89,9 +91,21 @@ def keep(
 ) -> None:
     """Write scores to an export's evaluation.json and model card, beside those of other tasks that ran on as many rows,
     in the same template. Raises `UserError` if they cannot be written."""
-    with writing(folder):
+    with writing(folder), _alone_in(folder):
         kept = write_scores(folder, scores, tasks=tasks, limit=limit, chat=chat)
         _write_on_card(folder / _CARD, kept, limit, chat)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process writes scores to an export, in which no lock file is to remain."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a network file system that locks no folders
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _model(folder: Path, device: str, chat: bool) -> Any:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from plt_megatron.errors import describe_os_error
+from plt_megatron.errors import UserError, describe_os_error
 from plt_megatron.launcher.job import Allocation
 from plt_megatron.run_folder import json_lines
 from plt_megatron.run_folder.attempts import KILLED, describe_exit, last_attempt, setup_warnings, unended
@@ -132,8 +132,9 @@ class Records:
         """Return the step of the last checkpoint; None if a disk does not answer."""
         try:
             return latest_step(self.folder.path)
-        except OSError as error:
-            print(f"error: {describe_os_error(error)}", file=sys.stderr, flush=True)
+        except (OSError, UserError) as error:
+            said = describe_os_error(error) if isinstance(error, OSError) else error
+            print(f"error: {said}", file=sys.stderr, flush=True)
             return None
 
     def _append(self, event: dict[str, Any]) -> dict[str, Any]:
@@ -148,6 +149,13 @@ class Records:
         return event
 
 
+def _last_checkpoint(folder: RunFolder) -> str:
+    try:
+        return str(latest_of_full_size(folder.path) or "none")
+    except UserError as error:  # a file system that is away
+        return f"unknown, {error}"
+
+
 def describe_end(folder: RunFolder, reason: str, end: dict[str, Any]) -> str:
     """Return the text of why.txt: why the run stopped, the failed rank and its last lines, and what is saved. `end` is
     the last attempt's, from attempts.jsonl."""
@@ -155,7 +163,7 @@ def describe_end(folder: RunFolder, reason: str, end: dict[str, Any]) -> str:
         reason,
         f"attempt {end['attempt']}, job {end['job_id']}, on {', '.join(end['nodes'] or [])}: {end['status']}",
         f"last step in metrics.jsonl: {end['step']}",
-        f"last complete checkpoint: {latest_of_full_size(folder.path) or 'none'}",
+        f"last complete checkpoint: {_last_checkpoint(folder)}",
         *(f"warning: {warning}" for warning in setup_warnings(folder.attempts())),
     ]
     failure = end.get("failure")

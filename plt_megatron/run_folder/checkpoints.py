@@ -84,7 +84,8 @@ def candidates(path: Path) -> list[Path]:
     training that was rolled back."""
     if NAME.fullmatch(path.name) or (path / MANIFEST).is_file():
         return [path]
-    directory = path / FOLDER if (path / FOLDER).is_dir() else path
+    own = path / FOLDER
+    directory = own if own.is_dir() or own.is_symlink() else path
     found = checkpoint_folders(directory)[::-1]
     named = _pointed_at(directory) if found else None
     if named in found:

@@ -78,7 +78,11 @@ def read_run_status(run: Path) -> RunStatus:
     folder = RunFolder(run)
     steps, left, saves = None, None, False
     problems = []
-    records, checkpoint = last_train_records(folder), latest_step(run)
+    records, checkpoint = last_train_records(folder), 0
+    try:
+        checkpoint = latest_step(run)
+    except UserError as error:
+        problems.append(str(error))
     logged, tokens = (int(records[-1]["step"]), int(records[-1].get("tokens") or 0)) if records else (0, 0)
     step = max(logged, checkpoint)  # a checkpoint's step may not be one that is logged
     if not records and folder.metrics_size() and not json_lines.last(folder.metrics_file, 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -12,13 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from plt_megatron.errors import UserError
+from plt_megatron.errors import UserError, printable
 
 LONGEST_MARGIN = 65_535  # seconds that sbatch's --signal takes
 _TIMEOUT_SECONDS, _SUBMIT_SECONDS = 20, 180
 # For queries from within a job, which nobody would repeat by hand: a second controller takes over after two minutes
 # (SlurmctldTimeout), and an upgrade takes longer. Meanwhile jobs run on, without a time limit.
 _TRIES, _PAUSE_SECONDS, _PATIENCE_SECONDS, _OUTAGE_SECONDS = 100, 5.0, 60, 300.0
+_given_up: set[str] = set()  # requests of this process that have waited in vain: those after them do not
 _DATABASE_TRIES = 2  # a job's node may have no way to the accounting database
 # In messages of a controller that is down, starting or overloaded.
 _OUTAGES = ("Unable to contact", "timed out", "Zero Bytes", "standby mode", "Protocol authentication error")
@@ -159,9 +161,10 @@ def _ask(*command: str, tries: int = 1, seconds: float | None = None) -> str:
     each."""
     seconds = seconds or (_TIMEOUT_SECONDS if tries == 1 else _PATIENCE_SECONDS)
     name = " ".join(command[: 2 if command[0] == "scontrol" else 1])
-    problem, patience = "", time.monotonic() + _OUTAGE_SECONDS
+    problem, patience = "", time.monotonic() + (0 if _given_up else _OUTAGE_SECONDS)
     for attempt in range(tries):
         if attempt and time.monotonic() > patience:
+            _given_up.add(name)
             break
         if attempt:
             time.sleep(_PAUSE_SECONDS)
@@ -182,8 +185,10 @@ def _ask(*command: str, tries: int = 1, seconds: float | None = None) -> str:
             problem = f"{name} timed out after {error.timeout:.0f} s: is Slurm's controller down?"
             continue
         if done.returncode == 0:
+            _given_up.clear()
             if command[0] == "sbatch":  # what the site says to its users
-                print(done.stderr, end="", file=sys.stderr)
+                with contextlib.suppress(OSError):  # the job is queued, whether or not they can read it
+                    print(printable(done.stderr), end="", file=sys.stderr, flush=True)
             return done.stdout
         prefix = f"{command[0]}: "
         words = [line.removeprefix(prefix).removeprefix("error: ") for line in done.stderr.splitlines() if line]

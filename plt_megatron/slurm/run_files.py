@@ -11,6 +11,7 @@ import itertools
 import os
 import platform
 import re
+import secrets
 import shutil
 import sys
 import time
@@ -50,8 +51,7 @@ def snapshot_code(root: Path, run: Path) -> None:
     files = dict(_code_files(root))
     if target.is_dir() and not target.is_symlink() and files == dict(_code_files(target)):
         return
-    temporary = run / f".{CODE}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = run / f".{CODE}.{secrets.token_hex(4)}"
     try:
         for name, (content, executable) in files.items():
             path = temporary / name

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import secrets
 import shutil
@@ -28,27 +29,45 @@ _FOLDERS = {EXPORT: "exports", CHECKPOINT: "checkpoints"}
 _NOW = ".now"
 _TEMPORARY = ".tmp"
 _ABANDONED_S = 3600.0
+_BLOCK = 1 << 24
+COPYING_S = 60.0  # that a run may take for copies, for which its other ranks wait
 
 
-def link_folder(source: Path, target: Path) -> None:
-    """Make `target` a folder of hard links to the files of `source`, or of copies, atomically. Raises `OSError`."""
-    partial = target.with_suffix(_TEMPORARY)
+def link_folder(source: Path, target: Path, seconds: float = math.inf) -> None:
+    """Make `target` a folder of hard links to the files of `source`, or of copies, atomically. Raises `OSError`, also
+    if copies take more than `seconds`."""
+    partial, until = target.with_suffix(_TEMPORARY), time.monotonic() + seconds
     shutil.rmtree(partial, ignore_errors=True)
     remove(target)
     try:
-        shutil.copytree(source, partial, copy_function=_link)
-    except shutil.Error as error:  # has the errors of all files
-        raise OSError(str(error.args[0][0][2])) from error
-    partial.rename(target)
+        partial.mkdir(parents=True)
+        for path in sorted(source.rglob("*")):  # folders before what is in them
+            made = partial / path.relative_to(source)
+            if path.is_dir():
+                made.mkdir()
+            else:
+                _link(path, made, until)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
-def _link(source: str, target: str) -> None:
+def _link(source: Path, target: Path, until: float) -> None:
     try:
         os.link(source, target)
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
             raise
-        shutil.copyfile(source, target)  # no hard links, or a folder of another file system
+        _copy(source, target, until)  # no hard links, or a folder of another file system
+
+
+def _copy(source: Path, target: Path, until: float) -> None:
+    with source.open("rb") as original, target.open("wb") as copy:
+        while block := original.read(_BLOCK):
+            if time.monotonic() > until:
+                raise TimeoutError(errno.ETIMEDOUT, "hard links are refused, and a copy takes too long", str(target))
+            copy.write(block)
 
 
 def remove(folder: Path) -> None:
@@ -87,11 +106,11 @@ class UploadQueue:
         for kind in _FOLDERS:
             clear_leftovers(self._folder(kind))
 
-    def add(self, kind: str, folder: Path) -> None:
-        """Queue a finished folder, replacing an earlier one of the same step. Raises `OSError`."""
+    def add(self, kind: str, folder: Path, seconds: float = math.inf) -> None:
+        """Queue a finished folder, replacing an earlier one of the same step. Errors: see `link_folder`."""
         waiting = self._folder(kind) / folder.name
         remove(waiting.with_suffix(_NOW))
-        link_folder(folder, waiting)
+        link_folder(folder, waiting, seconds)
 
     def waiting(self) -> list[Waiting]:
         """List all entries: first those being uploaded, then exports before checkpoints, earlier steps before later."""

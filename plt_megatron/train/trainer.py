@@ -24,6 +24,7 @@ from plt_megatron.config import derived
 from plt_megatron.config.loop_schedule import LoopSchedule
 from plt_megatron.config.schedules import BatchSchedule, LengthSchedule
 from plt_megatron.config.schema import RunConfig
+from plt_megatron.errors import UserError
 from plt_megatron.run_folder.checkpoints import sequence_length, trained_tokens
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.runtime.local_processes import stop_signals
@@ -246,7 +247,10 @@ class Trainer:
         self._each(Callback.on_save, checkpoint)
 
     def what_is_saved(self) -> str:
-        latest = self.folder.latest_checkpoint(verify=False)
+        try:
+            latest = self.folder.latest_checkpoint(verify=False)
+        except UserError as error:  # a file system that is away
+            return str(error)
         return f"The last checkpoint is intact: {latest}" if latest else "There is no checkpoint yet"
 
     # Signs of life.

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from unittest.mock import Mock
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from plt_megatron.hf.evaluation import keep
+from plt_megatron.run_folder import metrics
 from plt_megatron.run_folder.metrics import read_scores
 from tests.hf.lm_eval_tasks import write_tasks
 from tests.hf.test_hf_generate import make_tokenizer
@@ -220,6 +222,26 @@ def test_scores_of_other_tasks_stay(tmp_path):
         (tmp_path / "evaluation.json").write_text(broken)
         keep(tmp_path, {"b/acc": 0.75}, ["b"])
         assert read_scores(tmp_path) == {"b/acc": 0.75}
+
+
+def test_two_that_end_together_keep_both_scores(tmp_path, monkeypatch):
+    """The second reads what the first has written, not what was there before."""
+    stock, first_has_read, second_is_done = metrics.write_json, threading.Event(), threading.Event()
+
+    def slow(path, value):
+        first_has_read.set()
+        second_is_done.wait(0.3)  # it is, unless it waits for the first
+        stock(path, value)
+
+    monkeypatch.setattr(metrics, "write_json", slow)
+    first = threading.Thread(target=keep, args=(tmp_path, {"a/acc": 0.5}, ["a"]))
+    first.start()
+    first_has_read.wait()
+    monkeypatch.setattr(metrics, "write_json", stock)
+    keep(tmp_path, {"b/acc": 0.25}, ["b"])
+    second_is_done.set()
+    first.join()
+    assert read_scores(tmp_path) == {"a/acc": 0.5, "b/acc": 0.25}
 
 
 def test_scores_that_cannot_be_written_are_printed(evaluate, monkeypatch, capsys):

@@ -29,7 +29,7 @@ from plt_megatron.run_folder.checkpoints import (
 )
 from plt_megatron.run_folder.metrics import read_scores
 from plt_megatron.runtime.environment import environment_of_no_rank
-from plt_megatron.storage.queue import clear_leftovers, link_folder, remove
+from plt_megatron.storage.queue import COPYING_S, clear_leftovers, link_folder, remove
 from plt_megatron.train.callbacks.base import Callback, Run
 
 _EXPORT, _EVALUATION = "export", "evaluation"
@@ -190,7 +190,7 @@ class Exports(Callback):
         self._cancel(*(what for what, job in self._jobs.items() if job.checkpoint == waiting))  # trained again
         try:
             remove(self._export(checkpoint))  # from before the step was trained again
-            link_folder(checkpoint, waiting)
+            link_folder(checkpoint, waiting, COPYING_S)
         except OSError as error:
             self.run.say(f"warning: {checkpoint} is not exported, since keeping it for the export failed: {error}")
 

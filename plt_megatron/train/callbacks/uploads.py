@@ -17,7 +17,7 @@ from plt_megatron.run_folder import json_lines
 from plt_megatron.run_folder.checkpoints import step_of
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.text import plural
-from plt_megatron.storage.queue import CHECKPOINT, EXPORT, UploadQueue, Waiting
+from plt_megatron.storage.queue import CHECKPOINT, COPYING_S, EXPORT, UploadQueue, Waiting
 from plt_megatron.train.callbacks.base import Callback, Run
 from plt_megatron.train.callbacks.exports import BesideProcess, environment
 from plt_megatron.train.checkpoint.collective import on_rank_0
@@ -99,7 +99,7 @@ class Uploads(Callback):
         if any((entry.kind, entry.step) == (kind, step) for entry in self._queue.waiting()):
             self._cancel()  # the step was trained again: its upload may be under way
         try:
-            self._queue.add(kind, folder)
+            self._queue.add(kind, folder, COPYING_S)
         except OSError as error:
             self.run.say(f"warning: {folder} is not uploaded, since keeping it for the upload failed: {error}")
             return

@@ -71,8 +71,9 @@ def test_nothing_there_is_none(tmp_path):
 def test_a_folder_whose_file_system_is_not_mounted_is_not_an_empty_one(tmp_path):
     """Else a run would begin anew."""
     (tmp_path / "checkpoints").symlink_to("/scratch/not/mounted")
-    with pytest.raises(AttemptFailed, match="/scratch/not/mounted"):
-        latest_checkpoint(tmp_path / "checkpoints")
+    for path in (tmp_path / "checkpoints", tmp_path):
+        with pytest.raises(AttemptFailed, match="/scratch/not/mounted"):
+            latest_checkpoint(path)
 
 
 def test_each_damaged_one_is_named_until_a_whole_one_is_found(tmp_path, caplog):

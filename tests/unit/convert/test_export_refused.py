@@ -95,6 +95,18 @@ def test_an_output_that_cannot_be_written_is_not_called_a_full_disk(tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
+def test_a_writer_of_a_longer_name_keeps_its_files(tmp_path, monkeypatch):
+    """In another container, where its process id is not known."""
+    with published_folder(tmp_path / "model.v2") as kept:
+        (kept / "config.json").write_text("v2")
+        monkeypatch.setattr(os, "getpid", lambda: 1 << 30)
+        monkeypatch.setattr("psutil.pid_exists", lambda _: False)
+        with published_folder(tmp_path / "model") as other:
+            (other / "config.json").write_text("v1")
+        assert (kept / "config.json").read_text() == "v2"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.v2"]
+
+
 def test_a_writer_of_the_same_folder_in_another_container_mixes_nothing(tmp_path):
     """Both may be process 1 there: one of them fails, and the folder is the other's alone."""
     target = tmp_path / "out"

@@ -147,6 +147,15 @@ def test_why_names_rank_lines_and_the_last_whole_checkpoint(tmp_path):
     assert "rank 3 on b was killed by SIGBUS; its last lines:" in lines and "    line" in lines
 
 
+def test_checkpoints_on_a_file_system_that_is_not_mounted_are_unknown(tmp_path, capsys):
+    (tmp_path / "checkpoints").symlink_to("/scratch/not/mounted")
+    run = Records(tmp_path, allocation())
+    run.end(run.begin(), Outcome("failed", "r"))
+    assert run.of_this_start()["checkpoint"] is None and "/scratch/not/mounted" in capsys.readouterr().err
+    why = records.describe_end(RunFolder(tmp_path), "it broke", run.of_this_start())
+    assert re.search(r"^last complete checkpoint: .*/scratch/not/mounted", why, re.MULTILINE)
+
+
 def test_an_old_why_does_not_stay_when_the_run_goes_on(tmp_path):
     (tmp_path / "logs").mkdir()
     (tmp_path / "why.txt").write_text("old\n")

@@ -178,12 +178,17 @@ def test_an_outage_of_minutes_is_outlasted(outage, scontrol, tmp_path, monkeypat
 def test_but_not_for_ever(scontrol, monkeypatch):
     scontrol("echo 'error: Unable to contact slurm controller (connect failure)' >&2\nexit 1")
     now = [0.0]
+    monkeypatch.setattr(client, "_given_up", set())
     monkeypatch.setattr(client.time, "monotonic", lambda: now[0])
     pause = client._PAUSE_SECONDS  # subprocess sleeps too
     monkeypatch.setattr(client.time, "sleep", lambda seconds: now.append(now.pop() + 15 * (seconds == pause)))
     with pytest.raises(SlurmError, match="Unable to contact"):
         Scheduler("7").ended_by_slurm()
-    assert 300 < now[0] < 900
+    begun = now[0]
+    assert 300 < begun < 900
+    with pytest.raises(SlurmError, match="Unable to contact"):  # the job's last minutes are not spent twice
+        Scheduler("7").requeue()
+    assert now[0] - begun < 60
 
 
 def test_a_refusal_is_told_at_once(scontrol, tmp_path, monkeypatch):

@@ -67,6 +67,16 @@ def test_restarts_and_their_reasons(run, slurm):
     assert "attempt 2 on node1, node2, step 100: failed: rank 3 was killed by SIGKILL" in text
 
 
+def test_a_run_whose_checkpoints_are_not_mounted_says_so_and_hides_no_other(run, slurm):
+    write_progress(run, [100])
+    shutil.copytree(run, run.parent / "whole")
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    (run / "checkpoints").symlink_to("/scratch/not/mounted")
+    text = report([], "runs", False)
+    assert "100 of 1,000" in cells(text, "runs/try") and "/scratch/not/mounted" in text
+    assert "100 of 1,000" in cells(text, "runs/whole")
+
+
 def test_runs_behind_links_are_found_once(run, slurm, tmp_path):
     write_progress(run, [5])
     elsewhere = tmp_path / "large_disk"

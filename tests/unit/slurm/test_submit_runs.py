@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import re
@@ -78,6 +79,18 @@ def test_what_a_site_says_at_submission(folder, slurm, capsys, answer):
     submission = submit_run(chain=2)
     assert submission.job_ids == [["100", "101"]] and submitted_jobs(submission.runs[0]) == ["100", "101"]
     assert "your time limit is now 01:00:00" in capsys.readouterr().err
+
+
+def test_a_job_is_known_though_nothing_can_be_said(folder, slurm, monkeypatch):
+    """Else the user would not know its id, and the rest of a chain would be missing."""
+    slurm.says("sbatch: your time limit is now 01:00:00\n", "%s")
+    with open("/dev/full", "w", buffering=1) as full:  # as stderr is
+        monkeypatch.setattr(sys, "stderr", full)
+        submission = submit_run(chain=2)
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+    assert submitted_jobs(folder / submission.runs[0]) == ["100", "101"]
 
 
 def test_the_environment_adds_no_options(folder, slurm, monkeypatch):

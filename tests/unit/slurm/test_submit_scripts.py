@@ -15,7 +15,9 @@ import pytest
 from submitting import IN_JOB, LAUNCHER, ROOT, directives, submit_run, submitted, write_profile
 
 from plt_megatron.errors import UserError
-from plt_megatron.slurm.run_files import write_script
+from plt_megatron.slurm import run_files
+from plt_megatron.slurm.run_files import snapshot_code, write_script
+from tests.files import contents
 from tests.running import wait_for
 
 
@@ -122,6 +124,21 @@ def test_an_installed_package_goes_along_without_its_neighbors(folder, slurm, ch
     assert (run / "code" / LAUNCHER).is_file()
     assert (run / "git.txt").read_text().startswith("plt-megatron ")
     assert re.search(r"^watch +plt status runs/try$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_two_submissions_in_containers_leave_whole_code(checkout, tmp_path, monkeypatch):
+    """Their processes may have one id."""
+    (run := tmp_path / "run").mkdir()
+    stock = run_files._make_way
+
+    def second_first(target: Path) -> None:
+        monkeypatch.setattr(run_files, "_make_way", stock)
+        snapshot_code(checkout, run)
+        stock(target)
+
+    monkeypatch.setattr(run_files, "_make_way", second_first)
+    snapshot_code(checkout, run)
+    assert contents(run / "code") == contents(run / "code.1") != {}
 
 
 def test_other_code_is_kept_beside_the_new(folder, slurm, checkout):

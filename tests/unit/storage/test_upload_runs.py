@@ -178,10 +178,15 @@ def test_where_links_are_refused_the_queue_holds_copies(tmp_path, monkeypatch, c
     run = a_run(tmp_path)
     folder = saved(run, 2)
     monkeypatch.setattr(os, "link", Mock(side_effect=OSError(code, os.strerror(code))))
+    monkeypatch.setattr(os, "chmod", Mock(side_effect=OSError(errno.EPERM, "permissions are fixed here")))
     if code == errno.ENOSPC:
         with pytest.raises(OSError, match="No space"):
             UploadQueue(run).add(CHECKPOINT, folder)
+        assert list((run.uploading / "checkpoints").iterdir()) == [], "its part would fill the disk"
         return
+    with pytest.raises(TimeoutError, match="takes too long"):  # the run's other ranks would wait
+        UploadQueue(run).add(CHECKPOINT, folder, seconds=-1)
+    assert list((run.uploading / "checkpoints").iterdir()) == []
     UploadQueue(run).add(CHECKPOINT, folder)
     (entry,) = UploadQueue(run).waiting()
     assert {path.name: path.read_bytes() for path in entry.folder.iterdir()} == {
